@@ -1,0 +1,131 @@
+"""What a request gives back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(slots=True)
+class TokenLogprob:
+    """Log-probability of a generated token under the guided distribution, and the most probable tokens there."""
+
+    logprob: float
+    top: dict[int, float]  # token id -> log-probability, most probable first
+
+
+@dataclass(slots=True)
+class ArmRewards:
+    """An ARM's rewards: `tokens[t]` = log π_arm(token t | its prefix), natural log (arXiv 2410.08193, eq. 5)."""
+
+    tokens: list[float]
+
+    @property
+    def total(self) -> float:
+        """The response's reward, the sum over its tokens."""
+        return math.fsum(self.tokens)
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sampled continuation.
+
+    text: decoded, without the stop string that ended it. token_ids: all generated ids, stop token included.
+    finish_reason: "stop" (see stop_reason) or "length". stop_reason: the stop string, the stop token id, or None.
+    seed: what reproduces it. weights: the ARM weights that each token was drawn with.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stop_reason: int | str | None
+    seed: int
+    weights: list[tuple[float, ...]]
+    logprobs: list[TokenLogprob] | None = None
+    rewards: dict[str, ArmRewards] | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts: the base's prompt, and all completions together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(slots=True)
+class Timing:
+    """Wall-clock seconds. A batch shares its clock: requests decoded together report the same prefill time.
+
+    prefill: prompt forwards of all members. decode: from the first sampled token to this request's last one.
+    """
+
+    prefill: float
+    decode: float
+    tokens_per_second: float  # this request's tokens over `decode`
+
+
+@dataclass(slots=True)
+class GenerationOutput:
+    """All completions of one prompt; the properties read the first one."""
+
+    prompt: str | list[dict[str, str]] | list[int]
+    prompt_token_ids: list[int]  # as the base sees it
+    completions: list[Completion]
+    usage: Usage
+    timing: Timing
+
+    @property
+    def text(self) -> str:
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.completions[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.completions[0].finish_reason
+
+    @property
+    def seed(self) -> int:
+        return self.completions[0].seed
+
+    @property
+    def logprobs(self) -> list[TokenLogprob] | None:
+        return self.completions[0].logprobs
+
+    @property
+    def rewards(self) -> dict[str, ArmRewards] | None:
+        return self.completions[0].rewards
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, with each reward's total."""
+        data = asdict(self)
+        for plain, completion in zip(data["completions"], self.completions):
+            plain["rewards"] = rewards_to_dict(completion.rewards)
+        return data
+
+
+@dataclass(slots=True)
+class ScoreOutput:
+    """The members' log-probabilities of a given response, end-of-sequence included if it was scored."""
+
+    prompt: str | list[dict[str, str]] | list[int]
+    response: str | list[int]
+    token_ids: list[int]
+    base_logprobs: list[float]
+    rewards: dict[str, ArmRewards]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, with each reward's total."""
+        return {**asdict(self), "rewards": rewards_to_dict(self.rewards)}
+
+
+def rewards_to_dict(rewards: dict[str, ArmRewards] | None) -> dict[str, dict[str, float | Sequence[float]]] | None:
+    """Rewards with their totals, for JSON."""
+    if rewards is None:
+        return None
+    return {name: {"total": reward.total, "tokens": reward.tokens} for name, reward in rewards.items()}

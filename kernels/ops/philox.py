@@ -1,0 +1,58 @@
+"""The random-number contract: Gumbel noise as a pure function of (seed, level, position, index).
+
+Philox 4x32-10 (Salmon et al., SC 2011, doi 10.1145/2063384.2063405) with
+
+    key     = (seed mod 2^32, seed div 2^32)
+    counter = (index, position, level, 0)         level 0: tiles, level 1: tokens
+
+and only the first of the four output words, b, is used:
+
+    u = min((float32(b) + 0.5) · 2^-32, 1 - 2^-24)      uniform on (0, 1), every one of the 32 bits counts
+    w = 1 - u;  E = u if w = 1 else -log(w) · u / (1 - w)   = -log1p(-u), from log alone: exact where u is tiny
+    G = -log(E)
+
+all in float32. A large G is a small u, which float32 resolves down to 2^-33: a vocabulary of 128k needs that tail.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_LEVEL, TOKEN_LEVEL = 0, 1
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+MASK32 = 0xFFFFFFFF
+
+
+def seed_tensor(seeds: list[int], device: torch.device | str | None = None) -> Tensor:
+    """Seeds 0..2^64-1 as int64 [R]: the same 64 bits, since torch computes little in uint64."""
+    return torch.tensor([seed - (1 << 64) if seed >> 63 else seed for seed in seeds], dtype=torch.int64, device=device)
+
+
+def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four 32-bit words, held in int64 tensors, of Philox 4x32-10 for broadcastable counters and keys."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=key[0].device) for c in counter))
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # int64 products wrap modulo 2^64, so both halves of the unsigned product are right after masking
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> 32 & MASK32) ^ c1 ^ k0,
+            product1 & MASK32,
+            (product0 >> 32 & MASK32) ^ c3 ^ k1,
+            product0 & MASK32,
+        )
+        k0, k1 = k0 + KEY_STEPS[0] & MASK32, k1 + KEY_STEPS[1] & MASK32
+    return c0, c1, c2, c3
+
+
+def gumbel(seeds: Tensor, level: int, positions: Tensor, indices: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, in the broadcast shape of the int64 tensors `seeds`, `positions`, `indices`."""
+    seeds, positions, indices = torch.broadcast_tensors(seeds, positions, indices)
+    bits = philox((indices & MASK32, positions & MASK32, level, 0), (seeds & MASK32, seeds >> 32 & MASK32))[0]
+    u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)
+    w = 1 - u
+    exponential = torch.where(w == 1, u, -w.log() * u / (1 - w))
+    return -exponential.log()
