@@ -37,7 +37,7 @@ class SamplingParams:
         logprobs: None for none; k for the log-probability of each token and of the k most probable ones, under the
             guided distribution at this temperature (T = 1 when greedy), after penalties and before top-k/top-p/min-p.
         rewards: report log π_arm of every generated token, per ARM.
-        repetition_penalty: the log-probability of a token seen in prompt or output is multiplied by it (Hugging Face's).
+        repetition_penalty: the log-probability of a token seen in prompt or output is multiplied by it.
         logit_bias: token id → number added to its combined log-probability; -inf bans it.
         logits_processors: Hugging Face `LogitsProcessor`s or callables `(input_ids [1, t], scores [1, V]) -> scores`.
 

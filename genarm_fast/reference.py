@@ -1,0 +1,165 @@
+"""The naive guided decoder: the specification that every fast path is tested against.
+
+    p(x | prefix) ∝ exp((log π_base(x | prefix) + Σ_i w_i · log π_arm_i(x | prefix)) / T)       arXiv 2410.08193, eq. 6
+
+One request, one token at a time, whole prefixes through every model, float64, no cache. Noise follows the contract of
+`genarm_fast.kernels.philox`, so that fast decoders can be compared with this one token for token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.guided_sample import TILE
+from .kernels.philox import TILE_LEVEL, TOKEN_LEVEL, gumbel, seed_tensor
+
+
+def guided_probs(
+    base_logits: Tensor,
+    arm_logits: Sequence[Tensor],
+    weights: Sequence[float] | Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """The guided next-token distribution.
+
+    Args:
+        base_logits: [..., V], any float dtype. arm_logits: a tensor alike for each ARM.
+        weights: m numbers of any sign. temperature: T ≥ 0; 0 puts all mass on the most probable, lowest token id.
+        top_k: 0 keeps all. top_p: in (0, 1]. min_p: in [0, 1]. Applied in this order, after T; ties are all kept.
+
+    Returns:
+        Probabilities, float64 [..., V]. A token masked (-inf) by the base or by an ARM of non-zero weight gets 0.
+
+    Raises:
+        ValueError: the wrong number of weights, unequal shapes, NaN or +inf logits, or a row without any token left.
+    """
+    return truncated_probs(guided_scores(base_logits, arm_logits, weights), temperature, top_k, top_p, min_p)
+
+
+def guided_scores(base_logits: Tensor, arm_logits: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
+    """log p at T = 1: the members' log-probabilities, summed with their weights and normalised; float64 [..., V]."""
+    if len(weights) != len(arm_logits):
+        raise ValueError(f"weights={weights}: expected {len(arm_logits)} numbers, one per ARM")
+    total = torch.zeros_like(base_logits, dtype=torch.float64)
+    masked = torch.zeros_like(base_logits, dtype=torch.bool)
+    for i, (logits, weight) in enumerate(zip((base_logits, *arm_logits), (1.0, *weights))):
+        name = "base_logits" if i == 0 else f"arm_logits[{i - 1}]"
+        if logits.shape != base_logits.shape:
+            raise ValueError(f"{name} of shape {tuple(logits.shape)}: expected {tuple(base_logits.shape)}")
+        if bool((logits.isnan() | (logits == torch.inf)).any()):
+            raise ValueError(f"{name}: expected finite numbers or -inf, got NaN or +inf")
+        if weight == 0:
+            continue
+        logprobs = logits.to(torch.float64).log_softmax(-1)
+        hole = logits == -torch.inf
+        masked |= hole
+        total += weight * logprobs.masked_fill(hole, 0.0)
+    if bool(masked.all(-1).any()):
+        raise ValueError("base_logits, arm_logits: expected at least one token that no member masks with -inf")
+    return total.masked_fill(masked, -torch.inf).log_softmax(-1)
+
+
+def truncated_probs(scores: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Temperature, then top-k, top-p and min-p on log-probabilities [..., V] → probabilities, float64."""
+    if temperature == 0:
+        return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(torch.float64)
+    probs = (scores.to(torch.float64) / temperature).softmax(-1)
+    if 0 < top_k < probs.shape[-1]:
+        probs = probs * (probs >= probs.topk(top_k, -1).values[..., -1:])
+        probs = probs / probs.sum(-1, keepdim=True)
+    if top_p < 1:
+        ordered = probs.sort(-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered  # mass of the more probable tokens
+        last = (before < top_p).sum(-1, keepdim=True) - 1
+        probs = probs * (probs >= ordered.gather(-1, last))
+    probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def draw(probs: Tensor, seed: int, position: int) -> int:
+    """The token [V] → id that the random-number contract draws for this seed at this position of the response."""
+    seeds, positions = seed_tensor([seed]), torch.tensor([position])
+    tiles = probs.log().split(TILE)
+    tile_noise = gumbel(seeds, TILE_LEVEL, positions, torch.arange(len(tiles)))
+    tile = int((torch.stack([scores.logsumexp(0) for scores in tiles]) + tile_noise).argmax())
+    tokens = tile * TILE + torch.arange(len(tiles[tile]))
+    return int(tokens[(tiles[tile] + gumbel(seeds, TOKEN_LEVEL, positions, tokens)).argmax()])
+
+
+@dataclass
+class ReferenceOutput:
+    """tokens: generated ids, a stop id included. logprobs: of each, under p before truncation (T = 1 when greedy).
+    member_logprobs: per token, its log-probability under the base and under every ARM (the token's rewards)."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    member_logprobs: list[list[float]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def generate(
+    base: Callable[..., Any],
+    arms: Sequence[Callable[..., Any]],
+    prompts: Sequence[Sequence[int]],
+    weights: Sequence[float] | Callable[[int], Sequence[float]],
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    min_new_tokens: int = 0,
+    stop_token_ids: Sequence[int] = (),
+    repetition_penalty: float = 1.0,
+    logit_bias: Mapping[int, float] | None = None,
+    logits_processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    vocab_size: int | None = None,
+) -> ReferenceOutput:
+    """Guided generation for one request.
+
+    Args:
+        base, arms: models `(input_ids [1, t]) -> object with .logits [1, t, V]`, as transformers' are.
+        prompts: token ids of the prompt for the base and for each ARM (templates may differ).
+        weights: m numbers, or a function from the index of the next token to them.
+        vocab_size: the common vocabulary; default: the narrowest member.
+
+    Other arguments mean what they mean in `genarm_fast.SamplingParams`.
+    """
+    members = (base, *arms)
+    output = ReferenceOutput()
+    for position in range(max_new_tokens):
+        logits = [
+            member(torch.tensor([[*prompt, *output.tokens]])).logits[0, -1].to(torch.float64)
+            for member, prompt in zip(members, prompts, strict=True)
+        ]
+        width = vocab_size or min(len(row) for row in logits)
+        logits = [row[:width] for row in logits]
+        scores = guided_scores(logits[0], logits[1:], weights(position) if callable(weights) else weights)
+
+        seen = [*prompts[0], *output.tokens]
+        penalised = sorted({token for token in seen if token < width})
+        scores[penalised] *= repetition_penalty  # log-probabilities are never positive
+        for token, bias in (logit_bias or {}).items():
+            scores[token] += bias
+        if position < min_new_tokens:
+            scores[list(stop_token_ids)] = -torch.inf
+        for processor in logits_processors:
+            scores = processor(torch.tensor([seen]), scores[None].to(torch.float32))[0].to(torch.float64)
+
+        token = draw(truncated_probs(scores, temperature, top_k, top_p, min_p), seed, position)
+        output.tokens.append(token)
+        output.logprobs.append(float((scores / (temperature or 1.0)).log_softmax(-1)[token]))
+        output.member_logprobs.append([float(row.log_softmax(-1)[token]) for row in logits])
+        if token in stop_token_ids:
+            break
+    return output

@@ -1,0 +1,64 @@
+"""Sampling parameters: every bad value is refused by name before any work."""
+
+import math
+
+import pytest
+
+from genarm_fast.params import SamplingParams, check_weights
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("weights", [1.0, math.nan], ValueError),
+        ("weights", math.inf, ValueError),
+        ("weights", "1", TypeError),
+        ("weights", [True], ValueError),
+        ("temperature", -0.1, ValueError),
+        ("temperature", math.nan, ValueError),
+        ("temperature", "hot", TypeError),
+        ("top_k", -1, ValueError),
+        ("top_k", 1.5, TypeError),
+        ("top_p", 0.0, ValueError),
+        ("top_p", 1.01, ValueError),
+        ("min_p", -0.1, ValueError),
+        ("max_new_tokens", 0, ValueError),
+        ("min_new_tokens", 129, ValueError),
+        ("stop", [""], ValueError),
+        ("stop", [3], ValueError),
+        ("stop_token_ids", [-1], ValueError),
+        ("seed", -1, ValueError),
+        ("seed", 2**64, ValueError),
+        ("n", 0, ValueError),
+        ("logprobs", -1, ValueError),
+        ("logprobs", True, TypeError),
+        ("repetition_penalty", 0.0, ValueError),
+        ("logit_bias", {0: math.inf}, ValueError),
+        ("logit_bias", {"a": 1.0}, TypeError),
+        ("logits_processors", [1], TypeError),
+    ],
+)
+def test_bad_values_are_named(name, value, error):
+    with pytest.raises(error, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_good_values_are_normalised():
+    params = SamplingParams(weights=[1, -2], stop="end", stop_token_ids=[3], seed=2**64 - 1, logit_bias={5: -math.inf})
+    assert params.weights == (1.0, -2.0)
+    assert params.stop == ("end",)
+    assert params.stop_token_ids == (3,)
+    changed = params.override(temperature=0)
+    assert (changed.temperature, changed.weights, params.temperature) == (0, (1.0, -2.0), 1.0)
+
+
+def test_unknown_override_is_refused():
+    with pytest.raises(TypeError, match="'temprature': expected one of weights, temperature"):
+        SamplingParams().override(temprature=1)
+
+
+def test_weights_are_counted():
+    assert check_weights(2, 3) == 2.0
+    assert check_weights([1, 2], 2) == (1.0, 2.0)
+    with pytest.raises(ValueError, match="expected 3 numbers, one per ARM, got 2"):
+        check_weights([1, 2], 3)
