@@ -1,3 +1,32 @@
 """Exact guided decoding with autoregressive reward models (GenARM, arXiv 2410.08193)."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import GenARM, generate
+    from .errors import GenerationError
+    from .members import ARM
+    from .outputs import GenerationOutput
+    from .params import SamplingParams
+
 __version__ = "0.1.0"
+__all__ = ["ARM", "GenARM", "GenerationError", "GenerationOutput", "SamplingParams", "__version__", "generate"]
+
+# Imported on first use: transformers takes seconds.
+_MODULES = {
+    "ARM": "members",
+    "GenARM": "api",
+    "GenerationError": "errors",
+    "GenerationOutput": "outputs",
+    "SamplingParams": "params",
+    "generate": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,0 +1,253 @@
+"""The public API: load a base and its ARMs once, then generate, stream and score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .engine import decode
+from .errors import GenerationError
+from .members import ARM, Member, common_vocabulary, end_of_sequence, load_members
+from .outputs import ArmRewards, GenerationOutput, ScoreOutput, Timing, Usage
+from .params import SamplingParams, check_weights
+from .progress import progress_bar
+from .prompts import as_prompts, check_context, encode_prompt
+from .requests import Request, Row
+from .score import response_logprobs
+from .stream import Stream
+
+Source = str | os.PathLike[str] | nn.Module
+
+
+class GenARM:
+    """A frozen base model steered by autoregressive reward models (arXiv 2410.08193).
+
+    Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other is
+    ever drawn), eos_token_ids, max_batch_size.
+    """
+
+    def __init__(self, members: Sequence[Member], *, max_batch_size: int = 16) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size={max_batch_size}: expected an integer >= 1")
+        self.members = list(members)
+        self.base, self.arms = self.members[0], self.members[1:]
+        self.tokenizer = self.base.tokenizer
+        self.max_batch_size = max_batch_size
+        self.vocab_size = common_vocabulary(self.members)
+        self.eos_token_ids = end_of_sequence(self.base, self.vocab_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: Source,
+        arms: Source | ARM | Sequence[Source | ARM] = (),
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_template: str | None = None,
+        chat_template: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        attn_implementation: str | None = None,
+        max_batch_size: int = 16,
+        **model_kwargs: Any,
+    ) -> GenARM:
+        """Load the members. Adapters of a model that is loaded already share its weights.
+
+        Args:
+            base: hub id, local folder, PEFT adapter folder, or a loaded model (never modified; used in eval mode).
+            arms: one or several of the same, or `ARM`s.
+            tokenizer, prompt_template, chat_template: the base's, instead of those in its folder.
+            dtype, device_map, quantization_config, attn_implementation, model_kwargs: to transformers' `from_pretrained`,
+                for every member that is not loaded yet. Load a member yourself to treat it differently.
+            device: where to put such members; default: CUDA if there is any, else the CPU.
+            max_batch_size: rows that are decoded together.
+
+        Raises:
+            ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a kind of model
+                without a key-value cache, a template without {prompt}.
+        """
+        members = load_members(
+            base,
+            arms,
+            tokenizer=tokenizer,
+            prompt_template=prompt_template,
+            chat_template=chat_template,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            quantization_config=quantization_config,
+            attn_implementation=attn_implementation,
+            **model_kwargs,
+        )
+        return cls(members, max_batch_size=max_batch_size)
+
+    @property
+    def arm_names(self) -> list[str]:
+        return [arm.name for arm in self.arms]
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        **overrides: Any,
+    ) -> list[GenerationOutput]:
+        """Guided completions, one output per prompt in order.
+
+        Args:
+            prompts: a prompt or a list of prompts. A prompt is a string (put into each member's prompt_template, if it
+                has one), a list of chat messages (each member's chat template), or a list of token ids (the same for
+                every member).
+            sampling_params: for all prompts, or one per prompt.
+            progress: show a progress bar.
+            overrides: fields of `SamplingParams` to replace.
+
+        Raises:
+            TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.
+            GenerationError: after all other requests finished, if some failed; has their outputs.
+        """
+        requests = self.prepare(prompts, sampling_params, **overrides)
+        rows = [request.rows(self.tokenizer) for request in requests]
+        waiting = sorted((row for group in rows for row in group), key=lambda row: -len(row.request.token_ids[0]))
+        with progress_bar(len(waiting), progress) as advance:
+            for start in range(0, len(waiting), self.max_batch_size):
+                for finished in decode(self.members, waiting[start : start + self.max_batch_size], self.vocab_size):
+                    advance(len(finished))
+        failed = [row for group in rows for row in group if row.error is not None]
+        outputs = [None if any(row.error for row in group) else self.build_output(group) for group in rows]
+        if failed:
+            message = "; ".join(f"prompts[{row.request.index}]: {row.error}" for row in failed)
+            raise GenerationError(message, outputs) from failed[0].error
+        return [output for output in outputs if output is not None]
+
+    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, **overrides: Any) -> Stream:
+        """One prompt, token by token. Arguments and errors as in `generate`, with n = 1."""
+        requests = self.prepare(prompt, sampling_params, **overrides)
+        if len(requests) != 1:
+            raise ValueError(f"prompt: expected one prompt, got {len(requests)}")
+        if requests[0].params.n != 1:
+            raise ValueError(f"n={requests[0].params.n}: expected 1 in a stream")
+        (row,) = requests[0].rows(self.tokenizer)
+        return Stream(self, row, decode(self.members, [row], self.vocab_size, steered=True))
+
+    def score(self, prompts: Any, responses: Any, *, append_eos: bool = True) -> list[ScoreOutput]:
+        """Base log-probabilities and ARM rewards of given responses, token by token.
+
+        Args:
+            prompts: as in `generate`.
+            responses: one per prompt: a string, or a list of token ids (scored as they are).
+            append_eos: end string responses with the end-of-sequence token, as in training.
+
+        Raises:
+            TypeError, ValueError: before any work, naming prompt or response and what was expected.
+        """
+        parsed = as_prompts(prompts)
+        if isinstance(responses, str) or (responses and isinstance(responses[0], int)):
+            responses = [responses]
+        if len(responses) != len(parsed):
+            raise ValueError(f"responses: expected {len(parsed)}, one per prompt, got {len(responses)}")
+        targets = [self._response_ids(i, response, append_eos) for i, response in enumerate(responses)]
+        encoded = [[encode_prompt(m, p, i, self.vocab_size) for m in self.members] for i, p in enumerate(parsed)]
+        for i, (ids, target) in enumerate(zip(encoded, targets)):
+            for member, prompt_ids in zip(self.members, ids):
+                check_context(member, len(prompt_ids), len(target), i)
+        logprobs: list[list[list[float]]] = [[] for _ in parsed]
+        order = sorted(range(len(parsed)), key=lambda i: len(encoded[i][0]) + len(targets[i]))
+        for start in range(0, len(order), self.max_batch_size):
+            batch = order[start : start + self.max_batch_size]
+            for m, member in enumerate(self.members):
+                table = response_logprobs(
+                    member, [encoded[i][m] for i in batch], [targets[i] for i in batch], self.vocab_size
+                )
+                for i, line in zip(batch, table):
+                    logprobs[i].append(line)
+        return [
+            ScoreOutput(
+                parsed[i],
+                responses[i],
+                targets[i],
+                logprobs[i][0],
+                {name: ArmRewards(line) for name, line in zip(self.arm_names, logprobs[i][1:])},
+            )
+            for i in range(len(parsed))
+        ]
+
+    def prepare(
+        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **overrides: Any
+    ) -> list[Request]:
+        """Checked and tokenised requests; raises before any work. See `generate`."""
+        parsed = as_prompts(prompts)
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        each = [sampling_params] * len(parsed) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        if len(each) != len(parsed):
+            raise ValueError(f"sampling_params: expected one, or {len(parsed)}, one per prompt, got {len(each)}")
+        requests = []
+        for index, (prompt, params) in enumerate(zip(parsed, each)):
+            params = params.override(**overrides) if overrides else params
+            ids = [encode_prompt(member, prompt, index, self.vocab_size) for member in self.members]
+            for member, token_ids in zip(self.members, ids):
+                check_context(member, len(token_ids), params.max_new_tokens, index)
+            for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+                for token in tokens:
+                    if token >= self.vocab_size:
+                        raise ValueError(f"{name}: token id {token}: expected less than {self.vocab_size}")
+            if (params.logprobs or 0) > self.vocab_size:
+                raise ValueError(f"logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary")
+            weights = params.weights
+            if weights is None:
+                weights = tuple(arm.weight for arm in self.arms)
+            weights = self.expand_weights(check_weights(weights, len(self.arms)))
+            stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+            requests.append(Request(index, prompt, ids, params, weights, stop_ids))
+        return requests
+
+    def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:
+        """One weight per ARM."""
+        return weights if isinstance(weights, tuple) else (weights,) * len(self.arms)
+
+    def build_output(self, rows: Sequence[Row]) -> GenerationOutput:
+        """The output of one request from its rows."""
+        request = rows[0].request
+        tokens = sum(len(row.tokens) for row in rows)
+        prefilled = min(row.prefilled for row in rows)
+        decode_time = max(row.finished for row in rows) - prefilled
+        return GenerationOutput(
+            prompt=request.prompt,
+            prompt_token_ids=list(request.token_ids[0]),
+            completions=[row.completion(self.arm_names) for row in rows],
+            usage=Usage(len(request.token_ids[0]), tokens),
+            timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
+        )
+
+    def _response_ids(self, index: int, response: str | Sequence[int], append_eos: bool) -> list[int]:
+        if isinstance(response, str):
+            ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
+            if append_eos and self.tokenizer.eos_token_id is not None:
+                ids.append(self.tokenizer.eos_token_id)
+        else:
+            ids = [int(token) for token in response]
+        if not ids:
+            raise ValueError(f"responses[{index}]={response!r}: expected at least one token")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ValueError(f"responses[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{self.vocab_size - 1}")
+        return ids
+
+
+def generate(
+    base: Source,
+    arms: Source | ARM | Sequence[Source | ARM],
+    prompts: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    **overrides: Any,
+) -> list[GenerationOutput]:
+    """Load, generate, forget: `GenARM.from_pretrained(base, arms).generate(prompts, sampling_params, **overrides)`."""
+    return GenARM.from_pretrained(base, arms).generate(prompts, sampling_params, **overrides)

@@ -1,0 +1,135 @@
+"""Loading models: from the hub, a folder, a PEFT adapter, or as they are. Weights are in memory once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+Source = str | os.PathLike[str]
+
+
+def find_file(source: Source, name: str) -> Path | None:
+    """A file of a local folder or of a hub repository, None where it has none."""
+    if os.path.isdir(source):
+        path = Path(source, name)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(os.fspath(source), name))
+    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+
+
+def read_json(source: Source, name: str) -> dict[str, Any]:
+    """A JSON file of a folder or hub repository, {} where it has none."""
+    path = find_file(source, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of the module tree in eval mode over the same weights: adapters put into it leave `model` as it was."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter  # quantised ones carry state that only they know
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    return copy.deepcopy(model, memo).eval()
+
+
+class Backbones:
+    """Models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
+
+    def __init__(self, *, dtype: Any, device: Any, device_map: Any, quantization_config: Any, **kwargs: Any) -> None:
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device_map is None and quantization_config is not None:
+            device_map = {"": device}  # quantised weights cannot be moved afterwards
+        self.device = device if device_map is None else None
+        self.kwargs = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config, **kwargs}
+        self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
+        self.loaded: dict[str, PreTrainedModel] = {}  # source → bare model, without adapters
+        self.prints: dict[str, str] = {}
+
+    def load(self, role: str, source: Source | nn.Module) -> nn.Module:
+        """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
+        if isinstance(source, nn.Module):
+            return share_weights(source) if source.training else source
+        if find_file(source, "adapter_config.json"):
+            return self._load_adapter(role, os.fspath(source))
+        return self._load_bare(role, source)
+
+    def adopt(self, source: str, model: nn.Module) -> None:
+        """Let adapters share the weights of `model`, the bare model behind `source`."""
+        self.loaded[source] = model
+
+    def _load_bare(self, role: str, source: Source) -> PreTrainedModel:
+        key = os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
+        if key not in self.loaded:
+            if os.path.isabs(source) and not os.path.isdir(source):
+                raise FileNotFoundError(f"{role}={os.fspath(source)!r}: no such folder")
+            model = AutoModelForCausalLM.from_pretrained(source, **self.kwargs)
+            self.loaded[key] = (model if self.device is None else model.to(self.device)).eval()
+        return self.loaded[key]
+
+    def _load_adapter(self, role: str, source: str) -> nn.Module:
+        from peft import PeftConfig, PeftModel
+
+        config = PeftConfig.from_pretrained(source)
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{role}={source!r}: {config.peft_type.value} adapters add virtual tokens; expected LoRA-like"
+            )
+        base = self._adapter_base(role, source, config.base_model_name_or_path)
+        # The adapter computes in the base's dtype, as it will when several share one forward.
+        adapted = PeftModel.from_pretrained(share_weights(base), source, autocast_adapter_dtype=False)
+        return adapted.get_base_model().eval()
+
+    def _adapter_base(self, role: str, source: str, base: str | None) -> PreTrainedModel:
+        """The loaded model that the adapter was trained on, else its own base, checked by fingerprint."""
+        expected = read_json(source, "genarm.json").get("base_fingerprint")
+        for key, model in self.loaded.items():
+            if expected and self._fingerprint(key, model) == expected:
+                return model
+        loaded = ", ".join(map(repr, self.loaded)) or "none"
+        if not base:
+            raise ValueError(
+                f"{role}={source!r}: its adapter_config.json names no base, and it fits no loaded model ({loaded})"
+            )
+        try:
+            model = self._load_bare(role, base)
+        except OSError as error:
+            raise ValueError(
+                f"{role}={source!r} is an adapter of {base!r}, which can't be loaded; expected an adapter of a loaded"
+                f" model ({loaded})"
+            ) from error
+        if expected is None:
+            warnings.warn(
+                f"{role}={source!r} records no fingerprint of its base: {base!r} is taken unchecked", stacklevel=2
+            )
+        elif self._fingerprint(base, model) != expected:
+            raise ValueError(
+                f"{role}={source!r} is an adapter of {base!r} with fingerprint {expected}; expected one of the loaded"
+                f" models ({loaded}), whose weights differ"
+            )
+        return model
+
+    def _fingerprint(self, key: str, model: nn.Module) -> str:
+        from .fingerprint import fingerprint
+
+        if key not in self.prints:
+            self.prints[key] = fingerprint(model)
+        return self.prints[key]

@@ -1,0 +1,80 @@
+"""Text from tokens as they come: no token is decoded more than a few times, no character or stop string shown half."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"  # what a decoder makes of an unfinished UTF-8 sequence
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Text of all tokens at once, special tokens left out."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class Detokenizer:
+    """Incremental `decode`.
+
+    A token's text depends on its neighbours (spaces, bytes of one character), so the last settled piece is decoded again
+    together with the new tokens, and what it adds is the new text. Held back while it ends inside a character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = self.read = 0  # ids[start:read] is the settled piece that gives the context
+
+    def push(self, token_id: int) -> str:
+        """New text, "" while a character is unfinished."""
+        self.ids.append(token_id)
+        text = self._unread()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self.start, self.read = self.read, len(self.ids)
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, at the end of the text."""
+        text = self._unread()
+        self.start = self.read = len(self.ids)
+        return text
+
+    def _unread(self) -> str:
+        context = decode(self.tokenizer, self.ids[self.start : self.read])
+        return decode(self.tokenizer, self.ids[self.start :])[len(context) :]
+
+
+class StopStrings:
+    """Looks for stop strings in text that comes in pieces, whatever the pieces' borders.
+
+    The stop string that is complete first ends the text (the longest if several are complete at the same character).
+    Text that may be the beginning of a stop string is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.found: str | None = None
+
+    def push(self, piece: str) -> str:
+        """Text that is safe to show; sets `found` when a stop string is complete."""
+        text = self.held + piece
+        ends = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)
+            self.held = ""
+            return text[:at]
+        keep = max((_overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

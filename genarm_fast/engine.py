@@ -1,0 +1,68 @@
+"""The decode loop: prefill a batch, then rounds of forward, sample, settle until every row is finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from .cache import MemberCache
+from .members import Member
+from .requests import Row
+from .sampling import sample
+
+
+@torch.inference_mode()
+def decode(
+    members: Sequence[Member], rows: Sequence[Row], vocab_size: int, *, steered: bool = False
+) -> Iterator[list[Row]]:
+    """Decode rows as one batch, yielding after each round those that are finished in it.
+
+    Rows are changed in place; one that fails gets its `error` set and ends alone. ARMs that no row weighs or reports
+    are left out, unless `steered`: then the caller may change `row.weights` between rounds.
+    """
+    arms = [
+        i
+        for i in range(len(members) - 1)
+        if steered or any(row.weights[i] != 0 or row.request.params.rewards for row in rows)
+    ]
+    running = [members[0], *(members[i + 1] for i in arms)]
+    names = [member.name for member in running]
+    device = members[0].device
+    rows = list(rows)
+    arrived = time.perf_counter()
+
+    caches = [MemberCache(member) for member in running]
+    requests = {id(row.request): row.request for row in rows}  # completions of one prompt share its prefill
+    order = list(requests)
+    shared = [order.index(id(row.request)) for row in rows]
+    logits = []
+    for i, cache in zip([0, *(i + 1 for i in arms)], caches):
+        logits.append(cache.prefill([request.token_ids[i] for request in requests.values()])[shared])
+        if len(rows) > len(requests):
+            cache.select(shared)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    prefilled = time.perf_counter()
+    for row in rows:
+        row.arrived, row.prefilled = arrived, prefilled
+
+    while True:
+        draws = sample(rows, [each[:, :vocab_size].to(device) for each in logits], arms, names)
+        for row, draw in zip(rows, draws):
+            if row.error is None:
+                row.settle(draw)
+        kept = [i for i, row in enumerate(rows) if row.error is None and row.finish_reason is None]
+        now = time.perf_counter()
+        for row in rows:
+            row.finished = now
+        yield [row for row in rows if row.error is not None or row.finish_reason is not None]
+        if not kept:
+            return
+        if len(kept) < len(rows):
+            rows = [rows[i] for i in kept]
+            for cache in caches:
+                cache.select(kept)
+        tokens = torch.tensor([row.tokens[-1] for row in rows])
+        logits = [cache.decode(tokens) for cache in caches]

@@ -1,0 +1,19 @@
+"""Errors that carry more than a message."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .outputs import GenerationOutput
+
+
+class GenerationError(RuntimeError):
+    """Some requests failed while generating; the others finished.
+
+    outputs: one entry per prompt in order, None where the request failed.
+    """
+
+    def __init__(self, message: str, outputs: list[GenerationOutput | None]) -> None:
+        super().__init__(message)
+        self.outputs = outputs

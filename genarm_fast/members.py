@@ -1,0 +1,217 @@
+"""Members of a guided decoder: the base and its ARMs, each with a model, a tokenizer and prompt templates."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .backbones import Backbones, Source, find_file, read_json
+from .params import check_weights
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+CACHED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class ARM:
+    """An autoregressive reward model: a causal LM whose log-probability of a token is the token's reward.
+
+    Args:
+        model: hub id, local folder, folder of a PEFT adapter, or a loaded model (never modified; used in eval mode).
+        weight: default weight, the paper's 1/β; any finite real. A request's `weights` override it.
+        name: key of its rewards; default: the last part of its path.
+        prompt_template: wraps raw string prompts, e.g. "<|user|>\\n{prompt}\\n<|assistant|>\\n".
+        chat_template: Jinja template for chat messages; default: the one of its tokenizer.
+
+    Templates default to those that training recorded in the folder's genarm.json. An ARM without tokenizer files takes
+    the base's tokenizer and chat template.
+    """
+
+    model: Source | nn.Module
+    weight: float = field(default=1.0, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+    prompt_template: str | None = field(default=None, kw_only=True)
+    chat_template: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike, nn.Module)):
+            raise TypeError(f"model={self.model!r}: expected a hub id, a folder or a loaded model")
+        if not isinstance(check_weights(self.weight), float):
+            raise TypeError(f"weight={self.weight!r}: expected one number")
+
+
+@dataclass
+class Member:
+    """A loaded member. `weight` is the ARM's default weight."""
+
+    name: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    prompt_template: str | None = None
+    chat_template: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        text = config.get_text_config()
+        unsupported = set(getattr(text, "layer_types", None) or ()) - CACHED_LAYERS
+        if config.is_encoder_decoder or getattr(self.model, "_is_stateful", False) or unsupported:
+            what = ", ".join(sorted(unsupported)) or "recurrent or encoder-decoder"
+            raise ValueError(
+                f"{self.name}: {config.model_type} models ({what}) are not supported: expected plain attention"
+            )
+        if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
+            raise ValueError(
+                f"{self.name}: prompt_template={self.prompt_template!r}: expected a text with {{prompt}} in it"
+            )
+        self.vocab_size: int = text.vocab_size  # width of the logits
+        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        accepted = inspect.signature(type(self.model).forward).parameters
+        self.accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its token ids go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr, return-value]
+
+
+def load_members(
+    base: Source | nn.Module,
+    arms: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt_template: str | None = None,
+    chat_template: str | None = None,
+    **backbone_kwargs: Any,
+) -> list[Member]:
+    """Base first, then the ARMs in order.
+
+    Raises:
+        ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a model without a
+            key-value cache, a template without {prompt}, a name given twice.
+    """
+    specs = as_arms(arms)
+    names = arm_names(specs)
+    backbones = Backbones(**backbone_kwargs)
+    model = backbones.load("base", base)
+    source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
+    if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
+        backbones.adopt(source or "the given base", model)
+    recorded = {} if isinstance(base, nn.Module) else read_json(base, "genarm.json")
+    base_tokenizer = tokenizer or load_tokenizer(source)
+    if base_tokenizer is None:
+        raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
+    first = Member(
+        "base",
+        model,
+        base_tokenizer,
+        prompt_template or recorded.get("prompt_template"),
+        chat_template or recorded.get("chat_template") or base_tokenizer.chat_template,
+    )
+    members = [first]
+    for name, spec in zip(names, specs):
+        folder = None if isinstance(spec.model, nn.Module) else spec.model
+        recorded = read_json(folder, "genarm.json") if folder else {}
+        own = load_tokenizer(folder) if folder else None
+        members.append(
+            Member(
+                name,
+                backbones.load(f"arms[{len(members) - 1}]", spec.model),
+                own or base_tokenizer,
+                spec.prompt_template or recorded.get("prompt_template"),
+                spec.chat_template
+                or recorded.get("chat_template")
+                or (own.chat_template if own else None)
+                or first.chat_template,
+                float(spec.weight),
+            )
+        )
+    return members
+
+
+def as_arms(arms: Any) -> list[ARM]:
+    """ARM specifications from one or several specifications, paths or models."""
+    if isinstance(arms, (ARM, str, os.PathLike, nn.Module)):
+        arms = [arms]
+    return [arm if isinstance(arm, ARM) else ARM(arm) for arm in arms]
+
+
+def arm_names(specs: Sequence[ARM]) -> list[str]:
+    """Unique names: given ones as they are, default ones numbered where they repeat."""
+    given = [spec.name for spec in specs if spec.name is not None]
+    for name in given:
+        if given.count(name) > 1 or not name:
+            raise ValueError(f"name={name!r}: expected a non-empty name for each ARM, none twice")
+    names: list[str] = []
+    for spec in specs:
+        stem = "arm" if isinstance(spec.model, nn.Module) else Path(spec.model).name or "arm"
+        name, number = spec.name or stem, 2
+        while spec.name is None and name in (*names, *given):
+            name, number = f"{stem}{number}", number + 1
+        names.append(name)
+    return names
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub repository, None where it has no tokenizer files."""
+    if source and any(find_file(source, name) for name in TOKENIZER_FILES):
+        return AutoTokenizer.from_pretrained(source)
+    return None
+
+
+def common_vocabulary(members: Sequence[Member]) -> int:
+    """Number of token ids that all members share: narrower of all logits and tokenizers.
+
+    Raises:
+        ValueError: two tokenizers disagree on one of them.
+    """
+    tokenizers = {id(member.tokenizer): member for member in members}
+    tokens = {key: id_to_token(member.tokenizer) for key, member in tokenizers.items()}
+    size = min(*(member.vocab_size for member in members), *(max(table) + 1 for table in tokens.values()))
+    base = members[0]
+    expected = tokens[id(base.tokenizer)]
+    for key, member in tokenizers.items():
+        for token_id in range(size):
+            if tokens[key].get(token_id) != expected.get(token_id):
+                raise ValueError(
+                    f"{member.name}: its tokenizer disagrees with the base's at token id {token_id}:"
+                    f" {tokens[key].get(token_id)!r}, expected {expected.get(token_id)!r} (common vocabulary: {size} tokens)"
+                )
+    return size
+
+
+def id_to_token(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+
+
+def end_of_sequence(base: Member, vocab_size: int) -> frozenset[int]:
+    """Token ids that end a response: the base's generation config, else its config, else its tokenizer."""
+    candidates = (
+        getattr(getattr(base.model, "generation_config", None), "eos_token_id", None),
+        base.model.config.get_text_config().eos_token_id,
+        base.tokenizer.eos_token_id,
+    )
+    eos = next((value for value in candidates if value is not None), [])
+    ids = frozenset([eos] if isinstance(eos, int) else eos)
+    if not any(token_id < vocab_size for token_id in ids):
+        warnings.warn(
+            f"no end-of-sequence id of the base ({sorted(ids)}) is below {vocab_size}: only limits end a text",
+            stacklevel=2,
+        )
+    return ids
