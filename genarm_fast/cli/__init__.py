@@ -1,0 +1,68 @@
+"""The `genarm-fast` command. Only the chosen command's module is imported, so `--help` needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from genarm_fast import __version__
+
+COMMANDS = {
+    "generate": ("genarm_fast.cli.generate", "guided text for one prompt, or for a JSON-lines file of them"),
+    "chat": ("genarm_fast.cli.chat", "talk to the guided model, changing weights as you go"),
+    "score": ("genarm_fast.cli.score", "rewards of given responses, and accuracy on preference pairs"),
+    "train": ("genarm_fast.train.cli", "train an ARM from preference pairs"),
+}
+EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 bad arguments or input, 130 interrupted"
+BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: the process's own). Returns the exit code; usage errors exit with 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv).parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"\ngenarm-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head`: nobody reads on; keep the interpreter's own flush from failing as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"genarm-fast {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, BAD_INPUT) else 1
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the arguments of the command that `argv` names."""
+    parser = argparse.ArgumentParser(
+        prog="genarm-fast",
+        description="Guided decoding with autoregressive reward models (GenARM).",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument("--version", action="version", version=f"genarm-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((arg for arg in argv if not arg.startswith("-")), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES)
+        if name == chosen:
+            # Python 3.14's own rule: lets `--weights -1,0.5` through, which older ones take for an option.
+            command._negative_number_matcher = re.compile(r"-\.?\d")  # type: ignore[attr-defined]
+            module = import_module(module_name)
+            module.add_arguments(command)
+            command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, (*BAD_INPUT, RuntimeError, OSError))
+    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"

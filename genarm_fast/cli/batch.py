@@ -1,0 +1,79 @@
+"""`genarm-fast generate --input --output`: checks, progress and summary of a batch job."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from genarm_fast import jobs
+from genarm_fast.cli.loading import formatted, load, resolve
+from genarm_fast.jobs.identity import digest, identity
+from genarm_fast.jsonlines import dumps, located
+from genarm_fast.params import SamplingParams
+
+SHOWN_ERRORS = 5
+
+
+def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
+    """Runs or resumes the job, all input checked before the first token. 1 if requests failed."""
+    if not (args.input and args.output) or args.prompt is not None or args.prompt_file:
+        raise ValueError("--input and --output: expected both, and no other prompt")
+    if args.stream:
+        raise ValueError("--stream: expected no --input with it")
+    requests = jobs.read_requests(args.input, params, arms=len(args.arm))
+    if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
+        raise ValueError(f"--output {args.output}: expected another file than --input")
+    setup = setup_digest(args)
+    heads = [request.head(setup) for request in requests]
+    console = Console(stderr=True, highlight=False)
+    with jobs.ResultsFile(args.output, heads, overwrite=args.overwrite) as results:
+        model = load(args)
+        requests = [replace(request, prompt=formatted(args, model, request.prompt)) for request in requests]
+        for request in requests:
+            with located(args.input, request.line):
+                model.prepare([request.prompt], request.params)
+        with _progress(console, len(requests), sum(results.answered)) as progress:
+            summary = jobs.run(model, requests, results, progress)
+    if args.json:
+        print(dumps(asdict(summary)))
+    for id, message in summary.errors[:SHOWN_ERRORS]:
+        console.print(f"id {dumps(id)}: {message}", style="red", markup=False)
+    failed = len(summary.errors)
+    console.print(
+        f"{args.output}: {summary.answered} answered, {summary.kept} kept from an earlier run, {failed} failed"
+        + (" (the same command tries them again)" if failed else ""),
+        markup=False,
+    )
+    return 1 if failed else 0
+
+
+def setup_digest(args: argparse.Namespace) -> str:
+    """Stands for what decides an answer besides its request: models, default weights, templates, precision."""
+    arms = [(identity(resolve(spec.model)), spec.weight, spec.name) for spec in args.arm]
+    chat_template = args.chat_template and args.chat_template.read_text(encoding="utf-8")
+    templates = (args.prompt_template, args.arm_prompt_template, chat_template, args.chat, args.system)
+    return digest([identity(resolve(args.base)), arms, templates, args.dtype])
+
+
+@contextmanager
+def _progress(console: Console, total: int, completed: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; gives the function that counts lines and tokens."""
+    started, generated = time.perf_counter(), 0
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=total, completed=completed)
+
+        def progress(lines: int, tokens: int) -> None:
+            nonlocal generated
+            generated += tokens
+            speed = f"{generated / (time.perf_counter() - started):.0f} tokens/s"
+            bar.update(task, advance=lines, description=speed)
+
+        yield progress

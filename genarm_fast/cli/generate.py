@@ -1,0 +1,79 @@
+"""`genarm-fast generate`: text for one prompt; with --input, a batch job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from genarm_fast.cli.display import show_report
+from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
+from genarm_fast.cli.options import add_sampling_arguments, sampling_params
+from genarm_fast.jsonlines import dumps
+from genarm_fast.params import check_weights
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Prompt, output, batch job, models and sampling."""
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt; none, or '-': what stdin gives")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    parser.add_argument("--stream", action="store_true", help="print text as it comes (a terminal's default)")
+    job = parser.add_argument_group("batch job")
+    job.add_argument("-i", "--input", type=Path, metavar="FILE", help="JSON lines: prompt, id, sampling parameters")
+    job.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON lines; an unfinished job is resumed")
+    job.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output file holds")
+    add_loading_arguments(parser)
+    add_format_arguments(parser)
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Text (or JSON) on stdout, all else on stderr."""
+    params = sampling_params(args)
+    if params.weights is not None:
+        check_weights(params.weights, len(args.arm))
+    if args.input or args.output:
+        from genarm_fast.cli.batch import run_job
+
+        return run_job(args, params)
+    if args.overwrite:
+        raise ValueError("--overwrite: expected --input and --output with it")
+    if args.stream and (args.json or params.n > 1):
+        raise ValueError("--stream: expected neither --json nor --n above 1 with it")
+    text = _prompt(args)
+    model = load(args)
+    prompt = formatted(args, model, text)
+    if args.json:
+        print(dumps(model.generate([prompt], params)[0].to_dict()))
+        return 0
+    if args.stream or (sys.stdout.isatty() and params.n == 1):
+        with model.stream(prompt, params) as stream:
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
+        print()
+        output = stream.output
+    else:
+        output = model.generate([prompt], params)[0]
+        for number, completion in enumerate(output.completions, 1):
+            if params.n > 1:
+                print(f"--- {number} of {params.n} ---")
+            print(completion.text)
+    show_report(Console(stderr=True), output, model.tokenizer)
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file and args.prompt is not None:
+        raise ValueError(f"--prompt-file {args.prompt_file}: expected no PROMPT with it")
+    if args.prompt_file:
+        text = args.prompt_file.read_text(encoding="utf-8")
+    elif args.prompt is None or args.prompt == "-":
+        if sys.stdin.isatty():
+            raise ValueError("PROMPT: expected a prompt, --prompt-file, or text on stdin")
+        text = sys.stdin.read()
+    else:
+        return args.prompt
+    return text.removesuffix("\n")

@@ -1,0 +1,143 @@
+"""Options that say which models to load and how, and the loading."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from genarm_fast.params import check_weights
+
+if TYPE_CHECKING:
+    from genarm_fast.api import GenARM
+    from genarm_fast.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """What `--arm` says. name None: the last part of the path."""
+
+    model: str
+    weight: float
+    name: str | None
+
+
+def arm_spec(text: str) -> ArmSpec:
+    """Parses `[NAME:]MODEL[=WEIGHT]`."""
+    model, weight = text, 1.0
+    head, found, tail = text.rpartition("=")
+    if found and not os.path.exists(text):  # a folder may have "=" in its name
+        try:
+            model, weight = head, float(tail)
+            check_weights(weight)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number after '=', got {tail!r}") from None
+    match = re.fullmatch(r"([\w.-]+):(.+)", model)
+    name = None
+    if match and match[1] != "demo":
+        name, model = match.groups()
+    if not model:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected [NAME:]MODEL[=WEIGHT]")
+    return ArmSpec(model, weight, name)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which models, how they are loaded, and their templates."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--base", required=True, metavar="MODEL", help="hub id, local folder, or `demo` (SmolLM2-135M)")
+    group.add_argument(
+        "--arm",
+        type=arm_spec,
+        action="append",
+        default=[],
+        metavar="[NAME:]MODEL[=WEIGHT]",
+        help="an ARM: hub id, model folder, adapter folder, or demo:positive, demo:concise, demo:harmless, demo:small; "
+        "repeat for several (default weight: 1)",
+    )
+    group.add_argument("--prompt-template", metavar="TEXT", help="the base's, around raw prompts: '...{prompt}...'")
+    group.add_argument("--arm-prompt-template", metavar="TEXT", help="the ARMs', instead of what their training recorded")
+    group.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file for the base, and ARMs without one")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of all members")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is any)")
+    group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
+    group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
+    group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="sequences decoded together (default: 16)")
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a text prompt reaches the members."""
+    group = parser.add_argument_group("prompt format")
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="a text prompt is a user's message (default where each member has a chat template and no prompt template)",
+    )
+    kind.add_argument("--raw", action="store_false", dest="chat", help="a text prompt is continued as it stands")
+    group.add_argument("--system", metavar="TEXT", help="system message of a chat")
+
+
+def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt:
+    """A text prompt as chat messages if that is how it is meant; other prompts as they are."""
+    if not isinstance(prompt, str):
+        return prompt
+    chat = args.chat
+    if chat is None:
+        chat = all(member.chat_template and member.prompt_template is None for member in model.members)
+    if not chat:
+        if args.system:
+            raise ValueError(f"--system {args.system!r}: expected a chat, but text is continued as it stands (see --chat)")
+        return prompt
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def load(args: argparse.Namespace) -> GenARM:
+    """The base and ARMs that the options name. Raises FileNotFoundError for folders that do not exist."""
+    base = resolve(args.base)
+    arms = [(spec, resolve(spec.model)) for spec in args.arm]
+    chat_template = args.chat_template.read_text(encoding="utf-8") if args.chat_template else None
+    console = Console(stderr=True)
+    with console.status("loading torch and transformers ..."):
+        import transformers
+
+        from genarm_fast.api import GenARM
+        from genarm_fast.members import ARM
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    return GenARM.from_pretrained(
+        base,
+        [
+            ARM(model, weight=spec.weight, name=spec.name, prompt_template=args.arm_prompt_template)
+            for spec, model in arms
+        ],
+        prompt_template=args.prompt_template,
+        chat_template=chat_template,
+        dtype=args.dtype,
+        device=args.device,
+        device_map=args.device_map,
+        attn_implementation=args.attn_implementation,
+        max_batch_size=args.max_batch_size,
+    )
+
+
+def resolve(source: str) -> str:
+    """The folder or hub id behind a name on the command line; the demo's base is fetched if need be."""
+    if source == "demo" or source.startswith("demo:"):
+        from genarm_fast import demo
+
+        return str(demo.base() if source == "demo" else demo.arm(source.removeprefix("demo:")))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"{source}: expected a model's folder, found none there")
+    return source

@@ -1,0 +1,83 @@
+"""The input file of a batch job.
+
+Each line is an object with `prompt` (text, chat messages or token ids), optionally `id` (any JSON value, by default the
+line number) and any field of SamplingParams.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from genarm_fast.jobs.identity import digest
+from genarm_fast.jsonlines import dumps, located, read_objects
+from genarm_fast.params import SamplingParams, check_weights
+from genarm_fast.prompts import Prompt, as_prompts
+
+FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")  # what JSON can express
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One input line. `params` has a seed."""
+
+    line: int
+    id: Any
+    prompt: Prompt
+    params: SamplingParams
+
+    def head(self, setup: str) -> dict[str, Any]:
+        """What its output line begins with: `setup` stands for the models, `request` for prompt and parameters."""
+        parameters = {name: getattr(self.params, name) for name in FIELDS}
+        return {"id": self.id, "setup": setup, "request": digest([self.prompt, parameters])}
+
+
+def read_requests(path: str | Path, defaults: SamplingParams, *, arms: int) -> list[JobRequest]:
+    """Reads and checks all lines. `defaults` are the parameters that a line leaves out; its seed is the job's seed
+    (None: 0), from which each line without a seed derives its own. `arms`: how many weights a list must have.
+
+    Raises ValueError naming file, line, field, value and expectation.
+    """
+    requests: list[JobRequest] = []
+    lines: dict[str, int] = {}
+    for number, row in read_objects(path):
+        with located(path, number):
+            request = _request(row, number, defaults, arms)
+            other = lines.setdefault(dumps(request.id), number)
+            if other != number:
+                raise ValueError(f"id={request.id!r}: expected each id once, line {other} has it too")
+        requests.append(request)
+    return requests
+
+
+def line_seed(job_seed: int, line: int) -> int:
+    """The seed of an input line, 64 bits."""
+    return int.from_bytes(hashlib.sha256(f"{job_seed}:{line}".encode()).digest()[:8], "little")
+
+
+def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: int) -> JobRequest:
+    unknown = sorted(set(row) - {"id", "prompt", *FIELDS})
+    if unknown:
+        raise ValueError(f"{unknown[0]}={row[unknown[0]]!r}: expected one of id, prompt, {', '.join(FIELDS)}")
+    if "prompt" not in row:
+        raise ValueError("prompt: expected text, chat messages or token ids, found none")
+    (prompt,) = as_prompts([row["prompt"]])
+    given = {name: row[name] for name in FIELDS if name in row}
+    if given.get("seed") is None:
+        given["seed"] = line_seed(defaults.seed or 0, line)
+    if given.get("logit_bias") is not None:
+        given["logit_bias"] = _biases(given["logit_bias"])
+    params = defaults.override(**given)
+    if params.weights is not None:
+        check_weights(params.weights, arms)
+    return JobRequest(line, row.get("id", line), prompt, params)
+
+
+def _biases(value: Any) -> dict[int, Any]:
+    """JSON has only text as keys."""
+    if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
+        raise ValueError(f"logit_bias={value!r}: expected an object from token ids to numbers")
+    return {int(key): bias for key, bias in value.items()}

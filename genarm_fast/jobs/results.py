@@ -1,0 +1,123 @@
+"""The output file of a batch job: whole lines, appended in order, each group synced to disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from genarm_fast.jsonlines import dumps, located
+
+_OTHERWISE = "; give another output file, or --overwrite to start anew"
+
+
+class ResultsFile:
+    """Line i begins with `heads[i]` and holds the answer to request i, or its `error`.
+
+    Opening checks the lines that are there, cuts off a half one, and locks the file until it is closed.
+    answered: for each line, True for an answer, False for an error.
+
+    Raises ValueError if the file holds another job's lines, BlockingIOError if a running job writes it.
+    """
+
+    def __init__(self, path: str | Path, heads: Sequence[Mapping[str, Any]], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.heads = heads
+        self.answered: list[bool] = []
+        self._file = _open_locked(self.path)
+        try:
+            self._file.truncate(0 if overwrite else self._check())
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._file.close()
+
+    def append(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the next lines at once; they are on disk when this returns."""
+        start = len(self.answered)
+        self._file.write(b"".join(self._line(index, result) for index, result in enumerate(results, start)))
+        _sync(self._file)
+        self.answered += ["error" not in result for result in results]
+
+    def replace(self, results: Mapping[int, Mapping[str, Any]]) -> None:
+        """Puts new results in the place of lines, by index: all of them or, if killed, none."""
+        path = self.path.resolve()
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.unlink(missing_ok=True)
+        file = _open_locked(temporary)
+        with open(path, "rb") as old:
+            file.writelines(self._line(i, results[i]) if i in results else line for i, line in enumerate(old))
+        _sync(file)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+        self._file.close()
+        self._file = file
+        for index, result in results.items():
+            self.answered[index] = "error" not in result
+
+    def _line(self, index: int, result: Mapping[str, Any]) -> bytes:
+        return dumps({**self.heads[index], **result}).encode() + b"\n"
+
+    def _check(self) -> int:
+        """Fills `answered` and returns how many bytes the whole lines take."""
+        size = 0
+        with open(self.path, "rb") as file:
+            for index, line in enumerate(file):
+                with located(self.path, index + 1):
+                    if index >= len(self.heads):
+                        raise ValueError(f"expected at most {len(self.heads)} lines, one per request{_OTHERWISE}")
+                    head = self.heads[index]
+                    if not line.endswith(b"\n"):
+                        start = dumps(head).encode()[:-1]
+                        if not (line.startswith(start) or start.startswith(line)):
+                            raise ValueError(f"expected a line of this job, found {line[:40]!r}{_OTHERWISE}")
+                        break
+                    self.answered.append("error" not in _checked_row(line, head))
+                size += len(line)
+        return size
+
+
+def _checked_row(line: bytes, head: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+        found = {name: row[name] for name in head}
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"expected a line of this job, found {line[:40]!r}{_OTHERWISE}") from None
+    if found["setup"] != head["setup"]:
+        raise ValueError(f"made with other models, templates or dtype than this job's{_OTHERWISE}")
+    if found != head:
+        raise ValueError(
+            f"id {found['id']!r} was answered for another prompt or other parameters than this job's{_OTHERWISE}"
+        )
+    return row
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    file = open(path, "ab")  # noqa: SIM115 (its owner closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(f"{path}: another running job writes it") from None
+    return file
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes a rename last before anything is appended under the new name."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
