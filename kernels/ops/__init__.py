@@ -1,6 +1,6 @@
 """Kernels of guided decoding, usable alone: tensors in, tensors out (one op per file)."""
 
-from .guided_sample import GuidedSample, guided_sample
+from .guided_sample import GuidedSample, guided_sample, guided_sample_reference
 from .philox import gumbel, seed_tensor
 
-__all__ = ["GuidedSample", "guided_sample", "gumbel", "seed_tensor"]
+__all__ = ["GuidedSample", "guided_sample", "guided_sample_reference", "gumbel", "seed_tensor"]
