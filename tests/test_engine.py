@@ -1,0 +1,217 @@
+"""The decode loop against the naive reference, token for token in float32."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build_model
+
+from genarm_fast import ARM, GenARM, SamplingParams, reference
+from genarm_fast.outputs import Completion, GenerationOutput
+
+
+def reference_completion(model: GenARM, output: GenerationOutput, completion: Completion, **params: Any):
+    """The naive decoder's answer to the request behind a completion."""
+    prompts = [output.prompt_token_ids] * len(model.members)
+    eos = set() if params.pop("ignore_eos", False) else model.eos_token_ids
+    params["stop_token_ids"] = [*eos, *params.get("stop_token_ids", ())]
+    return reference.generate(
+        model.base.model,
+        [arm.model for arm in model.arms],
+        params.pop("prompts", prompts),
+        params.pop("weights"),
+        seed=completion.seed,
+        vocab_size=model.vocab_size,
+        **params,
+    )
+
+
+def assert_equals_reference(model: GenARM, output: GenerationOutput, **params: Any) -> None:
+    for completion in output.completions:
+        expected = reference_completion(model, output, completion, **params)
+        assert completion.token_ids == expected.tokens
+        if completion.logprobs is not None:
+            assert [t.logprob for t in completion.logprobs] == pytest.approx(expected.logprobs, abs=1e-4)
+        if completion.rewards is not None:
+            for i, name in enumerate(model.arm_names):
+                rewards = [values[i + 1] for values in expected.member_logprobs]
+                assert completion.rewards[name].tokens == pytest.approx(rewards, abs=1e-4)
+
+
+def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[list[int]]:
+    return [[rng.randrange(2, 300) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def random_params(rng: random.Random, arms: int) -> dict[str, Any]:
+    """Parameters that the reference knows; each is left alone about half of the time."""
+
+    def maybe(value: Any, default: Any) -> Any:
+        return value if rng.random() < 0.4 else default
+
+    return {
+        "weights": [rng.choice([0.0, 0.5, 1.0, -0.7, 2.0]) for _ in range(arms)],
+        "temperature": rng.choice([0.0, 0.3, 1.0, 1.7]),
+        "top_k": maybe(rng.randint(1, 40), 0),
+        "top_p": maybe(rng.uniform(0.3, 1.0), 1.0),
+        "min_p": maybe(rng.uniform(0.0, 0.3), 0.0),
+        "max_new_tokens": rng.randint(1, 14),
+        "min_new_tokens": maybe(1, 0),
+        "stop_token_ids": maybe([rng.randrange(2, 300) for _ in range(30)], []),
+        "ignore_eos": maybe(True, False),
+        "repetition_penalty": maybe(rng.uniform(0.7, 1.8), 1.0),
+        "logit_bias": maybe({rng.randrange(300): rng.choice([3.0, -2.0, -torch.inf]) for _ in range(4)}, None),
+    }
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_equals_the_reference(tiny_model, tokenizer, case):
+    """Batches of unequal prompts with different parameters each, for 0 to 3 ARMs."""
+    rng = random.Random(case)
+    arms = [tiny_model(seed=i + 1) for i in range(case % 4)]
+    model = GenARM.from_pretrained(tiny_model(seed=0), arms, tokenizer=tokenizer, max_batch_size=rng.randint(1, 4))
+    prompts = random_prompts(rng, rng.randint(1, 4))
+    params = [random_params(rng, len(arms)) for _ in prompts]
+    shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3]), "n": rng.randint(1, 2)}
+    outputs = model.generate(prompts, [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params])
+    for prompt, output, each in zip(prompts, outputs, params):
+        assert output.prompt_token_ids == prompt
+        assert_equals_reference(model, output, **each)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tiny_model, tokenizer, family):
+    """Unequal prompts, some longer than the sliding windows of 8 tokens, with rows that end early."""
+    rng = random.Random(family)
+    model = GenARM.from_pretrained(tiny_model(family), tiny_model(family, seed=1), tokenizer=tokenizer)
+    params = {"max_new_tokens": 14, "stop_token_ids": list(range(2, 300, 9)), "weights": [0.8]}
+    outputs = model.generate(random_prompts(rng, 5, 25), [SamplingParams(seed=i, **params) for i in range(5)])
+    assert len({len(output.token_ids) for output in outputs}) > 1
+    for output in outputs:
+        assert_equals_reference(model, output, **params)
+
+
+def test_a_request_does_not_see_its_neighbours(tiny_model, tokenizer):
+    """The same tokens alone, in any batch, at any place in it."""
+    rng = random.Random(0)
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=3)
+    prompts = random_prompts(rng, 7, 30)
+    params = [SamplingParams(seed=i, max_new_tokens=5 + i) for i in range(7)]
+    together = [output.token_ids for output in model.generate(prompts, params)]
+    alone = [model.generate(prompt, each)[0].token_ids for prompt, each in zip(prompts, params)]
+    backwards = [output.token_ids for output in model.generate(prompts[::-1], params[::-1])][::-1]
+    assert together == alone == backwards
+
+
+def test_seeds(tiny_model, tokenizer):
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    first, again = (model.generate([5, 6], params, seed=2**64 - 1)[0] for _ in range(2))
+    assert first.token_ids == again.token_ids
+    assert first.seed == 2**64 - 1
+    free, other = (model.generate([5, 6], params)[0] for _ in range(2))
+    assert free.token_ids != other.token_ids
+    assert model.generate([5, 6], params, seed=free.seed)[0].token_ids == free.token_ids
+
+
+def test_completions_of_one_prompt(tiny_model, tokenizer):
+    """n completions differ, and each is what its seed gives alone; more of them than fit into one batch."""
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=3)
+    output = model.generate([9, 8, 7], max_new_tokens=8, n=5, seed=11)[0]
+    assert len({tuple(completion.token_ids) for completion in output.completions}) == 5
+    assert output.completions[0].seed == 11
+    for completion in output.completions:
+        assert model.generate([9, 8, 7], max_new_tokens=8, seed=completion.seed)[0].token_ids == completion.token_ids
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_weight_zero_is_hugging_face_greedy(tiny_model, tokenizer, family):
+    base = tiny_model(family)
+    model = GenARM.from_pretrained(base, tiny_model(family, seed=1), tokenizer=tokenizer)
+    prompts = random_prompts(random.Random(1), 4)
+    outputs = model.generate(prompts, weights=0, temperature=0, max_new_tokens=20)
+    for prompt, output in zip(prompts, outputs):
+        expected = base.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, pad_token_id=0)
+        assert output.token_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_unweighted_arms_are_not_run_unless_their_rewards_are_asked_for(tiny_model, tokenizer, monkeypatch):
+    arm = tiny_model(seed=5)
+    model = GenARM.from_pretrained(tiny_model(), arm, tokenizer=tokenizer)
+    plain = model.generate([5, 6], weights=0, rewards=True, seed=1, max_new_tokens=9)[0]
+    monkeypatch.setattr(arm, "forward", lambda **_: pytest.fail("the ARM ran"))
+    output = model.generate([5, 6], weights=0, seed=1, max_new_tokens=9)[0]
+    assert output.token_ids == plain.token_ids
+    assert len(plain.rewards["arm"].tokens) == len(plain.token_ids)
+
+
+def test_own_templates_give_own_positions(tiny_model, tokenizer, bos_tokenizer):
+    """Members may see prompts of different lengths; the response is shared."""
+    base, arm = tiny_model(), tiny_model(seed=1)
+    model = GenARM.from_pretrained(
+        base,
+        ARM(arm, prompt_template="the answer to {prompt} is:"),
+        tokenizer=bos_tokenizer,
+        prompt_template="Q {prompt} A",
+    )
+    texts = ["hi", "the cat sat on the mat"]
+    outputs = model.generate(texts, max_new_tokens=9, weights=1.5, seed=2)
+    for text, output in zip(texts, outputs):
+        prompts = [bos_tokenizer(t)["input_ids"] for t in (f"Q {text} A", f"the answer to {text} is:")]
+        assert len(prompts[0]) != len(prompts[1])
+        assert_equals_reference(model, output, max_new_tokens=9, weights=[1.5], prompts=prompts)
+
+
+@pytest.mark.parametrize("widths", [(300, 304), (320, 300), (304, 320)])
+def test_vocabulary_padding(tiny_model, tokenizer, widths):
+    """Members of different widths: only the 300 tokens that all of them and the tokenizer share are ever drawn."""
+    base, arm = (tiny_model(seed=i, vocab_size=width) for i, width in enumerate(widths))
+    model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
+    assert model.vocab_size == 300
+    output = model.generate([7, 8], max_new_tokens=30, temperature=3.0, seed=4, rewards=True, logprobs=2)[0]
+    assert_equals_reference(model, output, max_new_tokens=30, temperature=3.0, weights=[1.0])
+
+
+def test_list_of_end_tokens(tiny_model, tokenizer):
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
+    free = model.generate([5, 6], seed=1, ignore_eos=True, max_new_tokens=10)[0].token_ids
+    ended = tiny_model(eos_token_id=[1, free[4]])
+    model = GenARM.from_pretrained(ended, tokenizer=tokenizer)
+    output = model.generate([5, 6], seed=1, max_new_tokens=10)[0]
+    stop = free.index(free[4])
+    assert output.token_ids == free[: stop + 1]
+    assert (output.finish_reason, output.completions[0].stop_reason) == ("stop", free[4])
+    assert output.text == tokenizer.decode(free[:stop])
+
+
+def test_processors_see_prompt_and_output(tiny_model, tokenizer):
+    """Hugging Face processors and callables act on normalised log-probabilities of the combination."""
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    seen = []
+
+    def spy(input_ids, scores):
+        seen.append((input_ids[0].tolist(), float(scores.logsumexp(-1))))
+        return scores
+
+    processors = [NoRepeatNGramLogitsProcessor(1), spy]
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
+    output = model.generate([5, 6], logits_processors=processors, temperature=0, max_new_tokens=20, ignore_eos=True)[0]
+    assert len({5, 6, *output.token_ids}) == 22
+    assert [ids for ids, _ in seen] == [[5, 6, *output.token_ids[:i]] for i in range(20)]
+    assert seen[0][1] < 0  # two tokens are banned
+    params = {"logits_processors": processors, "temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
+    assert_equals_reference(model, output, weights=[1.0], **params)
+
+
+def test_user_model_is_left_as_it_was(tokenizer):
+    model = build_model("llama", 0, attention_dropout=0.5).train()
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    guided = GenARM.from_pretrained(model, model, tokenizer=tokenizer)
+    first, second = (guided.generate([5, 6], seed=1, max_new_tokens=9)[0].token_ids for _ in range(2))
+    assert first == second  # no dropout
+    assert model.training
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    assert guided.base.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()

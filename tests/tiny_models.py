@@ -1,0 +1,61 @@
+"""Tiny random models and a tokenizer that can spell every string."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+BOS, EOS = "<s>", "</s>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+TEXT = [
+    "the cat sat on the mat",
+    "a man and the sea",
+    "there is no place like home",
+    "that and this and the other thing",
+]
+VOCAB_SIZE = 300
+LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gpt2": {},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 6},
+}
+
+
+def build_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXT * 4, trainer)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS)
+    made.chat_template = CHAT_TEMPLATE
+    assert len(made) == VOCAB_SIZE
+    return made
+
+
+def build_model(family: str, seed: int, vocab_size: int = VOCAB_SIZE, **config: object) -> PreTrainedModel:
+    """Weights are large enough that every token of the context matters."""
+    settings = {"max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
+    settings |= LAYERS | FAMILIES[family] | {"vocab_size": vocab_size} | config
+    if family == "gpt2":  # it has other names for some of them
+        settings = {"n_inner" if name == "intermediate_size" else name: value for name, value in settings.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
+    return model.eval()
