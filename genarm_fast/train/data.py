@@ -1,0 +1,193 @@
+"""Preference pairs from JSON lines or `datasets`: format detection, checks, and the held-out split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..jsonlines import located, read_objects
+from .config import TrainConfig
+
+Message = dict[str, str]
+TURN = "\n\nAssistant:"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison. `row` counts from 0. An incomplete response was cut on purpose and gets no EOS."""
+
+    row: int
+    prompt: str | list[Message]
+    chosen: str
+    rejected: str
+    chosen_complete: bool = True
+    rejected_complete: bool = True
+
+    @property
+    def key(self) -> str:
+        """The prompt as text: what the held-out split is drawn by."""
+        return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
+
+
+@dataclass
+class Pairs:
+    """Pairs of one source. `dropped` counts reasons."""
+
+    format: str
+    pairs: list[Pair]
+    dropped: Counter[str]
+    rows: int
+
+
+class Dropped(Exception):
+    """This row is well-formed but no usable pair."""
+
+
+def load_pairs(source: str, *, dataset_split: str = "train") -> Pairs:
+    """Reads every row; the first one tells the format, "text", "messages" or "transcript".
+
+    Raises:
+        ValueError: a malformed row, naming source, line and field; no usable pair.
+    """
+    format = ""
+    pairs: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    seen: set[bytes] = set()
+    rows = 0
+    for number, row in _rows(source, dataset_split):
+        with located(source, number):
+            found = _detect(row)
+            format = format or found
+            if found != format:
+                raise ValueError(f"expected the format {format!r} of the first line, got {found!r}")
+            try:
+                pair = _PARSERS[format](rows, row)
+                identity = hashlib.sha256("\0".join((pair.key, pair.chosen, pair.rejected)).encode()).digest()
+                if identity in seen:
+                    raise Dropped("duplicate")
+                seen.add(identity)
+                pairs.append(pair)
+            except Dropped as reason:
+                dropped[str(reason)] += 1
+        rows += 1
+    if not pairs:
+        raise ValueError(f"{source}: expected preference pairs, found none usable in {rows} rows ({dict(dropped)})")
+    return Pairs(format, pairs, dropped, rows)
+
+
+def split_pairs(pairs: list[Pair], config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) pairs; depends on rows or prompts alone, so every caller with this config agrees.
+
+    By hash, all pairs of one prompt land on the same side.
+    """
+    if config.eval_data is not None:
+        return pairs, load_pairs(config.eval_data, dataset_split=config.dataset_split).pairs
+    held = [pair for pair in pairs if is_held_out(pair, config)]
+    return [pair for pair in pairs if not is_held_out(pair, config)], held
+
+
+def is_held_out(pair: Pair, config: TrainConfig) -> bool:
+    if config.holdout_every is not None:
+        return pair.row % config.holdout_every == 0
+    digest = hashlib.sha256(f"{config.seed}\0{pair.key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < config.holdout_fraction * 2**64
+
+
+def _rows(source: str, dataset_split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    if Path(source).is_file():
+        yield from read_objects(source)
+    elif source.endswith((".jsonl", ".json", ".gz")):
+        raise ValueError(f"data={source!r}: expected a file that exists, or a `datasets` id")
+    else:
+        from datasets import load_dataset
+
+        yield from enumerate(load_dataset(source, split=dataset_split), 1)
+
+
+def _detect(row: Mapping[str, Any]) -> str:
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise ValueError(f"field {name!r} is missing, found {sorted(row)}")
+    if any(isinstance(row.get(name), list) for name in ("prompt", "chosen", "rejected")):
+        return "messages"
+    return "text" if row.get("prompt") is not None else "transcript"
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    if not isinstance(row.get(name), str):
+        raise ValueError(f"field {name!r}: expected a string, got {row.get(name)!r:.60}")
+    return row[name]
+
+
+def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
+    value = row[name]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field {name!r}: expected a list of messages, got {value!r:.60}")
+    for message in value:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise ValueError(
+                f"field {name!r}: expected messages with 'role' and 'content' strings, got {message!r:.60}"
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _pair(index: int, row: Mapping[str, Any], prompt: str | list[Message], chosen: str, rejected: str) -> Pair:
+    complete = []
+    for name in ("chosen_complete", "rejected_complete"):
+        value = row.get(name, True)
+        if not isinstance(value, bool):
+            raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
+        complete.append(value)
+    if chosen == rejected:
+        raise Dropped("chosen equals rejected")
+    if not chosen.strip() or not rejected.strip():
+        raise Dropped("empty response")
+    return Pair(index, prompt, chosen, rejected, *complete)
+
+
+def _parse_text(index: int, row: Mapping[str, Any]) -> Pair:
+    return _pair(index, row, _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
+
+
+def _parse_transcript(index: int, row: Mapping[str, Any]) -> Pair:
+    texts = [_text(row, name) for name in ("chosen", "rejected")]
+    cuts = [text.rfind(TURN) for text in texts]
+    for name, cut in zip(("chosen", "rejected"), cuts):
+        if cut < 0:
+            raise ValueError(f"field {name!r}: expected a transcript with {TURN!r}, or a 'prompt' field")
+    prompts = [text[: cut + len(TURN)] for text, cut in zip(texts, cuts)]
+    if prompts[0] != prompts[1]:
+        raise Dropped("transcripts differ before the last turn")
+    return _pair(index, row, prompts[0], texts[0][len(prompts[0]) :], texts[1][len(prompts[1]) :])
+
+
+def _parse_messages(index: int, row: Mapping[str, Any]) -> Pair:
+    prompt = row.get("prompt")
+    prefix = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(row, "prompt") if prompt else []
+    )
+    sides = [
+        [{"role": "assistant", "content": row[name]}] if isinstance(row[name], str) else _messages(row, name)
+        for name in ("chosen", "rejected")
+    ]
+    # Some data sets repeat the prompt in front of each response.
+    sides = [side[len(prefix) :] if side[: len(prefix)] == prefix else side for side in sides]
+    while len(sides[0]) > 1 and len(sides[1]) > 1 and sides[0][0] == sides[1][0]:
+        prefix = [*prefix, sides[0][0]]
+        sides = [side[1:] for side in sides]
+    if not prefix:
+        raise ValueError("field 'prompt': expected messages before the responses, found none")
+    for name, side in zip(("chosen", "rejected"), sides):
+        if len(side) != 1 or side[0]["role"] != "assistant":
+            raise ValueError(
+                f"field {name!r}: expected one assistant message after the prompt, got {len(side)} messages"
+            )
+    return _pair(index, row, prefix, sides[0][0]["content"], sides[1][0]["content"])
+
+
+_PARSERS = {"text": _parse_text, "messages": _parse_messages, "transcript": _parse_transcript}

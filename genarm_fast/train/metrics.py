@@ -1,0 +1,81 @@
+"""What held-out pairs say about an ARM, length bias included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pair_losses(logps: Tensor, beta: float) -> Tensor:
+    """−log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l)) of N pairs, from [2N] sums, chosen first (arXiv 2410.08193, eq. 5)."""
+    chosen, rejected = logps.chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+@dataclass
+class PairStats:
+    """Collects rewards and lengths of pairs, then summarises them. Rewards are Σ log π in nats, without β_r."""
+
+    beta: float
+    chosen: list[float] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+    chosen_tokens: list[int] = field(default_factory=list)
+    rejected_tokens: list[int] = field(default_factory=list)
+
+    def add(self, logps: Tensor, tokens: Tensor) -> None:
+        """`logps`, `tokens`: [2N], chosen first."""
+        for values, sides in (
+            (logps.tolist(), (self.chosen, self.rejected)),
+            (tokens.tolist(), (self.chosen_tokens, self.rejected_tokens)),
+        ):
+            half = len(values) // 2
+            sides[0].extend(values[:half])  # type: ignore[arg-type]
+            sides[1].extend(values[half:])  # type: ignore[arg-type]
+
+    def summary(self) -> dict[str, float]:
+        """Accuracy counts ties as half. `length_*` say how much of it length explains."""
+        n = len(self.chosen)
+        if not n:
+            return {}
+        chosen, rejected = (
+            torch.tensor(self.chosen, dtype=torch.float64),
+            torch.tensor(self.rejected, dtype=torch.float64),
+        )
+        margin = chosen - rejected
+        longer = torch.tensor(self.chosen_tokens, dtype=torch.float64) - torch.tensor(
+            self.rejected_tokens, dtype=torch.float64
+        )
+        accuracy = _wins(margin)
+        result = {
+            "pairs": n,
+            "loss": float(-F.logsigmoid(self.beta * margin).mean()),
+            "accuracy": accuracy,
+            "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / n),
+            "margin_mean": float(margin.mean()),
+            "margin_std": float(margin.std(correction=0)),
+            "reward_chosen": float(chosen.mean()),
+            "reward_rejected": float(rejected.mean()),
+            "tokens_chosen": sum(self.chosen_tokens) / n,
+            "tokens_rejected": sum(self.rejected_tokens) / n,
+            "length_baseline_accuracy": _wins(-longer),
+            "length_margin_correlation": _correlation(margin, longer),
+        }
+        for name, mask in (("chosen_longer", longer > 0), ("chosen_shorter", longer < 0)):
+            if mask.any():
+                result[f"accuracy_{name}"] = _wins(margin[mask])
+        return result
+
+
+def _wins(margin: Tensor) -> float:
+    return float(((margin > 0).double() + 0.5 * (margin == 0).double()).mean())
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(a.norm() * b.norm())
+    return float(a @ b) / scale if scale else 0.0
