@@ -16,7 +16,7 @@ from .members import ARM, Member, common_vocabulary, end_of_sequence, load_membe
 from .outputs import ArmRewards, GenerationOutput, ScoreOutput, Timing, Usage
 from .params import SamplingParams, check_weights
 from .progress import progress_bar
-from .prompts import as_prompts, check_context, encode_prompt
+from .prompts import Prompt, as_prompts, check_context, encode_prompt, encode_response
 from .requests import Request, Row
 from .score import response_logprobs
 from .stream import Stream
@@ -27,8 +27,8 @@ Source = str | os.PathLike[str] | nn.Module
 class GenARM:
     """A frozen base model steered by autoregressive reward models (arXiv 2410.08193).
 
-    Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other is
-    ever drawn), eos_token_ids, max_batch_size.
+    Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other
+    is ever drawn), eos_token_ids, max_batch_size.
     """
 
     def __init__(self, members: Sequence[Member], *, max_batch_size: int = 16) -> None:
@@ -64,8 +64,8 @@ class GenARM:
             base: hub id, local folder, PEFT adapter folder, or a loaded model (never modified; used in eval mode).
             arms: one or several of the same, or `ARM`s.
             tokenizer, prompt_template, chat_template: the base's, instead of those in its folder.
-            dtype, device_map, quantization_config, attn_implementation, model_kwargs: to transformers' `from_pretrained`,
-                for every member that is not loaded yet. Load a member yourself to treat it differently.
+            dtype, device_map, quantization_config, attn_implementation, model_kwargs: to transformers'
+                `from_pretrained`, for every member that is not loaded yet. Load one yourself to treat it differently.
             device: where to put such members; default: CUDA if there is any, else the CPU.
             max_batch_size: rows that are decoded together.
 
@@ -154,7 +154,7 @@ class GenARM:
             responses = [responses]
         if len(responses) != len(parsed):
             raise ValueError(f"responses: expected {len(parsed)}, one per prompt, got {len(responses)}")
-        targets = [self._response_ids(i, response, append_eos) for i, response in enumerate(responses)]
+        targets = [self._response_ids(i, parsed[i], response, append_eos) for i, response in enumerate(responses)]
         encoded = [[encode_prompt(m, p, i, self.vocab_size) for m in self.members] for i, p in enumerate(parsed)]
         for i, (ids, target) in enumerate(zip(encoded, targets)):
             for member, prompt_ids in zip(self.members, ids):
@@ -228,11 +228,11 @@ class GenARM:
             timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
         )
 
-    def _response_ids(self, index: int, response: str | Sequence[int], append_eos: bool) -> list[int]:
-        if isinstance(response, str):
+    def _response_ids(self, index: int, prompt: Prompt, response: str | Sequence[int], append_eos: bool) -> list[int]:
+        if isinstance(response, str) and append_eos:
+            ids = encode_response(self.base, prompt, response, self.eos_token_ids)
+        elif isinstance(response, str):
             ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
-            if append_eos and self.tokenizer.eos_token_id is not None:
-                ids.append(self.tokenizer.eos_token_id)
         else:
             ids = [int(token) for token in response]
         if not ids:

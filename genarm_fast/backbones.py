@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import warnings
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
+
+from .fingerprint import fingerprint
 
 Source = str | os.PathLike[str]
 
@@ -61,8 +62,7 @@ class Backbones:
         self.device = device if device_map is None else None
         self.kwargs = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config, **kwargs}
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
-        self.loaded: dict[str, PreTrainedModel] = {}  # source → bare model, without adapters
-        self.prints: dict[str, str] = {}
+        self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
 
     def load(self, role: str, source: Source | nn.Module) -> nn.Module:
         """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
@@ -72,11 +72,11 @@ class Backbones:
             return self._load_adapter(role, os.fspath(source))
         return self._load_bare(role, source)
 
-    def adopt(self, source: str, model: nn.Module) -> None:
-        """Let adapters share the weights of `model`, the bare model behind `source`."""
-        self.loaded[source] = model
+    def adopt(self, name: str, model: nn.Module) -> None:
+        """Let adapters share the weights of a model that was given, not loaded."""
+        self.loaded[os.path.realpath(name) if os.path.isdir(name) else name] = model
 
-    def _load_bare(self, role: str, source: Source) -> PreTrainedModel:
+    def _load_bare(self, role: str, source: Source) -> Any:
         key = os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
         if key not in self.loaded:
             if os.path.isabs(source) and not os.path.isdir(source):
@@ -98,38 +98,26 @@ class Backbones:
         adapted = PeftModel.from_pretrained(share_weights(base), source, autocast_adapter_dtype=False)
         return adapted.get_base_model().eval()
 
-    def _adapter_base(self, role: str, source: str, base: str | None) -> PreTrainedModel:
+    def _adapter_base(self, role: str, source: str, base: str | None) -> Any:
         """The loaded model that the adapter was trained on, else its own base, checked by fingerprint."""
         expected = read_json(source, "genarm.json").get("base_fingerprint")
-        for key, model in self.loaded.items():
-            if expected and self._fingerprint(key, model) == expected:
+        for model in self.loaded.values():
+            if expected is not None and fingerprint(model) == expected:
                 return model
         loaded = ", ".join(map(repr, self.loaded)) or "none"
-        if not base:
-            raise ValueError(
-                f"{role}={source!r}: its adapter_config.json names no base, and it fits no loaded model ({loaded})"
-            )
+        wanted = f"{role}={source!r} is an adapter of {base!r}"
         try:
-            model = self._load_bare(role, base)
+            model = self._load_bare(role, base or "")
         except OSError as error:
             raise ValueError(
-                f"{role}={source!r} is an adapter of {base!r}, which can't be loaded; expected an adapter of a loaded"
-                f" model ({loaded})"
+                f"{wanted}, which can't be loaded; expected an adapter of a loaded model ({loaded})"
             ) from error
-        if expected is None:
-            warnings.warn(
-                f"{role}={source!r} records no fingerprint of its base: {base!r} is taken unchecked", stacklevel=2
-            )
-        elif self._fingerprint(base, model) != expected:
+        found = fingerprint(model)
+        if expected is None or found is None:
+            warnings.warn(f"{wanted}: no fingerprint to check that against, so it is believed", stacklevel=2)
+        elif found != expected:
             raise ValueError(
-                f"{role}={source!r} is an adapter of {base!r} with fingerprint {expected}; expected one of the loaded"
-                f" models ({loaded}), whose weights differ"
+                f"{wanted} with fingerprint {expected}; expected one of the loaded models ({loaded}), but their weights"
+                f" differ from those it was trained on (fingerprint {found})"
             )
         return model
-
-    def _fingerprint(self, key: str, model: nn.Module) -> str:
-        from .fingerprint import fingerprint
-
-        if key not in self.prints:
-            self.prints[key] = fingerprint(model)
-        return self.prints[key]

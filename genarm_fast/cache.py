@@ -48,9 +48,9 @@ class MemberCache:
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row may be repeated."""
         assert self.mask is not None
-        index = torch.tensor(rows, device=self.device)
+        index = torch.LongTensor(rows).to(self.device)
         self.mask = self.mask[index]
-        self.cache.reorder_cache(index)  # every layer type indexes its batch dimension with it
+        self.cache.reorder_cache(index)  # type: ignore[arg-type]  # indexes the batch dimension of every layer
 
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

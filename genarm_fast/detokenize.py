@@ -9,16 +9,18 @@ from transformers import PreTrainedTokenizerBase
 REPLACEMENT = "\ufffd"  # what a decoder makes of an unfinished UTF-8 sequence
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
     """Text of all tokens at once, special tokens left out."""
-    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # a list of texts for lists of lists only
+    return text
 
 
 class Detokenizer:
     """Incremental `decode`.
 
-    A token's text depends on its neighbours (spaces, bytes of one character), so the last settled piece is decoded again
-    together with the new tokens, and what it adds is the new text. Held back while it ends inside a character.
+    A token's text depends on its neighbours (spaces, bytes of one character), so the last settled piece is decoded
+    again together with the new tokens, and what they add is the new text; held back while it ends inside a character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

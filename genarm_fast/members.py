@@ -61,7 +61,7 @@ class Member:
     """A loaded member. `weight` is the ARM's default weight."""
 
     name: str
-    model: nn.Module
+    model: Any  # a transformers causal LM in eval mode
     tokenizer: PreTrainedTokenizerBase
     prompt_template: str | None = None
     chat_template: str | None = None
@@ -88,7 +88,7 @@ class Member:
     @property
     def device(self) -> torch.device:
         """Where its token ids go."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr, return-value]
+        return self.model.get_input_embeddings().weight.device
 
 
 def load_members(
@@ -112,7 +112,7 @@ def load_members(
     model = backbones.load("base", base)
     source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
     if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
-        backbones.adopt(source or "the given base", model)
+        backbones.adopt(str(source) or "the given base", model)
     recorded = {} if isinstance(base, nn.Module) else read_json(base, "genarm.json")
     base_tokenizer = tokenizer or load_tokenizer(source)
     if base_tokenizer is None:
@@ -182,36 +182,31 @@ def common_vocabulary(members: Sequence[Member]) -> int:
         ValueError: two tokenizers disagree on one of them.
     """
     tokenizers = {id(member.tokenizer): member for member in members}
-    tokens = {key: id_to_token(member.tokenizer) for key, member in tokenizers.items()}
+    tokens = {
+        key: {i: token for token, i in member.tokenizer.get_vocab().items()} for key, member in tokenizers.items()
+    }
     size = min(*(member.vocab_size for member in members), *(max(table) + 1 for table in tokens.values()))
-    base = members[0]
-    expected = tokens[id(base.tokenizer)]
+    expected = tokens[id(members[0].tokenizer)]
     for key, member in tokenizers.items():
-        for token_id in range(size):
-            if tokens[key].get(token_id) != expected.get(token_id):
+        for i in range(size):
+            if tokens[key].get(i) != expected.get(i):
                 raise ValueError(
-                    f"{member.name}: its tokenizer disagrees with the base's at token id {token_id}:"
-                    f" {tokens[key].get(token_id)!r}, expected {expected.get(token_id)!r} (common vocabulary: {size} tokens)"
+                    f"{member.name}: its tokenizer disagrees with the base's at token id {i} of the {size} in common:"
+                    f" got {tokens[key].get(i)!r}, expected {expected.get(i)!r}"
                 )
     return size
 
 
-def id_to_token(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-
-
 def end_of_sequence(base: Member, vocab_size: int) -> frozenset[int]:
     """Token ids that end a response: the base's generation config, else its config, else its tokenizer."""
-    candidates = (
-        getattr(getattr(base.model, "generation_config", None), "eos_token_id", None),
+    generation_config = getattr(base.model, "generation_config", None)
+    candidates: tuple[int | list[int] | None, ...] = (
+        getattr(generation_config, "eos_token_id", None),
         base.model.config.get_text_config().eos_token_id,
         base.tokenizer.eos_token_id,
     )
     eos = next((value for value in candidates if value is not None), [])
     ids = frozenset([eos] if isinstance(eos, int) else eos)
     if not any(token_id < vocab_size for token_id in ids):
-        warnings.warn(
-            f"no end-of-sequence id of the base ({sorted(ids)}) is below {vocab_size}: only limits end a text",
-            stacklevel=2,
-        )
+        warnings.warn(f"end-of-sequence ids {sorted(ids)} of the base: expected one below {vocab_size}", stacklevel=2)
     return ids

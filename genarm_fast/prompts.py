@@ -66,9 +66,7 @@ def encode_prompt(member: Member, prompt: Prompt, index: int, vocab_size: int) -
             raise ValueError(
                 f"prompts[{index}]: {member.name} has no chat template: pass chat_template, or a string as prompt"
             )
-        text = tokenizer.apply_chat_template(
-            prompt, chat_template=member.chat_template, tokenize=False, add_generation_prompt=True
-        )
+        text = render_chat(member, prompt, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = prompt
@@ -78,17 +76,39 @@ def encode_prompt(member: Member, prompt: Prompt, index: int, vocab_size: int) -
         raise ValueError(f"prompts[{index}]={prompt!r}: {member.name}'s tokenizer makes no token of it")
     if max(ids) >= member.vocab_size:
         raise ValueError(
-            f"prompts[{index}]: token id {max(ids)}: expected less than {member.vocab_size}, the vocabulary of {member.name}"
+            f"prompts[{index}]: token id {max(ids)}: expected less than {member.vocab_size}, {member.name}'s vocabulary"
         )
     return list(ids)
+
+
+def render_chat(member: Member, messages: Any, **kwargs: Any) -> str:
+    """Chat messages as the text that a member's template makes of them."""
+    text = member.tokenizer.apply_chat_template(messages, chat_template=member.chat_template, tokenize=False, **kwargs)
+    return str(text)
+
+
+def encode_response(member: Member, prompt: Prompt, response: str, eos_token_ids: frozenset[int]) -> list[int]:
+    """Token ids of a whole response to a prompt, with the token that ends it, as in training.
+
+    That is the end-of-sequence id that the chat template puts after an answer (Llama 3's is not its tokenizer's), else
+    the tokenizer's.
+    """
+    tokenizer = member.tokenizer
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(prompt[0], dict):
+        answer = {"role": "assistant", "content": "ANSWER"}
+        after = render_chat(member, [{"role": "user", "content": "Q"}, answer]).rpartition("ANSWER")[2]
+        after_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        end = after_ids[:1] if after_ids[:1] and after_ids[0] in eos_token_ids else end
+    return [*tokenizer(response, add_special_tokens=False)["input_ids"], *end]
 
 
 def check_context(member: Member, prompt_tokens: int, new_tokens: int, index: int) -> None:
     """Raises ValueError where prompt and response do not fit into a member's context."""
     if member.context is not None and prompt_tokens + new_tokens > member.context:
         raise ValueError(
-            f"prompts[{index}]: {prompt_tokens} prompt tokens + {new_tokens} new tokens: expected at most {member.context},"
-            f" the context of {member.name}"
+            f"prompts[{index}]: {prompt_tokens} prompt tokens + {new_tokens} new tokens: expected at most"
+            f" {member.context}, the context of {member.name}"
         )
 
 

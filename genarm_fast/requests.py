@@ -16,7 +16,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of completion `index` of a request (n > 1): completion 0 has the request's own seed, the others SplitMix64 of it.
+    """Seed of a request's completion: its own for the first, SplitMix64 of it for the others.
 
     So each completion is what the request gives alone with the seed that the completion reports.
     """
