@@ -1,6 +1,21 @@
 """Training autoregressive reward models from preference pairs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from .config import TrainConfig
-from .run import TrainReport, train
+
+if TYPE_CHECKING:
+    from .run import TrainReport, train
 
 __all__ = ["TrainConfig", "TrainReport", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and transformers only when training begins: `genarm-fast train --help` needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import run
+
+    return getattr(run, name)
