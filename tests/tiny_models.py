@@ -51,7 +51,7 @@ def build_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
 
 def build_model(family: str, seed: int, vocab_size: int = VOCAB_SIZE, **config: object) -> PreTrainedModel:
     """Weights are large enough that every token of the context matters."""
-    settings = {"max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
+    settings = {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
     settings |= LAYERS | FAMILIES[family] | {"vocab_size": vocab_size} | config
     if family == "gpt2":  # it has other names for some of them
         settings = {"n_inner" if name == "intermediate_size" else name: value for name, value in settings.items()}
