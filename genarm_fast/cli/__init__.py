@@ -54,7 +54,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES)
         if name == chosen:
             # Python 3.14's own rule: lets `--weights -1,0.5` through, which older ones take for an option.
-            command._negative_number_matcher = re.compile(r"-\.?\d")  # type: ignore[attr-defined]
+            command._negative_number_matcher = re.compile(r"-\.?\d")
             module = import_module(module_name)
             module.add_arguments(command)
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")

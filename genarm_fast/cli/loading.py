@@ -61,13 +61,21 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         "repeat for several (default weight: 1)",
     )
     group.add_argument("--prompt-template", metavar="TEXT", help="the base's, around raw prompts: '...{prompt}...'")
-    group.add_argument("--arm-prompt-template", metavar="TEXT", help="the ARMs', instead of what their training recorded")
-    group.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file for the base, and ARMs without one")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of all members")
+    group.add_argument(
+        "--arm-prompt-template", metavar="TEXT", help="the ARMs', instead of what their training recorded"
+    )
+    group.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja file for the base, and ARMs without one"
+    )
+    group.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of all members"
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is any)")
     group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
-    group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="sequences decoded together (default: 16)")
+    group.add_argument(
+        "--max-batch-size", type=int, default=16, metavar="N", help="sequences decoded together (default: 16)"
+    )
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,19 +92,23 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--system", metavar="TEXT", help="system message of a chat")
 
 
+def is_chat(args: argparse.Namespace, model: GenARM) -> bool:
+    """Whether text prompts are users' messages."""
+    if args.chat is not None:
+        return args.chat
+    return all(member.chat_template and member.prompt_template is None for member in model.members)
+
+
 def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt:
     """A text prompt as chat messages if that is how it is meant; other prompts as they are."""
     if not isinstance(prompt, str):
         return prompt
-    chat = args.chat
-    if chat is None:
-        chat = all(member.chat_template and member.prompt_template is None for member in model.members)
-    if not chat:
-        if args.system:
-            raise ValueError(f"--system {args.system!r}: expected a chat, but text is continued as it stands (see --chat)")
-        return prompt
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    return [*system, {"role": "user", "content": prompt}]
+    if is_chat(args, model):
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        return [*system, {"role": "user", "content": prompt}]
+    if args.system:
+        raise ValueError(f"--system {args.system!r}: expected a chat, but text is continued as it stands (see --chat)")
+    return prompt
 
 
 def load(args: argparse.Namespace) -> GenARM:

@@ -1,4 +1,4 @@
-"""Options that several commands share. The sampling ones are read off SamplingParams: its fields, types and docs."""
+"""The sampling options, read off SamplingParams: its fields, types, defaults and docs."""
 
 from __future__ import annotations
 
@@ -6,69 +6,85 @@ import argparse
 import inspect
 import math
 import re
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Collection
+from dataclasses import Field, fields
 from typing import Any
 
 from genarm_fast.params import SamplingParams
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of SamplingParams; those not given stay out of the namespace."""
+def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[str] = (), **defaults: Any) -> None:
+    """One option for each field of SamplingParams. `defaults` replace its own."""
     group = parser.add_argument_group("sampling")
     docs = _field_docs()
-    for field in sampling_fields():
-        default = "" if field.default in (MISSING, None, (), False) else f" (default: {field.default})"
+    for field in sampling_fields(without):
+        default = defaults.get(field.name, field.default)
+        option = _OPTIONS[str(field.type)]
+        note = "; repeat for several" if option.get("action") == "append" else ""
+        if default is not None and default is not False and default != ():
+            note = f" (default: {default})"
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             dest=field.name,
-            default=argparse.SUPPRESS,
-            help=(docs[field.name].rstrip(".") + default).replace("%", "%%"),
-            **_KINDS[str(field.type)],
+            default=defaults.get(field.name, argparse.SUPPRESS),
+            help=(docs[field.name].rstrip(".") + note).replace("%", "%%"),
+            **option,
         )
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What the sampling options ask for. Raises ValueError, TypeError as SamplingParams does."""
+    """What the options ask for. Raises ValueError, TypeError as SamplingParams does."""
     given = {field.name: getattr(args, field.name) for field in sampling_fields() if hasattr(args, field.name)}
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     return SamplingParams(**given)
 
 
-def sampling_fields() -> list[Field[Any]]:
-    """The fields that text can express: all but the processors, which are code."""
-    return [field for field in fields(SamplingParams) if field.name != "logits_processors"]
+def sampling_fields(without: Collection[str] = ()) -> list[Field[Any]]:
+    """The fields that text can express (processors are code), less some."""
+    return [field for field in fields(SamplingParams) if field.name not in ("logits_processors", *without)]
+
+
+def parse_field(field: Field[Any], text: str) -> Any:
+    """A field's value as typed in a chat; `none` is its default. Raises ValueError."""
+    if text == "none":
+        return field.default
+    option = _OPTIONS[str(field.type)]
+    convert: Callable[[str], Any] = option.get("type", str)
+    try:
+        if option.get("action") == "store_true":
+            return {"on": True, "off": False}[text]
+        if field.name == "stop":
+            return (text,)
+        if option.get("action") == "append":
+            values = [convert(part) for part in text.split()]
+            return dict(values) if field.name == "logit_bias" else tuple(values)
+        return convert(text)
+    except (KeyError, ValueError, argparse.ArgumentTypeError):
+        expected = "on or off" if option.get("action") == "store_true" else f"{option['metavar']} or none"
+        raise ValueError(f"{field.name}={text!r}: expected {expected}") from None
 
 
 def numbers(text: str) -> float | tuple[float, ...]:
     """`1.5` → 1.5, for every ARM; `1,0.5` or `1 0.5` → one number each."""
-    values = tuple(_number(part) for part in text.replace(",", " ").split())
-    if not values:
-        raise argparse.ArgumentTypeError("expected a number, or one per ARM separated by commas")
+    try:
+        values = tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        values = ()
+    if not values or not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number, or one per ARM separated by commas")
     return values if len(values) > 1 else values[0]
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected finite numbers, got {text!r}")
-    return value
-
-
 def _bias(text: str) -> tuple[int, float]:
-    token, found, bias = text.partition("=")
+    token, _, bias = text.partition("=")
     try:
-        if found:
-            return int(token), float(bias)
+        return int(token), float(bias)
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected ID=BIAS, got {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected ID=BIAS") from None
 
 
-_KINDS: dict[str, dict[str, Any]] = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "bool": {"action": "store_true"},
     "int": {"type": int, "metavar": "N"},
     "int | None": {"type": int, "metavar": "N"},

@@ -1,16 +1,17 @@
-"""`genarm-fast score`: rewards of given responses; for chosen/rejected pairs, each ARM's accuracy and margin."""
+"""`genarm-fast score`: rewards of given responses; with preference pairs, how often each ARM prefers the chosen one."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from genarm_fast.cli.display import reward_table, token_table
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
@@ -19,16 +20,91 @@ from genarm_fast.jsonlines import dumps, located, read_objects
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
     from genarm_fast.outputs import ScoreOutput
-    from genarm_fast.prompts import Prompt
 
-RESPONSE, PAIR = ("response",), ("chosen", "rejected")
+EXPECTED = (("prompt", (str, list), "text, chat messages or token ids"), ("response", str, "text"))
 
 
-@dataclass(frozen=True)
-class Row:
-    """An input line: a prompt and one response, or a chosen and a rejected one."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is scored, and by which models."""
+    parser.add_argument("--prompt", metavar="TEXT", help="a prompt, with --response")
+    parser.add_argument("--response", metavar="TEXT", help="the response to score")
+    parser.add_argument(
+        "-i",
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines: prompt and response, or preference pairs as for training (prompt, chosen, rejected); .gz too",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    add_loading_arguments(parser)
+    add_format_arguments(parser)
 
-    line: int
-    id: Any
-    prompt: Prompt
-    responses: tuple[str, ...]
+
+def run(args: argparse.Namespace) -> int:
+    """Scores one response, a file of responses, or a file of pairs."""
+    given = [name for name in ("prompt", "response", "input") if getattr(args, name) is not None]
+    if given == ["prompt", "response"]:
+        return _one(args)
+    if given != ["input"]:
+        raise ValueError("expected --prompt and --response, or --input alone")
+    _, first = next(read_objects(args.input))
+    if "response" in first:
+        return _responses(args)
+    from genarm_fast.cli.pairs import score_pairs
+
+    return score_pairs(args)
+
+
+def score_all(
+    model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
+) -> list[ScoreOutput]:
+    """`model.score` with a progress bar. Checks everything first; errors name the input line."""
+    for line, prompt, response in zip(lines, prompts, responses):
+        with located(path, line):
+            ids = model.tokenizer(response)["input_ids"] if isinstance(response, str) else response
+            model.prepare([prompt], max_new_tokens=len(ids) + 1)
+    outputs: list[ScoreOutput] = []
+    size = 4 * model.max_batch_size  # within such a group, texts of similar length share a batch
+    for at in track(range(0, len(lines), size), "scoring", console=Console(stderr=True), transient=True):
+        outputs += model.score(prompts[at : at + size], responses[at : at + size])
+    return outputs
+
+
+def _one(args: argparse.Namespace) -> int:
+    model = load(args)
+    (output,) = model.score([formatted(args, model, args.prompt)], [args.response])
+    if args.json:
+        print(dumps(output.to_dict()))
+        return 0
+    columns = {"(base)": output.base_logprobs, **{name: reward.tokens for name, reward in output.rewards.items()}}
+    console = Console()
+    console.print(token_table(model.tokenizer, output.token_ids, columns))
+    console.print(reward_table(output.rewards))
+    return 0
+
+
+def _responses(args: argparse.Namespace) -> int:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    for line, row in read_objects(args.input):
+        with located(args.input, line):
+            for name, kinds, expected in EXPECTED:
+                if not isinstance(row.get(name), kinds):
+                    raise ValueError(f"{name}={row.get(name)!r:.60}: expected {expected}")
+        rows.append({"id": line, **row})
+        lines.append(line)
+    model = load(args)
+    prompts = [formatted(args, model, row["prompt"]) for row in rows]
+    outputs = score_all(model, args.input, lines, prompts, [row["response"] for row in rows])
+    if args.json:
+        print(dumps({"scores": [{"id": row["id"], **output.to_dict()} for row, output in zip(rows, outputs)]}))
+        return 0
+    table = Table("id", "response")
+    for title in ("tokens", "(base)", *model.arm_names):
+        table.add_column(title, justify="right")
+    for row, output in zip(rows, outputs):
+        totals = [math.fsum(output.base_logprobs), *(reward.total for reward in output.rewards.values())]
+        excerpt = Text(" ".join(row["response"].split())[:60])
+        table.add_row(str(row["id"]), excerpt, str(len(output.token_ids)), *(f"{total:.2f}" for total in totals))
+    Console().print(table)
+    return 0

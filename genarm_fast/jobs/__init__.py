@@ -68,9 +68,10 @@ def run(
         again = [result for at in range(0, len(failed), size) for result in answer(failed[at : at + size])]
         results.replace(dict(zip(failed, again)))
     # Groups count from the job's first line: a resumed job repeats a group that was cut, for the same rounding.
-    for at in range(len(results.answered) // size * size, len(requests), size):
+    for at in range(0, len(requests), size):
         group = range(at, min(at + size, len(requests)))
-        results.append(answer(group, skip=max(0, len(results.answered) - at)))
+        if group.stop > len(results.answered):
+            results.append(answer(group, skip=max(0, len(results.answered) - at)))
     return summary
 
 

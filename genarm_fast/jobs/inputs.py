@@ -62,8 +62,8 @@ def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: 
     unknown = sorted(set(row) - {"id", "prompt", *FIELDS})
     if unknown:
         raise ValueError(f"{unknown[0]}={row[unknown[0]]!r}: expected one of id, prompt, {', '.join(FIELDS)}")
-    if "prompt" not in row:
-        raise ValueError("prompt: expected text, chat messages or token ids, found none")
+    if not isinstance(row.get("prompt"), (str, list)):
+        raise ValueError(f"prompt={row.get('prompt')!r:.60}: expected text, chat messages or token ids")
     (prompt,) = as_prompts([row["prompt"]])
     given = {name: row[name] for name in FIELDS if name in row}
     if given.get("seed") is None:

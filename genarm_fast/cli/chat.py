@@ -1,0 +1,156 @@
+"""`genarm-fast chat`: a conversation whose sampling, weights included, can change between answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from genarm_fast.cli.display import reward_table
+from genarm_fast.cli.loading import add_loading_arguments, load
+from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params
+from genarm_fast.errors import GenerationError
+from genarm_fast.params import SamplingParams, check_weights
+
+if TYPE_CHECKING:
+    from genarm_fast.api import GenARM
+
+UNUSED = ("n", "logprobs")
+HISTORY_LINES = 1000
+HELP = """\
+/weights W [W ...]  weights of the ARMs from the next answer on; one number is for all of them
+/temperature X      likewise /seed N, /top_p X, /max_new_tokens N and every other sampling parameter;
+                    without a value: show it; with `none`: its default
+/rewards on         show the rewards of each answer; /rewards off
+/retry              answer the last message again
+/system TEXT        set the system message and start over
+/reset              forget the conversation
+/help, /quit        Ctrl-C stops an answer, Ctrl-D quits"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Models and sampling; the rest is said in the chat."""
+    parser.epilog = f"{HELP}\n\n{parser.epilog}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_loading_arguments(parser)
+    add_sampling_arguments(parser, without=UNUSED, max_new_tokens=512)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talks until /quit or the end of the input: a terminal, or a pipe with one message or command a line."""
+    params = sampling_params(args)
+    if params.weights is not None:
+        check_weights(params.weights, len(args.arm))
+    model = load(args)
+    for member in model.members:
+        if member.chat_template is None:
+            raise ValueError(f"{member.name}: expected a model with a chat template, or --chat-template")
+    chat = Chat(model, params, args.system)
+    lines = _typed_lines() if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin)
+    if sys.stdin.isatty():
+        chat.console.print(f"base {args.base}, {chat.describe('weights')}; /help lists the commands", style="dim")
+    for line in lines:
+        if line.strip() == "/quit":
+            break
+        chat.take(line)
+    return 0
+
+
+class Chat:
+    """A conversation. Answers go to stdout, all else to stderr."""
+
+    def __init__(self, model: GenARM, params: SamplingParams, system: str | None) -> None:
+        self.model = model
+        self.params = params
+        self.system = system
+        self.messages: list[dict[str, str]] = []
+        self.console = Console(stderr=True, highlight=False, markup=False)
+
+    def take(self, line: str) -> None:
+        """A message to answer, or a command."""
+        try:
+            if line.startswith("/"):
+                name, _, text = line[1:].partition(" ")
+                self.command(name, text.strip())
+            elif line.strip():
+                self.answer([*self.messages, {"role": "user", "content": line}])
+        except (ValueError, TypeError, GenerationError) as error:
+            self.console.print(str(error), style="red")
+
+    def command(self, name: str, text: str) -> None:
+        """Raises ValueError for an unknown command or a bad value."""
+        fields = {field.name: field for field in sampling_fields(UNUSED)}
+        if name == "help":
+            self.console.print(HELP)
+        elif name == "reset":
+            self.messages = []
+        elif name == "system":
+            self.system, self.messages = text or None, []
+        elif name == "retry":
+            if not self.messages:
+                raise ValueError("/retry: expected a message before it")
+            self.answer(self.messages[:-1])
+        elif name in fields:
+            if text:
+                value = parse_field(fields[name], text)
+                if name == "weights" and value is not None:
+                    check_weights(value, len(self.model.arms))
+                self.params = self.params.override(**{name: value})
+            self.console.print(self.describe(name), style="dim")
+        else:
+            raise ValueError(f"/{name}: expected a command that /help lists")
+
+    def answer(self, messages: list[dict[str, str]]) -> None:
+        """Streams an answer; Ctrl-C keeps what there is of it. The conversation is unchanged if it fails."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        with self.model.stream([*system, *messages], self.params) as stream:
+            try:
+                for chunk in stream:
+                    print(chunk.text, end="", flush=True)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                print()
+        output = stream.output
+        if output.finish_reason != "stop":
+            self.console.print(f"({output.finish_reason} after {len(output.token_ids)} tokens)", style="dim")
+        self.messages = [*messages, {"role": "assistant", "content": output.text}]
+        if output.rewards:
+            self.console.print(reward_table(output.rewards))
+
+    def describe(self, name: str) -> str:
+        """A parameter and its value, weights by ARM."""
+        value = getattr(self.params, name)
+        if name != "weights":
+            return f"{name}: {value}"
+        if value is None:
+            value = tuple(arm.weight for arm in self.model.arms)
+        weights = zip(self.model.arm_names, self.model.expand_weights(value))
+        return "weights: " + (", ".join(f"{arm}={weight:g}" for arm, weight in weights) or "no ARM")
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines typed at a terminal, with their history from earlier chats."""
+    import readline  # gives input() its line editing
+
+    from genarm_fast.demo.assets import cache_dir
+
+    history = cache_dir() / "chat_history"
+    readline.set_history_length(HISTORY_LINES)
+    if history.exists():
+        readline.read_history_file(history)
+    try:
+        while True:
+            try:
+                yield input("> ")
+            except KeyboardInterrupt:  # noqa: PERF203
+                print()  # drops the line
+    except EOFError:
+        print()
+    finally:
+        history.parent.mkdir(parents=True, exist_ok=True)
+        readline.write_history_file(history)

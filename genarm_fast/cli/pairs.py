@@ -1,0 +1,88 @@
+"""`genarm-fast score --input` on preference pairs: each ARM's accuracy and margins."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from genarm_fast.cli.loading import formatted, is_chat, load
+from genarm_fast.cli.score import score_all
+from genarm_fast.jsonlines import dumps
+from genarm_fast.prompts import Prompt
+from genarm_fast.train.data import Pair, load_pairs
+from genarm_fast.train.encode import transcript_messages
+from genarm_fast.train.metrics import PairStats
+
+if TYPE_CHECKING:
+    from genarm_fast.api import GenARM
+    from genarm_fast.outputs import ScoreOutput
+
+SHOWN = {"accuracy": "accuracy", "accuracy_stderr": "± s.e.", "margin_mean": "mean margin", "margin_std": "its s.d."}
+
+
+def score_pairs(args: argparse.Namespace) -> int:
+    """Reads pairs as training does and compares the totals of chosen and rejected responses."""
+    data = load_pairs(str(args.input))
+    model = load(args)
+    prompts: list[Prompt] = []
+    responses: list[list[int]] = []
+    for pair in data.pairs:
+        prompt, chosen, rejected = _encoded(args, model, pair)
+        prompts += [prompt, prompt]
+        responses += [chosen, rejected]
+    lines = [pair.row + 1 for pair in data.pairs for _ in range(2)]
+    totals = _totals(model, score_all(model, args.input, lines, prompts, responses))
+    summaries = {name: _summary(sums, [len(response) for response in responses]) for name, sums in totals.items()}
+    if args.json:
+        scores = [
+            {
+                "row": pair.row,
+                "chosen": {name: sums[2 * at] for name, sums in totals.items()},
+                "rejected": {name: sums[2 * at + 1] for name, sums in totals.items()},
+            }
+            for at, pair in enumerate(data.pairs)
+        ]
+        print(dumps({"pairs": len(data.pairs), "dropped": data.dropped, "summary": summaries, "scores": scores}))
+        return 0
+    dropped = ", ".join(f"{count} {reason}" for reason, count in data.dropped.items())
+    title = f"{len(data.pairs)} pairs" + (f" (dropped: {dropped})" if dropped else "")
+    table = Table("reward", title=title, title_justify="left")
+    for heading in SHOWN.values():
+        table.add_column(heading, justify="right")
+    for name, summary in summaries.items():
+        table.add_row(name, *(f"{summary[key]:.3f}" for key in SHOWN))
+    Console().print(table)
+    return 0
+
+
+def _encoded(args: argparse.Namespace, model: GenARM, pair: Pair) -> tuple[Prompt, list[int], list[int]]:
+    """Prompt and token ids of both responses. Those cut on purpose get no end-of-sequence token, as in training."""
+    prompt: Prompt = pair.prompt
+    texts = [pair.chosen, pair.rejected]
+    if isinstance(prompt, str) and is_chat(args, model) and (messages := transcript_messages(prompt)):
+        prompt, texts = messages, [text.strip() for text in texts]
+    ids = [list(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    for side, complete in zip(ids, (pair.chosen_complete, pair.rejected_complete)):
+        if complete:
+            side.append(model.tokenizer.eos_token_id)
+    return formatted(args, model, prompt), ids[0], ids[1]
+
+
+def _totals(model: GenARM, outputs: Sequence[ScoreOutput]) -> dict[str, list[float]]:
+    """Total rewards of all responses: by the base as a control, by each ARM, and by all ARMs with their weights."""
+    totals = {"(base)": [math.fsum(output.base_logprobs) for output in outputs]}
+    totals |= {name: [output.rewards[name].total for output in outputs] for name in model.arm_names}
+    if len(model.arms) > 1:
+        weighted = zip(*([arm.weight * total for total in totals[arm.name]] for arm in model.arms))
+        totals["(weighted sum)"] = [math.fsum(each) for each in weighted]
+    return totals
+
+
+def _summary(totals: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
+    stats = PairStats(1.0, list(totals[::2]), list(totals[1::2]), list(lengths[::2]), list(lengths[1::2]))
+    return {name: value for name, value in stats.summary().items() if name not in ("pairs", "loss")}  # loss needs β_r

@@ -1,0 +1,263 @@
+"""Batch jobs on a stand-in for the model: resuming, order, errors, checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genarm_fast import GenerationError, SamplingParams
+from genarm_fast.jobs import JobRequest, ResultsFile, Summary, read_requests, run
+from genarm_fast.jobs.identity import identity
+from genarm_fast.jobs.inputs import line_seed
+from genarm_fast.outputs import Completion, GenerationOutput, Timing, Usage
+
+SETUP = "setup"
+
+
+class FakeModel:
+    """Answers with what it was asked and with whom, so that a change of either shows."""
+
+    max_batch_size = 3
+
+    def __init__(self, failing: Sequence[str] = (), crashing: Sequence[str] = ()) -> None:
+        self.failing, self.crashing = failing, crashing
+        self.batches: list[list[Any]] = []
+
+    def generate(self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]) -> list[GenerationOutput]:
+        self.batches.append(list(prompts))
+        for prompt in prompts:
+            if prompt in self.crashing:
+                raise MemoryError("out of memory")
+        outputs: list[Any] = []
+        for prompt, params in zip(prompts, sampling_params):
+            text = f"{prompt} {params.seed} {params.temperature} in {prompts}"
+            completion = Completion(text, [1, 2], "length", None, params.seed or 0, [(1.0,), (1.0,)])
+            outputs.append(GenerationOutput(prompt, [1], [completion], Usage(1, 2), Timing(0.1, 0.2, 10.0)))
+        failed = [f"prompts[{i}]: not finite" for i, prompt in enumerate(prompts) if prompt in self.failing]
+        if failed:
+            raise GenerationError("; ".join(failed), [None if o.prompt in self.failing else o for o in outputs])
+        return outputs
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> list[JobRequest]:
+    """Seven, so that batches of three leave a short one."""
+    rows = [{"prompt": f"p{i}"} for i in range(7)]
+    return read_requests(write_lines(tmp_path / "in.jsonl", rows), SamplingParams(), arms=1)
+
+
+def run_job(model: FakeModel, requests: list[JobRequest], path: Path, **options: Any) -> Summary:
+    with ResultsFile(path, [request.head(SETUP) for request in requests], **options) as results:
+        return run(model, requests, results)
+
+
+def test_answers_are_in_order_with_ids_and_without_timing(requests: list[JobRequest], tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    summary = run_job(FakeModel(), requests, path)
+    rows = read_lines(path)
+    assert [row["prompt"] for row in rows] == [f"p{i}" for i in range(7)]
+    assert [row["id"] for row in rows] == list(range(1, 8))
+    assert "timing" not in rows[0]
+    assert summary == Summary(requests=7, kept=0, answered=7, completion_tokens=14)
+
+
+def test_progress_counts_lines_and_tokens(requests: list[JobRequest], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with ResultsFile(tmp_path / "out.jsonl", [request.head(SETUP) for request in requests]) as results:
+        run(FakeModel(), requests, results, lambda lines, tokens: seen.append((lines, tokens)))
+    assert seen == [(3, 6), (3, 6), (1, 2)]
+
+
+def test_every_cut_resumes_to_the_same_bytes(requests: list[JobRequest], tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(), requests, path)
+    whole = path.read_bytes()
+    for size in range(0, len(whole) + 1, 7):
+        path.write_bytes(whole[:size])
+        model = FakeModel()
+        summary = run_job(model, requests, path)
+        assert path.read_bytes() == whole
+        kept = whole[:size].count(b"\n")
+        assert (summary.kept, summary.answered) == (kept, 7 - kept)
+        assert len(model.batches) == 3 - kept // 3  # finished batches are not decoded again
+
+
+def test_finished_job_does_nothing(requests: list[JobRequest], tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(), requests, path)
+    model = FakeModel()
+    assert run_job(model, requests, path).kept == 7
+    assert model.batches == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: replace(r, prompt="other"), "line 2: id 2 was answered for another prompt or other parameters"),
+        (lambda r: replace(r, params=r.params.override(temperature=0.5)), "another prompt or other parameters"),
+        (lambda r: replace(r, params=r.params.override(weights=[2.0])), "another prompt or other parameters"),
+        (lambda r: replace(r, params=r.params.override(seed=0)), "another prompt or other parameters"),
+        (lambda r: replace(r, id="x"), "another prompt or other parameters"),
+    ],
+)
+def test_changed_request_is_refused(requests: list[JobRequest], tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(), requests, path)
+    before = path.read_bytes()
+    changed = [requests[0], change(requests[1]), *requests[2:]]
+    with pytest.raises(ValueError, match=message):
+        run_job(FakeModel(), changed, path)
+    assert path.read_bytes() == before
+    assert run_job(FakeModel(), changed, path, overwrite=True).answered == 7
+
+
+def test_other_models_are_refused(requests: list[JobRequest], tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(), requests, path)
+    with pytest.raises(ValueError, match="line 1: made with other models"):
+        ResultsFile(path, [request.head("another setup") for request in requests])
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"[1]\n", b"\0\0\0\n", b'{"id": 2'])
+def test_foreign_file_is_left_alone(requests: list[JobRequest], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"out.jsonl line 1: expected a line of this job"):
+        run_job(FakeModel(), requests, path)
+    assert path.read_bytes() == content
+
+
+def test_surplus_lines_are_refused_and_added_requests_are_answered(requests: list[JobRequest], tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(), requests[:6], path)
+    with pytest.raises(ValueError, match="line 6: expected at most 5 lines"):
+        run_job(FakeModel(), requests[:5], path)
+    assert run_job(FakeModel(), requests, path).kept == 6
+    assert len(read_lines(path)) == 7
+
+
+@pytest.mark.parametrize("fault", ["failing", "crashing"])
+def test_one_failing_request_gets_an_error_line_and_is_tried_again(
+    requests: list[JobRequest], tmp_path: Path, fault: str
+) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(), requests, path)
+    healthy = read_lines(path)
+    path.unlink()
+
+    summary = run_job(FakeModel(**{fault: ["p1", "p6"]}), requests, path)
+    rows = read_lines(path)
+    assert [row["id"] for row in rows if "error" in row] == [2, 7] == [id for id, _ in summary.errors]
+    assert summary.answered == 5
+    assert all("p1" not in message or "p6" not in message for _, message in summary.errors)
+
+    summary = run_job(FakeModel(failing=["p6"]), requests, path)
+    assert (summary.kept, summary.answered, len(summary.errors)) == (5, 1, 1)
+    assert run_job(FakeModel(), requests, path).answered == 1
+    rows = read_lines(path)
+    assert [row["id"] for row in rows] == list(range(1, 8))
+    assert rows[3:6] == healthy[3:6]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_errors_before_an_interruption_and_the_rest_are_both_made_good(
+    requests: list[JobRequest], tmp_path: Path
+) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(failing=["p0"]), requests, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + lines[4][:30])
+    summary = run_job(FakeModel(), requests, path)
+    assert (summary.kept, summary.answered, summary.errors) == (3, 4, [])
+    assert [row["prompt"] for row in read_lines(path)] == [f"p{i}" for i in range(7)]
+
+
+def test_two_jobs_cannot_write_one_file(requests: list[JobRequest], tmp_path: Path) -> None:
+    heads = [request.head(SETUP) for request in requests]
+    with (
+        ResultsFile(tmp_path / "out.jsonl", heads),
+        pytest.raises(BlockingIOError, match="another running job"),
+    ):
+        ResultsFile(tmp_path / "out.jsonl", heads)
+    ResultsFile(tmp_path / "out.jsonl", heads).__exit__(None, None, None)
+
+
+def test_lines_override_the_defaults(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "temperature": 0.5, "weights": [1, -2], "logit_bias": {"7": -1}, "id": {"any": "value"}},
+        {"prompt": [{"role": "user", "content": "b"}], "seed": 5, "stop": "x"},
+        {"prompt": [1, 2, 3], "seed": None},
+    ]
+    path = write_lines(tmp_path / "in.jsonl", rows)
+    first, second, third = read_requests(path, SamplingParams(temperature=0.9, top_k=4, seed=11), arms=2)
+    assert (first.params.temperature, first.params.top_k, first.params.weights) == (0.5, 4, (1.0, -2.0))
+    assert (first.params.logit_bias, first.id, first.params.seed) == ({7: -1}, {"any": "value"}, line_seed(11, 1))
+    assert (second.params.seed, second.params.stop, second.id) == (5, ("x",), 2)
+    assert (third.prompt, third.params.seed) == ([1, 2, 3], line_seed(11, 3))
+
+
+def test_seeds_of_lines_and_jobs_differ() -> None:
+    assert len({line_seed(job, line) for job in range(30) for line in range(30)}) == 900
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "top_p": 1.5}', r"top_p=1.5: expected a number in \(0, 1\]"),
+        ('{"prompt": "a", "temprature": 1}', "temprature=1: expected one of id, prompt, weights"),
+        ('{"prompt": "a", "logits_processors": []}', r"logits_processors=\[\]: expected one of"),
+        ('{"prompt": "a", "weights": [1, 2, 3]}', r"weights=.*: expected 2 numbers, one per ARM, got 3"),
+        ('{"prompt": "a", "weights": ["1", 2]}', "weights=.*expected finite numbers"),
+        ('{"prompt": "a", "logit_bias": [1]}', "logit_bias=.*expected an object"),
+        ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias=.*expected an object"),
+        ('{"text": "a"}', "text='a': expected one of"),
+        ("{}", "prompt=None: expected text"),
+        ('{"prompt": {"role": "user", "content": "a"}}', "prompt=.*: expected text"),
+        ('{"prompt": ""}', "expected a non-empty prompt"),
+        ('{"prompt": [{"role": "user"}]}', "'content'"),
+        ('{"prompt": 5}', "prompt=5: expected text"),
+        ('{"prompt": "a", "id": 1}', "id=1: expected each id once, line 1 has it too"),
+        ('{"prompt": "a"', "line 3"),
+        ("[1]", "expected a JSON object"),
+        ('{"prompt": "\xff"}', "line 3"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=rf"in.jsonl line 3: .*{message}" if "line 3" not in message else message):
+        read_requests(path, SamplingParams(), arms=2)
+
+
+def test_empty_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="found none"):
+        read_requests(tmp_path / "in.jsonl", SamplingParams(), arms=0)
+
+
+def test_identity_follows_the_content_of_a_folder(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4096 * 8)  # 8 MiB: sampled, not read whole
+    assert identity(str(one)) == identity(str(two))
+    (two / "README.md").write_text("a card")
+    assert identity(str(one)) == identity(str(two))
+    (two / "model.safetensors").write_bytes(bytes(reversed(range(256))) * 4096 * 8)
+    assert identity(str(one)) != identity(str(two))
+    assert identity("owner/model") == "owner/model"
