@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module) -> str | None:
 
 def _own_weights(model: nn.Module) -> dict[str, Tensor]:
     """Matrices by the name they have in the plain model, adapters left out."""
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         parts = name.removeprefix("base_model.model.").split(".")
         if any(part.startswith("lora_") or part == "modules_to_save" for part in parts):

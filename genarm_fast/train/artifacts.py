@@ -1,32 +1,53 @@
-"""What a finished run leaves: weights, genarm.json, report.json, the curve and the model card."""
+"""What a finished run leaves: weights, genarm.json, the curve, the model card and, last, report.json."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import transformers
+from matplotlib.figure import Figure
 
+from .. import __version__
 from .config import TrainConfig
+from .files import replacing, write_json
 from .model import PairModel
-from .trainer import write_json
+
+HELD_OUT, TRAINING = "#c1440e", "#8fa8b8"
+PANELS = (
+    ("loss", "loss", "eval_loss"),
+    ("pair accuracy", "train_accuracy", "eval_accuracy"),
+    ("reward margin (nats)", "train_margin_mean", "eval_margin_mean"),
+)
 
 
-def save_weights(model: PairModel, tokenizer: Any, config: TrainConfig) -> None:
-    """The adapter, or the whole model with its tokenizer, in `save_dtype`; file by file atomic."""
-    partial = config.folder / "weights.partial"
+def save_artifacts(model: PairModel, tokenizer: Any, config: TrainConfig, report: dict[str, Any]) -> None:
+    """Fills the output folder. report.json comes last and tells that the rest is there."""
+    info = genarm_info(config, report)
+    save_weights(model, tokenizer, config, info["base"])
+    write_json(config.folder / "genarm.json", info)
+    with replacing(config.folder / "curve.png") as path:
+        curve(report["history"], f"{info['data']}, β_r = {config.beta:g}").savefig(path, dpi=130)
+    with replacing(config.folder / "README.md") as path:
+        path.write_text(model_card(info, report), encoding="utf-8")
+    write_json(config.folder / "report.json", report)
+
+
+def save_weights(model: PairModel, tokenizer: Any, config: TrainConfig, base: str) -> None:
+    """The adapter, or the whole model with its tokenizer, in `save_dtype`."""
     dtype = getattr(torch, config.save_dtype)
     lm: Any = model.lm
+    partial = config.folder / "weights"
     if config.method == "lora":
-        if config.base_id:
-            for adapter in lm.peft_config.values():
-                adapter.base_model_name_or_path = config.base_id
-        from peft import get_peft_model_state_dict
-
-        state = {name: value.to(dtype) for name, value in get_peft_model_state_dict(lm).items()}
-        lm.save_pretrained(partial, state_dict=state)
-        (partial / "README.md").unlink(missing_ok=True)
+        lm.peft_config["default"].base_model_name_or_path = base
+        state = {
+            name: tensor.to(dtype)
+            for name, tensor in peft.get_peft_model_state_dict(lm, save_embedding_layers=False).items()
+        }
+        lm.save_pretrained(partial, state_dict=state, save_embedding_layers=False)  # "auto" asks the hub
+        (partial / "README.md").unlink()  # PEFT's own model card
     else:
         lm.to(dtype).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -35,62 +56,87 @@ def save_weights(model: PairModel, tokenizer: Any, config: TrainConfig) -> None:
     partial.rmdir()
 
 
-def save_curve(history: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss, held-out accuracy and margin over steps."""
-    from matplotlib.figure import Figure
+def genarm_info(config: TrainConfig, report: dict[str, Any]) -> dict[str, Any]:
+    """genarm.json: what loading and guiding need to know. `base_fingerprint` is None for an ARM of its own weights."""
+    final = report["final"]
+    return {
+        "base": report["config"]["base"],
+        "base_fingerprint": report["base_fingerprint"] if config.method == "lora" else None,
+        "beta": config.beta,
+        "data": report["config"]["data"],
+        "prompt_template": config.prompt_template,
+        "chat_template": config.chat_template,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "max_response_tokens": config.max_response_tokens,
+        "dtype": report["dtype"],
+        "versions": {
+            "genarm_fast": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+        "metrics": {name: final[name] for name in ("pairs", "accuracy", "accuracy_stderr", "margin_mean") if final},
+    }
 
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    panels: list[Any] = list(figure.subplots(1, 3))
-    for axis, label, train, held in (
-        (panels[0], "loss", "loss", "eval_loss"),
-        (panels[1], "pair accuracy", "train_accuracy", "eval_accuracy"),
-        (panels[2], "reward margin (nats)", "train_margin_mean", "eval_margin_mean"),
-    ):
+
+def curve(history: list[dict[str, Any]], title: str) -> Figure:
+    """Loss, pair accuracy and reward margin over steps, training and held out."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes: list[Any] = list(figure.subplots(1, len(PANELS)))
+    for axis, (label, training, held_out) in zip(axes, PANELS):
         for key, name, style in (
-            (train, "training", {"color": "#9db4c0"}),
-            (held, "held out", {"color": "#c1440e", "marker": "o", "markersize": 3}),
+            (training, "training", {"color": TRAINING, "linewidth": 1.2}),
+            (held_out, "held out", {"color": HELD_OUT, "linewidth": 1.8, "marker": "o", "markersize": 4}),
         ):
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             if points:
                 axis.plot(*zip(*points), label=name, **style)
         axis.set(xlabel="step", title=label)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    panels[1].axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
-    panels[0].legend(frameon=False)
+        axis.grid(alpha=0.2)
+    axes[1].axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+    axes[2].axhline(0.0, color="grey", linewidth=0.8, linestyle=":")
+    axes[0].legend(frameon=False)
     figure.suptitle(title)
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, dpi=130)
-    os.replace(partial, path)
+    return figure
 
 
-def save_card(config: TrainConfig, info: dict[str, Any], report: dict[str, Any]) -> None:
-    """README.md in the form of a Hugging Face model card."""
-    final = report["final"]
-    before = report["before"]
-    held_out = (
-        f"| held-out pairs | accuracy before | accuracy | ± | margin (nats) | shorter-wins baseline |\n|---|---|---|---|---|---|\n"
-        f"| {final['pairs']} | {before['accuracy']:.3f} | {final['accuracy']:.3f} | {final['accuracy_stderr']:.3f} "
-        f"| {final['margin_mean']:.2f} | {final['length_baseline_accuracy']:.3f} |\n\n![training curve](curve.png)\n"
-        if final
-        else "No pairs were held out.\n"
+def model_card(info: dict[str, Any], report: dict[str, Any]) -> str:
+    """README.md as the Hugging Face hub shows it."""
+    config, data, before, final = (report[name] for name in ("config", "data", "before", "final"))
+    rows = {
+        "base": f"`{info['base']}`, fingerprint `{report['base_fingerprint']}`",
+        "β_r": f"{info['beta']:g}",
+        "data": f"`{info['data']}`: {data['train_pairs']:,} pairs, {data['train_tokens']:,} tokens",
+        "prompts": _prompts(config, data["format"]),
+        "lengths": f"at most {config['max_prompt_tokens']} prompt and {config['max_response_tokens']} response tokens",
+        "trained": f"{report['method']} ({report['trained_parameters']:,} parameters), {report['steps']} steps, "
+        f"{report['dtype']}",
+    }
+    if final:
+        rows |= {
+            "held-out accuracy": f"{final['accuracy']:.3f} ± {final['accuracy_stderr']:.3f} of {final['pairs']} pairs "
+            f"(base: {before['accuracy']:.3f}; shorter response wins: {final['length_baseline_accuracy']:.3f})",
+            "held-out margin": f"{final['margin_mean']:.2f} nats, standard deviation {final['margin_std']:.2f}, "
+            f"correlation with the length difference {final['length_margin_correlation']:.2f}",
+        }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    library = "peft" if config["method"] == "lora" else "transformers"
+    return (
+        f"---\nbase_model: {info['base']}\nlibrary_name: {library}\n"
+        "tags: [genarm, autoregressive-reward-model]\n---\n\n# Autoregressive reward model\n\n"
+        "Steers a language model while it decodes (GenARM, arXiv 2410.08193): the log-probability that this model "
+        "gives a token is the token's reward.\n\n"
+        "```python\nfrom genarm_fast import GenARM\n\n"
+        f'model = GenARM.from_pretrained("{info["base"]}", arms=["this/folder"])\n```\n\n'
+        f"| | |\n|---|---|\n{table}\n\n![training curve](curve.png)\n"
     )
-    text = (
-        f"---\nbase_model: {info['base']}\nlibrary_name: {'peft' if config.method == 'lora' else 'transformers'}\n"
-        f"tags: [genarm, autoregressive-reward-model]\n---\n\n# Autoregressive reward model\n\n"
-        f"Guides a base model at decoding time (GenARM, arXiv 2410.08193): the log-probability of a token is its reward.\n\n"
-        f"- base: `{info['base']}`, fingerprint `{info['base_fingerprint']}`\n"
-        f"- β_r: {config.beta}\n"
-        f"- data: `{info['data']}`, {report['data']['train_pairs']} training pairs, sha256 of their tokens `{report['data']['train_sha256'][:16]}`\n"
-        f"- prompts: {info['prompts']}\n"
-        f"- method: {report['method']}, {report['trainable_parameters']:,} trained parameters, {report['steps']} steps\n\n"
-        f"## Held out\n\n{held_out}"
-    )
-    partial = config.folder / "README.md.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, config.folder / "README.md")
 
 
-def save_info(config: TrainConfig, info: dict[str, Any]) -> None:
-    """genarm.json: what the loader needs to know."""
-    write_json(config.folder / "genarm.json", info)
+def _prompts(config: dict[str, Any], format: str) -> str:
+    if format == "messages" or config["as_chat"]:
+        return "chat messages, " + (
+            "chat template in genarm.json" if config["chat_template"] else "the base's chat template"
+        )
+    template = config["prompt_template"]
+    return f"`{template!r}`" if template else "raw text"

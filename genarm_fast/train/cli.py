@@ -5,50 +5,52 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-from .config import TrainConfig
+from .config import TrainConfig, hints, scalar_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options; names, defaults and help are those of TrainConfig."""
-    hints = get_type_hints(TrainConfig)
+    """Adds BASE, DATA and the options; names, defaults and help are those of TrainConfig."""
     for f in fields(TrainConfig):
-        if f.name in ("base", "data", "output"):
-            parser.add_argument(
-                f.name if f.name != "output" else "--output",
-                **({"required": True} if f.name == "output" else {}),
-                help=f.metadata["help"],
-            )
+        if f.name in ("base", "data"):
+            parser.add_argument(f.name, metavar=f.name.upper(), help=f.metadata["help"])
             continue
-        flag = "--" + f.name.replace("_", "-")
-        text = f.metadata["help"].replace("%", "%%") + (
-            "" if f.default in (None, (), False) else f" (default: {f.default})"
-        )
-        hint = hints[f.name]
-        options: dict[str, Any] = {"help": text, "default": f.default, "dest": f.name}
+        hint = hints()[f.name]
+        shown = "" if f.default in (None, (), False, "") else f" (default: {f.default})"
+        options: dict[str, Any] = {
+            "dest": f.name,
+            "default": f.default,
+            "required": f.name == "output",
+            "help": (f.metadata["help"] + shown).replace("%", "%%"),
+        }
         if hint is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            options["action"] = argparse.BooleanOptionalAction
         elif get_origin(hint) is Literal:
-            parser.add_argument(flag, choices=get_args(hint), **options)
+            options["choices"] = get_args(hint)
         elif get_origin(hint) is tuple:
-            parser.add_argument(flag, nargs="+", **options)
+            options |= {"nargs": "+", "metavar": "NAME"}
         else:
-            kind = next(t for t in (int, float, str) if t is hint or t in get_args(hint))
-            parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **options)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else")
+            kind = scalar_type(hint)
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, and no progress")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; prints where the ARM is and how good, or the whole report."""
+    """Trains, then prints where the ARM is and how good, or the whole report."""
     from .run import train
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-    values["lora_targets"] = tuple(values["lora_targets"])
-    result = train(TrainConfig(**values), progress=not args.json)
+    config = TrainConfig(**{**values, "lora_targets": tuple(values["lora_targets"])})
+    result = train(config, progress=not args.json)
     if args.json:
         print(json.dumps(result.report, ensure_ascii=False))
-    else:
-        accuracy = "" if result.accuracy is None else f", held-out pair accuracy {result.accuracy:.3f}"
-        print(f"{result.folder}: {result.report['steps']} steps{accuracy}")
+        return 0
+    print(f"{result.folder}: {result.report['method']}, {result.report['steps']} steps")
+    if result.accuracy is not None:
+        before, final = result.report["before"], result.report["final"]
+        print(
+            f"accuracy on {final['pairs']} held-out pairs: {before['accuracy']:.3f} before, {result.accuracy:.3f} after"
+        )
     return 0

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-# Fields that can change between an interrupted run and its continuation without changing the trained weights.
+# A run can be continued with other values of these: the trained weights stay the same.
 OPERATIONAL = frozenset(
     {
         "output",
         "base_id",
         "data_id",
-        "checkpoint_every",
         "eval_every",
         "eval_pairs",
+        "checkpoint_every",
         "log_every",
         "resume",
         "save_dtype",
     }
 )
+AT_LEAST = {  # smallest value of the integers
+    **dict.fromkeys(("max_prompt_tokens", "max_response_tokens", "lora_rank", "max_pairs"), 1),
+    **dict.fromkeys(("batch_size", "micro_batch_size", "log_every"), 1),
+    **dict.fromkeys(("eval_every", "eval_pairs", "checkpoint_every", "seed"), 0),
+    "holdout_every": 2,
+}
+POSITIVE = ("beta", "learning_rate", "epochs", "lora_alpha")
+NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm")
+BELOW_ONE = ("lora_dropout", "holdout_fraction")
 
 
 def option(default: Any, help: str) -> Any:
@@ -32,15 +43,17 @@ def option(default: Any, help: str) -> Any:
 class TrainConfig:
     """Options of `train`. Lengths are in tokens, `batch_size` in pairs per optimiser step.
 
-    Raises ValueError or TypeError, naming field, value and expectation.
+    Raises:
+        TypeError, ValueError: naming the field, its value and what was expected.
     """
 
     base: str = option("", "model that the ARM starts from: hub id or folder")
-    data: str = option("", "preference pairs: .jsonl, .jsonl.gz or a `datasets` id")
+    data: str = option("", "preference pairs: .jsonl, .jsonl.gz, or a `datasets` id or folder")
     output: str = option("", "folder that the ARM is written to")
     base_id: str | None = option(None, "name of the base to record in the ARM, if `base` is a local path")
     data_id: str | None = option(None, "name of the data to record in the ARM")
     dataset_split: str = option("train", "split, if `data` is a `datasets` id")
+    dataset_dir: str | None = option(None, "folder in it, e.g. harmless-base of Anthropic/hh-rlhf")
 
     as_chat: bool = option(False, "turn text prompts and HH transcripts into chat messages")
     prompt_template: str | None = option(None, "wraps text prompts, e.g. '<|user|>\\n{prompt}\\n<|assistant|>\\n'")
@@ -49,8 +62,8 @@ class TrainConfig:
     max_response_tokens: int = option(512, "longest response with its EOS; pairs over it are dropped, never cut")
     long_prompts: Literal["drop", "truncate"] = option("drop", "longer prompts: drop the pair, or cut on the left")
     holdout_every: int | None = option(None, "hold out rows 0, n, 2n, ... (counted from 0)")
-    holdout_fraction: float = option(0.05, "share of prompts to hold out, by hash of their text, if not by rows")
-    eval_data: str | None = option(None, "held-out pairs from another file instead")
+    holdout_fraction: float = option(0.05, "else: share of prompts to hold out, by hash of their text")
+    eval_data: str | None = option(None, "else: held-out pairs from another file; all of `data` is trained on")
     max_pairs: int | None = option(None, "train on a random sample of so many pairs")
 
     beta: float = option(0.05, "β_r of the loss")
@@ -62,78 +75,81 @@ class TrainConfig:
     learning_rate: float = option(5e-4, "peak learning rate")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = option("cosine", "learning rate after the warmup")
     warmup: float = option(0.1, "linear warmup: share of all steps if below 1, else steps")
-    weight_decay: float = option(0.05, "AdamW weight decay")
+    weight_decay: float = option(0.05, "weight decay")
     optimizer: str = option("adamw_torch", "any optimiser name of transformers' Trainer")
     max_grad_norm: float = option(1.0, "gradient clipping; 0 is off")
     epochs: float = option(1.0, "passes over the training pairs")
     batch_size: int = option(32, "pairs per optimiser step")
     micro_batch_size: int = option(4, "pairs per forward pass; must divide batch_size")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "precision; auto: bfloat16 on a GPU that has it, on a CPU what multiplies faster"
+        "auto", "precision; auto: bfloat16 on a GPU that has it, on a CPU whichever multiplies faster"
     )
     attn_implementation: str = option("sdpa", "attention of transformers: sdpa, eager, flash_attention_2, ...")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
-    seed: int = option(0, "seed of data order, initialisation and dropout")
+    seed: int = option(0, "seed of split, data order, initialisation and dropout")
 
-    eval_every: int = option(50, "steps between evaluations on held-out pairs; 0: only at start and end")
-    eval_pairs: int = option(256, "at most so many pairs in those; the last one takes all; 0: all")
-    checkpoint_every: int = option(50, "steps between checkpoints; 0 is off")
+    eval_every: int = option(50, "steps between evaluations on held-out pairs; 0: only before and after")
+    eval_pairs: int = option(256, "at most so many pairs in those; 0: all")
+    checkpoint_every: int = option(50, "steps between checkpoints; 0: none")
     log_every: int = option(5, "steps between logged losses")
-    resume: Literal["auto", "never"] = option("auto", "continue an interrupted run in `output`, or refuse")
+    resume: Literal["auto", "never"] = option("auto", "continue an interrupted run in `output`, or refuse to")
     save_dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "precision of the written weights")
 
     def __post_init__(self) -> None:
+        for name, hint in hints().items():
+            self._check_type(name, hint)
         for name in ("base", "data", "output"):
             self._need(name, bool(getattr(self, name)), "a non-empty string")
-        for f in fields(self):
-            if str(f.type).startswith("Literal["):
-                allowed = [part.strip().strip("'\"") for part in str(f.type)[8:-1].split(",")]
-                self._need(f.name, getattr(self, f.name) in allowed, f"one of {', '.join(allowed)}")
-        for name in (
-            "max_prompt_tokens",
-            "max_response_tokens",
-            "lora_rank",
-            "batch_size",
-            "micro_batch_size",
-            "log_every",
-        ):
-            self._need(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "an integer of at least 1")
-        for name in ("eval_every", "eval_pairs", "checkpoint_every", "seed"):
-            self._need(name, _is_int(getattr(self, name)) and getattr(self, name) >= 0, "an integer of at least 0")
-        for name in ("holdout_every", "max_pairs"):
+        for name, least in AT_LEAST.items():
             value = getattr(self, name)
-            self._need(name, value is None or (_is_int(value) and value >= 2), "an integer of at least 2, or None")
-        for name in ("beta", "learning_rate", "epochs", "lora_alpha"):
-            self._need(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number above 0")
-        for name in ("warmup", "weight_decay", "max_grad_norm"):
-            self._need(
-                name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a finite number of at least 0"
-            )
-        for name in ("lora_dropout", "holdout_fraction"):
-            self._need(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        self._need(
-            "batch_size",
-            self.batch_size % self.micro_batch_size == 0,
-            f"a multiple of micro_batch_size={self.micro_batch_size}",
-        )
+            self._need(name, value is None or value >= least, f"at least {least}")
+        for name in POSITIVE:
+            self._need(name, getattr(self, name) > 0, "a number above 0")
+        for name in NOT_NEGATIVE:
+            self._need(name, getattr(self, name) >= 0, "a number of at least 0")
+        for name in BELOW_ONE:
+            self._need(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        per_pass = self.micro_batch_size
+        self._need("batch_size", self.batch_size % per_pass == 0, f"a multiple of micro_batch_size={per_pass}")
         template = self.prompt_template
         self._need("prompt_template", template is None or "{prompt}" in template, "a text with {prompt} in it")
         self._need("as_chat", not (self.as_chat and template), "False when prompt_template is given")
-        if isinstance(self.lora_targets, str):
-            raise TypeError(f"lora_targets={self.lora_targets!r}: expected a sequence of names")
-
-    def _need(self, name: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
     @property
     def folder(self) -> Path:
         return Path(self.output)
 
+    def _check_type(self, name: str, hint: Any) -> None:
+        value = getattr(self, name)
+        if get_origin(hint) is Literal:
+            self._need(name, value in get_args(hint), f"one of {', '.join(get_args(hint))}")
+            return
+        if get_origin(hint) is tuple:
+            ok = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        else:
+            kinds = get_args(hint) or (hint,)
+            ok = isinstance(value, (*kinds, int) if float in kinds else kinds)
+            ok = ok and (not isinstance(value, bool) or bool in kinds)
+        if not ok:
+            expected = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
+            raise TypeError(f"{name}={value!r}: expected {expected}")
+        self._need(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    def _need(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+@cache
+def hints() -> dict[str, Any]:
+    """Evaluated type of each field."""
+    return get_type_hints(TrainConfig)
+
+
+def scalar_type(hint: Any) -> type:
+    """int, float or str of a hint such as `int | None`."""
+    return next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
+
+
+def defaults() -> dict[str, Any]:
+    return {f.name: f.default for f in fields(TrainConfig)}

@@ -48,7 +48,7 @@ class Dropped(Exception):
     """This row is well-formed but no usable pair."""
 
 
-def load_pairs(source: str, *, dataset_split: str = "train") -> Pairs:
+def load_pairs(source: str, *, dataset_split: str = "train", dataset_dir: str | None = None) -> Pairs:
     """Reads every row; the first one tells the format, "text", "messages" or "transcript".
 
     Raises:
@@ -59,7 +59,7 @@ def load_pairs(source: str, *, dataset_split: str = "train") -> Pairs:
     dropped: Counter[str] = Counter()
     seen: set[bytes] = set()
     rows = 0
-    for number, row in _rows(source, dataset_split):
+    for number, row in _rows(source, dataset_split, dataset_dir):
         with located(source, number):
             found = _detect(row)
             format = format or found
@@ -86,7 +86,9 @@ def split_pairs(pairs: list[Pair], config: TrainConfig) -> tuple[list[Pair], lis
     By hash, all pairs of one prompt land on the same side.
     """
     if config.eval_data is not None:
-        return pairs, load_pairs(config.eval_data, dataset_split=config.dataset_split).pairs
+        return pairs, load_pairs(
+            config.eval_data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir
+        ).pairs
     held = [pair for pair in pairs if is_held_out(pair, config)]
     return [pair for pair in pairs if not is_held_out(pair, config)], held
 
@@ -98,7 +100,7 @@ def is_held_out(pair: Pair, config: TrainConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.holdout_fraction * 2**64
 
 
-def _rows(source: str, dataset_split: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(source: str, dataset_split: str, dataset_dir: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if Path(source).is_file():
         yield from read_objects(source)
     elif source.endswith((".jsonl", ".json", ".gz")):
@@ -106,7 +108,7 @@ def _rows(source: str, dataset_split: str) -> Iterator[tuple[int, Mapping[str, A
     else:
         from datasets import load_dataset
 
-        yield from enumerate(load_dataset(source, split=dataset_split), 1)
+        yield from enumerate(load_dataset(source, data_dir=dataset_dir, split=dataset_split), 1)
 
 
 def _detect(row: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -89,7 +89,8 @@ class Encoder:
     def _render(self, messages: list[Message], **kwargs: Any) -> str:
         if self.chat_template is None:
             raise ValueError("the data has chat messages: expected a tokenizer with a chat template, or chat_template")
-        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False, **kwargs)
+        text = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False, **kwargs)
+        return cast(str, text)
 
     def _chat(self, messages: list[Message]) -> list[int]:
         return self.tokenizer(self._render(messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"]

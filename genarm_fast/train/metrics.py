@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +11,10 @@ from torch import Tensor
 
 
 def pair_losses(logps: Tensor, beta: float) -> Tensor:
-    """−log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l)) of N pairs, from [2N] sums, chosen first (arXiv 2410.08193, eq. 5)."""
+    """−log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l)) of N pairs (arXiv 2410.08193).
+
+    `logps` [2N] holds Σ log π over the tokens of each response, EOS included, the chosen ones first.
+    """
     chosen, rejected = logps.chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected))
 
@@ -29,27 +31,21 @@ class PairStats:
 
     def add(self, logps: Tensor, tokens: Tensor) -> None:
         """`logps`, `tokens`: [2N], chosen first."""
-        for values, sides in (
-            (logps.tolist(), (self.chosen, self.rejected)),
-            (tokens.tolist(), (self.chosen_tokens, self.rejected_tokens)),
-        ):
-            half = len(values) // 2
-            sides[0].extend(values[:half])  # type: ignore[arg-type]
-            sides[1].extend(values[half:])  # type: ignore[arg-type]
+        half = len(logps) // 2
+        self.chosen += logps[:half].tolist()
+        self.rejected += logps[half:].tolist()
+        self.chosen_tokens += tokens[:half].tolist()
+        self.rejected_tokens += tokens[half:].tolist()
 
     def summary(self) -> dict[str, float]:
         """Accuracy counts ties as half. `length_*` say how much of it length explains."""
         n = len(self.chosen)
         if not n:
             return {}
-        chosen, rejected = (
-            torch.tensor(self.chosen, dtype=torch.float64),
-            torch.tensor(self.rejected, dtype=torch.float64),
-        )
+        chosen, rejected = torch.tensor([self.chosen, self.rejected], dtype=torch.float64)
         margin = chosen - rejected
-        longer = torch.tensor(self.chosen_tokens, dtype=torch.float64) - torch.tensor(
-            self.rejected_tokens, dtype=torch.float64
-        )
+        tokens_chosen, tokens_rejected = torch.tensor([self.chosen_tokens, self.rejected_tokens], dtype=torch.float64)
+        longer = tokens_chosen - tokens_rejected
         accuracy = _wins(margin)
         result = {
             "pairs": n,
@@ -60,8 +56,8 @@ class PairStats:
             "margin_std": float(margin.std(correction=0)),
             "reward_chosen": float(chosen.mean()),
             "reward_rejected": float(rejected.mean()),
-            "tokens_chosen": sum(self.chosen_tokens) / n,
-            "tokens_rejected": sum(self.rejected_tokens) / n,
+            "tokens_chosen": float(tokens_chosen.mean()),
+            "tokens_rejected": float(tokens_rejected.mean()),
             "length_baseline_accuracy": _wins(-longer),
             "length_margin_correlation": _correlation(margin, longer),
         }

@@ -1,4 +1,4 @@
-"""The model that is trained: base, LoRA, and the log-probabilities of responses on the cheapest path that is right."""
+"""The model that is trained, and its log-probabilities of responses on the cheapest path that is right."""
 
 from __future__ import annotations
 
@@ -18,59 +18,40 @@ from .encode import Encoded
 
 
 class PairModel(nn.Module):
-    """A causal LM seen as a function from a batch of pairs to Σ log π of its responses, [2N] float32."""
+    """A causal LM as a function from a batch of N pairs to Σ log π of its responses, [2N] float32, chosen first."""
 
-    accepts_loss_kwargs = True  # the trainer's loss is already averaged over all pairs of the step
+    causal: Any
+    accepts_loss_kwargs = True  # tells the Trainer that the loss is a mean over all pairs of the step already
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         self.lm = lm
-        causal: Any = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-        object.__setattr__(self, "causal", causal)  # the same modules again: not registered twice
-        config = causal.config.get_text_config()
+        causal = lm.get_base_model() if hasattr(lm, "get_base_model") else lm  # type: ignore[operator]
+        object.__setattr__(self, "causal", causal)  # part of lm: not to be registered as a second module
+        config = self.causal.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        # LoRA or a saved copy on the output layer makes it another module than a plain linear one.
-        self.fused = type(causal.get_output_embeddings()) is nn.Linear
-        self.eager = causal.config._attn_implementation == "eager"
+        scales = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling")]
+        self.scale = scales[0] / scales[1]  # Cohere multiplies, Granite divides
+        # LoRA on the output layer, or a trained copy of it, makes it another module than a plain linear one.
+        self.fused = type(self.causal.get_output_embeddings()) is nn.Linear
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        index: Tensor,
-        targets: Tensor,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        return self.token_logps(input_ids, attention_mask, index, targets, position_ids).sum(-1)
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.token_logps(**batch).sum(-1)
 
-    def token_logps(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        index: Tensor,
-        targets: Tensor,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """[2N, R] log-probabilities of `targets`, 0 where there is none."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids
-        if self.eager and attention_mask.ndim == 4:
-            dtype = self.causal.dtype
-            inputs["attention_mask"] = torch.zeros_like(attention_mask, dtype=dtype).masked_fill(
-                ~attention_mask, torch.finfo(dtype).min
-            )
+    def token_logps(self, index: Tensor, targets: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """[2N, R] log-probabilities of `targets`, 0 where there is none. Arguments as `Collator` makes them."""
+        if attention_mask.ndim == 4 and self.causal.config._attn_implementation == "eager":  # adds its mask
+            bias = torch.zeros_like(attention_mask, dtype=self.causal.dtype)
+            attention_mask = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
+        inputs["attention_mask"] = attention_mask
         if not self.fused:
-            logits = self.causal(**inputs).logits.flatten(0, 1)[index].float()
+            logits = self.causal(**inputs, use_cache=False).logits.flatten(0, 1)[index].float()
             picked = logits.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
             return (picked - logits.logsumexp(-1)).where(targets != IGNORE, 0.0)
-        hidden = self.causal.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[index]
+        hidden = self.causal.get_decoder()(**inputs, use_cache=False).last_hidden_state
         head = self.causal.get_output_embeddings()
         return arm_logps(
-            hidden,
+            hidden.flatten(0, 1)[index],
             head.weight,
             targets,
             bias=head.bias,
@@ -81,7 +62,7 @@ class PairModel(nn.Module):
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base in the precision that it will be served in; full fine-tuning keeps float32 master weights."""
+    """The base in the precision that it is served in; full fine-tuning keeps float32 master weights."""
     return AutoModelForCausalLM.from_pretrained(
         config.base,
         dtype=torch.float32 if config.method == "full" else dtype,
@@ -93,7 +74,7 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
     """LoRA on every linear layer but the output, or on the named ones.
 
     Raises:
-        ValueError: a name that no linear module of the model has, with those that it has.
+        ValueError: a name that no linear module of the model has, with those that there are.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -103,7 +84,7 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
     for target in config.lora_targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
             raise ValueError(
-                f"lora_targets={config.lora_targets!r}: {config.base} has no linear module {target!r}; "
+                f"lora_targets={config.lora_targets!r}: {config.base} has no linear module {target!r}: "
                 f"expected some of {', '.join(available)}"
             )
     default = {name.rpartition(".")[2] for name, module in linear.items() if module is not head}
@@ -114,45 +95,46 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=sorted(config.lora_targets or default),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
     return get_peft_model(lm, lora)
 
 
-def choose_layout(model: PairModel, probe: list[Encoded]) -> dict[str, str]:
-    """Picks the output path and the layout, each proved on real pairs against the model's own logits.
+def choose_paths(model: PairModel, probe: list[Encoded]) -> tuple[Layout, bool]:
+    """(layout, whether `arm_logps` replaces the model's own logits), each proved on real pairs against those logits.
 
-    Sets `model.fused`; returns what was chosen, for the report.
+    Sets `model.fused`.
     """
-    device = model.causal.device
-    lengths = [len(side) for pair in probe for side in (pair.chosen, pair.rejected)]
+    tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in probe)
+    # Mean error of a token's log-probability; bfloat16 logits near 16 are 0.06 apart.
     tolerance = 1e-3 if model.causal.dtype == torch.float32 else 0.1
 
     def logps(layout: Layout) -> Tensor:
-        batch = {k: v.to(device) for k, v in (shared if layout == "shared" else rows)(probe, 0).items()}
-        return model.token_logps(**batch)
+        batch = shared(probe, 0) if layout == "shared" else rows(probe, 0)
+        return model.token_logps(**{name: tensor.to(model.causal.device) for name, tensor in batch.items()})
 
-    def same(found: Tensor, wanted: Tensor) -> bool:
-        return bool((found - wanted).abs().sum() / sum(lengths) < tolerance)
+    def right(found: Tensor) -> bool:
+        return float((found - wanted).abs().sum()) / tokens < tolerance
 
     training = model.training
     model.eval()
     with torch.no_grad():
-        fused, model.fused = model.fused, False
+        fusable, model.fused = model.fused, False
         wanted = logps("rows")
-        if fused:
-            model.fused = True
-            model.fused = same(logps("rows"), wanted)
-        layout: Layout = "shared" if _may_share(model) and same(logps("shared"), wanted) else "rows"
+        model.fused = fusable
+        if fusable and not right(logps("rows")):
+            model.fused = False
+        layout: Layout = "shared" if _takes_own_masks(model) and right(logps("shared")) else "rows"
     model.train(training)
-    return {"layout": layout, "head": "fused" if model.fused else "full logits"}
+    return layout, model.fused
 
 
-def _may_share(model: PairModel) -> bool:
+def _takes_own_masks(model: PairModel) -> bool:
+    """Whether attention is plain enough for a mask and positions of our own."""
     config = model.causal.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
         config._attn_implementation in ("sdpa", "eager")
-        and kinds == {"full_attention"}
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and "position_ids" in inspect.signature(model.causal.get_decoder().forward).parameters
     )
@@ -166,9 +148,9 @@ def choose_dtype(name: str) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if torch.backends.mps.is_available():
         return torch.float32
-    # CPUs with bf16 instructions may still multiply it slower than float32 (an AVX-512 machine: 88 against 150 GFLOP/s).
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return torch.bfloat16 if 1.2 * seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
+    # A CPU with bf16 instructions may still multiply it slower (seen: 88 against 150 GFLOP/s a core with AVX-512).
+    faster = 1.2 * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:

@@ -1,6 +1,6 @@
 """Log-probabilities of labelled tokens straight from hidden states, never holding the full logits.
 
-For hidden states h, output weight W and labels y, with u = s · (h Wᵀ + b) and z = c · tanh(u / c) (z = u without a cap),
+For hidden states h, output weight W and labels y, with u = s · (h Wᵀ + b) and z = c · tanh(u / c), or u without a cap,
 
     logp_t = z_t[y_t] − log Σ_v exp z_t[v]            and            R = Σ_t logp_t
 
@@ -58,7 +58,7 @@ def arm_logps(
     Args:
         hidden: [N, T, H] final hidden states, any float dtype.
         weight: [V, H] output embedding, cast to the dtype of `hidden`.
-        labels: [N, T] int64, already aligned: `labels[n, t]` is the token that `hidden[n, t]` predicts; −100 is ignored.
+        labels: [N, T] int64, aligned: `hidden[n, t]` predicts `labels[n, t]`; −100 is ignored.
         bias: [V] of the output layer, if it has one.
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma 2).
@@ -80,10 +80,10 @@ def arm_logps(
         )
     labelled = labels != IGNORE
     targets = labels[labelled]
-    if targets.numel() and not (0 <= int(targets.min()) and int(targets.max()) < weight.shape[0]):
-        raise ValueError(
-            f"labels must be {IGNORE} or in [0, {weight.shape[0]}), got {int(targets.min())}..{int(targets.max())}"
-        )
+    if targets.numel():
+        low, high = map(int, targets.aminmax())
+        if low < 0 or high >= len(weight):
+            raise ValueError(f"labels must be {IGNORE} or in [0, {len(weight)}), got {low}..{high}")
     # Autocast would redo in bf16 what is upcast on purpose, and once more per chunk.
     with torch.autocast(hidden.device.type, enabled=False):
         logps = _ArmLogps.apply(hidden[labelled], weight, bias, targets, logit_scale, softcap)
@@ -122,7 +122,7 @@ class _ArmLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.recompute:
             (direction,) = ctx.saved_tensors
             return (direction * grad[:, None]).to(direction.dtype), None, None, None, None, None

@@ -1,0 +1,76 @@
+"""The output folder of a run: whose it is, and what was decided once for all its continuations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from .config import OPERATIONAL, TrainConfig, defaults
+from .encode import Encoded
+from .files import read_json, write_json
+
+
+class RunFolder:
+    """Claims `config.output` for a run with this config and data, or finds that run there.
+
+    Raises:
+        ValueError: the folder holds something else, or another run.
+    """
+
+    def __init__(self, config: TrainConfig, training: list[Encoded], held_out: list[Encoded]) -> None:
+        self.folder, self.path = config.folder, config.folder / "run.json"
+        # By content, not by name: base and data may have moved.
+        names = OPERATIONAL | {"base", "data", "dataset_split", "dataset_dir", "eval_data"}
+        self.identity: dict[str, Any] = {
+            "config": {name: value for name, value in _plain(asdict(config)).items() if name not in names},
+            "train_sha256": _digest(training),
+            "held_out_sha256": _digest(held_out),
+        }
+        if self.path.is_file():
+            if config.resume == "never":
+                raise ValueError(f"output={config.output!r} holds a run: expected another folder with resume='never'")
+            self.state = read_json(self.path)
+            self._check(config)
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise ValueError(f"output={config.output!r}: expected a new or empty folder, or one with a run to continue")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.state = {"identity": self.identity}
+        write_json(self.path, self.state)
+
+    def once(self, name: str, decide: Callable[[], Any]) -> Any:
+        """The value that this run has for `name`, decided at its first start."""
+        if name not in self.state:
+            self.state[name] = decide()
+            write_json(self.path, self.state)
+        return self.state[name]
+
+    def report(self) -> dict[str, Any] | None:
+        path = self.folder / "report.json"
+        return read_json(path) if path.is_file() else None
+
+    def _check(self, config: TrainConfig) -> None:
+        before = self.state["identity"]
+        options = _plain(defaults()) | before["config"]  # an option added since then had its default
+        changed = [name for name, value in self.identity["config"].items() if options[name] != value]
+        changed += [name for name in ("train_sha256", "held_out_sha256") if before[name] != self.identity[name]]
+        if changed:
+            raise ValueError(
+                f"output={config.output!r} holds a run with other options or data (changed: {', '.join(changed)}): "
+                "expected another folder, or the same options"
+            )
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives them back: tuples are lists."""
+    return json.loads(json.dumps(values))
+
+
+def _digest(pairs: list[Encoded]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+    return digest.hexdigest()
