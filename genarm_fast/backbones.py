@@ -81,7 +81,10 @@ class Backbones:
         if key not in self.loaded:
             if os.path.isabs(source) and not os.path.isdir(source):
                 raise FileNotFoundError(f"{role}={os.fspath(source)!r}: no such folder")
-            model = AutoModelForCausalLM.from_pretrained(source, **self.kwargs)
+            try:
+                model = AutoModelForCausalLM.from_pretrained(source, **self.kwargs)
+            except OSError as error:
+                raise OSError(f"{role}={key!r}: expected a folder or a hub id that can be loaded") from error
             self.loaded[key] = (model if self.device is None else model.to(self.device)).eval()
         return self.loaded[key]
 

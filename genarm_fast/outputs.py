@@ -33,7 +33,8 @@ class Completion:
     """One sampled continuation.
 
     text: decoded, without the stop string that ended it. token_ids: all generated ids, stop token included.
-    finish_reason: "stop" (see stop_reason) or "length". stop_reason: the stop string, the stop token id, or None.
+    finish_reason: "stop" (see stop_reason), "length", or "cancelled" (a stream closed early). stop_reason: the stop
+    string, the stop or end-of-sequence token id, or None.
     seed: what reproduces it. weights: the ARM weights that each token was drawn with.
     """
 
@@ -59,7 +60,7 @@ class Usage:
 class Timing:
     """Wall-clock seconds. A batch shares its clock: requests decoded together report the same prefill time.
 
-    prefill: prompt forwards of all members. decode: from the first sampled token to this request's last one.
+    prefill: prompt forwards of all members. decode: from their end to this request's last token.
     """
 
     prefill: float

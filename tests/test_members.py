@@ -100,6 +100,7 @@ def test_adapter_folder_as_base(folders):
     assert model.base.model.lm_head.weight.data_ptr() == model.arms[0].model.lm_head.weight.data_ptr()
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_adapter_of_another_base_is_refused(folders, tmp_path):
     """Its base is gone; or what lies in its place are other weights. Both are named."""
     save_adapter(tmp_path / "lost", base=folders / "other", recorded_base=tmp_path / "gone", seed=3)
@@ -169,6 +170,36 @@ def test_a_longer_tokenizer_only_shortens_the_common_vocabulary(folders, tmp_pat
 def test_errors(folders, make, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         GenARM.from_pretrained(**make(folders))
+
+
+def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
+    """Files that a repository lacks, or that cannot be had, are not there; others come from its download."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def download(repo, name):
+        if name == "genarm.json":
+            (tmp_path / name).write_text('{"prompt_template": "<{prompt}>"}')
+            return str(tmp_path / name)
+        raise LocalEntryNotFoundError("offline") if name == "tokenizer.json" else EntryNotFoundError("missing")
+
+    monkeypatch.setattr("genarm_fast.backbones.hf_hub_download", download)
+    monkeypatch.setattr(
+        "genarm_fast.backbones.AutoModelForCausalLM.from_pretrained", lambda source, **_: build_model("llama", 1)
+    )
+    model = GenARM.from_pretrained(folders / "base", "someone/arm", tokenizer=tokenizer)
+    assert model.arm_names == ["arm"]
+    assert model.arms[0].prompt_template == "<{prompt}>"
+    assert model.arms[0].tokenizer is tokenizer
+
+
+def test_unknown_hub_id(monkeypatch):
+    def fail(source, **_):
+        raise OSError("no such repository")
+
+    monkeypatch.setattr("genarm_fast.backbones.find_file", lambda source, name: None)
+    monkeypatch.setattr("genarm_fast.backbones.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(OSError, match="base='no/where': expected a folder or a hub id that can be loaded"):
+        GenARM.from_pretrained("no/where")
 
 
 def test_arm_types():
