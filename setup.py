@@ -1,9 +1,63 @@
-"""Build: maps kernels/ops to genarm_fast.kernels. Never imports torch, so that isolated builds stay small."""
+"""Build: maps kernels/ops to genarm_fast.kernels and compiles kernels/csrc into genarm_fast.kernels._C.
 
-from setuptools import find_packages, setup
+Never imports torch, so that isolated builds stay small. The extension is optional: without a compiler the install goes
+on with a warning, and the CPU uses the slower PyTorch reference.
+"""
+
+import platform
+from glob import glob
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {"baseline": []}
+if X86:
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma"]
+    INSTRUCTION_SETS["avx512"].append("-mprefer-vector-width=512")
+
+
+class BuildCore(build_ext):
+    """Compiles the loops once per instruction set; which of them runs is chosen at import."""
+
+    def build_extension(self, ext):
+        ext.extra_objects = []
+        for name, flags in INSTRUCTION_SETS.items():
+            ext.extra_objects += self.compiler.compile(
+                ["kernels/csrc/tile_loops.cpp"],
+                output_dir=f"{self.build_temp}/{name}",
+                macros=[*ext.define_macros, ("ISA", name)],
+                extra_postargs=[*ext.extra_compile_args, *flags, "-fopenmp-simd"],
+            )
+        super().build_extension(ext)
+
 
 setup(
     packages=[*find_packages(include=["genarm_fast", "genarm_fast.*"]), "genarm_fast.kernels"],
     package_dir={"genarm_fast": "genarm_fast", "genarm_fast.kernels": "kernels/ops"},
     package_data={"genarm_fast": ["py.typed", "demo/arms/*/*"]},
+    ext_modules=[
+        Extension(
+            "genarm_fast.kernels._C",
+            ["kernels/csrc/guided_sample.cpp", "kernels/csrc/module.cpp"],
+            depends=glob("kernels/csrc/*"),
+            define_macros=[("GENARM_X86", "1")] if X86 else [],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildCore},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

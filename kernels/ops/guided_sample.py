@@ -17,11 +17,12 @@ weight. Truncation keeps c(x) ≥ τ: top-k, then top-p on what top-k kept, then
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _native
 from ._arguments import check_arguments
 from .philox import TILE_LEVEL, TOKEN_LEVEL, gumbel, seed_tensor
 
@@ -66,7 +67,6 @@ def guided_sample_reference(
     top_logprobs: int = 0,
 ) -> GuidedSample:
     """The specification of `guided_sample` in plain PyTorch: float32, or float64 throughout for a float64 base."""
-    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     vocab_size = check_arguments(
         base_logits,
         arm_logits,
@@ -74,9 +74,12 @@ def guided_sample_reference(
         vocab_size,
         logit_bias,
         top_logprobs,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
         seeds=seeds,
         positions=positions,
-        **parameters,
     )
     shape = base_logits.shape[:-1]
     rows = shape.numel()
@@ -200,22 +203,34 @@ def guided_sample(
     """Draw one token per position from the guided distribution.
 
     Only the first `vocab_size` tokens count (default: the narrowest member). Parameters are scalars or [R] tensors.
+    Runs the C++ core on the CPU; `guided_sample_reference` where there is none, and for float64.
 
     Raises:
-        ValueError: shapes that do not fit together, a vocab_size wider than a member, top_logprobs out of range.
+        TypeError: logits that are not floating point.
+        ValueError: shapes that do not fit together, a vocab_size wider than a member, a number out of its range.
     """
+    parameters: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seeds": seeds,
+        "positions": positions,
+    }
+    vocab = check_arguments(base_logits, arm_logits, weights, vocab_size, logit_bias, top_logprobs, **parameters)
+    if _native.runs(base_logits, arm_logits):
+        return GuidedSample(
+            *_native.guided_sample(
+                base_logits, arm_logits, weights, vocab, logit_bias, return_logprobs, top_logprobs, **parameters
+            )
+        )
     return guided_sample_reference(
         base_logits,
         arm_logits,
         weights,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seeds=seeds,
-        positions=positions,
-        vocab_size=vocab_size,
+        vocab_size=vocab,
         logit_bias=logit_bias,
         return_logprobs=return_logprobs,
         top_logprobs=top_logprobs,
+        **parameters,
     )

@@ -1,0 +1,303 @@
+#include "guided_sample.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <numeric>
+#include <system_error>
+#include <thread>
+
+#include "select.h"
+
+namespace genarm {
+namespace {
+
+constexpr float kInf = INFINITY;
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kColdest = 1e-30f;  // as in the reference
+constexpr uint32_t kTileLevel = 0, kTokenLevel = 1;
+
+int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Rows are independent: a thread settles one after another with its own scratch.
+class RowSampler {
+ public:
+  RowSampler(const Request& request, const TileLoops& loops)
+      : q_(request),
+        f_(loops),
+        tiles_((request.vocab + kTile - 1) / kTile),
+        peaks_(tiles_),
+        sums_(tiles_),
+        member_peaks_(request.members.size() * tiles_),
+        member_sums_(request.members.size() * tiles_),
+        noise_(std::max<int64_t>(kTile, whole_lanes(tiles_))) {}
+
+  void run(int64_t index) {
+    row_ = index / q_.block, block_ = index % q_.block;
+    const float temperature = q_.temperature.at(row_, block_), top_p = q_.top_p.at(row_, block_);
+    const int64_t top_k = q_.top_k.at(row_, block_);
+    const bool greedy = temperature == 0.f, limited = top_k > 0 && top_k < q_.vocab;
+    const float log_min_p = std::log(std::min(q_.min_p.at(row_, block_), 1.f));
+    const bool truncated = !greedy && (limited || top_p < 1.f || log_min_p > -kInf);
+    const bool nucleus = truncated && top_p < 1.f;
+    coldness_ = greedy ? 1.f : 1.f / std::max(temperature, kColdest);
+    scale_ = coldness_ * kLog2e;
+    keep_row_ = truncated || q_.top_n > 0;
+    if (keep_row_) {
+      scores_.resize(tiles_ * kTile);
+      lane_peaks_.resize(tiles_ * kLanes);
+    }
+
+    const bool log_sums = q_.logprobs || (!greedy && (!truncated || (nucleus && !limited)));
+    const int32_t status = pass(log_sums);
+    if (status != 0) return fail(index, status);
+    peak_ = *std::max_element(peaks_.begin(), peaks_.end());
+    const double total = log_sums ? sum_tiles(peaks_.data(), sums_.data(), peak_, scale_) : 0.;
+
+    float lowest = -kInf;
+    if (truncated) {
+      if (limited) lowest = kth_score(scored_row(), top_k, candidates_);
+      if (nucleus) lowest = std::max(lowest, nucleus_edge(lowest, top_p, limited ? 0. : total));
+      lowest = std::max(lowest, peak_ + log_min_p / coldness_);
+    }
+    const int64_t token = greedy ? first_peak() : draw(truncated, lowest);
+    q_.tokens[index] = token;
+    q_.status[index] = 0;
+    if (q_.logprobs) report(index, token, std::log(total));
+  }
+
+ private:
+  ScoredRow scored_row() const { return {scores_.data(), peaks_.data(), lane_peaks_.data(), q_.vocab, tiles_}; }
+
+  // n logits of a member's tile as floats padded to whole lanes; float32 is used in place.
+  const float* load(const Member& member, int64_t first, int64_t n, float* buffer) const {
+    const int64_t offset = row_ * member.row_stride + block_ * member.block_stride + first;
+    if (member.dtype == Dtype::kFloat32) {
+      const float* source = static_cast<const float*>(member.data) + offset;
+      if (n % kLanes == 0) return source;
+      std::memcpy(buffer, source, n * sizeof(float));
+    } else {
+      const uint16_t* source = static_cast<const uint16_t*>(member.data) + offset;
+      (member.dtype == Dtype::kBfloat16 ? f_.load_bf16 : f_.load_fp16)(source, static_cast<int>(n), buffer);
+    }
+    std::fill(buffer + n, buffer + whole_lanes(n), -kInf);
+    return buffer;
+  }
+
+  // Combined scores of tile t: in `out`, or in the base's own memory where there is nothing to add. With `members`, also
+  // the members' status bits, and their (max, sum) where log-probabilities are wanted.
+  const float* combine(int64_t t, float* out, bool members, int32_t* status) {
+    const int64_t first = t * kTile, n = tile_size(t);
+    const int width = tile_width(t);
+    alignas(64) float buffer[kTile];
+    const float* combined = nullptr;
+    for (size_t i = 0; i < q_.members.size(); ++i) {
+      const float* z = load(q_.members[i], first, n, i == 0 ? out : buffer);
+      Scan seen;
+      if (i == 0) {
+        combined = z;
+        seen = members ? f_.scan(z, width) : Scan{};
+      } else {
+        const float weight = q_.weights[row_ * q_.weights_row_stride + static_cast<int64_t>(i) - 1];
+        seen = f_.add_member(combined, z, width, weight, weight == 0.f ? 0.f : -kInf, out);
+        combined = out;
+      }
+      if (!members) continue;
+      if (seen.bad) *status |= 2 << i;
+      if (q_.logprobs) {
+        member_peaks_[i * tiles_ + t] = seen.peak;
+        member_sums_[i * tiles_ + t] = seen.peak == -kInf ? 0.f : f_.exp_sum(z, width, -kInf, seen.peak, kLog2e);
+      }
+    }
+    if (q_.bias) {
+      const float* bias = q_.bias + row_ * q_.bias_row_stride + first;
+      if (n < width) {
+        std::memcpy(buffer, bias, n * sizeof(float));
+        std::fill(buffer + n, buffer + width, 0.f);
+        bias = buffer;
+      }
+      f_.add(combined, bias, width, out);
+      combined = out;
+    }
+    return combined;
+  }
+
+  // The one read of every logit: (max, sum) per tile. Returns the row's status.
+  int32_t pass(bool log_sums) {
+    alignas(64) float buffer[kTile];
+    int32_t status = 0;
+    bool bad = false;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      float* out = keep_row_ ? scores_.data() + t * kTile : buffer;
+      const float* combined = combine(t, out, true, &status);
+      const int width = tile_width(t);
+      if (keep_row_) {
+        if (combined != out) std::memcpy(out, combined, width * sizeof(float));
+        f_.lane_peaks(combined, width, lane_peaks_.data() + t * kLanes);
+      }
+      const Scan seen = f_.scan(combined, width);
+      bad |= seen.bad;
+      peaks_[t] = seen.peak;
+      sums_[t] = !log_sums || !(std::fabs(seen.peak) < kInf)
+                     ? 0.f
+                     : f_.exp_sum(combined, width, -kInf, seen.peak, scale_);
+    }
+    if (status == 0 && (bad || *std::max_element(peaks_.begin(), peaks_.end()) == -kInf)) status = 1;
+    return status;
+  }
+
+  // Σ sum_t · 2^((peak_t - peak) · scale)
+  double sum_tiles(const float* peaks, const float* sums, float peak, float scale) const {
+    double total = 0;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      if (sums[t] > 0.f) total += sums[t] * std::exp2((peaks[t] - peak) * scale);
+    }
+    return total;
+  }
+
+  // Lowest score that top-p keeps among the scores >= lowest, whose mass is `total` (0: not known yet).
+  float nucleus_edge(float lowest, float top_p, double total) {
+    float bound = lowest;
+    if (total > 0) {  // tokens below this have less than (1 - top_p) of the mass between them
+      const double share = (1. - top_p) * total / static_cast<double>(q_.vocab);
+      bound = static_cast<float>(peak_ + std::log(share) / coldness_ - 1e-3 / coldness_);
+    }
+    gather_above(scored_row(), bound, candidates_);
+    const size_t n = candidates_.size();
+    candidates_.resize(whole_lanes(static_cast<int64_t>(n)), -kInf);
+    masses_.resize(candidates_.size());
+    f_.exps(candidates_.data(), static_cast<int>(candidates_.size()), peak_, scale_, masses_.data());
+    candidates_.resize(n);
+    masses_.resize(n);
+    if (total == 0) total = std::accumulate(masses_.begin(), masses_.end(), 0.);
+    return mass_threshold(candidates_, masses_, std::max(top_p * total, 1e-300));
+  }
+
+  int64_t first_peak() {
+    const int64_t t = std::max_element(peaks_.begin(), peaks_.end()) - peaks_.begin();
+    alignas(64) float buffer[kTile];
+    const float* combined = tile(t, buffer);
+    return t * kTile + (std::find(combined, combined + kTile - 1, peak_) - combined);
+  }
+
+  // Two-level Gumbel-max over the scores >= lowest.
+  int64_t draw(bool truncated, float lowest) {
+    alignas(64) float buffer[kTile];
+    const uint64_t seed = static_cast<uint64_t>(q_.seeds.at(row_, block_));
+    const uint32_t position = static_cast<uint32_t>(q_.positions.at(row_, block_));
+    f_.gumbel(seed, kTileLevel, position, 0, static_cast<int>(whole_lanes(tiles_)), noise_.data());
+    int64_t chosen = 0;
+    float best = -kInf;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      if (!(peaks_[t] >= lowest) || peaks_[t] == -kInf) continue;
+      float sum = sums_[t];
+      if (truncated) {
+        sum = f_.exp_sum(scores_.data() + t * kTile, tile_width(t), lowest, peaks_[t], scale_);
+      }
+      const float value = (peaks_[t] - peak_) * coldness_ + std::log(sum) + noise_[t];
+      if (value > best) best = value, chosen = t;
+    }
+    const float* combined = tile(chosen, buffer);
+    const int width = tile_width(chosen);
+    f_.gumbel(seed, kTokenLevel, position, static_cast<uint32_t>(chosen * kTile), width, noise_.data());
+    return chosen * kTile + f_.draw(combined, noise_.data(), width, lowest, peak_, coldness_);
+  }
+
+  int64_t tile_size(int64_t t) const { return std::min<int64_t>(kTile, q_.vocab - t * kTile); }
+  int tile_width(int64_t t) const { return static_cast<int>(whole_lanes(tile_size(t))); }
+
+  const float* tile(int64_t t, float* buffer) {
+    return keep_row_ ? scores_.data() + t * kTile : combine(t, buffer, false, nullptr);
+  }
+
+  float logit(const Member& member, int64_t token) const {
+    alignas(64) float one[kLanes];
+    return load(member, token, 1, one)[0];
+  }
+
+  void report(int64_t index, int64_t token, double log_total) {
+    const auto logprob = [&](float score) { return static_cast<float>((score - peak_) * coldness_ - log_total); };
+    alignas(64) float buffer[kTile];
+    q_.logprobs[index] = logprob(tile(token / kTile, buffer)[token % kTile]);
+    for (size_t i = 0; i < q_.members.size(); ++i) {
+      const float* peaks = member_peaks_.data() + i * tiles_;
+      const float peak = *std::max_element(peaks, peaks + tiles_);
+      const double sum = sum_tiles(peaks, member_sums_.data() + i * tiles_, peak, kLog2e);
+      q_.member_logprobs[i * q_.rows * q_.block + index] =
+          static_cast<float>(logit(q_.members[i], token) - peak - std::log(sum));
+    }
+    if (q_.top_n == 0) return;
+    const float last = kth_score(scored_row(), q_.top_n, candidates_);
+    order_.clear();
+    for (int64_t t = 0; t < tiles_; ++t) {
+      if (peaks_[t] < last) continue;
+      const int64_t end = std::min((t + 1) * kTile, q_.vocab);
+      for (int64_t x = t * kTile; x < end; ++x) {
+        if (scores_[x] >= last) order_.push_back(x);
+      }
+    }
+    const auto before = [&](int64_t x, int64_t y) {
+      return scores_[x] > scores_[y] || (scores_[x] == scores_[y] && x < y);
+    };
+    std::partial_sort(order_.begin(), order_.begin() + q_.top_n, order_.end(), before);
+    for (int64_t i = 0; i < q_.top_n; ++i) {
+      q_.top_tokens[index * q_.top_n + i] = order_[i];
+      q_.top_logprobs[index * q_.top_n + i] = logprob(scores_[order_[i]]);
+    }
+  }
+
+  void fail(int64_t index, int32_t status) {
+    q_.tokens[index] = 0;
+    q_.status[index] = status;
+    if (!q_.logprobs) return;
+    q_.logprobs[index] = NAN;
+    for (size_t i = 0; i < q_.members.size(); ++i) q_.member_logprobs[i * q_.rows * q_.block + index] = NAN;
+    for (int64_t i = 0; i < q_.top_n; ++i) {
+      q_.top_tokens[index * q_.top_n + i] = i;
+      q_.top_logprobs[index * q_.top_n + i] = NAN;
+    }
+  }
+
+  const Request& q_;
+  const TileLoops& f_;
+  const int64_t tiles_;
+  int64_t row_ = 0, block_ = 0;
+  float coldness_ = 1, scale_ = kLog2e, peak_ = 0;
+  bool keep_row_ = false;
+  std::vector<float> peaks_, sums_, member_peaks_, member_sums_, noise_, scores_, lane_peaks_, candidates_, masses_;
+  std::vector<int64_t> order_;
+};
+
+}  // namespace
+
+void guided_sample(const Request& request, const TileLoops& loops, int threads) {
+  const int64_t rows = request.rows * request.block;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex mutex;
+  const auto work = [&] {
+    try {
+      RowSampler sampler(request, loops);
+      for (int64_t index; (index = next.fetch_add(1)) < rows;) sampler.run(index);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      error = std::current_exception();
+    }
+  };
+  std::vector<std::thread> helpers;
+  for (int64_t i = 1; i < std::min<int64_t>(threads, rows); ++i) {
+    try {
+      helpers.emplace_back(work);
+    } catch (const std::system_error&) {
+      break;  // no more threads to be had: those that run take all the rows
+    }
+  }
+  work();
+  for (std::thread& helper : helpers) helper.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace genarm

@@ -1,0 +1,40 @@
+// The loops that touch every logit, over one tile. tile_loops.cpp is compiled once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace genarm {
+
+constexpr int kTile = 1024;  // part of the random-number contract
+constexpr int kLanes = 16;   // every count n below is a multiple of it: ragged tiles are padded with -inf
+
+struct Scan {
+  float peak;  // largest value, NaNs aside
+  bool bad;    // a NaN or +inf among the values
+};
+
+struct TileLoops {
+  const char* name;
+  void (*load_bf16)(const uint16_t* source, int n, float* out);
+  void (*load_fp16)(const uint16_t* source, int n, float* out);
+  Scan (*scan)(const float* x, int n);
+  // out = c + weight · z, where a z of -inf adds `hole` instead; the scan is of z
+  Scan (*add_member)(const float* c, const float* z, int n, float weight, float hole, float* out);
+  void (*add)(const float* a, const float* b, int n, float* out);
+  // Σ 2^((x - peak) · scale) over x >= lowest, which is at most peak
+  float (*exp_sum)(const float* x, int n, float lowest, float peak, float scale);
+  void (*exps)(const float* x, int n, float peak, float scale, float* out);
+  // largest x of each lane, so kLanes disjoint groups of n / kLanes values
+  void (*lane_peaks)(const float* x, int n, float* out);
+  // Gumbel noise of indices first .. first + n - 1 (philox.py is the specification)
+  void (*gumbel)(uint64_t seed, uint32_t level, uint32_t position, uint32_t first, int n, float* out);
+  // first argmax of (x - peak) · coldness + noise over x >= lowest
+  int (*draw)(const float* x, const float* noise, int n, float lowest, float peak, float coldness);
+};
+
+extern const TileLoops loops_baseline;
+#ifdef GENARM_X86
+extern const TileLoops loops_avx2, loops_avx512;
+#endif
+
+}  // namespace genarm

@@ -1,0 +1,160 @@
+"""The C++ core gives the reference's tokens on every instruction set, and its log-probabilities to float32 rounding."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genarm_fast.kernels import _native, guided_sample, guided_sample_reference
+
+pytestmark = pytest.mark.skipif(_native.core is None, reason="built without a compiler")
+VOCABS = [1, 2, 17, 999, 1024, 1025, 32001, 50257, 128256, 151936]
+ISAS = _native.core.instruction_sets() if _native.core else []
+CYCLE = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _native.core.use(request.param)
+    yield request.param
+    _native.core.use(ISAS[0])
+
+
+def members(rows, vocab, arms, *, seed=0, scale=3.0, mixed=True):
+    generator = torch.Generator().manual_seed(seed)
+    logits = [scale * torch.randn(rows, vocab + 3 * i, generator=generator) for i in range(arms + 1)]
+    return [z.to(CYCLE[i % 3]) if mixed else z for i, z in enumerate(logits)]
+
+
+def assert_same(logits, weights, *, atol=1e-5, **options):
+    """Equal tokens and status; log-probabilities within float32 rounding of float64."""
+    base, *arms = logits
+    got = guided_sample(base, arms, weights, **options)
+    expected = guided_sample_reference(base, arms, weights, **options)
+    assert got.tokens.tolist() == expected.tokens.tolist()
+    assert got.status.tolist() == expected.status.tolist()
+    if got.logprobs is None:
+        return
+    exact = guided_sample_reference(base.double(), [arm.double() for arm in arms], weights, **options)
+    for name in ("logprobs", "member_logprobs", "top_logprobs"):
+        if getattr(got, name) is not None:
+            torch.testing.assert_close(
+                getattr(got, name), getattr(exact, name), rtol=2e-6, atol=atol, equal_nan=True, msg=name
+            )
+    if got.top_tokens is not None:
+        assert got.top_tokens.tolist() == expected.top_tokens.tolist()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_vocabularies(isa, vocab):
+    rows = 4 if vocab > 2000 else 40
+    temperature = torch.linspace(0, 1.5, rows)
+    options = {"temperature": temperature, "seeds": torch.arange(rows) * 10**15, "positions": 7}
+    assert_same(members(rows, vocab, 2), [0.7, -0.3], return_logprobs=True, top_logprobs=min(vocab, 5), **options)
+
+
+@pytest.mark.parametrize("arms", range(9))
+def test_numbers_of_arms(isa, arms):
+    weights = torch.linspace(-0.5, 1.5, 6 * arms).reshape(6, arms)
+    assert_same(members(6, 1500, arms), weights, seeds=3, positions=torch.arange(6), return_logprobs=True)
+
+
+@pytest.mark.parametrize("vocab", [17, 1025, 50257])
+def test_filters(isa, vocab):
+    rows = 12
+    top_k = torch.tensor([0, 1, 2, 5, 50, 900, 20000, 60000, 0, 0, 40, 3])
+    top_p = torch.tensor([0.9, 1.0, 0.5, 0.7, 0.95, 0.99, 0.999, 1.0, 0.0, 1.0, 1.0, 0.9])
+    min_p = torch.tensor([0.0, 0.1, 0.0, 0.0, 0.01, 0.0, 0.0, 0.0, 0.0, 0.05, 1.0, 0.0])
+    for seed in range(3):
+        options = {"temperature": 1.7, "seeds": seed, "positions": torch.arange(rows), "top_k": top_k}
+        assert_same(
+            members(rows, vocab, 1, seed=seed), [1.0], top_p=top_p, min_p=min_p, top_logprobs=min(vocab, 30), **options
+        )
+
+
+def test_flat_and_tied_rows(isa):
+    """Every score equal, or one of three values: pivots meet only ties."""
+    base = torch.zeros(3, 5000)
+    base[1] = torch.arange(5000) % 3
+    base[2, 4999] = 1
+    for filters in ({}, {"top_k": 7}, {"top_p": 0.4}, {"top_k": 2000, "top_p": 0.5, "min_p": 0.3}):
+        assert_same([base], [], seeds=1, positions=torch.arange(3), top_logprobs=9, **filters)
+
+
+def test_strides(isa):
+    wide = 3 * torch.randn(2, 3, 2, 2000, generator=torch.Generator().manual_seed(1))
+    views = [wide[:, :, 0, 5:1205], wide[:, :, 1, 300:1500], wide.flip(0)[0, 0, 0, :1200].expand(2, 3, 1200)]
+    views.append(wide.movedim(-1, 0)[:1200, ..., 1].movedim(0, -1))
+    positions = torch.arange(12).view(2, 6)[:, ::2]  # strided parameters as well
+    assert_same(views, [0.5, 0.2, -0.1], seeds=torch.arange(4)[::2], positions=positions, return_logprobs=True)
+    assert_same([views[-1][:, 0]], [], temperature=torch.ones(4).double()[::2], seeds=0, positions=0)
+
+
+def test_threads_do_not_change_the_tokens():
+    logits = members(9, 151936, 1)
+    options = {"seeds": 5, "positions": torch.arange(9), "return_logprobs": True}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        many = guided_sample(logits[0], logits[1:], [1.0], **options)
+        torch.set_num_threads(1)
+        one = guided_sample(logits[0], logits[1:], [1.0], **options)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(many[:4], one[:4], strict=True))
+
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 300.0, -300.0, 1e-30, -math.inf])
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_fuzz(data):
+    rows = data.draw(st.integers(1, 4), "rows")
+    block = data.draw(st.integers(0, 3), "block")  # 0: no block dimension
+    vocab = data.draw(st.integers(1, 2100), "vocab")
+    arms = data.draw(st.integers(0, 3), "arms")
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20), "noise"))
+    shape = (rows, block) if block else (rows,)
+    logits = []
+    for i in range(arms + 1):
+        z = torch.randn(*shape, vocab + i, generator=generator) * data.draw(st.sampled_from([0.1, 2.0, 20.0]), "scale")
+        for value in data.draw(st.lists(VALUES, max_size=4), "specials"):
+            z[..., data.draw(st.integers(0, vocab - 1), "index")] = value
+        logits.append(z.to(data.draw(st.sampled_from(CYCLE), "dtype")))
+
+    def parameter(values, dtype):
+        one = data.draw(st.booleans())
+        return data.draw(values) if one else torch.tensor([data.draw(values) for _ in range(rows)], dtype=dtype)
+
+    options = {
+        "temperature": parameter(st.sampled_from([0.0, 0.3, 1.0, 4.0]), torch.float32),
+        "top_k": parameter(st.sampled_from([0, 1, 3, 100, 5000]), torch.int64),
+        "top_p": parameter(st.sampled_from([1.0, 0.9, 0.3]), torch.float32),
+        "min_p": parameter(st.sampled_from([0.0, 0.05]), torch.float32),
+        "seeds": parameter(st.integers(0, 2**63 - 1), torch.int64),
+        "positions": parameter(st.integers(0, 2**20), torch.int64),
+        "top_logprobs": data.draw(st.integers(0, min(vocab, 4)), "top_logprobs"),
+        "vocab_size": data.draw(st.sampled_from([None, (vocab + 1) // 2]), "vocab_size"),
+    }
+    options["top_logprobs"] = min(options["top_logprobs"], options["vocab_size"] or vocab)
+    weights = data.draw(st.lists(st.sampled_from([0.0, 0.5, -1.0, 2.0]), min_size=arms, max_size=arms), "weights")
+    assert_same(logits, weights, atol=1e-3, return_logprobs=True, **options)  # 300 / T has few digits left
+
+
+def test_environment_turns_the_core_off():
+    code = "from genarm_fast.kernels import _native; print(_native.core is None)"
+    env = os.environ | {"GENARM_FAST_ISA": "none"}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == "True"
+    )
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="'mmx': expected one of"):
+        _native.core.use("mmx")
