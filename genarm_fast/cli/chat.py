@@ -80,6 +80,8 @@ class Chat:
                 self.answer([*self.messages, {"role": "user", "content": line}])
         except (ValueError, TypeError, GenerationError) as error:
             self.console.print(str(error), style="red")
+        except KeyboardInterrupt:  # before an answer's first token, or after its last
+            print()
 
     def command(self, name: str, text: str) -> None:
         """Raises ValueError for an unknown command or a bad value."""

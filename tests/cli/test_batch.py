@@ -1,0 +1,132 @@
+"""`genarm-fast generate --input --output`: kills, resumption and errors with real (tiny) models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REQUESTS = 24
+
+
+@pytest.fixture
+def job(models: Any, tmp_path: Path) -> tuple[list[str], Path]:
+    """A job's command line without its output, and a folder for that."""
+    rows: list[dict[str, Any]] = [{"prompt": f"the cat {i} " * (1 + i % 3)} for i in range(REQUESTS)]
+    rows[3] |= {"weights": [0.5, 2], "temperature": 0.5, "id": "three"}
+    rows[8] |= {"prompt": [{"role": "user", "content": "hello"}], "n": 2}
+    rows[9] |= {"prompt": [40, 41, 42], "seed": 12}
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--max-batch-size=4", "--max-new-tokens=40", "--ignore-eos", "--rewards", "--logprobs=1", "--seed=3"]
+    return ["generate", "--input", str(path), *models.options, *options], tmp_path
+
+
+def test_killed_job_resumes_to_the_same_bytes(cli: Callable, job: tuple[list[str], Path]) -> None:
+    command, folder = job
+    whole, killed = folder / "whole.jsonl", folder / "killed.jsonl"
+    assert cli(*command, "--output", whole).code == 0
+
+    process = subprocess.Popen([sys.executable, "-m", "genarm_fast", *command, "--output", str(killed)])
+    deadline = time.monotonic() + 60
+    while (not killed.exists() or killed.read_bytes().count(b"\n") < REQUESTS // 4) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = killed.read_bytes().count(b"\n")
+    assert REQUESTS // 4 <= kept < REQUESTS
+
+    result = cli(*command, "--output", killed)
+    assert result.code == 0
+    assert f"{REQUESTS - kept} answered, {kept} kept from an earlier run, 0 failed" in " ".join(result.err.split())
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_answers(cli: Callable, job: tuple[list[str], Path]) -> None:
+    command, folder = job
+    result = cli(*command, "--output", folder / "out.jsonl", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["answered"] == REQUESTS
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [1, 2, 3, "three", *range(5, REQUESTS + 1)]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "the cat 0 "}]
+    assert rows[3]["completions"][0]["weights"][0] == [0.5, 2.0]
+    assert rows[0]["completions"][0]["weights"][0] == [1.5, -0.25]
+    assert len(rows[8]["completions"]) == 2
+    assert (rows[9]["prompt"], rows[9]["completions"][0]["seed"]) == ([40, 41, 42], 12)
+    assert set(rows[0]["completions"][0]["rewards"]) == {"one", "two"}
+    assert len({row["completions"][0]["seed"] for row in rows}) == REQUESTS
+
+    before = (folder / "out.jsonl").read_bytes()
+    assert cli(*command, "--output", folder / "out.jsonl", "--seed", "4").code == 2
+    assert (folder / "out.jsonl").read_bytes() == before
+    assert cli(*command, "--output", folder / "out.jsonl", "--seed", "4", "--overwrite").code == 0
+    assert (folder / "out.jsonl").read_bytes() != before
+
+
+def test_other_models_or_templates_are_another_job(cli: Callable, job: tuple[list[str], Path], models: Any) -> None:
+    command, folder = job
+    output = ["--output", str(folder / "out.jsonl"), "--max-new-tokens", "2"]
+    assert cli(*command, *output).code == 0
+    for change in (["--raw"], ["--system", "x"], ["--dtype", "bfloat16"]):
+        assert "line 1: made with other models" in cli(*command, *output, *change).err
+    heavier = [argument.replace("=1.5", "=1.6") for argument in command]
+    assert "line 1: made with other models" in cli(*heavier, *output).err
+    os.rename(models.arm, models.arm.with_name("moved"))
+    try:
+        moved = [argument.replace(str(models.arm), str(models.arm.with_name("moved"))) for argument in command]
+        assert f"{REQUESTS} kept" in cli(*moved, *output).err
+    finally:
+        os.rename(models.arm.with_name("moved"), models.arm)
+
+
+def test_all_lines_are_checked_before_any_work(cli: Callable, job: tuple[list[str], Path]) -> None:
+    command, folder = job
+    with open(folder / "in.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "the cat " * 300}) + "\n")
+    result = cli(*command, "--output", folder / "out.jsonl")
+    assert result.code == 2
+    assert f"in.jsonl line {REQUESTS + 1}: " in result.err
+    assert "expected at most 512, the context of base" in result.err
+    assert (folder / "out.jsonl").read_bytes() == b""
+
+
+def test_failed_requests_are_reported_and_tried_again(
+    cli: Callable, job: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, folder = job
+    command = [*command, "--output", str(folder / "out.jsonl")]
+    with monkeypatch.context() as patch:
+        from genarm_fast.requests import Row
+
+        settle = Row.settle
+
+        def failing(self: Row, draw: Any) -> None:
+            if self.request.prompt == [40, 41, 42]:
+                raise RuntimeError("a fault in the middle")
+            settle(self, draw)
+
+        patch.setattr(Row, "settle", failing)
+        result = cli(*command)
+    assert result.code == 1
+    assert "id 10: RuntimeError: a fault in the middle" in result.err
+    assert f"{REQUESTS - 1} answered, 0 kept from an earlier run, 1 failed" in " ".join(result.err.split())
+    result = cli(*command)
+    assert result.code == 0
+    assert f"1 answered, {REQUESTS - 1} kept from an earlier run, 0 failed" in " ".join(result.err.split())
+
+
+def test_input_and_output_must_differ(cli: Callable, job: tuple[list[str], Path]) -> None:
+    command, folder = job
+    before = (folder / "in.jsonl").read_bytes()
+    result = cli(*command, "--output", folder / "in.jsonl", "--overwrite")
+    assert (result.code, (folder / "in.jsonl").read_bytes()) == (2, before)

@@ -1,0 +1,110 @@
+"""`genarm-fast generate` on tiny models: text, JSON, prompts from everywhere."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genarm_fast import ARM, GenARM, SamplingParams
+
+CHAT = [{"role": "user", "content": "the cat"}]
+
+
+@pytest.fixture(scope="module")
+def model(models: Any) -> GenARM:
+    """What the command line loads."""
+    arms = [ARM(models.arm, weight=1.5, name="one"), ARM(models.base, weight=-0.25, name="two")]
+    return GenARM.from_pretrained(models.base, arms)
+
+
+@pytest.fixture
+def options(models: Any) -> list[str]:
+    return [*models.options, "--max-new-tokens", "12", "--seed", "7"]
+
+
+def test_text_is_the_api_s_text_and_nothing_else(cli: Callable, options: list[str], model: GenARM) -> None:
+    expected = model.generate([CHAT], SamplingParams(max_new_tokens=12, seed=7))[0].text
+    assert cli("generate", "the cat", *options) == (0, expected + "\n", "")
+    assert cli("generate", "the cat", *options, "--stream") == (0, expected + "\n", "")
+
+
+def test_raw_prompts_and_system_messages(cli: Callable, options: list[str], model: GenARM) -> None:
+    params = SamplingParams(max_new_tokens=12, seed=7)
+    system = [{"role": "system", "content": "be brief"}]
+    assert cli("generate", "the cat", *options, "--raw").out == model.generate("the cat", params)[0].text + "\n"
+    asked = cli("generate", "the cat", *options, "--system", "be brief").out
+    assert asked == model.generate([[*system, *CHAT]], params)[0].text + "\n"
+    assert cli("generate", "the cat", *options, "--raw", "--system", "be brief").code == 2
+
+
+def test_sampling_options_reach_the_request(cli: Callable, options: list[str], model: GenARM) -> None:
+    params = SamplingParams(
+        weights=(0.5, -1.0), temperature=0.7, top_k=20, top_p=0.9, stop=("e",), logprobs=2, rewards=True, n=2, seed=7,
+        max_new_tokens=12, logit_bias={40: 2.0},
+    )  # fmt: skip
+    more = "--weights 0.5,-1 --temperature 0.7 --top-k 20 --top-p 0.9 --stop e --logprobs 2 --rewards --n 2"
+    result = cli("generate", "the cat", *options, *more.split(), "--logit-bias", "40=2", "--json")
+    assert result.code == 0
+    expected = json.loads(json.dumps(model.generate([CHAT], params)[0].to_dict()))
+    found = json.loads(result.out)
+    del expected["timing"], found["timing"]
+    assert found == expected
+
+
+def test_several_completions_are_told_apart(cli: Callable, options: list[str], model: GenARM) -> None:
+    texts = [c.text for c in model.generate([CHAT], SamplingParams(max_new_tokens=12, seed=7, n=2))[0].completions]
+    assert cli("generate", "the cat", *options, "--n", "2").out == (
+        f"--- 1 of 2 ---\n{texts[0]}\n--- 2 of 2 ---\n{texts[1]}\n"
+    )
+
+
+def test_rewards_and_logprobs_are_tables_beside_the_text(cli: Callable, options: list[str], model: GenARM) -> None:
+    result = cli("generate", "the cat", *options, "--rewards", "--logprobs", "2")
+    output = model.generate([CHAT], SamplingParams(max_new_tokens=12, seed=7, rewards=True))[0]
+    assert result.out == output.text + "\n"
+    assert "most probable" in result.err
+    assert f"{output.rewards['one'].total:.2f}" in result.err
+
+
+def test_prompts_from_a_file_and_from_stdin(
+    cli: Callable, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = cli("generate", "the cat", *options).out
+    (tmp_path / "prompt.txt").write_text("the cat\n")
+    assert cli("generate", "--prompt-file", tmp_path / "prompt.txt", *options).out == expected
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+        assert cli("generate", *arguments, *options).out == expected
+
+
+def test_templates(cli: Callable, options: list[str], models: Any, tmp_path: Path) -> None:
+    params = SamplingParams(max_new_tokens=12, seed=7)
+    asking = GenARM.from_pretrained(
+        models.base,
+        [
+            ARM(models.arm, weight=1.5, prompt_template="<{prompt}>"),
+            ARM(models.base, weight=-0.25, prompt_template="<{prompt}>"),
+        ],
+        prompt_template="Q: {prompt}",
+    )
+    out = cli("generate", "a", *options, "--prompt-template", "Q: {prompt}", "--arm-prompt-template", "<{prompt}>").out
+    assert out == asking.generate("a", params)[0].text + "\n"
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}!")
+    other = GenARM.from_pretrained(
+        models.base,
+        [ARM(models.arm, weight=1.5), ARM(models.base, weight=-0.25)],
+        chat_template="{{ messages[0].content }}!",
+    )
+    out = cli("generate", "a", *options, "--chat-template", tmp_path / "chat.jinja").out
+    assert out == other.generate([[{"role": "user", "content": "a"}]], params)[0].text + "\n"
+
+
+def test_too_long_a_prompt_is_a_usage_error(cli: Callable, options: list[str]) -> None:
+    result = cli("generate", "the cat " * 600, *options)
+    assert result.code == 2
+    assert "expected at most 512, the context of base" in result.err
