@@ -54,7 +54,10 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
         query = query.view(rows, key.shape[1], groups, dim)  # query heads that share a KV head become its queries
     else:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    causal = attention_mask is None and length > 1  # transformers leaves out a mask that is merely causal
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, is_causal=causal, scale=scaling
+    )
     return out.view(rows, heads, length, dim).transpose(1, 2).contiguous(), None
 
 
@@ -70,6 +73,13 @@ def draw(probs: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tenso
     )
 
 
+def shared_prefix(prompts: list[list[int]]) -> int:
+    """How many leading tokens all prompts share, short of the last token of the shortest."""
+    shortest = min(map(len, prompts))
+    differs = (i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
+    return min(next(differs, shortest), shortest - 1)
+
+
 @torch.inference_mode()
 def sample_responses(
     model: PreTrainedModel,
@@ -79,13 +89,18 @@ def sample_responses(
     eos: int,
     generator: torch.Generator,
 ) -> list[dict[str, np.ndarray]]:
-    """Each prompt's response's `tokens` [N], `top_ids` [N, TOP], `top_logprobs` [N, TOP], `tail_ids` [N, TAIL]."""
-    width, rows = max(map(len, prompts)), torch.arange(len(prompts))
-    ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts])  # left padding
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    """Each prompt's response: `tokens` [N], `top_ids` [N, TOP], `top_logprobs` [N, TOP], `tail_ids` [N, TAIL]."""
+    shared = shared_prefix(prompts)  # the template's opening, prefilled once
+    rests = [p[shared:] for p in prompts]
+    width, rows = max(map(len, rests)), torch.arange(len(prompts))
+    ids = torch.tensor([[eos] * (width - len(r)) + r for r in rests])  # padded between the opening and the rest
+    mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests])
+    positions = (mask.cumsum(-1) - 1)[:, shared:]
     temperature = torch.tensor(temperatures)[:, None]
     cache = DynamicCache()
+    if shared:
+        model(input_ids=torch.tensor([prompts[0][:shared]]), past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
     steps: list[list[tuple[np.ndarray, ...]]] = [[] for _ in prompts]
     for _ in range(max_new_tokens):
         logits = model(

@@ -1,0 +1,266 @@
+"""Distil the demo's `small` model from the base, out of teacher_data.py's shards.
+
+The student is a narrow Llama with the base's vocabulary: its tied embedding (49,152 rows) is most of it, and starts as
+the truncated SVD of the base's. The loss is the cross-entropy -Σ_x p(x) log q(x) at the response positions, which is
+KL(p || q) plus the base's entropy: exact on the base's 48 likeliest tokens, and an unbiased estimate on the tail, of
+which 8 draws stand for the remaining mass. (One bucket for the tail says nothing about which tokens are in it,
+renormalising the top pretends that there is none; at T = 1 the tail holds a tenth of this base's mass.)
+
+A killed run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from agreement import Agreement, load_responses
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+HIDDEN, LAYERS, INTERMEDIATE, HEADS = 160, 6, 448, 5  # 9.8 M parameters, 7.9 M of them the embedding
+INHERITED = (
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+BATCH = 8  # responses
+NEGATIVES = 2048
+LR, EMBEDDING_LR, WARMUP, CLIP = 3e-3, 1e-3, 0.02, 1.0
+CHECKPOINT_S = 120
+
+
+class SparseCrossEntropy(torch.autograd.Function):
+    """Mean over rows of -Σ_k probs[n, k] · log softmax(hidden @ weight.T + bias)[n, ids[n, k]], never holding [N, V].
+
+    hidden [N, D], weight [V, D], bias [V] float32; ids [N, K] int64, a row may repeat one; probs [N, K], rows sum to 1.
+    The gradients (none for bias) are made in the forward pass, so that each chunk's logits are computed once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, probs: Tensor, chunk: int = 128
+    ) -> Tensor:
+        d_hidden, d_weight, loss = torch.empty_like(hidden), torch.zeros_like(weight), hidden.new_zeros(())
+        for i in range(0, len(hidden), chunk):
+            h, k, p = hidden[i : i + chunk], ids[i : i + chunk], probs[i : i + chunk]
+            logits = torch.addmm(bias, h, weight.T)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            loss += log_z.sum() - (logits.gather(1, k) * p).sum()
+            grad = logits.sub_(log_z).exp_().scatter_add_(1, k, -p)
+            d_hidden[i : i + chunk] = grad @ weight
+            d_weight.addmm_(grad.T, h)
+        ctx.save_for_backward(d_hidden.div_(len(hidden)), d_weight.div_(len(hidden)))
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        d_hidden, d_weight = ctx.saved_tensors
+        return grad * d_hidden, grad * d_weight, None, None, None, None
+
+
+def candidates(ids: Tensor, vocab_size: int, negatives: int) -> tuple[Tensor, Tensor]:
+    """Token ids that a batch's normalisers are summed over, ascending, and the log of how many tokens each stands for.
+
+    All of `ids`, and `negatives` draws from the others: the normaliser is estimated without bias, at a quarter of the
+    cost. All tokens where there are no more.
+    """
+    named = torch.zeros(vocab_size, dtype=torch.bool)
+    named[ids] = True
+    others = (~named).nonzero()[:, 0]
+    if len(others) <= negatives:
+        return torch.arange(vocab_size), torch.zeros(vocab_size)
+    drawn = others[torch.randperm(len(others))[:negatives]]
+    log_count = torch.zeros(vocab_size)
+    log_count[drawn] = math.log(len(others) / negatives)
+    named[drawn] = True
+    kept = named.nonzero()[:, 0]
+    return kept, log_count[kept]
+
+
+def sparse_targets(response: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """ids [N, 48 + 8] and their probabilities: the top as stored, the tail's draws an eighth of what is left each."""
+    top = torch.from_numpy(response["top_logprobs"]).float().exp()
+    top /= top.sum(-1, keepdim=True).clamp_min(1.0)  # float16 may round the sum above 1
+    tail_ids = response["tail_ids"]
+    tail = ((1 - top.sum(-1, keepdim=True)) / tail_ids.shape[1]).expand(-1, tail_ids.shape[1])
+    ids = np.concatenate([response["top_ids"], tail_ids], -1).astype(np.int64)
+    return torch.from_numpy(ids), torch.cat([top, tail], -1)
+
+
+def new_student(base: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Random but for the embedding, whose rows are the base's in the basis of its largest singular vectors."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=base.config.vocab_size,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        intermediate_size=INTERMEDIATE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        initializer_range=HIDDEN**-0.5,
+        tie_word_embeddings=True,
+        **{key: copy.deepcopy(getattr(base.config, key)) for key in INHERITED},
+    )
+    student = LlamaForCausalLM(config)
+    table = base.get_input_embeddings().weight.detach().float()
+    _, basis = torch.linalg.eigh(table.T @ table)  # ascending
+    with torch.no_grad():
+        student.get_input_embeddings().weight.copy_(table @ basis[:, -HIDDEN:])
+        for layer in student.model.layers:  # the residual stream starts as the embedding
+            layer.self_attn.o_proj.weight.mul_((2 * LAYERS) ** -0.5)
+            layer.mlp.down_proj.weight.mul_((2 * LAYERS) ** -0.5)
+    return student
+
+
+def batch_loss(student: LlamaForCausalLM, responses: list[dict[str, np.ndarray]]) -> tuple[Tensor, int]:
+    """The loss over all response positions of a batch, and how many they are."""
+    lengths = [(len(r["prompt_tokens"]), len(r["tokens"])) for r in responses]
+    ids = torch.zeros(len(responses), max(p + n for p, n in lengths) - 1, dtype=torch.long)
+    for row, r in zip(ids, responses):
+        text = np.concatenate([r["prompt_tokens"], r["tokens"][:-1]]).astype(np.int64)
+        row[: len(text)] = torch.from_numpy(text)
+    states = student.model(input_ids=ids, use_cache=False).last_hidden_state  # causal: right padding needs no mask
+    hidden = torch.cat([row[p - 1 : p - 1 + n] for row, (p, n) in zip(states, lengths)])
+    targets, probs = (torch.cat(column) for column in zip(*map(sparse_targets, responses)))
+    kept, bias = candidates(targets, student.config.vocab_size, NEGATIVES)
+    weight = student.get_output_embeddings().weight.index_select(0, kept)
+    return SparseCrossEntropy.apply(hidden, weight, bias, torch.searchsorted(kept, targets), probs), len(hidden)
+
+
+def learning_rate(progress: float) -> float:
+    """Linear warm-up, then a cosine to zero; a factor."""
+    return min(progress / WARMUP, 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def save_model(student: LlamaForCausalLM, base_folder: str, output: Path) -> None:
+    """The student in bf16 and its generation config; the tokenizer is the base's."""
+    shipped = copy.deepcopy(student).to(torch.bfloat16)
+    shipped.generation_config = GenerationConfig.from_pretrained(base_folder)
+    shipped.save_pretrained(output)
+
+
+def plot(history: list[dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, left = plt.subplots(figsize=(7, 4))
+    tokens = [h["tokens"] / 1e6 for h in history]
+    left.plot(tokens, [h["kl"] for h in history], "o-", color="C0", label="KL(base || small)")
+    left.set(xlabel="million response tokens", ylabel="nats per token, held-out prompts")
+    right = left.twinx()
+    right.plot(tokens, [h["overlap"] for h in history], "s-", color="C1", label="Σ min(p, q)")
+    right.plot(tokens, [h["top1"] for h in history], "^-", color="C2", label="same likeliest token")
+    figure.legend(loc="upper center", ncol=3, fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, help="teacher_data.py's folder; read anew at each epoch")
+    parser.add_argument("output", type=Path, help="folder for the model, checkpoint, report and curve")
+    parser.add_argument("--held-out", type=Path, required=True, help="teacher_data.py --held-out's folder")
+    parser.add_argument("--base", help="model folder or hub id; default: the demo's base")
+    parser.add_argument("--tokens", type=float, default=3e6, help="response tokens to train on, over all epochs")
+    parser.add_argument("--eval-every", type=float, default=2e5, help="response tokens between evaluations")
+    args = parser.parse_args()
+    if args.base is None:
+        from genarm_fast.demo import base
+
+        args.base = base()
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    teacher = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
+    student = new_student(teacher)
+    quick = Agreement(teacher, load_responses(args.held_out)[::8])
+    del teacher
+    embedding = student.get_input_embeddings().weight
+    matrices = [p for p in student.model.layers.parameters() if p.ndim == 2]
+    gains = [p for p in student.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [embedding], "base_lr": EMBEDDING_LR, "weight_decay": 0.0},
+            {"params": matrices, "base_lr": LR, "weight_decay": 0.1},
+            {"params": gains, "base_lr": LR, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    state: dict[str, Any] = {"tokens": 0, "epoch": 0, "cursor": 0, "shards": [], "seconds": 0.0, "history": []}
+    checkpoint = args.output / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        student.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"]
+
+    def save_checkpoint() -> None:
+        partial = checkpoint.with_suffix(".partial")
+        torch.save({"model": student.state_dict(), "optimizer": optimizer.state_dict(), "state": state}, partial)
+        os.replace(partial, checkpoint)
+
+    responses: list[dict[str, np.ndarray]] = []
+    order = np.empty(0, int)
+    last_save, running = time.monotonic(), math.nan
+    bar = tqdm(total=int(args.tokens), initial=state["tokens"], unit="tok", unit_scale=True)
+    while state["tokens"] < args.tokens:
+        start = time.monotonic()
+        if len(order) == 0 or state["cursor"] >= len(order):
+            if state["cursor"] > 0 and len(order) > 0:
+                state.update(epoch=state["epoch"] + 1, cursor=0, shards=[])
+            # the epoch's own list of shards, so that a resumed epoch sees the same order
+            state["shards"] = state["shards"] or sorted(p.name for p in args.shards.glob("*.npz"))
+            responses = load_responses(args.shards, state["shards"])
+            order = np.random.default_rng(state["epoch"]).permutation(len(responses))
+        batch = [responses[i] for i in order[state["cursor"] : state["cursor"] + BATCH]]
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * learning_rate((state["tokens"] + 1) / args.tokens)
+        loss, n = batch_loss(student, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        before, state["tokens"] = state["tokens"], state["tokens"] + n
+        state["cursor"] += BATCH
+        running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
+        state["seconds"] += time.monotonic() - start
+        bar.update(n)
+        bar.set_postfix(epoch=state["epoch"], responses=len(responses), loss=f"{running:.3f}")
+        if state["tokens"] // args.eval_every > before // args.eval_every or state["tokens"] >= args.tokens:
+            measured = quick.plain(student)
+            state["history"].append({"tokens": state["tokens"], "train_cross_entropy": running, **measured})
+            bar.write(json.dumps(state["history"][-1]))
+        if time.monotonic() - last_save > CHECKPOINT_S or state["tokens"] >= args.tokens:
+            save_checkpoint()
+            last_save = time.monotonic()
+
+    save_model(student, args.base, args.output / "model")
+    plot(state["history"], args.output / "curve.png")
+    report = {
+        "base": AutoConfig.from_pretrained(args.base).name_or_path,
+        "parameters": student.num_parameters(),
+        "response_tokens": state["tokens"],
+        "epochs": state["epoch"] + state["cursor"] / len(order),
+        "responses": len(responses),
+        "seconds": round(state["seconds"]),
+        "history": state["history"],
+    }
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

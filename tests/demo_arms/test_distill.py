@@ -1,0 +1,104 @@
+"""Distillation: the sparse loss against brute force, the tail estimate's mean, the student's first embedding."""
+
+import agreement
+import distill
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def response() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    n = 5
+    logprobs = np.sort(np.log(rng.dirichlet(np.ones(200), n)))[:, ::-1]
+    ids = np.stack([rng.permutation(300)[:56] for _ in range(n)]).astype(np.uint16)
+    return {
+        "prompt_tokens": np.array([3, 4, 5], np.uint16),
+        "tokens": rng.integers(0, 300, n).astype(np.uint16),
+        "top_ids": ids[:, :48],
+        "top_logprobs": logprobs[:, :48].astype(np.float16),
+        "tail_ids": ids[:, 48:],
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 100])
+def test_sparse_cross_entropy_equals_brute_force(chunk: int):
+    torch.manual_seed(0)
+    hidden = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(50, dtype=torch.float64)
+    ids, probs = torch.randint(0, 50, (37, 6)), torch.rand(37, 6, dtype=torch.float64)  # ids repeat
+    probs /= probs.sum(-1, keepdim=True)
+    loss = 2 * distill.SparseCrossEntropy.apply(hidden, weight, bias, ids, probs, chunk)
+    expected = -2 * ((hidden @ weight.T + bias).log_softmax(-1).gather(1, ids) * probs).sum(-1).mean()
+    torch.testing.assert_close(loss, expected)
+    for got, wanted in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_candidates_estimate_the_normaliser_without_bias():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(400) / 2, torch.arange(0, 400, 40)[None]
+    estimates = []
+    for _ in range(500):
+        kept, bias = distill.candidates(ids, 400, negatives=30)
+        assert set(ids[0].tolist()) <= set(kept.tolist())
+        assert len(kept) == 40
+        assert (kept.diff() > 0).all()
+        estimates.append((logits[kept] + bias).exp().sum().item())
+    mean, error = np.mean(estimates), np.std(estimates) / 500**0.5
+    exact = logits.exp().sum().item()
+    assert abs(mean - exact) < 4 * error < 0.05 * exact
+    kept, bias = distill.candidates(ids, 400, negatives=390)
+    assert len(kept) == 400
+    assert not bias.any()
+
+
+def test_targets_sum_to_one_and_share_the_tail(response):
+    ids, probs = distill.sparse_targets(response)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(5))
+    torch.testing.assert_close(probs[:, 48:], probs[:, 48:49].expand(-1, 8))
+    assert probs[:, 48:].sum(-1).min() > 0.05
+    np.testing.assert_array_equal(ids, np.concatenate([response["top_ids"], response["tail_ids"]], -1).astype(int))
+
+
+def test_batch_loss_reads_the_right_positions(tiny_model, response):
+    """Against one unbatched, unpadded forward per response with a dense log-softmax."""
+    model = tiny_model("llama")
+    short = {key: value[:2] for key, value in response.items()}
+    loss, n = distill.batch_loss(model, [response, short])
+    assert n == 7
+    expected = []
+    for r in (response, short):
+        ids, probs = distill.sparse_targets(r)
+        expected.append(-(agreement.response_logprobs(model, r).gather(1, ids) * probs).sum(-1))
+    torch.testing.assert_close(loss, torch.cat(expected).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_agreement_against_itself_and_another(tiny_model, response):
+    base, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    measure = agreement.Agreement(base, [response])
+    same, different = measure.plain(base), measure.plain(other)
+    assert same["kl"] == pytest.approx(0, abs=1e-3)
+    assert same["top1"] == 1
+    assert same["overlap"] == pytest.approx(1, abs=1e-3)
+    assert different["kl"] > 0.01
+    assert different["overlap"] < 0.99
+    assert measure.drift(base, other) > 0.01 > abs(measure.drift(base, base))
+    guided = measure.guided(base)  # an ARM equal to the base: tempering predicts the guided distribution exactly
+    assert all((value == pytest.approx(1, abs=1e-3)) == ("untempered" not in name) for name, value in guided.items())
+
+
+def test_overlap_is_the_mass_in_common():
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.2, 0.3, 0.5]]).log()
+    torch.testing.assert_close(agreement.overlap(p, q), torch.tensor([0.7]))
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [distill.learning_rate(p) for p in (0.0, distill.WARMUP, 0.5, 1.0, 1.1)]
+    assert rates[0] == 0
+    assert rates[1] > 0.99
+    assert rates[2] == pytest.approx(0.5)
+    assert rates[3] == pytest.approx(0)
+    assert rates[4] == pytest.approx(0)
