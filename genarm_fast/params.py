@@ -139,5 +139,6 @@ def _real(name: str, value: object, low: float, high: float, expected: str, *, o
 def _integer(name: str, value: object, low: int, expected: str, *, high: int | None = None) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected {expected}")
-    if value < low or (high is not None and value > high):
+    number = int(value)
+    if number < low or (high is not None and number > high):
         raise ValueError(f"{name}={value!r}: expected {expected}")

@@ -78,11 +78,12 @@ def _draw_adjusted(rows: Sequence[Row], members: Sequence[Tensor], weights: Tens
                 scores[i] = adjust(row, scores[i])
             except Exception as error:  # a caller's processor: this request fails, the others go on
                 row.error = error
-                scores[i] = 0.0
     result = _draw(rows, scores, (), weights[:, :0])
-    logprobs = torch.stack([member_logprob(member, result.tokens) for member in members])
-    status = torch.where(status != 0, status, result.status & ALL_MASKED)
-    return result._replace(status=status, member_logprobs=logprobs)
+    result = result._replace(status=torch.where(status != 0, status, result.status & ALL_MASKED))
+    if result.logprobs is not None:
+        logprobs = torch.stack([member_logprob(member, result.tokens) for member in members])
+        result = result._replace(member_logprobs=logprobs)
+    return result
 
 
 def adjust(row: Row, scores: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from torch import Tensor
 from .cache import MemberCache, pad_left
 from .members import Member
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24}  # logits alive at once, float32: 64 MB on a CPU, 1 GB on a GPU
-GPU_CHUNK_ELEMENTS = 1 << 28
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
 
 
 @torch.inference_mode()
@@ -27,7 +26,7 @@ def response_logprobs(
     tokens, mask = pad_left([[*prompt, *response] for prompt, response in zip(prompts, responses)], cache.device)
     targets = tokens[:, -longest:]
     start = tokens.shape[1] - longest  # predicts the first of `targets`
-    limit = CHUNK_ELEMENTS.get(cache.device.type, GPU_CHUNK_ELEMENTS)
+    limit = CHUNK_ELEMENTS.get(cache.device.type, CHUNK_ELEMENTS["cuda"])
     step = max(1, limit // (len(prompts) * member.vocab_size))
     logprobs: list[Tensor] = []
     done = 0

@@ -13,6 +13,7 @@ from tiny_models import build_model
 import genarm_fast
 from genarm_fast import ARM, GenARM, GenerationError, SamplingParams, reference
 from genarm_fast.requests import sample_seed
+from genarm_fast.score import CHUNK_ELEMENTS
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -121,7 +122,7 @@ def test_rewards_equal_scores(model):
 @pytest.mark.parametrize("limit", [1, 3000, 1 << 24])
 def test_scores(model, monkeypatch, limit):
     """Against plain forwards, for any size of the pieces in which long responses are scored."""
-    monkeypatch.setattr("genarm_fast.score.CHUNK_ELEMENTS", {"cpu": limit})
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", limit)
     prompts, responses = ["the cat", "a", [5]], ["sat on the mat", "é" * 20, [7, 8]]
     for score, prompt, response in zip(model.score(prompts, responses), prompts, responses):
         ids = prompt if isinstance(prompt, list) else model.tokenizer(prompt)["input_ids"]
@@ -131,6 +132,14 @@ def test_scores(model, monkeypatch, limit):
             table = member.model(torch.tensor([ids + answer])).logits[0].log_softmax(-1).detach()
             expected = [float(table[len(ids) + i - 1, token]) for i, token in enumerate(answer)]
             assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_scores_over_the_common_vocabulary(tiny_model, tokenizer):
+    """Probability on ids that not all members have does not count."""
+    wide = tiny_model(seed=1, vocab_size=400)
+    (score,) = GenARM.from_pretrained(tiny_model(), wide, tokenizer=tokenizer).score([[5, 6]], [[7]])
+    expected = wide(torch.tensor([[5, 6]])).logits[0, -1, :300].log_softmax(-1)[7]
+    assert score.rewards["arm"].total == pytest.approx(float(expected.detach()), abs=1e-5)
 
 
 def test_score_forms(model):
@@ -203,6 +212,19 @@ def test_weights_change_at_the_next_token(model):
     assert stream.output.token_ids == expected.tokens
     with pytest.raises(ValueError, match="expected 2 numbers"):
         stream.set_weights([1.0])
+
+
+def test_an_arm_may_be_switched_on_in_mid_stream(model):
+    """Its cache is kept up to date while its weight is 0."""
+    stream = model.stream([5, 6], weights=0, seed=2, max_new_tokens=10, ignore_eos=True)
+    for i, _ in enumerate(stream):
+        if i == 3:
+            stream.set_weights([2.0, 0.0])
+    arms = [arm.model for arm in model.arms]
+    expected = reference.generate(
+        model.base.model, arms, [[5, 6]] * 3, lambda i: [0, 0] if i < 4 else [2, 0], max_new_tokens=10, seed=2
+    )
+    assert stream.output.token_ids == expected.tokens
 
 
 def test_cancel_a_stream(model):
