@@ -1,0 +1,97 @@
+"""Preference pairs: halves and splits that never meet, equal or clearly unequal lengths."""
+
+import json
+import random
+
+import pairs_concise
+import pairs_harmless
+import pytest
+from pairs_positive import Passage, is_plain, match, sentences, windows
+from preference import write_jsonl
+from reviews import Review, clean, load
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def __call__(self, text):
+        one = [text] if isinstance(text, str) else text
+        ids = [list(range(len(t.split()))) for t in one]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
+
+
+def test_reposted_reviews_land_in_one_half_and_count_once(tmp_path):
+    rows = [f'"Film {i} is<br /><br />great",1,imdb' for i in range(40)] + ['"FILM 3  is great",1,imdb']
+    (path := tmp_path / "reviews.csv").write_text("text,label,source\n" + "\n".join(rows) + "\n")
+    reviews = load(path)
+    assert len(reviews) == 40
+    assert {r.half for r in reviews} == {"arm", "judge"}
+    assert Review("A film", True, "imdb").half == Review("a  FILM", False, "x").half
+    assert clean("So &amp; so.<br />Yes") == "So & so. Yes"
+
+
+def test_windows_are_all_runs_within_the_limits():
+    lengths = [3, 4, 5, 20, 2]
+    expected = {(a, b) for a in range(5) for b in range(a + 1, 6) if 7 <= sum(lengths[a:b]) <= 12}
+    assert set(windows(lengths, 7, 12)) == expected == {(0, 2), (0, 3), (1, 3)}
+
+
+def test_sentences_join_to_the_text():
+    text = "Good film. It was 3.5 hours! Really? yes."
+    assert " ".join(sentences(text)) == text
+    assert sentences(text)[1:] == ["It was 3.5 hours!", "Really? yes."]
+    assert is_plain("Good film, really.")
+    assert not is_plain("8/10 for me.")
+    assert not is_plain("WORST film.")
+
+
+def test_matched_passages_have_equal_length_and_occur_once():
+    rng = random.Random(0)
+    items = [Passage(str(i), bool(rng.randrange(2)), rng.randrange(20, 30), 1.0) for i in range(200)]
+    pairs = match(items)
+    assert len(pairs) > 60
+    assert all(good.positive and not bad.positive and good.tokens == bad.tokens for good, bad in pairs)
+    texts = [p.text for pair in pairs for p in pair]
+    assert len(texts) == len(set(texts))
+
+
+def test_openings_end_where_sentences_end():
+    assert pairs_concise.openings("Boil it. Then:\n1. Salt it.\n2. Stir for 2.5 minutes. And so") == [
+        "Boil it.",
+        "Boil it. Then:\n1. Salt it.",
+        "Boil it. Then:\n1. Salt it.\n2. Stir for 2.5 minutes.",
+    ]
+
+
+def test_chosen_answers_are_at_most_half_as_long():
+    answers = ["One two three. " * 6, "Four five six seven. " * 4, "No end here", "Short one here."]
+    found = list(pairs_concise.pairs(answers, Words(), 3, 10, random.Random(1)))
+    assert found
+    for chosen, rejected in found:
+        assert 3 <= len(chosen.split()) <= min(10, len(rejected.split()) / 2)
+
+
+def test_last_turns_keeps_as_many_as_fit():
+    turns = [{"role": role, "content": "a b c"} for role in ("user", "assistant", "user", "assistant", "user")]
+    assert [len(pairs_harmless.last_turns(turns, Words(), n)) for n in (15, 14, 9, 8, 2)] == [5, 3, 3, 1, 0]
+
+
+def test_every_fifth_line_of_hh_is_held_out(tmp_path):
+    lines = [{k: f"\n\nHuman: question {i}\n\nAssistant: {k} {i}" for k in ("chosen", "rejected")} for i in range(23)]
+    (path := tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    training, held_out = pairs_harmless.split(path, Words(), 10, 10)
+    assert [int(p["chosen"].split()[1]) for p in held_out] == [0, 5, 10, 15, 20]
+    assert len(training) == 18
+    assert not {p["chosen"] for p in training} & {p["chosen"] for p in held_out}
+
+
+def test_write_jsonl_leaves_whole_files_only(tmp_path):
+    def broken():
+        yield {"a": 1}
+        raise RuntimeError
+
+    write_jsonl(path := tmp_path / "x" / "pairs.jsonl", [{"a": "é"}, {"a": 2}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"a": "é"}, {"a": 2}]
+    with pytest.raises(RuntimeError):
+        write_jsonl(path, broken())
+    assert len(path.read_text().splitlines()) == 2
