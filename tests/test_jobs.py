@@ -186,6 +186,16 @@ def test_errors_before_an_interruption_and_the_rest_are_both_made_good(
     assert [row["prompt"] for row in read_lines(path)] == [f"p{i}" for i in range(7)]
 
 
+def test_overwriting_spares_the_old_lines_until_there_are_new_ones(requests: list[JobRequest], tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    run_job(FakeModel(), requests, path)
+    before = path.read_bytes()
+    with ResultsFile(path, [request.head("other") for request in requests], overwrite=True) as results:
+        assert path.read_bytes() == before
+        run(FakeModel(), requests[:2], results)
+    assert [row["setup"] for row in read_lines(path)] == ["other", "other"]
+
+
 def test_two_jobs_cannot_write_one_file(requests: list[JobRequest], tmp_path: Path) -> None:
     heads = [request.head(SETUP) for request in requests]
     with (

@@ -40,7 +40,11 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
             with located(args.input, request.line):
                 model.prepare([request.prompt], request.params)
         with _progress(console, len(requests), sum(results.answered)) as progress:
-            summary = jobs.run(model, requests, results, progress)
+            try:
+                summary = jobs.run(model, requests, results, progress)
+            except KeyboardInterrupt:
+                console.print(f"{args.output}: {len(results.answered)} lines; the same command resumes", markup=False)
+                raise
     if args.json:
         print(dumps(asdict(summary)))
     for id, message in summary.errors[:SHOWN_ERRORS]:

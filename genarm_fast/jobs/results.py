@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -18,7 +19,8 @@ _OTHERWISE = "; give another output file, or --overwrite to start anew"
 class ResultsFile:
     """Line i begins with `heads[i]` and holds the answer to request i, or its `error`.
 
-    Opening checks the lines that are there, cuts off a half one, and locks the file until it is closed.
+    Opening locks the file until it is closed and checks the lines that are there. With `overwrite` it passes over them;
+    the first write replaces them, and only then.
     answered: for each line, True for an answer, False for an error.
 
     Raises ValueError if the file holds another job's lines, BlockingIOError if a running job writes it.
@@ -30,7 +32,7 @@ class ResultsFile:
         self.answered: list[bool] = []
         self._file = _open_locked(self.path)
         try:
-            self._file.truncate(0 if overwrite else self._check())
+            self._kept_bytes = 0 if overwrite else self._check()
         except BaseException:
             self._file.close()
             raise
@@ -43,9 +45,11 @@ class ResultsFile:
 
     def append(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Writes the next lines at once; they are on disk when this returns."""
+        self._file.truncate(self._kept_bytes)  # cuts off half a line from a kill
         start = len(self.answered)
         self._file.write(b"".join(self._line(index, result) for index, result in enumerate(results, start)))
         _sync(self._file)
+        self._kept_bytes = self._file.tell()
         self.answered += ["error" not in result for result in results]
 
     def replace(self, results: Mapping[int, Mapping[str, Any]]) -> None:
@@ -55,12 +59,14 @@ class ResultsFile:
         temporary.unlink(missing_ok=True)
         file = _open_locked(temporary)
         with open(path, "rb") as old:
-            file.writelines(self._line(i, results[i]) if i in results else line for i, line in enumerate(old))
+            whole = enumerate(islice(old, len(self.answered)))
+            file.writelines(self._line(i, results[i]) if i in results else line for i, line in whole)
         _sync(file)
         os.replace(temporary, path)
         _sync_folder(path.parent)
         self._file.close()
         self._file = file
+        self._kept_bytes = file.tell()
         for index, result in results.items():
             self.answered[index] = "error" not in result
 
