@@ -1,0 +1,156 @@
+"""Reading preference pairs: formats, malformed rows, drops, the held-out split."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genarm_fast.train import TrainConfig
+from genarm_fast.train.data import Pair, load_pairs, split_pairs
+
+Write = Callable[..., Path]
+USER = {"role": "user", "content": "hi"}
+GOOD, BAD = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why\n\nAssistant:"
+TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "prompt", "chosen", "rejected"),
+    [
+        (TEXT, "text", "p", "a", "b"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "text", "", "a", "b"),
+        ({"chosen": HH + " yes", "rejected": HH + " no"}, "transcript", HH, " yes", " no"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "messages", [USER], "yes", "no"),
+        ({"prompt": [USER], "chosen": "yes", "rejected": "no"}, "messages", [USER], "yes", "no"),
+        # UltraFeedback repeats the prompt in both sides; others have no prompt column at all
+        ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "messages", [USER], "yes", "no"),
+        (
+            {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
+            "messages",
+            [USER, GOOD, USER],
+            "yes",
+            "no",
+        ),
+    ],
+)
+def test_formats(write_jsonl: Write, row: dict[str, Any], format: str, prompt: Any, chosen: str, rejected: str) -> None:
+    loaded = load_pairs(str(write_jsonl([row])))
+    assert loaded.format == format
+    assert loaded.pairs == [Pair(0, prompt, chosen, rejected)]
+
+
+def test_compressed(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(TEXT).encode()))
+    assert load_pairs(str(path)).pairs[0].chosen == "a"
+
+
+def test_datasets(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for folder in ("a", "b"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        (tmp_path / "set" / folder / "train.jsonl").write_text(json.dumps(TEXT | {"prompt": folder}) + "\n")
+    loaded = load_pairs(str(tmp_path / "set"), dataset_dir="b")
+    assert [pair.prompt for pair in loaded.pairs] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing, found"),
+        ({"prompt": "p", "chosen": "a", "rejected": 3}, "field 'rejected': expected a string, got 3"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "field 'rejected': expected a string, got None"),
+        (
+            {"prompt": "p", "chosen": [GOOD], "rejected": [BAD]},
+            "expected the format 'text' of the first line, got 'messages'",
+        ),
+        (TEXT | {"chosen_complete": "no"}, "field 'chosen_complete': expected true or false, got 'no'"),
+    ],
+)
+def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[str, Any], message: str) -> None:
+    path = write_jsonl([TEXT, row])
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pairs(str(path))
+    assert f"{path} line 2:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"chosen": "plain", "rejected": HH + " no"},
+            "field 'chosen': expected a transcript with .* or a 'prompt' field",
+        ),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "field 'prompt': expected messages before the responses"),
+        (
+            {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]},
+            "field 'chosen': expected one assistant message",
+        ),
+        ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, "field 'prompt': expected messages with"),
+    ],
+)
+def test_malformed_first_rows(write_jsonl: Write, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_pairs(str(write_jsonl([row])))
+
+
+def test_broken_json_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(TEXT) + "\n{oops\n")
+    with pytest.raises(ValueError, match="line 2"):
+        load_pairs(str(path))
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ValueError, match=r"data='nowhere.jsonl': expected a file that exists"):
+        load_pairs("nowhere.jsonl")
+
+
+def test_useless_pairs_are_dropped_and_counted(write_jsonl: Write) -> None:
+    rows = [TEXT, TEXT, TEXT | {"chosen": "b"}, TEXT | {"rejected": " \n"}, TEXT | {"rejected": "c"}]
+    loaded = load_pairs(str(write_jsonl(rows)))
+    assert [pair.row for pair in loaded.pairs] == [0, 4]
+    assert loaded.dropped == {"duplicate": 1, "chosen equals rejected": 1, "empty response": 1}
+    other = {"chosen": HH + " yes", "rejected": HH.replace("why", "what") + " no"}
+    loaded = load_pairs(str(write_jsonl([{"chosen": HH + " yes", "rejected": HH + " no"}, other])))
+    assert loaded.dropped == {"transcripts differ before the last turn": 1}
+
+
+def test_nothing_usable(write_jsonl: Write) -> None:
+    with pytest.raises(ValueError, match=r"found none usable in 1 rows .*chosen equals rejected"):
+        load_pairs(str(write_jsonl([TEXT | {"chosen": "b"}])))
+
+
+def split(pairs: list[Pair], **options: Any) -> tuple[list[int], list[int]]:
+    train, held = split_pairs(pairs, TrainConfig(base="b", data="d", output="o", **options))
+    return [pair.row for pair in train], [pair.row for pair in held]
+
+
+def test_split_by_row() -> None:
+    """A row keeps its side when others are dropped."""
+    pairs = [Pair(row, f"p{row}", "a", "b") for row in range(12) if row != 3]
+    assert split(pairs, holdout_every=5) == ([1, 2, 4, 6, 7, 8, 9, 11], [0, 5, 10])
+
+
+def test_split_by_prompt() -> None:
+    """Deterministic, near the asked-for share, another one for another seed, and no prompt on both sides."""
+    pairs = [Pair(row, f"p{row // 2}", str(row), "b") for row in range(4000)]
+    train, held = split(pairs, holdout_fraction=0.1)
+    assert (train, held) == split(pairs, holdout_fraction=0.1)
+    assert 300 < len(held) < 500
+    assert sorted(train + held) == list(range(4000))
+    assert not {row // 2 for row in train} & {row // 2 for row in held}
+    assert split(pairs, holdout_fraction=0.1, seed=1)[1] != held
+    assert split(pairs[::-1], holdout_fraction=0.1)[1] == held[::-1]
+    assert split(pairs, holdout_fraction=0.0)[1] == []
+
+
+def test_split_by_file(write_jsonl: Write) -> None:
+    held = write_jsonl([TEXT], "held.jsonl")
+    assert split([Pair(0, "q", "a", "b")], eval_data=str(held)) == ([0], [0])

@@ -1,0 +1,109 @@
+"""Pairs as token ids: templates as at decoding time, EOS, limits in tokens."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from genarm_fast.train import TrainConfig
+from genarm_fast.train.data import Pair
+from genarm_fast.train.encode import Encoder, transcript_messages
+
+HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why\n\nAssistant:"
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast, stop_ids: frozenset[int] = frozenset(), **options: Any) -> Encoder:
+    return Encoder(tokenizer, TrainConfig(base="b", data="d", output="o", **options), stop_ids)
+
+
+def texts(tokenizer: PreTrainedTokenizerFast, pair: Pair, **options: Any) -> list[str]:
+    return [tokenizer.decode(ids) for ids in encoder(tokenizer, **options).encode(pair)]
+
+
+def test_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert texts(tokenizer, Pair(0, "the {x}", " cat", " mat")) == ["the {x}", " cat</s>", " mat</s>"]
+
+
+def test_prompt_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = texts(tokenizer, Pair(0, "a {b} {prompt}", "c", "d"), prompt_template="Q: {prompt} A:")
+    assert found[0] == "Q: a {b} {prompt} A:"
+
+
+def test_bos_is_added_once(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = Pair(0, "the", "cat", "mat")
+    assert texts(bos_tokenizer, pair) == ["<s>the", "cat</s>", "mat</s>"]
+    assert texts(bos_tokenizer, pair, prompt_template="<s>{prompt}")[0] == "<s>the"
+    assert (
+        texts(bos_tokenizer, Pair(0, [{"role": "user", "content": "the"}], "c", "d"))[0]
+        == "<s>[user] the</s>[assistant] "
+    )
+
+
+def test_chat(tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert texts(tokenizer, Pair(0, messages, "yes", "no")) == ["<s>[user] hi</s>[assistant] ", "yes</s>", "no</s>"]
+    assert texts(tokenizer, Pair(0, "hi", " yes", "no"), as_chat=True) == [
+        "<s>[user] hi</s>[assistant] ",
+        " yes</s>",
+        "no</s>",
+    ]
+    own = "{% for m in messages %}({{ m.content }}){% endfor %}"
+    assert texts(tokenizer, Pair(0, messages, "yes", "no"), chat_template=own)[0] == "(hi)"
+
+
+def test_transcript(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raw, or as chat messages, whose responses then start without the transcript's space."""
+    pair = Pair(0, HH, " yes", " no")
+    assert texts(tokenizer, pair) == [HH, " yes</s>", " no</s>"]
+    chat = "<s>[user] hi</s>[assistant] hello</s>[user] why</s>[assistant] "
+    assert texts(tokenizer, pair, as_chat=True) == [chat, "yes</s>", "no</s>"]
+    assert [m["role"] for m in transcript_messages(HH)] == ["user", "assistant", "user"]
+    assert transcript_messages("no transcript") == []
+
+
+def test_end_of_turn_is_the_templates_own(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Llama 3's answers end with <|eot_id|>, which is a stop token but not the tokenizer's EOS."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (other.chat_template or "").replace("{{ eos_token }}", "~")  # type: ignore[union-attr]
+    end = other("~")["input_ids"][0]
+    pair = Pair(0, [{"role": "user", "content": "hi"}], "yes", "no")
+    assert encoder(other, frozenset({1, end})).encode(pair)[1][-1] == end
+    assert encoder(other, frozenset({1})).encode(pair)[1][-1] == other.eos_token_id
+    assert encoder(other, frozenset({1, end})).encode(Pair(0, "hi", "yes", "no"))[1][-1] == other.eos_token_id
+
+
+def test_incomplete_responses_get_no_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert texts(tokenizer, Pair(0, "the", "cat", "mat", chosen_complete=False)) == ["the", "cat", "mat</s>"]
+
+
+def test_limits(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A response of exactly the limit, EOS included, stays; one more token drops the pair."""
+    pairs = [Pair(0, "qqqq", "xxx", "x"), Pair(1, "qqqq", "x", "xxxx"), Pair(2, "qqqqq", "x", "xx")]
+    kept, dropped = encoder(tokenizer, max_prompt_tokens=4, max_response_tokens=4)(pairs)
+    assert [pair.row for pair in kept] == [0]
+    assert dropped == {"response too long": 1, "prompt too long": 1}
+    assert kept[0].chosen[-1] == tokenizer.eos_token_id
+
+
+def test_long_prompts_can_lose_their_start(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    cut = encoder(bos_tokenizer, max_prompt_tokens=4, long_prompts="truncate")
+    kept, counts = cut([Pair(0, "vwxyz", "a", "b"), Pair(1, "xyz", "a", "b")])
+    assert [bos_tokenizer.decode(pair.prompt) for pair in kept] == ["<s>xyz", "<s>xyz"]
+    assert counts == {"prompt truncated, kept": 1}
+
+
+def test_errors(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="row 7: the prompt has no tokens"):
+        encoder(tokenizer).encode(Pair(7, "", "a", "b"))
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="as_chat=True: expected a tokenizer with a chat template"):
+        encoder(bare, as_chat=True)
+    with pytest.raises(ValueError, match="the data has chat messages: expected a tokenizer with a chat template"):
+        encoder(bare).encode(Pair(0, [{"role": "user", "content": "hi"}], "a", "b"))
+    bare.eos_token = None
+    with pytest.raises(ValueError, match="expected a tokenizer with an EOS token"):
+        encoder(bare)

@@ -1,0 +1,155 @@
+"""Whole runs on a tiny model: they learn what is there, and leave what loading needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_pairs import toy_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from genarm_fast import GenARM
+from genarm_fast.fingerprint import fingerprint
+from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.data import load_pairs, split_pairs
+
+Config = Callable[..., TrainConfig]
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "genarm.json", "report.json"}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_learns_a_preference(make_config: Config, write_jsonl: Callable[..., Path], method: str) -> None:
+    """Held-out accuracy rises to nearly 1, from what a random model has."""
+    options = {"epochs": 4, "method": method, "learning_rate": 0.02 if method == "lora" else 0.005}
+    result = train(make_config(write_jsonl(toy_rows(96)), **options), progress=False)
+    assert result.report["before"]["accuracy"] < 0.8
+    assert result.accuracy is not None
+    assert result.accuracy > 0.95
+    assert result.report["final"]["margin_mean"] > result.report["before"]["margin_mean"] + 5
+    assert result.report["final"]["loss"] < result.report["before"]["loss"]
+
+
+def test_learns_nothing_from_shuffled_labels(make_config: Config, write_jsonl: Callable[..., Path]) -> None:
+    """Negative control: the same responses, chosen and rejected swapped by a coin."""
+    config = make_config(write_jsonl(toy_rows(192, shuffled=True)), epochs=2, learning_rate=0.02, holdout_every=2)
+    result = train(config, progress=False)
+    assert result.accuracy is not None
+    assert result.report["final"]["pairs"] == 96
+    assert 0.3 < result.accuracy < 0.7
+
+
+def test_leaves_everything_that_loading_needs(make_config: Config, toy: Path, base: Path) -> None:
+    names = {"base_id": "org/tiny", "data_id": "toy pairs"}
+    config = make_config(toy, **names, beta=0.1, prompt_template="Q {prompt}", eval_every=3)
+    result = train(config, progress=False)
+    assert {path.name for path in result.folder.iterdir()} == FILES | {"run.json"}
+    info = json.loads((result.folder / "genarm.json").read_text())
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    assert (info["base"], info["base_fingerprint"]) == ("org/tiny", fingerprint(lm))
+    assert (info["beta"], info["data"], info["prompt_template"]) == (0.1, "toy pairs", "Q {prompt}")
+    assert info["metrics"]["accuracy"] == result.accuracy
+    assert json.loads((result.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
+    card = (result.folder / "README.md").read_text()
+    for text in ("base_model: org/tiny", info["base_fingerprint"], "| β_r | 0.1 |", "toy pairs", "Q {prompt}"):
+        assert text in card
+    assert (result.folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    report = json.loads((result.folder / "report.json").read_text())
+    assert report == result.report
+    assert str(base) not in json.dumps({**report, "config": {**report["config"], "output": ""}})
+    steps = [entry["step"] for entry in report["history"] if "eval_accuracy" in entry]
+    assert steps == [0, 3, 5]
+    assert report["data"]["held_out_rows"] == list(range(0, 48, 4))
+    assert load_file(result.folder / "adapter_model.safetensors").popitem()[1].dtype == torch.bfloat16
+
+
+@pytest.fixture
+def arm(make_config: Config, toy: Path) -> Path:
+    return train(make_config(toy, save_dtype="float32", as_chat=True, learning_rate=0.02), progress=False).folder
+
+
+def test_guiding_sees_the_rewards_of_training(arm: Path, base: Path, toy: Path, make_config: Config) -> None:
+    """Template, EOS and weights are those of training: the decoder's scores of the held-out pairs are the report's."""
+    model = GenARM.from_pretrained(str(base), [str(arm)], dtype=torch.float32)
+    held_out = split_pairs(load_pairs(str(toy)).pairs, make_config(toy))[1]
+    prompts = [[{"role": "user", "content": str(pair.prompt)}] for pair in held_out]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    final = json.loads((arm / "report.json").read_text())["final"]
+    for side in ("chosen", "rejected"):
+        responses = [[*tokenizer(getattr(pair, side))["input_ids"], tokenizer.eos_token_id] for pair in held_out]
+        totals = [next(iter(output.rewards.values())).total for output in model.score(prompts, responses)]
+        assert sum(totals) / len(totals) == pytest.approx(final[f"reward_{side}"], rel=1e-4)
+
+
+def test_wrong_base_is_refused(
+    arm: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    other = tmp_path / "other"
+    tiny_model(hidden_size=16, max_position_embeddings=256, seed=1).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    config = json.loads((arm / "adapter_config.json").read_text())
+    (arm / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    with pytest.raises(ValueError, match="fingerprint"):
+        GenARM.from_pretrained(str(other), [str(arm)], dtype=torch.float32)
+
+
+def test_full_fine_tuning_leaves_a_model_of_its_own(make_config: Config, toy: Path, base: Path) -> None:
+    result = train(make_config(toy, method="full", learning_rate=0.001, save_dtype="float32"), progress=False)
+    info = json.loads((result.folder / "genarm.json").read_text())
+    assert info["base_fingerprint"] is None
+    model = AutoModelForCausalLM.from_pretrained(result.folder)
+    assert fingerprint(model) != fingerprint(AutoModelForCausalLM.from_pretrained(base))
+    assert len(AutoTokenizer.from_pretrained(result.folder)) == 300
+
+
+def test_nothing_held_out(make_config: Config, toy: Path) -> None:
+    result = train(make_config(toy, holdout_every=None, holdout_fraction=0.0, eval_every=2), progress=False)
+    assert result.accuracy is None
+    assert result.report["final"] == {}
+    assert result.report["data"]["train_pairs"] == 48
+
+
+def test_accumulation_is_exact(make_config: Config, toy: Path, tmp_path: Path) -> None:
+    """One step on 36 pairs: the same in micro-batches of 8, whose last one is short, and of 1."""
+    weights = []
+    for micro in (8, 1):
+        options = {
+            "optimizer": "sgd",
+            "learning_rate": 1.0,
+            "warmup": 0.0,
+            "lora_dropout": 0.0,
+            "save_dtype": "float32",
+        }
+        config = make_config(toy, micro_batch_size=micro, batch_size=40, output=str(tmp_path / str(micro)), **options)
+        assert train(config, progress=False).report["steps"] == 1
+        weights.append(load_file(tmp_path / str(micro) / "adapter_model.safetensors"))
+    assert any(value.any() for name, value in weights[0].items() if "lora_B" in name)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_targets": ("q_proj", "c_attn")}, "no linear module 'c_attn': expected some of down_proj, .*q_proj"),
+        ({"max_response_tokens": 2}, "expected training pairs, all of 48 rows dropped: .*response too long"),
+        ({"prompt_template": "{prompt}" + "x" * 300}, "a pair has .* tokens, the base's context 256"),
+    ],
+)
+def test_errors_before_training(make_config: Config, toy: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(make_config(toy, **options), progress=False)
+
+
+def test_a_diverging_run_stops(make_config: Config, toy: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+: expected a finite number"):
+        train(make_config(toy, learning_rate=1e30, max_grad_norm=0.0, warmup=0.0, epochs=3), progress=False)
+
+
+def test_several_processes_are_refused(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: expected one process"):
+        train(make_config(toy), progress=False)
