@@ -6,8 +6,10 @@ import argparse
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from genarm_fast import __version__
 
@@ -26,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser(argv).parse_args(argv)
     try:
-        code = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = args.run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -64,7 +68,15 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"genarm-fast: warning: {_joined(message)}", file=sys.stderr)
+
+
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _joined(error) or type(error).__name__
     expected = isinstance(error, (*BAD_INPUT, RuntimeError, OSError))
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+def _joined(message: object) -> str:
+    return " ".join(str(message).split())

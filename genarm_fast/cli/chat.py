@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{HELP}\n\n{parser.epilog}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    add_loading_arguments(parser)
+    add_loading_arguments(parser, in_chat=True)
     add_sampling_arguments(parser, without=UNUSED, max_new_tokens=512)
 
 

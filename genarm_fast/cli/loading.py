@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from genarm_fast.api import GenARM
     from genarm_fast.prompts import Prompt
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class ArmSpec:
@@ -47,8 +49,8 @@ def arm_spec(text: str) -> ArmSpec:
     return ArmSpec(model, weight, name)
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which models, how they are loaded, and their templates."""
+def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = False) -> None:
+    """Which models, and how they are loaded. A chat has neither raw prompts nor batches."""
     group = parser.add_argument_group("models")
     group.add_argument("--base", required=True, metavar="MODEL", help="hub id, local folder, or `demo` (SmolLM2-135M)")
     group.add_argument(
@@ -60,22 +62,19 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         help="an ARM: hub id, model folder, adapter folder, or demo:positive, demo:concise, demo:harmless, demo:small; "
         "repeat for several (default weight: 1)",
     )
-    group.add_argument("--prompt-template", metavar="TEXT", help="the base's, around raw prompts: '...{prompt}...'")
-    group.add_argument(
-        "--arm-prompt-template", metavar="TEXT", help="the ARMs', instead of what their training recorded"
-    )
-    group.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="Jinja file for the base, and ARMs without one"
-    )
-    group.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of all members"
-    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of all members (default: the files')")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is any)")
     group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
     group.add_argument(
-        "--max-batch-size", type=int, default=16, metavar="N", help="sequences decoded together (default: 16)"
+        "--chat-template", type=Path, metavar="FILE", help="Jinja file: the base's, and ARMs' without one"
     )
+    if in_chat:
+        parser.set_defaults(prompt_template=None, arm_prompt_template=None, max_batch_size=1)
+        return
+    group.add_argument("--prompt-template", metavar="TEXT", help="'...{prompt}...': the base's, around raw prompts")
+    group.add_argument("--arm-prompt-template", metavar="TEXT", help="the ARMs' (default: what training recorded)")
+    group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="decoded together (default: 16)")
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from types import SimpleNamespace
@@ -97,6 +98,15 @@ def test_run_time_errors(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseE
     monkeypatch.setattr("genarm_fast.cli.generate.run", fail)
     result = cli("generate", "hi", "--base", "x")
     assert (result.code, result.out, result.err.strip()) == (code, "", line)
+
+
+def test_warnings_are_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(args: object) -> int:
+        warnings.warn("taken unchecked", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("genarm_fast.cli.generate.run", warn)
+    assert cli("generate", "hi", "--base", "x") == (0, "", "genarm-fast: warning: taken unchecked\n")
 
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:
