@@ -48,7 +48,9 @@ def base(hub_id: str | None = None) -> Path:
     if hub_id is not None:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        )
     folder = cache_dir() / NAME
     if is_complete(folder):
         return folder
@@ -94,7 +96,9 @@ def check_cache(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(error.errno, f"cannot create the cache folder ({error.strerror}); {remedy}", str(folder)) from None
+        raise OSError(
+            error.errno, f"cannot create the cache folder ({error.strerror}); {remedy}", str(folder)
+        ) from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, f"cannot write to the cache folder; {remedy}", str(folder))
     free = shutil.disk_usage(folder).free

