@@ -69,4 +69,4 @@ def check_arguments(
 
 def _shape(nested: Sequence) -> tuple[int, ...]:
     """Shape of a list of numbers, or of a list of such lists."""
-    return (len(nested), len(nested[0])) if len(nested) and isinstance(nested[0], Sequence) else (len(nested),)
+    return (len(nested), len(nested[0])) if len(nested) and isinstance(nested[0], (list, tuple)) else (len(nested),)

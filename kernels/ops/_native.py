@@ -30,11 +30,6 @@ elif forced and core is not None:
     core.use(forced)
 
 
-def runs(base: Tensor, arms: Sequence[Tensor]) -> bool:
-    """Whether the core can take these logits."""
-    return core is not None and base.is_cpu and base.dtype in DTYPES and all(arm.dtype in DTYPES for arm in arms)
-
-
 def guided_sample(
     base: Tensor,
     arms: Sequence[Tensor],
@@ -72,7 +67,7 @@ def guided_sample(
         members.append((address, DTYPES[logits.dtype], row_stride, block_stride if len(shape) == 2 else 0))
 
     buffer = None
-    if isinstance(weights, Tensor) or (len(weights) and isinstance(weights[0], Sequence)):
+    if isinstance(weights, Tensor) or (len(weights) and isinstance(weights[0], (list, tuple))):
         weights = torch.as_tensor(weights, dtype=torch.float32, device="cpu").contiguous()
         weights_address, weights_stride = weights.data_ptr(), weights.stride(0) if weights.ndim == 2 else 0
     else:

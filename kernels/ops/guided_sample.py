@@ -16,7 +16,7 @@ weight. Truncation keeps c(x) ≥ τ: top-k, then top-p on what top-k kept, then
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +83,8 @@ def guided_sample_reference(
     )
     shape = base_logits.shape[:-1]
     rows = shape.numel()
-    dtype = torch.promote_types(base_logits.dtype, torch.float32)
-    members = [logits[..., :vocab_size].reshape(rows, vocab_size).to(dtype) for logits in (base_logits, *arm_logits)]
+    members = [upcast(logits[..., :vocab_size].reshape(rows, vocab_size)) for logits in (base_logits, *arm_logits)]
+    dtype = members[0].dtype
 
     def per_row(value: Tensor | float, dtype: torch.dtype) -> Tensor:
         """Scalar, [R] or [R, q] → [rows]."""
@@ -131,16 +131,21 @@ def guided_sample_reference(
 
 def combine(base: Tensor, arms: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
     """(z_base + Σ w_i z_i [rows, V], status int32 [rows]) of members [rows, V] and weights [m] or [rows, m]."""
-    status = invalid(base, 0)
-    masked = base == -torch.inf
-    combined = base
-    for i, arm in enumerate(arms):
+    combined = upcast(base)
+    status = invalid(combined, 0)
+    masked = combined == -torch.inf
+    for i, arm in enumerate(map(upcast, arms)):
         weight = weights[..., i].unsqueeze(-1)  # [1] or [rows, 1]
         status = status | invalid(arm, i + 1)
         hole = arm == -torch.inf
         masked = masked | (hole & (weight != 0))
         combined = combined + weight * arm.masked_fill(hole, 0.0)  # 0 · -inf and w < 0 would give NaN and +inf
     return combined.masked_fill(masked, -torch.inf), status
+
+
+def upcast(logits: Tensor) -> Tensor:
+    """float64 as it is, everything else in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def invalid(logits: Tensor, member: int) -> Tensor:
@@ -181,7 +186,19 @@ def sample_tiles(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
 
 def member_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token], float32 [rows]."""
+    logits = upcast(logits)
     return (logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)).to(torch.float32)
+
+
+def launcher(base: Tensor, arms: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The fast implementation for these logits, if there is one."""
+    if not all(logits.dtype in _native.DTYPES for logits in (base, *arms)):
+        return None
+    if base.device.type in ("cuda", "xpu"):
+        from . import guided_sample_triton  # triton takes half a second to import, and is not on every platform
+
+        return guided_sample_triton.guided_sample
+    return _native.guided_sample if base.is_cpu and _native.core is not None else None
 
 
 def guided_sample(
@@ -203,7 +220,8 @@ def guided_sample(
     """Draw one token per position from the guided distribution.
 
     Only the first `vocab_size` tokens count (default: the narrowest member). Parameters are scalars or [R] tensors.
-    Runs the C++ core on the CPU; `guided_sample_reference` where there is none, and for float64.
+    Runs in Triton on CUDA, ROCm and XPU, in C++ on the CPU, and in `guided_sample_reference` where neither is there or
+    for other dtypes than float32, bfloat16 and float16. Among equals, `top_tokens` has the lowest ids (Triton: any).
 
     Raises:
         TypeError: logits that are not floating point.
@@ -218,11 +236,10 @@ def guided_sample(
         "positions": positions,
     }
     vocab = check_arguments(base_logits, arm_logits, weights, vocab_size, logit_bias, top_logprobs, **parameters)
-    if _native.runs(base_logits, arm_logits):
+    launch = launcher(base_logits, arm_logits)
+    if launch is not None:
         return GuidedSample(
-            *_native.guided_sample(
-                base_logits, arm_logits, weights, vocab, logit_bias, return_logprobs, top_logprobs, **parameters
-            )
+            *launch(base_logits, arm_logits, weights, vocab, logit_bias, return_logprobs, top_logprobs, **parameters)
         )
     return guided_sample_reference(
         base_logits,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from genarm_fast.kernels import guided_sample, guided_sample_reference, gumbel
-from genarm_fast.kernels.guided_sample import ALL_MASKED, TILE, threshold
+from genarm_fast.kernels.guided_sample import ALL_MASKED, TILE, combine, member_logprob, threshold
 from genarm_fast.kernels.philox import TILE_LEVEL, TOKEN_LEVEL
 
 INF = math.inf
@@ -264,3 +264,15 @@ def test_refusals_name_the_argument(sample, change, message):
 def test_integer_logits_are_refused(sample):
     with pytest.raises(TypeError, match="base_logits of dtype"):
         sample(torch.zeros(1, 4, dtype=torch.int64), (), [], seeds=0, positions=0)
+
+
+def test_helpers_upcast_half_precision():
+    """combine and member_logprob are used alone on the members' own logits."""
+    generator = torch.Generator().manual_seed(0)
+    base, arm = (2 * torch.randn(2, 3, 50, generator=generator)).bfloat16()
+    combined, _ = combine(base, [arm], torch.tensor([0.3]))
+    torch.testing.assert_close(combined, base.float() + 0.3 * arm.float())
+    tokens = torch.tensor([4, 0, 49])
+    torch.testing.assert_close(
+        member_logprob(base, tokens), base.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    )

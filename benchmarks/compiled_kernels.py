@@ -1,0 +1,183 @@
+"""What the Triton kernels compile to, read without a GPU: registers, stack, 128-bit loads, instructions per logit.
+
+    python benchmarks/compiled_kernels.py [--json] [--targets sm_90 gfx942]
+
+The real launcher runs on CPU tensors under a stub driver: it binds and compiles each specialisation and launches
+nothing. SASS and its resource usage come from the cuobjdump that the triton wheel bundles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from genarm_fast.kernels import guided_sample_triton
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CASES: dict[str, dict[str, Any]] = {
+    "base only": {"arms": 0},
+    "1 ARM": {},
+    "1 ARM, log-probs": {"return_logprobs": True},
+    "1 ARM, float32": {"dtype": torch.float32},
+    "1 ARM, V = 50257": {"vocab": 50257},
+    "3 ARMs, log-probs, bias": {"arms": 3, "return_logprobs": True, "logit_bias": True},
+    "1 ARM, filters, top-5": {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "top_logprobs": 5},
+}
+TILE = 1024
+
+
+@dataclass
+class Compiled:
+    target: str
+    case: str
+    kernel: str
+    registers: int  # per thread
+    stack: int  # bytes per thread; not 0: spills
+    wide_loads: int  # 128-bit global loads in the code
+    loads: int  # all global loads in the code
+    instructions: int  # in the code: for scores_kernel, which has no loop, those that one warp issues for a tile
+
+
+class StubDriver:
+    """As much of a driver as binding and compiling ask for."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.target)  # triton caches what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[list[tuple[str, Any]]]:
+    """Launches inside compile for the target and collect (kernel name, compiled kernel) instead of running."""
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        kernel = run(self, *args, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver.set_active(StubDriver(target))
+    # nothing is written, and torch.topk's neighbours index by what would have been
+    with patch.object(JITFunction, "run", compile_only), patch.object(torch, "empty", torch.zeros):
+        yield compiled
+
+
+def launch(
+    *, arms: int = 1, vocab: int = 128256, dtype: torch.dtype = torch.bfloat16, logit_bias: bool = False, **options: Any
+) -> None:
+    """One launch of the real wrapper, by rows whose start is 16-byte aligned wherever V allows."""
+    members = [torch.zeros(2, vocab, dtype=dtype) for _ in range(arms + 1)]
+    parameters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | {
+        name: options.pop(name) for name in ("top_k", "top_p", "min_p") if name in options
+    }
+    guided_sample_triton.guided_sample(
+        members[0],
+        members[1:],
+        [1.0] * arms,
+        vocab,
+        torch.zeros(vocab) if logit_bias else None,
+        options.get("return_logprobs", False),
+        options.get("top_logprobs", 0),
+        **parameters,
+        seeds=torch.zeros(2, dtype=torch.int64),
+        positions=torch.zeros(2, dtype=torch.int64),
+    )
+
+
+def cuobjdump(*options: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([str(tool), *options], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(target: str, case: str, name: str, kernel: Any) -> Compiled:
+    if target.startswith("gfx"):
+        assembly = kernel.asm["amdgcn"]
+        loads = re.findall(r"^\s*(?:global|buffer)_load_(\w+)", assembly, re.M)
+        body = assembly.split("s_endpgm")[0]
+        return Compiled(
+            target,
+            case,
+            name,
+            registers=int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1]),  # type: ignore[index]
+            stack=int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", assembly)[1]),  # type: ignore[index]
+            wide_loads=sum(load.startswith("dwordx4") for load in loads),
+            loads=len(loads),
+            instructions=len(re.findall(r"^\s+[sv]_\w+|^\s+(?:global|buffer|ds)_\w+", body, re.M)),
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage, sass = cuobjdump("-res-usage", cubin.name), cuobjdump("-sass", cubin.name)
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", sass, re.M)
+    operations = operations[: len(operations) - operations[::-1].index("EXIT")] if "EXIT" in operations else operations
+    loads = [operation for operation in operations if operation.startswith("LDG")]
+    return Compiled(
+        target,
+        case,
+        name,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
+        wide_loads=sum(".128" in load for load in loads),
+        loads=len(loads),
+        instructions=sum(operation != "NOP" for operation in operations),
+    )
+
+
+def compile_all(targets: list[str]) -> list[Compiled]:
+    found = []
+    for target in targets:
+        for case, options in CASES.items():
+            with compiling_for(target) as compiled:
+                launch(**dict(options))
+            found += [inspect(target, case, name, kernel) for name, kernel in compiled]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a Markdown table")
+    arguments = parser.parse_args()
+    found = compile_all(arguments.targets)
+    if arguments.json:
+        print(json.dumps([asdict(kernel) for kernel in found], indent=1))
+        return
+    print(
+        "| target | case | kernel | registers | stack | 128-bit loads | instructions |\n|---|---|---|---|---|---|---|"
+    )
+    for kernel in found:
+        cells = (kernel.target, kernel.case, kernel.kernel, kernel.registers, kernel.stack)
+        print("|", *(f"{cell} |" for cell in (*cells, f"{kernel.wide_loads} of {kernel.loads}", kernel.instructions)))
+
+
+if __name__ == "__main__":
+    main()

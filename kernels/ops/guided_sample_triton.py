@@ -1,0 +1,381 @@
+"""guided_sample on a GPU, in Triton: the maths, the reference and the arguments are those of guided_sample.py.
+
+    scores     grid (tiles, rows)   one read of every logit → (max, sum) per tile; for log-probs, of each member
+    threshold  grid (rows)          only with filters: the lowest score kept, by bisection over float32's own ordering
+    draw       grid (rows)          the tile, the token, and their log-probabilities
+
+One warp takes one tile, so that its reductions stay in registers and a single row still fills a GPU. The second launch
+stands where a last-program-done counter would: it needs no atomics, no zeroed memory and no fences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import TILE_LEVEL, TOKEN_LEVEL, seed_tensor
+
+TILE = tl.constexpr(1024)  # part of the random-number contract
+SCAN = tl.constexpr(4096)  # scores read at a time by `threshold`
+COLDEST = tl.constexpr(1e-30)
+INF = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+_TILE_LEVEL, _TOKEN_LEVEL = tl.constexpr(TILE_LEVEL), tl.constexpr(TOKEN_LEVEL)
+# positions of the per-row parameters in their tuple
+TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED, POSITION = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def gumbel(seed, level: tl.constexpr, position, index):
+    """philox.gumbel; `index` is int32."""
+    bits, _, _, _ = tl.philox(seed, index, position.to(tl.uint32), level, 0)
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-08)  # 2^-32, 1 - 2^-24
+    w = 1 - u
+    exponential = tl.where(w == 1, u, -tl.log(w) * u / tl.where(w == 1, 1.0, 1 - w))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def parameter(p_parameters, s_rows, s_blocks, which: tl.constexpr, i_row, i_block):
+    return tl.load(p_parameters[which] + i_row * s_rows[which] + i_block * s_blocks[which])
+
+
+@triton.jit
+def coldness_of(temperature):
+    return tl.where(temperature == 0, 1.0, 1 / tl.maximum(temperature, COLDEST))
+
+
+@triton.jit
+def load_member(p_members, s_rows, s_blocks, i: tl.constexpr, i_row, i_block, offset, mask):
+    return tl.load(p_members[i] + i_row * s_rows[i] + i_block * s_blocks[i] + offset, mask=mask, other=-INF).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def add_member(b_scores, b_arm, weight):
+    return b_scores + tl.where(b_arm == -INF, tl.where(weight == 0, 0.0, -INF), weight * b_arm)
+
+
+@triton.jit
+def faulty(b_values):
+    """1 where any value is NaN or +inf."""
+    return tl.max(((b_values != b_values) | (b_values == INF)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def exp_sum(b_values, peak, scale):
+    return tl.sum(tl.where(b_values == -INF, 0.0, tl.exp2((b_values - peak) * scale)), axis=0)
+
+
+@triton.jit
+def scores_kernel(
+    p_members,
+    s_rows,
+    s_blocks,
+    p_weights,
+    s_weights,
+    p_bias,
+    s_bias,
+    p_temperature,
+    s_temperature_row,
+    s_temperature_block,
+    p_stats,  # [2 + 2 · members, rows, tiles]: peaks, sums, then those of each member
+    p_flags,  # [rows, tiles]: the row's status as this tile sees it
+    p_scores,  # [rows, tiles · TILE]
+    block,
+    vocab,
+    BIAS: tl.constexpr,
+    LOGPROBS: tl.constexpr,
+    KEEP_SCORES: tl.constexpr,
+):
+    i_tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles, rows = tl.num_programs(0), tl.num_programs(1).to(tl.int64)
+    i_row, i_block = row // block, row % block
+    p_stats += row * tiles + i_tile
+    plane = rows * tiles
+    offset = i_tile * TILE + tl.arange(0, TILE)
+    mask = offset < vocab
+
+    b_scores = load_member(p_members, s_rows, s_blocks, 0, i_row, i_block, offset, mask)
+    flags = faulty(b_scores) << 1
+    if LOGPROBS:
+        peak = tl.max(b_scores, axis=0)
+        tl.store(p_stats + 2 * plane, peak)
+        tl.store(p_stats + 3 * plane, exp_sum(b_scores, peak, LOG2E))
+    for i in tl.static_range(1, len(p_members)):
+        b_arm = load_member(p_members, s_rows, s_blocks, i, i_row, i_block, offset, mask)
+        flags |= faulty(b_arm) << (i + 1)
+        if LOGPROBS:
+            peak = tl.max(b_arm, axis=0)
+            tl.store(p_stats + (2 + 2 * i) * plane, peak)
+            tl.store(p_stats + (3 + 2 * i) * plane, exp_sum(b_arm, peak, LOG2E))
+        b_scores = add_member(b_scores, b_arm, tl.load(p_weights + i_row * s_weights + i - 1))
+    if BIAS:
+        b_scores += tl.load(p_bias + i_row * s_bias + offset, mask=mask, other=0.0)
+    flags |= faulty(b_scores)
+
+    temperature = tl.load(p_temperature + i_row * s_temperature_row + i_block * s_temperature_block)
+    peak = tl.max(b_scores, axis=0)
+    tl.store(p_stats, peak)
+    tl.store(p_stats + plane, exp_sum(b_scores, peak, coldness_of(temperature) * LOG2E))
+    tl.store(p_flags + row * tiles + i_tile, flags)
+    if KEEP_SCORES:
+        tl.store(p_scores + row * tiles * TILE + offset, b_scores)
+
+
+@triton.jit
+def from_key(key):
+    """The float32 at a place in float32's order: the inverse of its sign-magnitude bits read as int32."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_key(value):
+    bits = value.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def above(p_scores, width, lowest, pivot, peak, scale, MASS: tl.constexpr):
+    """Mass (or number) of the scores that are at least `pivot` and at least `lowest`."""
+    b_total = tl.zeros([SCAN], tl.float32)
+    for start in range(0, width, SCAN):
+        offset = start + tl.arange(0, SCAN)
+        b_scores = tl.load(p_scores + offset, mask=offset < width, other=-INF)
+        b_weight = tl.exp2((b_scores - peak) * scale) if MASS else tl.full([SCAN], 1.0, tl.float32)
+        b_total += tl.where((b_scores >= tl.maximum(pivot, lowest)) & (b_scores > -INF), b_weight, 0.0)
+    return tl.sum(b_total, axis=0)
+
+
+@triton.jit
+def search(p_scores, width, lowest, target, peak, scale, MASS: tl.constexpr):
+    """The largest float32 with at least `target` of mass (or number) at or above it; -inf where all is too little."""
+    low, high = to_key(tl.full([], -INF, tl.float32)).to(tl.int64), to_key(peak).to(tl.int64)
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        enough = above(p_scores, width, lowest, from_key(middle.to(tl.int32)), peak, scale, MASS) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return from_key(low.to(tl.int32))
+
+
+@triton.jit
+def threshold_kernel(
+    p_parameters, s_rows, s_blocks, p_stats, p_scores, p_lowest, block, vocab, tiles, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    i_row, i_block = row // block, row % block
+    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
+    top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
+    top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
+    min_p = parameter(p_parameters, s_rows, s_blocks, MIN_P, i_row, i_block)
+    o_tiles = tl.arange(0, BLOCK)
+    peak = tl.max(tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF), axis=0)
+    coldness = coldness_of(temperature)
+    p_scores += row * tiles * TILE
+    width = tiles * TILE
+
+    lowest = tl.full([], -INF, tl.float32)
+    if (temperature > 0) & (peak > -INF) & (peak < INF):
+        if (top_k > 0) & (top_k < vocab):
+            lowest = search(p_scores, width, lowest, top_k.to(tl.float32), peak, 0.0, False)
+        if top_p < 1:
+            total = above(p_scores, width, lowest, lowest, peak, coldness * LOG2E, True)
+            nucleus = search(p_scores, width, lowest, tl.maximum(top_p * total, 1e-30), peak, coldness * LOG2E, True)
+            lowest = tl.maximum(lowest, nucleus)
+        if min_p > 0:
+            lowest = tl.maximum(lowest, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
+    tl.store(p_lowest + row, lowest)
+
+
+@triton.jit
+def draw_kernel(
+    p_members,
+    s_member_rows,
+    s_member_blocks,
+    p_weights,
+    s_weights,
+    p_bias,
+    s_bias,
+    p_parameters,
+    s_rows,
+    s_blocks,
+    p_stats,
+    p_flags,
+    p_scores,
+    p_lowest,
+    p_tokens,
+    p_status,
+    p_logprobs,
+    p_member_logprobs,
+    block,
+    vocab,
+    tiles,
+    BIAS: tl.constexpr,
+    LOGPROBS: tl.constexpr,
+    FILTERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    i_row, i_block = row // block, row % block
+    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
+    seed = parameter(p_parameters, s_rows, s_blocks, SEED, i_row, i_block)
+    position = parameter(p_parameters, s_rows, s_blocks, POSITION, i_row, i_block)
+    coldness = coldness_of(temperature)
+    o_tiles = tl.arange(0, BLOCK)
+    m_tiles = o_tiles < tiles
+    p_stats += row * tiles
+    plane = rows * tiles
+    b_peaks = tl.load(p_stats + o_tiles, mask=m_tiles, other=-INF)
+    b_sums = tl.load(p_stats + plane + o_tiles, mask=m_tiles, other=0.0)
+    b_flags = tl.load(p_flags + row * tiles + o_tiles, mask=m_tiles, other=0)
+    peak = tl.max(b_peaks, axis=0)
+    status = tl.max(b_flags & 1, axis=0) | (peak == -INF).to(tl.int32)
+    broken = tl.zeros([], tl.int32)
+    for i in tl.static_range(len(p_members)):
+        broken |= tl.max(b_flags & (2 << i), axis=0)
+    status = tl.where(broken == 0, status, broken)
+
+    lowest = -INF
+    b_values = (b_peaks - peak) * coldness
+    b_total = tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2(b_values * LOG2E))
+    if FILTERS:
+        lowest = tl.load(p_lowest + row)
+        b_kept = tl.zeros([BLOCK], tl.float32)
+        for t in range(tiles):
+            if tl.load(p_stats + t) >= lowest:
+                b_tile = tl.load(p_scores + (row * tiles + t) * TILE + tl.arange(0, TILE))
+                b_tile = tl.where(b_tile >= lowest, b_tile, -INF)
+                b_kept = tl.where(o_tiles == t, exp_sum(b_tile, tl.load(p_stats + t), coldness * LOG2E), b_kept)
+        b_sums = b_kept
+    b_noisy = b_values + tl.log(b_sums) + gumbel(seed, _TILE_LEVEL, position, o_tiles)
+    b_noisy = tl.where((b_sums > 0) & (b_peaks > -INF), b_noisy, -INF)
+    i_tile = tl.argmax(tl.where(temperature == 0, b_peaks, b_noisy), axis=0)
+
+    offset = i_tile * TILE + tl.arange(0, TILE)
+    mask = offset < vocab
+    b_scores = load_member(p_members, s_member_rows, s_member_blocks, 0, i_row, i_block, offset, mask)
+    for i in tl.static_range(1, len(p_members)):
+        b_arm = load_member(p_members, s_member_rows, s_member_blocks, i, i_row, i_block, offset, mask)
+        b_scores = add_member(b_scores, b_arm, tl.load(p_weights + i_row * s_weights + i - 1))
+    if BIAS:
+        b_scores += tl.load(p_bias + i_row * s_bias + offset, mask=mask, other=0.0)
+    b_noisy = (b_scores - peak) * coldness + gumbel(seed, _TOKEN_LEVEL, position, offset)
+    b_noisy = tl.where((b_scores >= lowest) & (b_scores > -INF), b_noisy, -INF)
+    i_token = tl.argmax(tl.where(temperature == 0, b_scores, b_noisy), axis=0)
+    token = tl.where(status == 0, i_tile * TILE + i_token, 0)
+    tl.store(p_tokens + row, token.to(tl.int64))
+    tl.store(p_status + row, status)
+
+    if LOGPROBS:
+        score = tl.max(tl.where(tl.arange(0, TILE) == i_token, b_scores, -INF), axis=0)
+        logprob = (score - peak) * coldness - tl.log(tl.sum(b_total, axis=0))
+        tl.store(p_logprobs + row, tl.where(status == 0, logprob, float("nan")))
+        for i in tl.static_range(len(p_members)):
+            b_peaks = tl.load(p_stats + (2 + 2 * i) * plane + o_tiles, mask=m_tiles, other=-INF)
+            b_sums = tl.load(p_stats + (3 + 2 * i) * plane + o_tiles, mask=m_tiles, other=0.0)
+            peak = tl.max(b_peaks, axis=0)
+            b_sums = tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2((b_peaks - peak) * LOG2E))
+            p_logit = p_members[i] + i_row * s_member_rows[i] + i_block * s_member_blocks[i] + token
+            logprob = tl.load(p_logit).to(tl.float32) - peak - tl.log(tl.sum(b_sums, axis=0))
+            tl.store(p_member_logprobs + i * rows + row, tl.where(status == 0, logprob, float("nan")))
+
+
+def guided_sample(
+    base: Tensor,
+    arms: Sequence[Tensor],
+    weights: Tensor | Sequence,
+    vocab_size: int,
+    logit_bias: Tensor | None,
+    return_logprobs: bool,
+    top_logprobs: int,
+    *,
+    temperature: Tensor | float,
+    top_k: Tensor | int,
+    top_p: Tensor | float,
+    min_p: Tensor | float,
+    seeds: Tensor | int,
+    positions: Tensor | int,
+) -> tuple[Tensor, ...]:
+    """The fields of GuidedSample that were asked for; arguments are checked by the caller.
+
+    Reads nothing back, so that a graph can capture it; parameters that are numbers are copied to the device first, and
+    filters given as tensors are searched for even where no row uses them.
+    """
+    device, shape = base.device, base.shape[:-1]
+    rows, tiles = shape.numel(), triton.cdiv(vocab_size, TILE.value)
+    block = shape[1] if len(shape) == 2 else 1
+    logprobs = return_logprobs or top_logprobs > 0
+    filters = any(isinstance(value, Tensor) for value in (top_k, top_p, min_p)) or top_k > 0 or top_p < 1 or min_p > 0
+    keep_scores = filters or top_logprobs > 0
+
+    def on_device(value: Any, dtype: torch.dtype) -> Tensor:
+        if isinstance(value, (Tensor, Sequence)):
+            return torch.as_tensor(value, dtype=dtype, device=device)
+        return torch.full((), value, dtype=dtype, device=device)
+
+    def strides(tensors: Sequence[Tensor], trailing: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Row and block strides; `trailing` dimensions are not rows."""
+        padded = [(*(tensor.stride()[: tensor.ndim - trailing]), 0, 0) for tensor in tensors]
+        return tuple(s[0] for s in padded), tuple(s[1] for s in padded)
+
+    members = tuple(logits if logits.stride(-1) == 1 else logits.contiguous() for logits in (base, *arms))
+    member_strides = strides(members, 1)
+    parameters = (
+        on_device(temperature, torch.float32),
+        on_device(top_k, torch.int64),
+        on_device(top_p, torch.float32),
+        on_device(min_p, torch.float32),
+        on_device(seed_tensor([seeds]).item() if isinstance(seeds, int) else seeds, torch.int64),
+        on_device(positions, torch.int64),
+    )
+    parameter_strides = strides(parameters, 0)
+    weights = on_device(weights, torch.float32).contiguous()
+    s_weights = weights.stride(0) if weights.ndim == 2 else 0
+    bias = weights if logit_bias is None else on_device(logit_bias, torch.float32).contiguous()
+    s_bias = bias.stride(0) if logit_bias is not None and bias.ndim == 2 else 0
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    stats = empty(2 + 2 * len(members) * logprobs, rows, tiles)
+    flags = empty(rows, tiles, dtype=torch.int32)
+    scores = empty(rows, tiles * TILE.value) if keep_scores else stats
+    lowest = empty(rows) if filters else stats
+    outputs = [empty(*shape, dtype=torch.int64), empty(*shape, dtype=torch.int32)]
+    if logprobs:
+        outputs += [empty(*shape), empty(len(members), *shape)]
+    common = {"BIAS": logit_bias is not None, "LOGPROBS": logprobs, "enable_fp_fusion": False}
+    tile_block = triton.next_power_of_2(tiles)
+    sources = (members, *member_strides, weights, s_weights, bias, s_bias)
+    on = torch.get_device_module(device).device(device) if device.type != "cpu" else nullcontext()  # interpreted
+    with on:
+        scores_kernel[(tiles, rows)](
+            *sources, parameters[0], *(s[0] for s in parameter_strides), stats, flags, scores, block, vocab_size,
+            KEEP_SCORES=keep_scores, num_warps=1, **common,
+        )  # fmt: skip
+        if filters:
+            threshold_kernel[(rows,)](
+                parameters, *parameter_strides, stats, scores, lowest, block, vocab_size, tiles,
+                BLOCK=tile_block, num_warps=16, enable_fp_fusion=False,
+            )  # fmt: skip
+        draw_kernel[(rows,)](
+            *sources, parameters, *parameter_strides, stats, flags, scores, lowest, *outputs[:2],
+            *(outputs[2:] if logprobs else (stats, stats)), block, vocab_size, tiles,
+            FILTERS=filters, BLOCK=tile_block, num_warps=4, **common,
+        )  # fmt: skip
+    if top_logprobs:
+        top = scores[:, :vocab_size].topk(top_logprobs, dim=-1)
+        chosen = scores.gather(-1, outputs[0].view(rows, 1))
+        heat = parameters[0][(..., *[None] * (len(shape) - parameters[0].ndim))]
+        coldness = torch.where(heat == 0, 1.0, 1 / heat.clamp_min(COLDEST.value)).expand(shape).reshape(rows, 1)
+        outputs += [top.indices.view(*shape, top_logprobs)]
+        outputs += [(outputs[2].view(rows, 1) + (top.values - chosen) * coldness).view(*shape, top_logprobs)]
+    return tuple(outputs)

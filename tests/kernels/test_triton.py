@@ -1,0 +1,40 @@
+"""The Triton kernels without a GPU: interpreted against the reference, and compiled ahead of time for four targets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command, **environment):
+    """In a process of its own: triton reads its mode when it is imported."""
+    env = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def test_interpreted():
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py", TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize(
+    ("target", "vector_registers"), [("sm_80", 255), ("sm_90", 255), ("sm_100", 255), ("gfx942", 256)]
+)
+def test_compiled(target, vector_registers):
+    """Binds and compiles every specialisation that the launcher makes: no spills, wide loads, occupancy."""
+    kernels = json.loads(run("benchmarks/compiled_kernels.py", "--json", "--targets", target))
+    assert {kernel["kernel"] for kernel in kernels} == {"scores_kernel", "threshold_kernel", "draw_kernel"}
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["registers"] <= 200, kernel
+        if kernel["kernel"] == "scores_kernel" and "50257" not in kernel["case"]:
+            assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the others are weights and temperature
+        if kernel["kernel"] == "scores_kernel" and kernel["case"] == "1 ARM":
+            assert kernel["registers"] <= 80, kernel  # 24 warps an SM or more: enough loads in flight
