@@ -17,8 +17,13 @@ ARMS = ("positive", "concise")
 POINTS = [Point(pair, (0.1 * i, 0.05), (30.0 - i, 2.0)) for i, pair in enumerate(product((0.0, 2.0), repeat=2))]
 
 
-def test_sweep_equals_single_requests(model: GenARM) -> None:
+def test_sweep_equals_single_requests(model: GenARM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also: batches of 8 rows cut the grid of 9 anywhere, and the ARMs are taken by name, not by place."""
+
+    def letters(text: str) -> float:  # a judge to whom no two texts are the same; VADER knows none of their words
+        return float(sum(map(ord, text)))
+
+    monkeypatch.setattr("genarm_fast.demo.sweep.positivity", letters)
     arms, grid, prompts = ("small", "positive"), (0.0, 1.0, -0.5), ["the cat", "a man", "this"]
     points = sweep(model, arms, grid, prompts, SamplingParams(max_new_tokens=6, seed=5))
     assert [point.weights for point in points] == list(product(grid, repeat=2))
@@ -30,7 +35,7 @@ def test_sweep_equals_single_requests(model: GenARM) -> None:
         ]
         lengths = [len(output.token_ids) for output in outputs]
         assert point.tokens[0] == pytest.approx(sum(lengths) / 3)
-        assert point.positivity[0] == pytest.approx(sum(positivity(output.text) for output in outputs) / 3)
+        assert point.positivity[0] == pytest.approx(sum(letters(output.text) for output in outputs) / 3)
 
 
 def test_table_has_every_point() -> None:
