@@ -1,11 +1,12 @@
 """The random-number contract: Random123's published vectors, the transform in float64, independence of the streams."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from genarm_fast.kernels import gumbel, seed_tensor
+from genarm_fast.kernels import guided_sample, guided_sample_reference, gumbel, seed_tensor
 from genarm_fast.kernels.philox import TILE_LEVEL, TOKEN_LEVEL, philox
 
 # Random123 1.14, tests/kat_vectors, "philox4x32 10": counter, key, output
@@ -85,3 +86,20 @@ def test_streams_are_independent(change):
     assert correlation(one, other) < 5 / math.sqrt(len(one))
     assert correlation(one.exp().clamp_max(50), other.exp().clamp_max(50)) < 5 / math.sqrt(len(one))  # the winning tail
     assert correlation(one, stream(**BASE)) > 0.999  # control
+
+
+def documented():
+    """Rows of the last table of docs/rng.md."""
+    lines = (Path(__file__).parents[2] / "docs/rng.md").read_text().split("| seed | level |")[1].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("row", documented(), ids=lambda row: row[0])
+@pytest.mark.parametrize("sample", [guided_sample_reference, guided_sample], ids=["reference", "dispatcher"])
+def test_documented_vectors(row, sample):
+    seed, level, position, index = map(int, row[:4])
+    noise = gumbel(seed_tensor([seed]), level, torch.tensor([position]), torch.tensor([index]))
+    assert noise.item() == pytest.approx(float(row[5]), rel=1e-5, abs=1e-5)
+    for vocab, token in zip((10, 1500, 50257), row[6:], strict=True):
+        logits = 3 * torch.sin(torch.arange(vocab).double())[None].float()
+        assert sample(logits, (), [], seeds=seed, positions=position).tokens.item() == int(token)

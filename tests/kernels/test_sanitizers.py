@@ -1,0 +1,59 @@
+"""The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, over torch's own heap."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "kernels/csrc"
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
+FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", f"-I{sysconfig.get_path('include')}"]
+LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+CHECK = """
+import importlib.machinery, importlib.util, sys, torch
+from genarm_fast.kernels import _native, guided_sample
+loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
+core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+torch.manual_seed(0)
+dtypes = [torch.float32, torch.bfloat16, torch.float16]
+for isa in core.instruction_sets():
+    core.use(isa)
+    for vocab in (1, 2, 15, 17, 1023, 1024, 1025, 3001):
+        for arms in (0, 1, 3):
+            logits = [torch.randn(4, 2, vocab).to(dtypes[(i + vocab) % 3]) for i in range(arms + 1)]
+            for filters in ({}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 2000, "top_p": 0.9, "min_p": 0.1}):
+                out = guided_sample(
+                    logits[0], logits[1:], [0.5] * arms, temperature=torch.tensor([0.0, 0.5, 1.0, 2.0]), seeds=1,
+                    positions=torch.arange(8).view(4, 2), logit_bias=torch.randn(4, vocab), top_logprobs=min(vocab, 3),
+                    **filters,
+                )
+                assert not out.status.any()
+    broken = torch.randn(3, 1500)
+    broken[0], broken[1, 7] = -torch.inf, torch.nan
+    guided_sample(broken, (), [], seeds=0, positions=0, top_p=0.5, top_logprobs=2)
+torch.set_num_threads(3)
+guided_sample(torch.randn(40, 50257), (), [], seeds=0, positions=0)
+print("clean")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="x86-64 Linux build flags")
+def test_sanitized_core(tmp_path):
+    compiler = shutil.which("g++")
+    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if compiler is None or not os.path.isabs(runtime):
+        pytest.skip("no g++ with AddressSanitizer")
+    core = tmp_path / "_C.abi3.so"
+    jobs = {name: [str(CSRC / "tile_loops.cpp"), f"-DISA={name}", *flags] for name, flags in LOOPS.items()}
+    jobs |= {name: [str(CSRC / f"{name}.cpp")] for name in ("guided_sample", "module")}
+    for name, arguments in jobs.items():
+        subprocess.run([compiler, *FLAGS, *arguments, "-c", "-o", tmp_path / f"{name}.o"], check=True)
+    objects = [tmp_path / f"{name}.o" for name in jobs]
+    subprocess.run([compiler, "-shared", "-fsanitize=address,undefined", *objects, "-o", core, "-pthread"], check=True)
+    env = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", CHECK, core], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "clean", done.stderr[-4000:]
