@@ -14,7 +14,7 @@ from .files import read_json, write_json
 
 
 class RunFolder:
-    """Claims `config.output` for a run with this config and data, or finds that run there.
+    """Finds the run with this config and data in `config.output`, or the place for a new one, claimed by `save`.
 
     Raises:
         ValueError: the folder holds something else, or another run.
@@ -29,24 +29,25 @@ class RunFolder:
             "train_sha256": _digest(training),
             "held_out_sha256": _digest(held_out),
         }
+        self.state: dict[str, Any] = {"identity": self.identity}
         if self.path.is_file():
             if config.resume == "never":
                 raise ValueError(f"output={config.output!r} holds a run: expected another folder with resume='never'")
             self.state = read_json(self.path)
             self._check(config)
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"output={config.output!r}: expected a new or empty folder, or one with a run to continue")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.state = {"identity": self.identity}
-        write_json(self.path, self.state)
 
     def once(self, name: str, decide: Callable[[], Any]) -> Any:
         """The value that this run has for `name`, decided at its first start."""
         if name not in self.state:
             self.state[name] = decide()
-            write_json(self.path, self.state)
         return self.state[name]
+
+    def save(self) -> None:
+        """Claims the folder with what has been decided so far."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, self.state)
 
     def report(self) -> dict[str, Any] | None:
         path = self.folder / "report.json"

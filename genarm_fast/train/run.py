@@ -86,10 +86,12 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainReport:
     layout, fused = choose_paths(model, sorted(training, key=lambda pair: pair.tokens)[:PROBE])
     collator = Collator(layout, tokenizer.pad_token_id or 0)
 
+    run.save()
     started = time.perf_counter()
     with progress_bar(progress) as bar:
         trainer = ArmTrainer(config, model, training, held_out, collator, dtype, bar)
         before = run.once("before", lambda: trainer.pair_stats(held_out).summary())
+        run.save()
         checkpoint = last_checkpoint(checkpoints(config))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         final = trainer.pair_stats(held_out).summary()

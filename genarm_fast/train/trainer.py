@@ -78,6 +78,7 @@ class ArmTrainer(Trainer):
             disable_tqdm=True,
             report_to="none",
             remove_unused_columns=False,
+            use_cpu=not torch.accelerator.is_available(),  # or bf16=True looks for a GPU
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         if arguments.n_gpu > 1:

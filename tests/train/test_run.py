@@ -142,6 +142,7 @@ def test_accumulation_is_exact(make_config: Config, toy: Path, tmp_path: Path) -
 def test_errors_before_training(make_config: Config, toy: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(make_config(toy, **options), progress=False)
+    train(make_config(toy), progress=False)  # the folder is still free
 
 
 def test_a_diverging_run_stops(make_config: Config, toy: Path) -> None:

@@ -1,0 +1,198 @@
+"""Runs that are killed and started again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from toy_pairs import toy_rows
+
+from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.progress import Narrator
+from genarm_fast.train.trainer import checkpoints, last_checkpoint
+
+Config = Callable[..., TrainConfig]
+KillAt = Callable[[int | None], None]
+LONG = {"epochs": 3, "lora_dropout": 0.2, "checkpoint_every": 4, "save_dtype": "float32", "micro_batch_size": 2}
+SCRIPT = """
+import json, os, signal, sys, torch
+from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.progress import Narrator
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+Narrator.on_step_end = on_step_end
+options = json.loads(sys.argv[1])
+train(TrainConfig(**{**options, "lora_targets": tuple(options["lora_targets"])}), progress=False)
+"""
+
+
+class Killed(BaseException):
+    """Stands for a kill where a real one would cost a process."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> KillAt:
+    """kill_at(step) lets runs die after that step; kill_at(None) lets them live."""
+    plain = Narrator.on_step_end
+
+    def set_step(step: int | None) -> None:
+        def on_step_end(self: Narrator, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            plain(self, args, state, control, **kwargs)
+            if state.global_step == step:
+                raise Killed
+
+        monkeypatch.setattr(Narrator, "on_step_end", on_step_end)
+
+    return set_step
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def assert_same(one: str | Path, other: str | Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert any(value.abs().max() > 1e-3 for name, value in first.items() if "lora_B" in name)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_kill_minus_nine(make_config: Config, toy: Path, tmp_path: Path) -> None:
+    """A run killed by SIGKILL goes on from its last checkpoint to the weights of a run that was left alone."""
+    config = make_config(toy, **LONG)
+    process = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(config))])
+    assert process.returncode == -signal.SIGKILL
+    assert not (Path(config.output) / "report.json").exists()
+    resumed = train(config, progress=False)
+    assert resumed.report["continued_from_step"] == 8
+    alone = train(make_config(toy, **LONG, output=str(tmp_path / "alone")), progress=False)
+    assert alone.report["continued_from_step"] == 0
+    assert_same(config.output, alone.folder)
+    assert resumed.report["final"] == alone.report["final"]
+    assert resumed.report["before"] == alone.report["before"]
+    assert [e["step"] for e in resumed.report["history"]] == [e["step"] for e in alone.report["history"]]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_loses_no_more_than_the_last_interval(
+    make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt, method: str
+) -> None:
+    """Also when the evaluations, which draw no random numbers, come at other steps afterwards."""
+    options = {**LONG, "method": method, "epochs": 2}
+    kill_at(7)
+    with pytest.raises(Killed):
+        train(make_config(toy, **options), progress=False)
+    kill_at(None)
+    resumed = train(make_config(toy, **options, eval_every=2, eval_pairs=3), progress=False)
+    assert resumed.report["continued_from_step"] == 4
+    alone = train(make_config(toy, **options, output=str(tmp_path / "alone")), progress=False)
+    if method == "lora":
+        assert_same(resumed.folder, alone.folder)
+    assert resumed.report["final"] == alone.report["final"]
+
+
+def test_a_half_written_checkpoint_is_not_used(make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt) -> None:
+    config = make_config(toy, **LONG)
+    kill_at(10)
+    with pytest.raises(Killed):
+        train(config, progress=False)
+    kill_at(None)
+    whole = checkpoints(config) / "checkpoint-8"
+    half = checkpoints(config) / "checkpoint-9"
+    shutil.copytree(whole, half)
+    (half / "complete.json").unlink()
+    (half / "trained.safetensors").write_bytes(b"cut off")
+    assert last_checkpoint(checkpoints(config)) == whole
+    assert not half.exists()
+    assert train(config, progress=False).report["continued_from_step"] == 8
+
+
+def test_killed_before_the_first_checkpoint_or_after_the_last_step(
+    make_config: Config,
+    toy: Path,
+    tmp_path: Path,
+    kill_at: KillAt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config(toy, **LONG)
+    kill_at(2)
+    with pytest.raises(Killed):
+        train(config, progress=False)
+    kill_at(None)
+
+    def die(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("genarm_fast.train.run.save_artifacts", die)
+        with pytest.raises(Killed):
+            train(config, progress=False)
+    resumed = train(config, progress=False)
+    assert resumed.report["continued_from_step"] == resumed.report["steps"]
+    alone = train(make_config(toy, **LONG, output=str(tmp_path / "alone")), progress=False)
+    assert_same(config.output, alone.folder)
+
+
+def test_a_finished_run_is_not_repeated(make_config: Config, toy: Path) -> None:
+    first = train(make_config(toy), progress=False)
+    changed = (first.folder / "adapter_model.safetensors").stat().st_mtime_ns
+    again = train(make_config(toy, eval_pairs=7), progress=False)
+    assert again.report == first.report
+    assert (first.folder / "adapter_model.safetensors").stat().st_mtime_ns == changed
+    assert not checkpoints(make_config(toy)).exists()
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.1}, {"seed": 1}, {"lora_rank": 4}, {"lora_targets": ("q_proj",)}])
+def test_other_options_are_refused(make_config: Config, toy: Path, change: dict[str, Any]) -> None:
+    train(make_config(toy), progress=False)
+    with pytest.raises(ValueError, match=rf"holds a run with other options or data \(changed: {next(iter(change))}"):
+        train(make_config(toy, **change), progress=False)
+
+
+def test_other_data_are_refused_and_moved_data_are_not(
+    make_config: Config, toy: Path, write_jsonl: Callable[..., Path]
+) -> None:
+    first = train(make_config(toy), progress=False)
+    moved = toy.rename(toy.with_name("moved.jsonl"))
+    assert train(make_config(moved), progress=False).report == first.report
+    with pytest.raises(ValueError, match="changed: train_sha256"):
+        train(make_config(write_jsonl([*toy_rows(48)[:-1], *toy_rows(1, seed=5)])), progress=False)
+
+
+def test_another_base_is_refused(make_config: Config, toy: Path, base: Path, tmp_path: Path, kill_at: KillAt) -> None:
+    """Same folder name, same tokenizer, other weights."""
+    kill_at(6)
+    with pytest.raises(Killed):
+        train(make_config(toy, **LONG), progress=False)
+    kill_at(None)
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tensors = {name: tensor * 1.1 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected the weights that the run in .* began with"):
+        train(dataclasses.replace(make_config(toy, **LONG), base=str(other)), progress=False)
+
+
+def test_resume_never_and_foreign_folders(make_config: Config, toy: Path, tmp_path: Path) -> None:
+    train(make_config(toy), progress=False)
+    with pytest.raises(ValueError, match=r"holds a run: expected another folder with resume='never'"):
+        train(make_config(toy, resume="never"), progress=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="expected a new or empty folder, or one with a run to continue"):
+        train(make_config(toy, output=str(tmp_path / "full")), progress=False)
