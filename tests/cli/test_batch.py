@@ -77,8 +77,14 @@ def test_other_models_or_templates_are_another_job(cli: Callable, job: tuple[lis
     command, folder = job
     output = ["--output", str(folder / "out.jsonl"), "--max-new-tokens", "2"]
     assert cli(*command, *output).code == 0
-    for change in (["--raw"], ["--system", "x"], ["--dtype", "bfloat16"]):
-        assert "line 1: made with other models" in cli(*command, *output, *change).err
+    (folder / "chat.jinja").write_text("{{ messages[0].content }}")
+    templates = [
+        "--prompt-template={prompt}!",
+        "--arm-prompt-template={prompt}!",
+        f"--chat-template={folder}/chat.jinja",
+    ]
+    for change in (*templates, "--raw", "--system=x", "--dtype=bfloat16"):
+        assert "line 1: made with other models" in cli(*command, *output, change).err
     heavier = [argument.replace("=1.5", "=1.6") for argument in command]
     assert "line 1: made with other models" in cli(*heavier, *output).err
     os.rename(models.arm, models.arm.with_name("moved"))
