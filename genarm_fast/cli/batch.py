@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from genarm_fast import jobs
+from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, load, resolve
 from genarm_fast.jobs.identity import digest, identity
 from genarm_fast.jsonlines import dumps, located
@@ -32,28 +33,27 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
         raise ValueError(f"--output {args.output}: expected another file than --input")
     setup = setup_digest(args)
     heads = [request.head(setup) for request in requests]
-    console = Console(stderr=True, highlight=False)
+    out = console(stderr=True)
     with jobs.ResultsFile(args.output, heads, overwrite=args.overwrite) as results:
         model = load(args)
         requests = [replace(request, prompt=formatted(args, model, request.prompt)) for request in requests]
         for request in requests:
             with located(args.input, request.line):
                 model.prepare([request.prompt], request.params)
-        with _progress(console, len(requests), sum(results.answered)) as progress:
+        with _progress(out, len(requests), sum(results.answered)) as progress:
             try:
                 summary = jobs.run(model, requests, results, progress)
             except KeyboardInterrupt:
-                console.print(f"{args.output}: {len(results.answered)} lines; the same command resumes", markup=False)
+                out.print(f"{args.output}: {len(results.answered)} lines; the same command resumes")
                 raise
     if args.json:
         print(dumps(asdict(summary)))
     for id, message in summary.errors[:SHOWN_ERRORS]:
-        console.print(f"id {dumps(id)}: {message}", style="red", markup=False)
+        out.print(f"id {dumps(id)}: {message}", style="red")
     failed = len(summary.errors)
-    console.print(
+    out.print(
         f"{args.output}: {summary.answered} answered, {summary.kept} kept from an earlier run, {failed} failed"
-        + (" (the same command tries them again)" if failed else ""),
-        markup=False,
+        + (" (the same command tries them again)" if failed else "")
     )
     return 1 if failed else 0
 
@@ -67,11 +67,11 @@ def setup_digest(args: argparse.Namespace) -> str:
 
 
 @contextmanager
-def _progress(console: Console, total: int, completed: int) -> Iterator[Callable[[int, int], None]]:
+def _progress(out: Console, total: int, completed: int) -> Iterator[Callable[[int, int], None]]:
     """A progress bar; gives the function that counts lines and tokens."""
     started, generated = time.perf_counter(), 0
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console) as bar:
+    with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=out) as bar:
         task = bar.add_task("", total=total, completed=completed)
 
         def progress(lines: int, tokens: int) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from genarm_fast.cli.display import reward_table
+from genarm_fast.cli.display import console, reward_table
 from genarm_fast.cli.loading import add_loading_arguments, load
 from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params
 from genarm_fast.errors import GenerationError
@@ -43,8 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Talks until /quit or the end of the input: a terminal, or a pipe with one message or command a line."""
     params = sampling_params(args)
-    if params.weights is not None:
-        check_weights(params.weights, len(args.arm))
     model = load(args)
     for member in model.members:
         if member.chat_template is None:
@@ -68,7 +65,7 @@ class Chat:
         self.params = params
         self.system = system
         self.messages: list[dict[str, str]] = []
-        self.console = Console(stderr=True, highlight=False, markup=False)
+        self.console = console(stderr=True)
 
     def take(self, line: str) -> None:
         """A message to answer, or a command."""
@@ -143,7 +140,7 @@ def _typed_lines() -> Iterator[str]:
 
     history = cache_dir() / "chat_history"
     readline.set_history_length(HISTORY_LINES)
-    if history.exists():
+    with suppress(OSError):  # none yet
         readline.read_history_file(history)
     try:
         while True:
@@ -154,5 +151,6 @@ def _typed_lines() -> Iterator[str]:
     except EOFError:
         print()
     finally:
-        history.parent.mkdir(parents=True, exist_ok=True)
-        readline.write_history_file(history)
+        with suppress(OSError):  # a chat needs no writable cache
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)

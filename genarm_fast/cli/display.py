@@ -7,22 +7,26 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from genarm_fast.outputs import ArmRewards, Completion, GenerationOutput
 
 
-def show_report(console: Console, output: GenerationOutput, tokenizer: Any) -> None:
+def console(*, stderr: bool = False) -> Console:
+    """Prints text as it is: [brackets] and :colons: in ids, names and texts mean nothing."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def show_report(out: Console, output: GenerationOutput, tokenizer: Any) -> None:
     """Speed, ends and seeds in a terminal; the log-probabilities and rewards that were asked for anywhere."""
-    if console.is_terminal:
+    if out.is_terminal:
         ends = ", ".join(f"{each.finish_reason} (seed {each.seed})" for each in output.completions)
         tokens, speed = output.usage.completion_tokens, output.timing.tokens_per_second
-        console.print(f"{tokens} tokens, {speed:.1f} tokens/s; {ends}", style="dim", highlight=False)
+        out.print(f"{tokens} tokens, {speed:.1f} tokens/s; {ends}", style="dim")
     for completion in output.completions:
         if completion.logprobs is not None:
-            console.print(token_table(tokenizer, completion.token_ids, _logprob_columns(completion, tokenizer)))
+            out.print(token_table(tokenizer, completion.token_ids, _logprob_columns(completion, tokenizer)))
         if completion.rewards:
-            console.print(reward_table(completion.rewards))
+            out.print(reward_table(completion.rewards))
 
 
 def reward_table(rewards: Mapping[str, ArmRewards]) -> Table:
@@ -42,7 +46,7 @@ def token_table(tokenizer: Any, token_ids: Sequence[int], columns: Mapping[str, 
         table.add_column(name, justify="left" if values and isinstance(values[0], str) else "right")
     for token, *values in zip(token_ids, *columns.values()):
         cells = [value if isinstance(value, str) else f"{value:.2f}" for value in values]
-        table.add_row(*map(Text, [_piece(tokenizer, token), *cells]))
+        table.add_row(_piece(tokenizer, token), *cells)
     return table
 
 

@@ -6,13 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from genarm_fast.cli.display import show_report
+from genarm_fast.cli.display import console, show_report
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
 from genarm_fast.cli.options import add_sampling_arguments, sampling_params
 from genarm_fast.jsonlines import dumps
-from genarm_fast.params import check_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Text (or JSON) on stdout, all else on stderr."""
     params = sampling_params(args)
-    if params.weights is not None:
-        check_weights(params.weights, len(args.arm))
     if args.input or args.output:
         from genarm_fast.cli.batch import run_job
 
@@ -61,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             if params.n > 1:
                 print(f"--- {number} of {params.n} ---")
             print(completion.text)
-    show_report(Console(stderr=True), output, model.tokenizer)
+    show_report(console(stderr=True), output, model.tokenizer)
     return 0
 
 

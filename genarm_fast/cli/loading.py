@@ -102,6 +102,8 @@ def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt
     """A text prompt as chat messages if that is how it is meant; other prompts as they are."""
     if not isinstance(prompt, str):
         return prompt
+    if not prompt:
+        raise ValueError("prompt: expected text, got none")
     if is_chat(args, model):
         system = [{"role": "system", "content": args.system}] if args.system else []
         return [*system, {"role": "user", "content": prompt}]

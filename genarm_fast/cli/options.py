@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Any
 
-from genarm_fast.params import SamplingParams
+from genarm_fast.params import SamplingParams, check_weights
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[str] = (), **defaults: Any) -> None:
@@ -33,11 +33,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What the options ask for. Raises ValueError, TypeError as SamplingParams does."""
+    """What the options ask for. Raises ValueError, TypeError as SamplingParams does, and for weights that are not one
+    per `args.arm`."""
     given = {field.name: getattr(args, field.name) for field in sampling_fields() if hasattr(args, field.name)}
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
-    return SamplingParams(**given)
+    params = SamplingParams(**given)
+    if params.weights is not None:
+        check_weights(params.weights, len(args.arm))
+    return params
 
 
 def sampling_fields(without: Collection[str] = ()) -> list[Field[Any]]:

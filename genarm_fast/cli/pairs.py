@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, is_chat, load
 from genarm_fast.cli.score import score_all
 from genarm_fast.jsonlines import dumps
@@ -56,7 +56,7 @@ def score_pairs(args: argparse.Namespace) -> int:
         table.add_column(heading, justify="right")
     for name, summary in summaries.items():
         table.add_row(name, *(f"{summary[key]:.3f}" for key in SHOWN))
-    Console().print(table)
+    console().print(table)
     return 0
 
 
@@ -68,7 +68,7 @@ def _encoded(args: argparse.Namespace, model: GenARM, pair: Pair) -> tuple[Promp
         prompt, texts = messages, [text.strip() for text in texts]
     ids = [list(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     for side, complete in zip(ids, (pair.chosen_complete, pair.rejected_complete)):
-        if complete:
+        if complete and model.tokenizer.eos_token_id is not None:
             side.append(model.tokenizer.eos_token_id)
     return formatted(args, model, prompt), ids[0], ids[1]
 

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
-from genarm_fast.cli.display import reward_table, token_table
+from genarm_fast.cli.display import console, reward_table, token_table
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
 from genarm_fast.jsonlines import dumps, located, read_objects
 
@@ -61,11 +59,14 @@ def score_all(
     """`model.score` with a progress bar. Checks everything first; errors name the input line."""
     for line, prompt, response in zip(lines, prompts, responses):
         with located(path, line):
-            ids = model.tokenizer(response)["input_ids"] if isinstance(response, str) else response
-            model.prepare([prompt], max_new_tokens=len(ids) + 1)
+            if isinstance(response, str):
+                length = len(model.tokenizer(response, add_special_tokens=False)["input_ids"]) + 1  # end of sequence
+            else:
+                length = len(response)
+            model.prepare([prompt], max_new_tokens=length)
     outputs: list[ScoreOutput] = []
     size = 4 * model.max_batch_size  # within such a group, texts of similar length share a batch
-    for at in track(range(0, len(lines), size), "scoring", console=Console(stderr=True), transient=True):
+    for at in track(range(0, len(lines), size), "scoring", console=console(stderr=True), transient=True):
         outputs += model.score(prompts[at : at + size], responses[at : at + size])
     return outputs
 
@@ -77,9 +78,9 @@ def _one(args: argparse.Namespace) -> int:
         print(dumps(output.to_dict()))
         return 0
     columns = {"(base)": output.base_logprobs, **{name: reward.tokens for name, reward in output.rewards.items()}}
-    console = Console()
-    console.print(token_table(model.tokenizer, output.token_ids, columns))
-    console.print(reward_table(output.rewards))
+    out = console()
+    out.print(token_table(model.tokenizer, output.token_ids, columns))
+    out.print(reward_table(output.rewards))
     return 0
 
 
@@ -104,7 +105,7 @@ def _responses(args: argparse.Namespace) -> int:
         table.add_column(title, justify="right")
     for row, output in zip(rows, outputs):
         totals = [math.fsum(output.base_logprobs), *(reward.total for reward in output.rewards.values())]
-        excerpt = Text(" ".join(row["response"].split())[:60])
+        excerpt = " ".join(row["response"].split())[:60]
         table.add_row(str(row["id"]), excerpt, str(len(output.token_ids)), *(f"{total:.2f}" for total in totals))
-    Console().print(table)
+    console().print(table)
     return 0

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from genarm_fast.jsonlines import dumps, located
 
-_OTHERWISE = "; give another output file, or --overwrite to start anew"
+_OTHERWISE = "; choose another output file, or overwrite"
 
 
 class ResultsFile:

@@ -75,6 +75,7 @@ def test_prompts_from_a_file_and_from_stdin(
     cli: Callable, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = cli("generate", "the cat", *options).out
+    assert cli("generate", "", *options).code == 2
     (tmp_path / "prompt.txt").write_text("the cat\n")
     assert cli("generate", "--prompt-file", tmp_path / "prompt.txt", *options).out == expected
     for arguments in ([], ["-"]):

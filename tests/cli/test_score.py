@@ -45,7 +45,10 @@ def test_a_file_of_responses(cli: Callable, models: Any, model: GenARM, tmp_path
     for row, output in zip(found, expected):
         assert row["rewards"]["one"]["total"] == pytest.approx(output.rewards["one"].total, abs=1e-3)
         assert row["base_logprobs"] == pytest.approx(output.base_logprobs, abs=1e-3)
-    assert "r69" in cli("score", *models.options, "--input", path).out
+    rows[69] |= {"id": "[b]r69[/b]", "response": "[red] :cat: [/blue]"}
+    table = cli("score", *models.options, "--input", write_lines(path, rows)).out
+    assert "[b]r69[/b]" in table
+    assert "[red] :cat: [/blue]" in table
 
 
 def test_pairs_give_accuracy_and_margins(cli: Callable, models: Any, model: GenARM, tmp_path: Path) -> None:
