@@ -1,6 +1,6 @@
 """What the Triton kernels compile to, read without a GPU: registers, stack, 128-bit loads, instructions per logit.
 
-    python benchmarks/compiled_kernels.py [--json] [--targets sm_90 gfx942]
+    python benchmarks/compiled_kernels.py [--json] [--targets sm_90 gfx942] [--cases '1 ARM']
 
 The real launcher runs on CPU tensors under a stub driver: it binds and compiles each specialisation and launches
 nothing. SASS and its resource usage come from the cuobjdump that the triton wheel bundles.
@@ -152,12 +152,12 @@ def inspect(target: str, case: str, name: str, kernel: Any) -> Compiled:
     )
 
 
-def compile_all(targets: list[str]) -> list[Compiled]:
+def compile_all(targets: list[str], cases: list[str]) -> list[Compiled]:
     found = []
     for target in targets:
-        for case, options in CASES.items():
+        for case in cases:
             with compiling_for(target) as compiled:
-                launch(**dict(options))
+                launch(**CASES[case])
             found += [inspect(target, case, name, kernel) for name, kernel in compiled]
     return found
 
@@ -165,9 +165,10 @@ def compile_all(targets: list[str]) -> list[Compiled]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", action="store_true", help="print JSON instead of a Markdown table")
     arguments = parser.parse_args()
-    found = compile_all(arguments.targets)
+    found = compile_all(arguments.targets, arguments.cases)
     if arguments.json:
         print(json.dumps([asdict(kernel) for kernel in found], indent=1))
         return

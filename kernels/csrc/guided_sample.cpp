@@ -109,7 +109,7 @@ class RowSampler {
       if (seen.bad) *status |= 2 << i;
       if (q_.logprobs) {
         member_peaks_[i * tiles_ + t] = seen.peak;
-        member_sums_[i * tiles_ + t] = seen.peak == -kInf ? 0.f : f_.exp_sum(z, width, -kInf, seen.peak, kLog2e);
+        member_sums_[i * tiles_ + t] = seen.peak == -kInf ? 0.f : f_.exp_sum(z, width, seen.peak, kLog2e);
       }
     }
     if (q_.bias) {
@@ -143,7 +143,7 @@ class RowSampler {
       peaks_[t] = seen.peak;
       sums_[t] = !log_sums || !(std::fabs(seen.peak) < kInf)
                      ? 0.f
-                     : f_.exp_sum(combined, width, -kInf, seen.peak, scale_);
+                     : f_.exp_sum(combined, width, seen.peak, scale_);
     }
     if (status == 0 && (bad || *std::max_element(peaks_.begin(), peaks_.end()) == -kInf)) status = 1;
     return status;
@@ -195,7 +195,7 @@ class RowSampler {
       if (!(peaks_[t] >= lowest) || peaks_[t] == -kInf) continue;
       float sum = sums_[t];
       if (truncated) {
-        sum = f_.exp_sum(scores_.data() + t * kTile, tile_width(t), lowest, peaks_[t], scale_);
+        sum = f_.exp_sum_above(scores_.data() + t * kTile, tile_width(t), lowest, peaks_[t], scale_);
       }
       const float value = (peaks_[t] - peak_) * coldness_ + std::log(sum) + noise_[t];
       if (value > best) best = value, chosen = t;

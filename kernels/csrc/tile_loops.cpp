@@ -32,7 +32,7 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
-// 2^y for y <= 0, relative error 1e-7; 0 below the normal range
+// 2^max(y, -126) for y <= 0, relative error 1e-7: what is masked adds 1e-38 to sums that are at least 1
 inline float exp2_negative(float y) {
   constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it leaves round(y) in the low bits
   float clamped = y < -126.f ? -126.f : y;
@@ -45,8 +45,7 @@ inline float exp2_negative(float y) {
   p = fma(p, f, 2.402264791363012e-1f);
   p = fma(p, f, 6.931472028550421e-1f);
   p = fma(p, f, 1.f);
-  float power = as_float(as_bits(p) + (as_bits(shifted) << 23));
-  return y < -126.f ? 0.f : power;
+  return as_float(as_bits(p) + (as_bits(shifted) << 23));
 }
 
 // log(x) for normal x > 0, within 1 ulp (Cephes logf)
@@ -113,7 +112,14 @@ void add(const float* a, const float* b, int n, float* out) {
   for (int i = 0; i < n; ++i) out[i] = a[i] + b[i];
 }
 
-float exp_sum(const float* x, int n, float lowest, float peak, float scale) {
+float exp_sum(const float* x, int n, float peak, float scale) {
+  float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += exp2_negative((x[i] - peak) * scale);
+  return sum;
+}
+
+float exp_sum_above(const float* x, int n, float lowest, float peak, float scale) {
   float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < n; ++i) {
@@ -181,6 +187,6 @@ int draw(const float* x, const float* noise, int n, float lowest, float peak, fl
 }  // namespace
 
 extern const TileLoops TABLE(ISA) = {NAME(ISA), load_bf16, load_fp16,  scan,   add_member, add,
-                                     exp_sum,   exps,      lane_peaks, gumbel, draw};
+                                     exp_sum,   exp_sum_above, exps, lane_peaks, gumbel, draw};
 
 }  // namespace genarm

@@ -21,8 +21,9 @@ struct TileLoops {
   // out = c + weight · z, where a z of -inf adds `hole` instead; the scan is of z
   Scan (*add_member)(const float* c, const float* z, int n, float weight, float hole, float* out);
   void (*add)(const float* a, const float* b, int n, float* out);
-  // Σ 2^((x - peak) · scale) over x >= lowest, which is at most peak
-  float (*exp_sum)(const float* x, int n, float lowest, float peak, float scale);
+  // Σ 2^((x - peak) · scale), peak the largest x; the second only over x >= lowest
+  float (*exp_sum)(const float* x, int n, float peak, float scale);
+  float (*exp_sum_above)(const float* x, int n, float lowest, float peak, float scale);
   void (*exps)(const float* x, int n, float peak, float scale, float* out);
   // largest x of each lane, so kLanes disjoint groups of n / kLanes values
   void (*lane_peaks)(const float* x, int n, float* out);

@@ -1,0 +1,204 @@
+"""guided_sample on the CPU against eager PyTorch, interleaved.
+
+    python benchmarks/kernels.py [--threads N] [--rounds N] [--cpu-time] [--compile] [--json FILE] [--plot FILE]
+
+Every case is first checked against the reference: a wrong kernel gets no figure. Contenders take turns round by round;
+times are medians, speed-ups are medians of the rounds' own ratios, so that a busy machine disturbs both sides alike.
+
+    eager        weighted sum, softmax, cumsum, searchsorted: the fastest exact draw that PyTorch offers here
+    multinomial  the same with torch.multinomial, as most samplers have it
+    compiled     torch.compile of `eager` (with --compile: a minute of compiling)
+
+With top-p the eager ones sort; with log-probs they take each member's log_softmax and gather.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genarm_fast.kernels import _native, guided_sample, guided_sample_reference
+
+TEMPERATURE, TOP_P = 0.8, 0.9
+MODES: dict[str, dict[str, Any]] = {"draw": {}, "log-probs": {"return_logprobs": True}, "top-p": {"top_p": TOP_P}}
+
+
+@dataclass
+class Result:
+    vocab: int
+    arms: int
+    dtype: str
+    rows: int
+    mode: str
+    microseconds: dict[str, float]  # contender → median
+    speedup: dict[str, float]  # contender → median ratio to ours
+    bandwidth: float  # of the logits through ours, as a share of the machine's
+
+
+def eager(members: Sequence[Tensor], weights: Sequence[float], mode: str, multinomial: bool = False) -> Tensor:
+    """One draw per row from logits [R, V]."""
+    scores = [logits.float() for logits in members]
+    if mode == "log-probs":
+        scores = [logits.log_softmax(-1) for logits in scores]
+    combined = scores[0]
+    for weight, arm in zip(weights, scores[1:]):
+        combined = torch.add(combined, arm, alpha=weight)
+    combined = combined / TEMPERATURE
+    order = None
+    if mode == "top-p":
+        combined, order = combined.sort(-1, descending=True)
+    probs = combined.softmax(-1)
+    if mode == "top-p":
+        mass = probs.cumsum(-1)
+        probs = probs.masked_fill(mass - probs >= TOP_P, 0.0)
+    if multinomial:
+        tokens = probs.multinomial(1)
+    else:
+        mass = probs.cumsum(-1)
+        tokens = torch.searchsorted(mass, torch.rand(len(mass), 1) * mass[:, -1:]).clamp_max(mass.shape[-1] - 1)
+    if order is not None:
+        return order.gather(-1, tokens)
+    if mode == "log-probs":
+        probs.gather(-1, tokens).log()
+        for logprobs in scores:
+            logprobs.gather(-1, tokens)
+    return tokens
+
+
+clock = time.perf_counter
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each contender in each round, after two rounds of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds + 2):
+        for name, contender in contenders.items():
+            start = clock()
+            contender()
+            times[name].append((clock() - start) * 1e6)
+    return {name: found[2:] for name, found in times.items()}
+
+
+def read_bandwidth() -> float:
+    """Bytes per microsecond that a sum over 256 MB reads: the roof of anything that reads its input once."""
+    block = torch.ones(1 << 26)
+    return block.nbytes / statistics.median(interleaved({"sum": block.sum}, 7)["sum"])
+
+
+def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, options: argparse.Namespace) -> Result:
+    generator = torch.Generator().manual_seed(0)
+    members = [(3 * torch.randn(rows, vocab, generator=generator)).to(dtype) for _ in range(arms + 1)]
+    weights = [1.0 / arms] * arms
+    arguments: dict[str, Any] = {"temperature": TEMPERATURE, "seeds": 1, "positions": torch.arange(rows)}
+    arguments |= MODES[mode]
+
+    def ours() -> object:
+        return guided_sample(members[0], members[1:], weights, **arguments)
+
+    expected = guided_sample_reference(members[0], members[1:], weights, **arguments)
+    if not torch.equal(guided_sample(members[0], members[1:], weights, **arguments).tokens, expected.tokens):
+        raise SystemExit(f"wrong tokens at V={vocab}, {arms} ARMs, {dtype}, {rows} rows, {mode}: nothing is timed")
+
+    contenders = {
+        "ours": ours,
+        "eager": lambda: eager(members, weights, mode),
+        "multinomial": lambda: eager(members, weights, mode, multinomial=True),
+    }
+    if options.compile and mode != "top-p":
+        compiled = torch.compile(eager, dynamic=False)
+        contenders["compiled"] = lambda: compiled(members, weights, mode)
+    times = interleaved(contenders, max(3, options.rounds // rows) if mode == "top-p" else options.rounds)
+    ratios = {
+        name: statistics.median(other / own for other, own in zip(found, times["ours"]))
+        for name, found in times.items()
+        if name != "ours"
+    }
+    median = {name: statistics.median(found) for name, found in times.items()}
+    read = sum(logits.nbytes for logits in members) / median["ours"]
+    return Result(vocab, arms, str(dtype)[6:], rows, mode, median, ratios, read / options.bandwidth)
+
+
+def table(results: list[Result]) -> str:
+    names = list(dict.fromkeys(name for result in results for name in result.speedup))
+    titles = ["V", "ARMs", "dtype", "rows", "mode", "ours, µs", "of read bandwidth", *(f"vs {name}" for name in names)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for r in results:
+        cells = [r.vocab, r.arms, r.dtype, r.rows, r.mode, f"{r.microseconds['ours']:.0f}", f"{r.bandwidth:.0%}"]
+        cells += [f"{r.speedup[name]:.1f}x" if name in r.speedup else "" for name in names]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: list[Result], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(MODES), figsize=(12, 4.5), sharey=True, layout="constrained")
+    for axis, mode in zip(axes, MODES):
+        chosen = [result for result in results if result.mode == mode]
+        labels = [f"{r.vocab // 1000}k, {r.arms} ARM{'s' * (r.arms > 1)}, {r.dtype}, {r.rows} rows" for r in chosen]
+        axis.barh(labels, [r.speedup["eager"] for r in chosen], color="#4878a8")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(title=mode, xlabel="speed-up over eager PyTorch", xscale="log")
+        axis.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="of torch and of the core (default: 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="per case (default: 15)")
+    parser.add_argument("--cpu-time", action="store_true", help="count this thread's time only: for a busy machine")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--plot", type=Path, help="draw the speed-ups over eager there (PNG)")
+    options = parser.parse_args()
+    if _native.core is None:
+        raise SystemExit("the C++ core is not built: pip install -e . with a compiler, and GENARM_FAST_ISA not none")
+    torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        if options.threads > 1:
+            parser.error("--cpu-time counts one thread: it needs --threads 1")
+        global clock
+        clock = time.thread_time
+    options.bandwidth = read_bandwidth()
+
+    tiny = [torch.zeros(1, 16)] * 2
+    call = interleaved({"call": lambda: guided_sample(tiny[0], tiny[1:], [1.0], seeds=0, positions=0)}, 2000)["call"]
+    results = [
+        measure(vocab, arms, dtype, rows, mode, options)
+        for mode, vocab, arms, dtype, rows in product(
+            MODES, (32000, 128256), (1, 3), (torch.float32, torch.bfloat16), (1, 32)
+        )
+    ]
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "instruction set": _native.core.instruction_sets()[0],
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "clock": "CPU time" if options.cpu_time else "wall",
+        "read bandwidth, GB/s": round(options.bandwidth / 1e3, 1),
+        "call overhead, µs": round(statistics.median(call), 1),
+    }
+    print(", ".join(f"{name}: {value}" for name, value in machine.items()), end="\n\n")
+    print(table(results))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1))
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
