@@ -3,7 +3,8 @@
     python benchmarks/compiled_kernels.py [--json] [--targets sm_90 gfx942] [--cases '1 ARM']
 
 The real launcher runs on CPU tensors under a stub driver: it binds and compiles each specialisation and launches
-nothing. SASS and its resource usage come from the cuobjdump that the triton wheel bundles.
+nothing. SASS and its resource usage come from the cuobjdump that the triton wheel bundles. With sm_90
+among the targets, a model of an H100 follows.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from genarm_fast.kernels import guided_sample_triton
+from genarm_fast.kernels import guided_sample_triton, settle_triton
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -34,16 +36,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CASES: dict[str, dict[str, Any]] = {
-    "base only": {"arms": 0},
-    "1 ARM": {},
-    "1 ARM, log-probs": {"return_logprobs": True},
-    "1 ARM, float32": {"dtype": torch.float32},
-    "1 ARM, V = 50257": {"vocab": 50257},
-    "3 ARMs, log-probs, bias": {"arms": 3, "return_logprobs": True, "logit_bias": True},
-    "1 ARM, filters, top-5": {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "top_logprobs": 5},
-}
-TILE = 1024
 
 
 @dataclass
@@ -91,10 +83,10 @@ def compiling_for(target: str) -> Iterator[list[tuple[str, Any]]]:
         yield compiled
 
 
-def launch(
+def sample(
     *, arms: int = 1, vocab: int = 128256, dtype: torch.dtype = torch.bfloat16, logit_bias: bool = False, **options: Any
 ) -> None:
-    """One launch of the real wrapper, by rows whose start is 16-byte aligned wherever V allows."""
+    """One launch of guided_sample, with rows whose start is 16-byte aligned wherever V allows."""
     members = [torch.zeros(2, vocab, dtype=dtype) for _ in range(arms + 1)]
     parameters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | {
         name: options.pop(name) for name in ("top_k", "top_p", "min_p") if name in options
@@ -111,6 +103,31 @@ def launch(
         seeds=torch.zeros(2, dtype=torch.int64),
         positions=torch.zeros(2, dtype=torch.int64),
     )
+
+
+def settle(drafts: int) -> None:
+    rows = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
+    settle_triton.settle(
+        torch.zeros(2, drafts + 1, dtype=torch.int64),
+        torch.zeros(2, drafts, dtype=torch.int64),
+        lengths=rows[0],
+        limits=rows[1],
+        finished=torch.zeros(2, dtype=torch.bool),
+        stop_ids=torch.zeros(2, 4, dtype=torch.int64),
+        draft_counts=torch.zeros(2, dtype=torch.int64),
+    )
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "base only": partial(sample, arms=0),
+    "1 ARM": sample,
+    "1 ARM, log-probs": partial(sample, return_logprobs=True),
+    "1 ARM, float32": partial(sample, dtype=torch.float32),
+    "1 ARM, V = 50257": partial(sample, vocab=50257),
+    "3 ARMs, log-probs, bias": partial(sample, arms=3, return_logprobs=True, logit_bias=True),
+    "1 ARM, filters, top-5": partial(sample, top_k=50, top_p=0.9, min_p=0.01, top_logprobs=5),
+    "5 drafts": partial(settle, 5),
+}
 
 
 def cuobjdump(*options: str) -> str:
@@ -157,16 +174,35 @@ def compile_all(targets: list[str], cases: list[str]) -> list[Compiled]:
     for target in targets:
         for case in cases:
             with compiling_for(target) as compiled:
-                launch(**CASES[case])
+                CASES[case]()
             found += [inspect(target, case, name, kernel) for name, kernel in compiled]
     return found
+
+
+def h100_model(found: list[Compiled], vocab: int = 128256) -> str:
+    """A model, not a measurement: the pass over the logits, bound by issue slots or by memory, with all SMs busy."""
+    issue, memory = 132 * 4 * 1.7e3, 3.35e6  # warp instructions and bytes per µs: SMs x schedulers x MHz; HBM3
+    lines = [
+        "| case | instructions per token | issue, ns per row | memory, ns per row | bound by |",
+        "|---|---|---|---|---|",
+    ]
+    for kernel in found:
+        if kernel.target == "sm_90" and kernel.kernel == "scores_kernel" and "50257" not in kernel.case:
+            arms = 0 if kernel.case == "base only" else int(kernel.case[0])
+            width = 4 if "float32" in kernel.case else 2
+            instructions = kernel.instructions / 1024 * vocab
+            issued, read = 1e3 * instructions / issue, 1e3 * vocab * (1 + arms) * width / memory
+            bound = "issue" if issued > read else "memory"
+            per_token = kernel.instructions * 32 / 1024
+            lines.append(f"| {kernel.case} | {per_token:.0f} | {issued:.0f} | {read:.0f} | {bound} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a Markdown table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown tables")
     arguments = parser.parse_args()
     found = compile_all(arguments.targets, arguments.cases)
     if arguments.json:
@@ -178,6 +214,8 @@ def main() -> None:
     for kernel in found:
         cells = (kernel.target, kernel.case, kernel.kernel, kernel.registers, kernel.stack)
         print("|", *(f"{cell} |" for cell in (*cells, f"{kernel.wide_loads} of {kernel.loads}", kernel.instructions)))
+    if "sm_90" in arguments.targets:
+        print(f"\n{h100_model(found)}")
 
 
 if __name__ == "__main__":

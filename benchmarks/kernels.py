@@ -131,13 +131,16 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
 
 
 def table(results: list[Result]) -> str:
-    names = list(dict.fromkeys(name for result in results for name in result.speedup))
-    titles = ["V", "ARMs", "dtype", "rows", "mode", "ours, µs", "of read bandwidth", *(f"vs {name}" for name in names)]
+    """A row for each shape; for each mode, our time, the share of the read bandwidth, and the speed-ups."""
+    names = list(results[0].speedup)
+    titles = ["V", "ARMs", "dtype", "rows", *(f"{mode}: µs, of roof, vs {', '.join(names)}" for mode in MODES)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    shapes: dict[tuple, list[str]] = {}
     for r in results:
-        cells = [r.vocab, r.arms, r.dtype, r.rows, r.mode, f"{r.microseconds['ours']:.0f}", f"{r.bandwidth:.0%}"]
-        cells += [f"{r.speedup[name]:.1f}x" if name in r.speedup else "" for name in names]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        speedups = ", ".join(f"{r.speedup[name]:.1f}x" for name in names if name in r.speedup)
+        cell = f"{r.microseconds['ours']:.0f}, {r.bandwidth:.0%}, {speedups}"
+        shapes.setdefault((r.vocab, r.arms, r.dtype, r.rows), []).append(cell)
+    lines += [f"| {' | '.join(map(str, (*shape, *cells)))} |" for shape, cells in shapes.items()]
     return "\n".join(lines)
 
 

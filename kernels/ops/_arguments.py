@@ -62,8 +62,10 @@ def check_arguments(
         if isinstance(value, Tensor):
             if value.ndim and value.shape != shape[: value.ndim]:
                 raise ValueError(f"{name} of shape {tuple(value.shape)}: expected a scalar or {tuple(shape)}, by row")
-        elif not RANGES[name][0] <= value <= RANGES[name][1]:
-            raise ValueError(f"{name}={value}: expected {RANGES[name][0]}..{RANGES[name][1]}")
+            continue
+        low, high = RANGES[name]
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value}: expected {low}..{high}")
     return vocab_size
 
 

@@ -11,9 +11,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from genarm_fast.kernels import guided_sample_reference, guided_sample_triton
+from genarm_fast.kernels import guided_sample_reference, guided_sample_triton, settle_triton
 from genarm_fast.kernels._arguments import check_arguments
 from genarm_fast.kernels.guided_sample import GuidedSample
+from genarm_fast.kernels.settle import settle_reference
 
 assert os.environ.get("TRITON_INTERPRET") == "1"  # set before triton was imported
 MARGIN = 2048  # elements; more than a tile
@@ -36,7 +37,11 @@ class Canaries:
 
     def untouched(self):
         def intact(margin):
-            return margin.isnan().all() if margin.is_floating_point() else (margin == -1234567).all()
+            return (
+                margin.isnan().all()
+                if margin.is_floating_point()
+                else (margin == torch.full_like(margin, -1234567)).all()
+            )
 
         return all(intact(buffer[:MARGIN]) and intact(buffer[-MARGIN:]) for buffer in self.buffers)
 
@@ -122,6 +127,29 @@ def test_masks_and_failing_rows():
     arm[6, ::2] = -math.inf
     weights = torch.tensor([[0.5]] * 4 + [[math.nan], [-1.0], [-1.0]])
     assert_same([base, arm], weights, seeds=1, positions=3, return_logprobs=True, top_p=0.9)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_settle(width, ragged):
+    generator = torch.Generator().manual_seed(width)
+    targets = torch.randint(0, 12, (40, width), generator=generator)
+    wrong = torch.rand(40, width - 1, generator=generator) < 0.2
+    lengths = torch.randint(0, 6, (40,), generator=generator)
+    arguments = {
+        "lengths": lengths,
+        "limits": lengths + torch.randint(0, 6, (40,), generator=generator),
+        "finished": torch.rand(40, generator=generator) < 0.1,
+        "stop_ids": torch.randint(-1, 12, (40, 2), generator=generator) if ragged else torch.tensor([3, 5, -1]),
+        "draft_counts": torch.randint(0, width, (40,), generator=generator) if ragged else None,
+    }
+    drafts = torch.where(wrong, 50, targets[:, :-1])
+    canaries = Canaries()
+    with patch.object(torch, "empty", canaries.allocate):
+        found = settle_triton.settle(canaries.embed(targets), canaries.embed(drafts), **arguments)
+    assert canaries.untouched()
+    expected = settle_reference(targets, drafts, **arguments)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_canaries_catch_reads_out_of_bounds():
