@@ -34,13 +34,13 @@ def decode(
     arrived = time.perf_counter()
 
     caches = [MemberCache(member) for member in running]
-    requests = {id(row.request): row.request for row in rows}  # completions of one prompt share its prefill
-    order = list(requests)
-    shared = [order.index(id(row.request)) for row in rows]
+    prompts = [tuple(map(tuple, row.request.token_ids)) for row in rows]  # per row, per member
+    distinct = list(dict.fromkeys(prompts))  # rows of one prompt share its prefill
+    shared = [distinct.index(prompt) for prompt in prompts]
     logits = []
     for i, cache in zip([0, *(i + 1 for i in arms)], caches):
-        logits.append(cache.prefill([request.token_ids[i] for request in requests.values()])[shared])
-        if len(rows) > len(requests):
+        logits.append(cache.prefill([prompt[i] for prompt in distinct])[shared])
+        if len(rows) > len(distinct):
             cache.select(shared)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -10,6 +10,7 @@ import torch
 from tiny_models import FAMILIES, build_model
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
+from genarm_fast.cache import MemberCache
 from genarm_fast.outputs import Completion, GenerationOutput
 
 
@@ -124,6 +125,18 @@ def test_completions_of_one_prompt(tiny_model, tokenizer):
     assert output.completions[0].seed == 11
     for completion in output.completions:
         assert model.generate([9, 8, 7], max_new_tokens=8, seed=completion.seed)[0].token_ids == completion.token_ids
+
+
+def test_requests_with_one_prompt_share_its_prefill(tiny_model, tokenizer, monkeypatch):
+    model = GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1)], tokenizer=tokenizer)
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7]]
+    params = [SamplingParams(seed=i, weights=float(i), max_new_tokens=6) for i in range(3)]
+    alone = [model.generate(prompt, each)[0].token_ids for prompt, each in zip(prompts, params)]
+    prefilled = []
+    prefill = MemberCache.prefill
+    monkeypatch.setattr(MemberCache, "prefill", lambda self, rows: prefilled.append(len(rows)) or prefill(self, rows))
+    assert [output.token_ids for output in model.generate(prompts, params)] == alone
+    assert prefilled == [2, 2]  # base, ARM
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
