@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from .members import Member
+from .templates import chat_ids, end_of_answer, text_ids
 
 Prompt = str | list[dict[str, str]] | list[int]
 
@@ -55,19 +56,14 @@ def encode_prompt(member: Member, prompt: Prompt, index: int, vocab_size: int) -
     Raises:
         ValueError: no chat template, no token left, or ids outside the vocabulary.
     """
-    tokenizer = member.tokenizer
     if isinstance(prompt, str):
-        text = prompt if member.prompt_template is None else member.prompt_template.replace("{prompt}", prompt)
-        # A template may spell out the beginning-of-sequence token; the tokenizer must not add it twice.
-        bos = tokenizer.bos_token
-        ids = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
+        ids = text_ids(member.tokenizer, prompt, member.prompt_template)
     elif isinstance(prompt[0], dict):
         if member.chat_template is None:
             raise ValueError(
                 f"prompts[{index}]: {member.name} has no chat template: pass chat_template, or a string as prompt"
             )
-        text = render_chat(member, prompt, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = chat_ids(member.tokenizer, prompt, member.chat_template)
     else:
         ids = prompt
         if not all(0 <= token_id < vocab_size for token_id in ids):
@@ -81,26 +77,11 @@ def encode_prompt(member: Member, prompt: Prompt, index: int, vocab_size: int) -
     return list(ids)
 
 
-def render_chat(member: Member, messages: Any, **kwargs: Any) -> str:
-    """Chat messages as the text that a member's template makes of them."""
-    text = member.tokenizer.apply_chat_template(messages, chat_template=member.chat_template, tokenize=False, **kwargs)
-    return str(text)
-
-
 def encode_response(member: Member, prompt: Prompt, response: str, eos_token_ids: frozenset[int]) -> list[int]:
-    """Token ids of a whole response to a prompt, with the token that ends it, as in training.
-
-    That is the end-of-sequence id that the chat template puts after an answer (Llama 3's is not its tokenizer's), else
-    the tokenizer's.
-    """
-    tokenizer = member.tokenizer
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if isinstance(prompt[0], dict):
-        answer = {"role": "assistant", "content": "ANSWER"}
-        after = render_chat(member, [{"role": "user", "content": "Q"}, answer]).rpartition("ANSWER")[2]
-        after_ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        end = after_ids[:1] if after_ids[:1] and after_ids[0] in eos_token_ids else end
-    return [*tokenizer(response, add_special_tokens=False)["input_ids"], *end]
+    """Token ids of a whole response to a prompt, with the token that ends it, as in training."""
+    end = end_of_answer(member.tokenizer, member.chat_template if isinstance(prompt[0], dict) else None, eos_token_ids)
+    ids = member.tokenizer(response, add_special_tokens=False)["input_ids"]
+    return [*ids, *([] if end is None else [end])]
 
 
 def check_context(member: Member, prompt_tokens: int, new_tokens: int, index: int) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import peft
 import pytest
 import torch
-from genarm_fast.fingerprint import fingerprint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from genarm_fast.fingerprint import fingerprint
 
 MakeModel = Callable[..., PreTrainedModel]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from ..templates import chat_ids, end_of_answer, text_ids
 from .config import TrainConfig
 from .data import TURN, Message, Pair
 
@@ -67,41 +68,25 @@ class Encoder:
             if messages:
                 chosen, rejected = chosen.strip(), rejected.strip()
             prompt = messages or [{"role": "user", "content": prompt}]
-        chat = not isinstance(prompt, str)
-        ids = self._chat(prompt) if not isinstance(prompt, str) else self._text(prompt)
+        if isinstance(prompt, str):
+            ids, end = text_ids(self.tokenizer, prompt, self.config.prompt_template), self.tokenizer.eos_token_id
+        elif self.chat_template is None:
+            raise ValueError("the data has chat messages: expected a tokenizer with a chat template, or chat_template")
+        else:
+            ids, end = chat_ids(self.tokenizer, prompt, self.chat_template), self._end_of_chat_answer
         if not ids:
             raise ValueError(
                 f"row {pair.row}: the prompt has no tokens and the tokenizer adds none: nothing predicts the response"
             )
-        end = self._end_of_turn() if chat else int(self.tokenizer.eos_token_id)
         sides = []
         for text, complete in ((chosen, pair.chosen_complete), (rejected, pair.rejected_complete)):
             response = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             sides.append([*response, end] if complete else response)
         return ids, sides[0], sides[1]
 
-    def _text(self, prompt: str) -> list[int]:
-        template = self.config.prompt_template
-        text = prompt if template is None else template.replace("{prompt}", prompt)
-        bos = self.tokenizer.bos_token
-        return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"]
-
-    def _render(self, messages: list[Message], **kwargs: Any) -> str:
-        if self.chat_template is None:
-            raise ValueError("the data has chat messages: expected a tokenizer with a chat template, or chat_template")
-        text = self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, tokenize=False, **kwargs)
-        return cast(str, text)
-
-    def _chat(self, messages: list[Message]) -> list[int]:
-        return self.tokenizer(self._render(messages, add_generation_prompt=True), add_special_tokens=False)["input_ids"]
-
-    def _end_of_turn(self) -> int:
-        """The stop token that the template puts after an answer (Llama 3's is not its EOS), else EOS."""
-        answer = "ANSWER"
-        text = self._render([{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}])
-        after = self.tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-        eos = int(self.tokenizer.eos_token_id)
-        return after[0] if after and after[0] in self.stop_ids else eos
+    @cached_property
+    def _end_of_chat_answer(self) -> int | None:
+        return end_of_answer(self.tokenizer, self.chat_template, self.stop_ids)
 
 
 def transcript_messages(prompt: str) -> list[Message]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from genarm_fast.kernels import arm_logps as module
-from genarm_fast.kernels.arm_logps import IGNORE, arm_logps, arm_logps_reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from genarm_fast.kernels import arm_logps as module
+from genarm_fast.kernels.arm_logps import IGNORE, arm_logps, arm_logps_reference
 
 VARIANTS = {
     "plain": {},
@@ -155,7 +156,7 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("train_weight", [False, True])
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, train_weight: bool) -> None:
-    """Never [N, T, V]: at [4, 256, 4096] forward and backward stay within a few chunks, an eighth of the full logits."""
+    """Never [N, T, V]: at [4, 256, 4096] forward and backward stay within a few chunks, an eighth of the logits."""
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", CHUNK)
     hidden, weight, labels = inputs(4, 256, 8, 4096, torch.float32)
     weight.requires_grad_(train_weight)
