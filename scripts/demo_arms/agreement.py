@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,42 +114,42 @@ def decode_cost(base: PreTrainedModel, model: PreTrainedModel, steps: int = 60, 
     return {"base_ms": 1e3 * t_base, "model_ms": 1e3 * t_model, "ratio": t_model / t_base}
 
 
+def measure(model: Path, base: Path | str, held_out: Path, before: Path | None = None) -> dict[str, Any]:
+    """Everything above for a model's folder, apart for each temperature that the held-out text was sampled at.
+
+    `before`: folder of the model before preference training, to report KL(before || model) as `drift` as well.
+    """
+
+    def load(folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    responses, small = load_responses(held_out), load(model, torch.float32)
+    report: dict[str, Any] = {"responses": len(responses), "positions": sum(len(r["tokens"]) for r in responses)}
+    for temperature in sorted({float(r["temperature"]) for r in responses}, reverse=True):
+        chosen = [r for r in responses if float(r["temperature"]) == temperature]
+        agreement = Agreement(load(base, torch.float32), chosen)
+        cells: dict[str, Any] = {**agreement.plain(small), "guided": agreement.guided(small)}
+        if before is not None:
+            cells["drift"] = agreement.drift(load(before, torch.float32), small)
+        report[f"text sampled at T={temperature:.1f}"] = cells
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of the small model")
-    parser.add_argument("--held-out", type=Path, required=True, help="folder of teacher_data.py --held-out")
-    parser.add_argument("--base", help="model folder or hub id; default: the demo's base")
+    parser.add_argument("--held-out", type=Path, help="folder of teacher_data.py --held-out; without it, only the cost")
     parser.add_argument("--before", type=Path, help="the model before preference training: report the drift from it")
-    parser.add_argument("--output", type=Path, help="JSON file; default: standard output")
+    parser.add_argument("--base", help="model folder or hub id; default: the demo's base")
     args = parser.parse_args()
     if args.base is None:
         from genarm_fast.demo import base
 
         args.base = base()
-
-    def load(folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-    responses = load_responses(args.held_out)
-    model = load(args.model, torch.float32)
-    report = {"positions": sum(len(r["tokens"]) for r in responses), "responses": len(responses)}
-    for temperature in sorted({float(r["temperature"]) for r in responses}, reverse=True):
-        of_temperature = [r for r in responses if float(r["temperature"]) == temperature]
-        agreement = Agreement(load(args.base, torch.float32), of_temperature)
-        report[f"text sampled at T={temperature:g}"] = agreement.plain(model) | {"guided": agreement.guided(model)}
-        if args.before:
-            report[f"text sampled at T={temperature:g}"]["drift"] = agreement.drift(
-                load(args.before, torch.float32), model
-            )
+    report = measure(args.model, args.base, args.held_out, args.before) if args.held_out else {}
     torch.set_num_threads(1)
-    report["decode"] = decode_cost(load(args.base, torch.bfloat16), load(args.model, torch.bfloat16))
-    text = json.dumps(report, indent=1)
-    if args.output:
-        partial = args.output.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, args.output)
-    else:
-        print(text)
+    members = [AutoModelForCausalLM.from_pretrained(m, dtype=torch.bfloat16).eval() for m in (args.base, args.model)]
+    print(json.dumps({**report, "decode, bfloat16, one thread": decode_cost(*members)}, indent=1))
 
 
 if __name__ == "__main__":

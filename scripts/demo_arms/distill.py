@@ -25,7 +25,7 @@ import torch
 from agreement import Agreement, load_responses
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 HIDDEN, LAYERS, INTERMEDIATE, HEADS = 160, 6, 448, 5  # 9.8 M parameters, 7.9 M of them the embedding
 INHERITED = (
@@ -125,6 +125,14 @@ def new_student(base: LlamaForCausalLM) -> LlamaForCausalLM:
     return student
 
 
+def add_dropout(student: LlamaForCausalLM, rate: float) -> None:
+    """Dropout in training mode after the embedding, each attention, each MLP and the last norm: Llama has none."""
+    inner = student.model
+    branches = [m for layer in inner.layers for m in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    for module in (inner.embed_tokens, *branches, inner.norm):
+        module.register_forward_hook(lambda module, _, out: torch.nn.functional.dropout(out, rate, module.training))
+
+
 def batch_loss(student: LlamaForCausalLM, responses: list[dict[str, np.ndarray]]) -> tuple[Tensor, int]:
     """The loss over all response positions of a batch, and how many they are."""
     lengths = [(len(r["prompt_tokens"]), len(r["tokens"])) for r in responses]
@@ -147,7 +155,8 @@ def learning_rate(progress: float) -> float:
 
 def save_model(student: LlamaForCausalLM, base_folder: str, output: Path) -> None:
     """The student in bf16 and its generation config; the tokenizer is the base's."""
-    shipped = copy.deepcopy(student).to(torch.bfloat16)
+    shipped = LlamaForCausalLM(student.config).to(torch.bfloat16)
+    shipped.load_state_dict(student.state_dict())
     shipped.generation_config = GenerationConfig.from_pretrained(base_folder)
     shipped.save_pretrained(output)
 
@@ -176,6 +185,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="teacher_data.py --held-out's folder")
     parser.add_argument("--base", help="model folder or hub id; default: the demo's base")
     parser.add_argument("--tokens", type=float, default=3e6, help="response tokens to train on, over all epochs")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=float, default=2e5, help="response tokens between evaluations")
     args = parser.parse_args()
     if args.base is None:
@@ -186,6 +196,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     teacher = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
     student = new_student(teacher)
+    add_dropout(student, args.dropout)
     quick = Agreement(teacher, load_responses(args.held_out)[::8])
     del teacher
     embedding = student.get_input_embeddings().weight
@@ -229,7 +240,7 @@ def main() -> None:
         batch = [responses[i] for i in order[state["cursor"] : state["cursor"] + BATCH]]
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate((state["tokens"] + 1) / args.tokens)
-        loss, n = batch_loss(student, batch)
+        loss, n = batch_loss(student.train(), batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
@@ -241,7 +252,7 @@ def main() -> None:
         bar.update(n)
         bar.set_postfix(epoch=state["epoch"], responses=len(responses), loss=f"{running:.3f}")
         if state["tokens"] // args.eval_every > before // args.eval_every or state["tokens"] >= args.tokens:
-            measured = quick.plain(student)
+            measured = quick.plain(student.eval())
             state["history"].append({"tokens": state["tokens"], "train_cross_entropy": running, **measured})
             bar.write(json.dumps(state["history"][-1]))
         if time.monotonic() - last_save > CHECKPOINT_S or state["tokens"] >= args.tokens:
@@ -251,11 +262,11 @@ def main() -> None:
     save_model(student, args.base, args.output / "model")
     plot(state["history"], args.output / "curve.png")
     report = {
-        "base": AutoConfig.from_pretrained(args.base).name_or_path,
         "parameters": student.num_parameters(),
         "response_tokens": state["tokens"],
         "epochs": state["epoch"] + state["cursor"] / len(order),
         "responses": len(responses),
+        "dropout": args.dropout,
         "seconds": round(state["seconds"]),
         "history": state["history"],
     }
