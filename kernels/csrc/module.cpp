@@ -60,19 +60,22 @@ const T* pointer(PyObject* address) {
 void scalar(PyObject* value, float* out) { *out = static_cast<float>(PyFloat_AsDouble(value)); }
 void scalar(PyObject* value, int64_t* out) { *out = static_cast<int64_t>(PyLong_AsUnsignedLongLongMask(value)); }
 
-// A number, or (address, row stride, block stride). Errors are left in PyErr.
+// Entry of a tensor's stride(); 0 beyond its dimensions.
+int64_t stride(PyObject* strides, Py_ssize_t dimension, Py_ssize_t dimensions) {
+  return dimension < dimensions ? PyLong_AsLongLong(PyTuple_GetItem(strides, dimension)) : 0;
+}
+
+// A number, or (address, strides) of [], [R] or [R, q]. Errors are left in PyErr.
 template <typename T>
 genarm::Parameter<T> parameter(PyObject* value) {
   genarm::Parameter<T> result;
-  if (PyTuple_Check(value)) {
-    long long row_stride = 0, block_stride = 0;
-    PyObject* address = nullptr;
-    if (PyArg_ParseTuple(value, "OLL", &address, &row_stride, &block_stride)) {
-      result.data = pointer<T>(address);
-      result.row_stride = row_stride, result.block_stride = block_stride;
-    }
-  } else {
+  PyObject *address, *strides;
+  if (!PyTuple_Check(value)) {
     scalar(value, &result.scalar);
+  } else if (PyArg_ParseTuple(value, "OO!", &address, &PyTuple_Type, &strides)) {
+    const Py_ssize_t dimensions = PyTuple_Size(strides);
+    result.data = pointer<T>(address);
+    result.row_stride = stride(strides, 0, dimensions), result.block_stride = stride(strides, 1, dimensions);
   }
   return result;
 }
@@ -89,13 +92,14 @@ PyObject* guided_sample(PyObject*, PyObject* arguments) {
   }
   try {
     for (Py_ssize_t i = 0; i < PyTuple_Size(members); ++i) {
-      PyObject* address;
+      PyObject *address, *strides;  // of [R, V] or [R, q, V]
       int dtype;
-      long long row_stride, block_stride;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(members, i), "OiLL", &address, &dtype, &row_stride, &block_stride)) {
+      if (!PyArg_ParseTuple(PyTuple_GetItem(members, i), "OiO!", &address, &dtype, &PyTuple_Type, &strides)) {
         return nullptr;
       }
-      q.members.push_back({pointer<void>(address), static_cast<genarm::Dtype>(dtype), row_stride, block_stride});
+      const Py_ssize_t row_dimensions = PyTuple_Size(strides) - 1;
+      q.members.push_back({pointer<void>(address), static_cast<genarm::Dtype>(dtype),
+                           stride(strides, 0, row_dimensions), stride(strides, 1, row_dimensions)});
     }
     q.rows = rows, q.block = block, q.vocab = vocab, q.top_n = top_n;
     q.weights = pointer<float>(weights), q.weights_row_stride = weights_stride;

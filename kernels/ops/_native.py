@@ -49,22 +49,20 @@ def guided_sample(
     """The fields of GuidedSample that were asked for; arguments are checked by the caller."""
     shape = base.shape[:-1]
     rows, block = shape[0], shape[1] if len(shape) == 2 else 1
-    alive: list[Tensor] = []  # converted copies must outlive the call
+    alive = []  # converted copies must outlive the call
 
-    def strided(tensor: Tensor) -> tuple[int, int, int]:
-        """(address, row stride, block stride) of [], [R, ...] or [R, q, ...]."""
-        alive.append(tensor)
-        row, block, *_ = (*tensor.stride(), 0, 0)
-        return tensor.data_ptr(), row, block
-
-    def parameter(value: Tensor | float, dtype: torch.dtype) -> float | tuple[int, int, int]:
-        return strided(value.to("cpu", dtype)) if isinstance(value, Tensor) else value
+    def parameter(value: Tensor | float, dtype: torch.dtype) -> float | tuple[int, tuple[int, ...]]:
+        if not isinstance(value, Tensor):
+            return value
+        alive.append(value.to("cpu", dtype))
+        return alive[-1].data_ptr(), alive[-1].stride()
 
     members = []
     for logits in (base, *arms):
-        logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-        address, row_stride, block_stride = strided(logits)
-        members.append((address, DTYPES[logits.dtype], row_stride, block_stride if len(shape) == 2 else 0))
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
+            alive.append(logits)
+        members.append((logits.data_ptr(), DTYPES[logits.dtype], logits.stride()))
 
     buffer = None
     if isinstance(weights, Tensor) or (len(weights) and isinstance(weights[0], (list, tuple))):
