@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", choices=[c.name for c in CONDITIONS], metavar="NAME")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args()
 
     shipped = [name for name in ("positive", "concise", "harmless", "small") if name in arm_names()]
@@ -112,7 +112,8 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(base())
             held_out = split(args.hh, tokenizer, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS)[1]
             prompts["hh"] = [pair["prompt"] for pair in held_out[: args.prompts]]
-        arms = [ARM(arm(name), name=name) for name in shipped]
+        needed = {name for _, _, condition in todo for name in condition.weights}
+        arms = [ARM(arm(name), name=name) for name in shipped if name in needed]
         model = GenARM.from_pretrained(base(), arms, dtype=torch.float32, max_batch_size=args.prompts)
         args.runs.mkdir(parents=True, exist_ok=True)
         for path, seed, condition in tqdm(todo, unit="run"):

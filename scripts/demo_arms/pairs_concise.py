@@ -1,7 +1,8 @@
 """Preference pairs for the `concise` ARM, from the base model's own samples (teacher_data.py).
 
-The rejected answer is a sample, up to its last whole sentence; the chosen one is the opening, again of whole sentences,
-of a sample for the same prompt, at most half as long. Both end, so what tells them apart is where they end.
+The chosen answer is the opening of a sample, in whole sentences; the rejected one goes on for a sentence or two. Both
+end, so what tells them apart is where they end. Rejecting whole samples instead taught the ARM to avoid their words,
+and the guided text broke down into repetition.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +39,14 @@ def openings(text: str) -> list[str]:
     return [text[:end] for end in ends if not re.search(r"(^|\s)(\d+|[A-Z])\.$", text[:end])]
 
 
-def pairs(answers: list[str], tokenizer, low: int, high: int, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """(short, long) answers to one prompt: `low`..`high` tokens, and at least twice as many."""
-    ends = [openings(answer) for answer in answers]
-    for texts in ends:
-        rejected = texts[-1] if texts else ""
-        limit = min(high, len(tokenizer(rejected)["input_ids"]) // 2)
-        other = rng.choice(ends)
-        short = [text for text in other if low <= len(tokenizer(text)["input_ids"]) <= limit]
-        if short:
-            yield short[0], rejected
+def pair(answer: str, tokenizer, low: int, high: int, more: int) -> tuple[str, str] | None:
+    """(short, long): the first opening of `low`..`high` tokens, and the next one that is `more` tokens longer."""
+    ends = [(text, len(tokenizer(text)["input_ids"])) for text in openings(answer)]
+    for short, length in ends:
+        if low <= length <= high:
+            longer = [text for text, other in ends if other >= length + more]
+            return (short, longer[0]) if longer else None
+    return None
 
 
 def main() -> None:
@@ -56,9 +54,10 @@ def main() -> None:
     parser.add_argument("samples", type=Path, help="folder that teacher_data.py wrote")
     parser.add_argument("output", type=Path, help="JSON lines file to write")
     parser.add_argument("--base", help="model folder or hub id of the tokenizer; default: the demo's base")
-    parser.add_argument("--pairs", type=int, default=360)
+    parser.add_argument("--pairs", type=int, default=320)
     parser.add_argument("--min-tokens", type=int, default=8, help="of the chosen answer")
     parser.add_argument("--max-tokens", type=int, default=32, help="of the chosen answer")
+    parser.add_argument("--more-tokens", type=int, default=12, help="at least, of the rejected answer")
     args = parser.parse_args()
     if args.base is None:
         from genarm_fast.demo import base
@@ -66,13 +65,13 @@ def main() -> None:
         args.base = base()
 
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    rng = random.Random(SEED)
     found = [
-        to_record(prompt, chosen, rejected)
+        to_record(prompt, *texts)
         for prompt, answers in read_samples(args.samples, tokenizer).items()
-        for chosen, rejected in pairs(answers, tokenizer, args.min_tokens, args.max_tokens, rng)
+        for answer in answers
+        if (texts := pair(answer, tokenizer, args.min_tokens, args.max_tokens, args.more_tokens))
     ]
-    rng.shuffle(found)
+    random.Random(SEED).shuffle(found)
     write_jsonl(args.output, found[: args.pairs])
     print(f"{min(args.pairs, len(found))} pairs of {len(found)} possible ones: {args.output}")
 

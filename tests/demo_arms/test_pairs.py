@@ -63,12 +63,12 @@ def test_openings_end_where_sentences_end():
     ]
 
 
-def test_chosen_answers_are_at_most_half_as_long():
-    answers = ["One two three. " * 6, "Four five six seven. " * 4, "No end here", "Short one here."]
-    found = list(pairs_concise.pairs(answers, Words(), 3, 10, random.Random(1)))
-    assert found
-    for chosen, rejected in found:
-        assert 3 <= len(chosen.split()) <= min(10, len(rejected.split()) / 2)
+def test_the_rejected_answer_goes_on_where_the_chosen_one_ends():
+    answer = "Yes. One two three four. Five six. Seven eight nine. Cut off here"
+    chosen, rejected = pairs_concise.pair(answer, Words(), low=4, high=8, more=4)
+    assert (chosen, rejected) == ("Yes. One two three four.", "Yes. One two three four. Five six. Seven eight nine.")
+    assert pairs_concise.pair(answer, Words(), low=4, high=8, more=6) is None
+    assert pairs_concise.pair("Never ends", Words(), low=1, high=8, more=1) is None
 
 
 def test_last_turns_keeps_as_many_as_fit():
