@@ -81,7 +81,10 @@ clock = time.perf_counter
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each contender in each round, after two rounds of warming up."""
+    """Microseconds of each contender in each round, after two rounds of warming up.
+
+    One call a turn: the caches are as another contender left them, as a decode loop's forward pass would.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 2):
         for name, contender in contenders.items():
@@ -117,6 +120,7 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
         "multinomial": lambda: eager(members, weights, mode, multinomial=True),
     }
     if options.compile and mode != "top-p":
+        torch.compiler.reset()  # each shape its own code, without a limit on recompilations
         compiled = torch.compile(eager, dynamic=False)
         contenders["compiled"] = lambda: compiled(members, weights, mode)
     times = interleaved(contenders, max(3, options.rounds // rows) if mode == "top-p" else options.rounds)
@@ -150,10 +154,15 @@ def plot(results: list[Result], path: Path) -> None:
     figure, axes = plt.subplots(1, len(MODES), figsize=(12, 4.5), sharey=True, layout="constrained")
     for axis, mode in zip(axes, MODES):
         chosen = [result for result in results if result.mode == mode]
-        labels = [f"{r.vocab // 1000}k, {r.arms} ARM{'s' * (r.arms > 1)}, {r.dtype}, {r.rows} rows" for r in chosen]
+        labels = [
+            f"{r.vocab // 1000}k, {r.arms} ARM{'s' * (r.arms > 1)}, {r.dtype}, {r.rows} row{'s' * (r.rows > 1)}"
+            for r in chosen
+        ]
         axis.barh(labels, [r.speedup["eager"] for r in chosen], color="#4878a8")
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(title=mode, xlabel="speed-up over eager PyTorch", xscale="log")
+        axis.set(title=mode, xlabel="speed-up over eager PyTorch", xscale="log", xlim=(0.9, 60))
+        axis.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"], minor=False)
+        axis.minorticks_off()
         axis.invert_yaxis()
     figure.savefig(path, dpi=120)
 
