@@ -124,6 +124,8 @@ class Chat:
     def describe(self, name: str) -> str:
         """A parameter and its value, weights by ARM."""
         value = getattr(self.params, name)
+        if isinstance(value, bool):
+            return f"{name}: {'on' if value else 'off'}"
         if name != "weights":
             return f"{name}: {value}"
         if value is None:
