@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, in a folder that one process writes."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -25,3 +26,21 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a folder, made if missing, from other processes that ask for it; a kill gives it back.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(f"{folder}: another running process trains there") from None
+    finally:
+        os.close(handle)

@@ -46,7 +46,6 @@ class RunFolder:
 
     def save(self) -> None:
         """Claims the folder with what has been decided so far."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.state)
 
     def report(self) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..fingerprint import fingerprint
@@ -17,7 +18,8 @@ from .artifacts import save_artifacts
 from .batches import Collator
 from .config import TrainConfig
 from .data import load_pairs, split_pairs
-from .encode import Encoder
+from .encode import Encoded, Encoder
+from .files import locked
 from .folder import RunFolder
 from .model import PairModel, add_lora, choose_dtype, choose_paths, load_base
 from .progress import progress_bar
@@ -48,89 +50,106 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainReport:
     Raises:
         ValueError: malformed data, options that do not fit the model or the data, or an output folder that holds a run
             with other options, data or base.
+        BlockingIOError: another process trains in that folder.
         FloatingPointError: the loss is no longer finite.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected one process; training uses a single device")
     tokenizer = AutoTokenizer.from_pretrained(config.base)
+    data = _read(config, tokenizer)
+    run = RunFolder(config, data.training, data.held_out)
+    if (finished := run.report()) is not None:
+        return TrainReport(config.folder, finished)
+    dtype = choose_dtype(run.once("dtype", lambda: _name(choose_dtype(config.dtype))))
+    model, base_fingerprint = _load(config, dtype, data)
+    if run.once("base_fingerprint", lambda: base_fingerprint) != base_fingerprint:
+        raise ValueError(f"base={config.base!r}: expected the weights that the run in {config.output!r} began with")
+    layout, fused = choose_paths(model, sorted(data.training, key=lambda pair: pair.tokens)[:PROBE])
+    collator = Collator(layout, tokenizer.pad_token_id or 0)
+
+    started = time.perf_counter()
+    with locked(config.folder), progress_bar(progress) as bar:
+        run.save()
+        trainer = ArmTrainer(config, model, data.training, data.held_out, collator, dtype, bar)
+        before = run.once("before", lambda: trainer.pair_stats(data.held_out).summary())
+        run.save()
+        checkpoint = last_checkpoint(checkpoints(config))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        final = trainer.pair_stats(data.held_out).summary()
+        report = {
+            "config": _shown(config),
+            "base_fingerprint": base_fingerprint,
+            "method": f"LoRA of rank {config.lora_rank}" if config.method == "lora" else "full fine-tuning",
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "dtype": _name(dtype),
+            "layout": layout,
+            "fused_head": fused,
+            "data": data.summary | {"train_sha256": run.identity["train_sha256"]},
+            "steps": trainer.steps,
+            "continued_from_step": int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0,
+            "seconds": time.perf_counter() - started,
+            "tokens_per_second": trainer.tokens_seen / trainer.seconds if trainer.seconds else None,
+            "before": before,
+            "final": final,
+            "history": [
+                {"step": 0, **_prefixed(before)},
+                *trainer.state.log_history,
+                {"step": trainer.steps, **_prefixed(final)},
+            ],
+        }
+        report = json.loads(json.dumps(report))  # the same whether just made or read again
+        save_artifacts(model, tokenizer, config, report)
+        shutil.rmtree(checkpoints(config), ignore_errors=True)
+    return TrainReport(config.folder, report)
+
+
+@dataclass(frozen=True)
+class _Data:
+    training: list[Encoded]
+    held_out: list[Encoded]
+    summary: dict[str, Any]
+
+
+def _read(config: TrainConfig, tokenizer: Any) -> _Data:
     encoder = Encoder(tokenizer, config, _stop_ids(config.base))
     source = load_pairs(config.data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir)
-    train_pairs, held_pairs = split_pairs(source.pairs, config)
+    train_pairs, held_out_pairs = split_pairs(source.pairs, config)
     training, dropped = encoder(train_pairs)
-    held_out, held_dropped = encoder(held_pairs)
+    held_out, held_out_dropped = encoder(held_out_pairs)
     training = sample(training, config.max_pairs, config.seed)
     if not training:
         raise ValueError(
             f"data={config.data!r}: expected training pairs, all of {source.rows} rows dropped: {dict(dropped)}"
         )
+    summary = {
+        "format": source.format,
+        "rows": source.rows,
+        "train_pairs": len(training),
+        "train_tokens": sum(pair.tokens for pair in training),
+        "held_out_pairs": len(held_out),
+        "held_out_rows": [pair.row for pair in held_out],
+        "dropped": dict(source.dropped),
+        "dropped_train": dict(dropped),
+        "dropped_held_out": dict(held_out_dropped),
+    }
+    return _Data(training, held_out, summary)
 
-    run = RunFolder(config, training, held_out)
-    if (finished := run.report()) is not None:
-        return TrainReport(config.folder, finished)
-    dtype = choose_dtype(run.once("dtype", lambda: str(choose_dtype(config.dtype)).removeprefix("torch.")))
+
+def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairModel, str | None]:
+    """The model to train, and the fingerprint of its base."""
     lm: Any = load_base(config, dtype)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in training + held_out)
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in data.training + data.held_out)
     if context is not None and longest > context:
         raise ValueError(
             f"max_prompt_tokens, max_response_tokens: a pair has {longest} tokens, the base's context {context}"
         )
     base_fingerprint = fingerprint(lm)
-    if run.once("base_fingerprint", lambda: base_fingerprint) != base_fingerprint:
-        raise ValueError(f"base={config.base!r}: expected the weights that the run in {config.output!r} began with")
     if config.method == "lora":
         lm = add_lora(lm, config)
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = PairModel(lm)
-    layout, fused = choose_paths(model, sorted(training, key=lambda pair: pair.tokens)[:PROBE])
-    collator = Collator(layout, tokenizer.pad_token_id or 0)
-
-    run.save()
-    started = time.perf_counter()
-    with progress_bar(progress) as bar:
-        trainer = ArmTrainer(config, model, training, held_out, collator, dtype, bar)
-        before = run.once("before", lambda: trainer.pair_stats(held_out).summary())
-        run.save()
-        checkpoint = last_checkpoint(checkpoints(config))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        final = trainer.pair_stats(held_out).summary()
-    report = {
-        "config": asdict(config) | {"base": config.base_id or config.base, "data": _data_id(config)},
-        "base_fingerprint": base_fingerprint,
-        "method": f"LoRA of rank {config.lora_rank}" if config.method == "lora" else "full fine-tuning",
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "dtype": str(dtype).removeprefix("torch."),
-        "layout": layout,
-        "fused_head": fused,
-        "data": {
-            "format": source.format,
-            "rows": source.rows,
-            "train_pairs": len(training),
-            "train_tokens": sum(pair.tokens for pair in training),
-            "train_sha256": run.identity["train_sha256"],
-            "held_out_pairs": len(held_out),
-            "held_out_rows": [pair.row for pair in held_out],
-            "dropped": dict(source.dropped),
-            "dropped_train": dict(dropped),
-            "dropped_held_out": dict(held_dropped),
-        },
-        "steps": trainer.steps,
-        "continued_from_step": int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0,
-        "seconds": time.perf_counter() - started,
-        "tokens_per_second": trainer.tokens_seen / trainer.seconds if trainer.seconds else None,
-        "before": before,
-        "final": final,
-        "history": [
-            {"step": 0, **_prefixed(before)},
-            *trainer.state.log_history,
-            {"step": trainer.steps, **_prefixed(final)},
-        ],
-    }
-    report = json.loads(json.dumps(report))  # the same whether just made or read again
-    save_artifacts(model, tokenizer, config, report)
-    shutil.rmtree(checkpoints(config), ignore_errors=True)
-    return TrainReport(config.folder, report)
+    return PairModel(lm), base_fingerprint
 
 
 def _stop_ids(base: str) -> frozenset[int]:
@@ -141,8 +160,17 @@ def _stop_ids(base: str) -> frozenset[int]:
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
-def _data_id(config: TrainConfig) -> str:
-    return config.data_id or (Path(config.data).name if Path(config.data).exists() else config.data)
+def _shown(config: TrainConfig) -> dict[str, Any]:
+    """The config for the report, without paths of this machine."""
+    shown = asdict(config) | {"base": config.base_id or config.base, "output": config.folder.name}
+    for name in ("data", "eval_data"):
+        path = shown[name]
+        shown[name] = Path(path).name if path and Path(path).exists() else path
+    return shown | {"data": config.data_id or shown["data"]}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _prefixed(summary: dict[str, float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.files import locked
 from genarm_fast.train.progress import Narrator
 from genarm_fast.train.trainer import checkpoints, last_checkpoint
 
@@ -27,6 +28,7 @@ LONG = {"epochs": 3, "lora_dropout": 0.2, "checkpoint_every": 4, "save_dtype": "
 SCRIPT = """
 import json, os, signal, sys, torch
 from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.files import locked
 from genarm_fast.train.progress import Narrator
 
 def on_step_end(self, args, state, control, **kwargs):
@@ -186,6 +188,13 @@ def test_another_base_is_refused(make_config: Config, toy: Path, base: Path, tmp
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"expected the weights that the run in .* began with"):
         train(dataclasses.replace(make_config(toy, **LONG), base=str(other)), progress=False)
+
+
+def test_two_processes_in_one_folder_are_refused(make_config: Config, toy: Path) -> None:
+    config = make_config(toy)
+    with locked(config.folder), pytest.raises(BlockingIOError, match="another running process trains there"):
+        train(config, progress=False)
+    train(config, progress=False)
 
 
 def test_resume_never_and_foreign_folders(make_config: Config, toy: Path, tmp_path: Path) -> None:
