@@ -1,4 +1,4 @@
-"""The same prompts and seeds, answered by the base alone and under guidance."""
+"""The same prompts and seeds, answered by the base alone and under the guidance of one ARM or another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -14,13 +14,12 @@ from rich.text import Text
 
 from genarm_fast.api import GenARM
 from genarm_fast.demo.tint import extremes, tint, token_pieces
-from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with one ARM's opinion of each token: advantages[t] = log π_arm - log π_base, in nats."""
+    """An answer and the judging ARM's opinion of each token: advantages[t] = log π_arm - log π_base, in nats."""
 
     text: str
     pieces: list[str]
@@ -29,22 +28,13 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """The base's answers and the guided ones, same prompts and seeds. Speeds: tokens per second of the whole batch."""
+class Run:
+    """Answers to all prompts, decoded as one batch, guided by one ARM or (arm None) by none."""
 
-    arm: str
+    arm: str | None
     weight: float
-    prompts: list[str]
-    base: list[Answer]
-    guided: list[Answer]
-    base_speed: float
-    guided_speed: float
-
-
-class _Run(NamedTuple):
-    outputs: list[GenerationOutput]
-    scores: list[ScoreOutput]
-    speed: float
+    answers: list[Answer]
+    tokens_per_second: float
 
 
 def chat(prompt: str) -> list[dict[str, str]]:
@@ -64,66 +54,60 @@ def positivity(text: str) -> float:
 
 
 def compare(
-    model: GenARM, weights: Mapping[str, float], prompts: Sequence[str], params: SamplingParams
-) -> list[Comparison]:
-    """One comparison per ARM in `weights`, guided by it alone; prompt i is always sampled with seed params.seed + i."""
-    chats = [chat(prompt) for prompt in prompts]
+    model: GenARM, guides: Mapping[str, float], judge: str, prompts: Sequence[str], params: SamplingParams
+) -> list[Run]:
+    """The base's run, then one for each ARM in `guides` at its weight; prompt i has the seed params.seed + i in all.
 
-    def run(arm: str | None) -> _Run:
-        only = tuple(weights[name] if name == arm else 0.0 for name in model.arm_names)
-        requests = [params.override(seed=(params.seed or 0) + i, weights=only) for i in range(len(chats))]
+    The advantages are those of the ARM called `judge`, in every run, so that they can be compared.
+    """
+    chats = [chat(prompt) for prompt in prompts]
+    runs = []
+    for arm, weight in [(None, 0.0), *guides.items()]:
+        weights = tuple(weight if name == arm else 0.0 for name in model.arm_names)
+        requests = [params.override(seed=(params.seed or 0) + i, weights=weights) for i in range(len(chats))]
         begin = time.perf_counter()
         outputs = model.generate(chats, requests)
-        speed = sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - begin)
-        return _Run(outputs, model.score(chats, [output.token_ids for output in outputs]), speed)
-
-    base = run(None)
-    comparisons = []
-    for arm, weight in weights.items():
-        guided = run(arm)
-        before, after = _answers(model, base, arm), _answers(model, guided, arm)
-        comparisons.append(Comparison(arm, weight, list(prompts), before, after, base.speed, guided.speed))
-    return comparisons
+        seconds = time.perf_counter() - begin
+        answers = []
+        for output, score in zip(outputs, model.score(chats, [output.token_ids for output in outputs])):
+            advantages = [reward - base for reward, base in zip(score.rewards[judge].tokens, score.base_logprobs)]
+            pieces = token_pieces(model.tokenizer, output.token_ids)
+            answers.append(Answer(output.text, pieces, advantages, positivity(output.text)))
+        runs.append(Run(arm, weight, answers, sum(len(output.token_ids) for output in outputs) / seconds))
+    return runs
 
 
-def _answers(model: GenARM, run: _Run, arm: str) -> list[Answer]:
-    answers = []
-    for output, score in zip(run.outputs, run.scores):
-        advantages = [reward - base for reward, base in zip(score.rewards[arm].tokens, score.base_logprobs)]
-        pieces = token_pieces(model.tokenizer, output.token_ids)
-        answers.append(Answer(output.text, pieces, advantages, positivity(output.text)))
-    return answers
-
-
-def side_by_side(comparison: Comparison, console: Console) -> Group:
-    """A table per prompt: the base's answer on the left, the guided one on the right."""
+def side_by_side(runs: Sequence[Run], judge: str, prompts: Sequence[str], console: Console) -> Group:
+    """A table per prompt with a column per run."""
     tables = []
-    for prompt, base, guided in zip(comparison.prompts, comparison.base, comparison.guided):
+    for i, prompt in enumerate(prompts):
         table = Table(title=Text(prompt, style="bold"), title_justify="left", expand=True, show_lines=True)
-        table.add_column("base", ratio=1)
-        table.add_column(f"guided by {comparison.arm}, weight {comparison.weight:g}", ratio=1)
-        table.add_row(tint(base.pieces, base.advantages), tint(guided.pieces, guided.advantages))
-        table.add_row(_summary(base, comparison.arm, console), _summary(guided, comparison.arm, console))
+        for run in runs:
+            table.add_column(_label(run), ratio=1)
+        table.add_row(*(tint(run.answers[i].pieces, run.answers[i].advantages) for run in runs))
+        table.add_row(*(_summary(run.answers[i], judge, console) for run in runs))
         tables.append(table)
     return Group(*tables)
 
 
-def speed_table(comparisons: Sequence[Comparison]) -> Table:
-    """Tokens per second without and with each ARM."""
+def speed_table(runs: Sequence[Run]) -> Table:
+    """Tokens per second of each run, and relative to the first."""
     table = Table(box=None)
-    table.add_column(f"batch of {len(comparisons[0].prompts)}")
+    table.add_column(f"batch of {len(runs[0].answers)}")
     table.add_column("tokens per second", justify="right")
     table.add_column("of the base's", justify="right")
-    for comparison in comparisons:
-        ratio = comparison.guided_speed / comparison.base_speed
-        if comparison is comparisons[0]:
-            table.add_row("base", f"{comparison.base_speed:.1f}", "")
-        table.add_row(f"guided by {comparison.arm}", f"{comparison.guided_speed:.1f}", f"{ratio:.2f} ×")
+    for run in runs:
+        ratio = run.tokens_per_second / runs[0].tokens_per_second
+        table.add_row(_label(run), f"{run.tokens_per_second:.1f}", f"{ratio:.2f} ×")
     return table
 
 
-def _summary(answer: Answer, arm: str, console: Console) -> Text:
-    text = f"positivity {answer.positivity:+.2f}, {arm} over base {sum(answer.advantages):+.1f} nats"
+def _label(run: Run) -> str:
+    return "base" if run.arm is None else f"guided by {run.arm}, weight {run.weight:g}"
+
+
+def _summary(answer: Answer, judge: str, console: Console) -> Text:
+    text = f"positivity {answer.positivity:+.2f}, {judge} over base {sum(answer.advantages):+.1f} nats"
     colourless = console.color_system is None or console.no_color
     if colourless and (listed := extremes(answer.pieces, answer.advantages)):
         text += f" ({listed})"

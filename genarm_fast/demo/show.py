@@ -1,9 +1,8 @@
 """`python -m genarm_fast.demo`: what guidance does, in a terminal.
 
-1. The base alone and guided by `positive`, side by side, each token in the colour of its reward.
-2. Weak-to-strong: the same base guided by `small`, a far smaller model.
-3. Tokens per second of these.
-4. A sweep over the weights of `positive` and `concise`, which pull apart: a table and a plot.
+1. Side by side: the base alone, guided by `positive` (an ARM of its own size), and guided by `small` (a far smaller
+   one: weak-to-strong), each token in the colour of its reward; tokens per second of each.
+2. A sweep over the weights of `positive` and `concise`, which pull apart: a table and a plot.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ from rich.text import Text
 from genarm_fast.demo.assets import arm, base
 
 PROMPTS = [
-    "What did you think of the film?",
     "Describe a rainy Monday in the city.",
     "How was your stay at the hotel?",
+    "What did you think of the film?",
 ]
 SWEEP_PROMPTS = [
-    "What do you think of winter?",
-    "Is a cat a good pet?",
-    "Tell me about the town you live in.",
-    "What is it like to travel by train?",
+    "Write a review of a cheap airline.",
+    "What is it like to miss the last train?",
+    "Describe an old hospital.",
+    "Tell me about a storm at sea.",
     "What do you think of working at night?",
-    "Describe your neighbours.",
-    "Is it worth learning to cook?",
-    "What happened at the party?",
+    "Tell me about the winter in the north.",
+    "How was the exam?",
+    "Describe a house that nobody lives in.",
 ]
 TEMPERATURE = 0.7
 WEIGHTS = {"positive": 1.5, "small": 1.0}
-PULLS = ("positive", "concise")
-GRID = (0.0, 1.0, 2.0)
+JUDGE = "positive"  # colours the tokens of every answer
+GRIDS = {"positive": (0.0, 0.5, 1.0), "concise": (0.0, 1.0, 2.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,22 +75,25 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=24 if options.quick else 48, seed=options.seed)
     prompts = options.prompt or (PROMPTS[:1] if options.quick else PROMPTS)
 
-    with _step(status, f"answering {len(prompts)} prompts: the base, guided by {', guided by '.join(WEIGHTS)}"):
-        comparisons = compare(model, WEIGHTS, prompts, params)
-    for each in comparisons:
-        title = f"{'Weak-to-strong: the' if each.arm == 'small' else 'The'} base, guided by {each.arm}"
-        _part(console, title, side_by_side(each, console), legend(each.arm))
-    _part(console, "Speed", speed_table(comparisons))
+    guides = ", ".join(WEIGHTS)
+    with _step(status, f"answering {len(prompts)} prompts without guidance and with that of {guides}"):
+        model.generate("Hello", weights=1.0, max_new_tokens=2)  # what is loaded lazily must not count as slowness
+        runs = compare(model, WEIGHTS, JUDGE, prompts, params)
+    title = "The base, guided by an ARM of its size, and weak-to-strong by a small one"
+    _part(console, title, side_by_side(runs, JUDGE, prompts, console), legend(JUDGE))
+    _part(console, "Speed", speed_table(runs))
 
     bar = partial(track, description="sweeping over two ARMs' weights", console=status, transient=True)
-    grid, asked = (GRID[::2], SWEEP_PROMPTS[:2]) if options.quick else (GRID, SWEEP_PROMPTS)
-    points = sweep(model, PULLS, grid, asked, params, bar)
+    grids = {name: grid[::2] if options.quick else grid for name, grid in GRIDS.items()}
+    points = sweep(model, grids, SWEEP_PROMPTS[: 2 if options.quick else None], params, bar)
     picture = (options.record or options.out) / "sweep.png"
-    sweep_plot(points, PULLS, picture)
-    _part(console, f"Two ARMs, {len(grid)} × {len(grid)} weights", sweep_table(points, PULLS), Text(f"Plot: {picture}"))
+    sweep_plot(points, grids, picture)
+    _part(console, "Two ARMs, mixed in nine ways", sweep_table(points, grids), f"Plot: {picture}")
     return {
-        "comparisons": [asdict(comparison) for comparison in comparisons],
-        "sweep": {"arms": PULLS, "points": [asdict(point) for point in points], "plot": str(picture)},
+        "prompts": prompts,
+        "judge": JUDGE,
+        "runs": [asdict(run) for run in runs],
+        "sweep": {"grids": grids, "points": [asdict(point) for point in points], "plot": str(picture)},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from rich.table import Table
 from genarm_fast.api import GenARM
 from genarm_fast.demo.compare import chat, positivity
 from genarm_fast.params import SamplingParams
+
+Grids = Mapping[str, Sequence[float]]  # two ARMs' names, and the weights to try
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +27,22 @@ class Point:
 
 def sweep(
     model: GenARM,
-    arms: tuple[str, str],
-    grid: Sequence[float],
+    grids: Grids,
     prompts: Sequence[str],
     params: SamplingParams,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[Point]:
-    """Answers all prompts with every pair of weights from `grid`; prompt i has the seed params.seed + i with all pairs.
+    """Answers all prompts with every pair of the two ARMs' weights; prompt i has the seed params.seed + i in all.
 
     `track` wraps the sequence of batches, to show progress.
     """
-    pairs = [(first, second) for first in grid for second in grid]
+    first, second = grids
+    pairs = [(a, b) for a in grids[first] for b in grids[second]]
     requests = [
-        (prompt, params.override(seed=(params.seed or 0) + i, weights=_weights(model, arms, pair)))
+        (
+            prompt,
+            params.override(seed=(params.seed or 0) + i, weights=_weights(model, {first: pair[0], second: pair[1]})),
+        )
         for i, prompt in enumerate(prompts)
         for pair in pairs
     ]
@@ -55,17 +60,17 @@ def sweep(
     ]
 
 
-def sweep_table(points: Sequence[Point], arms: tuple[str, str]) -> Table:
+def sweep_table(points: Sequence[Point], grids: Grids) -> Table:
     """Rows: weights of the first ARM; columns: weights of the second."""
     table = Table(title="positivity (VADER) and tokens per answer, mean ± standard error", title_style="")
-    table.add_column(f"{arms[0]} ↓  {arms[1]} →", justify="right")
+    first, second = grids
+    table.add_column(f"{first} ↓  {second} →", justify="right")
     cells = {point.weights: point for point in points}
-    rows, columns = (sorted({weights[axis] for weights in cells}) for axis in (0, 1))
-    for column in columns:
+    for column in grids[second]:
         table.add_column(f"{column:g}", justify="center")
-    for row in rows:
+    for row in grids[first]:
         texts = []
-        for column in columns:
+        for column in grids[second]:
             point = cells[row, column]
             score, tokens = point.positivity, point.tokens
             texts.append(f"{score[0]:+.2f} ± {score[1]:.2f}\n{tokens[0]:.0f} ± {tokens[1]:.0f} tokens")
@@ -73,41 +78,41 @@ def sweep_table(points: Sequence[Point], arms: tuple[str, str]) -> Table:
     return table
 
 
-def sweep_plot(points: Sequence[Point], arms: tuple[str, str], path: Path) -> None:
+def sweep_plot(points: Sequence[Point], grids: Grids, path: Path) -> None:
     """Writes the trade-off as a PNG: a line per weight of the first ARM, a marker per weight of the second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    first, second = grids
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    colours = ("#9e9e9e", "#6fadde", "#1f5f99", "#0b2e4f")
-    for i, weight in enumerate(sorted({point.weights[0] for point in points})):
+    colours = ("#9e9e9e", "#6fadde", "#1f5f99")
+    for weight, colour in zip(grids[first], colours):
         line = [point for point in points if point.weights[0] == weight]
         axes.errorbar(
             [point.tokens[0] for point in line],
             [point.positivity[0] for point in line],
             xerr=[point.tokens[1] for point in line],
             yerr=[point.positivity[1] for point in line],
-            color=colours[i % len(colours)],
+            color=colour,
             marker="o",
             capsize=2,
             elinewidth=0.7,
-            label=f"{arms[0]} {weight:g}",
+            label=f"{first} {weight:g}",
         )
         for point in line:
             place = (point.tokens[0], point.positivity[0])
             axes.annotate(f"{point.weights[1]:g}", place, xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel("tokens per answer")
     axes.set_ylabel("positivity (VADER)")
-    axes.set_title(f"Weights of two ARMs; the number at a point is {arms[1]}'s", fontsize=10)
+    axes.set_title(f"Weights of two ARMs; the number at a point is {second}'s", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def _weights(model: GenARM, arms: tuple[str, str], pair: tuple[float, float]) -> tuple[float, ...]:
-    chosen = dict(zip(arms, pair))
+def _weights(model: GenARM, chosen: Mapping[str, float]) -> tuple[float, ...]:
     return tuple(chosen.get(name, 0.0) for name in model.arm_names)
 
 

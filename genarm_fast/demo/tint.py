@@ -34,9 +34,7 @@ def legend(arm: str) -> Text:
     """What the colours mean."""
     values = [-start for start in reversed(SHADES)] + list(SHADES)
     scale = Text(" ").join(Text(f" {value:+g} ", style(value)) for value in values)
-    return Text.assemble(
-        f"A token's colour: log π_{arm} - log π_base in nats ", scale, f"  {END} is the end token", style="dim"
-    )
+    return Text.assemble(f"log π_{arm} - log π_base in nats: ", scale, f"  {END} end token", style="dim")
 
 
 def extremes(pieces: Sequence[str], advantages: Sequence[float], count: int = 3) -> str:

@@ -8,31 +8,30 @@ import pytest
 from rich.console import Console
 
 from genarm_fast import GenARM, SamplingParams
-from genarm_fast.demo.compare import Answer, Comparison, chat, compare, side_by_side, speed_table
+from genarm_fast.demo.compare import Answer, Run, chat, compare, side_by_side, speed_table
 
 PARAMS = SamplingParams(max_new_tokens=8, seed=3)
 
 
 def test_compare(model: GenARM) -> None:
     prompts = ["the cat", "a man"]
-    first, second = compare(model, {"positive": 2.0, "small": 1.0}, prompts, PARAMS)
-    assert (first.arm, first.weight, second.arm, second.weight) == ("positive", 2.0, "small", 1.0)
-    assert [answer.text for answer in first.base] == [answer.text for answer in second.base]
-    for i, prompt in enumerate(prompts):
-        base = model.generate(chat(prompt), PARAMS, seed=3 + i, weights=0)[0]
-        guided = model.generate(chat(prompt), PARAMS, seed=3 + i, weights=[2.0, 0.0, 0.0], rewards=True)[0]
-        assert (first.base[i].text, first.guided[i].text) == (base.text, guided.text)
-        score = model.score(chat(prompt), guided.token_ids)[0]
-        expected = [a - b for a, b in zip(guided.rewards["positive"].tokens, score.base_logprobs)]
-        assert first.guided[i].advantages == pytest.approx(expected, abs=1e-4)
-        assert len(first.guided[i].pieces) == len(guided.token_ids)
-    assert min(first.base_speed, first.guided_speed) > 0
+    runs = compare(model, {"positive": 2.0, "small": 1.0}, "concise", prompts, PARAMS)
+    assert [(run.arm, run.weight) for run in runs] == [(None, 0.0), ("positive", 2.0), ("small", 1.0)]
+    for run, weights in zip(runs, ([0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 1.0])):
+        assert run.tokens_per_second > 0
+        for i, prompt in enumerate(prompts):
+            output = model.generate(chat(prompt), PARAMS, seed=3 + i, weights=weights, rewards=True)[0]
+            assert run.answers[i].text == output.text
+            score = model.score(chat(prompt), output.token_ids)[0]
+            expected = [arm - base for arm, base in zip(output.rewards["concise"].tokens, score.base_logprobs)]
+            assert run.answers[i].advantages == pytest.approx(expected, abs=1e-4)
+            assert len(run.answers[i].pieces) == len(output.token_ids)
 
 
 def shown(console: Console) -> str:
     answers = [Answer("good day", ["good", " day"], [3.0, -2.0], 0.44)]
-    comparison = Comparison("positive", 1.5, ["Hello?"], answers, answers, 10.0, 5.0)
-    console.print(side_by_side(comparison, console), speed_table([comparison]))
+    runs = [Run(None, 0.0, answers, 10.0), Run("positive", 1.5, answers, 5.0)]
+    console.print(side_by_side(runs, "positive", ["Hello?"], console), speed_table(runs))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

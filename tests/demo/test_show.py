@@ -22,7 +22,7 @@ def tiny_demo(model: GenARM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert show.main(["--quick", "--prompt", "the cat", "--prompt", "a man", "--out", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
-    for part in ("the cat", "a man", "guided by positive", "Weak-to-strong", "tokens per second", "mean ± standard"):
+    for part in ("the cat", "a man", "guided by positive", "weak-to-strong", "tokens per second", "mean ± standard"):
         assert part in out
     assert (tmp_path / "out" / "sweep.png").exists()
     assert "sweep.png" in out.replace("\n", "")
@@ -36,9 +36,9 @@ def test_json_alone_on_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for seed in ("0", "0", "1"):
         assert show.main([*args, "--seed", seed]) == 0
         results.append(json.loads(capsys.readouterr().out))
-    texts = [[answer["text"] for c in r["comparisons"] for answer in c["base"] + c["guided"]] for r in results]
+    texts = [[answer["text"] for run in r["runs"] for answer in run["answers"]] for r in results]
     assert texts[0] == texts[1] != texts[2]
-    assert [c["arm"] for c in results[0]["comparisons"]] == ["positive", "small"]
+    assert [run["arm"] for run in results[0]["runs"]] == [None, "positive", "small"]
     assert len(results[0]["sweep"]["points"]) == 4
 
 

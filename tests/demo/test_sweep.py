@@ -13,7 +13,7 @@ from genarm_fast import GenARM, SamplingParams
 from genarm_fast.demo.compare import chat, positivity
 from genarm_fast.demo.sweep import Point, sweep, sweep_plot, sweep_table
 
-ARMS = ("positive", "concise")
+GRIDS = {"positive": (0.0, 2.0), "concise": (0.0, 2.0)}
 POINTS = [Point(pair, (0.1 * i, 0.05), (30.0 - i, 2.0)) for i, pair in enumerate(product((0.0, 2.0), repeat=2))]
 
 
@@ -24,9 +24,9 @@ def test_sweep_equals_single_requests(model: GenARM, monkeypatch: pytest.MonkeyP
         return float(sum(map(ord, text)))
 
     monkeypatch.setattr("genarm_fast.demo.sweep.positivity", letters)
-    arms, grid, prompts = ("small", "positive"), (0.0, 1.0, -0.5), ["the cat", "a man", "this"]
-    points = sweep(model, arms, grid, prompts, SamplingParams(max_new_tokens=6, seed=5))
-    assert [point.weights for point in points] == list(product(grid, repeat=2))
+    grids, prompts = {"small": (0.0, 1.0, -0.5), "positive": (0.0, 2.0, 1.0)}, ["the cat", "a man", "this"]
+    points = sweep(model, grids, prompts, SamplingParams(max_new_tokens=6, seed=5))
+    assert [point.weights for point in points] == list(product(*grids.values()))
     for point in points:
         small, positive = point.weights
         outputs = [
@@ -40,14 +40,14 @@ def test_sweep_equals_single_requests(model: GenARM, monkeypatch: pytest.MonkeyP
 
 def test_table_has_every_point() -> None:
     console = Console(width=100, file=io.StringIO())
-    console.print(sweep_table(POINTS, ARMS))
+    console.print(sweep_table(POINTS, GRIDS))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("positive ↓", "concise →", "+0.00 ± 0.05", "+0.30 ± 0.05", "30 ± 2 tokens", "27 ± 2 tokens"):
         assert part in text
 
 
 def test_plot_is_a_picture(tmp_path: Path) -> None:
-    sweep_plot(POINTS, ARMS, tmp_path / "new" / "sweep.png")
+    sweep_plot(POINTS, GRIDS, tmp_path / "new" / "sweep.png")
     assert (tmp_path / "new" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
