@@ -1,6 +1,7 @@
 # make demo    a real model, steered by real reward models; ARGS="--quick" and the like are passed on
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
 # make lint    style and types
+# make bench   speed of the kernels on this machine
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -25,6 +26,9 @@ lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy genarm_fast kernels/ops
+
+bench: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)
 
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
