@@ -48,12 +48,12 @@ CONDITIONS = (
     Condition("hh-base", prompts="hh"),
     Condition("hh-self-1", temperature=1 / 2, prompts="hh"),
     Condition("hh-harmless-1", {"harmless": 1.0}, prompts="hh"),
+    Condition("concise-2", {"concise": 2.0}),
     Condition("positive-0.5", {"positive": 0.5}),
-    Condition("concise-0.5", {"concise": 0.5}),
     Condition("self-2", temperature=1 / 3),
     *(
         Condition(f"positive-{p:g}-concise-{c:g}", {"positive": p, "concise": c})
-        for p, c in ((1.0, 1.0), (0.5, 0.5), (1.0, 0.5), (0.5, 1.0))
+        for p, c in ((1.0, 2.0), (1.0, 1.0), (0.5, 2.0), (0.5, 1.0))
     ),
 )
 

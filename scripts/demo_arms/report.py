@@ -16,14 +16,15 @@ from genarm_fast.demo import arm, arm_names
 from genarm_fast.train.data import load_pairs
 
 RESAMPLES = 4000
+POSITIVE, CONCISE = (0.0, 0.5, 1.0), (0.0, 1.0, 2.0)  # weights of the sweep over two ARMs
 LABELS = {
     "base": "base",
     "self-1": "base as its own ARM, w = 1",
     "self-2": "base as its own ARM, w = 2",
     "positive-0.5": "`positive`, w = 0.5",
     "positive-1": "`positive`, w = 1",
-    "concise-0.5": "`concise`, w = 0.5",
     "concise-1": "`concise`, w = 1",
+    "concise-2": "`concise`, w = 2",
     "small-1": "`small` (weak-to-strong), w = 1",
     "hh-base": "base",
     "hh-self-1": "base as its own ARM, w = 1",
@@ -95,11 +96,10 @@ class Results:
 
     def grid(self) -> str:
         """Positive × concise: VADER and tokens in each cell."""
-        weights = (0.0, 0.5, 1.0)
-        lines = ["| `positive` \\ `concise` | " + " | ".join(f"w = {c:g}" for c in weights) + " |", "|---" * 4 + "|"]
-        for p in weights:
+        lines = ["| `positive` \\ `concise` | " + " | ".join(f"w = {c:g}" for c in CONCISE) + " |", "|---" * 4 + "|"]
+        for p in POSITIVE:
             cells = []
-            for c in weights:
+            for c in CONCISE:
                 name = grid_name(p, c)
                 known = name in self.values
                 cells.append(
@@ -155,8 +155,8 @@ def plot_tradeoff(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis: Any = figure.subplots()
-    for p, colour in ((0.0, "#52796f"), (0.5, "#e09f3e"), (1.0, "#c1440e")):
-        names = [(c, grid_name(p, c)) for c in (0.0, 0.5, 1.0) if grid_name(p, c) in results.values]
+    for p, colour in zip(POSITIVE, ("#52796f", "#e09f3e", "#c1440e")):
+        names = [(c, grid_name(p, c)) for c in CONCISE if grid_name(p, c) in results.values]
         xs = [results.estimate(name, "tokens") for _, name in names]
         ys = [results.estimate(name, "vader") for _, name in names]
         axis.errorbar(
@@ -203,7 +203,7 @@ def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | Non
     if preference:
         judges.append(f"HH-RLHF pairs: {preference.accuracy:.3f}")
     samples = ", ".join(f"{LABELS.get(name, name)}: {n}" for name, n in results.samples.items() if n != 192)
-    chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-0.5", "concise-1", "small-1"]
+    chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-1", "concise-2", "small-1"]
     word_judge: list[Any] = [
         ("word judge", "preference", None, 2),
         ("Δ to own ARM, w = 1", "preference", "hh-self-1", 2),
