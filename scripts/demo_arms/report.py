@@ -243,7 +243,7 @@ def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | Non
                 ("tokens", "tokens", None, 1),
             ],
         ),
-        "samples": f"192 samples per row (64 prompts, 3 seeds), but for {samples}." if samples else "192 samples per row.",
+        "samples": "192 samples per row (64 prompts, 3 seeds)" + (f", but for {samples}." if samples else "."),
     }
     (docs / "img").mkdir(parents=True, exist_ok=True)
     plot_sentiment(results, docs / "img" / "sentiment.png")
