@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from toy_pairs import toy_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -24,6 +25,12 @@ def base(
     tiny_model(hidden_size=16, max_position_embeddings=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the time of a tiny run is the drawing of its curve, which has a test of its own."""
+    monkeypatch.setattr("genarm_fast.train.artifacts.curve", lambda history, title: Figure((1, 1)))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from genarm_fast import GenARM
 from genarm_fast.fingerprint import fingerprint
 from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.artifacts import curve
 from genarm_fast.train.data import load_pairs, split_pairs
 
 Config = Callable[..., TrainConfig]
@@ -65,6 +66,24 @@ def test_leaves_everything_that_loading_needs(make_config: Config, toy: Path, ba
     assert steps == [0, 3, 5]
     assert report["data"]["held_out_rows"] == list(range(0, 48, 4))
     assert load_file(result.folder / "adapter_model.safetensors").popitem()[1].dtype == torch.bfloat16
+
+
+def test_curve() -> None:
+    """Three panels; training and held-out values at their steps, held-out ones from before the first step on."""
+    history = [
+        {"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.5, "eval_margin_mean": 0.0},
+        {"step": 1, "loss": 0.6, "train_accuracy": 0.6, "train_margin_mean": 1.0},
+        {"step": 2, "loss": 0.5, "train_accuracy": 0.7, "train_margin_mean": 2.0},
+        {"step": 2, "eval_loss": 0.4, "eval_accuracy": 0.8, "eval_margin_mean": 3.0},
+    ]
+    figure = curve(history, "toy")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert (lines["training"].get_xydata().tolist(), lines["held out"].get_xydata().tolist()) == (  # type: ignore[union-attr]
+        [[1, 0.6], [2, 0.5]],
+        [[0, 0.7], [2, 0.4]],
+    )
+    assert [axis.get_title() for axis in figure.axes] == ["loss", "pair accuracy", "reward margin (nats)"]
+    assert all(len(axis.lines) >= 2 for axis in figure.axes)
 
 
 @pytest.fixture
