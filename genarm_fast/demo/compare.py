@@ -108,7 +108,7 @@ def _label(run: Run) -> str:
 
 def _summary(answer: Answer, judge: str, console: Console) -> Text:
     text = f"positivity {answer.positivity:+.2f}, {judge} over base {sum(answer.advantages):+.1f} nats"
-    colourless = console.color_system is None or console.no_color
+    colourless = (console.color_system is None or console.no_color) and not console.record
     if colourless and (listed := extremes(answer.pieces, answer.advantages)):
         text += f" ({listed})"
     return Text(text, style="dim")

@@ -39,10 +39,10 @@ SWEEP_PROMPTS = [
     "How was the exam?",
     "Describe a house that nobody lives in.",
 ]
-TEMPERATURE = 0.7
-WEIGHTS = {"positive": 1.5, "small": 1.0}
+TEMPERATURE = 0.8
+WEIGHTS = {"positive": 1.5, "small": 0.75}
 JUDGE = "positive"  # colours the tokens of every answer
-GRIDS = {"positive": (0.0, 0.5, 1.0), "concise": (0.0, 1.0, 2.0)}
+GRIDS = {"positive": (0.0, 0.5, 1.0), "concise": (0.0, 2.0, 4.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,8 +33,8 @@ def tint(pieces: Sequence[str], advantages: Sequence[float]) -> Text:
 def legend(arm: str) -> Text:
     """What the colours mean."""
     values = [-start for start in reversed(SHADES)] + list(SHADES)
-    scale = Text(" ").join(Text(f" {value:+g} ", style(value)) for value in values)
-    return Text.assemble(f"log π_{arm} - log π_base in nats: ", scale, f"  {END} end token", style="dim")
+    scale = Text().join(Text(f" {value:+g} ", style(value)) for value in values)
+    return Text.assemble(f"log π_{arm} - log π_base, nats ", scale, f"  {END} end", style="dim")
 
 
 def extremes(pieces: Sequence[str], advantages: Sequence[float], count: int = 3) -> str:
