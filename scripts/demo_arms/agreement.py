@@ -27,6 +27,8 @@ ROW_ARRAYS = ("tokens", "top_ids", "top_logprobs", "tail_ids")
 def load_responses(folder: Path, names: Iterable[str] | None = None) -> list[dict[str, np.ndarray]]:
     """The responses of teacher_data.py's shards, one dict of arrays each."""
     paths = sorted(folder.glob("*.npz")) if names is None else [folder / name for name in names]
+    if not paths:
+        raise ValueError(f"folder={str(folder)!r}: expected shards of teacher_data.py (*.npz), found none")
     responses = []
     for path in paths:
         with np.load(path) as file:

@@ -4,7 +4,7 @@ The student is a narrow Llama with the base's vocabulary: its tied embedding (49
 the truncated SVD of the base's. The loss is the cross-entropy -Σ_x p(x) log q(x) at the response positions, which is
 KL(p || q) plus the base's entropy: exact on the base's 48 likeliest tokens, and an unbiased estimate on the tail, of
 which 8 draws stand for the remaining mass. (One bucket for the tail says nothing about which tokens are in it,
-renormalising the top pretends that there is none; at T = 1 the tail holds a tenth of this base's mass.)
+renormalising the top pretends that there is none; the tail holds a tenth of this base's mass.)
 
 A killed run goes on from its last checkpoint.
 """
@@ -230,9 +230,7 @@ def main() -> None:
     bar = tqdm(total=int(args.tokens), initial=state["tokens"], unit="tok", unit_scale=True)
     while state["tokens"] < args.tokens:
         start = time.monotonic()
-        if len(order) == 0 or state["cursor"] >= len(order):
-            if state["cursor"] > 0 and len(order) > 0:
-                state.update(epoch=state["epoch"] + 1, cursor=0, shards=[])
+        if len(order) == 0:
             # the epoch's own list of shards, so that a resumed epoch sees the same order
             state["shards"] = state["shards"] or sorted(p.name for p in args.shards.glob("*.npz"))
             responses = load_responses(args.shards, state["shards"])
@@ -247,6 +245,9 @@ def main() -> None:
         optimizer.zero_grad()
         before, state["tokens"] = state["tokens"], state["tokens"] + n
         state["cursor"] += BATCH
+        if state["cursor"] >= len(order):
+            state.update(epoch=state["epoch"] + 1, cursor=0, shards=[])
+            order = np.empty(0, int)
         running = loss.item() if math.isnan(running) else 0.98 * running + 0.02 * loss.item()
         state["seconds"] += time.monotonic() - start
         bar.update(n)
@@ -264,7 +265,7 @@ def main() -> None:
     report = {
         "parameters": student.num_parameters(),
         "response_tokens": state["tokens"],
-        "epochs": state["epoch"] + state["cursor"] / len(order),
+        "epochs": state["epoch"] + state["cursor"] / len(responses),
         "responses": len(responses),
         "dropout": args.dropout,
         "seconds": round(state["seconds"]),

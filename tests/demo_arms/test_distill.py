@@ -1,10 +1,16 @@
 """Distillation: the sparse loss against brute force, the tail estimate's mean, the student's first embedding."""
 
+import json
+import sys
+from pathlib import Path
+
 import agreement
 import distill
 import numpy as np
 import pytest
+import teacher_data
 import torch
+from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture
@@ -102,3 +108,53 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert rates[2] == pytest.approx(0.5)
     assert rates[3] == pytest.approx(0)
     assert rates[4] == pytest.approx(0)
+
+
+def test_a_killed_run_ends_like_an_unbroken_one(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    base.generation_config.save_pretrained(tmp_path / "base")
+    prompts = [[5 + i, 6, 7] for i in range(12)]
+    rows = teacher_data.sample_responses(base, prompts, [1.0] * 12, 6, 1, torch.Generator().manual_seed(0))
+    (tmp_path / "shards").mkdir()
+    columns = {"prompt_index": np.arange(12), "temperature": np.ones(12, np.float32)}
+    teacher_data.write_shard(tmp_path / "shards/00000.npz", prompts, rows, 1, **columns)
+    for name, value in {
+        "HIDDEN": 16,
+        "LAYERS": 1,
+        "INTERMEDIATE": 24,
+        "HEADS": 2,
+        "BATCH": 4,
+        "CHECKPOINT_S": -1,
+    }.items():
+        monkeypatch.setattr(distill, name, value)
+
+    def run(output: str) -> dict[str, torch.Tensor]:
+        shards = str(tmp_path / "shards")
+        options = ["--held-out", shards, "--base", str(tmp_path / "base"), "--tokens", "500", "--dropout", "0"]
+        monkeypatch.setattr(
+            sys, "argv", ["distill.py", shards, str(tmp_path / output), *options, "--eval-every", "200"]
+        )
+        distill.main()
+        return AutoModelForCausalLM.from_pretrained(tmp_path / output / "model").state_dict()
+
+    unbroken = run("unbroken")
+    batch_loss, calls = distill.batch_loss, []
+
+    def dies_between_and_at_the_end_of_epochs(*args):
+        calls.append(1)
+        if len(calls) in (5, 11):
+            raise KeyboardInterrupt
+        return batch_loss(*args)
+
+    monkeypatch.setattr(distill, "batch_loss", dies_between_and_at_the_end_of_epochs)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run("killed")
+    killed = run("killed")
+    for name, weight in unbroken.items():
+        torch.testing.assert_close(killed[name], weight, msg=name)
+    histories = [json.loads((tmp_path / o / "report.json").read_text())["history"] for o in ("unbroken", "killed")]
+    assert [h["kl"] for h in histories[0]] == pytest.approx([h["kl"] for h in histories[1]])
+    assert len(histories[0]) == 3
+    assert histories[0][-1]["kl"] < histories[0][0]["kl"]
