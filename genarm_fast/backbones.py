@@ -51,6 +51,21 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
+def _own_saved(model: nn.Module, adapter: str) -> nn.Module:
+    """Give `model` its own tensors where PEFT will load others into them: biases or embeddings trained with a LoRA."""
+    from peft import load_peft_weights
+
+    own: dict[int, nn.Parameter] = {}
+    parameters = dict(model.named_parameters())
+    for name, saved in load_peft_weights(adapter, device="cpu").items():
+        old = parameters.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if old is not None and not torch.equal(old, saved.to(old)):
+            own[id(old)] = nn.Parameter(old.clone(), requires_grad=False)
+    for module in model.modules():
+        module._parameters.update({k: own[id(p)] for k, p in module._parameters.items() if id(p) in own})
+    return model
+
+
 class Backbones:
     """Models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
 
@@ -98,7 +113,8 @@ class Backbones:
             )
         base = self._adapter_base(role, source, config.base_model_name_or_path)
         # The adapter computes in the base's dtype, as it will when several share one forward.
-        adapted = PeftModel.from_pretrained(share_weights(base), source, autocast_adapter_dtype=False)
+        tree = _own_saved(share_weights(base), source)
+        adapted = PeftModel.from_pretrained(tree, source, autocast_adapter_dtype=False)
         return adapted.get_base_model().eval()
 
     def _adapter_base(self, role: str, source: str, base: str | None) -> Any:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from .cache import MemberCache
+from .cache import Cache
 from .members import Member
 from .requests import Row
 from .sampling import sample
@@ -33,14 +34,16 @@ def decode(
     rows = list(rows)
     arrived = time.perf_counter()
 
-    caches = [MemberCache(member) for member in running]
+    groups = in_one_forward(running)
+    caches = [Cache(*(running[i] for i in group)) for group in groups]
     prompts = [tuple(map(tuple, row.request.token_ids)) for row in rows]  # per row, per member
     distinct = list(dict.fromkeys(prompts))  # rows of one prompt share its prefill
     shared = [distinct.index(prompt) for prompt in prompts]
-    logits = []
-    for i, cache in zip([0, *(i + 1 for i in arms)], caches):
-        logits.append(cache.prefill([prompt[i] for prompt in distinct])[shared])
-        if len(rows) > len(distinct):
+    own = [[prompt[i] for prompt in distinct] for i in (0, *(i + 1 for i in arms))]
+    prefills = [cache.prefill([own[i] for i in group]) for group, cache in zip(groups, caches)]
+    logits = [each[shared] for each in in_order(groups, prefills)]
+    if len(rows) > len(distinct):
+        for cache in caches:
             cache.select(shared)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -65,4 +68,18 @@ def decode(
             for cache in caches:
                 cache.select(kept)
         tokens = torch.tensor([row.tokens[-1] for row in rows])
-        logits = [cache.decode(tokens) for cache in caches]
+        logits = in_order(groups, [cache.decode(tokens) for cache in caches])
+
+
+def in_one_forward(members: Sequence[Member]) -> list[list[int]]:
+    """Indices of the members, those that share a forward together."""
+    groups: dict[int, list[int]] = {}
+    for i, member in enumerate(members):
+        groups.setdefault(id(member.shared), []).append(i)
+    return list(groups.values())
+
+
+def in_order(groups: Sequence[Sequence[int]], results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Each member's result, from those of each group."""
+    by_member = {i: result for group, each in zip(groups, results) for i, result in zip(group, each)}
+    return [by_member[i] for i in range(len(by_member))]

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .backbones import Backbones, Source, find_file, read_json
+from .lanes import share_forwards
 from .params import check_weights
 
 TOKENIZER_FILES = (
@@ -82,6 +83,8 @@ class Member:
             )
         self.vocab_size: int = text.vocab_size  # width of the logits
         self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self.shared = self.model  # runs it together with the other members that have the same one: see lanes.py
+        self.lane = 0
         accepted = inspect.signature(type(self.model).forward).parameters
         self.accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
 
@@ -142,6 +145,8 @@ def load_members(
                 float(spec.weight),
             )
         )
+    for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
+        member.lane, member.shared = lane, shared
     return members
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cache import MemberCache, pad_left
+from .cache import Cache, pad_left
 from .members import Member
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
@@ -21,7 +21,7 @@ def response_logprobs(
 
     Prompts and responses are not empty. Goes through the responses in pieces, so [R, T, V] never exists.
     """
-    cache = MemberCache(member)
+    cache = Cache(member)
     longest = max(map(len, responses))
     tokens, mask = pad_left([[*prompt, *response] for prompt, response in zip(prompts, responses)], cache.device)
     targets = tokens[:, -longest:]

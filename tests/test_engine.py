@@ -10,7 +10,7 @@ import torch
 from tiny_models import FAMILIES, build_model
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
-from genarm_fast.cache import MemberCache
+from genarm_fast.cache import Cache
 from genarm_fast.outputs import Completion, GenerationOutput
 
 
@@ -133,8 +133,8 @@ def test_requests_with_one_prompt_share_its_prefill(tiny_model, tokenizer, monke
     params = [SamplingParams(seed=i, weights=float(i), max_new_tokens=6) for i in range(3)]
     alone = [model.generate(prompt, each)[0].token_ids for prompt, each in zip(prompts, params)]
     prefilled = []
-    prefill = MemberCache.prefill
-    monkeypatch.setattr(MemberCache, "prefill", lambda self, rows: prefilled.append(len(rows)) or prefill(self, rows))
+    prefill = Cache.prefill
+    monkeypatch.setattr(Cache, "prefill", lambda self, rows: prefilled.extend(map(len, rows)) or prefill(self, rows))
     assert [output.token_ids for output in model.generate(prompts, params)] == alone
     assert prefilled == [2, 2]  # base, ARM
 

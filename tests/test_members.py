@@ -7,12 +7,10 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import build_model, build_tokenizer
+from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM
 from genarm_fast.backbones import share_weights
-from genarm_fast.fingerprint import fingerprint
 
 PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": True}
 
@@ -27,20 +25,6 @@ def folders(tmp_path_factory):
     build_model("llama", 1).save_pretrained(root / "other")
     save_adapter(root / "adapter", base=root / "base", seed=2)
     return root
-
-
-def save_adapter(folder, *, base, seed, recorded_base=None, **info):
-    model = GenARM.from_pretrained(base, tokenizer=build_tokenizer()).base.model
-    expected = fingerprint(model)
-    torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted.peft_config["default"].base_model_name_or_path = str(recorded_base or base)
-    adapted.save_pretrained(folder)
-    (folder / "genarm.json").write_text(json.dumps({"base": str(base), "base_fingerprint": expected, **info}))
-    return adapted.merge_and_unload()
 
 
 def test_folders(folders, tokenizer):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from genarm_fast.fingerprint import fingerprint
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (
@@ -27,6 +34,14 @@ FAMILIES = {
     "gpt2": {},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 6},
+}
+MIXTURES = {
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 
 
@@ -52,10 +67,27 @@ def build_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
 def build_model(family: str, seed: int, vocab_size: int = VOCAB_SIZE, **config: object) -> PreTrainedModel:
     """Weights are large enough that every token of the context matters."""
     settings = {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
-    settings |= LAYERS | FAMILIES[family] | {"vocab_size": vocab_size} | config
+    settings |= LAYERS | (FAMILIES | MIXTURES)[family] | {"vocab_size": vocab_size} | config
     if family == "gpt2":  # it has other names for some of them
         settings = {"n_inner" if name == "intermediate_size" else name: value for name, value in settings.items()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
     return model.eval()
+
+
+def save_adapter(
+    folder: Path, *, base: Path, seed: int, config: Any = None, recorded_base: Path | None = None, **info: object
+) -> PreTrainedModel:
+    """Write a random adapter of the model in `base` as training does; returns the two merged."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = fingerprint(model)
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config or LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # what the adapter trains
+            parameter.data += torch.randn_like(parameter) * 0.3
+    adapted.peft_config["default"].base_model_name_or_path = str(recorded_base or base)
+    adapted.save_pretrained(folder)
+    (folder / "genarm.json").write_text(json.dumps({"base": str(base), "base_fingerprint": expected, **info}))
+    return adapted.merge_and_unload()
