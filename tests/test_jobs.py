@@ -86,7 +86,7 @@ def test_every_cut_resumes_to_the_same_bytes(requests: list[JobRequest], tmp_pat
     path = tmp_path / "out.jsonl"
     run_job(FakeModel(), requests, path)
     whole = path.read_bytes()
-    for size in range(0, len(whole) + 1, 7):
+    for size in range(0, len(whole) + 1, 23):
         path.write_bytes(whole[:size])
         model = FakeModel()
         summary = run_job(model, requests, path)

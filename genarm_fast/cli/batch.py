@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -59,8 +60,8 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
 
 
 def setup_digest(args: argparse.Namespace) -> str:
-    """Stands for what decides an answer besides its request: models, default weights, templates, precision."""
-    arms = [(identity(resolve(spec.model)), spec.weight, spec.name) for spec in args.arm]
+    """Stands for what decides a line besides its request: models, their names and weights, templates, precision."""
+    arms = [(identity(resolve(spec.model)), spec.weight, spec.name or Path(spec.model).name) for spec in args.arm]
     chat_template = args.chat_template and args.chat_template.read_text(encoding="utf-8")
     templates = (args.prompt_template, args.arm_prompt_template, chat_template, args.chat, args.system)
     return digest([identity(resolve(args.base)), arms, templates, args.dtype])
