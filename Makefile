@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
-	$(RUN) genarm_fast.demo $(ARGS)
+	@$(RUN) genarm_fast.demo $(ARGS)
 
 # A process per core, up to 4, with one thread each.
 test: $(VENV)/.installed-dev
