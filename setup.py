@@ -34,7 +34,7 @@ class BuildCore(build_ext):
         ext.extra_objects = []
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
-                ["kernels/csrc/tile_loops.cpp"],
+                ["kernels/csrc/tile_loops.cpp", "kernels/csrc/ragged_loops.cpp"],
                 output_dir=f"{self.build_temp}/{name}",
                 macros=[*ext.define_macros, ("ISA", name)],
                 extra_postargs=[*ext.extra_compile_args, *flags, "-fopenmp-simd"],
@@ -49,7 +49,7 @@ setup(
     ext_modules=[
         Extension(
             "genarm_fast.kernels._C",
-            ["kernels/csrc/guided_sample.cpp", "kernels/csrc/module.cpp"],
+            [f"kernels/csrc/{name}.cpp" for name in ("guided_sample", "module", "ragged_attention", "ragged_binding")],
             depends=glob("kernels/csrc/*"),
             define_macros=[("GENARM_X86", "1")] if X86 else [],
             extra_compile_args=FLAGS,

@@ -1,11 +1,9 @@
 // Python binding over raw pointers: knows nothing of torch, so one abi3 build serves every torch and Python >= 3.10.
-#define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
 
 #include <cstring>
 #include <new>
 
+#include "bindings.h"
 #include "guided_sample.h"
 
 namespace {
@@ -31,6 +29,11 @@ bool runs_here(const genarm::TileLoops& loops) {
 
 const genarm::TileLoops* active = nullptr;
 
+void activate(const genarm::TileLoops& loops) {
+  active = &loops;
+  genarm::use_ragged_loops(loops.name);
+}
+
 PyObject* instruction_sets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const genarm::TileLoops* loops : kLoops) {
@@ -45,7 +48,7 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 PyObject* use(PyObject*, PyObject* argument) {
   for (const genarm::TileLoops* loops : kLoops) {
     if (PyUnicode_CompareWithASCIIString(argument, loops->name) == 0 && runs_here(*loops)) {
-      active = loops;
+      activate(*loops);
       Py_RETURN_NONE;
     }
   }
@@ -131,6 +134,10 @@ PyObject* guided_sample(PyObject*, PyObject* arguments) {
 
 PyMethodDef kMethods[] = {
     {"guided_sample", guided_sample, METH_VARARGS, "See _native.py, the only caller."},
+    {"ragged_attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(genarm::ragged_attention_binding)),
+     METH_FASTCALL, "See ragged_attention.py, the only caller."},
+    {"ragged_append", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(genarm::ragged_append_binding)),
+     METH_FASTCALL, "See ragged_attention.py, the only caller."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},
     {"use", use, METH_O, "Choose an instruction set by name."},
     {nullptr, nullptr, 0, nullptr}};
@@ -141,7 +148,7 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullp
 
 PyMODINIT_FUNC PyInit__C() {
   for (const genarm::TileLoops* loops : kLoops) {
-    if (!active && runs_here(*loops)) active = loops;
+    if (!active && runs_here(*loops)) activate(*loops);
   }
   return PyModule_Create(&kModule);
 }

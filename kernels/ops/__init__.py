@@ -2,6 +2,24 @@
 
 from .guided_sample import GuidedSample, guided_sample, guided_sample_reference
 from .philox import gumbel, seed_tensor
+from .ragged_attention import (
+    ragged_append,
+    ragged_append_reference,
+    ragged_attention,
+    ragged_attention_reference,
+)
 from .settle import Settled, settle
 
-__all__ = ["GuidedSample", "Settled", "guided_sample", "guided_sample_reference", "gumbel", "seed_tensor", "settle"]
+__all__ = [
+    "GuidedSample",
+    "Settled",
+    "guided_sample",
+    "guided_sample_reference",
+    "gumbel",
+    "ragged_append",
+    "ragged_append_reference",
+    "ragged_attention",
+    "ragged_attention_reference",
+    "seed_tensor",
+    "settle",
+]

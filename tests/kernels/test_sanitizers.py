@@ -15,7 +15,7 @@ FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", f"-I
 LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
 CHECK = """
 import importlib.machinery, importlib.util, sys, torch
-from genarm_fast.kernels import _native, guided_sample
+from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention
 loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 torch.manual_seed(0)
@@ -35,6 +35,20 @@ for isa in core.instruction_sets():
     broken = torch.randn(3, 1500)
     broken[0], broken[1, 7] = -torch.inf, torch.nan
     guided_sample(broken, (), [], seeds=0, positions=0, top_p=0.5, top_logprobs=2)
+    for dtype in dtypes[:2]:
+        for width, value_width, group, block, capacity, window in (
+            (64, 64, 3, 1, 64, None), (64, 64, 3, 5, 61, 7), (17, 33, 1, 2, 3, None), (1, 1, 8, 4, 30, 1),
+            (48, 130, 2, 9, 33, 20), (96, 16, 7, 30, 30, None),
+        ):
+            cache = [torch.randn(3, 2, capacity, w).to(dtype) for w in (width, value_width)]
+            new = [torch.randn(2, 2, block, w).to(dtype) for w in (width, value_width)]
+            slots = torch.tensor([2, 0])
+            positions = torch.tensor([[0], [capacity - block]]) + torch.arange(block)
+            ragged_append(*cache, *new, slots, positions)
+            query = torch.randn(2, block, 2 * group, width).to(dtype).transpose(1, 2)
+            for softcap in (None, 10.0):
+                out = ragged_attention(query, *cache, slots, positions, scale=0.1, window=window, softcap=softcap)
+                assert out.isfinite().all()
 torch.set_num_threads(3)
 guided_sample(torch.randn(40, 50257), (), [], seeds=0, positions=0)
 print("clean")
@@ -48,10 +62,19 @@ def test_sanitized_core(tmp_path):
     if compiler is None or not os.path.isabs(runtime):
         pytest.skip("no g++ with AddressSanitizer")
     core = tmp_path / "_C.abi3.so"
-    jobs = {name: [str(CSRC / "tile_loops.cpp"), f"-DISA={name}", *flags] for name, flags in LOOPS.items()}
-    jobs |= {name: [str(CSRC / f"{name}.cpp")] for name in ("guided_sample", "module")}
-    for name, arguments in jobs.items():
-        subprocess.run([compiler, *FLAGS, *arguments, "-c", "-o", tmp_path / f"{name}.o"], check=True)
+    jobs = {
+        f"{loops}-{name}": [str(CSRC / f"{loops}.cpp"), f"-DISA={name}", *flags]
+        for loops in ("tile_loops", "ragged_loops")
+        for name, flags in LOOPS.items()
+    }
+    jobs |= {
+        name: [str(CSRC / f"{name}.cpp")] for name in ("guided_sample", "module", "ragged_attention", "ragged_binding")
+    }
+    compiling = [
+        subprocess.Popen([compiler, *FLAGS, *arguments, "-c", "-o", tmp_path / f"{name}.o"])
+        for name, arguments in jobs.items()
+    ]
+    assert [process.wait() for process in compiling] == [0] * len(jobs)
     objects = [tmp_path / f"{name}.o" for name in jobs]
     subprocess.run([compiler, "-shared", "-fsanitize=address,undefined", *objects, "-o", core, "-pthread"], check=True)
     env = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}

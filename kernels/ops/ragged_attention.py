@@ -1,0 +1,192 @@
+"""Attention over a static key-value cache in which every row has its own slot and its own position.
+
+    y[n, i, h] = Σ_j softmax_j( f(scale · q[n, h, i] · k[s, g, j]) ) v[s, g, j]        s = slots[n], g = h · Hkv / Hq
+
+over the entries j = 0 .. p of the slot, p = positions[n, i], of which a sliding window keeps the last `window`;
+f(x) = c · tanh(x / c) with a softcap c. Rows of unequal lengths need no padding and no mask, a row is rolled back by
+moving its position, and the cost is that of the entries that are attended: no dense mask, no copy of a key for every
+query head that shares it.
+
+On the CPU, in C++, a query's result is the same bit for bit in whatever company it comes: other rows, other queries of
+the block, the cache's capacity. So a block of drafted tokens gets the logits of one-token decoding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+DTYPES = {torch.float32: False, torch.bfloat16: True}
+EVERYTHING = 2**63 - 1
+
+
+def ragged_attention_reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    limit: int | None = None,
+) -> Tensor:
+    """The specification of `ragged_attention`: scaled_dot_product_attention under an explicit mask.
+
+    Query heads that share a key-value head are folded into the query axis. What lies beyond a row's furthest query is
+    zeroed, so it may hold anything; between the queries of one block it must be finite.
+    """
+    check_attention(query, keys, values, slots, positions, window)
+    rows, heads, block, width = query.shape
+    kv_heads, group = keys.shape[1], heads // keys.shape[1]
+    index = torch.arange(keys.shape[2] if limit is None else limit, device=query.device)
+    unwritten = (index > positions.amax(1, keepdim=True))[:, None, :, None]
+    keys, values = (cache[slots, :, : len(index)].masked_fill(unwritten, 0) for cache in (keys, values))
+    last = positions[:, :, None]
+    seen = index <= last if window is None else (index <= last) & (index > last - window)
+    seen = seen[:, None].repeat(1, 1, group, 1)  # [N, 1, group · q, entries]
+    folded = query.reshape(rows, kv_heads, group * block, width)
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scale)
+    else:
+        precise = torch.promote_types(query.dtype, torch.float32)
+        scores = folded.to(precise) @ keys.to(precise).mT
+        scores = softcap * torch.tanh(scores * (scale / softcap))
+        out = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values.to(precise)).to(query.dtype)
+    return out.view(rows, heads, block, -1).transpose(1, 2).contiguous()
+
+
+def check_attention(
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, window: int | None
+) -> None:
+    if query.ndim != 4:
+        raise ValueError(f"query of shape {tuple(query.shape)}: expected [N, Hq, q, D]")
+    rows, heads, block, width = query.shape
+    check_cache(keys, values, slots, positions, rows, block)
+    if keys.shape[3] != width:
+        raise ValueError(f"keys of shape {tuple(keys.shape)}: expected a width of {width}, as query has")
+    if heads % keys.shape[1]:
+        raise ValueError(f"{heads} query heads: expected a multiple of the {keys.shape[1]} heads of keys")
+    if not query.dtype == keys.dtype == values.dtype:
+        raise TypeError(f"query of {query.dtype}, keys of {keys.dtype}, values of {values.dtype}: expected the same")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected at least 1, or None")
+
+
+def check_cache(keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, rows: int, block: int) -> None:
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+        shapes = f"keys of shape {tuple(keys.shape)}, values of shape {tuple(values.shape)}"
+        raise ValueError(f"{shapes}: expected [S, Hkv, C, D] and [S, Hkv, C, Dv]")
+    for name, tensor, shape in (("slots", slots, (rows,)), ("positions", positions, (rows, block))):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape}, by the rows and their tokens")
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} of dtype {tensor.dtype}: expected int64")
+
+
+def ragged_attention(
+    query: Tensor,  # [N, Hq, q, D], any strides
+    keys: Tensor,  # [S, Hkv, C, D], Hq a multiple of Hkv
+    values: Tensor,  # [S, Hkv, C, Dv]
+    slots: Tensor,  # int64 [N]: the slot in which a row lives
+    positions: Tensor,  # int64 [N, q]: where each query stands; it sees the entries up to there
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    limit: int | None = None,
+) -> Tensor:
+    """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
+
+    In C++ on the CPU for float32 and bfloat16, with sums in float32; otherwise `ragged_attention_reference`, which
+    reads the whole capacity unless `limit`, a bound on positions + 1 known to the host, says less. Entries beyond a
+    position may hold anything, NaN too, and change nothing (the reference: beyond the row's furthest position).
+
+    Raises:
+        TypeError: dtypes that differ; slots or positions that are not int64.
+        ValueError: shapes that do not fit together, a window below 1; on the CPU in C++, a slot or position that the
+            cache does not have.
+    """
+    if _native.core is None or not query.is_cpu or query.dtype not in DTYPES:
+        return ragged_attention_reference(
+            query, keys, values, slots, positions, scale=scale, window=window, softcap=softcap, limit=limit
+        )
+    check_attention(query, keys, values, slots, positions, window)
+    query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
+    slots, positions = slots.contiguous(), positions.contiguous()
+    rows, heads, block, _ = query.shape
+    out = query.new_empty((rows, block, heads, values.shape[3]))
+    _native.core.ragged_attention(
+        *(query.data_ptr(), query.shape, query.stride()),
+        *(keys.data_ptr(), keys.shape, keys.stride()),
+        *(values.data_ptr(), values.shape, values.stride()),
+        slots.data_ptr(),
+        positions.data_ptr(),
+        out.data_ptr(),
+        DTYPES[query.dtype],
+        scale,
+        EVERYTHING if window is None else window,
+        softcap or 0.0,
+    )
+    return out
+
+
+def ragged_append_reference(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slots: Tensor, positions: Tensor
+) -> None:
+    """The specification of `ragged_append`; where two tokens share an entry, either may be left there."""
+    check_append(keys, values, new_keys, new_values, slots, positions)
+    for cache, new in ((keys, new_keys), (values, new_values)):
+        cache[slots[:, None], :, positions] = new.transpose(1, 2)
+
+
+def check_append(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slots: Tensor, positions: Tensor
+) -> None:
+    if new_keys.ndim != 4:
+        raise ValueError(f"new_keys of shape {tuple(new_keys.shape)}: expected [N, Hkv, q, D]")
+    rows, _, block, _ = new_keys.shape
+    check_cache(keys, values, slots, positions, rows, block)
+    for name, new, cache in (("new_keys", new_keys, keys), ("new_values", new_values, values)):
+        expected = (rows, cache.shape[1], block, cache.shape[3])
+        if new.shape != expected:
+            raise ValueError(f"{name} of shape {tuple(new.shape)}: expected {expected}, by the cache and positions")
+        if new.dtype != cache.dtype:
+            raise TypeError(f"{name} of dtype {new.dtype}: expected {cache.dtype}, as the cache has")
+
+
+def ragged_append(
+    keys: Tensor,  # [S, Hkv, C, D], written in place
+    values: Tensor,  # [S, Hkv, C, Dv], written in place
+    new_keys: Tensor,  # [N, Hkv, q, D], any strides
+    new_values: Tensor,  # [N, Hkv, q, Dv], any strides
+    slots: Tensor,  # int64 [N]
+    positions: Tensor,  # int64 [N, q]
+) -> None:
+    """Write row n's new token i to entry positions[n, i] of slot slots[n]; rows must not share a slot.
+
+    On the CPU in C++, for every dtype, and checked before anything is written. The reference leaves it to indexing to
+    find positions out of range, on CUDA by an assertion on the device: a check would have to wait for the device.
+
+    Raises:
+        TypeError: dtypes that differ; slots or positions that are not int64.
+        ValueError: shapes that do not fit together; in C++, a slot or position that the cache does not have.
+    """
+    in_rows = keys.stride(-1) == values.stride(-1) == 1
+    if _native.core is None or not keys.is_cpu or not in_rows or keys.dtype != values.dtype:
+        return ragged_append_reference(keys, values, new_keys, new_values, slots, positions)
+    check_append(keys, values, new_keys, new_values, slots, positions)
+    new_keys, new_values = (x if x.stride(-1) == 1 else x.contiguous() for x in (new_keys, new_values))
+    slots, positions = slots.contiguous(), positions.contiguous()
+    _native.core.ragged_append(
+        *(keys.data_ptr(), keys.shape, keys.stride()),
+        *(values.data_ptr(), values.shape, values.stride()),
+        *(new_keys.data_ptr(), new_keys.shape, new_keys.stride()),
+        *(new_values.data_ptr(), new_values.shape, new_values.stride()),
+        slots.data_ptr(),
+        positions.data_ptr(),
+        keys.element_size(),
+    )
