@@ -19,6 +19,7 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+LOOPS = glob("kernels/csrc/*_loops.cpp")  # compiled once per instruction set
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = {"baseline": []}
 if X86:
@@ -34,7 +35,7 @@ class BuildCore(build_ext):
         ext.extra_objects = []
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
-                ["kernels/csrc/tile_loops.cpp", "kernels/csrc/ragged_loops.cpp"],
+                LOOPS,
                 output_dir=f"{self.build_temp}/{name}",
                 macros=[*ext.define_macros, ("ISA", name)],
                 extra_postargs=[*ext.extra_compile_args, *flags, "-fopenmp-simd"],
@@ -49,7 +50,7 @@ setup(
     ext_modules=[
         Extension(
             "genarm_fast.kernels._C",
-            [f"kernels/csrc/{name}.cpp" for name in ("guided_sample", "module", "ragged_attention", "ragged_binding")],
+            sorted(set(glob("kernels/csrc/*.cpp")) - set(LOOPS)),
             depends=glob("kernels/csrc/*"),
             define_macros=[("GENARM_X86", "1")] if X86 else [],
             extra_compile_args=FLAGS,

@@ -5,8 +5,17 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "tile_loops.h"
+
 namespace genarm {
 
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+PyObject* guided_sample_binding(const TileLoops& loops, PyObject* const* arguments, Py_ssize_t count);
+PyObject* settle_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_ragged_loops(const char* instruction_set);
 PyObject* ragged_attention_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* ragged_append_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);

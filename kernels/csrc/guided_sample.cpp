@@ -18,6 +18,7 @@ namespace {
 constexpr float kInf = INFINITY;
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kColdest = 1e-30f;  // as in the reference
+constexpr int64_t kElementsPerThread = 1 << 20;  // about 0.2 ms of work: a tenth of it is spent on starting a thread
 constexpr uint32_t kTileLevel = 0, kTokenLevel = 1;
 
 int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -275,6 +276,8 @@ class RowSampler {
 
 void guided_sample(const Request& request, const TileLoops& loops, int threads) {
   const int64_t rows = request.rows * request.block;
+  const int64_t elements = rows * request.vocab * static_cast<int64_t>(request.members.size());
+  const int64_t useful = std::min({static_cast<int64_t>(threads), rows, elements / kElementsPerThread});
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
   std::mutex mutex;
@@ -288,7 +291,7 @@ void guided_sample(const Request& request, const TileLoops& loops, int threads) 
     }
   };
   std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < std::min<int64_t>(threads, rows); ++i) {
+  for (int64_t i = 1; i < useful; ++i) {
     try {
       helpers.emplace_back(work);
     } catch (const std::system_error&) {

@@ -44,7 +44,7 @@ struct Request {
   float* top_logprobs;
 };
 
-// Throws std::bad_alloc.
+// A thread per row at most, and only where the work pays for starting them. Throws std::bad_alloc.
 void guided_sample(const Request& request, const TileLoops& loops, int threads);
 
 }  // namespace genarm

@@ -11,11 +11,6 @@ namespace {
 
 const RaggedLoops* loops = &ragged_baseline;
 
-struct WithoutGil {
-  PyThreadState* state = PyEval_SaveThread();
-  ~WithoutGil() { PyEval_RestoreThread(state); }
-};
-
 template <typename T>
 T* pointer(PyObject* address) {
   return static_cast<T*>(PyLong_AsVoidPtr(address));

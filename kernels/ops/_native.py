@@ -1,13 +1,14 @@
-"""guided_sample on the CPU, by the C++ core (kernels/csrc) where it was built.
+"""The C++ core (kernels/csrc) on the CPU, where it was built.
 
-GENARM_FAST_ISA = avx512 | avx2 | baseline forces an instruction set; `none` turns the core off. One thread per row at
-most, and only for calls that are worth starting threads: torch.get_num_threads() is the limit.
+GENARM_FAST_ISA = avx512 | avx2 | baseline forces an instruction set; `none` turns the core off.
+
+Its functions take every argument by position, check all of them, and return None for a call that they do not take as it
+stands: arguments to refuse, or to convert first.
 """
 
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -17,17 +18,23 @@ import torch
 from torch import Tensor
 
 core: Any = None
-with suppress(ImportError):  # installed without a compiler
+with suppress(ImportError):  # installed without a compiler, or a torch that has no DLPack exchange table
     core = import_module("._C", __package__)
+    core.use_tensors(Tensor)
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ELEMENTS_PER_THREAD = 1 << 19  # about 0.2 ms of work: a tenth of it is spent on starting a thread
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 forced = os.environ.get("GENARM_FAST_ISA")
 if forced == "none":
     core = None
 elif forced and core is not None:
     core.use(forced)
+
+
+def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor as the core takes it: on the CPU, no subclass, contiguous in its last dimension."""
+    tensor = tensor.detach().to("cpu", dtype)
+    return tensor if not tensor.ndim or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def guided_sample(
@@ -45,63 +52,25 @@ def guided_sample(
     min_p: Tensor | float,
     seeds: Tensor | int,
     positions: Tensor | int,
-) -> tuple[Tensor, ...]:
-    """The fields of GuidedSample that were asked for; arguments are checked by the caller."""
-    shape = base.shape[:-1]
-    rows, block = shape[0], shape[1] if len(shape) == 2 else 1
-    alive = []  # converted copies must outlive the call
+) -> tuple[Tensor | None, ...] | None:
+    """The fields of GuidedSample of arguments that were checked, converted to what the core takes."""
 
-    def parameter(value: Tensor | float, dtype: torch.dtype) -> float | tuple[int, tuple[int, ...]]:
-        if not isinstance(value, Tensor):
-            return value
-        alive.append(value.to("cpu", dtype))
-        return alive[-1].data_ptr(), alive[-1].stride()
+    def parameter(value: Tensor | float, dtype: torch.dtype) -> Tensor | float:
+        return plain(value, dtype) if isinstance(value, Tensor) else value
 
-    members = []
-    for logits in (base, *arms):
-        if logits.stride(-1) != 1:
-            logits = logits.contiguous()
-            alive.append(logits)
-        members.append((logits.data_ptr(), DTYPES[logits.dtype], logits.stride()))
-
-    buffer = None
-    if isinstance(weights, Tensor) or (len(weights) and isinstance(weights[0], (list, tuple))):
-        weights = torch.as_tensor(weights, dtype=torch.float32, device="cpu").contiguous()
-        weights_address, weights_stride = weights.data_ptr(), weights.stride(0) if weights.ndim == 2 else 0
-    else:
-        buffer = array("f", weights)
-        weights_address, weights_stride = buffer.buffer_info()[0], 0
-    bias_address = bias_stride = 0
-    if logit_bias is not None:
-        logit_bias = logit_bias.to("cpu", torch.float32).contiguous()
-        bias_address, bias_stride = logit_bias.data_ptr(), logit_bias.stride(0) if logit_bias.ndim == 2 else 0
-
-    outputs = [base.new_empty(shape, dtype=torch.int64), base.new_empty(shape, dtype=torch.int32)]
-    if return_logprobs or top_logprobs:
-        outputs += [base.new_empty(shape, dtype=torch.float32)]
-        outputs += [base.new_empty((len(members), *shape), dtype=torch.float32)]
-    if top_logprobs:
-        outputs += [base.new_empty((*shape, top_logprobs), dtype=torch.int64)]
-        outputs += [base.new_empty((*shape, top_logprobs), dtype=torch.float32)]
-    elements = rows * block * vocab_size * len(members)
-    core.guided_sample(
-        rows,
-        block,
+    return core.guided_sample(
+        plain(base),
+        [plain(logits) for logits in arms],
+        plain(torch.as_tensor(weights, dtype=torch.float32)),
         vocab_size,
-        tuple(members),
-        weights_address,
-        weights_stride,
-        bias_address,
-        bias_stride,
+        None if logit_bias is None else plain(logit_bias, torch.float32),
+        return_logprobs,
+        top_logprobs,
+        torch.get_num_threads(),
         parameter(temperature, torch.float32),
         parameter(top_k, torch.int64),
         parameter(top_p, torch.float32),
         parameter(min_p, torch.float32),
         parameter(seeds, torch.int64),
         parameter(positions, torch.int64),
-        top_logprobs,
-        min(torch.get_num_threads(), elements // ELEMENTS_PER_THREAD),
-        *[output.data_ptr() for output in outputs],
-        *[0] * (6 - len(outputs)),
     )
-    return tuple(outputs)

@@ -190,7 +190,7 @@ def member_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
     return (logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)).to(torch.float32)
 
 
-def launcher(base: Tensor, arms: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]] | None:
+def launcher(base: Tensor, arms: Sequence[Tensor]) -> Callable[..., tuple[Tensor | None, ...] | None] | None:
     """The fast implementation for these logits, if there is one."""
     if not all(logits.dtype in _native.DTYPES for logits in (base, *arms)):
         return None
@@ -227,6 +227,25 @@ def guided_sample(
         TypeError: logits that are not floating point.
         ValueError: shapes that do not fit together, a vocab_size wider than a member, a number out of its range.
     """
+    if _native.core is not None:  # takes at once what needs no conversion: checks in Python cost more than a small row
+        fields = _native.core.guided_sample(
+            base_logits,
+            arm_logits,
+            weights,
+            vocab_size,
+            logit_bias,
+            return_logprobs,
+            top_logprobs,
+            torch.get_num_threads(),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seeds,
+            positions,
+        )
+        if fields is not None:
+            return GuidedSample._make(fields)
     parameters: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -238,9 +257,11 @@ def guided_sample(
     vocab = check_arguments(base_logits, arm_logits, weights, vocab_size, logit_bias, top_logprobs, **parameters)
     launch = launcher(base_logits, arm_logits)
     if launch is not None:
-        return GuidedSample(
-            *launch(base_logits, arm_logits, weights, vocab, logit_bias, return_logprobs, top_logprobs, **parameters)
+        fields = launch(
+            base_logits, arm_logits, weights, vocab, logit_bias, return_logprobs, top_logprobs, **parameters
         )
+        if fields is not None:
+            return GuidedSample._make(fields)
     return guided_sample_reference(
         base_logits,
         arm_logits,

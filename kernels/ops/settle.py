@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
+
 
 class Settled(NamedTuple):
     """Result of `settle`. The settled tokens of row r are targets[r, :counts[r]].
@@ -91,11 +93,15 @@ def settle(
 ) -> Settled:
     """Settle the drafts that equal their targets, and the first target that no draft foretold.
 
-    Reads nothing back: one Triton launch on CUDA, ROCm and XPU, `settle_reference` on the CPU.
+    Reads nothing back: one Triton launch on CUDA, ROCm and XPU; C++ on the CPU, or `settle_reference` without it.
 
     Raises:
         ValueError: shapes that do not fit together.
     """
+    if _native.core is not None:
+        fields = _native.core.settle(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
+        if fields is not None:
+            return Settled._make(fields)
     rest = {"lengths": lengths, "limits": limits, "finished": finished, "stop_ids": stop_ids}
     if targets.device.type in ("cuda", "xpu"):
         from . import settle_triton  # triton takes half a second to import, and is not on every platform

@@ -109,6 +109,89 @@ def test_threads_do_not_change_the_tokens():
     assert all(torch.equal(x, y) for x, y in zip(many[:4], one[:4], strict=True))
 
 
+PREPARED = {  # arguments of the core, in its order
+    "base": torch.zeros(2, 40),
+    "arms": (torch.zeros(2, 40).bfloat16(),),
+    "weights": torch.ones(2, 1),
+    "vocab_size": None,
+    "logit_bias": None,
+    "return_logprobs": True,
+    "top_logprobs": 0,
+    "threads": 1,
+    "temperature": torch.ones(2),
+    "top_k": torch.zeros(2, dtype=torch.int64),
+    "top_p": torch.ones(2),
+    "min_p": 0.0,
+    "seeds": 2**64 - 1,
+    "positions": torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"arms": [torch.zeros(2, 41).half()], "weights": [0.5], "vocab_size": 7, "top_logprobs": 7},
+        {"base": torch.zeros(2, 80)[:, 40:], "logit_bias": torch.zeros(2, 50), "temperature": 0, "top_k": 5},
+    ],
+)
+def test_core_takes_prepared_arguments_at_once(change):
+    assert _native.core.guided_sample(*(PREPARED | change).values()) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base": torch.zeros(40)},
+        {"base": torch.zeros(2, 40, device="meta")},
+        {"base": torch.zeros(2, 40).double()},
+        {"base": torch.zeros(40, 2).T},
+        {"base": torch.nn.Parameter(torch.zeros(2, 40))},
+        {"base": None},
+        {"arms": (torch.zeros(3, 40),)},
+        {"arms": (torch.zeros(2, 1, 40),)},
+        {"arms": torch.zeros(1, 2, 40)},
+        {"weights": torch.ones(2)},
+        {"weights": torch.ones(2, 1).double()},
+        {"weights": [1.0, 2.0]},
+        {"weights": [[1.0], [2.0]]},
+        {"vocab_size": 41},
+        {"vocab_size": 0},
+        {"logit_bias": torch.zeros(39)},
+        {"logit_bias": torch.zeros(1, 40)},
+        {"top_logprobs": 41},
+        {"top_logprobs": -1},
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"temperature": torch.ones(3)},
+        {"temperature": torch.ones(2, dtype=torch.int64)},
+        {"temperature": 10**400},
+        {"top_k": -1},
+        {"top_k": 2**63},
+        {"top_k": 1.0},
+        {"top_p": 1.5},
+        {"min_p": "0"},
+        {"seeds": 2**64},
+        {"seeds": torch.ones(2, 1, dtype=torch.int64)},
+        {"positions": 2**32},
+    ],
+)
+def test_core_leaves_what_it_cannot_take(change):
+    """Nothing is read or written, and no error is left behind: Python converts, or refuses by name."""
+    assert _native.core.guided_sample(*(PREPARED | change).values()) is None
+
+
+def test_converted_arguments_give_the_same_draw():
+    base, arm = members(4, 300, 1, mixed=False)
+    options = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "seeds": 3, "positions": torch.arange(4)}
+    expected = guided_sample(base, (arm,), [0.5], return_logprobs=True, **options)
+    options |= {"temperature": torch.full((4,), 0.7).double(), "top_k": torch.full((4,), 50).int()}
+    found = guided_sample(
+        torch.nn.Parameter(base), (arm.T.contiguous().T,), ((0.5,),) * 4, return_logprobs=True, **options
+    )
+    assert all(torch.equal(x, y) for x, y in zip(expected[:4], found[:4], strict=True))
+
+
 VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 300.0, -300.0, 1e-30, -math.inf])
 
 

@@ -15,9 +15,10 @@ FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", f"-I
 LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
 CHECK = """
 import importlib.machinery, importlib.util, sys, torch
-from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention
+from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention, settle
 loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+core.use_tensors(torch.Tensor)
 torch.manual_seed(0)
 dtypes = [torch.float32, torch.bfloat16, torch.float16]
 for isa in core.instruction_sets():
@@ -49,6 +50,10 @@ for isa in core.instruction_sets():
             for softcap in (None, 10.0):
                 out = ragged_attention(query, *cache, slots, positions, scale=0.1, window=window, softcap=softcap)
                 assert out.isfinite().all()
+for width in (1, 4):
+    row, block = torch.zeros(5, dtype=torch.int64), torch.ones(5, width, dtype=torch.int64)
+    rest = {"lengths": row, "limits": row + 3, "finished": row > 0, "stop_ids": row[:2], "draft_counts": row + width}
+    settle(block, block[:, 1:], **rest)
 torch.set_num_threads(3)
 guided_sample(torch.randn(40, 50257), (), [], seeds=0, positions=0)
 print("clean")
@@ -62,14 +67,9 @@ def test_sanitized_core(tmp_path):
     if compiler is None or not os.path.isabs(runtime):
         pytest.skip("no g++ with AddressSanitizer")
     core = tmp_path / "_C.abi3.so"
-    jobs = {
-        f"{loops}-{name}": [str(CSRC / f"{loops}.cpp"), f"-DISA={name}", *flags]
-        for loops in ("tile_loops", "ragged_loops")
-        for name, flags in LOOPS.items()
-    }
-    jobs |= {
-        name: [str(CSRC / f"{name}.cpp")] for name in ("guided_sample", "module", "ragged_attention", "ragged_binding")
-    }
+    loops = list(CSRC.glob("*_loops.cpp"))
+    jobs = {f"{file.stem}-{name}": [file, f"-DISA={name}", *flags] for file in loops for name, flags in LOOPS.items()}
+    jobs |= {file.stem: [file] for file in CSRC.glob("*.cpp") if file not in loops}
     compiling = [
         subprocess.Popen([compiler, *FLAGS, *arguments, "-c", "-o", tmp_path / f"{name}.o"])
         for name, arguments in jobs.items()

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from genarm_fast.kernels import settle
+import genarm_fast.kernels
+from genarm_fast.kernels import _native
+from genarm_fast.kernels.settle import settle_reference
+
+
+@pytest.fixture(params=[settle_reference, genarm_fast.kernels.settle], ids=["reference", "dispatcher"])
+def settle(request):
+    return request.param
+
 
 STOP = 9
 # drafts, targets, drafts used, length, limit, finished → count, next input, length, finished
@@ -31,14 +39,14 @@ def batch(rounds):
     return arguments | {"stop_ids": torch.tensor([STOP, -1])}, expected
 
 
-def test_hand_worked_rounds():
+def test_hand_worked_rounds(settle):
     arguments, expected = batch(ROUNDS.values())
     found = settle(**arguments)
     for i, name in enumerate(ROUNDS):
         assert tuple(column[i].item() for column in found) == expected[i], name
 
 
-def test_all_drafts_count_by_default():
+def test_all_drafts_count_by_default(settle):
     arguments, _ = batch([ROUNDS["all right"]])
     del arguments["draft_counts"]
     assert settle(**arguments).counts.tolist() == [4]
@@ -72,7 +80,7 @@ def random_rounds(rows, width, seed):
 
 
 @pytest.mark.parametrize("width", [1, 2, 5, 9])
-def test_random_rounds(width):
+def test_random_rounds(settle, width):
     arguments = random_rounds(300, width, width)
     found = settle(**arguments)
     for row in range(300):
@@ -96,7 +104,21 @@ def test_random_rounds(width):
         ("stop_ids", torch.zeros(2, 3)),
     ],
 )
-def test_refusals_name_the_argument(name, value):
+def test_refusals_name_the_argument(settle, name, value):
     arguments, _ = batch([ROUNDS["all right"]])
     with pytest.raises(ValueError, match=f"{name} of shape"):
         settle(**(arguments | {name: value.long()}))
+
+
+@pytest.mark.skipif(_native.core is None, reason="built without a compiler")
+def test_core_reads_strides_and_leaves_other_dtypes_to_the_reference():
+    arguments = random_rounds(40, 5, 0)
+    expected = settle_reference(**arguments)
+    names = ("targets", "drafts", "lengths", "limits", "finished", "stop_ids", "draft_counts")
+    strided = {name: torch.stack([arguments[name], arguments[name]], -1)[..., 0] for name in names}
+    assert strided["targets"].stride() == (10, 2)
+    found = _native.core.settle(*(strided[name] for name in names))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    narrow = arguments | {"lengths": arguments["lengths"].int()}
+    assert _native.core.settle(*(narrow[name] for name in names)) is None
+    assert torch.equal(genarm_fast.kernels.settle(**narrow).counts, expected.counts)
