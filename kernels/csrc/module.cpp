@@ -7,6 +7,9 @@
 namespace {
 
 const genarm::TileLoops* const kLoops[] = {
+#ifdef GENARM_AVX512_BF16
+    &genarm::loops_avx512_bf16,
+#endif
 #ifdef GENARM_X86
     &genarm::loops_avx512, &genarm::loops_avx2,
 #endif
@@ -15,7 +18,10 @@ const genarm::TileLoops* const kLoops[] = {
 bool runs_here(const genarm::TileLoops& loops) {
 #ifdef GENARM_X86
   __builtin_cpu_init();
-  if (!std::strcmp(loops.name, "avx512")) {
+#ifdef GENARM_AVX512_BF16
+  if (!std::strcmp(loops.name, "avx512_bf16") && !__builtin_cpu_supports("avx512bf16")) return false;
+#endif
+  if (!std::strncmp(loops.name, "avx512", 6)) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   }
@@ -30,6 +36,7 @@ const genarm::TileLoops* active = nullptr;
 void activate(const genarm::TileLoops& loops) {
   active = &loops;
   genarm::use_ragged_loops(loops.name);
+  genarm::use_linear_loops(loops.name);
 }
 
 PyObject* instruction_sets(PyObject*, PyObject*) {
@@ -69,6 +76,8 @@ PyMethodDef kMethods[] = {
     {"use_tensors", genarm::use_tensors, METH_O, "Give the class of tensors, before any other call."},
     method("ragged_attention", genarm::ragged_attention_binding, "See ragged_attention.py, the only caller."),
     method("ragged_append", genarm::ragged_append_binding, "See ragged_attention.py, the only caller."),
+    method("linear_prepare", genarm::linear_prepare_binding, "See small_linear.py, the only caller."),
+    method("linear_run", genarm::linear_run_binding, "See small_linear.py, the only caller."),
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},
     {"use", use, METH_O, "Choose an instruction set by name."},
     {nullptr, nullptr, 0, nullptr}};

@@ -61,21 +61,26 @@ Outputs::Outputs(int fields) : tuple_(PyTuple_New(fields)) {
   }
 }
 
+PyObject* new_tensor(ElementType type, int32_t ndim, int64_t* shape, void** data) {
+  DLTensor prototype{nullptr, kCpu, 0, ndim, type.code, type.bits, 1, shape, nullptr, 0};
+  Managed* managed = nullptr;
+  void* object = nullptr;
+  if (exchange->allocate(&prototype, &managed, nullptr, set_error) != 0) return nullptr;
+  *data = managed->tensor.at<void>();
+  return exchange->object_from_managed(managed, &object) == 0 ? static_cast<PyObject*>(object) : nullptr;
+}
+
 void* Outputs::allocate(int index, ElementType type, std::initializer_list<int64_t> shape) {
   int64_t sizes[4];
   std::copy(shape.begin(), shape.end(), sizes);
-  DLTensor prototype{nullptr, kCpu, 0, static_cast<int32_t>(shape.size()), type.code, type.bits, 1, sizes, nullptr, 0};
-  Managed* managed = nullptr;
-  void* object = nullptr;
-  if (tuple_ && exchange->allocate(&prototype, &managed, nullptr, set_error) == 0) {
-    void* data = managed->tensor.at<void>();
-    if (exchange->object_from_managed(managed, &object) == 0) {
-      PyTuple_SetItem(tuple_, index, static_cast<PyObject*>(object));
-      return data;
-    }
+  void* data = nullptr;
+  PyObject* tensor = tuple_ ? new_tensor(type, static_cast<int32_t>(shape.size()), sizes, &data) : nullptr;
+  if (tensor) {
+    PyTuple_SetItem(tuple_, index, tensor);
+  } else {
+    Py_CLEAR(tuple_);
   }
-  Py_CLEAR(tuple_);
-  return nullptr;
+  return data;
 }
 
 }  // namespace genarm

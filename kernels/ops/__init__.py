@@ -9,10 +9,13 @@ from .ragged_attention import (
     ragged_attention_reference,
 )
 from .settle import Settled, settle
+from .small_linear import Lora, SmallLinear, small_linear
 
 __all__ = [
     "GuidedSample",
+    "Lora",
     "Settled",
+    "SmallLinear",
     "guided_sample",
     "guided_sample_reference",
     "gumbel",
@@ -22,4 +25,5 @@ __all__ = [
     "ragged_attention_reference",
     "seed_tensor",
     "settle",
+    "small_linear",
 ]

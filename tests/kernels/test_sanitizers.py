@@ -11,11 +11,13 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "kernels/csrc"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", f"-I{sysconfig.get_path('include')}"]
+FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", "-DGENARM_AVX512_BF16"]
+FLAGS += [f"-I{sysconfig.get_path('include')}"]
 LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+LOOPS["avx512_bf16"] = [*LOOPS["avx512"], "-mavx512bf16"]
 CHECK = """
 import importlib.machinery, importlib.util, sys, torch
-from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention, settle
+from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention, settle, small_linear
 loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 core.use_tensors(torch.Tensor)
@@ -54,7 +56,18 @@ for width in (1, 4):
     row, block = torch.zeros(5, dtype=torch.int64), torch.ones(5, width, dtype=torch.int64)
     rest = {"lengths": row, "limits": row + 3, "finished": row > 0, "stop_ids": row[:2], "draft_counts": row + width}
     settle(block, block[:, 1:], **rest)
+for isa in core.instruction_sets():
+    core.use(isa)
+    for out, width, rows in ((1, 1, 1), (3, 17, 2), (33, 100, 7), (16, 64, 8), (50, 31, 19)):
+        x, weight = torch.randn(rows, width).bfloat16(), torch.randn(out, width).bfloat16()
+        a, b = torch.randn(17, width).bfloat16(), torch.randn(17, out).bfloat16()
+        y = small_linear(x, weight, weight[:, 0].clone(), loras=[(0, 1, a, b, 1.0), (rows // 2, rows, a, b, 0.5)])
+        assert y.isfinite().all()
+core.use(core.instruction_sets()[0])
 torch.set_num_threads(3)
+weight, x = torch.ones(1024, 3072).bfloat16(), torch.ones(9, 3072).bfloat16()
+for _ in range(20):
+    assert (small_linear(x, weight) == 3072).all()
 guided_sample(torch.randn(40, 50257), (), [], seeds=0, positions=0)
 print("clean")
 """

@@ -1,0 +1,34 @@
+// y = x Wᵀ + bias, and LoRA on ranges of rows, for weights that stream from memory; see kernels/ops/small_linear.py.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "linear_loops.h"
+
+namespace genarm {
+
+struct Lora {
+  const uint16_t* a;  // [rank, in]
+  const uint16_t* b;  // [rank, out]
+  int64_t rank;
+  float scale;
+};
+
+struct Linear {
+  const LinearLoops* loops;
+  const uint16_t* weight;  // [out, in]
+  int64_t in, out;
+  const uint16_t* bias;  // [out] or null
+  std::vector<Lora> loras;
+};
+
+struct Span {  // rows first .. last - 1 get this LoRA
+  int64_t first, last, lora;
+};
+
+// x [rows, in] with a row stride, y [rows, out]; all bfloat16. Throws std::bad_alloc.
+void small_linear(const Linear& linear, const uint16_t* x, int64_t x_stride, int64_t rows, uint16_t* y,
+                  const std::vector<Span>& spans, int threads);
+
+}  // namespace genarm

@@ -1,0 +1,133 @@
+"""Linear layer of few rows over bfloat16 weights, at the speed at which the weights arrive from memory.
+
+    y = x Wᵀ + bias, and for the rows of each span      y += scale · (x Aᵀ) B
+
+A decode step reads every weight once for a handful of rows. The C++ core (kernels/csrc/small_linear.cpp) loads each
+weight once for up to 8 rows, multiplies bfloat16 pairs into float32 sums, adds bias and LoRA to those, and rounds once.
+
+The order of each sum depends on nothing but `in`: a row's result is bit for bit the same alone or among others, and for
+any number of threads. It is the same on every instruction set too, but for subnormal numbers, which AVX512-BF16 takes
+as zero. Where the core does not serve (no AVX2, other dtypes, other devices) PyTorch does, without that guarantee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import _native
+
+BYTES_PER_THREAD = 1 << 20  # of weights, 50 µs or so: waking a thread takes 10
+
+
+class Lora(NamedTuple):
+    """A low-rank addition to a linear: scale · (x aᵀ) b."""
+
+    a: Tensor  # [r, in], as PEFT's lora_A
+    b: Tensor  # [r, out], the transpose of PEFT's lora_B: read in the order in which outputs are made
+    scale: float
+
+
+Span = tuple[int, int, int]  # rows first .. last - 1 get the LoRA of that index; rows are flattened
+
+
+class SmallLinear:
+    """y = x Wᵀ + bias, prepared once for many calls: a call costs 3 µs more than its arithmetic.
+
+    weight: [out, in]; bias: [out]; `loras` share their dtype and device. The tensors are kept, and read at every call:
+    changes in place count, but a moved or replaced parameter needs a new SmallLinear. It has no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit together, or tensors of different dtypes or devices.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, loras: Sequence[Lora] = ()) -> None:
+        _check(weight, bias, loras)
+        self.weight = weight.detach().contiguous()
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.loras = [Lora(a.detach().contiguous(), b.detach().contiguous(), float(scale)) for a, b, scale in loras]
+        self.out_features, self.in_features = weight.shape
+        self._threads = max(1, self.weight.nbytes // BYTES_PER_THREAD)
+        self._handle = None
+        if _native.core is not None and weight.is_cpu and weight.dtype == torch.bfloat16:
+            self._handle = _native.core.linear_prepare(
+                self.weight.data_ptr(),
+                0 if self.bias is None else self.bias.data_ptr(),
+                self.out_features,
+                self.in_features,
+                tuple((a.data_ptr(), b.data_ptr(), a.shape[0], scale) for a, b, scale in self.loras),
+            )
+
+    def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
+        """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("x requires grad: small_linear has no gradient, call it in torch.inference_mode()")
+        if self._handle is not None:
+            threads = min(self._threads, torch.get_num_threads())
+            y = _native.core.linear_run(self._handle, x, tuple(spans), threads)
+            if y is not None:
+                return y
+        if x.shape[-1:] != (self.in_features,) or x.dtype != self.weight.dtype or x.device != self.weight.device:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)}, {x.dtype} on {x.device}: expected [..., {self.in_features}], "
+                f"{self.weight.dtype} on {self.weight.device}, as the weight"
+            )
+        if self._handle is None:
+            return self._in_pytorch(x, spans)
+        flat = _native.plain(x).reshape(x.shape[:-1].numel(), self.in_features).contiguous()
+        return _native.core.linear_run(self._handle, flat, tuple(spans), threads).view(*x.shape[:-1], self.out_features)
+
+    def _in_pytorch(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
+        y = functional.linear(x, self.weight, self.bias)
+        rows = x.shape[:-1].numel()
+        flat_x, flat_y = x.reshape(rows, self.in_features), y.view(rows, self.out_features)
+        for first, last, index in spans:
+            if not (0 <= first <= last <= rows and 0 <= index < len(self.loras)):
+                raise ValueError(
+                    f"span ({first}, {last}, {index}): expected rows within 0..{rows}, one of {len(self.loras)} LoRAs"
+                )
+            a, b, scale = self.loras[index]
+            if x.is_cpu:  # small products are faster in float32 there
+                flat_y[first:last] += (scale * (flat_x[first:last].float() @ a.float().T @ b.float())).to(y.dtype)
+            else:
+                flat_y[first:last].addmm_(flat_x[first:last] @ a.T, b, alpha=scale)
+        return y
+
+
+def small_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    loras: Sequence[tuple[int, int, Tensor, Tensor, float]] = (),
+) -> Tensor:
+    """x [..., in], weight [out, in], bias [out] → [..., out]; for many calls, prepare a `SmallLinear`.
+
+    loras: (first row, last row, a [r, in], b [r, out], scale) each; rows first .. last - 1 of the flattened x get
+    scale · (x aᵀ) b. bfloat16 on a CPU with AVX2 runs in C++, everything else in PyTorch.
+
+    Raises:
+        ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
+    """
+    linear = SmallLinear(weight, bias, [Lora(*lora[2:]) for lora in loras])
+    return linear(x, [(first, last, i) for i, (first, last, *_) in enumerate(loras)])
+
+
+def _check(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> None:
+    if weight.ndim != 2 or not weight.dtype.is_floating_point:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}, {weight.dtype}: expected [out, in], floating point")
+    out_features, in_features = weight.shape
+    named: list[tuple[str, Tensor, tuple[int, ...]]] = [] if bias is None else [("bias", bias, (out_features,))]
+    for i, (a, b, _) in enumerate(loras):
+        rank = a.shape[0] if a.ndim else 0
+        named += [(f"loras[{i}].a", a, (rank, in_features)), (f"loras[{i}].b", b, (rank, out_features))]
+    for name, tensor, shape in named:
+        if tensor.shape != shape or tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}: "
+                f"expected {shape}, {weight.dtype} on {weight.device}, as the weight"
+            )

@@ -1,0 +1,232 @@
+"""small_linear: within its rounding of float64, and every row's bits independent of its company, threads and ISA."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genarm_fast.kernels import Lora, SmallLinear, _native, small_linear
+
+ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
+native = pytest.mark.skipif(not ISAS, reason="no C++ core, or no AVX2")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _native.core.use(request.param)
+    yield request.param
+    _native.core.use(ISAS[0])
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def normal(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def reference(x, weight, bias=None, loras=()):
+    """(exact result, Σ |terms| of it) in float64."""
+    flat = x.double().reshape(x.shape[:-1].numel(), x.shape[-1])
+    exact, magnitude = flat @ weight.double().T, flat.abs() @ weight.double().abs().T
+    for first, last, a, b, scale in loras:
+        exact[first:last] += scale * (flat[first:last] @ a.double().T @ b.double())
+        magnitude[first:last] += abs(scale) * (flat[first:last].abs() @ a.double().abs().T @ b.double().abs())
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    shape = (*x.shape[:-1], len(weight))
+    return exact.reshape(shape), magnitude.reshape(shape)
+
+
+def assert_exact(y, x, weight, bias=None, loras=()):
+    """One rounding to bfloat16, and float32 sums of in / 16 terms a lane and a few more."""
+    exact, magnitude = reference(x, weight, bias, loras)
+    ranks = sum(len(a) for _, _, a, _, _ in loras)
+    bound = exact.abs() * 2.0**-8 + magnitude * 2.0**-24 * (x.shape[-1] / 16 + 2 * ranks + 12)
+    assert y.shape == exact.shape
+    assert y.dtype == x.dtype
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@native
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (1000, 577), (16, 32), (192, 576), (17, 1536), (1000, 31), (5, 0)])
+def test_shapes(isa, shape):
+    weight, bias = normal(*shape, seed=1), normal(shape[0], seed=2)
+    for rows in [*range(10), 16, 33]:
+        x = normal(rows, shape[1], seed=3)
+        assert_exact(small_linear(x, weight), x, weight)
+        assert_exact(small_linear(x, weight, bias), x, weight, bias)
+
+
+@native
+def test_bound_catches_a_lost_product():
+    """Negative control: the last input of one output left out, or sums held in bfloat16, break the bound."""
+    x, weight = normal(4, 577), normal(64, 577, seed=1)
+    wrong = weight.clone()
+    wrong[5, -1] = 0
+    with pytest.raises(AssertionError):
+        assert_exact(small_linear(x, wrong), x, weight)
+    halves = small_linear(x[:, :288], weight[:, :288].contiguous()) + small_linear(x[:, 288:], weight[:, 288:])
+    with pytest.raises(AssertionError):
+        assert_exact(halves, x, weight)
+
+
+@native
+@pytest.mark.parametrize(("out", "width"), [(192, 576), (1000, 577), (48, 4096)])
+def test_rows_do_not_depend_on_their_company(isa, threads, out, width):
+    x, weight, bias = normal(400, width), normal(out, width, seed=1), normal(out, seed=2)
+    lora = Lora(normal(8, width, seed=3), normal(8, out, seed=4), 0.5)
+    linear = SmallLinear(weight, bias, [lora])
+    linear._threads = 8  # as many for these small weights
+    threads(1)
+    alone = torch.cat([linear(row[None], ((0, 1, 0),)) for row in x])
+    for n in (1, 2, 3):
+        threads(n)
+        for rows in [*range(1, 34), 400]:
+            assert torch.equal(linear(x[:rows], ((0, rows, 0),)), alone[:rows])
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # 2 bytes off any alignment
+    assert torch.equal(linear(shifted[5:40], ((0, 35, 0),)), alone[5:40])
+
+
+@native
+def test_pytorch_is_not_row_invariant():
+    """Negative control: the comparison above can fail, as in another order of the sums it does."""
+    x, weight = normal(33, 577), normal(1000, 577, seed=1)
+    half = torch.cat([x[:, 320:], x[:, :320]], 1), torch.cat([weight[:, 320:], weight[:, :320]], 1)
+    assert not torch.equal(small_linear(x, weight), small_linear(*half))
+
+
+@native
+@pytest.mark.parametrize("shape", [(192, 576), (1000, 577), (3, 17)])
+def test_instruction_sets_agree(shape):
+    x, weight, results = normal(13, shape[1]), normal(*shape, seed=1), []
+    lora = (2, 9, normal(5, shape[1], seed=2), normal(5, shape[0], seed=3), 2.0)
+    for isa in ISAS:
+        _native.core.use(isa)
+        results.append(small_linear(x, weight, loras=[lora]))
+    _native.core.use(ISAS[0])
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@native
+def test_loras(isa):
+    """Ranges with gaps, empty, of one row, overlapping; ranks around a vector's width."""
+    x, weight, bias = normal(3, 7, 100), normal(70, 100, seed=1), normal(70, seed=2)
+    ranges = [(0, 3, 1), (3, 3, 4), (5, 6, 16), (8, 21, 17), (15, 20, 33)]
+    loras = [
+        (first, last, normal(rank, 100, seed=rank), normal(rank, 70, seed=rank + 50), 0.7 - first / 10)
+        for first, last, rank in ranges
+    ]
+    assert_exact(small_linear(x, weight, bias, loras=loras), x, weight, bias, loras)
+    plain, added = small_linear(x, weight), small_linear(x, weight, loras=loras[2:3])
+    changed = (plain != added).any(-1).flatten().nonzero().flatten()
+    assert changed.tolist() == [5]
+
+
+@native
+def test_special_values(isa):
+    weight, x = normal(40, 64), normal(3, 64, seed=1)
+    x[1, 7], x[2, 9] = torch.nan, torch.inf
+    y = small_linear(x, weight)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+    assert torch.equal(y[2], torch.inf * weight[:, 9].sign())
+    big = torch.full((1, 2), 3e38, dtype=torch.bfloat16)
+    assert small_linear(big[:, :1], torch.tensor([[1.0]]).bfloat16()) == big[0, 0]  # largest finite ones survive
+    assert small_linear(big, torch.tensor([[1.0, 1.0]]).bfloat16()) == torch.inf
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_fuzz(data):
+    out, width, rank = (data.draw(st.integers(low, high)) for low, high in ((1, 100), (1, 200), (1, 20)))
+    batch = data.draw(st.lists(st.integers(0, 5), max_size=3))
+    seed = data.draw(st.integers(0, 2**20))
+    wide = normal(*batch, width + 3, seed=seed)
+    layout = data.draw(st.sampled_from(["contiguous", "strided", "transposed", "repeated"]))
+    x = wide[..., 1 : width + 1]
+    if layout == "contiguous":
+        x = x.contiguous()
+    elif layout == "transposed" and x.ndim > 1:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "repeated" and x.ndim > 1:
+        x = x[:1].expand_as(x)
+    weight = normal(out, width + 2, seed=seed + 1)[:, 1 : width + 1]
+    bias = normal(out, seed=seed + 2) if data.draw(st.booleans()) else None
+    rows, loras = x.shape[:-1].numel(), []
+    for i in range(data.draw(st.integers(0, 3))):
+        first = data.draw(st.integers(0, rows))
+        last = data.draw(st.integers(first, rows))
+        a, b = normal(rank, width, seed=seed + 3 + i), normal(rank, out, seed=seed + 9 + i)
+        loras.append((first, last, a, b, data.draw(st.sampled_from([0.0, 1.0, -2.5]))))
+    assert_exact(small_linear(x, weight, bias, loras=loras), x, weight, bias, loras)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pytorch_serves_other_dtypes(dtype, monkeypatch):
+    monkeypatch.setattr(_native, "core", None)
+    x, weight, bias = (normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(2, 3, 20), (30, 20), (30,)]))
+    lora = (1, 4, normal(4, 20, seed=5, dtype=dtype), normal(4, 30, seed=6, dtype=dtype), 0.5)
+    exact, _ = reference(x, weight, bias, [lora])
+    rounding = 3 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        small_linear(x, weight, bias, loras=[lora]).double(), exact, rtol=rounding, atol=8 * rounding
+    )
+    with pytest.raises(ValueError, match=r"span \(0, 7, 0\): expected rows within 0..6"):
+        small_linear(x, weight, loras=[(0, 7, *lora[2:])])
+
+
+@native
+def test_changes_in_place_count():
+    weight, x = normal(20, 32), normal(2, 32, seed=1)
+    linear = SmallLinear(weight)
+    weight.mul_(2)
+    assert torch.equal(linear(x), small_linear(x, weight))
+
+
+def test_errors():
+    x, weight = normal(2, 8), normal(4, 8, seed=1)
+    with pytest.raises(ValueError, match=r"weight of shape \(8,\)"):
+        small_linear(x, weight[0])
+    with pytest.raises(ValueError, match=r"x of shape \(2, 7\)"):
+        small_linear(x[:, :7], weight)
+    with pytest.raises(ValueError, match=r"x of shape .* torch.float32"):
+        small_linear(x.float(), weight)
+    with pytest.raises(ValueError, match=r"bias of shape \(8,\).*expected \(4,\)"):
+        small_linear(x, weight, weight[0])
+    with pytest.raises(ValueError, match=r"loras\[0\].b of shape \(3, 4\).*expected \(2, 4\)"):
+        small_linear(x, weight, loras=[(0, 1, normal(2, 8), normal(3, 4), 1.0)])
+    for first, last in ((-1, 1), (0, 3), (2, 1)):
+        with pytest.raises(ValueError, match=rf"span \({first}, {last}, 0\)"):
+            small_linear(x, weight, loras=[(first, last, normal(2, 8), normal(2, 4), 1.0)])
+    with pytest.raises(ValueError, match="no gradient"):
+        small_linear(x.clone().requires_grad_(), weight)
+    with torch.no_grad():
+        small_linear(x.clone().requires_grad_(), weight)
+
+
+@native
+def test_a_forked_process_has_its_own_threads():
+    code = """
+import os, torch
+from genarm_fast.kernels import SmallLinear
+torch.set_num_threads(2)
+linear, x = SmallLinear(torch.ones(2048, 1024).bfloat16()), torch.ones(1, 1024).bfloat16()
+linear(x)
+pid = os.fork()
+for _ in range(50):
+    assert (linear(x) == 1024).all()
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+    print("both")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60)
+    assert done.stdout.strip() == "both", done.stderr
