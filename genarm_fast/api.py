@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .engine import decode
+from .engine import Engine
 from .errors import GenerationError
 from .members import ARM, Member, common_vocabulary, end_of_sequence, load_members
 from .outputs import ArmRewards, GenerationOutput, ScoreOutput, Timing, Usage
@@ -116,11 +116,11 @@ class GenARM:
         """
         requests = self.prepare(prompts, sampling_params, **overrides)
         rows = [request.rows(self.tokenizer) for request in requests]
-        waiting = sorted((row for group in rows for row in group), key=lambda row: -len(row.request.token_ids[0]))
+        waiting = [row for group in rows for row in group]
         with progress_bar(len(waiting), progress) as advance:
-            for start in range(0, len(waiting), self.max_batch_size):
-                for finished in decode(self.members, waiting[start : start + self.max_batch_size], self.vocab_size):
-                    advance(len(finished))
+            if waiting:
+                for advanced in self.engine(waiting).run():
+                    advance(sum(row.ended for row in advanced))
         failed = [row for group in rows for row in group if row.error is not None]
         outputs = [None if any(row.error for row in group) else self.build_output(group) for group in rows]
         if failed:
@@ -136,7 +136,7 @@ class GenARM:
         if requests[0].params.n != 1:
             raise ValueError(f"n={requests[0].params.n}: expected 1 in a stream")
         (row,) = requests[0].rows(self.tokenizer)
-        return Stream(self, row, decode(self.members, [row], self.vocab_size, steered=True))
+        return Stream(self, row, self.engine([row], steered=True).run())
 
     def score(self, prompts: Any, responses: Any, *, append_eos: bool = True) -> list[ScoreOutput]:
         """Base log-probabilities and ARM rewards of given responses, token by token.
@@ -163,12 +163,11 @@ class GenARM:
         order = sorted(range(len(parsed)), key=lambda i: len(encoded[i][0]) + len(targets[i]))
         for start in range(0, len(order), self.max_batch_size):
             batch = order[start : start + self.max_batch_size]
-            for m, member in enumerate(self.members):
-                table = response_logprobs(
-                    member, [encoded[i][m] for i in batch], [targets[i] for i in batch], self.vocab_size
-                )
-                for i, line in zip(batch, table):
-                    logprobs[i].append(line)
+            lines = response_logprobs(
+                self.members, [encoded[i] for i in batch], [targets[i] for i in batch], self.vocab_size
+            )
+            for i, line in zip(batch, lines):
+                logprobs[i] = line
         return [
             ScoreOutput(
                 parsed[i],
@@ -209,6 +208,10 @@ class GenARM:
             stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
             requests.append(Request(index, prompt, ids, params, weights, stop_ids))
         return requests
+
+    def engine(self, rows: Sequence[Row], *, steered: bool = False) -> Engine:
+        """A run over these rows."""
+        return Engine(self.members, rows, self.vocab_size, slots=self.max_batch_size, steered=steered)
 
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:
         """One weight per ARM."""

@@ -1,4 +1,10 @@
-"""The decode loop: prefill a batch, then rounds of forward, sample, settle until every row is finished."""
+"""The decode loop: prompts are prefilled in chunks, and running rows advance in rounds.
+
+Between rounds every backbone has seen all but the last token of each running row. A round feeds that token and the
+drafts that follow it, draws the target of each of these positions, and settles targets up to the first one that was
+not foretold. Without drafts this is plain decoding. Drafts change how many rounds a text takes, never the text:
+drafter and target draw a position with the same noise (docs/design.md).
+"""
 
 from __future__ import annotations
 
@@ -8,78 +14,105 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .cache import Cache
+from .backbone import Backbone, in_one_forward, padded
 from .members import Member
 from .requests import Row
-from .sampling import sample
+from .sampling import Sampler
+from .slots import Seat, Slots
 
 
-@torch.inference_mode()
-def decode(
-    members: Sequence[Member], rows: Sequence[Row], vocab_size: int, *, steered: bool = False
-) -> Iterator[list[Row]]:
-    """Decode rows as one batch, yielding after each round those that are finished in it.
+class Engine:
+    """One run over some rows. Rows are changed in place; one that fails gets its `error` set and ends alone.
 
-    Rows are changed in place; one that fails gets its `error` set and ends alone. ARMs that no row weighs or reports
-    are left out, unless `steered`: then the caller may change `row.weights` between rounds.
+    ARMs that no row weighs or reports are left out, unless `steered`: then weights may change between rounds.
     """
-    arms = [
-        i
-        for i in range(len(members) - 1)
-        if steered or any(row.weights[i] != 0 or row.request.params.rewards for row in rows)
-    ]
-    running = [members[0], *(members[i + 1] for i in arms)]
-    names = [member.name for member in running]
-    device = members[0].device
-    rows = list(rows)
-    arrived = time.perf_counter()
 
-    groups = in_one_forward(running)
-    caches = [Cache(*(running[i] for i in group)) for group in groups]
-    prompts = [tuple(map(tuple, row.request.token_ids)) for row in rows]  # per row, per member
-    distinct = list(dict.fromkeys(prompts))  # rows of one prompt share its prefill
-    shared = [distinct.index(prompt) for prompt in prompts]
-    own = [[prompt[i] for prompt in distinct] for i in (0, *(i + 1 for i in arms))]
-    prefills = [cache.prefill([own[i] for i in group]) for group, cache in zip(groups, caches)]
-    logits = [each[shared] for each in in_order(groups, prefills)]
-    if len(rows) > len(distinct):
-        for cache in caches:
-            cache.select(shared)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    prefilled = time.perf_counter()
-    for row in rows:
-        row.arrived, row.prefilled = arrived, prefilled
+    def __init__(
+        self, members: Sequence[Member], rows: Sequence[Row], vocab_size: int, *, slots: int, steered: bool = False
+    ) -> None:
+        arms = [
+            i
+            for i in range(len(members) - 1)
+            if steered or any(row.weights[i] != 0 or row.request.params.rewards for row in rows)
+        ]
+        indices = [0, *(i + 1 for i in arms)]
+        running = [members[i] for i in indices]
+        slots = min(slots, len(rows))
+        capacity = max(
+            len(row.request.token_ids[i]) + row.request.params.max_new_tokens for row in rows for i in indices
+        )
+        self.slots = Slots(slots, rows, indices)
+        self.groups = in_one_forward(running)  # of positions in `indices`
+        self.backbones = [Backbone([running[i] for i in group], slots, capacity) for group in self.groups]
+        self.sampler = Sampler(running, arms, vocab_size)
 
-    while True:
-        draws = sample(rows, [each[:, :vocab_size].to(device) for each in logits], arms, names)
-        for row, draw in zip(rows, draws):
-            if row.error is None:
-                row.settle(draw)
-        kept = [i for i, row in enumerate(rows) if row.error is None and row.finish_reason is None]
+    @torch.inference_mode()
+    def run(self) -> Iterator[list[Row]]:
+        """Decode all rows, yielding after each round those that it advanced."""
+        while self.slots:
+            self.slots.admit()
+            self.prefill()
+            if self.slots.running:
+                yield self.round(self.slots.running)
+
+    def prefill(self) -> None:
+        """One chunk; then seats whose prompts are complete join the running ones."""
+        seats, width = self.slots.chunk()
+        if seats:
+            start = seats[0].done
+            for group, backbone in zip(self.groups, self.backbones):
+                tokens = [[padded(seat.prompts[i][start : start + width], width) for seat in seats] for i in group]
+                positions = torch.arange(start, start + width).expand(len(group), len(seats), width)
+                backbone.prefill(torch.tensor(tokens), positions, [seat.slot for seat in seats], start + width)
+            for seat in seats:
+                seat.done = min(start + width, seat.needed)
+        for donor, seat in self.slots.copies():
+            for backbone in self.backbones:
+                backbone.copy(donor.slot, seat.slot, seat.common)
+        if self.backbones[0].device.type == "cuda":
+            torch.cuda.synchronize()
+        self.slots.start()
+
+    def round(self, seats: Sequence[Seat]) -> list[Row]:
+        """Settle at least one token of every seat."""
+        rows = [seat.row for seat in seats]
+        drafts: list[list[int]] = [[] for _ in rows]
+        logits: list[Tensor] = [torch.empty(0)] * sum(map(len, self.groups))
+        for g, group in enumerate(self.groups):
+            for i, each in zip(group, self.feed(g, seats, drafts)):
+                logits[i] = each
+        draws = self.sampler.draw(rows, logits, drafts)
+        for row, settled in zip(rows, draws):
+            for draw in settled:
+                if row.finish_reason is None:
+                    row.settle(draw)
         now = time.perf_counter()
         for row in rows:
             row.finished = now
-        yield [row for row in rows if row.error is not None or row.finish_reason is not None]
-        if not kept:
-            return
-        if len(kept) < len(rows):
-            rows = [rows[i] for i in kept]
-            for cache in caches:
-                cache.select(kept)
-        tokens = torch.tensor([row.tokens[-1] for row in rows])
-        logits = in_order(groups, [cache.decode(tokens) for cache in caches])
+        ended = [seat for seat in seats if seat.row.ended]
+        for seat in ended:
+            if seat.row.error is not None:
+                for backbone in self.backbones:
+                    backbone.clear(seat.slot)
+        self.slots.leave(ended)
+        return rows
 
-
-def in_one_forward(members: Sequence[Member]) -> list[list[int]]:
-    """Indices of the members, those that share a forward together."""
-    groups: dict[int, list[int]] = {}
-    for i, member in enumerate(members):
-        groups.setdefault(id(member.shared), []).append(i)
-    return list(groups.values())
-
-
-def in_order(groups: Sequence[Sequence[int]], results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Each member's result, from those of each group."""
-    by_member = {i: result for group, each in zip(groups, results) for i, result in zip(group, each)}
-    return [by_member[i] for i in range(len(by_member))]
+    def feed(self, g: int, seats: Sequence[Seat], drafts: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """Each seat's last token and its drafts through backbone g → each lane's logits [R, 1 + most drafts, V]."""
+        width = 1 + max(map(len, drafts))
+        tokens, starts = [], []
+        for i in self.groups[g]:
+            member = self.slots.members[i]
+            for seat, draft in zip(seats, drafts):
+                row = seat.row
+                last = row.tokens[-1] if row.tokens else row.request.token_ids[member][-1]
+                tokens.append(padded([last, *draft], width))
+                starts.append(len(seat.prompts[i]) + len(row.tokens))
+        shape = (len(self.groups[g]), len(seats))
+        positions = torch.tensor(starts)[:, None] + torch.arange(width)
+        return self.backbones[g].forward(
+            torch.tensor(tokens).view(*shape, width),
+            positions.view(*shape, width),
+            [seat.slot for seat in seats],
+            max(starts) + width,
+        )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backbones import share_weights
+from .loading import share_weights
 
 _running: ContextVar[tuple[Sequence[int], int]] = ContextVar("running lanes, rows of each")  # threads have their own
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .backbones import Backbones, Source, find_file, read_json
+from .attention import use_ragged
 from .lanes import share_forwards
+from .loading import Backbones, Source, find_file, read_json, share_weights
 from .params import check_weights
 
 TOKENIZER_FILES = (
@@ -74,6 +76,11 @@ class Member:
         unsupported = set(getattr(text, "layer_types", None) or ()) - CACHED_LAYERS
         if config.is_encoder_decoder or getattr(self.model, "_is_stateful", False) or unsupported:
             what = ", ".join(sorted(unsupported)) or "recurrent or encoder-decoder"
+        elif not getattr(self.model, "_supports_attention_backend", False) or not takes_positions(self.model):
+            what = "with attention code of their own"
+        else:
+            what = ""
+        if what:
             raise ValueError(
                 f"{self.name}: {config.model_type} models ({what}) are not supported: expected plain attention"
             )
@@ -85,8 +92,11 @@ class Member:
         self.context: int | None = getattr(text, "max_position_embeddings", None)
         self.shared = self.model  # runs it together with the other members that have the same one: see lanes.py
         self.lane = 0
-        accepted = inspect.signature(type(self.model).forward).parameters
-        self.accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
+
+    @cached_property
+    def runner(self) -> Any:
+        """A copy of the module tree, over the same weights, that runs it alone over our cache."""
+        return use_ragged(share_weights(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -146,8 +156,14 @@ def load_members(
             )
         )
     for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
-        member.lane, member.shared = lane, shared
+        member.lane = lane
+        if shared is not member.model:
+            member.shared = use_ragged(shared)
     return members
+
+
+def takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def as_arms(arms: Any) -> list[ARM]:

@@ -84,6 +84,10 @@ class Row:
     def wants_logprobs(self) -> bool:
         return self.request.params.logprobs is not None or self.request.params.rewards
 
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or self.finish_reason is not None
+
     def settle(self, draw: Draw) -> None:
         """Append a token and find out whether it ends the text."""
         params = self.request.params

@@ -1,42 +1,166 @@
-"""One token for every row: the kernel for plain rows, adjusted scores for rows with penalties, bias or processors."""
+"""The targets of a round: the kernel for plain rows, adjusted scores for rows with penalties, bias or processors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels import GuidedSample, guided_sample, seed_tensor
 from .kernels.guided_sample import ALL_MASKED, combine, member_logprob
+from .members import Member
 from .requests import Draw, Row
 
 
-def sample(rows: Sequence[Row], logits: Sequence[Tensor], arms: Sequence[int], names: Sequence[str]) -> list[Draw]:
-    """Draw a token for every row.
+class RowTensors(NamedTuple):
+    """What `guided_sample` takes for some rows, [R]; weights [R, m] of the ARMs that run."""
 
-    logits: one [R, V] per member that ran, cut to the common vocabulary: the base, then the ARMs with indices `arms`.
-    names: of those members. A row that cannot be sampled gets its `error` set, and token 0.
-    """
-    draws: list[Draw] = [Draw(0)] * len(rows)
-    plain = [i for i, row in enumerate(rows) if not adjusts(row)]
-    adjusted = [i for i, row in enumerate(rows) if adjusts(row)]
-    for group in (plain, adjusted):
-        if not group:
-            continue
+    weights: Tensor
+    parameters: dict[str, Tensor]
+    logprobs: bool
+    top_logprobs: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], arms: Sequence[int], vocab_size: int, device: torch.device) -> RowTensors:
+        params = [row.request.params for row in rows]
+        return cls(
+            torch.tensor([[row.weights[arm] for arm in arms] for row in rows], dtype=torch.float32, device=device),
+            {
+                "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+                "top_k": torch.tensor([min(p.top_k, vocab_size) for p in params], device=device),
+                "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+                "min_p": torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+                "seeds": seed_tensor([row.seed for row in rows], device),
+            },
+            any(row.wants_logprobs for row in rows),
+            min(max(p.logprobs or 0 for p in params), vocab_size),
+        )
+
+
+class Sampler:
+    """Draws for members that run: the base, then the ARMs with indices `arms`."""
+
+    def __init__(self, members: Sequence[Member], arms: Sequence[int], vocab_size: int) -> None:
+        self.names = [member.name for member in members]
+        self.device = members[0].device
+        self.arms, self.vocab_size = arms, vocab_size
+        self._tensors: dict[Any, RowTensors] = {}
+
+    def tensors(self, rows: Sequence[Row]) -> RowTensors:
+        """Made anew only when the rows or their weights change."""
+        key = tuple((id(row), row.weights) for row in rows)
+        if key not in self._tensors:
+            if len(self._tensors) >= 8:
+                self._tensors.clear()
+            self._tensors[key] = RowTensors.of(rows, self.arms, self.vocab_size, self.device)
+        return self._tensors[key]
+
+    def draw(
+        self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Sequence[Sequence[int]], offset: int = 0
+    ) -> list[list[Draw]]:
+        """The targets of every row, up to the first that differs from its draft.
+
+        logits: one [R, q, V] per member; position j follows the j first of the row's drafts, `offset` tokens after
+        those that are settled. A row that cannot be sampled gets its `error` set.
+        """
+        logits = [each[..., : self.vocab_size].to(self.device) for each in logits]
+        draws: list[list[Draw]] = [[] for _ in rows]
+        plain = [i for i, row in enumerate(rows) if not adjusts(row)]
+        if plain:
+            chosen, members, guesses = self._subset(plain, rows, logits, drafts)
+            result = self._sample(chosen, members[0], members[1:], offset)
+            for i, settled in zip(plain, self._read(chosen, result, guesses)):
+                draws[i] = settled
+        adjusted = [i for i, row in enumerate(rows) if adjusts(row)]
+        for step in range(logits[0].shape[1]):  # one by one, so that processors only see what is settled
+            if not adjusted:
+                break
+            chosen, members, guesses = self._subset(adjusted, rows, logits, drafts)
+            members = [each[:, step] for each in members]
+            result = self._sample_adjusted(chosen, members, [list(guess[:step]) for guess in guesses], offset + step)
+            for i, settled in zip(adjusted, self._read(chosen, result, [()] * len(chosen))):
+                draws[i] += settled
+            adjusted = [
+                i
+                for i in adjusted
+                if rows[i].error is None and step < len(drafts[i]) and draws[i][-1].token == drafts[i][step]
+            ]
+        return draws
+
+    def _subset(
+        self, index: list[int], rows: Sequence[Row], logits: Sequence[Tensor], drafts: Sequence[Sequence[int]]
+    ) -> tuple[list[Row], list[Tensor], list[Sequence[int]]]:
         members = list(logits)
-        if len(group) < len(rows):
-            index = torch.tensor(group, device=logits[0].device)
-            members = [member[index] for member in logits]
-        chosen = [rows[i] for i in group]
-        weights = torch.tensor([[row.weights[arm] for arm in arms] for row in chosen], dtype=torch.float32)
-        if group is plain:
-            result = _draw(chosen, members[0], members[1:], weights)
-        else:
-            result = _draw_adjusted(chosen, members, weights.to(members[0].device))
-        for i, draw in zip(group, _read(chosen, result, names)):
-            draws[i] = draw
-    return draws
+        if len(index) < len(rows):
+            where = torch.tensor(index, device=self.device)
+            members = [member[where] for member in members]
+        return [rows[i] for i in index], members, [drafts[i] for i in index]
+
+    def _sample(self, rows: Sequence[Row], base: Tensor, arms: Sequence[Tensor], offset: int) -> GuidedSample:
+        """Members [R, q, V]; without ARMs the base has combined scores already."""
+        tensors = self.tensors(rows)
+        positions = torch.tensor([[len(row.tokens) + offset] for row in rows]) + torch.arange(base.shape[1])
+        return guided_sample(
+            base,
+            tuple(arms),
+            tensors.weights[:, : len(arms)],
+            positions=positions.to(self.device),
+            return_logprobs=tensors.logprobs,
+            top_logprobs=tensors.top_logprobs,
+            **tensors.parameters,
+        )
+
+    def _sample_adjusted(
+        self, rows: Sequence[Row], members: Sequence[Tensor], drafted: Sequence[Sequence[int]], offset: int
+    ) -> GuidedSample:
+        """Rows whose normalised combined log-probabilities are changed before the temperature. Members: [R, V]."""
+        combined, status = combine(members[0], members[1:], self.tensors(rows).weights)
+        scores = combined.log_softmax(-1)
+        for i, row in enumerate(rows):
+            if status[i] == 0:
+                try:
+                    scores[i] = adjust(row, [*row.tokens, *drafted[i]], scores[i])
+                except Exception as error:  # a caller's processor: this request fails, the others go on
+                    row.error = error
+        result = self._sample(rows, scores[:, None], (), offset)
+        failed = status[:, None]
+        result = result._replace(status=torch.where(failed != 0, failed, result.status & ALL_MASKED))
+        if result.logprobs is not None:
+            logprobs = torch.stack([member_logprob(member, result.tokens[:, 0]) for member in members])
+            result = result._replace(member_logprobs=logprobs[..., None])
+        return result
+
+    def _read(self, rows: Sequence[Row], result: GuidedSample, drafts: Sequence[Sequence[int]]) -> list[list[Draw]]:
+        """Results [R, q] up to the first that was not drafted, as Python values; sets errors."""
+        lines: list[list[Draw]] = []
+        tokens, status = result.tokens.tolist(), result.status.tolist()
+        for r, (row, draft) in enumerate(zip(rows, drafts)):
+            count = 0
+            while row.error is None and count < len(tokens[r]):
+                if status[r][count]:
+                    row.error = self._failure(status[r][count], len(row.tokens) + count)
+                    break
+                count += 1
+                if count > len(draft) or tokens[r][count - 1] != draft[count - 1]:
+                    break
+            lines.append([Draw(token) for token in tokens[r][:count]])
+            if row.wants_logprobs and result.logprobs is not None and result.member_logprobs is not None:
+                members = result.member_logprobs[:, r, :count].T.tolist()
+                for draw, logprob, member in zip(lines[r], result.logprobs[r].tolist(), members):
+                    draw.logprob, draw.member_logprobs = logprob, member
+            if row.request.params.logprobs and result.top_tokens is not None and result.top_logprobs is not None:
+                top = row.request.params.logprobs
+                best = zip(result.top_tokens[r, :count, :top].tolist(), result.top_logprobs[r, :count, :top].tolist())
+                for draw, (ids, logprobs) in zip(lines[r], best):
+                    draw.top = dict(zip(ids, logprobs))
+        return lines
+
+    def _failure(self, status: int, position: int) -> ValueError:
+        bad = [name for i, name in enumerate(self.names) if status >> (i + 1) & 1]
+        what = f"NaN or +inf logits from {', '.join(bad)}" if bad else "every token is masked"
+        return ValueError(f"{what} at token {position} of the response")
 
 
 def adjusts(row: Row) -> bool:
@@ -50,53 +174,17 @@ def adjusts(row: Row) -> bool:
     )
 
 
-def _draw(rows: Sequence[Row], base: Tensor, arms: Sequence[Tensor], weights: Tensor) -> GuidedSample:
-    params = [row.request.params for row in rows]
-    device = base.device
-    return guided_sample(
-        base,
-        tuple(arms),
-        weights.to(device),
-        temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        top_k=torch.tensor([min(p.top_k, base.shape[-1]) for p in params], device=device),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        seeds=seed_tensor([row.seed for row in rows], device),
-        positions=torch.tensor([len(row.tokens) for row in rows], device=device),
-        return_logprobs=any(row.wants_logprobs for row in rows),
-        top_logprobs=min(max(p.logprobs or 0 for p in params), base.shape[-1]),
-    )
-
-
-def _draw_adjusted(rows: Sequence[Row], members: Sequence[Tensor], weights: Tensor) -> GuidedSample:
-    """Rows whose normalised combined log-probabilities are changed before the temperature."""
-    combined, status = combine(members[0], members[1:], weights)
-    scores = combined.log_softmax(-1)
-    for i, row in enumerate(rows):
-        if status[i] == 0:
-            try:
-                scores[i] = adjust(row, scores[i])
-            except Exception as error:  # a caller's processor: this request fails, the others go on
-                row.error = error
-    result = _draw(rows, scores, (), weights[:, :0])
-    result = result._replace(status=torch.where(status != 0, status, result.status & ALL_MASKED))
-    if result.logprobs is not None:
-        logprobs = torch.stack([member_logprob(member, result.tokens) for member in members])
-        result = result._replace(member_logprobs=logprobs)
-    return result
-
-
-def adjust(row: Row, scores: Tensor) -> Tensor:
-    """Repetition penalty, logit bias, minimum length, processors, on log-probabilities float32 [V]."""
+def adjust(row: Row, tokens: Sequence[int], scores: Tensor) -> Tensor:
+    """Repetition penalty, logit bias, minimum length, processors, on log-probabilities float32 [V] after `tokens`."""
     params, vocab_size, device = row.request.params, scores.shape[-1], scores.device
-    seen = torch.tensor([*row.request.token_ids[0], *row.tokens], device=device)
+    seen = torch.tensor([*row.request.token_ids[0], *tokens], device=device)
     if params.repetition_penalty != 1.0:
         known = seen[seen < vocab_size].unique()
         scores[known] *= params.repetition_penalty  # log-probabilities are never positive
     if params.logit_bias:
         index = torch.tensor(list(params.logit_bias), device=device)
         scores[index] += torch.tensor(list(params.logit_bias.values()), dtype=scores.dtype, device=device)
-    if len(row.tokens) < params.min_new_tokens:
+    if len(tokens) < params.min_new_tokens:
         scores[[token for token in row.request.stop_ids if token < vocab_size]] = -torch.inf
     for processor in params.logits_processors:
         changed = processor(seen[None], scores[None])
@@ -109,23 +197,3 @@ def adjust(row: Row, scores: Tensor) -> Tensor:
         if bool((scores.isnan() | (scores == torch.inf)).any()):
             raise ValueError(f"logits_processors: {processor!r} returned NaN or +inf, expected finite scores or -inf")
     return scores
-
-
-def _read(rows: Sequence[Row], result: GuidedSample, names: Sequence[str]) -> list[Draw]:
-    """Results as Python values, and errors of rows that could not be sampled."""
-    draws = [Draw(token) for token in result.tokens.tolist()]
-    if any(row.wants_logprobs for row in rows):
-        assert result.logprobs is not None
-        assert result.member_logprobs is not None
-        for draw, logprob, members in zip(draws, result.logprobs.tolist(), result.member_logprobs.T.tolist()):
-            draw.logprob, draw.member_logprobs = logprob, members
-    if result.top_tokens is not None and result.top_logprobs is not None:
-        for row, draw, top, logprobs in zip(rows, draws, result.top_tokens.tolist(), result.top_logprobs.tolist()):
-            count = row.request.params.logprobs or 0
-            draw.top = dict(zip(top[:count], logprobs[:count]))
-    for row, status in zip(rows, result.status.tolist()):
-        if status and row.error is None:
-            bad = [name for i, name in enumerate(names) if status >> (i + 1) & 1]
-            what = f"NaN or +inf logits from {', '.join(bad)}" if bad else "every token is masked"
-            row.error = ValueError(f"{what} at token {len(row.tokens)} of the response")
-    return draws

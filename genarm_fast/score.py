@@ -1,4 +1,4 @@
-"""Teacher-forced scoring: what every member thinks of a given response, token by token."""
+"""Teacher-forced scoring: what every member thinks of given responses, token by token."""
 
 from __future__ import annotations
 
@@ -7,36 +7,63 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cache import Cache, pad_left
+from .backbone import Backbone, in_one_forward, padded
 from .members import Member
+from .slots import CHUNK_TOKENS
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
 
 
 @torch.inference_mode()
 def response_logprobs(
-    member: Member, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], vocab_size: int
-) -> list[list[float]]:
-    """log π(token | prompt, earlier tokens) over the first `vocab_size` tokens, for every token of every response.
+    members: Sequence[Member],
+    prompts: Sequence[Sequence[list[int]]],
+    responses: Sequence[list[int]],
+    vocab_size: int,
+) -> list[list[list[float]]]:
+    """log π(token | prompt, earlier tokens) over the first `vocab_size` tokens, [response][member][token].
 
-    Prompts and responses are not empty. Goes through the responses in pieces, so [R, T, V] never exists.
+    prompts: [response][member], not empty, like the responses. [R, T, V] never exists.
     """
-    cache = Cache(member)
+    lines: list[list[list[float]]] = [[[] for _ in members] for _ in responses]
+    for group in in_one_forward(members):
+        own = [[prompt[i] for prompt in prompts] for i in group]
+        for lane, table in zip(group, _lanes([members[i] for i in group], own, responses, vocab_size)):
+            for line, response, logprobs in zip(lines, responses, table.tolist()):
+                line[lane] = logprobs[: len(response)]
+    return lines
+
+
+def _lanes(
+    members: Sequence[Member],
+    prompts: Sequence[Sequence[list[int]]],
+    responses: Sequence[list[int]],
+    vocab_size: int,
+) -> Tensor:
+    """[L, R, longest response] of the L members of one forward; beyond a response's end, anything."""
     longest = max(map(len, responses))
-    tokens, mask = pad_left([[*prompt, *response] for prompt, response in zip(prompts, responses)], cache.device)
-    targets = tokens[:, -longest:]
-    start = tokens.shape[1] - longest  # predicts the first of `targets`
-    limit = CHUNK_ELEMENTS.get(cache.device.type, CHUNK_ELEMENTS["cuda"])
-    step = max(1, limit // (len(prompts) * member.vocab_size))
-    logprobs: list[Tensor] = []
-    done = 0
-    while done < longest:
-        size = min(step, longest - done)
-        first = 0 if done == 0 else start + done - 1
-        piece = slice(first, start + done + size - 1)
-        logits = cache.forward(tokens[:, piece], mask[:, piece], keep=size)[..., :vocab_size].float()
-        labels = targets[:, done : done + size].to(logits.device)[..., None]
-        logprobs.append((logits.gather(-1, labels)[..., 0] - logits.logsumexp(-1)).cpu())
-        done += size
-    table = torch.cat(logprobs, dim=1).tolist()
-    return [line[longest - len(response) :] for line, response in zip(table, responses)]
+    lengths = torch.tensor([[len(prompt) for prompt in lane] for lane in prompts])
+    rows = range(len(responses))
+    backbone = Backbone(members, len(rows), int(lengths.max()) + longest)
+    step = max(1, CHUNK_TOKENS // len(rows))
+    for start in range(0, int(lengths.max()) - 1, step):
+        width = min(step, int(lengths.max()) - 1 - start)
+        tokens = [[padded(prompt[:-1][start : start + width], width) for prompt in lane] for lane in prompts]
+        positions = torch.arange(start, start + width).expand(*lengths.shape, width)
+        backbone.prefill(torch.tensor(tokens), positions, rows, start + width)
+
+    targets = torch.tensor([padded(response, longest) for response in responses])
+    inputs = torch.tensor(
+        [[[prompt[-1], *padded(response[:-1], longest - 1)] for prompt, response in zip(lane, responses)] for lane in prompts]
+    )
+    limit = CHUNK_ELEMENTS.get(backbone.device.type, CHUNK_ELEMENTS["cuda"])
+    step = max(1, limit // (lengths.numel() * members[0].vocab_size))
+    pieces = []
+    for start in range(0, longest, step):
+        piece = inputs[..., start : start + step]
+        positions = lengths[..., None] - 1 + start + torch.arange(piece.shape[-1])
+        logits = torch.stack(backbone.forward(piece, positions, rows, int(positions.max()) + 1))
+        logits = logits[..., :vocab_size].float()
+        labels = targets[:, start : start + step].to(logits.device).expand(len(members), -1, -1)[..., None]
+        pieces.append((logits.gather(-1, labels)[..., 0] - logits.logsumexp(-1)).cpu())
+    return torch.cat(pieces, dim=-1)

@@ -10,7 +10,7 @@ import torch
 from tiny_models import FAMILIES, build_model
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
-from genarm_fast.cache import Cache
+from genarm_fast.backbone import Backbone
 from genarm_fast.outputs import Completion, GenerationOutput
 
 
@@ -127,16 +127,27 @@ def test_completions_of_one_prompt(tiny_model, tokenizer):
         assert model.generate([9, 8, 7], max_new_tokens=8, seed=completion.seed)[0].token_ids == completion.token_ids
 
 
-def test_requests_with_one_prompt_share_its_prefill(tiny_model, tokenizer, monkeypatch):
-    model = GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1)], tokenizer=tokenizer)
-    prompts = [[5, 6, 7], [8, 9], [5, 6, 7]]
-    params = [SamplingParams(seed=i, weights=float(i), max_new_tokens=6) for i in range(3)]
+@pytest.fixture
+def prefilled(monkeypatch):
+    """Tokens of every prefill, padding included, rows times width."""
+    seen = []
+    prefill = Backbone.prefill
+    monkeypatch.setattr(
+        Backbone, "prefill", lambda self, tokens, *rest: seen.append(tokens.numel()) or prefill(self, tokens, *rest)
+    )
+    return seen
+
+
+def test_common_beginnings_are_prefilled_once(tiny_model, tokenizer, prefilled):
+    """Of prompts decoded together, and of later ones in slots that were used."""
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=2)
+    system = list(range(10, 40))
+    prompts = [[*system, 5, 6, 7], [*system, 8], [*system, 9, 9, 9, 9, 9], [*system, 5, 6, 7], [7, 8, 9]]
+    params = [SamplingParams(seed=i, weights=i - 0.5, max_new_tokens=4 + i) for i in range(5)]
     alone = [model.generate(prompt, each)[0].token_ids for prompt, each in zip(prompts, params)]
-    prefilled = []
-    prefill = Cache.prefill
-    monkeypatch.setattr(Cache, "prefill", lambda self, rows: prefilled.extend(map(len, rows)) or prefill(self, rows))
+    prefilled.clear()
     assert [output.token_ids for output in model.generate(prompts, params)] == alone
-    assert prefilled == [2, 2]  # base, ARM
+    assert sum(prefilled) == 2 * (32 + 0 + 4 + 2 + 2)  # members; what follows the beginning that a slot holds
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])

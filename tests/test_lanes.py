@@ -12,6 +12,7 @@ from test_engine import assert_equals_reference, random_params, random_prompts
 from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
+from genarm_fast.backbone import Backbone
 from genarm_fast.lanes import LaneLinear, running, share_forwards
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -123,7 +124,7 @@ def test_only_weighted_lanes_run(folders, merged, monkeypatch):
     rows = lane_rows(model, monkeypatch)
     params = [SamplingParams(seed=i, max_new_tokens=3 + 3 * i, ignore_eos=True, weights=[0, -0.8]) for i in range(2)]
     outputs = model.generate([[5, 6, 7], [8, 9]], params)
-    assert rows == [4, 4, 4, 2, 2, 2]  # prefill, then decode steps
+    assert rows == [4, 4, 4, 2, 2, 2]
     for output, each in zip(outputs, params):
         assert_equals_merged(
             model,
@@ -140,9 +141,14 @@ def test_only_weighted_lanes_run(folders, merged, monkeypatch):
 
 def test_prefill_is_shared_by_completions(folders, merged, monkeypatch):
     model = GenARM.from_pretrained(folders / "base", folders / "few")
+    sizes, prefill = [], Backbone.prefill
+    monkeypatch.setattr(
+        Backbone, "prefill", lambda self, tokens, *rest: sizes.append(tuple(tokens.shape)) or prefill(self, tokens, *rest)
+    )
     rows = lane_rows(model, monkeypatch)
-    model.generate([5, 6, 7], n=3, max_new_tokens=2, ignore_eos=True)
-    assert rows == [2, 6]
+    model.generate(list(range(5, 15)), n=3, max_new_tokens=2, ignore_eos=True)
+    assert sizes == [(2, 1, 9)]
+    assert rows == [6, 6]
 
 
 def test_stream_changes_weights(folders, merged):

@@ -10,7 +10,7 @@ import torch
 from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM
-from genarm_fast.backbones import share_weights
+from genarm_fast.loading import share_weights
 
 PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": True}
 
@@ -166,9 +166,9 @@ def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
             return str(tmp_path / name)
         raise LocalEntryNotFoundError("offline") if name == "tokenizer.json" else EntryNotFoundError("missing")
 
-    monkeypatch.setattr("genarm_fast.backbones.hf_hub_download", download)
+    monkeypatch.setattr("genarm_fast.loading.hf_hub_download", download)
     monkeypatch.setattr(
-        "genarm_fast.backbones.AutoModelForCausalLM.from_pretrained", lambda source, **_: build_model("llama", 1)
+        "genarm_fast.loading.AutoModelForCausalLM.from_pretrained", lambda source, **_: build_model("llama", 1)
     )
     model = GenARM.from_pretrained(folders / "base", "someone/arm", tokenizer=tokenizer)
     assert model.arm_names == ["arm"]
@@ -180,8 +180,8 @@ def test_unknown_hub_id(monkeypatch):
     def fail(source, **_):
         raise OSError("no such repository")
 
-    monkeypatch.setattr("genarm_fast.backbones.find_file", lambda source, name: None)
-    monkeypatch.setattr("genarm_fast.backbones.AutoModelForCausalLM.from_pretrained", fail)
+    monkeypatch.setattr("genarm_fast.loading.find_file", lambda source, name: None)
+    monkeypatch.setattr("genarm_fast.loading.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(OSError, match="base='no/where': expected a folder or a hub id that can be loaded"):
         GenARM.from_pretrained("no/where")
 
