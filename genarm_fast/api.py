@@ -19,6 +19,7 @@ from .progress import progress_bar
 from .prompts import Prompt, as_prompts, check_context, encode_prompt, encode_response
 from .requests import Request, Row
 from .score import response_logprobs
+from .speculation import Speculation, as_speculation
 from .stream import Stream
 
 Source = str | os.PathLike[str] | nn.Module
@@ -31,13 +32,16 @@ class GenARM:
     is ever drawn), eos_token_ids, max_batch_size.
     """
 
-    def __init__(self, members: Sequence[Member], *, max_batch_size: int = 16) -> None:
+    def __init__(
+        self, members: Sequence[Member], *, max_batch_size: int = 16, speculation: str | Speculation = "auto"
+    ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size}: expected an integer >= 1")
         self.members = list(members)
         self.base, self.arms = self.members[0], self.members[1:]
         self.tokenizer = self.base.tokenizer
         self.max_batch_size = max_batch_size
+        self.speculation = as_speculation(speculation)
         self.vocab_size = common_vocabulary(self.members)
         self.eos_token_ids = end_of_sequence(self.base, self.vocab_size)
 
@@ -56,6 +60,7 @@ class GenARM:
         quantization_config: Any = None,
         attn_implementation: str | None = None,
         max_batch_size: int = 16,
+        speculation: str | Speculation = "auto",
         **model_kwargs: Any,
     ) -> GenARM:
         """Load the members. Adapters of a model that is loaded already share its weights.
@@ -86,7 +91,7 @@ class GenARM:
             attn_implementation=attn_implementation,
             **model_kwargs,
         )
-        return cls(members, max_batch_size=max_batch_size)
+        return cls(members, max_batch_size=max_batch_size, speculation=speculation)
 
     @property
     def arm_names(self) -> list[str]:
@@ -98,6 +103,7 @@ class GenARM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = False,
+        speculation: str | Speculation | None = None,
         **overrides: Any,
     ) -> list[GenerationOutput]:
         """Guided completions, one output per prompt in order.
@@ -119,7 +125,7 @@ class GenARM:
         waiting = [row for group in rows for row in group]
         with progress_bar(len(waiting), progress) as advance:
             if waiting:
-                for advanced in self.engine(waiting).run():
+                for advanced in self.engine(waiting, speculation).run():
                     advance(sum(row.ended for row in advanced))
         failed = [row for group in rows for row in group if row.error is not None]
         outputs = [None if any(row.error for row in group) else self.build_output(group) for group in rows]
@@ -209,9 +215,18 @@ class GenARM:
             requests.append(Request(index, prompt, ids, params, weights, stop_ids))
         return requests
 
-    def engine(self, rows: Sequence[Row], *, steered: bool = False) -> Engine:
+    def engine(
+        self, rows: Sequence[Row], speculation: str | Speculation | None = None, *, steered: bool = False
+    ) -> Engine:
         """A run over these rows."""
-        return Engine(self.members, rows, self.vocab_size, slots=self.max_batch_size, steered=steered)
+        return Engine(
+            self.members,
+            rows,
+            self.vocab_size,
+            slots=self.max_batch_size,
+            steered=steered,
+            speculation=self.speculation if speculation is None else as_speculation(speculation),
+        )
 
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:
         """One weight per ARM."""

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone, in_one_forward, padded
+from .drafting import BackboneDrafter, Drafts, NgramDrafter
 from .members import Member
 from .requests import Row
 from .sampling import Sampler
 from .slots import Seat, Slots
+from .speculation import OFF, Speculation, plan
 
 
 class Engine:
@@ -28,7 +30,15 @@ class Engine:
     """
 
     def __init__(
-        self, members: Sequence[Member], rows: Sequence[Row], vocab_size: int, *, slots: int, steered: bool = False
+        self,
+        members: Sequence[Member],
+        rows: Sequence[Row],
+        vocab_size: int,
+        *,
+        slots: int,
+        steered: bool = False,
+        speculation: Speculation = OFF,
+        draft_model: Member | None = None,
     ) -> None:
         arms = [
             i
@@ -37,14 +47,24 @@ class Engine:
         ]
         indices = [0, *(i + 1 for i in arms)]
         running = [members[i] for i in indices]
+        self.sampler = Sampler(running, arms, vocab_size)
+        self.groups = in_one_forward(running)  # of positions in `indices`
+        self.draft_model = None if draft_model is None else len(self.groups)
+        if draft_model is not None:  # sees the base's prompt
+            self.groups.append([len(running)])
+            running, indices = [*running, draft_model], [*indices, 0]
         slots = min(slots, len(rows))
         capacity = max(
             len(row.request.token_ids[i]) + row.request.params.max_new_tokens for row in rows for i in indices
         )
+        capacity += speculation.most  # a row near its end may be padded as far
         self.slots = Slots(slots, rows, indices)
-        self.groups = in_one_forward(running)  # of positions in `indices`
         self.backbones = [Backbone([running[i] for i in group], slots, capacity) for group in self.groups]
-        self.sampler = Sampler(running, arms, vocab_size)
+        self.drafters: list[BackboneDrafter | NgramDrafter] = [NgramDrafter()]
+        if len(self.groups) > 1:
+            for g, group in enumerate(self.groups):
+                self.drafters.append(BackboneDrafter(self, g, [running[i].name for i in group]))
+        self.plan = plan(speculation, [drafter.names for drafter in self.drafters])
 
     @torch.inference_mode()
     def run(self) -> Iterator[list[Row]]:
@@ -53,7 +73,7 @@ class Engine:
             self.slots.admit()
             self.prefill()
             if self.slots.running:
-                yield self.round(self.slots.running)
+                yield self.round()
 
     def prefill(self) -> None:
         """One chunk; then seats whose prompts are complete join the running ones."""
@@ -73,22 +93,31 @@ class Engine:
             torch.cuda.synchronize()
         self.slots.start()
 
-    def round(self, seats: Sequence[Seat]) -> list[Row]:
-        """Settle at least one token of every seat."""
+    def round(self) -> list[Row]:
+        """Settle at least one token of every running row."""
+        seats = list(self.slots.running)
         rows = [seat.row for seat in seats]
-        drafts: list[list[int]] = [[] for _ in rows]
-        logits: list[Tensor] = [torch.empty(0)] * sum(map(len, self.groups))
-        for g, group in enumerate(self.groups):
-            for i, each in zip(group, self.feed(g, seats, drafts)):
-                logits[i] = each
-        draws = self.sampler.draw(rows, logits, drafts)
-        for row, settled in zip(rows, draws):
-            for draw in settled:
-                if row.finish_reason is None:
-                    row.settle(draw)
+        drafter, k = self.plan.choose(len(rows))
+        k = min(k, max(row.remaining for row in rows) - 1)
+        start = time.perf_counter()
+        drafts = self.drafters[drafter].propose(seats, k) if drafter is not None and k else Drafts([[] for _ in rows])
+        drafts.clip(seats)
+        drafted = time.perf_counter()
+        logits = self.verify(seats, drafts)
+        known = [each[:, : drafts.most] for each in logits] if drafts.logits else logits
+        accepted = self.settle(rows, known, drafts.tokens)
+        verified = time.perf_counter()
+        if drafts.logits:
+            self.settle_bonus(seats, logits, drafts, accepted)
+        proposed = [len(tokens) for tokens in drafts.tokens]
+        self.plan.observe(drafter, len(rows), k, proposed, accepted, drafted - start, verified - drafted)
+
         now = time.perf_counter()
-        for row in rows:
+        for row, count, right in zip(rows, proposed, accepted):
             row.finished = now
+            row.rounds += 1
+            row.drafted += count
+            row.accepted += right
         ended = [seat for seat in seats if seat.row.ended]
         for seat in ended:
             if seat.row.error is not None:
@@ -97,22 +126,56 @@ class Engine:
         self.slots.leave(ended)
         return rows
 
-    def feed(self, g: int, seats: Sequence[Seat], drafts: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-        """Each seat's last token and its drafts through backbone g → each lane's logits [R, 1 + most drafts, V]."""
-        width = 1 + max(map(len, drafts))
+    def verify(self, seats: Sequence[Seat], drafts: Drafts) -> list[Tensor]:
+        """Each member's logits after the last token and after every draft; of a drafting one, before the last draft."""
+        logits: dict[int, Tensor] = {}
+        for g, group in enumerate(self.groups):
+            if g != self.draft_model:
+                logits |= zip(group, drafts.logits if g == drafts.group else self.feed(g, seats, drafts.tokens))
+        return [logits[i] for i in range(len(logits))]
+
+    def settle(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Sequence[Sequence[int]]) -> list[int]:
+        """Give rows their targets; how many drafts of each were right."""
+        accepted = []
+        for row, draws, draft in zip(rows, self.sampler.draw(rows, logits, drafts), drafts):
+            accepted.append(sum(draw.token == token for draw, token in zip(draws, draft)))
+            for draw in draws:
+                if row.finish_reason is None:
+                    row.settle(draw)
+        return accepted
+
+    def settle_bonus(
+        self, seats: Sequence[Seat], logits: Sequence[Tensor], drafts: Drafts, accepted: Sequence[int]
+    ) -> None:
+        """One more token for rows whose every draft was right: only the drafter has not seen the last one yet."""
+        most, group = drafts.most, drafts.group
+        assert group is not None
+        index = [i for i, seat in enumerate(seats) if accepted[i] == most and not seat.row.ended]
+        if index:
+            again = [seats[i] for i in index]
+            own = dict(zip(self.groups[group], self.feed(group, again, [[] for _ in again])))
+            last = [own[i] if i in own else each[index, most:] for i, each in enumerate(logits)]
+            self.settle([seat.row for seat in again], last, [[] for _ in again])
+
+    def feed(
+        self, g: int, seats: Sequence[Seat], drafts: Sequence[Sequence[int]], first: int = 0
+    ) -> tuple[Tensor, ...]:
+        """Each seat's last token and its drafts, from the `first` of these on, through backbone g.
+
+        Returns each lane's logits [R, 1 + most drafts - first, V].
+        """
+        width = 1 + max(map(len, drafts)) - first
         tokens, starts = [], []
         for i in self.groups[g]:
             member = self.slots.members[i]
             for seat, draft in zip(seats, drafts):
                 row = seat.row
                 last = row.tokens[-1] if row.tokens else row.request.token_ids[member][-1]
-                tokens.append(padded([last, *draft], width))
-                starts.append(len(seat.prompts[i]) + len(row.tokens))
-        shape = (len(self.groups[g]), len(seats))
+                tokens.append(padded([last, *draft][first:], width))
+                starts.append(len(seat.prompts[i]) + len(row.tokens) + first)
+        shape = (len(self.groups[g]), len(seats), width)
         positions = torch.tensor(starts)[:, None] + torch.arange(width)
+        slots = [seat.slot for seat in seats]
         return self.backbones[g].forward(
-            torch.tensor(tokens).view(*shape, width),
-            positions.view(*shape, width),
-            [seat.slot for seat in seats],
-            max(starts) + width,
+            torch.tensor(tokens).view(shape), positions.view(shape), slots, max(starts) + width
         )

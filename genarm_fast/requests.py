@@ -71,6 +71,9 @@ class Row:
     stop_reason: int | str | None = None
     error: Exception | None = None
     text: str = ""
+    rounds: int = 0
+    drafted: int = 0  # tokens proposed, and how many of them were right
+    accepted: int = 0
     # clock readings, seconds
     arrived: float = 0.0
     prefilled: float = 0.0
@@ -83,6 +86,11 @@ class Row:
     @property
     def wants_logprobs(self) -> bool:
         return self.request.params.logprobs is not None or self.request.params.rewards
+
+    @property
+    def remaining(self) -> int:
+        """Tokens until the limit."""
+        return self.request.params.max_new_tokens - len(self.tokens)
 
     @property
     def ended(self) -> bool:

@@ -89,6 +89,30 @@ class Sampler:
             ]
         return draws
 
+    def propose(self, rows: Sequence[Row], lanes: Sequence[Tensor], members: Sequence[int], offset: int) -> list[int]:
+        """A draft for every row from some members' logits [R, 1, V], at the target's position with its noise.
+
+        Their weights are scaled to the sum of all members'. `members`: their places among those that run; others draft
+        with weight 1.
+        """
+        tensors = self.tensors(rows)
+        weights = torch.cat([torch.ones_like(tensors.weights[:, :1]), tensors.weights], dim=1)
+        total = weights.sum(1)
+        parameters = dict(tensors.parameters)
+        lanes = [lane[..., : self.vocab_size].to(self.device) for lane in lanes]
+        if len(lanes) == 1:
+            parameters["temperature"] = parameters["temperature"] / torch.where(total > 0, total, 1.0)
+            base, weights = lanes[0], weights[:, :0]
+        else:
+            weights = weights[:, list(members)]
+            own = weights.sum(1)
+            weights = weights * torch.where((own > 0) & (total > 0), total / own, 1.0)[:, None]
+            base = lanes[0].new_zeros(lanes[0].shape[-1]).expand(lanes[0].shape)
+        positions = torch.tensor([[len(row.tokens) + offset] for row in rows], device=self.device)
+        arms = tuple(lanes) if weights.shape[1] else ()
+        tokens: list[int] = guided_sample(base, arms, weights, positions=positions, **parameters).tokens[:, 0].tolist()
+        return tokens
+
     def _subset(
         self, index: list[int], rows: Sequence[Row], logits: Sequence[Tensor], drafts: Sequence[Sequence[int]]
     ) -> tuple[list[Row], list[Tensor], list[Sequence[int]]]:
