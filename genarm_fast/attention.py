@@ -33,7 +33,9 @@ class Ragged(NamedTuple):
     limit: int
 
     def to(self, device: torch.device) -> Ragged:
-        return self if self.slots.device == device else Ragged(*(t.to(device) for t in self[:2]), self.limit)
+        if self.slots.device == device:
+            return self
+        return Ragged(self.slots.to(device), self.positions.to(device), self.limit)
 
 
 _active: ContextVar[Ragged] = ContextVar("rows of the running forward")  # threads have their own
@@ -69,6 +71,8 @@ class RaggedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         where = _active.get().to(key_states.device)
+        assert self.keys is not None
+        assert self.values is not None
         ragged_append(self.keys, self.values, key_states, value_states, where.slots, where.positions)
         return self.keys, self.values
 

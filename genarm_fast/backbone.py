@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class Backbone:
         self.context = first.context
         self.slots, self.capacity = slots, capacity
         layers = self.model.config.get_text_config().num_hidden_layers
-        self.cache = Cache(layers=[RaggedLayer(len(self.lanes) * slots, capacity) for _ in range(layers)])
+        self.layers = [RaggedLayer(len(self.lanes) * slots, capacity) for _ in range(layers)]
+        self.cache = Cache(layers=list(self.layers))
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
     def rows(self, slots: Sequence[int]) -> Tensor:
@@ -41,9 +42,7 @@ class Backbone:
             self._rows[key] = torch.tensor(index, device=self.device)
         return self._rows[key]
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int
-    ) -> tuple[Tensor, ...]:
+    def forward(self, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> tuple[Tensor, ...]:
         """Tokens and positions below `limit`, int64 [L, R, q] → each lane's logits [R, q, V]."""
         return self._run(self.model, tokens, positions, slots, limit).logits.chunk(len(self.lanes))
 
@@ -53,21 +52,22 @@ class Backbone:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first tokens of slot `source`, in every lane."""
-        for layer in self.cache.layers:
+        for states in self._states():
             for lane in range(len(self.lanes)):
                 offset = lane * self.slots
-                for states in (layer.keys, layer.values):
-                    states[offset + target, :, :length] = states[offset + source, :, :length]
+                states[offset + target, :, :length] = states[offset + source, :, :length]
 
     def clear(self, slot: int) -> None:
         """Forget a slot whose numbers may not be finite."""
-        for layer in self.cache.layers:
-            for states in (layer.keys, layer.values):
-                states[slot :: self.slots] = 0
+        for states in self._states():
+            states[slot :: self.slots] = 0
 
-    def _run(
-        self, model: Any, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int
-    ) -> Any:
+    def _states(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            if layer.keys is not None and layer.values is not None:
+                yield from (layer.keys, layer.values)
+
+    def _run(self, model: Any, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> Any:
         tokens, positions = (each.flatten(0, 1).to(self.device) for each in (tokens, positions))
         known = positions if self.context is None else positions.clamp_max(self.context - 1)  # padding may lie beyond
         with running(self.lanes, len(slots)), placed(Ragged(self.rows(slots), positions, limit)):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Drafts:
-    """Proposals of a round. tokens: per seat. logits: [R, k, V] of each lane of the backbone that drafted, if one did."""
+    """Proposals of a round. tokens: per seat. logits: [R, k, V] of each lane of the backbone `group`, if one did."""
 
     def __init__(self, tokens: list[list[int]], logits: Sequence[Tensor] = (), group: int | None = None) -> None:
         self.tokens, self.logits, self.group = tokens, logits, group

@@ -53,9 +53,8 @@ def _lanes(
         backbone.prefill(torch.tensor(tokens), positions, rows, start + width)
 
     targets = torch.tensor([padded(response, longest) for response in responses])
-    inputs = torch.tensor(
-        [[[prompt[-1], *padded(response[:-1], longest - 1)] for prompt, response in zip(lane, responses)] for lane in prompts]
-    )
+    last = torch.tensor([[[prompt[-1]] for prompt in lane] for lane in prompts])
+    inputs = torch.cat([last, targets[:, :-1].expand(len(members), -1, -1)], dim=-1)
     limit = CHUNK_ELEMENTS.get(backbone.device.type, CHUNK_ELEMENTS["cuda"])
     step = max(1, limit // (lengths.numel() * members[0].vocab_size))
     pieces = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +28,11 @@ class Speculation:
     def __post_init__(self) -> None:
         if self.drafter is not None and not isinstance(self.drafter, str):
             raise TypeError(f"drafter={self.drafter!r}: expected a name or None")
-        for name, low in (("k", 0), ("max_k", 1)):
-            value = getattr(self, name)
+        for name, value, low in (("k", self.k, 0), ("max_k", self.max_k, 1)):
             if name == "k" and value is None:
                 continue
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name}={value!r}: expected an integer >= {low}")
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}={value!r}: expected an integer in {low}..{MAX_K}")
             if not low <= value <= MAX_K:
                 raise ValueError(f"{name}={value!r}: expected an integer in {low}..{MAX_K}")
 
@@ -73,6 +71,6 @@ class Fixed:
 def plan(speculation: Speculation, names: Sequence[Sequence[str]]) -> Fixed:
     """Who decides in each round. names: of each drafter there is; without the one that was asked for, nobody drafts."""
     fitting = [i for i, own in enumerate(names) if speculation.drafter is None or speculation.drafter in own]
-    if not speculation.most or not fitting:
+    if not speculation.k or not fitting:
         return Fixed(None, 0)
-    return Fixed(fitting[0], speculation.k or 1)
+    return Fixed(fitting[0], speculation.k)

@@ -143,7 +143,7 @@ def test_prefill_is_shared_by_completions(folders, merged, monkeypatch):
     model = GenARM.from_pretrained(folders / "base", folders / "few")
     sizes, prefill = [], Backbone.prefill
     monkeypatch.setattr(
-        Backbone, "prefill", lambda self, tokens, *rest: sizes.append(tuple(tokens.shape)) or prefill(self, tokens, *rest)
+        Backbone, "prefill", lambda self, ids, *rest: sizes.append(tuple(ids.shape)) or prefill(self, ids, *rest)
     )
     rows = lane_rows(model, monkeypatch)
     model.generate(list(range(5, 15)), n=3, max_new_tokens=2, ignore_eos=True)
