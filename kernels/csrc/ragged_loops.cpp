@@ -90,15 +90,21 @@ void transpose_keys(const uint16_t* const* rows, int64_t width, float* out) {  /
 // Scores of kWidth transposed keys for N queries [N, width].
 template <int N>
 void dot(const float* keys, const float* queries, int64_t width, float* scores, int64_t span) {
-  Floats sums[N][kChains] = {};
+  Floats sums[N][kChains];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) sums[i][c] = Floats{};
+  }
   for (int64_t d = 0; d < width; d += kChains) {
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
       const Floats key = load(keys + (d + c) * kWidth);
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sums[i][c] = fma(key, Floats{} + queries[i * width + d + c], sums[i][c]);
+      for (int i = 0; i < N; ++i) sums[i][c] = fma(key, splat(queries[i * width + d + c]), sums[i][c]);
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     Floats sum = sums[i][0] + sums[i][1];
     if (kChains == 4) sum += sums[i][kChains - 2] + sums[i][kChains - 1];
@@ -160,7 +166,7 @@ void add_vectors(const T* values, int64_t value_stride, int64_t keys, int64_t ta
     for (int v = 0; v < V; ++v) {
       const Floats value = V == 1 && tail ? load_some(values, tail) : load(values + v * kWidth);
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) sums[i][v] = fma(value, Floats{} + weights[i * span + j], sums[i][v]);
+      for (int i = 0; i < N; ++i) sums[i][v] = fma(value, splat(weights[i * span + j]), sums[i][v]);
     }
   }
 #pragma GCC unroll 8

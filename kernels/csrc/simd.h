@@ -39,7 +39,14 @@ inline V load_as(const T* source) {
 
 inline Floats load(const float* source) { return load_as<Floats>(source); }
 inline Floats load(const uint16_t* bf16) {
-  return reinterpret_cast<Floats>(__builtin_convertvector(load_as<Halves>(bf16), Words) << 16);
+#if defined(__AVX512F__)  // GCC 12 makes two halves of the conversion below
+  const Words wide = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(load_as<__m256i>(bf16)));
+#elif defined(__AVX2__)
+  const Words wide = reinterpret_cast<Words>(_mm256_cvtepu16_epi32(load_as<__m128i>(bf16)));
+#else
+  const Words wide = __builtin_convertvector(load_as<Halves>(bf16), Words);
+#endif
+  return reinterpret_cast<Floats>(wide << 16);
 }
 
 // The first n < kWidth elements, then zeros.
@@ -49,6 +56,8 @@ inline Floats load_some(const T* source, int64_t n) {
   std::memcpy(padded, source, n * sizeof(T));
   return load(padded);
 }
+
+inline Floats splat(float x) { return x - Floats{}; }  // not 0 + x, which is an addition where x may be -0
 
 inline void store(float* out, Floats v) { std::memcpy(out, &v, sizeof v); }
 
