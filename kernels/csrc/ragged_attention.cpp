@@ -30,10 +30,10 @@ void ragged_copy(const RaggedCopy& call) {
   for (int64_t row = 0; row < call.rows; ++row) {
     for (int64_t head = 0; head < call.heads; ++head) {
       const char* source = call.source + row * call.source_strides[0] + head * call.source_strides[1];
-      char* target = call.target + call.slots[row] * call.target_strides[0] + head * call.target_strides[1];
+      char* target = call.target + call.places.slot(row) * call.target_strides[0] + head * call.target_strides[1];
       for (int64_t token = 0; token < call.block; ++token) {
-        const int64_t position = call.positions[row * call.block + token];
-        std::memcpy(target + position * call.target_strides[2], source + token * call.source_strides[2], call.bytes);
+        std::memcpy(target + call.places.position(row, token) * call.target_strides[2],
+                    source + token * call.source_strides[2], call.bytes);
       }
     }
   }

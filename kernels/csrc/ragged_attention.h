@@ -5,15 +5,23 @@
 
 namespace genarm {
 
+struct Places {  // of rows in the cache, and of their tokens in the rows
+  const int64_t *slots, *positions;  // [N], [N, q]
+  int64_t slot_stride, row_stride, token_stride;
+
+  int64_t slot(int64_t row) const { return slots[row * slot_stride]; }
+  int64_t position(int64_t row, int64_t token) const { return positions[row * row_stride + token * token_stride]; }
+};
+
 struct RaggedAttention {
   const void *query, *keys, *values;  // [N, Hq, q, D], [S, Hkv, C, D], [S, Hkv, C, Dv]; contiguous in the last
   void* out;                          // [N, q, Hq, Dv]
   int64_t query_strides[3], key_strides[3], value_strides[3];  // in elements
   int64_t rows, heads, block, width, kv_heads, value_width;
-  const int64_t *slots, *positions;  // [N], [N, q]
-  int64_t window;                    // entries that a query sees; INT64_MAX: all
-  float scale, softcap;              // 0: no softcap
-  bool bfloat16;                     // else float32
+  Places places;
+  int64_t window;        // entries that a query sees; INT64_MAX: all
+  float scale, softcap;  // 0: no softcap
+  bool bfloat16;         // else float32
 };
 
 // A row's queries of `tokens` consecutive tokens and of the heads that share a key-value head.
@@ -39,7 +47,7 @@ struct RaggedCopy {  // of [N, H, q, width] into [S, H, C, width]; both contiguo
   char* target;
   int64_t source_strides[3], target_strides[3];
   int64_t rows, heads, block, bytes;
-  const int64_t *slots, *positions;
+  Places places;
 };
 
 void ragged_copy(const RaggedCopy& call);

@@ -1,45 +1,57 @@
-// Python arguments → ragged_attention and ragged_append. Shapes were checked in Python, slots and positions are here.
-#include "bindings.h"
-
+// ragged_attention and ragged_append on the CPU; kernels/ops/ragged_attention.py is the specification.
 #include <cstring>
 #include <new>
 
 #include "ragged_attention.h"
+#include "tensors.h"
 
 namespace genarm {
 namespace {
 
 const RaggedLoops* loops = &ragged_baseline;
 
-template <typename T>
-T* pointer(PyObject* address) {
-  return static_cast<T*>(PyLong_AsVoidPtr(address));
+// A tensor of four dimensions, contiguous in the last.
+bool rows_of_vectors(PyObject* object, DLTensor* out) {
+  return borrow(object, out) && out->ndim == 4 && (out->strides[3] == 1 || out->shape[3] == 1);
 }
 
-// The first N entries of a tensor's shape or stride().
-template <int N>
-void unpack(PyObject* tuple, int64_t (&out)[N], int64_t unit = 1) {
-  for (int i = 0; i < N; ++i) out[i] = PyLong_AsLongLong(PyTuple_GetItem(tuple, i)) * unit;
+// Keys and values that share slots, heads and capacity.
+bool cache(PyObject* const* in, DLTensor* keys, DLTensor* values) {
+  return rows_of_vectors(in[0], keys) && rows_of_vectors(in[1], values) && keys->shape[0] == values->shape[0] &&
+         keys->shape[1] == values->shape[1] && keys->shape[2] == values->shape[2] && keys->shape[1] > 0;
 }
 
-// Whether every slot is one of `slots` and every position one of `capacity`; else a ValueError is set.
-bool in_range(const int64_t* slot, const int64_t* position, int64_t rows, int64_t block, int64_t slots,
-              int64_t capacity) {
+// int64 [rows] and [rows, block]
+bool places(PyObject* const* in, int64_t rows, int64_t block, Places* out) {
+  DLTensor slots, positions;
+  if (!borrow(in[0], &slots) || !(type_of(slots) == kInt64) || slots.ndim != 1 || slots.shape[0] != rows) return false;
+  if (!borrow(in[1], &positions) || !(type_of(positions) == kInt64) || positions.ndim != 2) return false;
+  *out = {slots.at<int64_t>(), positions.at<int64_t>(), slots.strides[0], positions.strides[0], positions.strides[1]};
+  return positions.shape[0] == rows && positions.shape[1] == block;
+}
+
+// Whether the cache has every slot and position; else a ValueError is set.
+bool in_range(const Places& places, int64_t rows, int64_t block, const DLTensor& cache) {
   for (int64_t row = 0; row < rows; ++row) {
-    if (slot[row] < 0 || slot[row] >= slots) {
-      PyErr_Format(PyExc_ValueError, "slots[%lld] = %lld: expected 0..%lld, as the cache has", (long long)row,
-                   (long long)slot[row], (long long)slots - 1);
+    if (const int64_t slot = places.slot(row); slot < 0 || slot >= cache.shape[0]) {
+      PyErr_Format(PyExc_ValueError, "slots[%zd] = %zd: expected 0..%zd, as the cache has", Py_ssize_t(row),
+                   Py_ssize_t(slot), Py_ssize_t(cache.shape[0] - 1));
       return false;
     }
     for (int64_t i = 0; i < block; ++i) {
-      const int64_t p = position[row * block + i];
-      if (p >= 0 && p < capacity) continue;
-      PyErr_Format(PyExc_ValueError, "positions[%lld, %lld] = %lld: expected 0..%lld, the capacity of the cache",
-                   (long long)row, (long long)i, (long long)p, (long long)capacity - 1);
+      const int64_t position = places.position(row, i);
+      if (position >= 0 && position < cache.shape[2]) continue;
+      PyErr_Format(PyExc_ValueError, "positions[%zd, %zd] = %zd: expected 0..%zd, the capacity of the cache",
+                   Py_ssize_t(row), Py_ssize_t(i), Py_ssize_t(position), Py_ssize_t(cache.shape[2] - 1));
       return false;
     }
   }
   return true;
+}
+
+template <int N>
+void copy_strides(const DLTensor& tensor, int64_t unit, int64_t (&out)[N]) {
+  for (int i = 0; i < N; ++i) out[i] = tensor.strides[i] * unit;
 }
 
 bool has_arguments(Py_ssize_t count, Py_ssize_t expected) {
@@ -54,65 +66,76 @@ void use_ragged_loops(const char* instruction_set) {
 #ifdef GENARM_X86
   if (!std::strncmp(instruction_set, "avx512", 6)) loops = &ragged_avx512;  // avx512_bf16 too
   if (!std::strcmp(instruction_set, "avx2")) loops = &ragged_avx2;
+#else
+  (void)instruction_set;
 #endif
 }
 
-// query, keys, values: (address, shape, strides) each; addresses of slots, positions and out; bfloat16, scale, window,
-// softcap
-PyObject* ragged_attention_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (!has_arguments(count, 16)) return nullptr;
+PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  enum Argument { kQuery, kKeys, kValues, kSlots, kPositions, kScale, kWindow, kSoftcap, kArguments };
+  if (!has_arguments(count, kArguments)) return nullptr;
+  DLTensor query, keys, values;
   RaggedAttention call;
-  int64_t query_shape[4], key_shape[4], value_shape[4];
-  call.query = pointer<void>(arguments[0]);
-  call.keys = pointer<void>(arguments[3]);
-  call.values = pointer<void>(arguments[6]);
-  unpack(arguments[1], query_shape), unpack(arguments[2], call.query_strides);
-  unpack(arguments[4], key_shape), unpack(arguments[5], call.key_strides);
-  unpack(arguments[7], value_shape), unpack(arguments[8], call.value_strides);
-  call.slots = pointer<int64_t>(arguments[9]);
-  call.positions = pointer<int64_t>(arguments[10]);
-  call.out = pointer<void>(arguments[11]);
-  call.bfloat16 = PyObject_IsTrue(arguments[12]);
-  call.scale = static_cast<float>(PyFloat_AsDouble(arguments[13]));
-  call.window = PyLong_AsLongLong(arguments[14]);
-  call.softcap = static_cast<float>(PyFloat_AsDouble(arguments[15]));
+  if (!rows_of_vectors(in[kQuery], &query) || !cache(in + kKeys, &keys, &values)) Py_RETURN_NONE;
+  call.rows = query.shape[0], call.heads = query.shape[1], call.block = query.shape[2], call.width = query.shape[3];
+  call.kv_heads = keys.shape[1], call.value_width = values.shape[3];
+  const ElementType type = type_of(query);
+  call.bfloat16 = type == kBfloat16;
+  if (!(call.bfloat16 || type == kFloat32) || !(type == type_of(keys)) || !(type == type_of(values)) ||
+      keys.shape[3] != call.width || call.heads % call.kv_heads != 0 ||
+      !places(in + kSlots, call.rows, call.block, &call.places)) {
+    Py_RETURN_NONE;
+  }
+  call.scale = static_cast<float>(PyFloat_AsDouble(in[kScale]));
+  call.window = in[kWindow] == Py_None ? INT64_MAX : PyLong_AsLongLong(in[kWindow]);
+  call.softcap = in[kSoftcap] == Py_None ? 0.f : static_cast<float>(PyFloat_AsDouble(in[kSoftcap]));
   if (PyErr_Occurred()) return nullptr;
-  call.rows = query_shape[0], call.heads = query_shape[1], call.block = query_shape[2], call.width = query_shape[3];
-  call.kv_heads = key_shape[1], call.value_width = value_shape[3];
-  if (!in_range(call.slots, call.positions, call.rows, call.block, key_shape[0], key_shape[2])) return nullptr;
+  if (call.window < 1) Py_RETURN_NONE;
+  if (!in_range(call.places, call.rows, call.block, keys)) return nullptr;
+  call.query = query.at<void>(), call.keys = keys.at<void>(), call.values = values.at<void>();
+  copy_strides(query, 1, call.query_strides);
+  copy_strides(keys, 1, call.key_strides);
+  copy_strides(values, 1, call.value_strides);
+  Outputs outputs(1);
+  outputs.add(0, type, {call.rows, call.block, call.heads, call.value_width}, &call.out);
+  if (outputs.failed()) return nullptr;
   try {
     const WithoutGil without_gil;
     ragged_attention(call, *loops);
   } catch (const std::bad_alloc&) {
     return PyErr_NoMemory();
   }
-  Py_RETURN_NONE;
+  return outputs.release();
 }
 
-// keys, values, new keys, new values: (address, shape, strides) each; addresses of slots and positions; element size
-PyObject* ragged_append_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (!has_arguments(count, 15)) return nullptr;
+PyObject* ragged_append_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  enum Argument { kKeys, kValues, kNewKeys, kNewValues, kSlots, kPositions, kArguments };
+  if (!has_arguments(count, kArguments)) return nullptr;
+  DLTensor targets[2], sources[2];
   RaggedCopy copies[2];
-  int64_t cache_shape[4], shape[4];
-  const int64_t unit = PyLong_AsLongLong(arguments[14]);
+  if (!cache(in + kKeys, &targets[0], &targets[1])) Py_RETURN_NONE;
   for (int i = 0; i < 2; ++i) {
+    const DLTensor &target = targets[i], &source = sources[i];
+    if (!rows_of_vectors(in[kNewKeys + i], &sources[i]) || !(type_of(source) == type_of(target)) ||
+        source.shape[0] != sources[0].shape[0] || source.shape[1] != target.shape[1] ||
+        source.shape[2] != sources[0].shape[2] || source.shape[3] != target.shape[3]) {
+      Py_RETURN_NONE;
+    }
+    const int64_t unit = source.bits / 8;
     RaggedCopy& copy = copies[i];
-    PyObject* const* target = arguments + 3 * i;
-    PyObject* const* source = arguments + 6 + 3 * i;
-    copy.target = pointer<char>(target[0]);
-    copy.source = pointer<char>(source[0]);
-    unpack(target[1], cache_shape), unpack(target[2], copy.target_strides, unit);
-    unpack(source[1], shape), unpack(source[2], copy.source_strides, unit);
-    copy.rows = shape[0], copy.heads = shape[1], copy.block = shape[2], copy.bytes = shape[3] * unit;
-    copy.slots = pointer<int64_t>(arguments[12]);
-    copy.positions = pointer<int64_t>(arguments[13]);
+    copy.source = source.at<char>(), copy.target = target.at<char>();
+    copy_strides(source, unit, copy.source_strides);
+    copy_strides(target, unit, copy.target_strides);
+    copy.rows = source.shape[0], copy.heads = source.shape[1], copy.block = source.shape[2];
+    copy.bytes = source.shape[3] * unit;
+    if (!places(in + kSlots, copy.rows, copy.block, &copy.places)) Py_RETURN_NONE;
   }
-  if (PyErr_Occurred()) return nullptr;
-  if (!in_range(copies[0].slots, copies[0].positions, shape[0], shape[2], cache_shape[0], cache_shape[2])) {
-    return nullptr;
+  if (!in_range(copies[0].places, copies[0].rows, copies[0].block, targets[0])) return nullptr;
+  {
+    const WithoutGil without_gil;
+    for (const RaggedCopy& copy : copies) ragged_copy(copy);
   }
-  for (const RaggedCopy& copy : copies) ragged_copy(copy);
-  Py_RETURN_NONE;
+  Py_RETURN_TRUE;
 }
 
 }  // namespace genarm

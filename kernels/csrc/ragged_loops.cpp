@@ -39,7 +39,7 @@ struct Layout {
     group = a.heads / a.kv_heads, queries = group * t.tokens;
     first = INT64_MAX, end = 0;
     for (int64_t i = 0; i < t.tokens; ++i) {
-      const int64_t position = a.positions[t.row * a.block + t.token + i];
+      const int64_t position = a.places.position(t.row, t.token + i);
       end = most(end, position + 1);
       first = least(first, begin(a, position));
     }
@@ -213,8 +213,8 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
   float* scores = q + queries * layout.width;
   float* out = scores + queries * span;
   float* sums = out + queries * layout.value_width;
-  const int64_t slot = a.slots[t.row];
-  const int64_t* positions = a.positions + t.row * a.block + t.token;
+  const int64_t slot = a.places.slot(t.row);
+  const auto position_of = [&](int64_t query) { return a.places.position(t.row, t.token + query % t.tokens); };
   const T* keys = static_cast<const T*>(a.keys) + slot * a.key_strides[0] + t.kv_head * a.key_strides[1];
   const T* values = static_cast<const T*>(a.values) + slot * a.value_strides[0] + t.kv_head * a.value_strides[1];
   // Query i is head i / tokens of the group, token i % tokens.
@@ -240,7 +240,7 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
   }
 
   for (int64_t i = 0; i < queries; ++i) {
-    const int64_t position = positions[i % t.tokens];
+    const int64_t position = position_of(i);
     sums[i] = softmax(scores + i * span, first, span, Layout::begin(a, position), position + 1, a.softcap);
   }
 
@@ -255,17 +255,17 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
     const int64_t count = least(per_group, queries - i);
     int64_t begin = 0, end = INT64_MAX;
     for (int64_t g = i; g < i + count; ++g) {
-      const int64_t position = positions[g % t.tokens];
+      const int64_t position = position_of(g);
       begin = most(begin, Layout::begin(a, position)), end = least(end, position + 1);
     }
     end = most(begin, end);  // where they share nothing, `begin` splits the query's own range
     for (int64_t g = i; g < i + count; ++g) {
-      const int64_t position = positions[g % t.tokens];
+      const int64_t position = position_of(g);
       add(Count<1>{}, g, Layout::begin(a, position), least(begin, position + 1));
     }
     with_count(count, [&](auto n) { add(n, i, begin, end); });
     for (int64_t g = i; g < i + count; ++g) {
-      add(Count<1>{}, g, end, positions[g % t.tokens] + 1);
+      add(Count<1>{}, g, end, position_of(g) + 1);
     }
   }
 

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from . import _native
 
-DTYPES = {torch.float32: False, torch.bfloat16: True}
-EVERYTHING = 2**63 - 1
-
 
 def ragged_attention_reference(
     query: Tensor,
@@ -85,6 +82,9 @@ def check_cache(keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, 
             raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape}, by the rows and their tokens")
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name} of dtype {tensor.dtype}: expected int64")
+        size = keys.shape[0 if name == "slots" else 2]
+        if tensor.is_cpu and bool(((tensor < 0) | (tensor >= size)).any()):  # elsewhere it would wait for the device
+            raise ValueError(f"{name} from {tensor.min()} to {tensor.max()}: expected 0..{size - 1}, as the cache has")
 
 
 def ragged_attention(
@@ -107,31 +107,19 @@ def ragged_attention(
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.
-        ValueError: shapes that do not fit together, a window below 1; on the CPU in C++, a slot or position that the
-            cache does not have.
+        ValueError: shapes that do not fit together, a window below 1; on the CPU, a slot or position that the cache
+            does not have.
     """
-    if _native.core is None or not query.is_cpu or query.dtype not in DTYPES:
-        return ragged_attention_reference(
-            query, keys, values, slots, positions, scale=scale, window=window, softcap=softcap, limit=limit
-        )
-    check_attention(query, keys, values, slots, positions, window)
-    query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
-    slots, positions = slots.contiguous(), positions.contiguous()
-    rows, heads, block, _ = query.shape
-    out = query.new_empty((rows, block, heads, values.shape[3]))
-    _native.core.ragged_attention(
-        *(query.data_ptr(), query.shape, query.stride()),
-        *(keys.data_ptr(), keys.shape, keys.stride()),
-        *(values.data_ptr(), values.shape, values.stride()),
-        slots.data_ptr(),
-        positions.data_ptr(),
-        out.data_ptr(),
-        DTYPES[query.dtype],
-        scale,
-        EVERYTHING if window is None else window,
-        softcap or 0.0,
+    if _native.core is not None:
+        out = _native.core.ragged_attention(query, keys, values, slots, positions, scale, window, softcap)
+        tensors = (query, keys, values, slots, positions)
+        if out is None and all(tensor.is_cpu for tensor in tensors):
+            out = _native.core.ragged_attention(*map(_native.plain, tensors), scale, window, softcap)
+        if out is not None:
+            return out[0]
+    return ragged_attention_reference(
+        query, keys, values, slots, positions, scale=scale, window=window, softcap=softcap, limit=limit
     )
-    return out
 
 
 def ragged_append_reference(
@@ -168,25 +156,18 @@ def ragged_append(
 ) -> None:
     """Write row n's new token i to entry positions[n, i] of slot slots[n]; rows must not share a slot.
 
-    On the CPU in C++, for every dtype, and checked before anything is written. The reference leaves it to indexing to
-    find positions out of range, on CUDA by an assertion on the device: a check would have to wait for the device.
+    In C++ on the CPU, for every dtype, if the cache is contiguous in its last dimension; otherwise by
+    `ragged_append_reference`. Nothing is written if anything is wrong. On CUDA slots and positions are not looked at: a
+    check would have to wait for the device, whose own assertion misses negative ones.
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.
-        ValueError: shapes that do not fit together; in C++, a slot or position that the cache does not have.
+        ValueError: shapes that do not fit together; on the CPU, a slot or position that the cache does not have.
     """
-    in_rows = keys.stride(-1) == values.stride(-1) == 1
-    if _native.core is None or not keys.is_cpu or not in_rows or keys.dtype != values.dtype:
-        return ragged_append_reference(keys, values, new_keys, new_values, slots, positions)
-    check_append(keys, values, new_keys, new_values, slots, positions)
-    new_keys, new_values = (x if x.stride(-1) == 1 else x.contiguous() for x in (new_keys, new_values))
-    slots, positions = slots.contiguous(), positions.contiguous()
-    _native.core.ragged_append(
-        *(keys.data_ptr(), keys.shape, keys.stride()),
-        *(values.data_ptr(), values.shape, values.stride()),
-        *(new_keys.data_ptr(), new_keys.shape, new_keys.stride()),
-        *(new_values.data_ptr(), new_values.shape, new_values.stride()),
-        slots.data_ptr(),
-        positions.data_ptr(),
-        keys.element_size(),
-    )
+    if _native.core is not None:
+        if _native.core.ragged_append(keys, values, new_keys, new_values, slots, positions):
+            return
+        new = (new_keys, new_values, slots, positions)
+        if all(x.is_cpu for x in new) and _native.core.ragged_append(keys, values, *map(_native.plain, new)):
+            return
+    ragged_append_reference(keys, values, new_keys, new_values, slots, positions)
