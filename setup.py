@@ -55,7 +55,7 @@ class BuildCore(build_ext):
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text("int main() {}\n")
         try:
-            self.compiler.compile([str(source)], extra_postargs=flags)
+            self.compiler.compile([str(source)], output_dir=self.build_temp, extra_postargs=flags)
         except CompileError:
             return False
         return True
