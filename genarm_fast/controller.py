@@ -1,0 +1,301 @@
+"""Who drafts, and how many tokens: whatever settles most tokens per second, by what rounds cost and drafts were worth.
+
+Plain decoding is one of the choices. Others are tried now and then, within a small budget of time: a bad drafter costs
+next to nothing, and one that becomes good (a text starts to repeat its prompt) is noticed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Sequence
+from itertools import pairwise
+from math import log2
+from typing import Any
+
+EXPLORATION = 0.015  # of the time
+REINVESTED = 0.02  # of the time that drafts have saved, for the same purpose
+PATIENCE = 16  # rounds before something is tried again
+MARGIN = 0.98  # a new choice must need at most so much of the old one's time
+HALF_LIFE = 32.0  # rounds, and rows with a draft, in which evidence on acceptance loses half of its weight
+QUICK = 4.0  # the same where a sudden change is looked for
+SAMPLES = 7  # timings of each size that are kept
+
+Choice = tuple[int | None, int]  # drafter, K
+PLAIN: Choice = (None, 0)
+
+
+def expected_tokens(acceptance: Sequence[float]) -> float:
+    """Tokens that a round settles: 1 + a₁ + a₁a₂ + ..., aⱼ the chance that draft j is right if those before it are."""
+    total = all_right = 1.0
+    for each in acceptance:
+        all_right *= each
+        total += all_right
+    return total
+
+
+def expected_speedup(cost: float, acceptance: float, k: int, *, verify: float = 1.0) -> float:
+    """Speed of rounds with k drafts by an ARM relative to plain decoding, for one row (docs/design.md, §5).
+
+    S = (1 + c) E / (c (k + a^k) + v), E = 1 + a + ... + a^k. If all k drafts are right, the ARM runs once more on the
+    last one, so that what follows it can be settled too.
+
+    Args:
+        cost: c, an ARM forward in units of a forward of everything else.
+        acceptance: a, the chance that a draft is right if those before it are.
+        verify: v, a forward of k + 1 tokens of everything else, relative to one of a single token.
+    """
+    return (1 + cost) * expected_tokens([acceptance] * k) / (cost * (k + acceptance**k if k else 1.0) + verify)
+
+
+def best_k(cost: float, acceptance: float, max_k: int) -> int:
+    """The k from 0 to max_k with the largest `expected_speedup`."""
+    return max(range(max_k + 1), key=lambda k: expected_speedup(cost, acceptance, k))
+
+
+class Costs:
+    """Seconds of a forward over its number of tokens: lower quartiles of the last ones, sizes within 12 % together."""
+
+    def __init__(self) -> None:
+        self.times: dict[int, deque[float]] = {}
+        self.points: list[tuple[float, float]] = []  # tokens, seconds
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.times.setdefault(round(6 * log2(tokens)), deque(maxlen=SAMPLES)).append(max(seconds, 1e-9))
+        sizes = sorted(self.times)
+        # What else runs on the machine only ever adds to a time. And a size that was seldom measured was held up if it
+        # took more than a larger one, or more per token than a smaller one.
+        found = {size: sorted(self.times[size])[(len(self.times[size]) - 1) // 4] for size in sizes}
+        for small, large in reversed([*pairwise(sizes)]):
+            if len(self.times[small]) < 3:
+                found[small] = min(found[small], found[large])
+        for small, large in pairwise(sizes):
+            if len(self.times[large]) < 3:
+                found[large] = min(found[large], found[small] * 2 ** ((large - small) / 6))
+        self.points = [(2 ** (size / 6), found[size]) for size in sizes]
+
+    def at(self, tokens: float, known: tuple[float, float] | None = None) -> float:
+        """Interpolated, or extended along the last two. `known`: a point below all measured ones, if there is none."""
+        points = self.points
+        if known is not None and (not points or known[0] < 0.9 * points[0][0]):
+            points = [known, *points]
+        i = bisect_left(points, (tokens, 0.0))
+        if i == 0 or len(points) == 1:
+            return points[0][1]
+        (x0, y0), (x1, y1) = points[min(i, len(points) - 1) - 1 :][:2]
+        slope = (y1 - y0) / (x1 - x0)
+        return y1 + max(slope, 0.0) * (tokens - x1) if i == len(points) else y0 + slope * (tokens - x0)
+
+    def near(self, tokens: float, factor: float) -> bool:
+        """Whether a size within this factor was measured."""
+        return any(tokens <= factor * x and x <= factor * tokens for x, _ in self.points)
+
+
+class Rate:
+    """A frequency that drifts or jumps, with how much evidence there is for it."""
+
+    def __init__(self) -> None:
+        self.mean = self.weight = self.recent = 0.0
+        self.last = 0
+
+    def add(self, hits: float, trials: int, now: int) -> None:
+        if not trials:
+            return
+        faded = self.weight * 0.5 ** (max(trials, now - self.last) / HALF_LIFE)
+        self.mean = (self.mean * faded + hits) / (faded + trials)
+        self.weight, self.last = faded + trials, now
+        keep = 0.5 ** (trials / QUICK) if self.weight > trials else 0.0
+        self.recent = self.recent * keep + hits / trials * (1 - keep)
+        if abs(self.recent - self.mean) > 0.5:  # over three standard deviations of chance
+            self.mean, self.weight = self.recent, QUICK
+
+    def value(self, prior: float) -> float:
+        return (self.mean * self.weight + prior) / (self.weight + 1)
+
+
+class Drafter:
+    """What is known of one drafter."""
+
+    def __init__(self, name: str, max_k: int) -> None:
+        self.name = name
+        self.draft, self.verify = Costs(), Costs()  # over rows; over rows · (K + 1)
+        self.active = Rate()  # rows for which it proposes anything
+        self.right = [Rate() for _ in range(max_k)]
+        self.tries = 0  # rounds
+        self.drafted = [0] * max_k  # drafts at each position after right ones, and those that were right
+        self.accepted = [0] * max_k
+
+    def acceptance(self, k: int) -> list[float]:
+        found, last = [], 0.7
+        for rate in self.right[:k]:
+            last = rate.value(last)
+            found.append(last)
+        return found
+
+    def observe(self, proposed: Sequence[int], accepted: Sequence[int], now: int) -> None:
+        self.active.add(sum(map(bool, proposed)), len(proposed), now)
+        for j in range(min(max(proposed), len(self.right))):
+            trials = sum(p > j and a >= j for p, a in zip(proposed, accepted))
+            hits = sum(a > j for a in accepted)
+            self.right[j].add(hits, trials, now)
+            self.drafted[j] += trials
+            self.accepted[j] += hits
+
+
+class Controller:
+    """Chooses a drafter and K before each round and learns from it afterwards. Give the same one all rounds of a model.
+
+    Args:
+        drafters: their names. One may be a member, which then is not among what verifies its drafts.
+        max_k: most drafts in a round.
+    """
+
+    def __init__(self, drafters: Sequence[str], max_k: int) -> None:
+        if max_k < 1:
+            raise ValueError(f"max_k={max_k}: expected an integer >= 1")
+        self.max_k = max_k
+        self.drafters = [Drafter(name, max_k) for name in drafters]
+        self.plain = Costs()
+        self.now = 0
+        self.budget = 0.0  # seconds that may be lost in trying something
+        self.choice = PLAIN  # the best as far as is known
+        self.trial: Choice | None = None
+        self.tried: dict[Choice, int] = {}
+        self.rounds: Counter[Choice] = Counter()
+        self._pace = 0.0  # seconds per token of the best choice
+
+    def choose(self, rows: int) -> Choice:
+        """Index of the drafter and K ≥ 1, or (None, 0) for plain decoding, with this many rows."""
+        self.now += 1
+        again, self.trial = self.trial, None
+        if not self.drafters or self.rounds[PLAIN] < 2 or not self.plain.near(rows, 1.5):
+            return PLAIN
+        paces = {PLAIN: self.plain.at(rows)}
+        for i, drafter in enumerate(self.drafters):
+            if drafter.tries < 2:
+                return i, 1
+            paces |= self._paces(i, rows)
+        self._settle_on(paces)
+        self._pace = paces[self.choice]
+        self.trial = again if again in paces and again != self.choice else self._due(paces)
+        return self.trial or self.choice
+
+    def observe(
+        self,
+        drafter: int | None,
+        rows: int,
+        k: int,
+        proposed: Sequence[int],
+        accepted: Sequence[int],
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        """Learn from a round.
+
+        Args:
+            drafter, k: as chosen; (None, 0) for plain decoding.
+            rows: that ran.
+            proposed: drafts of each row, at most k. Nothing at all: the round counts as plain decoding's cost.
+            accepted: of them.
+            draft_seconds: in the drafter, also where it runs once more because all drafts of a row were right.
+            verify_seconds: in all else.
+        """
+        width = max(proposed, default=0)
+        seconds = draft_seconds + verify_seconds
+        self.rounds[drafter, k] += 1
+        self.tried[drafter, k] = self.now
+        if drafter is None or width == 0:
+            self.plain.add(rows, seconds)
+        else:
+            bonus = any(a == width for a in accepted)
+            self.drafters[drafter].draft.add(rows, draft_seconds / (width + bonus))
+            self.drafters[drafter].verify.add(rows * (1 + width), verify_seconds)
+        if drafter is not None and proposed:
+            self.drafters[drafter].tries += 1
+            self.drafters[drafter].observe(proposed, accepted, self.now)
+        tokens = 1 + sum(accepted) / rows
+        plain = self.plain.at(rows) if self.plain.points else seconds
+        self.budget += EXPLORATION * seconds + REINVESTED * max(tokens * plain - seconds, 0.0)
+        if self.trial is not None:
+            lost = min(seconds - tokens * self._pace, plain)  # more than that is the machine's doing
+            self.budget -= lost
+            if lost > 0:  # else it is tried again at once
+                self.trial = None
+
+    def watch(self, drafter: int, proposed: Sequence[int], accepted: Sequence[int]) -> None:
+        """Learn from drafts that were not used, since they cost nothing: an n-gram's, in a round of another drafter.
+
+        Args:
+            drafter: whose they are.
+            proposed: of each row, as many as can be judged: not more than the round settled.
+            accepted: of them, those that came true.
+        """
+        self.drafters[drafter].observe(proposed, accepted, self.now)
+
+    def stats(self) -> dict[str, Any]:
+        """What was measured and chosen so far, for JSON. Costs are {tokens in the forward: seconds}."""
+
+        def table(costs: Costs) -> dict[str, float]:
+            return {f"{tokens:.3g}": seconds for tokens, seconds in costs.points}
+
+        return {
+            "rounds": {
+                "plain" if i is None else f"{self.drafters[i].name}, k={k}": count
+                for (i, k), count in sorted(self.rounds.items(), key=lambda item: (item[0][0] is not None, item[0]))
+            },
+            "plain_seconds": table(self.plain),
+            "drafters": {
+                each.name: {
+                    "drafted": each.drafted,
+                    "accepted": each.accepted,
+                    "acceptance": [a / d if d else None for a, d in zip(each.accepted, each.drafted)],
+                    "draft_seconds": table(each.draft),
+                    "verify_seconds": table(each.verify),
+                }
+                for each in self.drafters
+            },
+        }
+
+    def _paces(self, i: int, rows: int) -> dict[Choice, float]:
+        """Expected seconds per token with each K of a drafter, up to twice the size that was measured."""
+        drafter, plain = self.drafters[i], self.plain.at(rows)
+        draft, largest = 0.0, float(rows)
+        if drafter.draft.points:  # else it had nothing to say yet
+            measured, draft = min(drafter.draft.points, key=lambda point: abs(log2(point[0] / rows)))
+            draft *= plain / self.plain.at(measured)
+            largest = max(largest, drafter.verify.points[-1][0])
+        known = (float(rows), max(plain - draft, plain / 4))  # a member does not verify its own drafts
+        active = drafter.active.value(1.0)
+        idle = (1 - active) ** rows  # chance that nothing is proposed to any row
+        paces: dict[Choice, float] = {}
+        all_right = gain = 1.0
+        for k, acceptance in enumerate(drafter.acceptance(self.max_k), 1):
+            if rows * (k + 1) > 2.1 * largest:
+                break
+            all_right *= acceptance
+            gain += active * all_right
+            drafting = draft * (k + 1 - (1 - all_right) ** rows)
+            paces[i, k] = (idle * plain + (1 - idle) * (drafting + drafter.verify.at(rows * (k + 1), known))) / gain
+        return paces
+
+    def _settle_on(self, paces: dict[Choice, float]) -> None:
+        best = min(paces, key=paces.__getitem__)
+        old = paces.get(self.choice)
+        if old is None or best == PLAIN or paces[best] < MARGIN * old:
+            self.choice = best
+
+    def _due(self, paces: dict[Choice, float]) -> Choice | None:
+        """What to try instead of the best choice, if there is time for it."""
+        drafter, k = self.choice
+        near = (PLAIN, (drafter, k - 1), (drafter, k + 1))
+        tried = {choice: self.tried.get(choice, 0) for choice in near if choice in paces and choice != self.choice}
+        for i in range(len(self.drafters)):
+            if i != drafter:
+                own = [choice for choice in paces if choice[0] == i]
+                bound = 1.2 * min(paces[choice] for choice in own)
+                longest = max(choice for choice in own if paces[choice] <= bound)  # tells most
+                tried[longest] = max(last for (j, _), last in self.tried.items() if j == i)
+        for choice, last in sorted(tried.items(), key=lambda item: item[1]):
+            if self.now - last >= PATIENCE and paces[choice] - self._pace <= self.budget:
+                return choice
+        return None
