@@ -20,6 +20,9 @@ inline uint32_t as_bits(float x) {
   return bits;
 }
 
+inline float as_float32(float x) { return x; }
+inline float as_float32(uint16_t bf16) { return as_float(static_cast<uint32_t>(bf16) << 16); }
+
 inline float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);

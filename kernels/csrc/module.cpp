@@ -36,6 +36,7 @@ const genarm::TileLoops* active = nullptr;
 void activate(const genarm::TileLoops& loops) {
   active = &loops;
   genarm::use_ragged_loops(loops.name);
+  genarm::use_norm_loops(loops.name);
   genarm::use_linear_loops(loops.name);
 }
 
@@ -74,8 +75,9 @@ PyMethodDef kMethods[] = {
     method("guided_sample", guided_sample, "Arguments by position → fields of GuidedSample, or None: see _native.py."),
     method("settle", genarm::settle_binding, "Arguments by position → fields of Settled, or None: see settle.py."),
     {"use_tensors", genarm::use_tensors, METH_O, "Give the class of tensors, before any other call."},
-    method("ragged_attention", genarm::ragged_attention_binding, "By position → (output,), or None."),
+    method("ragged_attention", genarm::ragged_attention_binding, "By position → the output, or None."),
     method("ragged_append", genarm::ragged_append_binding, "By position → True, or None."),
+    method("rms_norm", genarm::rms_norm_binding, "By position → the output, or None."),
     method("linear_prepare", genarm::linear_prepare_binding, "See small_linear.py, the only caller."),
     method("linear_run", genarm::linear_run_binding, "See small_linear.py, the only caller."),
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},

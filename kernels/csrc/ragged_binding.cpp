@@ -96,16 +96,17 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t co
   copy_strides(query, 1, call.query_strides);
   copy_strides(keys, 1, call.key_strides);
   copy_strides(values, 1, call.value_strides);
-  Outputs outputs(1);
-  outputs.add(0, type, {call.rows, call.block, call.heads, call.value_width}, &call.out);
-  if (outputs.failed()) return nullptr;
+  int64_t shape[4] = {call.rows, call.block, call.heads, call.value_width};
+  PyObject* out = new_tensor(type, 4, shape, &call.out);
+  if (!out) return nullptr;
   try {
     const WithoutGil without_gil;
     ragged_attention(call, *loops);
   } catch (const std::bad_alloc&) {
+    Py_DECREF(out);
     return PyErr_NoMemory();
   }
-  return outputs.release();
+  return out;
 }
 
 PyObject* ragged_append_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {

@@ -21,8 +21,6 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline float as_value(float x, float) { return x; }
-inline float as_value(uint16_t x, float) { return as_float(static_cast<uint32_t>(x) << 16); }
 inline void put(float* out, float x) { *out = x; }
 inline void put(uint16_t* out, float x) {  // round to nearest even
   const uint32_t bits = as_bits(x);
@@ -223,7 +221,7 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
     const int64_t head = t.kv_head * layout.group + i / t.tokens, token = t.token + i % t.tokens;
     const T* source = static_cast<const T*>(a.query) + t.row * a.query_strides[0] + head * a.query_strides[1] +
                       token * a.query_strides[2];
-    for (int64_t d = 0; d < a.width; ++d) q[i * layout.width + d] = as_value(source[d], 0.f) * scale;
+    for (int64_t d = 0; d < a.width; ++d) q[i * layout.width + d] = as_float32(source[d]) * scale;
     for (int64_t d = a.width; d < layout.width; ++d) q[i * layout.width + d] = 0.f;
   }
 

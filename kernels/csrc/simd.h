@@ -61,6 +61,34 @@ inline Floats splat(float x) { return x - Floats{}; }  // not 0 + x, which is an
 
 inline void store(float* out, Floats v) { std::memcpy(out, &v, sizeof v); }
 
+// To the nearest bfloat16, ties to even, as the upper half of each word.
+inline Words bf16_words(Floats v) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  return v == v ? rounded : (Words{} + 0x7fc00000u);
+}
+
+inline void store(uint16_t* bf16, Floats v) {
+  const Words words = bf16_words(v) >> 16;
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words));
+#else
+  const Halves halves = __builtin_convertvector(words, Halves);
+#endif
+  std::memcpy(bf16, &halves, sizeof halves);
+}
+
+template <typename T>
+inline void store_some(T* out, Floats v, int64_t n) {
+  T padded[kWidth];
+  store(padded, v);
+  std::memcpy(out, padded, n * sizeof(T));
+}
+
+// As it would be read back from a T.
+inline Floats rounded(Floats v, const float*) { return v; }
+inline Floats rounded(Floats v, const uint16_t*) { return reinterpret_cast<Floats>(bf16_words(v)); }
+
 inline Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);

@@ -8,6 +8,7 @@ from .ragged_attention import (
     ragged_attention,
     ragged_attention_reference,
 )
+from .rms_norm import rms_norm, rms_norm_reference
 from .settle import Settled, settle
 from .small_linear import Lora, SmallLinear, small_linear
 
@@ -23,6 +24,8 @@ __all__ = [
     "ragged_append_reference",
     "ragged_attention",
     "ragged_attention_reference",
+    "rms_norm",
+    "rms_norm_reference",
     "seed_tensor",
     "settle",
     "small_linear",

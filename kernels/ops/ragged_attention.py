@@ -101,8 +101,8 @@ def ragged_attention(
 ) -> Tensor:
     """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
 
-    In C++ on the CPU for float32 and bfloat16, with sums in float32; otherwise `ragged_attention_reference`, which
-    reads the whole capacity unless `limit`, a bound on positions + 1 known to the host, says less. Entries beyond a
+    In C++ on the CPU for float32 and bfloat16, with sums in float32 and no gradient, if query needs none; otherwise
+    `ragged_attention_reference`, which reads the whole capacity unless `limit`, a bound on positions + 1 known to the host, says less. Entries beyond a
     position may hold anything, NaN too, and change nothing (the reference: beyond the row's furthest position).
 
     Raises:
@@ -110,13 +110,13 @@ def ragged_attention(
         ValueError: shapes that do not fit together, a window below 1; on the CPU, a slot or position that the cache
             does not have.
     """
-    if _native.core is not None:
+    if _native.core is not None and not (query.requires_grad and torch.is_grad_enabled()):
         out = _native.core.ragged_attention(query, keys, values, slots, positions, scale, window, softcap)
         tensors = (query, keys, values, slots, positions)
         if out is None and all(tensor.is_cpu for tensor in tensors):
             out = _native.core.ragged_attention(*map(_native.plain, tensors), scale, window, softcap)
         if out is not None:
-            return out[0]
+            return out
     return ragged_attention_reference(
         query, keys, values, slots, positions, scale=scale, window=window, softcap=softcap, limit=limit
     )

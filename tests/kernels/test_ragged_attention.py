@@ -200,6 +200,13 @@ def test_fuzz(data):
         _native.core.use(ISAS[0])
 
 
+def test_a_query_that_needs_a_gradient_gets_it():
+    query, *rest = problem(block=2)
+    query.requires_grad_()
+    ragged_attention(query, *rest, scale=0.1).sum().backward()
+    assert query.grad is not None
+
+
 @native
 def test_strides(isa):
     query, keys, values, slots, positions = problem(block=4, lengths=(4, 40, 64))
