@@ -101,9 +101,10 @@ def ragged_attention(
 ) -> Tensor:
     """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
 
-    In C++ on the CPU for float32 and bfloat16, with sums in float32 and no gradient, if query needs none; otherwise
-    `ragged_attention_reference`, which reads the whole capacity unless `limit`, a bound on positions + 1 known to the host, says less. Entries beyond a
-    position may hold anything, NaN too, and change nothing (the reference: beyond the row's furthest position).
+    In C++ on the CPU for float32 and bfloat16, with sums in float32, where query needs no gradient; otherwise
+    `ragged_attention_reference`, which reads the whole capacity unless `limit`, a bound on positions + 1 known to the
+    host, says less. Entries beyond a position may hold anything, NaN too, and change nothing (the reference: beyond the
+    row's furthest position).
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.
