@@ -6,11 +6,9 @@ on with a warning, and the CPU uses the slower PyTorch reference.
 
 import platform
 from glob import glob
-from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
 FLAGS = [
     "-std=c++17",
@@ -28,7 +26,6 @@ if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma"]
     INSTRUCTION_SETS["avx512"].append("-mprefer-vector-width=512")
-    INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 
 
 class BuildCore(build_ext):
@@ -37,10 +34,6 @@ class BuildCore(build_ext):
     def build_extension(self, ext):
         ext.extra_objects = []
         for name, flags in INSTRUCTION_SETS.items():
-            if name == "avx512_bf16":
-                if not self.compiles(flags):
-                    continue
-                ext.define_macros.append(("GENARM_AVX512_BF16", "1"))
             ext.extra_objects += self.compiler.compile(
                 LOOPS,
                 output_dir=f"{self.build_temp}/{name}",
@@ -48,17 +41,6 @@ class BuildCore(build_ext):
                 extra_postargs=[*ext.extra_compile_args, *flags, "-fopenmp-simd"],
             )
         super().build_extension(ext)
-
-    def compiles(self, flags):
-        """Whether the compiler knows the flags: avx512bf16 came with GCC 10 and clang 9."""
-        source = Path(self.build_temp, "flags.cpp")
-        source.parent.mkdir(parents=True, exist_ok=True)
-        source.write_text("int main() {}\n")
-        try:
-            self.compiler.compile([str(source)], output_dir=self.build_temp, extra_postargs=flags)
-        except CompileError:
-            return False
-        return True
 
 
 setup(

@@ -60,9 +60,6 @@ void use_linear_loops(const char* instruction_set) {
   if (!std::strcmp(instruction_set, "avx2")) loops = &linear_avx2;
   if (!std::strcmp(instruction_set, "avx512")) loops = &linear_avx512;
 #endif
-#ifdef GENARM_AVX512_BF16
-  if (!std::strcmp(instruction_set, "avx512_bf16")) loops = &linear_avx512_bf16;
-#endif
   (void)instruction_set;
 }
 

@@ -1,75 +1,100 @@
-// Compiled with -DISA=name and that instruction set's flags. vdpbf16ps is two fused multiply-adds, of the odd elements
-// first, so the others can do the same (but for subnormal numbers, which it takes as zero).
+// Compiled with -DISA=name and that instruction set's flags; the baseline has none of it.
+//
+// Two fused multiply-adds per pair of bfloat16, not one vdpbf16ps: that has half their rate (Sapphire Rapids: 43 billion
+// products a second, 89 with FMA), and flushes subnormal numbers.
 #include "linear_loops.h"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
+
+#include "float_math.h"
+#include "simd.h"
 
 namespace genarm {
 namespace {
 
-constexpr int kStep = 32;  // inputs of one dot
+constexpr int kLanes = 16;
+constexpr int kVectors = kLanes / kWidth;  // in the lanes of a sum
+constexpr int64_t kChunk = 768;            // inputs of 8 rows that stay in the L1 cache, 24 KB
+constexpr int kNear = 4, kFar = 28;        // outputs ahead that are fetched into the L1 cache, and into L2
 
-#if defined(__AVX512BF16__)
+inline Floats odd(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
+inline Floats even(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
 
-using Sums = __m512;
-using Operand = __m512bh;
-
-inline Operand load(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
-inline Sums dot(Sums sums, Operand w, Operand x) { return _mm512_dpbf16_ps(sums, w, x); }
-
-#elif defined(__AVX512F__)
-
-using Sums = __m512;
-struct Operand {
-  __m512 odd, even;
-};
-
-inline Operand load(const uint16_t* p) {
-  const __m512i pairs = _mm512_loadu_si512(p);
-  return {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))),
-          _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
-}
-inline Sums dot(Sums sums, Operand w, Operand x) {
-  return _mm512_fmadd_ps(w.even, x.even, _mm512_fmadd_ps(w.odd, x.odd, sums));
+// Weights to come. The hardware follows so many short streams too late (in = 576, 2 rows: 8 GB/s without this, 15 with
+// it, of 16), and L1 has too few buffers to wait for memory itself.
+inline void prefetch(const uint16_t* near, int64_t w_stride) {
+  _mm_prefetch(reinterpret_cast<const char*>(near), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(near + (kFar - kNear) * w_stride), _MM_HINT_T1);
 }
 
-#else
-
-struct Sums {
-  __m256 low, high;
-};
-struct Operand {
-  __m256 odd[2], even[2];
-};
-
-inline Operand load(const uint16_t* p) {
-  Operand x;
-  for (int half = 0; half < 2; ++half) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + half);
-    x.odd[half] = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
-    x.even[half] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+template <int R, int O>
+inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[R][O][kVectors]) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Floats weights[O];
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) {
+        const Words pairs = load_as<Words>(w + o * w_stride + v * 2 * kWidth);
+        weights[o] = half == 0 ? odd(pairs) : even(pairs);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        Floats input = load(x + r * kStep + half * kLanes + v * kWidth);
+        asm("" : "+v"(input));  // one load for all outputs
+#pragma GCC unroll 8
+        for (int o = 0; o < O; ++o) s[r][o][v] = fma(weights[o], input, s[r][o][v]);
+      }
+    }
   }
-  return x;
-}
-inline Sums dot(Sums sums, Operand w, Operand x) {
-  return {_mm256_fmadd_ps(w.even[0], x.even[0], _mm256_fmadd_ps(w.odd[0], x.odd[0], sums.low)),
-          _mm256_fmadd_ps(w.even[1], x.even[1], _mm256_fmadd_ps(w.odd[1], x.odd[1], sums.high))};
 }
 
-#endif
+// Adds n inputs to the lanes [R, kOutputs, kLanes] of O outputs, or begins them.
+template <int R, int O>
+inline void accumulate(const float* x, int64_t x_step, const uint16_t* w, int64_t w_stride, const uint16_t* next,
+                       int64_t n, bool begin, float* lanes) {
+  Floats s[R][O][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        s[r][o][v] = begin ? Floats{} : load(lanes + (r * kOutputs + o) * kLanes + v * kWidth);
+      }
+    }
+  }
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep, x += x_step) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) prefetch(next + o * w_stride + i, w_stride);
+    step<R, O>(x, w + i, w_stride, s);
+  }
+  if (i < n) {
+    uint16_t tail[O * kStep] = {};
+    for (int o = 0; o < O; ++o) std::memcpy(tail + o * kStep, w + o * w_stride + i, (n - i) * sizeof *w);
+    step<R, O>(x, tail, kStep, s);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) store(lanes + (r * kOutputs + o) * kLanes + v * kWidth, s[r][o][v]);
+    }
+  }
+}
 
+// Σ of the 16 lanes of each of 16 outputs: a transposition that adds on the way.
 #if defined(__AVX512F__)
 
-inline Sums zero() { return _mm512_setzero_ps(); }
-inline void store(Sums sums, float* p) { _mm512_store_ps(p, sums); }
-
-// Sum of the 16 lanes of each of 16 vectors: a transposition that adds on the way.
-inline void add_lanes(const float* sums, float* y) {
-  const auto at = [&](int output) { return _mm512_load_ps(sums + output * 16); };
+inline void add_lanes(const float* lanes, float* y) {
+  const auto at = [&](int output) { return load(lanes + output * kLanes); };
   const auto fold8 = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
   };
@@ -83,21 +108,13 @@ inline void add_lanes(const float* sums, float* y) {
     return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
   };
   const auto quarter = [&](int e) { return fold4(fold8(at(e), at(4 + e)), fold8(at(8 + e), at(12 + e))); };
-  _mm512_storeu_ps(y, fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3))));
+  store(y, fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3))));
 }
 
 #else
 
-inline Sums zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline void store(Sums sums, float* p) {
-  _mm256_store_ps(p, sums.low);
-  _mm256_store_ps(p + 8, sums.high);
-}
-
-inline void add_lanes(const float* sums, float* y) {
-  const auto fold8 = [&](int output) {
-    return _mm256_add_ps(_mm256_load_ps(sums + output * 16), _mm256_load_ps(sums + output * 16 + 8));
-  };
+inline void add_lanes(const float* lanes, float* y) {
+  const auto fold8 = [&](int output) { return load(lanes + output * kLanes) + load(lanes + output * kLanes + 8); };
   const auto fold4 = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   };
@@ -107,139 +124,87 @@ inline void add_lanes(const float* sums, float* y) {
   const auto fold1 = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xDD));
   };
-  for (int first = 0; first < 16; first += 8) {
+  for (int first = 0; first < kOutputs; first += 8) {
     const auto half = [&](int e) { return fold4(fold8(first + e), fold8(first + 4 + e)); };
-    _mm256_storeu_ps(y + first, fold1(fold2(half(0), half(1)), fold2(half(2), half(3))));
+    store(y + first, fold1(fold2(half(0), half(1)), fold2(half(2), half(3))));
   }
 }
 
 #endif
 
-// The last in % kStep elements, zeros after them.
-inline Operand load_tail(const uint16_t* p, int64_t n) {
-  alignas(64) uint16_t padded[kStep] = {};
-  std::memcpy(padded, p, n * sizeof *p);
-  return load(padded);
-}
-
-template <int R, int O>
-inline void accumulate(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t in, float* sums) {
-  Sums s[R][O];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int o = 0; o < O; ++o) s[r][o] = zero();
-  }
-  int64_t i = 0;
-  const auto step = [&](const auto& weights, const auto& inputs) {
-    Operand weight[O];
-#pragma GCC unroll 16
-    for (int o = 0; o < O; ++o) {
-      weight[o] = weights(w + o * in);
-      // of the next O outputs: the hardware follows so many streams too late (2 rows: 8 to 13 GB/s of 15, Xeon)
-      _mm_prefetch(reinterpret_cast<const char*>(w + (O + o) * in + i), _MM_HINT_T0);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Operand input = inputs(x + r * x_stride);
-#pragma GCC unroll 16
-      for (int o = 0; o < O; ++o) s[r][o] = dot(s[r][o], weight[o], input);
-    }
-  };
-  for (; i + kStep <= in; i += kStep) {
-    const auto at = [i](const uint16_t* p) { return load(p + i); };
-    step(at, at);
-  }
-  if (i < in) {
-    const auto tail = [i, in](const uint16_t* p) { return load_tail(p + i, in - i); };
-    step(tail, tail);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 16
-    for (int o = 0; o < O; ++o) store(s[r][o], sums + (r * kOutputs + o) * 16);
-  }
-}
-
-// Outputs at a time: enough sums to hide the latency of a dot, as many as registers hold.
+// Outputs at a time: enough sums to hide the latency of the fma, as many as fit the registers.
 template <int R>
-constexpr int kWidth =
-#if defined(__AVX512F__)
-    R == 1 ? 8 : R <= 3 ? 8 : R <= 6 ? 4 : 2;
-#else
-    R == 1 ? 4 : R == 2 ? 2 : 1;
-#endif
+constexpr int kTogether = kWidth == 16 ? (R <= 2 ? 8 : R <= 6 ? 4 : 2) : (R == 1 ? 4 : R == 2 ? 2 : 1);
 
 template <int R>
-void dots_of(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t in, int outputs, float* y) {
-  alignas(64) float sums[R * kOutputs * 16];
-  int o = 0;
-  for (; o + kWidth<R> <= outputs; o += kWidth<R>) accumulate<R, kWidth<R>>(x, x_stride, w + o * in, in, sums + o * 16);
-  for (; o < outputs; ++o) accumulate<R, 1>(x, x_stride, w + o * in, in, sums + o * 16);
-  for (int r = 0; r < R; ++r) {
-    float* of_row = sums + r * kOutputs * 16;
-    std::fill(of_row + outputs * 16, of_row + kOutputs * 16, 0.f);
-    add_lanes(of_row, y + r * kOutputs);
+void dots_of(const float* x, int64_t x_step, const uint16_t* w, int64_t in, int outputs, float* y) {
+  constexpr int O = kTogether<R>;
+  alignas(64) float lanes[R * kOutputs * kLanes];
+  if (outputs < kOutputs || in == 0) std::fill(std::begin(lanes), std::end(lanes), 0.f);
+  for (int64_t i = 0; i < in; i += kChunk) {
+    const int64_t n = std::min(kChunk, in - i);
+    const uint16_t* after = w + (i + n < in ? i + n : kOutputs * in);  // the next chunk, or block
+    const auto next = [&](int o) {
+      return o + kNear < kOutputs ? w + (o + kNear) * in + i : after + (o + kNear - kOutputs) * in;
+    };
+    int o = 0;
+    for (; o + O <= outputs; o += O) {
+      accumulate<R, O>(x + i / kStep * x_step, x_step, w + o * in + i, in, next(o), n, i == 0, lanes + o * kLanes);
+    }
+    for (; o < outputs; ++o) {
+      accumulate<R, 1>(x + i / kStep * x_step, x_step, w + o * in + i, in, next(o), n, i == 0, lanes + o * kLanes);
+    }
   }
+  for (int r = 0; r < R; ++r) add_lanes(lanes + r * kOutputs * kLanes, y + r * kOutputs);
 }
 
-void dots(const uint16_t* x, int64_t x_stride, int rows, const uint16_t* w, int64_t in, int outputs, float* y) {
+void dots(const float* x, int64_t x_step, int rows, const uint16_t* w, int64_t in, int outputs, float* y) {
   switch (rows) {
-    case 1: return dots_of<1>(x, x_stride, w, in, outputs, y);
-    case 2: return dots_of<2>(x, x_stride, w, in, outputs, y);
-    case 3: return dots_of<3>(x, x_stride, w, in, outputs, y);
-    case 4: return dots_of<4>(x, x_stride, w, in, outputs, y);
-    case 5: return dots_of<5>(x, x_stride, w, in, outputs, y);
-    case 6: return dots_of<6>(x, x_stride, w, in, outputs, y);
-    case 7: return dots_of<7>(x, x_stride, w, in, outputs, y);
-    default: return dots_of<8>(x, x_stride, w, in, outputs, y);
+    case 1: return dots_of<1>(x, x_step, w, in, outputs, y);
+    case 2: return dots_of<2>(x, x_step, w, in, outputs, y);
+    case 3: return dots_of<3>(x, x_step, w, in, outputs, y);
+    case 4: return dots_of<4>(x, x_step, w, in, outputs, y);
+    case 5: return dots_of<5>(x, x_step, w, in, outputs, y);
+    case 6: return dots_of<6>(x, x_step, w, in, outputs, y);
+    case 7: return dots_of<7>(x, x_step, w, in, outputs, y);
+    default: return dots_of<8>(x, x_step, w, in, outputs, y);
   }
 }
 
-inline float as_float(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-inline uint16_t as_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(x == x ? rounded : 0x7fc0);
+void spread(const uint16_t* x, int64_t n, float* out, int64_t step) {
+  for (int64_t i = 0; i < n; i += kStep, x += kStep, out += step) {
+    uint16_t padded[kStep] = {};
+    std::memcpy(padded, x, n - i < kStep ? (n - i) * sizeof *x : sizeof padded);
+    for (int v = 0; v < kVectors; ++v) {
+      const Words pairs = load_as<Words>(padded + v * 2 * kWidth);
+      store(out + v * kWidth, odd(pairs));
+      store(out + kLanes + v * kWidth, even(pairs));
+    }
+  }
 }
 
 void expand(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y) {
-  if (n < kOutputs) {
-    for (int64_t j = 0; j < rank; ++j) {
-      for (int o = 0; o < n; ++o) y[o] += hidden[j] * as_float(b[j * b_stride + o]);
-    }
-    return;
-  }
   float sums[kOutputs];
   std::memcpy(sums, y, sizeof sums);
-  for (int64_t j = 0; j < rank; ++j) {
+  for (int64_t j = 0; j < rank; ++j, b += b_stride) {
+    uint16_t padded[kOutputs] = {};
+    std::memcpy(padded, b, n == kOutputs ? sizeof padded : n * sizeof *b);
 #pragma omp simd
-    for (int o = 0; o < kOutputs; ++o) sums[o] += hidden[j] * as_float(b[j * b_stride + o]);
+    for (int o = 0; o < kOutputs; ++o) sums[o] += hidden[j] * as_float32(padded[o]);
   }
   std::memcpy(y, sums, sizeof sums);
 }
 
 void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
-  alignas(64) float sums[kOutputs];
-  std::memcpy(sums, y, sizeof sums);
-  if (bias) {
-    for (int o = 0; o < n; ++o) sums[o] += as_float(bias[o]);
-  }
-  uint16_t rounded[kOutputs];
+  uint16_t biases[kOutputs] = {}, rounded[kOutputs];
+  if (bias) std::memcpy(biases, bias, n * sizeof *bias);
 #pragma omp simd
-  for (int o = 0; o < kOutputs; ++o) rounded[o] = as_bf16(sums[o]);
-  if (n == kOutputs) {
-    std::memcpy(out, rounded, sizeof rounded);
-  } else {
-    std::memcpy(out, rounded, n * sizeof *out);
+  for (int o = 0; o < kOutputs; ++o) {
+    const float sum = bias ? y[o] + as_float32(biases[o]) : y[o];
+    const uint32_t bits = as_bits(sum);
+    rounded[o] = static_cast<uint16_t>(sum == sum ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0);
   }
+  std::memcpy(out, rounded, n == kOutputs ? sizeof rounded : n * sizeof *out);
 }
 
 #define TABLE_(isa) linear_##isa
@@ -247,7 +212,7 @@ void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
 
 }  // namespace
 
-extern const LinearLoops TABLE(ISA) = {dots, expand, store_bf16};
+extern const LinearLoops TABLE(ISA) = {spread, dots, expand, store_bf16};
 
 }  // namespace genarm
 

@@ -7,9 +7,6 @@
 namespace {
 
 const genarm::TileLoops* const kLoops[] = {
-#ifdef GENARM_AVX512_BF16
-    &genarm::loops_avx512_bf16,
-#endif
 #ifdef GENARM_X86
     &genarm::loops_avx512, &genarm::loops_avx2,
 #endif
@@ -18,10 +15,7 @@ const genarm::TileLoops* const kLoops[] = {
 bool runs_here(const genarm::TileLoops& loops) {
 #ifdef GENARM_X86
   __builtin_cpu_init();
-#ifdef GENARM_AVX512_BF16
-  if (!std::strcmp(loops.name, "avx512_bf16") && !__builtin_cpu_supports("avx512bf16")) return false;
-#endif
-  if (!std::strncmp(loops.name, "avx512", 6)) {
+  if (!std::strcmp(loops.name, "avx512")) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   }

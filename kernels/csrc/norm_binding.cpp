@@ -22,7 +22,7 @@ bool contiguous(const DLTensor& tensor) {
 void use_norm_loops(const char* instruction_set) {
   loops = &norm_baseline;
 #ifdef GENARM_X86
-  if (!std::strncmp(instruction_set, "avx512", 6)) loops = &norm_avx512;  // avx512_bf16 too
+  if (!std::strcmp(instruction_set, "avx512")) loops = &norm_avx512;
   if (!std::strcmp(instruction_set, "avx2")) loops = &norm_avx2;
 #else
   (void)instruction_set;

@@ -64,7 +64,7 @@ bool has_arguments(Py_ssize_t count, Py_ssize_t expected) {
 void use_ragged_loops(const char* instruction_set) {
   loops = &ragged_baseline;
 #ifdef GENARM_X86
-  if (!std::strncmp(instruction_set, "avx512", 6)) loops = &ragged_avx512;  // avx512_bf16 too
+  if (!std::strcmp(instruction_set, "avx512")) loops = &ragged_avx512;
   if (!std::strcmp(instruction_set, "avx2")) loops = &ragged_avx2;
 #else
   (void)instruction_set;

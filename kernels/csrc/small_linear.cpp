@@ -1,71 +1,113 @@
 #include "small_linear.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
 
 #include "pool.h"
 
 namespace genarm {
 namespace {
 
-constexpr int64_t kPanelBytes = 512 << 10;  // of rows that stay in the L2 cache while the weights pass by
+constexpr std::align_val_t kLine{64};
+constexpr int64_t kPanelFloats = 1 << 18;  // of rows that stay in the L2 cache while the weights pass by, 1 MB
 
-// scale · x Aᵀ of the span's rows, [rows, rank].
-std::vector<float> hidden_of(const Linear& linear, const Lora& lora, const Span& span, const uint16_t* x,
-                             int64_t x_stride) {
-  std::vector<float> hidden((span.last - span.first) * lora.rank);
-  float y[kRows * kOutputs];
-  for (int64_t row = span.first; row < span.last; row += kRows) {
-    const int rows = static_cast<int>(std::min<int64_t>(kRows, span.last - row));
-    for (int64_t j = 0; j < lora.rank; j += kOutputs) {
-      const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, lora.rank - j));
-      linear.loops->dots(x + row * x_stride, x_stride, rows, lora.a + j * linear.in, linear.in, outputs, y);
-      for (int r = 0; r < rows; ++r) {
-        float* to = hidden.data() + (row - span.first + r) * lora.rank + j;
-        for (int o = 0; o < outputs; ++o) to[o] = lora.scale * y[r * kOutputs + o];
+struct FreeAligned {
+  void operator()(float* memory) const { operator delete[](memory, kLine); }
+};
+
+class Multiplication {
+ public:
+  Multiplication(const Linear& linear, const std::vector<Span>& spans, int64_t rows)
+      : linear_(linear), loops_(*linear.loops), spans_(spans), width_((linear.in + kStep - 1) / kStep * kStep) {
+    const int64_t blocks = kPanelFloats / kRows / std::max<int64_t>(width_, 1);
+    panel_ = std::min(std::max<int64_t>(blocks, 1) * kRows, rows);
+    x_.reset(static_cast<float*>(operator new[](panel_ * width_ * sizeof(float), kLine)));
+    for (const Span& span : spans) hidden_.emplace_back((span.last - span.first) * linear.loras[span.lora].rank);
+  }
+
+  void run(const uint16_t* x, int64_t x_stride, int64_t rows, uint16_t* y, int threads) {
+    for (first_ = 0; first_ < rows; first_ = last_) {
+      last_ = std::min(first_ + panel_, rows);
+      for (int64_t row = first_; row < last_; ++row) {
+        const int64_t start = start_of(row);
+        loops_.spread(x + row * x_stride, linear_.in, spread(row), kStep * (end_of(start) - start));
+      }
+      for (size_t i = 0; i < spans_.size(); ++i) contract(i);
+      parallel(threads, (linear_.out + kOutputs - 1) / kOutputs, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) outputs(block * kOutputs, y);
+      });
+    }
+  }
+
+ private:
+  // Rows are multiplied in blocks of kRows, counted from the panel's first.
+  int64_t start_of(int64_t row) const { return row - (row - first_) % kRows; }
+  int64_t end_of(int64_t start) const { return std::min(start + kRows, last_); }
+  float* spread(int64_t row) const {
+    const int64_t start = start_of(row);
+    return x_.get() + (start - first_) * width_ + (row - start) * kStep;
+  }
+
+  void dots(int64_t row, int64_t end, const uint16_t* w, int outputs, float* y) const {
+    const int64_t start = start_of(row);
+    loops_.dots(spread(row), kStep * (end_of(start) - start), static_cast<int>(end - row), w, linear_.in, outputs, y);
+  }
+
+  // scale · x Aᵀ of a span's rows in this panel.
+  void contract(size_t i) {
+    const Span& span = spans_[i];
+    const Lora& lora = linear_.loras[span.lora];
+    float y[kRows * kOutputs];
+    for (int64_t row = std::max(span.first, first_), end; row < std::min(span.last, last_); row = end) {
+      end = std::min(end_of(start_of(row)), span.last);
+      for (int64_t j = 0; j < lora.rank; j += kOutputs) {
+        const int count = static_cast<int>(std::min<int64_t>(kOutputs, lora.rank - j));
+        dots(row, end, lora.a + j * linear_.in, count, y);
+        for (int64_t r = row; r < end; ++r) {
+          float* hidden = hidden_[i].data() + (r - span.first) * lora.rank + j;
+          for (int o = 0; o < count; ++o) hidden[o] = lora.scale * y[(r - row) * kOutputs + o];
+        }
       }
     }
   }
-  return hidden;
-}
+
+  // Up to kOutputs outputs of all rows of this panel.
+  void outputs(int64_t output, uint16_t* y) const {
+    const int count = static_cast<int>(std::min<int64_t>(kOutputs, linear_.out - output));
+    const uint16_t* bias = linear_.bias ? linear_.bias + output : nullptr;
+    alignas(64) float sums[kRows * kOutputs];
+    for (int64_t row = first_, end; row < last_; row = end) {
+      end = end_of(row);
+      dots(row, end, linear_.weight + output * linear_.in, count, sums);
+      for (size_t i = 0; i < spans_.size(); ++i) {
+        const Span& span = spans_[i];
+        const Lora& lora = linear_.loras[span.lora];
+        for (int64_t r = std::max(row, span.first); r < std::min(end, span.last); ++r) {
+          loops_.expand(hidden_[i].data() + (r - span.first) * lora.rank, lora.rank, lora.b + output, linear_.out,
+                        count, sums + (r - row) * kOutputs);
+        }
+      }
+      for (int64_t r = row; r < end; ++r) {
+        loops_.store(sums + (r - row) * kOutputs, bias, count, y + r * linear_.out + output);
+      }
+    }
+  }
+
+  const Linear& linear_;
+  const LinearLoops& loops_;
+  const std::vector<Span>& spans_;
+  const int64_t width_;
+  int64_t panel_, first_ = 0, last_ = 0;
+  std::unique_ptr<float[], FreeAligned> x_;   // [panel, width], spread
+  std::vector<std::vector<float>> hidden_;  // of each span, [rows, rank]
+};
 
 }  // namespace
 
 void small_linear(const Linear& linear, const uint16_t* x, int64_t x_stride, int64_t rows, uint16_t* y,
                   const std::vector<Span>& spans, int threads) {
-  const LinearLoops& loops = *linear.loops;
-  std::vector<std::vector<float>> hidden;
-  for (const Span& span : spans) hidden.push_back(hidden_of(linear, linear.loras[span.lora], span, x, x_stride));
-
-  const auto block = [&](int64_t first_row, int64_t last_row, int64_t output) {
-    const int outputs = static_cast<int>(std::min<int64_t>(kOutputs, linear.out - output));
-    const uint16_t* bias = linear.bias ? linear.bias + output : nullptr;
-    alignas(64) float sums[kRows * kOutputs];
-    for (int64_t row = first_row; row < last_row; row += kRows) {
-      const int64_t end = std::min(row + kRows, last_row);
-      loops.dots(x + row * x_stride, x_stride, static_cast<int>(end - row), linear.weight + output * linear.in,
-                 linear.in, outputs, sums);
-      for (size_t i = 0; i < spans.size(); ++i) {
-        const Span& span = spans[i];
-        const Lora& lora = linear.loras[span.lora];
-        for (int64_t r = std::max(row, span.first); r < std::min(end, span.last); ++r) {
-          loops.expand(hidden[i].data() + (r - span.first) * lora.rank, lora.rank, lora.b + output, linear.out, outputs,
-                       sums + (r - row) * kOutputs);
-        }
-      }
-      for (int64_t r = row; r < end; ++r) {
-        loops.store(sums + (r - row) * kOutputs, bias, outputs, y + r * linear.out + output);
-      }
-    }
-  };
-
-  const int64_t row_bytes = std::max<int64_t>(1, linear.in * 2);
-  const int64_t panel = std::max<int64_t>(1, kPanelBytes / row_bytes / kRows) * kRows;
-  const int64_t blocks = (linear.out + kOutputs - 1) / kOutputs;
-  parallel(threads, blocks, [&](int64_t first, int64_t last) {
-    for (int64_t row = 0; row < rows; row += panel) {
-      for (int64_t b = first; b < last; ++b) block(row, std::min(row + panel, rows), b * kOutputs);
-    }
-  });
+  Multiplication(linear, spans, rows).run(x, x_stride, rows, y, threads);
 }
 
 }  // namespace genarm

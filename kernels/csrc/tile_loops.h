@@ -37,8 +37,5 @@ extern const TileLoops loops_baseline;
 #ifdef GENARM_X86
 extern const TileLoops loops_avx2, loops_avx512;
 #endif
-#ifdef GENARM_AVX512_BF16
-extern const TileLoops loops_avx512_bf16;
-#endif
 
 }  // namespace genarm

@@ -5,9 +5,9 @@
 A decode step reads every weight once for a handful of rows. The C++ core (kernels/csrc/small_linear.cpp) loads each
 weight once for up to 8 rows, multiplies bfloat16 pairs into float32 sums, adds bias and LoRA to those, and rounds once.
 
-The order of each sum depends on nothing but `in`: a row's result is bit for bit the same alone or among others, and for
-any number of threads. It is the same on every instruction set too, but for subnormal numbers, which AVX512-BF16 takes
-as zero. Where the core does not serve (no AVX2, other dtypes, other devices) PyTorch does, without that guarantee.
+The order of each sum depends on nothing but `in`: a row's result is bit for bit the same alone or among others, for any
+number of threads, and on every instruction set. Where the core does not serve (no AVX2, other dtypes, other devices)
+PyTorch does, without that guarantee.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Span = tuple[int, int, int]  # rows first .. last - 1 get the LoRA of that index
 
 
 class SmallLinear:
-    """y = x Wᵀ + bias, prepared once for many calls: a call costs 3 µs more than its arithmetic.
+    """y = x Wᵀ + bias, prepared once for many calls, each of which costs 1.5 µs more than its arithmetic.
 
     weight: [out, in]; bias: [out]; `loras` share their dtype and device. The tensors are kept, and read at every call:
     changes in place count, but a moved or replaced parameter needs a new SmallLinear. It has no gradient.

@@ -11,10 +11,8 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "kernels/csrc"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", "-DGENARM_AVX512_BF16"]
-FLAGS += [f"-I{sysconfig.get_path('include')}"]
+FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", f"-I{sysconfig.get_path('include')}"]
 LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
-LOOPS["avx512_bf16"] = [*LOOPS["avx512"], "-mavx512bf16"]
 CHECK = """
 import importlib.machinery, importlib.util, sys, torch
 from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention, rms_norm, settle, small_linear
