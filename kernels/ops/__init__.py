@@ -9,6 +9,7 @@ from .ragged_attention import (
     ragged_attention_reference,
 )
 from .rms_norm import rms_norm, rms_norm_reference
+from .rotary import rotary, rotary_reference
 from .settle import Settled, settle
 from .small_linear import Lora, SmallLinear, small_linear
 
@@ -26,6 +27,8 @@ __all__ = [
     "ragged_attention_reference",
     "rms_norm",
     "rms_norm_reference",
+    "rotary",
+    "rotary_reference",
     "seed_tensor",
     "settle",
     "small_linear",
