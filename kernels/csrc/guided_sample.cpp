@@ -16,7 +16,7 @@ namespace genarm {
 namespace {
 
 constexpr float kInf = INFINITY;
-constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kMostSum = 0x1p64f;  // of one tile; its logarithm still has float32's usual resolution
 constexpr float kColdest = 1e-30f;  // as in the reference
 constexpr int64_t kElementsPerThread = 1 << 20;  // about 0.2 ms of work: a tenth of it is spent on starting a thread
 constexpr uint32_t kTileLevel = 0, kTokenLevel = 1;
@@ -30,11 +30,12 @@ class RowSampler {
       : q_(request),
         f_(loops),
         tiles_((request.vocab + kTile - 1) / kTile),
-        peaks_(tiles_),
-        sums_(tiles_),
-        member_peaks_(request.members.size() * tiles_),
-        member_sums_(request.members.size() * tiles_),
-        noise_(std::max<int64_t>(kTile, whole_lanes(tiles_))) {}
+        padded_(whole_lanes(tiles_)),
+        stats_((4 + 2 * request.members.size()) * padded_, -kInf) {
+    for (int64_t i = -1; i < static_cast<int64_t>(request.members.size()); ++i) {
+      std::fill(part(i).sums, part(i).sums + padded_, 0.f);
+    }
+  }
 
   void run(int64_t index) {
     row_ = index / q_.block, block_ = index % q_.block;
@@ -55,8 +56,8 @@ class RowSampler {
     const bool log_sums = q_.logprobs || (!greedy && (!truncated || (nucleus && !limited)));
     const int32_t status = pass(log_sums);
     if (status != 0) return fail(index, status);
-    peak_ = *std::max_element(peaks_.begin(), peaks_.end());
-    const double total = log_sums ? sum_tiles(peaks_.data(), sums_.data(), peak_, scale_) : 0.;
+    peak_ = row_peak();
+    const double total = log_sums ? f_.scaled_sum(part(-1).refs, part(-1).sums, padded(), peak_, scale_) : 0.;
 
     float lowest = -kInf;
     if (truncated) {
@@ -71,17 +72,42 @@ class RowSampler {
   }
 
  private:
-  ScoredRow scored_row() const { return {scores_.data(), peaks_.data(), lane_peaks_.data(), q_.vocab, tiles_}; }
+  struct Parts {
+    float *refs, *sums;  // of each tile: Σ 2^((x - ref) · scale)
+  };
+
+  float* peaks() { return stats_.data(); }
+  float row_peak() { return *std::max_element(peaks(), peaks() + tiles_); }
+  int padded() const { return static_cast<int>(padded_); }
+
+  // Sums of a member's own probabilities; -1: of the combination's.
+  Parts part(int64_t member) {
+    float* refs = stats_.data() + (member < 0 ? 1 : 4 + 2 * member) * padded_;
+    return {refs, refs + padded_};
+  }
+
+  void keep_sum(int64_t member, int64_t t, PartialSum sum) {
+    part(member).refs[t] = sum.ref, part(member).sums[t] = sum.sum;
+  }
+
+  ScoredRow scored_row() { return {scores_.data(), peaks(), lane_peaks_.data(), q_.vocab, tiles_}; }
+
+  int64_t offset(const Member& member, int64_t first) const {
+    return row_ * member.row_stride + block_ * member.block_stride + first;
+  }
+
+  float weight(size_t member) const {
+    return q_.weights[row_ * q_.weights_row_stride + static_cast<int64_t>(member) - 1];
+  }
 
   // n logits of a member's tile as floats padded to whole lanes; float32 is used in place.
   const float* load(const Member& member, int64_t first, int64_t n, float* buffer) const {
-    const int64_t offset = row_ * member.row_stride + block_ * member.block_stride + first;
     if (member.dtype == Dtype::kFloat32) {
-      const float* source = static_cast<const float*>(member.data) + offset;
+      const float* source = static_cast<const float*>(member.data) + offset(member, first);
       if (n % kLanes == 0) return source;
       std::memcpy(buffer, source, n * sizeof(float));
     } else {
-      const uint16_t* source = static_cast<const uint16_t*>(member.data) + offset;
+      const uint16_t* source = static_cast<const uint16_t*>(member.data) + offset(member, first);
       (member.dtype == Dtype::kBfloat16 ? f_.load_bf16 : f_.load_fp16)(source, static_cast<int>(n), buffer);
     }
     std::fill(buffer + n, buffer + whole_lanes(n), -kInf);
@@ -102,28 +128,64 @@ class RowSampler {
         combined = z;
         seen = members ? f_.scan(z, width) : Scan{};
       } else {
-        const float weight = q_.weights[row_ * q_.weights_row_stride + static_cast<int64_t>(i) - 1];
-        seen = f_.add_member(combined, z, width, weight, weight == 0.f ? 0.f : -kInf, out);
+        seen = f_.add_member(combined, z, width, weight(i), weight(i) == 0.f ? 0.f : -kInf, out);
         combined = out;
       }
       if (!members) continue;
       if (seen.bad) *status |= 2 << i;
       if (q_.logprobs) {
-        member_peaks_[i * tiles_ + t] = seen.peak;
-        member_sums_[i * tiles_ + t] = seen.peak == -kInf ? 0.f : f_.exp_sum(z, width, seen.peak, kLog2e);
+        keep_sum(i, t, {seen.peak, seen.peak == -kInf ? 0.f : f_.exp_sum(z, width, seen.peak, kLog2e)});
       }
     }
-    if (q_.bias) {
-      const float* bias = q_.bias + row_ * q_.bias_row_stride + first;
-      if (n < width) {
-        std::memcpy(buffer, bias, n * sizeof(float));
-        std::fill(buffer + n, buffer + width, 0.f);
-        bias = buffer;
-      }
-      f_.add(combined, bias, width, out);
-      combined = out;
+    return q_.bias ? add_bias(combined, first, n, out) : combined;
+  }
+
+  const float* add_bias(const float* combined, int64_t first, int64_t n, float* out) const {
+    alignas(64) float buffer[kTile];
+    const float* bias = q_.bias + row_ * q_.bias_row_stride + first;
+    const int64_t width = whole_lanes(n);
+    if (n < width) {
+      std::memcpy(buffer, bias, n * sizeof(float));
+      std::fill(buffer + n, buffer + width, 0.f);
+      bias = buffer;
     }
-    return combined;
+    f_.add(combined, bias, static_cast<int>(width), out);
+    return out;
+  }
+
+  // Keeps a tile's scores for the filters and for the top tokens.
+  void keep(int64_t t, const float* combined, float* out) {
+    if (combined != out) std::memcpy(out, combined, tile_width(t) * sizeof(float));
+    f_.lane_peaks(out, tile_width(t), lane_peaks_.data() + t * kLanes);
+  }
+
+  // (max, sum) of tile t and its members in one pass over each; false where the tile needs care: see log_sums.h.
+  bool sum_tile(int64_t t, float* out) {
+    const int64_t first = t * kTile, n = tile_size(t);
+    const int width = tile_width(t);
+    alignas(64) float buffer[kTile];
+    const float* combined = nullptr;
+    for (size_t i = 0; i < q_.members.size(); ++i) {
+      const Member& member = q_.members[i];
+      const bool bf16 = member.dtype == Dtype::kBfloat16 && n == width;
+      const void* z = bf16 ? static_cast<const void*>(static_cast<const uint16_t*>(member.data) + offset(member, first))
+                           : load(member, first, n, i == 0 ? out : buffer);
+      const bool in_place = i == 0 && !bf16;
+      if (!in_place || q_.logprobs) {
+        const PartialSum sum = f_.add_member_once(z, bf16, width, combined, i == 0 ? 1.f : weight(i), q_.logprobs,
+                                                  in_place ? nullptr : out);
+        if (!(sum.sum < kMostSum)) return false;
+        if (q_.logprobs) keep_sum(i, t, sum);
+      }
+      combined = in_place ? static_cast<const float*>(z) : out;
+    }
+    if (q_.bias) combined = add_bias(combined, first, n, out);
+    const PeakSum seen = f_.peak_sum(combined, width, scale_);
+    if (!(seen.part.sum < kMostSum)) return false;
+    peaks()[t] = seen.peak;
+    keep_sum(-1, t, seen.part);
+    if (keep_row_) keep(t, combined, out);
+    return true;
   }
 
   // The one read of every logit: (max, sum) per tile. Returns the row's status.
@@ -133,30 +195,18 @@ class RowSampler {
     bool bad = false;
     for (int64_t t = 0; t < tiles_; ++t) {
       float* out = keep_row_ ? scores_.data() + t * kTile : buffer;
+      if (log_sums && sum_tile(t, out)) continue;
       const float* combined = combine(t, out, true, &status);
       const int width = tile_width(t);
-      if (keep_row_) {
-        if (combined != out) std::memcpy(out, combined, width * sizeof(float));
-        f_.lane_peaks(combined, width, lane_peaks_.data() + t * kLanes);
-      }
+      if (keep_row_) keep(t, combined, out);
       const Scan seen = f_.scan(combined, width);
       bad |= seen.bad;
-      peaks_[t] = seen.peak;
-      sums_[t] = !log_sums || !(std::fabs(seen.peak) < kInf)
-                     ? 0.f
-                     : f_.exp_sum(combined, width, seen.peak, scale_);
+      peaks()[t] = seen.peak;
+      const bool summed = log_sums && std::fabs(seen.peak) < kInf;
+      keep_sum(-1, t, {seen.peak, summed ? f_.exp_sum(combined, width, seen.peak, scale_) : 0.f});
     }
-    if (status == 0 && (bad || *std::max_element(peaks_.begin(), peaks_.end()) == -kInf)) status = 1;
+    if (status == 0 && (bad || row_peak() == -kInf)) status = 1;
     return status;
-  }
-
-  // Σ sum_t · 2^((peak_t - peak) · scale)
-  double sum_tiles(const float* peaks, const float* sums, float peak, float scale) const {
-    double total = 0;
-    for (int64_t t = 0; t < tiles_; ++t) {
-      if (sums[t] > 0.f) total += sums[t] * std::exp2((peaks[t] - peak) * scale);
-    }
-    return total;
   }
 
   // Lowest score that top-p keeps among the scores >= lowest, whose mass is `total` (0: not known yet).
@@ -178,7 +228,7 @@ class RowSampler {
   }
 
   int64_t first_peak() {
-    const int64_t t = std::max_element(peaks_.begin(), peaks_.end()) - peaks_.begin();
+    const int64_t t = std::max_element(peaks(), peaks() + tiles_) - peaks();
     alignas(64) float buffer[kTile];
     const float* combined = tile(t, buffer);
     return t * kTile + (std::find(combined, combined + kTile - 1, peak_) - combined);
@@ -189,22 +239,25 @@ class RowSampler {
     alignas(64) float buffer[kTile];
     const uint64_t seed = static_cast<uint64_t>(q_.seeds.at(row_, block_));
     const uint32_t position = static_cast<uint32_t>(q_.positions.at(row_, block_));
-    f_.gumbel(seed, kTileLevel, position, 0, static_cast<int>(whole_lanes(tiles_)), noise_.data());
+    float* tile_noise = stats_.data() + 3 * padded_;
+    f_.gumbel(seed, kTileLevel, position, 0, padded(), tile_noise);
     int64_t chosen = 0;
     float best = -kInf;
     for (int64_t t = 0; t < tiles_; ++t) {
-      if (!(peaks_[t] >= lowest) || peaks_[t] == -kInf) continue;
-      float sum = sums_[t];
+      const float peak = peaks()[t];
+      if (!(peak >= lowest) || peak == -kInf) continue;
+      PartialSum sum{part(-1).refs[t], part(-1).sums[t]};
       if (truncated) {
-        sum = f_.exp_sum_above(scores_.data() + t * kTile, tile_width(t), lowest, peaks_[t], scale_);
+        sum = {peak, f_.exp_sum_above(scores_.data() + t * kTile, tile_width(t), lowest, peak, scale_)};
       }
-      const float value = (peaks_[t] - peak_) * coldness_ + std::log(sum) + noise_[t];
+      const float value = (sum.ref - peak_) * coldness_ + std::log(sum.sum) + tile_noise[t];
       if (value > best) best = value, chosen = t;
     }
     const float* combined = tile(chosen, buffer);
     const int width = tile_width(chosen);
-    f_.gumbel(seed, kTokenLevel, position, static_cast<uint32_t>(chosen * kTile), width, noise_.data());
-    return chosen * kTile + f_.draw(combined, noise_.data(), width, lowest, peak_, coldness_);
+    alignas(64) float noise[kTile];
+    f_.gumbel(seed, kTokenLevel, position, static_cast<uint32_t>(chosen * kTile), width, noise);
+    return chosen * kTile + f_.draw(combined, noise, width, lowest, peak_, coldness_);
   }
 
   int64_t tile_size(int64_t t) const { return std::min<int64_t>(kTile, q_.vocab - t * kTile); }
@@ -224,17 +277,17 @@ class RowSampler {
     alignas(64) float buffer[kTile];
     q_.logprobs[index] = logprob(tile(token / kTile, buffer)[token % kTile]);
     for (size_t i = 0; i < q_.members.size(); ++i) {
-      const float* peaks = member_peaks_.data() + i * tiles_;
-      const float peak = *std::max_element(peaks, peaks + tiles_);
-      const double sum = sum_tiles(peaks, member_sums_.data() + i * tiles_, peak, kLog2e);
+      const Parts sums = part(static_cast<int64_t>(i));
+      const float ref = *std::max_element(sums.refs, sums.refs + tiles_);
+      const double sum = f_.scaled_sum(sums.refs, sums.sums, padded(), ref, kLog2e);
       q_.member_logprobs[i * q_.rows * q_.block + index] =
-          static_cast<float>(logit(q_.members[i], token) - peak - std::log(sum));
+          static_cast<float>(logit(q_.members[i], token) - ref - std::log(sum));
     }
     if (q_.top_n == 0) return;
     const float last = kth_score(scored_row(), q_.top_n, candidates_);
     order_.clear();
     for (int64_t t = 0; t < tiles_; ++t) {
-      if (peaks_[t] < last) continue;
+      if (peaks()[t] < last) continue;
       const int64_t end = std::min((t + 1) * kTile, q_.vocab);
       for (int64_t x = t * kTile; x < end; ++x) {
         if (scores_[x] >= last) order_.push_back(x);
@@ -264,11 +317,12 @@ class RowSampler {
 
   const Request& q_;
   const TileLoops& f_;
-  const int64_t tiles_;
+  const int64_t tiles_, padded_;
   int64_t row_ = 0, block_ = 0;
   float coldness_ = 1, scale_ = kLog2e, peak_ = 0;
   bool keep_row_ = false;
-  std::vector<float> peaks_, sums_, member_peaks_, member_sums_, noise_, scores_, lane_peaks_, candidates_, masses_;
+  std::vector<float> stats_;  // [4 + 2 · members, padded tiles]: peaks, refs, sums, noise, refs and sums of each member
+  std::vector<float> scores_, lane_peaks_, candidates_, masses_;
   std::vector<int64_t> order_;
 };
 

@@ -8,30 +8,13 @@
 #include <cstring>
 
 #include "float_math.h"
+#include "gumbel.h"
+#include "log_sums.h"
 
 namespace genarm {
 namespace {
 
 constexpr float kInf = INFINITY;
-
-// log(x) for normal x > 0, within 1 ulp (Cephes logf)
-inline float log_positive(float x) {
-  uint32_t bits = as_bits(x) - 0x3f3504f3;  // mantissa in [sqrt(1/2), sqrt(2))
-  float e = static_cast<float>(static_cast<int32_t>(bits) >> 23);
-  float m = as_float((bits & 0x007fffff) + 0x3f3504f3) - 1.f;
-  float p = 7.0376836292e-2f;
-  p = fma(p, m, -1.1514610310e-1f);
-  p = fma(p, m, 1.1676998740e-1f);
-  p = fma(p, m, -1.2420140846e-1f);
-  p = fma(p, m, 1.4249322787e-1f);
-  p = fma(p, m, -1.6668057665e-1f);
-  p = fma(p, m, 2.0000714765e-1f);
-  p = fma(p, m, -2.4999993993e-1f);
-  p = fma(p, m, 3.3333331174e-1f);
-  float square = m * m;
-  float y = fma(e, -2.12194440e-4f, p * m * square) - 0.5f * square;
-  return fma(e, 0.693359375f, m + y);
-}
 
 void load_bf16(const uint16_t* source, int n, float* out) {
 #pragma omp simd
@@ -110,28 +93,6 @@ void lane_peaks(const float* x, int n, float* out) {
   std::memcpy(out, peaks, sizeof peaks);
 }
 
-void gumbel(uint64_t seed, uint32_t level, uint32_t position, uint32_t first, int n, float* out) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    uint32_t c0 = first + static_cast<uint32_t>(i), c1 = position, c2 = level, c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u, product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-      c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(product1);
-      c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(product0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    float u = (static_cast<float>(c0) + 0.5f) * 0x1p-32f;
-    u = u < 1.f - 0x1p-24f ? u : 1.f - 0x1p-24f;
-    float w = 1.f - u;
-    float quotient = -log_positive(w) * u / (w == 1.f ? 1.f : 1.f - w);
-    out[i] = -log_positive(w == 1.f ? u : quotient);
-  }
-}
-
 int draw(const float* x, const float* noise, int n, float lowest, float peak, float coldness) {
   float values[kTile], best = -kInf;
 #pragma omp simd reduction(max : best)
@@ -152,7 +113,7 @@ int draw(const float* x, const float* noise, int n, float lowest, float peak, fl
 
 }  // namespace
 
-extern const TileLoops TABLE(ISA) = {NAME(ISA), load_bf16, load_fp16,  scan,   add_member, add,
+extern const TileLoops TABLE(ISA) = {NAME(ISA), add_member_once, peak_sum, scaled_sum, load_bf16, load_fp16,  scan,   add_member, add,
                                      exp_sum,   exp_sum_above, exps, lane_peaks, gumbel, draw};
 
 }  // namespace genarm

@@ -13,8 +13,26 @@ struct Scan {
   bool bad;    // a NaN or +inf among the values
 };
 
+struct PartialSum {
+  float ref, sum;  // Σ 2^((x - ref) · scale); a sum that is NaN or +inf says nothing: see log_sums.h
+};
+
+struct PeakSum {
+  float peak;
+  PartialSum part;
+};
+
+constexpr float kLog2e = 1.44269504088896340736f;
+
 struct TileLoops {
   const char* name;
+  // In one pass over a member's logits z, float32 or bfloat16: out = c + weight · z, or z itself where c is null; the
+  // sum, if wanted, is of the member's own probabilities. A sum that is not finite stands for +inf in z as well.
+  PartialSum (*add_member_once)(const void* z, bool bf16, int n, const float* c, float weight, bool sum, float* out);
+  PeakSum (*peak_sum)(const float* x, int n, float scale);
+  // Σ sums · 2^((refs - ref) · scale), ref the largest
+  float (*scaled_sum)(const float* refs, const float* sums, int n, float ref, float scale);
+  // The loops below work for any values.
   void (*load_bf16)(const uint16_t* source, int n, float* out);
   void (*load_fp16)(const uint16_t* source, int n, float* out);
   Scan (*scan)(const float* x, int n);

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genarm_fast.kernels import _native, guided_sample, guided_sample_reference
+from genarm_fast.kernels.guided_sample import member_logprob
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="built without a compiler")
 VOCABS = [1, 2, 17, 999, 1024, 1025, 32001, 50257, 128256, 151936]
@@ -84,6 +85,41 @@ def test_flat_and_tied_rows(isa):
     base[2, 4999] = 1
     for filters in ({}, {"top_k": 7}, {"top_p": 0.4}, {"top_k": 2000, "top_p": 0.5, "min_p": 0.3}):
         assert_same([base], [], seeds=1, positions=torch.arange(3), top_logprobs=9, **filters)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
+def test_tiles_whose_first_logits_say_little_of_the_others(isa, temperature):
+    """The one-pass sums take their reference from there; a sum that overflows is taken again with care."""
+    base, arm = members(6, 2500, 1, mixed=False)
+    base[0].view(-1, 20)[::5, :16] = -math.inf
+    base[1, ::1024] = -150
+    base[1, :16] = base[1, 1024:1040] = -150
+    base[1, [700, 2400]] = torch.tensor([150.0, 151.0])
+    base[2] += 3000
+    base[3] -= 1e4
+    base[4] = 88
+    arm[5] *= 40
+    options = {"temperature": temperature, "seeds": 2, "positions": torch.arange(6)}
+    for logits in (base, base.bfloat16()):
+        assert_same([logits], [], return_logprobs=True, atol=1e-5 / min(temperature, 1), **options)
+        assert_same([logits], [], top_logprobs=2, atol=1e-5 / min(temperature, 1), top_p=0.8, **options)
+    for weight in (1.0, -0.5, 0.0):  # c itself is rounded, so only the members' own log-probabilities are exact
+        got = guided_sample(base, (arm,), [weight], return_logprobs=True, **options)
+        assert_same([base, arm], [weight], **options)
+        for logits, found in zip((base, arm[:, :2500]), got.member_logprobs, strict=True):
+            exact = member_logprob(logits.double(), got.tokens)
+            torch.testing.assert_close(found, exact, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_broken_members_are_flagged_wherever_they_break(isa, weight, logprobs):
+    base, arm = (z[:4] for z in members(4, 1100, 1, mixed=False))
+    arm[0, 1050], arm[1, 3] = math.inf, math.nan
+    base[2, 1099], base[3, 500], arm[3, 500] = math.nan, math.inf, -math.inf
+    options = {"seeds": 2, "positions": 0, "return_logprobs": logprobs}
+    assert_same([base, arm], [weight], **options)
+    assert guided_sample(base, (arm,), [weight], **options).status.tolist() == [4, 4, 2, 2]
 
 
 def test_strides(isa):
