@@ -1,29 +1,52 @@
 #include "ragged_attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <new>
 #include <vector>
+
+#include "pool.h"
 
 namespace genarm {
 namespace {
 
 constexpr int64_t kQueries = 24;  // of a task: enough to share the transposed keys, few enough to keep scores in L2
+constexpr int64_t kPerThread = 1 << 21;  // products: 0.1 ms of work, of which waking a thread is a tenth
+
+int64_t products(const RaggedAttention& call) {
+  int64_t entries = 0;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    for (int64_t i = 0; i < call.block; ++i) entries += std::min(call.places.position(row, i) + 1, call.window);
+  }
+  return entries * call.heads * (call.width + call.value_width);
+}
 
 }  // namespace
 
-void ragged_attention(const RaggedAttention& call, const RaggedLoops& loops) {
-  thread_local std::vector<float> scratch;  // kept: a fresh large block would be paged in call by call
+void ragged_attention(const RaggedAttention& call, const RaggedLoops& loops, int threads) {
   const int64_t tokens = std::max<int64_t>(1, kQueries / (call.heads / call.kv_heads));
-  for (int64_t row = 0; row < call.rows; ++row) {
-    for (int64_t token = 0; token < call.block; token += tokens) {
-      for (int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head) {
-        const RaggedTask task{row, kv_head, token, std::min(tokens, call.block - token)};
-        const size_t floats = static_cast<size_t>(loops.scratch(call, task));
+  const int64_t blocks = (call.block + tokens - 1) / tokens;
+  std::atomic<bool> failed{false};
+  const auto work = [&](int64_t task, int64_t last) {
+    thread_local std::vector<float> scratch;  // kept: a fresh large block would be paged in call by call
+    for (; task < last; ++task) {
+      const int64_t token = task / call.kv_heads % blocks * tokens;
+      const RaggedTask part{task / call.kv_heads / blocks, task % call.kv_heads, token,
+                            std::min(tokens, call.block - token)};
+      const size_t floats = static_cast<size_t>(loops.scratch(call, part));
+      try {
         if (scratch.size() < floats) scratch.resize(floats);
-        loops.attend(call, task, scratch.data());
+      } catch (const std::bad_alloc&) {
+        failed = true;  // a helper's exception would end the process
+        return;
       }
+      loops.attend(call, part, scratch.data());
     }
-  }
+  };
+  if (threads > 1) threads = static_cast<int>(std::min<int64_t>(threads, products(call) / kPerThread));
+  parallel(threads, call.rows * blocks * call.kv_heads, work);
+  if (failed) throw std::bad_alloc();
 }
 
 void ragged_copy(const RaggedCopy& call) {

@@ -40,7 +40,7 @@ extern const RaggedLoops ragged_avx2, ragged_avx512;
 #endif
 
 // Throws std::bad_alloc. Slots and positions must be in range.
-void ragged_attention(const RaggedAttention& call, const RaggedLoops& loops);
+void ragged_attention(const RaggedAttention& call, const RaggedLoops& loops, int threads);
 
 struct RaggedCopy {  // of [N, H, q, width] into [S, H, C, width]; both contiguous in the last, strides in bytes
   const char* source;

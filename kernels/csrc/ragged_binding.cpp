@@ -72,7 +72,7 @@ void use_ragged_loops(const char* instruction_set) {
 }
 
 PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
-  enum Argument { kQuery, kKeys, kValues, kSlots, kPositions, kScale, kWindow, kSoftcap, kArguments };
+  enum Argument { kQuery, kKeys, kValues, kSlots, kPositions, kScale, kWindow, kSoftcap, kThreads, kArguments };
   if (!has_arguments(count, kArguments)) return nullptr;
   DLTensor query, keys, values;
   RaggedAttention call;
@@ -89,6 +89,7 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t co
   call.scale = static_cast<float>(PyFloat_AsDouble(in[kScale]));
   call.window = in[kWindow] == Py_None ? INT64_MAX : PyLong_AsLongLong(in[kWindow]);
   call.softcap = in[kSoftcap] == Py_None ? 0.f : static_cast<float>(PyFloat_AsDouble(in[kSoftcap]));
+  const int threads = static_cast<int>(PyLong_AsLong(in[kThreads]));
   if (PyErr_Occurred()) return nullptr;
   if (call.window < 1) Py_RETURN_NONE;
   if (!in_range(call.places, call.rows, call.block, keys)) return nullptr;
@@ -101,7 +102,7 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t co
   if (!out) return nullptr;
   try {
     const WithoutGil without_gil;
-    ragged_attention(call, *loops);
+    ragged_attention(call, *loops, threads);
   } catch (const std::bad_alloc&) {
     Py_DECREF(out);
     return PyErr_NoMemory();

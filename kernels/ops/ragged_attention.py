@@ -112,10 +112,11 @@ def ragged_attention(
             does not have.
     """
     if _native.core is not None and not (query.requires_grad and torch.is_grad_enabled()):
-        out = _native.core.ragged_attention(query, keys, values, slots, positions, scale, window, softcap)
         tensors = (query, keys, values, slots, positions)
+        options = (scale, window, softcap, torch.get_num_threads())
+        out = _native.core.ragged_attention(*tensors, *options)
         if out is None and all(tensor.is_cpu for tensor in tensors):
-            out = _native.core.ragged_attention(*map(_native.plain, tensors), scale, window, softcap)
+            out = _native.core.ragged_attention(*map(_native.plain, tensors), *options)
         if out is not None:
             return out
     return ragged_attention_reference(

@@ -171,6 +171,21 @@ def test_company_changes_no_bit(isa, dtype, options, heads, block, width):
 
 
 @native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(dtype):
+    arguments = problem((9, 3), block=64, lengths=(64, 400, 512), capacity=512, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        many = [ragged_attention(*arguments, scale=0.3) for _ in range(3)]
+        torch.set_num_threads(1)
+        one = ragged_attention(*arguments, scale=0.3)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for other in many)
+
+
+@native
 def test_company_test_can_fail():
     """sdpa itself does not hold what is tested above, so the test's data would show a difference."""
     query, keys, values, slots, positions = problem((9, 3), block=5, lengths=(5, 80, 127), capacity=130)
