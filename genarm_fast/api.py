@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .engine import Engine
 from .errors import GenerationError
 from .members import ARM, Member, common_vocabulary, end_of_sequence, load_members
-from .outputs import ArmRewards, GenerationOutput, ScoreOutput, Timing, Usage
+from .outputs import ArmRewards, GenerationOutput, Rounds, ScoreOutput, Timing, Usage
 from .params import SamplingParams, check_weights
 from .progress import progress_bar
 from .prompts import Prompt, as_prompts, check_context, encode_prompt, encode_response
@@ -72,7 +72,9 @@ class GenARM:
             dtype, device_map, quantization_config, attn_implementation, model_kwargs: to transformers'
                 `from_pretrained`, for every member that is not loaded yet. Load one yourself to treat it differently.
             device: where to put such members; default: CUDA if there is any, else the CPU.
-            max_batch_size: rows that are decoded together.
+            max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
+            speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
+                `Speculation`. It never changes a token.
 
         Raises:
             ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a kind of model
@@ -114,6 +116,7 @@ class GenARM:
                 every member).
             sampling_params: for all prompts, or one per prompt.
             progress: show a progress bar.
+            speculation: "auto", "off" or a `Speculation`, instead of the model's. It never changes a token.
             overrides: fields of `SamplingParams` to replace.
 
         Raises:
@@ -134,15 +137,21 @@ class GenARM:
             raise GenerationError(message, outputs) from failed[0].error
         return [output for output in outputs if output is not None]
 
-    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, **overrides: Any) -> Stream:
-        """One prompt, token by token. Arguments and errors as in `generate`, with n = 1."""
-        requests = self.prepare(prompt, sampling_params, **overrides)
-        if len(requests) != 1:
-            raise ValueError(f"prompt: expected one prompt, got {len(requests)}")
-        if requests[0].params.n != 1:
-            raise ValueError(f"n={requests[0].params.n}: expected 1 in a stream")
-        (row,) = requests[0].rows(self.tokenizer)
-        return Stream(self, row, self.engine([row], steered=True).run())
+    def stream(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        speculation: str | Speculation | None = None,
+        **overrides: Any,
+    ) -> Stream:
+        """One prompt or several, as their tokens come. Arguments and errors as in `generate`, with n = 1."""
+        requests = self.prepare(prompts, sampling_params, **overrides)
+        for request in requests:
+            if request.params.n != 1:
+                raise ValueError(f"n={request.params.n}: expected 1 in a stream")
+        rows = [row for request in requests for row in request.rows(self.tokenizer)]
+        return Stream(self, rows, self.engine(rows, speculation, steered=True).run())
 
     def score(self, prompts: Any, responses: Any, *, append_eos: bool = True) -> list[ScoreOutput]:
         """Base log-probabilities and ARM rewards of given responses, token by token.
@@ -244,6 +253,7 @@ class GenARM:
             completions=[row.completion(self.arm_names) for row in rows],
             usage=Usage(len(request.token_ids[0]), tokens),
             timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
+            rounds=Rounds(*(sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "accepted"))),
         )
 
     def _response_ids(self, index: int, prompt: Prompt, response: str | Sequence[int], append_eos: bool) -> list[int]:

@@ -69,6 +69,18 @@ class Timing:
 
 
 @dataclass(slots=True)
+class Rounds:
+    """What speculation did for a request: turns of the decode loop, tokens that were proposed, and those of them kept.
+
+    Each turn settles one token more than it keeps drafts, so plain decoding takes as many turns as tokens.
+    """
+
+    rounds: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(slots=True)
 class GenerationOutput:
     """All completions of one prompt; the properties read the first one."""
 
@@ -77,6 +89,7 @@ class GenerationOutput:
     completions: list[Completion]
     usage: Usage
     timing: Timing
+    rounds: Rounds
 
     @property
     def text(self) -> str:

@@ -1,7 +1,8 @@
-"""One request, token by token, with weights that may change on the way."""
+"""Requests as they are generated, with weights that may change on the way."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,63 +19,83 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class StreamChunk:
-    """What one round added. text: may be empty while a character or a possible stop string is unfinished.
+    """What one round added to one request. text: may be empty while a character or a possible stop string is unfinished.
 
-    token_ids: the tokens settled in this round. weights: the ARM weights that each of them was drawn with.
+    token_ids: the tokens settled in this round, more than one where drafts were right. weights: the ARM weights that
+    each of them was drawn with. index: of the prompt. finish_reason: None before the end.
     """
 
     text: str
     token_ids: list[int]
     weights: list[tuple[float, ...]]
+    index: int = 0
+    finish_reason: str | None = None
 
 
 class Stream:
-    """Iterator over `StreamChunk`s; their texts joined are the output's text. Made by `GenARM.stream`.
+    """Iterator over `StreamChunk`s; a request's texts joined are its output's text. Made by `GenARM.stream`.
 
     Leaving it (`close`, or the end of a `with` block) frees the caches at once, in mid-generation too.
     """
 
-    def __init__(self, model: GenARM, row: Row, rounds: Iterator[list[Row]]) -> None:
+    def __init__(self, model: GenARM, rows: Sequence[Row], rounds: Iterator[list[Row]]) -> None:
         self._model = model
-        self._row = row
+        self._rows = list(rows)
         self._rounds: Any = rounds
+        self._chunks: deque[StreamChunk] = deque()
+        self._shown = [(0, 0)] * len(self._rows)  # characters and tokens
         self._closed = False
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> StreamChunk:
-        """Raises GenerationError if the request failed, with what was generated before in its outputs."""
-        row = self._row
-        text, settled = len(row.text), len(row.tokens)
-        try:
-            next(self._rounds)
-        except StopIteration:
-            self._closed = True
-            raise
-        if row.error is not None:
-            self.close()
-            raise GenerationError(f"prompts[0]: {row.error}", [self.output]) from row.error
-        return StreamChunk(row.text[text:], row.tokens[settled:], row.used_weights[settled:])
+        """Raises GenerationError once all others ended if requests failed, with what there is in its outputs."""
+        while not self._chunks:
+            try:
+                advanced = next(self._rounds)
+            except StopIteration:
+                failed = [] if self._closed else [row for row in self._rows if row.error is not None]
+                self.close()
+                if failed:
+                    message = "; ".join(f"prompts[{row.request.index}]: {row.error}" for row in failed)
+                    raise GenerationError(message, list(self.outputs)) from failed[0].error
+                raise
+            for row in advanced:
+                index = row.request.index
+                characters, tokens = self._shown[index]
+                self._shown[index] = len(row.text), len(row.tokens)
+                if row.error is None:
+                    news = row.text[characters:], row.tokens[tokens:], row.used_weights[tokens:]
+                    self._chunks.append(StreamChunk(*news, index, row.finish_reason))
+        return self._chunks.popleft()
 
-    def set_weights(self, weights: float | Sequence[float]) -> None:
-        """Use other ARM weights from the next token on.
+    def set_weights(self, weights: float | Sequence[float], index: int | None = None) -> None:
+        """Use other ARM weights from the next token on, for one prompt or for all of them.
 
         Raises:
             ValueError, TypeError: not one finite number per ARM (or one for all).
+            IndexError: no such prompt.
         """
-        self._row.weights = self._model.expand_weights(check_weights(weights, len(self._model.arms)))
+        expanded = self._model.expand_weights(check_weights(weights, len(self._model.arms)))
+        for row in self._rows if index is None else [self._rows[index]]:
+            row.weights = expanded
 
     @property
-    def output(self) -> GenerationOutput:
-        """The whole output.
+    def outputs(self) -> list[GenerationOutput]:
+        """The whole output of every prompt.
 
         Raises:
             RuntimeError: before the end. After `close` in mid-generation, finish_reason is "cancelled".
         """
-        if not self._closed and self._row.finish_reason is None:
+        if not self._closed and not all(row.ended for row in self._rows):
             raise RuntimeError("output: expected the stream to be at its end, or closed")
-        return self._model.build_output([self._row])
+        return [self._model.build_output([row]) for row in self._rows]
+
+    @property
+    def output(self) -> GenerationOutput:
+        """The output of the first prompt. Raises as `outputs`."""
+        return self.outputs[0]
 
     def close(self) -> None:
         """Stop here and free the caches."""

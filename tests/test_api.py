@@ -214,6 +214,25 @@ def test_weights_change_at_the_next_token(model):
         stream.set_weights([1.0])
 
 
+def test_stream_of_several_prompts(model):
+    """More of them than slots; each as generate gives it, with weights of its own."""
+    prompts = ["the cat", [5, 6], "that", "a man and the sea", [9]]
+    params = [SamplingParams(seed=i, max_new_tokens=6 + i) for i in range(5)]
+    model.max_batch_size, before = 2, model.max_batch_size
+    with model.stream(prompts, params, weights=[0.5, -1.0]) as stream:
+        stream.set_weights([1.0, 0.0], index=3)
+        chunks = list(stream)
+    model.max_batch_size = before
+    weights = [[1.0, 0.0] if i == 3 else [0.5, -1.0] for i in range(5)]
+    expected = model.generate(prompts, [p.override(weights=w) for p, w in zip(params, weights)])
+    assert [output.completions for output in stream.outputs] == [output.completions for output in expected]
+    for i, output in enumerate(expected):
+        own = [chunk for chunk in chunks if chunk.index == i]
+        assert "".join(chunk.text for chunk in own) == output.text
+        assert [token for chunk in own for token in chunk.token_ids] == output.token_ids
+        assert [chunk.finish_reason for chunk in own] == [None] * (len(own) - 1) + [output.finish_reason]
+
+
 def test_an_arm_may_be_switched_on_in_mid_stream(model):
     """Its cache is kept up to date while its weight is 0."""
     stream = model.stream([5, 6], weights=0, seed=2, max_new_tokens=10, ignore_eos=True)
@@ -336,8 +355,8 @@ def test_score_refusals(model, prompts, responses, message):
 def test_stream_refusals(model):
     with pytest.raises(ValueError, match="n=2: expected 1 in a stream"):
         model.stream("a", n=2)
-    with pytest.raises(ValueError, match="expected one prompt, got 2"):
-        model.stream(["a", "b"])
+    with pytest.raises(IndexError):
+        model.stream("a").set_weights(1.0, index=1)
 
 
 def test_nan_fails_alone(tokenizer, tiny_model):
@@ -352,8 +371,10 @@ def test_nan_fails_alone(tokenizer, tiny_model):
     good = [caught.value.outputs[i].token_ids for i in (0, 2)]
     assert good == [output.token_ids for output in model.generate([[5], [6]], params)]
     assert caught.value.outputs[1] is None
-    with pytest.raises(GenerationError, match="from helpful"):
-        list(model.stream([42], seed=1))
+    chunks, stream = [], model.stream([[42], [5]], params)
+    with pytest.raises(GenerationError, match=r"prompts\[0\]: .* from helpful") as caught:
+        chunks.extend(stream)
+    assert caught.value.outputs[1].token_ids == good[0]
 
 
 def test_everything_banned(model):

@@ -14,7 +14,7 @@ from genarm_fast import GenerationError, SamplingParams
 from genarm_fast.jobs import JobRequest, ResultsFile, Summary, read_requests, run
 from genarm_fast.jobs.identity import identity
 from genarm_fast.jobs.inputs import line_seed
-from genarm_fast.outputs import Completion, GenerationOutput, Timing, Usage
+from genarm_fast.outputs import Completion, GenerationOutput, Rounds, Timing, Usage
 
 SETUP = "setup"
 
@@ -37,7 +37,7 @@ class FakeModel:
         for prompt, params in zip(prompts, sampling_params):
             text = f"{prompt} {params.seed} {params.temperature} in {prompts}"
             completion = Completion(text, [1, 2], "length", None, params.seed or 0, [(1.0,), (1.0,)])
-            outputs.append(GenerationOutput(prompt, [1], [completion], Usage(1, 2), Timing(0.1, 0.2, 10.0)))
+            outputs.append(GenerationOutput(prompt, [1], [completion], Usage(1, 2), Timing(0.1, 0.2, 10.0), Rounds(2, 0, 0)))
         failed = [f"prompts[{i}]: not finite" for i, prompt in enumerate(prompts) if prompt in self.failing]
         if failed:
             raise GenerationError("; ".join(failed), [None if o.prompt in self.failing else o for o in outputs])

@@ -91,4 +91,4 @@ def _generate(model: Model, requests: Sequence[JobRequest]) -> list[dict[str, An
 
 
 def _result(output: GenerationOutput) -> dict[str, Any]:
-    return {name: value for name, value in output.to_dict().items() if name != "timing"}
+    return {name: value for name, value in output.to_dict().items() if name not in ("timing", "rounds")}
