@@ -119,9 +119,3 @@ def attend(
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
-
-
-def use_ragged(model: Any) -> Any:
-    """Let a model, which is ours, attend so. Its config is not shared with another model."""
-    model.config._attn_implementation = IMPLEMENTATION
-    return model

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .attention import use_ragged
 from .lanes import share_forwards
 from .loading import Backbones, Source, find_file, read_json, share_weights
 from .params import check_weights
+from .runner import as_runner
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -96,7 +96,7 @@ class Member:
     @cached_property
     def runner(self) -> Any:
         """A copy of the module tree, over the same weights, that runs it alone over our cache."""
-        return use_ragged(share_weights(self.model))
+        return as_runner(share_weights(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +158,7 @@ def load_members(
     for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
         member.lane = lane
         if shared is not member.model:
-            member.shared = use_ragged(shared)
+            member.shared = as_runner(shared)
     return members
 
 

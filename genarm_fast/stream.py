@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class StreamChunk:
-    """What one round added to one request. text: may be empty while a character or a possible stop string is unfinished.
+    """What one round added to one request. text: may be empty while a character or a possible stop string is open.
 
     token_ids: the tokens settled in this round, more than one where drafts were right. weights: the ARM weights that
     each of them was drawn with. index: of the prompt. finish_reason: None before the end.

@@ -37,7 +37,8 @@ class FakeModel:
         for prompt, params in zip(prompts, sampling_params):
             text = f"{prompt} {params.seed} {params.temperature} in {prompts}"
             completion = Completion(text, [1, 2], "length", None, params.seed or 0, [(1.0,), (1.0,)])
-            outputs.append(GenerationOutput(prompt, [1], [completion], Usage(1, 2), Timing(0.1, 0.2, 10.0), Rounds(2, 0, 0)))
+            timing = Timing(0.1, 0.2, 10.0)
+            outputs.append(GenerationOutput(prompt, [1], [completion], Usage(1, 2), timing, Rounds(2, 0, 0)))
         failed = [f"prompts[{i}]: not finite" for i, prompt in enumerate(prompts) if prompt in self.failing]
         if failed:
             raise GenerationError("; ".join(failed), [None if o.prompt in self.failing else o for o in outputs])

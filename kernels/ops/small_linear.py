@@ -91,7 +91,7 @@ class SmallLinear:
                     f"span ({first}, {last}, {index}): expected rows within 0..{rows}, one of {len(self.loras)} LoRAs"
                 )
             a, b, scale = self.loras[index]
-            if x.is_cpu:  # small products are faster in float32 there
+            if x.is_cpu and x.dtype != torch.float32:  # small products are faster in float32 there
                 flat_y[first:last] += (scale * (flat_x[first:last].float() @ a.float().T @ b.float())).to(y.dtype)
             else:
                 flat_y[first:last].addmm_(flat_x[first:last] @ a.T, b, alpha=scale)
