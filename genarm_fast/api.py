@@ -19,7 +19,7 @@ from .progress import progress_bar
 from .prompts import Prompt, as_prompts, check_context, encode_prompt, encode_response
 from .requests import Request, Row
 from .score import response_logprobs
-from .speculation import Speculation, as_speculation
+from .speculation import Controllers, Speculation, as_speculation
 from .stream import Stream
 
 Source = str | os.PathLike[str] | nn.Module
@@ -42,6 +42,7 @@ class GenARM:
         self.tokenizer = self.base.tokenizer
         self.max_batch_size = max_batch_size
         self.speculation = as_speculation(speculation)
+        self.controllers = Controllers()
         self.vocab_size = common_vocabulary(self.members)
         self.eos_token_ids = end_of_sequence(self.base, self.vocab_size)
 
@@ -235,6 +236,7 @@ class GenARM:
             slots=self.max_batch_size,
             steered=steered,
             speculation=self.speculation if speculation is None else as_speculation(speculation),
+            controllers=self.controllers,
         )
 
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:

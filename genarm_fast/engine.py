@@ -20,7 +20,7 @@ from .members import Member
 from .requests import Row
 from .sampling import Sampler
 from .slots import Seat, Slots
-from .speculation import OFF, Speculation, plan
+from .speculation import Controllers, Plan, Speculation
 
 
 class Engine:
@@ -37,7 +37,8 @@ class Engine:
         *,
         slots: int,
         steered: bool = False,
-        speculation: Speculation = OFF,
+        speculation: Speculation,
+        controllers: Controllers,
         draft_model: Member | None = None,
     ) -> None:
         arms = [
@@ -62,9 +63,9 @@ class Engine:
         self.backbones = [Backbone([running[i] for i in group], slots, capacity) for group in self.groups]
         self.drafters: list[BackboneDrafter | NgramDrafter] = [NgramDrafter()]
         if len(self.groups) > 1:
-            for g, group in enumerate(self.groups):
-                self.drafters.append(BackboneDrafter(self, g, [running[i].name for i in group]))
-        self.plan = plan(speculation, [drafter.names for drafter in self.drafters])
+            own = [BackboneDrafter(self, g, [running[i].name for i in group]) for g, group in enumerate(self.groups)]
+            self.drafters = [*own[1:], *self.drafters, own[0]]  # without a wish, an ARM comes before the base
+        self.plan = Plan(speculation, [drafter.names for drafter in self.drafters], controllers)
 
     @torch.inference_mode()
     def run(self) -> Iterator[list[Row]]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from .controller import Controller
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +59,46 @@ def as_speculation(value: object) -> Speculation:
     return Speculation() if value == "auto" else OFF
 
 
-class Fixed:
-    """Always the same drafter and number of drafts."""
+class Controllers:
+    """What a model has learnt about speculation, for all its runs, which may be in several threads."""
 
-    def __init__(self, drafter: int | None, k: int) -> None:
-        self.drafter, self.k = drafter, k
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.known: dict[tuple[tuple[str, ...], int], Controller] = {}
+
+    def of(self, drafters: Sequence[str], max_k: int) -> Controller:
+        with self.lock:
+            return self.known.setdefault((tuple(drafters), max_k), Controller(drafters, max_k))
+
+    def stats(self) -> list[dict[str, Any]]:
+        with self.lock:
+            return [controller.stats() for controller in self.known.values()]
+
+
+class Plan:
+    """Who drafts how much in each round: what was asked for or, without a k, what the controller chooses.
+
+    names: of each drafter there is. Without the one that was asked for, nobody drafts.
+    """
+
+    def __init__(self, speculation: Speculation, names: Sequence[Sequence[str]], controllers: Controllers) -> None:
+        name = speculation.drafter
+        self.fitting = [i for i, own in enumerate(names) if name is None or name in own]
+        self.k = speculation.k if self.fitting else 0
+        self.lock = controllers.lock
+        if self.k is None:
+            self.controller = controllers.of(["+".join(names[i]) for i in self.fitting], speculation.max_k)
 
     def choose(self, rows: int) -> tuple[int | None, int]:
-        return self.drafter, self.k
+        """Index of a drafter, and how many drafts; (None, 0) for none."""
+        if self.k is not None:
+            return (self.fitting[0], self.k) if self.k else (None, 0)
+        with self.lock:
+            choice, k = self.controller.choose(rows)
+        return (None, 0) if choice is None else (self.fitting[choice], k)
 
-    def observe(self, *_: object) -> None:
-        pass
-
-
-def plan(speculation: Speculation, names: Sequence[Sequence[str]]) -> Fixed:
-    """Who decides in each round. names: of each drafter there is; without the one that was asked for, nobody drafts."""
-    fitting = [i for i, own in enumerate(names) if speculation.drafter is None or speculation.drafter in own]
-    if not speculation.k or not fitting:
-        return Fixed(None, 0)
-    return Fixed(fitting[0], speculation.k)
+    def observe(self, drafter: int | None, *seen: Any) -> None:
+        """As `Controller.observe`."""
+        if self.k is None:
+            with self.lock:
+                self.controller.observe(None if drafter is None else self.fitting.index(drafter), *seen)

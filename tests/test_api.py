@@ -182,11 +182,11 @@ def test_stream_of_many_byte_characters(model, tokenizer):
 
 def test_stream_equals_generate(model):
     params = SamplingParams(seed=5, max_new_tokens=20, rewards=True, logprobs=1)
-    stream = model.stream("the cat", params)
+    stream = model.stream("the cat", params, speculation="off")
     with pytest.raises(RuntimeError, match="at its end"):
         _ = stream.output
     chunks = list(stream)
-    expected = model.generate("the cat", params)[0]
+    expected = model.generate("the cat", params, speculation="off")[0]
     assert stream.output.completions == expected.completions
     assert [token for chunk in chunks for token in chunk.token_ids] == expected.token_ids
     assert [w for chunk in chunks for w in chunk.weights] == expected.completions[0].weights
@@ -195,7 +195,7 @@ def test_stream_equals_generate(model):
 def test_weights_change_at_the_next_token(model):
     """Equals the naive decoder with these weights per token, and is recorded."""
     schedule = {0: (0.5, -1.0), 3: (0.0, 2.0), 7: (0.0, 0.0), 9: (1.5, 1.5)}
-    stream = model.stream([5, 6, 7], seed=9, max_new_tokens=14, ignore_eos=True, rewards=True)
+    stream = model.stream([5, 6, 7], seed=9, max_new_tokens=14, ignore_eos=True, rewards=True, speculation="off")
     for i, _ in enumerate(stream):
         if i + 1 in schedule:
             stream.set_weights(schedule[i + 1] if i + 1 != 9 else 1.5)
@@ -235,7 +235,7 @@ def test_stream_of_several_prompts(model):
 
 def test_an_arm_may_be_switched_on_in_mid_stream(model):
     """Its cache is kept up to date while its weight is 0."""
-    stream = model.stream([5, 6], weights=0, seed=2, max_new_tokens=10, ignore_eos=True)
+    stream = model.stream([5, 6], weights=0, seed=2, max_new_tokens=10, ignore_eos=True, speculation="off")
     for i, _ in enumerate(stream):
         if i == 3:
             stream.set_weights([2.0, 0.0])
@@ -250,7 +250,7 @@ def test_cancel_a_stream(model):
     """In mid-generation; the model is as good as new."""
     params = SamplingParams(seed=5, max_new_tokens=20, ignore_eos=True)
     expected = model.generate("the cat", params)[0].token_ids
-    with model.stream("the cat", params) as stream:
+    with model.stream("the cat", params, speculation="off") as stream:
         for _ in range(4):
             next(stream)
     assert stream.output.finish_reason == "cancelled"
@@ -265,7 +265,7 @@ def test_cancel_a_stream(model):
 
 def test_streams_do_not_disturb_each_other(model):
     params = SamplingParams(max_new_tokens=10, ignore_eos=True)
-    streams = [model.stream([5 + i], params, seed=i) for i in range(3)]
+    streams = [model.stream([5 + i], params, seed=i, speculation="off") for i in range(3)]
     for _ in zip(*streams):
         assert not torch.is_inference_mode_enabled()
     for i, stream in enumerate(streams):

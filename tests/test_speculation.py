@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import random
+from weakref import WeakKeyDictionary
 
 import pytest
+import torch
 from test_engine import assert_equals_reference, random_params, random_prompts
+from tiny_models import build_model
 
-from genarm_fast import GenARM, SamplingParams
+from genarm_fast import GenARM, SamplingParams, reference, sampling
+from genarm_fast.backbone import Backbone
+from genarm_fast.drafting import BackboneDrafter, Drafts
+from genarm_fast.engine import Engine
+from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation import Speculation
 
 
@@ -32,3 +39,129 @@ def test_equals_plain_decoding(tiny_model, tokenizer, case):
         assert tokens_of(outputs) == plain
     for output, each in zip(outputs, params):
         assert_equals_reference(model, output, **each)
+
+
+def test_weights_change_between_rounds(tiny_model, tokenizer):
+    """What was settled before keeps its weights; what comes after has the new ones, drafts of the old or not."""
+    base, arms = tiny_model(), [tiny_model(seed=1), tiny_model(seed=2)]
+    model = GenARM.from_pretrained(base, arms, tokenizer=tokenizer)
+    for name in ("base", *model.arm_names, "ngram"):
+        plan = Speculation(name, 4)
+        with model.stream([5, 6, 7], seed=3, max_new_tokens=30, ignore_eos=True, speculation=plan) as stream:
+            for chunk in stream:
+                stream.set_weights([len(chunk.token_ids), -0.5 * chunk.token_ids[-1] / 300])
+        used = stream.output.completions[0].weights
+        assert len(set(used)) > 3
+        expected = reference.generate(base, arms, [[5, 6, 7]] * 3, used.__getitem__, seed=3, max_new_tokens=30)
+        assert stream.output.token_ids == expected.tokens
+
+
+@pytest.mark.parametrize(("k", "drafter"), [(0, None), (3, "arm"), (2, "ngram")])
+def test_rounds_are_reported(tiny_model, tokenizer, k, drafter):
+    """An ARM like the base proposes what both say; each round settles one token more than it keeps drafts."""
+    model = GenARM.from_pretrained(tiny_model(), build_model("llama", 0), tokenizer=tokenizer)
+    params = {"max_new_tokens": 24, "ignore_eos": True, "seed": 1, "temperature": 0.05}
+    output = model.generate([5, 6, 7], speculation=Speculation(drafter, k), **params)[0]
+    rounds = output.rounds
+    assert rounds.rounds + rounds.accepted == 24
+    assert rounds.accepted <= rounds.drafted <= k * rounds.rounds
+    if drafter == "arm":
+        assert rounds.accepted == rounds.drafted == 18
+
+
+def off_by_one(monkeypatch):
+    forward = Backbone.forward
+
+    def shifted(self, tokens, positions, slots, limit):
+        shift = int(tokens.shape[-1] > 1)  # blocks that verify drafts
+        return forward(self, tokens, positions + shift, slots, limit + shift)
+
+    monkeypatch.setattr(Backbone, "forward", shifted)
+
+
+def no_roll_back(monkeypatch):
+    """The base goes on behind rejected drafts."""
+    feed, behind = Engine.feed, WeakKeyDictionary()
+
+    def forward(self, tokens, positions, slots, limit):
+        ends = behind.setdefault(self, {})
+        starts = positions[0, :, 0].tolist()
+        moved = torch.tensor([max(ends.get(slot, start) - start, 0) for slot, start in zip(slots, starts)])
+        positions = (positions + moved[:, None]).clamp_max(self.capacity - 1)
+        ends.update(zip(slots, (positions[0, :, -1] + 1).tolist()))
+        return original(self, tokens, positions, slots, self.capacity)
+
+    original = Backbone.forward
+
+    def chosen(self, g, *rest, **named):
+        with monkeypatch.context() as patch:
+            if g == 0:
+                patch.setattr(Backbone, "forward", forward)
+            return feed(self, g, *rest, **named)
+
+    monkeypatch.setattr(Engine, "feed", chosen)
+
+
+def filters_on_drafts_only(monkeypatch):
+    def unfiltered(base, arms, weights, **named):
+        if base.shape[1] > 1:
+            named |= {"top_k": 0, "top_p": 1.0}
+        return guided_sample(base, arms, weights, **named)
+
+    monkeypatch.setattr(sampling, "guided_sample", unfiltered)
+
+
+def stale_logits(monkeypatch):
+    propose = BackboneDrafter.propose
+
+    def stale(self, seats, k):
+        drafts = propose(self, seats, k)
+        return Drafts(drafts.tokens, [lane.roll(1, dims=1) for lane in drafts.logits], drafts.group)
+
+    monkeypatch.setattr(BackboneDrafter, "propose", stale)
+
+
+def other_noise(monkeypatch):
+    """Not wrong, but slow: drafts with noise of their own are hardly ever right."""
+    propose = sampling.Sampler.propose
+    monkeypatch.setattr(
+        sampling.Sampler,
+        "propose",
+        lambda self, rows, lanes, members, offset: propose(self, rows, lanes, members, offset + 99),
+    )
+
+
+@pytest.mark.parametrize("broken", [None, off_by_one, no_roll_back, filters_on_drafts_only, stale_logits])
+def test_faults_would_be_seen(tiny_model, tokenizer, monkeypatch, broken):
+    """Negative controls of the equality tests: each fault changes tokens."""
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
+    prompts = random_prompts(random.Random(1), 4)
+    params = {"max_new_tokens": 30, "ignore_eos": True, "seed": 4, "top_k": 8, "top_p": 0.8, "temperature": 0.7}
+    plain = tokens_of(model.generate(prompts, speculation="off", **params))
+    if broken is not None:
+        broken(monkeypatch)
+    drafted = tokens_of(model.generate(prompts, speculation=Speculation("arm", 3), **params))
+    assert (drafted == plain) == (broken is None)
+
+
+def test_drafts_share_the_noise_of_their_targets(tiny_model, tokenizer, monkeypatch):
+    """With an ARM like the base q = p, so that every draft is right; with noise of their own few would be."""
+    model = GenARM.from_pretrained(tiny_model(), build_model("llama", 0), tokenizer=tokenizer)
+    params = {"max_new_tokens": 60, "ignore_eos": True, "seed": 1, "temperature": 6.0}
+    rounds = model.generate([5, 6, 7], speculation=Speculation("arm", 3), **params)[0].rounds
+    assert rounds.accepted == rounds.drafted
+    other_noise(monkeypatch)
+    rounds = model.generate([5, 6, 7], speculation=Speculation("arm", 3), **params)[0].rounds
+    assert rounds.accepted < 0.2 * rounds.drafted
+
+
+@pytest.mark.parametrize("drafter", ["arm", "ngram"])
+def test_a_cancelled_stream_leaves_nothing_behind(tiny_model, tokenizer, drafter):
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
+    params = {"max_new_tokens": 30, "ignore_eos": True, "speculation": Speculation(drafter, 5)}
+    expected = tokens_of(model.generate([[5, 6, 7], [8, 9]], seed=2, **params))
+    with model.stream([5, 6, 7], seed=1, **params) as stream:
+        for _ in range(4):
+            next(stream)
+    assert stream.output.finish_reason == "cancelled"
+    assert tokens_of(model.generate([[5, 6, 7], [8, 9]], seed=2, **params)) == expected
