@@ -67,6 +67,12 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = Fa
     group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
     group.add_argument(
+        "--speculation",
+        choices=("auto", "off"),
+        help="draft tokens where that is faster; it changes no token (default: auto; off in a job with --input, whose "
+        "full batches gain little, and whose reported numbers then do not depend on timing)",
+    )
+    group.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja file: the base's, and ARMs' without one"
     )
     if in_chat:
@@ -139,6 +145,7 @@ def load(args: argparse.Namespace) -> GenARM:
         device_map=args.device_map,
         attn_implementation=args.attn_implementation,
         max_batch_size=args.max_batch_size,
+        speculation=args.speculation or ("off" if getattr(args, "input", None) else "auto"),
     )
 
 

@@ -48,9 +48,10 @@ def test_sampling_options_reach_the_request(cli: Callable, options: list[str], m
         max_new_tokens=12, logit_bias={40: 2.0},
     )  # fmt: skip
     more = "--weights 0.5,-1 --temperature 0.7 --top-k 20 --top-p 0.9 --stop e --logprobs 2 --rewards --n 2"
+    more += " --speculation off"
     result = cli("generate", "the cat", *options, *more.split(), "--logit-bias", "40=2", "--json")
     assert result.code == 0
-    expected = json.loads(json.dumps(model.generate([CHAT], params)[0].to_dict()))
+    expected = json.loads(json.dumps(model.generate([CHAT], params, speculation="off")[0].to_dict()))
     found = json.loads(result.out)
     del expected["timing"], found["timing"]
     assert found == expected
