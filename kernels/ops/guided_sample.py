@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, custom_ops
 from ._arguments import check_arguments
 from .philox import TILE_LEVEL, TOKEN_LEVEL, gumbel, seed_tensor
 
@@ -227,6 +227,15 @@ def guided_sample(
         TypeError: logits that are not floating point.
         ValueError: shapes that do not fit together, a vocab_size wider than a member, a number out of its range.
     """
+    parameters: dict[str, Any]
+    if torch.compiler.is_compiling():
+        parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        parameters |= {"seeds": seeds, "positions": positions}
+        return GuidedSample(
+            *custom_ops.guided_sample(
+                base_logits, arm_logits, weights, vocab_size, logit_bias, return_logprobs, top_logprobs, **parameters
+            )
+        )
     if _native.core is not None:  # takes at once what needs no conversion: checks in Python cost more than a small row
         fields = _native.core.guided_sample(
             base_logits,
@@ -246,14 +255,8 @@ def guided_sample(
         )
         if fields is not None:
             return GuidedSample._make(fields)
-    parameters: dict[str, Any] = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "seeds": seeds,
-        "positions": positions,
-    }
+    parameters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    parameters |= {"seeds": seeds, "positions": positions}
     vocab = check_arguments(base_logits, arm_logits, weights, vocab_size, logit_bias, top_logprobs, **parameters)
     launch = launcher(base_logits, arm_logits)
     if launch is not None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, custom_ops
 
 
 class Settled(NamedTuple):
@@ -98,6 +98,9 @@ def settle(
     Raises:
         ValueError: shapes that do not fit together.
     """
+    if torch.compiler.is_compiling():
+        check_shapes(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
+        return Settled(*custom_ops.settle(targets, drafts, lengths, limits, finished, stop_ids, draft_counts))
     if _native.core is not None:
         fields = _native.core.settle(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
         if fields is not None:

@@ -1,0 +1,81 @@
+"""guided_sample and settle under torch.compile and torch.export: one node each, the same results."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from genarm_fast.kernels import guided_sample, settle
+
+ops = torch.ops.genarm_fast
+
+
+def logits(*shape, members=2):
+    generator = torch.Generator().manual_seed(0)
+    return [3 * torch.randn(*shape, generator=generator) for _ in range(members)]
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (3, 2, 50)])
+@pytest.mark.parametrize(("logprobs", "top"), [(False, 0), (True, 0), (False, 4)])
+def test_guided_sample_is_a_sound_op(shape, logprobs, top):
+    base, *arms = logits(*shape)
+    ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    parameters = (ones, zeros, ones, 0 * ones, zeros, zeros.view(3, 1).expand(shape[:-1]) if len(shape) == 3 else zeros)
+    opcheck(ops.guided_sample, (base, arms, torch.ones(1), *parameters, 50, None, logprobs, top))
+
+
+def block(rows=5):
+    row = torch.arange(rows)
+    rest = {"lengths": row, "limits": row + 2, "finished": row > 3, "stop_ids": torch.tensor([1, -1])}
+    targets = torch.arange(3 * rows).view(rows, 3) % 4
+    return targets, targets[:, :2], rest
+
+
+@pytest.mark.parametrize("ragged", [True, False])
+def test_settle_is_a_sound_op(ragged):
+    targets, drafts, rest = block()
+    opcheck(ops.settle, (targets, drafts.clone(), *rest.values(), targets[:, 0].clone() if ragged else None))
+
+
+def round_of(base, arm, positions, seeds):
+    """What an engine compiles: nothing in it may break the graph."""
+    drawn = guided_sample(base * 2, (arm,), [0.5], temperature=0.8, top_p=0.9, seeds=seeds, positions=positions,
+                          return_logprobs=True, top_logprobs=2)  # fmt: skip
+    row = drawn.tokens[:, 0]
+    settled = settle(drawn.tokens, drawn.tokens[:, :-1], lengths=0 * row, limits=0 * row + 9, finished=row < 0,
+                     stop_ids=row[:1])  # fmt: skip
+    return (*drawn, *settled)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_break(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(round_of, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    seed = 7 if dynamic else 2**64 - 1  # as an input of the graph, a number has to fit int64
+    for rows in (3, 4) if dynamic else (3,):
+        arguments = (*logits(rows, 2, 40), torch.arange(2 * rows).view(rows, 2), seed)
+        expected = round_of(*arguments)
+        assert all(torch.equal(x, y) for x, y in zip(compiled(*arguments), expected, strict=True))
+
+
+def test_compiled_without_log_probabilities():
+    torch._dynamo.reset()
+    base, arm = logits(2, 30)
+
+    def draw(base, arm):
+        return guided_sample(base, (arm,), torch.ones(1), seeds=torch.arange(2), positions=0)
+
+    found = torch.compile(draw, fullgraph=True, backend="aot_eager")(base, arm)
+    assert torch.equal(found.tokens, draw(base, arm).tokens)
+    assert found.logprobs is None
+
+
+def test_exported():
+    class Round(torch.nn.Module):
+        def forward(self, base, arm, positions):
+            return round_of(base, arm, positions, 7)
+
+    arguments = (*logits(3, 2, 40), torch.arange(6).view(3, 2))
+    program = torch.export.export(Round(), arguments)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {"genarm_fast.guided_sample.default", "genarm_fast.settle.default"} <= targets
+    assert all(torch.equal(x, y) for x, y in zip(program.module()(*arguments), Round()(*arguments), strict=True))
