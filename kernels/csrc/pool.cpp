@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -84,19 +85,29 @@ class Pool {
   int wanted_ = 0, helpers_ = 0;
 };
 
+struct Owned {
+  int64_t process;
+  Pool pool;
+};
+
+int64_t process() {
+#ifdef __unix__
+  return getpid();
+#else
+  return 0;
+#endif
+}
+
 // Never destroyed, since helpers sleep in it; a forked child has no helpers, so it gets a pool of its own.
 Pool& pool() {
-  static std::mutex mutex;
-  static Pool* current = nullptr;
-#ifdef __unix__
-  static pid_t owner = 0;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (owner != getpid()) current = nullptr, owner = getpid();
-#else
-  const std::lock_guard<std::mutex> lock(mutex);
-#endif
-  if (!current) current = new Pool;
-  return *current;
+  static std::atomic<Owned*> current{nullptr};
+  Owned* owned = current.load();
+  if (!owned || owned->process != process()) {
+    auto fresh = std::make_unique<Owned>();
+    fresh->process = process();
+    if (current.compare_exchange_strong(owned, fresh.get())) owned = fresh.release();
+  }
+  return owned->pool;
 }
 
 }  // namespace
