@@ -1,0 +1,109 @@
+"""Models with the function of a small one and the cost of a larger: blocks are added that add exactly zero.
+
+    python benchmarks/inflated.py FOLDER [--base BASE] [--billions 0.5 1 1.7] [--adapter LORA ...]
+
+What speculation gains depends on the ratio of the members' costs and on how often their tokens agree. Real large models
+are not at hand everywhere; these have the real distributions of the small one, to the bit, at a larger one's cost. An
+added block is a copy of one that is there, with the projections by which it adds to the residual stream set to zero.
+Adapters of the small model get copies that fit the larger one: the same layers, another fingerprint of the base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from genarm_fast.demo import base
+from genarm_fast.fingerprint import fingerprint
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+
+
+def deepen(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Add zero blocks to a Llama-like model, in place, until it has so many layers."""
+    blocks = model.model.layers
+    first = len(blocks)
+    if layers < first:
+        raise ValueError(f"layers={layers}: expected at least the {first} that there are")
+    for i in range(first, layers):
+        block = copy.deepcopy(blocks[i % first])
+        for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+            nn.init.zeros_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        block.self_attn.layer_idx = i
+        blocks.append(block)
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i % first] for i in range(layers)]
+    return model
+
+
+def layers_for(model: PreTrainedModel, parameters: float) -> int:
+    """How many layers have so many parameters, embeddings included."""
+    blocks = model.model.layers
+    each = sum(parameter.numel() for parameter in blocks[0].parameters())
+    return max(len(blocks), round((parameters - model.num_parameters()) / each) + len(blocks))
+
+
+def inflate(source: Path, folder: Path, parameters: float) -> Path:
+    """Save a deepened copy of the model in `source`, with its tokenizer; nothing is done if it is there."""
+    if not (folder / "config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        deepen(model, layers_for(model, parameters))
+        partial = folder.with_name(f"{folder.name}.partial")
+        model.save_pretrained(partial)
+        for pattern in TOKENIZER_FILES:
+            for path in source.glob(pattern):
+                shutil.copy(path, partial)
+        partial.rename(folder)
+    return folder
+
+
+def fit_adapter(adapter: Path, model: Path, folder: Path) -> Path:
+    """Save a copy of a LoRA for the deepened model: on the layers that it was trained on, and no others."""
+    tensors = [name for name in _tensor_names(adapter) if ".layers." in name]
+    last = max(int(name.split(".layers.")[1].split(".")[0]) for name in tensors)
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"layers_to_transform": list(range(last + 1)), "base_model_name_or_path": str(model)}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    info = json.loads((folder / "genarm.json").read_text())
+    found = fingerprint(AutoModelForCausalLM.from_pretrained(model, dtype="auto"))
+    info |= {"base": str(model), "base_fingerprint": found, "cost_inflated": True}
+    (folder / "genarm.json").write_text(json.dumps(info, indent=1))
+    return folder
+
+
+def _tensor_names(adapter: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        return list(file.keys())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", type=Path, help="default: the demo's base")
+    parser.add_argument("--billions", type=float, nargs="+", default=[0.5, 1.0, 1.7], help="parameters")
+    parser.add_argument("--adapter", type=Path, nargs="*", default=[], help="LoRA adapters of the base")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for billions in args.billions:
+        model = inflate(args.base or base(), args.folder / f"{billions:g}B-cost-inflated", billions * 1e9)
+        print(model)
+        for adapter in args.adapter:
+            print(fit_adapter(adapter, model, args.folder / f"{adapter.name}-{model.name}"))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
