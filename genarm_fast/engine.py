@@ -65,6 +65,11 @@ class Engine:
         if len(self.groups) > 1:
             own = [BackboneDrafter(self, g, [running[i].name for i in group]) for g, group in enumerate(self.groups)]
             self.drafters = [*own[1:], *self.drafters, own[0]]  # without a wish, an ARM comes before the base
+        self.most = speculation.most
+        # Other processes do not count in a thread's own time. A GPU's work is in no thread's.
+        on_cpu = all(backbone.device.type == "cpu" for backbone in self.backbones)
+        precise = time.get_clock_info("thread_time").resolution < 1e-4
+        self.clock = time.thread_time if on_cpu and precise else time.perf_counter
         self.plan = Plan(speculation, [drafter.names for drafter in self.drafters], controllers)
 
     @torch.inference_mode()
@@ -100,18 +105,23 @@ class Engine:
         rows = [seat.row for seat in seats]
         drafter, k = self.plan.choose(len(rows))
         k = min(k, max(row.remaining for row in rows) - 1)
-        start = time.perf_counter()
+        lengths = [len(row.tokens) for row in rows]
+        watched = self.watch(seats, drafter)
+        start = self.clock()
         drafts = self.drafters[drafter].propose(seats, k) if drafter is not None and k else Drafts([[] for _ in rows])
         drafts.clip(seats)
-        drafted = time.perf_counter()
+        drafted = self.clock()
         logits = self.verify(seats, drafts)
         known = [each[:, : drafts.most] for each in logits] if drafts.logits else logits
         accepted = self.settle(rows, known, drafts.tokens)
-        verified = time.perf_counter()
+        verified = self.clock()
         if drafts.logits:
             self.settle_bonus(seats, logits, drafts, accepted)
+        drafting = drafted - start + self.clock() - verified
         proposed = [len(tokens) for tokens in drafts.tokens]
-        self.plan.observe(drafter, len(rows), k, proposed, accepted, drafted - start, verified - drafted)
+        self.plan.observe(drafter, len(rows), k, proposed, accepted, drafting, verified - drafted)
+        for i, guesses in watched.items():
+            self.plan.watch(i, guesses, [row.tokens[length:] for row, length in zip(rows, lengths)])
 
         now = time.perf_counter()
         for row, count, right in zip(rows, proposed, accepted):
@@ -126,6 +136,11 @@ class Engine:
                     backbone.clear(seat.slot)
         self.slots.leave(ended)
         return rows
+
+    def watch(self, seats: Sequence[Seat], drafter: int | None) -> dict[int, list[list[int]]]:
+        """What drafters that cost nothing would propose if it was their turn."""
+        free = [i for i in self.plan.adaptive if i != drafter and isinstance(self.drafters[i], NgramDrafter)]
+        return {i: self.drafters[i].propose(seats, self.most).tokens for i in free}
 
     def verify(self, seats: Sequence[Seat], drafts: Drafts) -> list[Tensor]:
         """Each member's logits after the last token and after every draft; of a drafting one, before the last draft."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from threading import Lock
 from typing import Any
 
@@ -96,6 +97,18 @@ class Plan:
         with self.lock:
             choice, k = self.controller.choose(rows)
         return (None, 0) if choice is None else (self.fitting[choice], k)
+
+    @property
+    def adaptive(self) -> list[int]:
+        """Drafters between which the controller chooses."""
+        return self.fitting if self.k is None else []
+
+    def watch(self, drafter: int, guesses: Sequence[Sequence[int]], settled: Sequence[Sequence[int]]) -> None:
+        """Let the controller know what a drafter whose turn it was not guessed of the tokens that were settled."""
+        pairs = [list(zip(guess, tokens)) for guess, tokens in zip(guesses, settled)]
+        right = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs]
+        with self.lock:
+            self.controller.watch(self.fitting.index(drafter), [len(pair) for pair in pairs], right)
 
     def observe(self, drafter: int | None, *seen: Any) -> None:
         """As `Controller.observe`."""

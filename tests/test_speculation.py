@@ -12,9 +12,11 @@ from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams, reference, sampling
 from genarm_fast.backbone import Backbone
+from genarm_fast.controller import Controller
 from genarm_fast.drafting import BackboneDrafter, Drafts
 from genarm_fast.engine import Engine
 from genarm_fast.kernels import guided_sample
+from genarm_fast.ngram import NgramIndex
 from genarm_fast.speculation import Speculation
 
 
@@ -165,3 +167,22 @@ def test_a_cancelled_stream_leaves_nothing_behind(tiny_model, tokenizer, drafter
             next(stream)
     assert stream.output.finish_reason == "cancelled"
     assert tokens_of(model.generate([[5, 6, 7], [8, 9]], seed=2, **params)) == expected
+
+
+def test_ngrams_are_judged_in_rounds_of_others(tiny_model, tokenizer, monkeypatch):
+    """In plain rounds, by the one token that each settles."""
+    monkeypatch.setattr(Controller, "choose", lambda *_: (None, 0))
+    model = GenARM.from_pretrained(tiny_model(seed=0), tiny_model(seed=1), tokenizer=tokenizer)
+    prompts = [[5, 6, 7, 5, 6], [8, 9] * 6]
+    outputs = model.generate(prompts, temperature=0, max_new_tokens=120, ignore_eos=True, speculation="auto")
+    drafted = right = 0
+    for prompt, output in zip(prompts, outputs):
+        index = NgramIndex(prompt)
+        for token in output.token_ids:
+            guess = index.propose(1)
+            drafted, right = drafted + len(guess), right + (guess == [token])
+            index.extend([token])
+    found = model.controllers.stats()[0]["drafters"]["ngram"]
+    assert found["drafted"] == [drafted, *[0] * 7]
+    assert found["accepted"] == [right, *[0] * 7]
+    assert 0 < right < drafted
