@@ -21,6 +21,8 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* arguments, Py_ssi
 PyObject* ragged_append_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_norm_loops(const char* instruction_set);
 PyObject* rms_norm_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+void use_silu_loops(const char* instruction_set);
+PyObject* silu_mul_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_rotary_loops(const char* instruction_set);
 PyObject* rotary_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_linear_loops(const char* instruction_set);

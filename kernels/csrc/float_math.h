@@ -23,6 +23,12 @@ inline uint32_t as_bits(float x) {
 inline float as_float32(float x) { return x; }
 inline float as_float32(uint16_t bf16) { return as_float(static_cast<uint32_t>(bf16) << 16); }
 
+inline void put(float* out, float x) { *out = x; }
+inline void put(uint16_t* out, float x) {  // round to nearest even
+  const uint32_t bits = as_bits(x);
+  *out = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
 inline float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);

@@ -32,6 +32,7 @@ void activate(const genarm::TileLoops& loops) {
   genarm::use_ragged_loops(loops.name);
   genarm::use_norm_loops(loops.name);
   genarm::use_rotary_loops(loops.name);
+  genarm::use_silu_loops(loops.name);
   genarm::use_linear_loops(loops.name);
 }
 
@@ -74,6 +75,7 @@ PyMethodDef kMethods[] = {
     method("ragged_append", genarm::ragged_append_binding, "By position → True, or None."),
     method("rms_norm", genarm::rms_norm_binding, "By position → the output, or None."),
     method("rotary", genarm::rotary_binding, "By position → (query, key), or None."),
+    method("silu_mul", genarm::silu_mul_binding, "By position → the output, or None."),
     method("linear_prepare", genarm::linear_prepare_binding, "See small_linear.py, the only caller."),
     method("linear_run", genarm::linear_run_binding, "See small_linear.py, the only caller."),
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},

@@ -9,14 +9,6 @@ namespace {
 
 const NormLoops* loops = &norm_baseline;
 
-bool contiguous(const DLTensor& tensor) {
-  int64_t stride = 1;
-  for (int i = tensor.ndim - 1; i >= 0; stride *= tensor.shape[i--]) {
-    if (tensor.shape[i] != 1 && tensor.strides[i] != stride) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 void use_norm_loops(const char* instruction_set) {

@@ -21,12 +21,6 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline void put(float* out, float x) { *out = x; }
-inline void put(uint16_t* out, float x) {  // round to nearest even
-  const uint32_t bits = as_bits(x);
-  *out = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // What is left of a task: its queries' ranges and the scratch memory.
 struct Layout {
   int64_t group, queries, first, end;  // `first` is a whole number of vectors; `end` of the last key + 1

@@ -54,6 +54,14 @@ bool borrow(PyObject* object, DLTensor* out) {
   return false;
 }
 
+bool contiguous(const DLTensor& tensor) {
+  int64_t stride = 1;
+  for (int i = tensor.ndim - 1; i >= 0; stride *= tensor.shape[i--]) {
+    if (tensor.shape[i] != 1 && tensor.strides[i] != stride) return false;
+  }
+  return true;
+}
+
 Outputs::Outputs(int fields) : tuple_(PyTuple_New(fields)) {
   for (int i = 0; tuple_ && i < fields; ++i) {
     Py_INCREF(Py_None);

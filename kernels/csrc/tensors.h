@@ -40,6 +40,8 @@ PyObject* use_tensors(PyObject*, PyObject* tensor_class);
 // A view of a plain torch.Tensor on the CPU, good while it lives; false for anything else. Sets no Python error.
 bool borrow(PyObject* object, DLTensor* out);
 
+bool contiguous(const DLTensor& tensor);
+
 // A new, uninitialised CPU tensor, or null with a Python error set.
 PyObject* new_tensor(ElementType type, int32_t ndim, int64_t* shape, void** data);
 

@@ -11,6 +11,7 @@ from .ragged_attention import (
 from .rms_norm import rms_norm, rms_norm_reference
 from .rotary import rotary, rotary_reference
 from .settle import Settled, settle
+from .silu_mul import silu_mul, silu_mul_reference
 from .small_linear import Lora, SmallLinear, small_linear
 
 __all__ = [
@@ -31,5 +32,7 @@ __all__ = [
     "rotary_reference",
     "seed_tensor",
     "settle",
+    "silu_mul",
+    "silu_mul_reference",
     "small_linear",
 ]

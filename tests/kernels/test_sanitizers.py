@@ -16,7 +16,7 @@ LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-
 CHECK = """
 import importlib.machinery, importlib.util, sys, torch
 from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention, rms_norm, rotary, settle
-from genarm_fast.kernels import small_linear
+from genarm_fast.kernels import silu_mul, small_linear
 loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 core.use_tensors(torch.Tensor)
@@ -40,6 +40,7 @@ for isa in core.instruction_sets():
     for dtype in dtypes[:2]:
         for width in (1, 7, 31, 32, 576, 1000):
             rms_norm(torch.randn(3, width).to(dtype), torch.ones(width, dtype=dtype), 1e-6)
+            silu_mul(*torch.randn(2, 3, width).to(dtype))
             rotary(*torch.randn(2, 2, 3, 2, 2 * width).to(dtype), *torch.randn(2, 1, 2, 2 * width).to(dtype))
         for width, value_width, group, block, capacity, window in (
             (64, 64, 3, 1, 64, None), (64, 64, 3, 5, 61, 7), (17, 33, 1, 2, 3, None), (1, 1, 8, 4, 30, 1),
