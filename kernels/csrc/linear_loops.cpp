@@ -18,17 +18,18 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kVectors = kLanes / kWidth;  // in the lanes of a sum
-constexpr int64_t kChunk = 768;            // inputs of 8 rows that stay in the L1 cache, 24 KB
-constexpr int kNear = 4, kFar = 28;        // outputs ahead that are fetched into the L1 cache, and into L2
+constexpr int64_t kChunk = 640;            // inputs of 8 rows that stay in the L1 cache, 20 KB
+constexpr int64_t kPage = 2048;            // weights
+constexpr int kNear = 8, kFar = 16;        // outputs ahead that are fetched into the L1 cache, and into L2
 
 inline Floats odd(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
 inline Floats even(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
 
-// Weights to come. The hardware follows so many short streams too late (in = 576, 2 rows: 8 GB/s without this, 15 with
-// it, of 16), and L1 has too few buffers to wait for memory itself.
+// Weights to come. The hardware follows many short streams too late, and L1 has too few buffers to wait for memory
+// itself (in = 576, 2 rows: 8 GB/s without this, 12 without L2, 14 with both); long rows it does fetch into L2.
 inline void prefetch(const uint16_t* near, int64_t w_stride) {
   _mm_prefetch(reinterpret_cast<const char*>(near), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(near + (kFar - kNear) * w_stride), _MM_HINT_T1);
+  if (w_stride < kPage) _mm_prefetch(reinterpret_cast<const char*>(near + (kFar - kNear) * w_stride), _MM_HINT_T1);
 }
 
 template <int R, int O>
@@ -134,15 +135,17 @@ inline void add_lanes(const float* lanes, float* y) {
 
 // Outputs at a time: enough sums to hide the latency of the fma, as many as fit the registers.
 template <int R>
-constexpr int kTogether = kWidth == 16 ? (R <= 2 ? 8 : R <= 6 ? 4 : 2) : (R == 1 ? 4 : R == 2 ? 2 : 1);
+constexpr int kTogether = kWidth == 16 ? (R <= 2 ? 8 : R <= 6 ? 4 : 3) : (R == 1 ? 4 : R == 2 ? 2 : 1);
 
 template <int R>
 void dots_of(const float* x, int64_t x_step, const uint16_t* w, int64_t in, int outputs, float* y) {
   constexpr int O = kTogether<R>;
   alignas(64) float lanes[R * kOutputs * kLanes];
   if (outputs < kOutputs || in == 0) std::fill(std::begin(lanes), std::end(lanes), 0.f);
-  for (int64_t i = 0; i < in; i += kChunk) {
-    const int64_t n = std::min(kChunk, in - i);
+  const int64_t steps = (in + kStep - 1) / kStep, chunks = (in + kChunk - 1) / kChunk;
+  const int64_t chunk = chunks ? (steps + chunks - 1) / chunks * kStep : 0;
+  for (int64_t i = 0; i < in; i += chunk) {
+    const int64_t n = std::min(chunk, in - i);
     const uint16_t* after = w + (i + n < in ? i + n : kOutputs * in);  // the next chunk, or block
     const auto next = [&](int o) {
       return o + kNear < kOutputs ? w + (o + kNear) * in + i : after + (o + kNear - kOutputs) * in;
