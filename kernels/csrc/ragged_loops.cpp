@@ -16,10 +16,17 @@ constexpr float kLog2e = 1.44269504088896340736f;
 constexpr int kGroup = 6;                         // queries whose sums fit the registers together
 constexpr int kChains = kWidth == 16 ? 4 : 2;     // independent sums of a dot product, to hide the latency of the fma
 constexpr int kVectors = kWidth == 16 ? 4 : 2;    // of an output row that are summed at a time
+// Entries fetched in advance, since a decode step finds the cache in memory: 98 instead of 139 µs for 1024 of SmolLM2-135M.
+constexpr int kAhead = 32;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <typename T>
+inline void fetch(const T* vector, int64_t width) {
+  for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(vector + d);
+}
 
 // What is left of a task: its queries' ranges and the scratch memory.
 struct Layout {
@@ -154,6 +161,7 @@ void add_vectors(const T* values, int64_t value_stride, int64_t keys, int64_t ta
     for (int v = 0; v < V; ++v) sums[i][v] = load(out + i * out_stride + v * kWidth);
   }
   for (int64_t j = 0; j < keys; ++j, values += value_stride) {
+    if (j + kAhead < keys) fetch(values + kAhead * value_stride, V * kWidth);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Floats value = V == 1 && tail ? load_some(values, tail) : load(values + v * kWidth);
@@ -222,7 +230,10 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
   const int64_t groups = (queries + kGroup - 1) / kGroup, per_group = (queries + groups - 1) / groups;
   for (int64_t j = first; j < layout.end; j += kWidth) {
     const T* rows[kWidth];  // beyond the last key: that one again, to be masked
-    for (int i = 0; i < kWidth; ++i) rows[i] = keys + least(j + i, layout.end - 1) * a.key_strides[2];
+    for (int i = 0; i < kWidth; ++i) {
+      rows[i] = keys + least(j + i, layout.end - 1) * a.key_strides[2];
+      fetch(keys + least(j + i + kAhead, layout.end - 1) * a.key_strides[2], a.width);
+    }
     transpose_keys(rows, a.width, keys_block);
     for (int64_t i = 0; i < queries; i += per_group) {
       with_count(least(per_group, queries - i), [&](auto n) {
