@@ -84,11 +84,11 @@ void exps(const float* x, int n, float peak, float scale, float* out) {
 }
 
 void lane_peaks(const float* x, int n, float* out) {
-  float peaks[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) peaks[lane] = x[lane];
+  constexpr int kVectors = kLanes / kWidth;
+  Floats peaks[kVectors];
+  for (int v = 0; v < kVectors; ++v) peaks[v] = load(x + v * kWidth);
   for (int i = kLanes; i < n; i += kLanes) {
-#pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) peaks[lane] = x[i + lane] > peaks[lane] ? x[i + lane] : peaks[lane];
+    for (int v = 0; v < kVectors; ++v) peaks[v] = max(peaks[v], load(x + i + v * kWidth));
   }
   std::memcpy(out, peaks, sizeof peaks);
 }
