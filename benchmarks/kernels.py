@@ -8,6 +8,7 @@ times are medians, speed-ups are medians of the rounds' own ratios, so that a bu
     eager        weighted sum, softmax, cumsum, searchsorted: the fastest exact draw that PyTorch offers here
     multinomial  the same with torch.multinomial, as most samplers have it
     compiled     torch.compile of `eager` (with --compile: a minute of compiling)
+    read         torch.sum over the same bytes: what nothing that reads them can be faster than
 
 With top-p the eager ones sort; with log-probs they take each member's log_softmax and gather.
 """
@@ -29,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.kernels import _native, guided_sample, guided_sample_reference
+from genarm_fast.kernels import _native, guided_sample, guided_sample_reference, settle
+from genarm_fast.kernels.settle import settle_reference
 
 TEMPERATURE, TOP_P = 0.8, 0.9
 MODES: dict[str, dict[str, Any]] = {"draw": {}, "log-probs": {"return_logprobs": True}, "top-p": {"top_p": TOP_P}}
@@ -44,7 +46,7 @@ class Result:
     mode: str
     microseconds: dict[str, float]  # contender → median
     speedup: dict[str, float]  # contender → median ratio to ours
-    bandwidth: float  # of the logits through ours, as a share of the machine's
+    reading: float  # time that torch takes to read the same bytes, from caches as warm, as a share of ours
 
 
 def eager(members: Sequence[Tensor], weights: Sequence[float], mode: str, multinomial: bool = False) -> Tensor:
@@ -94,10 +96,21 @@ def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dic
     return {name: found[2:] for name, found in times.items()}
 
 
-def read_bandwidth() -> float:
-    """Bytes per microsecond that a sum over 256 MB reads: the roof of anything that reads its input once."""
-    block = torch.ones(1 << 26)
-    return block.nbytes / statistics.median(interleaved({"sum": block.sum}, 7)["sum"])
+def overheads() -> dict[str, float]:
+    """Median microseconds of calls with next to nothing to compute, given tensors as an engine holds them."""
+    base, arm, count, one = torch.zeros(1, 16), torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    rest: dict[str, Any] = {"temperature": one, "top_k": count, "top_p": one, "min_p": 0 * one}
+    rest |= {"seeds": count, "positions": count}
+    targets = torch.arange(40).view(8, 5)
+    rows: dict[str, Any] = {"lengths": targets[:, 0], "limits": targets[:, 4] + 9, "finished": targets[:, 0] < 0}
+    rows |= {"stop_ids": torch.tensor([99]), "draft_counts": torch.full((8,), 4)}
+    calls: dict[str, Callable[[], object]] = {
+        "guided_sample": lambda: guided_sample(base, (arm,), one, **rest),
+        "guided_sample, log-probs": lambda: guided_sample(base, (arm,), one, return_logprobs=True, **rest),
+        "settle, 8 rows of 4 drafts": lambda: settle(targets, targets[:, :4], **rows),
+        "settle, PyTorch": lambda: settle_reference(targets, targets[:, :4], **rows),
+    }
+    return {name: statistics.median(found) for name, found in interleaved(calls, 2000).items()}
 
 
 def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, options: argparse.Namespace) -> Result:
@@ -116,6 +129,7 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
 
     contenders = {
         "ours": ours,
+        "read": lambda: [logits.view(torch.float32).sum() for logits in members],
         "eager": lambda: eager(members, weights, mode),
         "multinomial": lambda: eager(members, weights, mode, multinomial=True),
     }
@@ -127,22 +141,21 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
     ratios = {
         name: statistics.median(other / own for other, own in zip(found, times["ours"]))
         for name, found in times.items()
-        if name != "ours"
+        if name not in ("ours", "read")
     }
     median = {name: statistics.median(found) for name, found in times.items()}
-    read = sum(logits.nbytes for logits in members) / median["ours"]
-    return Result(vocab, arms, str(dtype)[6:], rows, mode, median, ratios, read / options.bandwidth)
+    return Result(vocab, arms, str(dtype)[6:], rows, mode, median, ratios, median["read"] / median["ours"])
 
 
 def table(results: list[Result]) -> str:
-    """A row for each shape; for each mode, our time, the share of the read bandwidth, and the speed-ups."""
+    """A row for each shape; for each mode, our time, the share of it that only reading takes, and the speed-ups."""
     names = list(results[0].speedup)
-    titles = ["V", "ARMs", "dtype", "rows", *(f"{mode}: µs, of roof, vs {', '.join(names)}" for mode in MODES)]
+    titles = ["V", "ARMs", "dtype", "rows", *(f"{mode}: µs, reading, vs {', '.join(names)}" for mode in MODES)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     shapes: dict[tuple, list[str]] = {}
     for r in results:
         speedups = ", ".join(f"{r.speedup[name]:.1f}x" for name in names if name in r.speedup)
-        cell = f"{r.microseconds['ours']:.0f}, {r.bandwidth:.0%}, {speedups}"
+        cell = f"{r.microseconds['ours']:.0f}, {r.reading:.0%}, {speedups}"
         shapes.setdefault((r.vocab, r.arms, r.dtype, r.rows), []).append(cell)
     lines += [f"| {' | '.join(map(str, (*shape, *cells)))} |" for shape, cells in shapes.items()]
     return "\n".join(lines)
@@ -184,10 +197,7 @@ def main() -> None:
             parser.error("--cpu-time counts one thread: it needs --threads 1")
         global clock
         clock = time.thread_time
-    options.bandwidth = read_bandwidth()
-
-    tiny = [torch.zeros(1, 16)] * 2
-    call = interleaved({"call": lambda: guided_sample(tiny[0], tiny[1:], [1.0], seeds=0, positions=0)}, 2000)["call"]
+    calls = overheads()
     results = [
         measure(vocab, arms, dtype, rows, mode, options)
         for mode, vocab, arms, dtype, rows in product(
@@ -201,13 +211,14 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": options.threads,
         "clock": "CPU time" if options.cpu_time else "wall",
-        "read bandwidth, GB/s": round(options.bandwidth / 1e3, 1),
-        "call overhead, µs": round(statistics.median(call), 1),
     }
     print(", ".join(f"{name}: {value}" for name, value in machine.items()), end="\n\n")
+    print("µs a call:", ", ".join(f"{name} {value:.1f}" for name, value in calls.items()), end="\n\n")
     print(table(results))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1))
+        options.json.write_text(
+            json.dumps({"machine": machine, "calls": calls, "results": [asdict(r) for r in results]}, indent=1)
+        )
     if options.plot:
         plot(results, options.plot)
 

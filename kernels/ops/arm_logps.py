@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import custom_ops
+
 IGNORE = -100
 # Logits alive at once: 2^23 is 170 rows of a 49,152-token vocabulary (34 MB), the fastest of 2^20..2^25
 # measured on a 2-core AVX-512 CPU; 2^26 (268 MB) keeps a GPU's matrix units busy.
@@ -79,6 +81,9 @@ def arm_logps(
         raise ValueError(
             f"weight must be [V, {hidden.shape[2]}] for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
+    if torch.compiler.is_compiling():
+        tokens = custom_ops.arm_logps(hidden, weight, labels, bias, logit_scale, softcap)
+        return tokens if return_tokens else tokens.sum(-1)
     labelled = labels != IGNORE
     targets = labels[labelled]
     if targets.numel():

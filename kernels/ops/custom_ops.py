@@ -1,4 +1,4 @@
-"""guided_sample and settle as torch custom ops: torch.compile and torch.export see one node each, with fake tensors.
+"""guided_sample, settle and arm_logps as torch custom ops: torch.compile and torch.export see one node each.
 
 Only code that is being compiled goes through them: a call of guided_sample takes 4 µs directly, 14 µs through the op,
 and 15 µs more still through an op made by `torch.library.custom_op`.
@@ -20,6 +20,13 @@ library.define(
     "guided_sample(Tensor base_logits, Tensor[] arm_logits, Tensor weights, Tensor temperature, Tensor top_k, "
     "Tensor top_p, Tensor min_p, Tensor seeds, Tensor positions, SymInt vocab_size, Tensor? logit_bias, "
     "bool return_logprobs, int top_logprobs) -> Tensor[]"
+)
+library.define(
+    "arm_logps(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float scale, float? softcap) -> Tensor"
+)
+library.define(
+    "arm_logps_backward(Tensor grad, bool[] wanted, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, "
+    "float scale, float? softcap) -> Tensor[]"
 )
 library.define(
     "settle(Tensor targets, Tensor drafts, Tensor lengths, Tensor limits, Tensor finished, Tensor stop_ids, "
@@ -103,11 +110,61 @@ def _fake_settle(targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (*(targets.new_empty(rows) for _ in range(3)), targets.new_empty(rows, dtype=torch.bool))
 
 
+def _run_arm_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    from .arm_logps import arm_logps as run  # which imports this file
+
+    return run(hidden, weight, labels, bias=bias, logit_scale=scale, softcap=softcap, return_tokens=True)
+
+
+def _fake_arm_logps(hidden: Tensor, weight: Tensor, labels: Tensor, *_: Any) -> Tensor:
+    return hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _run_arm_logps_backward(
+    grad: Tensor, wanted: list[bool], hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    """The forward pass once more, this time for its gradients: a compiled one does not know which are wanted."""
+    inputs = [
+        None if tensor is None else tensor.detach().requires_grad_(needed)
+        for tensor, needed in zip((hidden, weight, bias), wanted)
+    ]
+    with torch.enable_grad():
+        tokens = _run_arm_logps(inputs[0], inputs[1], labels, inputs[2], *rest)  # type: ignore[arg-type]
+    return list(torch.autograd.grad(tokens, [x for x in inputs if x is not None and x.requires_grad], grad))
+
+
+def _fake_arm_logps_backward(
+    grad: Tensor, wanted: list[bool], hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *_: Any
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x, needed in zip((hidden, weight, bias), wanted) if needed and x is not None]
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    hidden, weight, labels, bias, *ctx.rest = inputs
+    ctx.save_for_backward(hidden, weight, labels, bias)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], needs[1], needs[3]]  # of hidden, weight, bias
+    found = iter(torch.ops.genarm_fast.arm_logps_backward(grad, wanted, *ctx.saved_tensors, *ctx.rest))
+    hidden, weight, bias = (next(found) if needed else None for needed in wanted)
+    return hidden, weight, None, bias, None, None
+
+
 for name, run, fake in (
     ("guided_sample", _run_guided_sample, _fake_guided_sample),
     ("settle", _run_settle, _fake_settle),
+    ("arm_logps", _run_arm_logps, _fake_arm_logps),
+    ("arm_logps_backward", _run_arm_logps_backward, _fake_arm_logps_backward),
 ):
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genarm_fast::{name}", fake, lib=library)
+torch.library.register_autograd(
+    "genarm_fast::arm_logps", _differentiate, setup_context=_save_for_backward, lib=library
+)
 
 settle = torch.ops.genarm_fast.settle.default
+arm_logps = torch.ops.genarm_fast.arm_logps.default

@@ -1,10 +1,11 @@
-"""guided_sample and settle under torch.compile and torch.export: one node each, the same results."""
+"""The custom ops under torch.compile and torch.export: one node each, the same results."""
 
 import pytest
 import torch
 from torch.library import opcheck
 
 from genarm_fast.kernels import guided_sample, settle
+from genarm_fast.kernels.arm_logps import IGNORE, arm_logps
 
 ops = torch.ops.genarm_fast
 
@@ -79,3 +80,36 @@ def test_exported():
     targets = {str(node.target) for node in program.graph.nodes}
     assert {"genarm_fast.guided_sample.default", "genarm_fast.settle.default"} <= targets
     assert all(torch.equal(x, y) for x, y in zip(program.module()(*arguments), Round()(*arguments), strict=True))
+
+
+def training_batch(bias):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    labels = torch.randint(0, 30, (2, 5), generator=generator)
+    labels[0, :2] = IGNORE
+    return hidden, weight, labels, torch.randn(30, generator=generator) if bias else None
+
+
+@pytest.mark.parametrize(("bias", "softcap"), [(True, None), (False, 5.0)])
+def test_arm_logps_is_a_sound_op(bias, softcap):
+    hidden, weight, labels, b = training_batch(bias)
+    opcheck(ops.arm_logps, (hidden.requires_grad_(), weight.requires_grad_(), labels, b, 0.5, softcap))
+
+
+@pytest.mark.parametrize("trained", ["hidden", "hidden, weight and bias"])
+def test_arm_logps_compiled(trained):
+    torch._dynamo.reset()
+    hidden, weight, labels, bias = training_batch(True)
+    leaves = [hidden, weight, bias] if "weight" in trained else [hidden]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def loss(hidden, weight, bias):
+        return (arm_logps(2 * hidden, weight, labels, bias=bias, softcap=9.0) * torch.tensor([1.0, -2.0])).sum()
+
+    expected = loss(hidden, weight, bias)
+    gradients = torch.autograd.grad(expected, leaves)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight, bias)
+    torch.testing.assert_close(found, expected)
+    for got, exact in zip(torch.autograd.grad(found, leaves), gradients, strict=True):
+        torch.testing.assert_close(got, exact)
