@@ -1,9 +1,10 @@
 """guided_sample on the CPU against eager PyTorch, interleaved.
 
-    python benchmarks/kernels.py [--threads N] [--rounds N] [--cpu-time] [--compile] [--json FILE] [--plot FILE]
+    python benchmarks/kernels.py [--threads N] [--rounds N] [--cpu-time] [--decode] [--compile] [--json F] [--plot F]
 
-Every case is first checked against the reference: a wrong kernel gets no figure. Contenders take turns round by round;
+Every case is first checked against the reference: a wrong kernel gets no figure. Each contender takes turns with ours;
 times are medians, speed-ups are medians of the rounds' own ratios, so that a busy machine disturbs both sides alike.
+With --decode, every call is preceded by a product with a 32 MB matrix and by writing the logits, as in a decode loop.
 
     eager        weighted sum, softmax, cumsum, searchsorted: the fastest exact draw that PyTorch offers here
     multinomial  the same with torch.multinomial, as most samplers have it
@@ -82,14 +83,14 @@ def eager(members: Sequence[Tensor], weights: Sequence[float], mode: str, multin
 clock = time.perf_counter
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each contender in each round, after two rounds of warming up.
-
-    One call a turn: the caches are as another contender left them, as a decode loop's forward pass would.
-    """
+def interleaved(
+    contenders: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Microseconds of each contender in each round, one call a turn, after two rounds of warming up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 2):
         for name, contender in contenders.items():
+            before()
             start = clock()
             contender()
             times[name].append((clock() - start) * 1e6)
@@ -128,7 +129,6 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
         raise SystemExit(f"wrong tokens at V={vocab}, {arms} ARMs, {dtype}, {rows} rows, {mode}: nothing is timed")
 
     contenders = {
-        "ours": ours,
         "read": lambda: [logits.view(torch.float32).sum() for logits in members],
         "eager": lambda: eager(members, weights, mode),
         "multinomial": lambda: eager(members, weights, mode, multinomial=True),
@@ -137,14 +137,26 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
         torch.compiler.reset()  # each shape its own code, without a limit on recompilations
         compiled = torch.compile(eager, dynamic=False)
         contenders["compiled"] = lambda: compiled(members, weights, mode)
-    times = interleaved(contenders, max(3, options.rounds // rows) if mode == "top-p" else options.rounds)
-    ratios = {
-        name: statistics.median(other / own for other, own in zip(found, times["ours"]))
-        for name, found in times.items()
-        if name not in ("ours", "read")
+    source, layer, activation = [logits.clone() for logits in members], torch.ones(2048, 4096), torch.ones(4096)
+
+    def decode() -> None:
+        layer.mv(activation)
+        for logits, copy in zip(members, source):
+            logits.copy_(copy)
+
+    rounds = max(3, options.rounds // rows) if mode == "top-p" else options.rounds
+    before = decode if options.decode else lambda: None
+    pairs = {
+        name: interleaved({"ours": ours, name: contender}, rounds, before) for name, contender in contenders.items()
     }
-    median = {name: statistics.median(found) for name, found in times.items()}
-    return Result(vocab, arms, str(dtype)[6:], rows, mode, median, ratios, median["read"] / median["ours"])
+    ratios = {
+        name: statistics.median(other / own for other, own in zip(times[name], times["ours"]))
+        for name, times in pairs.items()
+    }
+    reading = ratios.pop("read")
+    median = {name: statistics.median(times[name]) for name, times in pairs.items()}
+    median["ours"] = statistics.median(pairs["eager"]["ours"])
+    return Result(vocab, arms, str(dtype)[6:], rows, mode, median, ratios, reading)
 
 
 def table(results: list[Result]) -> str:
@@ -185,6 +197,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch and of the core (default: 1)")
     parser.add_argument("--rounds", type=int, default=15, help="per case (default: 15)")
     parser.add_argument("--cpu-time", action="store_true", help="count this thread's time only: for a busy machine")
+    parser.add_argument("--decode", action="store_true", help="with the caches as a decode loop leaves them")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--plot", type=Path, help="draw the speed-ups over eager there (PNG)")

@@ -64,9 +64,11 @@ void gumbel(uint64_t seed, uint32_t level, uint32_t position, uint32_t first, in
   for (int i = 0; i < n; i += kWidth, even += kWidth) {
     const Longs low = philox(even, position, level, seed), high = philox(even + 1, position, level, seed);
     const Words bits = reinterpret_cast<Words>((low & 0xffffffffu) | (high << 32));
-    Floats u = (__builtin_convertvector(bits, Floats) + 0.5f) * 0x1p-32f;
-    u = u < 1.f - 0x1p-24f ? u : splat(1.f - 0x1p-24f);
-    const Floats w = 1.f - u;
+    const Floats u = (__builtin_convertvector(bits, Floats) + 0.5f) * 0x1p-32f;
+    store(out + i, u < 1.f - 0x1p-24f ? u : splat(1.f - 0x1p-24f));
+  }
+  for (int i = 0; i < n; i += kWidth) {  // a loop of its own: more iterations of these long chains in flight
+    const Floats u = load(out + i), w = 1.f - u;
     const auto tiny = w == 1.f;
     const Floats exponential = -log_positive(w) * u / (tiny ? splat(1.f) : 1.f - w);
     store(out + i, -log_positive(tiny ? u : exponential));
