@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 
 from .attention import Ragged, RaggedLayer, placed
+from .device import Device
 from .lanes import running
 from .members import Member
 
@@ -17,14 +19,17 @@ from .members import Member
 class Backbone:
     """L members over the same weights, and their cache: L lanes of `slots` rows with room for `capacity` tokens.
 
-    A forward takes R of the slots with q tokens for each lane; lane after lane, they are its L·R rows.
+    A forward takes R of the slots with q tokens for each lane; lane after lane, they are its L·R rows. Work goes to
+    `stream`, on which the caller has to launch it.
     """
 
-    def __init__(self, members: Sequence[Member], slots: int, capacity: int) -> None:
+    def __init__(self, members: Sequence[Member], slots: int, capacity: int, device: Device | None = None) -> None:
         first = members[0]
         self.lanes = [member.lane for member in members]
         self.model: Any = first.shared if len(members) > 1 else first.runner
-        self.device = first.device
+        self.device = device or Device()
+        self.stream = self.device.stream(first.device)
+        self.on_one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
         self.context = first.context
         self.slots, self.capacity = slots, capacity
         layers = self.model.config.get_text_config().num_hidden_layers
@@ -39,16 +44,28 @@ class Backbone:
             if len(self._rows) > 64:
                 self._rows.clear()
             index = [lane * self.slots + slot for lane in range(len(self.lanes)) for slot in key]
-            self._rows[key] = torch.tensor(index, device=self.device)
+            self._rows[key] = self.device.upload(torch.tensor(index), self.stream)
         return self._rows[key]
 
     def forward(self, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> tuple[Tensor, ...]:
-        """Tokens and positions below `limit`, int64 [L, R, q] → each lane's logits [R, q, V]."""
-        return self._run(self.model, tokens, positions, slots, limit).logits.chunk(len(self.lanes))
+        """Tokens and positions below `limit`, int64 [L, R, q] on its device → each lane's logits [R, q, V]."""
+        rows = len(slots)
+        if not self.on_one_device:
+            return self._logits(limit, tokens, positions, self.rows(slots))
+        wide, limit = self.device.shape(rows, self.slots, limit, self.capacity)
+        if wide > rows:  # with the first row again, which writes what it writes anyway
+            first = (tokens[:, :1], positions[:, :1])
+            more = (each.expand(-1, wide - rows, -1) for each in first)
+            tokens, positions = (torch.cat(pair, dim=1) for pair in zip((tokens, positions), more))
+            slots = [*slots, *[slots[0]] * (wide - rows)]
+        function = partial(self._logits, limit)
+        logits = self.device.repeat(self.stream, (tokens.shape, limit), function, tokens, positions, self.rows(slots))
+        return logits if wide == rows else tuple(lane[:rows] for lane in logits)
 
     def prefill(self, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> None:
-        """As `forward`, but nothing is predicted."""
-        self._run(self.model.base_model, tokens, positions, slots, limit)
+        """As `forward`, of tokens and positions on the host, but nothing is predicted."""
+        tokens, positions = (self.device.upload(each, self.stream) for each in (tokens, positions))
+        self._run(self.model.base_model, tokens, positions, self.rows(slots), limit)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first tokens of slot `source`, in every lane."""
@@ -67,10 +84,14 @@ class Backbone:
             if layer.keys is not None and layer.values is not None:
                 yield from (layer.keys, layer.values)
 
-    def _run(self, model: Any, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> Any:
-        tokens, positions = (each.flatten(0, 1).to(self.device) for each in (tokens, positions))
+    def _logits(self, limit: int, tokens: Tensor, positions: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        return self._run(self.model, tokens, positions, rows, limit).logits.chunk(len(self.lanes))
+
+    def _run(self, model: Any, tokens: Tensor, positions: Tensor, rows: Tensor, limit: int) -> Any:
+        count = tokens.shape[1]
+        tokens, positions = tokens.flatten(0, 1), positions.flatten(0, 1)
         known = positions if self.context is None else positions.clamp_max(self.context - 1)  # padding may lie beyond
-        with running(self.lanes, len(slots)), placed(Ragged(self.rows(slots), positions, limit)):
+        with running(self.lanes, count), placed(Ragged(rows, positions, limit)):
             return model(input_ids=tokens, position_ids=known, past_key_values=self.cache, use_cache=True)
 
 

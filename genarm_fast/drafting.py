@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from .backbone import padded
 from .ngram import NgramIndex
 from .slots import Seat
 
@@ -17,19 +19,35 @@ if TYPE_CHECKING:
 
 
 class Drafts:
-    """Proposals of a round. tokens: per seat. logits: [R, k, V] of each lane of the backbone `group`, if one did."""
+    """Proposals of a round: of row r the first counts[r] of `tensor`, int64 [R, k] on the main stream.
 
-    def __init__(self, tokens: list[list[int]], logits: Sequence[Tensor] = (), group: int | None = None) -> None:
-        self.tokens, self.logits, self.group = tokens, logits, group
+    read: gives the tensor on the host. logits: [R, k, V] of each lane of the backbone `group`, if one drafted.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        counts: Sequence[int],
+        read: Callable[[], Tensor],
+        logits: Sequence[Tensor] = (),
+        group: int | None = None,
+    ) -> None:
+        self.tensor, self.counts, self.read = tensor[:, : max(counts)], counts, read
+        self.logits, self.group = logits, group
 
     @property
     def most(self) -> int:
-        return max(map(len, self.tokens))
+        return max(self.counts)
 
-    def clip(self, seats: Sequence[Seat]) -> None:
-        """Drop what cannot be settled: the last token of a response is a target that needs no draft."""
-        for seat, tokens in zip(seats, self.tokens):
-            del tokens[seat.row.remaining - 1 :]
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """Of each row. Waits for the device where it drafted."""
+        return [line[:count] for line, count in zip(self.read().tolist(), self.counts)]
+
+
+def no_drafts(rows: int) -> Drafts:
+    nothing = torch.empty(rows, 0, dtype=torch.int64)
+    return Drafts(nothing, [0] * rows, lambda: nothing)
 
 
 class BackboneDrafter:
@@ -42,17 +60,19 @@ class BackboneDrafter:
     def __init__(self, engine: Engine, group: int, names: Sequence[str]) -> None:
         self.engine, self.group, self.names = engine, group, tuple(names)
 
-    def propose(self, seats: Sequence[Seat], k: int) -> Drafts:
-        rows = [seat.row for seat in seats]
-        tokens: list[list[int]] = [[] for _ in seats]
+    def propose(self, seats: Sequence[Seat], most: Sequence[int]) -> Drafts:
+        """At most so many for each seat. Each is fed to the next step where it was drawn, on the device."""
+        engine = self.engine
+        rows, members = [seat.row for seat in seats], engine.groups[self.group]
+        tokens: list[Tensor] = []
         steps = []
-        for step in range(k):
-            lanes = self.engine.feed(self.group, seats, tokens, first=step)
-            steps.append(lanes)
-            proposed = self.engine.sampler.propose(rows, lanes, self.engine.groups[self.group], step)
-            for row_tokens, token in zip(tokens, proposed):
-                row_tokens.append(token)
-        return Drafts(tokens, [torch.cat(lane, dim=1) for lane in zip(*steps)], self.group)
+        for step in range(max(most)):
+            fed = engine.feed(self.group, seats, tokens[-1] if tokens else None, first=step)
+            steps.append(engine.collect(self.group, fed))
+            tokens.append(engine.sampler.propose(rows, steps[-1], members, step))
+        block = torch.cat(tokens, dim=1)
+        read = engine.device.read([block], engine.main)
+        return Drafts(block, most, lambda: read()[0], [torch.cat(lane, dim=1) for lane in zip(*steps)], self.group)
 
 
 class NgramDrafter:
@@ -60,15 +80,25 @@ class NgramDrafter:
 
     names = ("ngram",)
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
         self.indices: WeakKeyDictionary[Seat, NgramIndex] = WeakKeyDictionary()
 
-    def propose(self, seats: Sequence[Seat], k: int) -> Drafts:
+    def guess(self, seats: Sequence[Seat], most: Sequence[int]) -> list[list[int]]:
+        """At most so many for each seat."""
         tokens = []
-        for seat in seats:
+        for seat, count in zip(seats, most):
             index = self.indices.get(seat)
             if index is None:
                 index = self.indices[seat] = NgramIndex(seat.row.request.token_ids[0])
             index.extend(seat.row.tokens[len(index) - len(seat.row.request.token_ids[0]) :])
-            tokens.append(index.propose(k))
-        return Drafts(tokens)
+            tokens.append(index.propose(count))
+        return tokens
+
+    def propose(self, seats: Sequence[Seat], most: Sequence[int]) -> Drafts:
+        tokens = self.guess(seats, most)
+        width = max(map(len, tokens))
+        if width == 0:
+            return no_drafts(len(seats))
+        block = torch.tensor([padded(line, width) for line in tokens])
+        return Drafts(self.engine.device.upload(block, self.engine.main), [*map(len, tokens)], lambda: block)

@@ -9,16 +9,19 @@ drafter and target draw a position with the same noise (docs/design.md).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .backbone import Backbone, in_one_forward, padded
-from .drafting import BackboneDrafter, Drafts, NgramDrafter
+from .device import Device, device_for, span
+from .drafting import BackboneDrafter, Drafts, NgramDrafter, no_drafts
+from .flight import Flight
 from .members import Member
 from .requests import Row
-from .sampling import Sampler
+from .sampling import Sampler, adjusts
 from .slots import Seat, Slots
 from .speculation import Controllers, Plan, Speculation
 
@@ -40,7 +43,11 @@ class Engine:
         speculation: Speculation,
         controllers: Controllers,
         draft_model: Member | None = None,
+        device: Device | None = None,
     ) -> None:
+        self.device = device or device_for([member.device for member in members])
+        self.main = self.device.stream(members[0].device)  # samples and settles; each backbone has its own
+        self.steered = steered
         arms = [
             i
             for i in range(len(members) - 1)
@@ -48,7 +55,7 @@ class Engine:
         ]
         indices = [0, *(i + 1 for i in arms)]
         running = [members[i] for i in indices]
-        self.sampler = Sampler(running, arms, vocab_size)
+        self.sampler = Sampler(running, arms, vocab_size, self.device, self.main)
         self.groups = in_one_forward(running)  # of positions in `indices`
         self.draft_model = None if draft_model is None else len(self.groups)
         if draft_model is not None:  # sees the base's prompt
@@ -60,26 +67,28 @@ class Engine:
         )
         capacity += speculation.most  # a row near its end may be padded as far
         self.slots = Slots(slots, rows, indices)
-        self.backbones = [Backbone([running[i] for i in group], slots, capacity) for group in self.groups]
-        self.drafters: list[BackboneDrafter | NgramDrafter] = [NgramDrafter()]
+        self.backbones = [Backbone([running[i] for i in group], slots, capacity, self.device) for group in self.groups]
+        labels = ["base", *(f"arm[{i}]" for i in arms), "draft_model"]
+        self.labels = ["+".join(labels[i] for i in group) + ".forward" for group in self.groups]
+        self.flight = Flight(self, rows)
+        self.drafters: list[BackboneDrafter | NgramDrafter] = [NgramDrafter(self)]
         if len(self.groups) > 1:
             own = [BackboneDrafter(self, g, [running[i].name for i in group]) for g, group in enumerate(self.groups)]
             self.drafters = [*own[1:], *self.drafters, own[0]]  # without a wish, an ARM comes before the base
         self.most = speculation.most
-        # Other processes do not count in a thread's own time. A GPU's work is in no thread's.
-        on_cpu = all(backbone.device.type == "cpu" for backbone in self.backbones)
-        precise = time.get_clock_info("thread_time").resolution < 1e-4
-        self.clock = time.thread_time if on_cpu and precise else time.perf_counter
         self.plan = Plan(speculation, [drafter.names for drafter in self.drafters], controllers)
 
     @torch.inference_mode()
     def run(self) -> Iterator[list[Row]]:
         """Decode all rows, yielding after each round those that it advanced."""
-        while self.slots:
-            self.slots.admit()
-            self.prefill()
-            if self.slots.running:
-                yield self.round()
+        try:
+            while self.slots:
+                self.slots.admit()
+                self.prefill()
+                if self.slots.running and (rows := self.device.launch(self.main, "round", self.round)):
+                    yield rows
+        finally:
+            self.device.finish()  # what is still running uses tensors that are about to be freed
 
     def prefill(self) -> None:
         """One chunk; then seats whose prompts are complete join the running ones."""
@@ -89,75 +98,102 @@ class Engine:
             for group, backbone in zip(self.groups, self.backbones):
                 tokens = [[padded(seat.prompts[i][start : start + width], width) for seat in seats] for i in group]
                 positions = torch.arange(start, start + width).expand(len(group), len(seats), width)
-                backbone.prefill(torch.tensor(tokens), positions, [seat.slot for seat in seats], start + width)
+                slots = [seat.slot for seat in seats]
+                inputs = (torch.tensor(tokens), positions, slots, start + width)
+                self.device.launch(backbone.stream, "prefill", backbone.prefill, *inputs)
             for seat in seats:
                 seat.done = min(start + width, seat.needed)
         for donor, seat in self.slots.copies():
             for backbone in self.backbones:
-                backbone.copy(donor.slot, seat.slot, seat.common)
-        if self.backbones[0].device.type == "cuda":
-            torch.cuda.synchronize()
+                self.device.launch(backbone.stream, "prefill", backbone.copy, donor.slot, seat.slot, seat.common)
         self.slots.start()
 
     def round(self) -> list[Row]:
-        """Settle at least one token of every running row."""
+        """One more token at least for every running row. Returns the rows that the host has new tokens of."""
+        start = time.perf_counter()
         seats = list(self.slots.running)
-        rows = [seat.row for seat in seats]
-        drafter, k = self.plan.choose(len(rows))
-        k = min(k, max(row.remaining for row in rows) - 1)
-        lengths = [len(row.tokens) for row in rows]
-        watched = self.watch(seats, drafter)
-        start = self.clock()
-        drafts = self.drafters[drafter].propose(seats, k) if drafter is not None and k else Drafts([[] for _ in rows])
-        drafts.clip(seats)
-        drafted = self.clock()
-        logits = self.verify(seats, drafts)
-        known = [each[:, : drafts.most] for each in logits] if drafts.logits else logits
-        accepted = self.settle(rows, known, drafts.tokens)
-        verified = self.clock()
-        if drafts.logits:
-            self.settle_bonus(seats, logits, drafts, accepted)
-        drafting = drafted - start + self.clock() - verified
-        proposed = [len(tokens) for tokens in drafts.tokens]
-        self.plan.observe(drafter, len(rows), k, proposed, accepted, drafting, verified - drafted)
-        for i, guesses in watched.items():
-            self.plan.watch(i, guesses, [row.tokens[length:] for row, length in zip(rows, lengths)])
+        drafter, k = self.plan.choose(len(seats))
+        k = min(k, max(seat.row.remaining for seat in seats) - 1)
+        if self.device.lag and not k and not self.steered and not any(adjusts(seat.row) for seat in seats):
+            with self.watched(seats, None):
+                advanced = self.flight.round(seats)
+            if advanced:  # else it was the first, whose end nobody waited for
+                nothing = [0] * len(advanced)
+                self.plan.observe(None, len(advanced), 0, nothing, nothing, 0.0, time.perf_counter() - start)
+            self.advanced(advanced)
+            return [seat.row for seat in advanced]
+        landed = self.flight.land()
+        self.advanced(landed)
+        seats = list(self.slots.running)
+        if seats:
+            with self.watched(seats, drafter):
+                self.host_round(seats, drafter, k)
+            self.advanced(seats)
+        return [seat.row for seat in dict.fromkeys([*landed, *seats])]
 
+    @contextmanager
+    def watched(self, seats: Sequence[Seat], drafter: int | None) -> Iterator[None]:
+        """Judge drafters that cost nothing by the tokens settled inside, as if it was their turn."""
+        drafters = {i: self.drafters[i] for i in self.plan.adaptive if i != drafter}
+        lengths = [len(seat.row.tokens) for seat in seats]
+        most = [self.most] * len(seats)
+        guesses = {i: each.guess(seats, most) for i, each in drafters.items() if isinstance(each, NgramDrafter)}
+        yield
+        for i, guess in guesses.items():
+            self.plan.watch(i, guess, [seat.row.tokens[length:] for seat, length in zip(seats, lengths)])
+
+    def advanced(self, seats: Sequence[Seat]) -> None:
+        """Count a round, and free the slots of rows that ended in it."""
         now = time.perf_counter()
-        for row, count, right in zip(rows, proposed, accepted):
-            row.finished = now
-            row.rounds += 1
-            row.drafted += count
-            row.accepted += right
+        for seat in seats:
+            seat.row.finished = now
+            seat.row.rounds += 1
         ended = [seat for seat in seats if seat.row.ended]
         for seat in ended:
             if seat.row.error is not None:
                 for backbone in self.backbones:
-                    backbone.clear(seat.slot)
+                    self.device.launch(backbone.stream, "prefill", backbone.clear, seat.slot)
         self.slots.leave(ended)
-        return rows
 
-    def watch(self, seats: Sequence[Seat], drafter: int | None) -> dict[int, list[list[int]]]:
-        """What drafters that cost nothing would propose if it was their turn."""
-        free = [i for i in self.plan.adaptive if i != drafter and isinstance(self.drafters[i], NgramDrafter)]
-        return {i: self.drafters[i].propose(seats, self.most).tokens for i in free}
+    def host_round(self, seats: Sequence[Seat], drafter: int | None, k: int) -> None:
+        """Settle at least one token of every row on the host, which waits once: for drafts and targets together."""
+        rows = [seat.row for seat in seats]
+        start = self.device.mark(self.main)
+        drafts = no_drafts(len(rows))
+        if drafter is not None and k > 0:
+            with span("draft"):
+                drafts = self.drafters[drafter].propose(seats, [min(k, row.remaining - 1) for row in rows])
+        drafted = self.device.mark(self.main)
+        logits = self.verify(seats, drafts)
+        known = [each[:, : drafts.most] for each in logits] if drafts.logits else logits
+        accepted = self.settle(rows, known, drafts)
+        verified = self.device.mark(self.main)
+        if drafts.logits:
+            self.settle_bonus(seats, logits, drafts, accepted)
+        for row, count, right in zip(rows, drafts.counts, accepted):
+            row.drafted += count
+            row.accepted += right
+        times = self.device.elapsed(start, drafted), self.device.elapsed(drafted, verified)
+        self.plan.observe(drafter, len(rows), k, drafts.counts, accepted, *times)
 
     def verify(self, seats: Sequence[Seat], drafts: Drafts) -> list[Tensor]:
         """Each member's logits after the last token and after every draft; of a drafting one, before the last draft."""
-        logits: dict[int, Tensor] = {}
-        for g, group in enumerate(self.groups):
-            if g != self.draft_model:
-                logits |= zip(group, drafts.logits if g == drafts.group else self.feed(g, seats, drafts.tokens))
-        return [logits[i] for i in range(len(logits))]
+        passive = (self.draft_model, drafts.group)
+        forwards = {g: self.feed(g, seats, drafts.tensor) for g in range(len(self.groups)) if g not in passive}
+        known = {} if drafts.group in (None, self.draft_model) else dict(zip(self.groups[drafts.group], drafts.logits))
+        return self.by_member(forwards, known)
 
-    def settle(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Sequence[Sequence[int]]) -> list[int]:
+    def settle(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Drafts) -> list[int]:
         """Give rows their targets; how many drafts of each were right."""
+        with span("sample"):
+            draws = self.sampler.draw(rows, logits, drafts)
         accepted = []
-        for row, draws, draft in zip(rows, self.sampler.draw(rows, logits, drafts), drafts):
-            accepted.append(sum(draw.token == token for draw, token in zip(draws, draft)))
-            for draw in draws:
-                if row.finish_reason is None:
-                    row.settle(draw)
+        with span("settle"):
+            for row, own, tokens in zip(rows, draws, drafts.tokens):
+                accepted.append(sum(draw.token == token for draw, token in zip(own, tokens)))
+                for draw in own:
+                    if row.finish_reason is None:
+                        row.settle(draw)
         return accepted
 
     def settle_bonus(
@@ -169,29 +205,48 @@ class Engine:
         index = [i for i, seat in enumerate(seats) if accepted[i] == most and not seat.row.ended]
         if index:
             again = [seats[i] for i in index]
-            own = dict(zip(self.groups[group], self.feed(group, again, [[] for _ in again])))
-            last = [own[i] if i in own else each[index, most:] for i, each in enumerate(logits)]
-            self.settle([seat.row for seat in again], last, [[] for _ in again])
+            own = dict(zip(self.groups[group], self.collect(group, self.feed(group, again))))
+            where = self.upload(torch.tensor(index))
+            last = [own[i] if i in own else each[where, most:] for i, each in enumerate(logits)]
+            self.settle([seat.row for seat in again], last, no_drafts(len(again)))
 
-    def feed(
-        self, g: int, seats: Sequence[Seat], drafts: Sequence[Sequence[int]], first: int = 0
-    ) -> tuple[Tensor, ...]:
-        """Each seat's last token and its drafts, from the `first` of these on, through backbone g.
+    def feed(self, g: int, seats: Sequence[Seat], drafts: Tensor | None = None, first: int = 0) -> Sequence[Tensor]:
+        """Launch backbone g on each seat's last token and its drafts [R, n]; if first > 0, on drafts from there on."""
+        group = self.groups[g]
+        pieces = []
+        if first == 0:
+            last = [[[self.last_token(seat, i)] for seat in seats] for i in group]
+            pieces.append(self.upload(torch.tensor(last)))
+        if drafts is not None and drafts.shape[1]:
+            pieces.append(drafts.expand(len(group), -1, -1))
+        tokens = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+        starts = [[len(seat.prompts[i]) + len(seat.row.tokens) + first for seat in seats] for i in group]
+        positions = torch.tensor(starts)[..., None] + torch.arange(tokens.shape[-1])
+        limit = max(map(max, starts)) + tokens.shape[-1]
+        return self.forward(g, tokens, self.upload(positions), [seat.slot for seat in seats], limit)
 
-        Returns each lane's logits [R, 1 + most drafts - first, V].
-        """
-        width = 1 + max(map(len, drafts)) - first
-        tokens, starts = [], []
-        for i in self.groups[g]:
-            member = self.slots.members[i]
-            for seat, draft in zip(seats, drafts):
-                row = seat.row
-                last = row.tokens[-1] if row.tokens else row.request.token_ids[member][-1]
-                tokens.append(padded([last, *draft][first:], width))
-                starts.append(len(seat.prompts[i]) + len(row.tokens) + first)
-        shape = (len(self.groups[g]), len(seats), width)
-        positions = torch.tensor(starts)[:, None] + torch.arange(width)
-        slots = [seat.slot for seat in seats]
-        return self.backbones[g].forward(
-            torch.tensor(tokens).view(shape), positions.view(shape), slots, max(starts) + width
-        )
+    def last_token(self, seat: Seat, i: int) -> int:
+        """As member i sees it; its prompt may end in another token than the base's."""
+        return seat.row.tokens[-1] if seat.row.tokens else seat.row.request.token_ids[self.slots.members[i]][-1]
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        return self.device.upload(tensor, self.main)
+
+    def forward(self, g: int, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> Sequence[Tensor]:
+        """Launch backbone g on tokens and positions [L, R, q] of the main stream. `collect` the logits before use."""
+        backbone = self.backbones[g]
+        inputs = self.device.hand_over((tokens, positions), self.main, backbone.stream)
+        return self.device.launch(backbone.stream, self.labels[g], backbone.forward, *inputs, slots, limit)
+
+    def collect(self, g: int, logits: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of backbone g for use on the main stream."""
+        return self.device.hand_over(logits, self.backbones[g].stream, self.main)
+
+    def by_member(
+        self, forwards: Mapping[int, Sequence[Tensor]], known: Mapping[int, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Each member's logits from forwards by backbone, all launched by now; `known` ones are at hand, by member."""
+        logits = dict(known or {})
+        for g, lanes in forwards.items():
+            logits |= zip(self.groups[g], self.collect(g, lanes))
+        return [logits[i] for i in range(len(logits))]

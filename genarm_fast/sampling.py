@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .device import Device, Stream
+from .drafting import Drafts
 from .kernels import GuidedSample, guided_sample, seed_tensor
 from .kernels.guided_sample import ALL_MASKED, combine, member_logprob
 from .members import Member
@@ -23,29 +25,35 @@ class RowTensors(NamedTuple):
     top_logprobs: int
 
     @classmethod
-    def of(cls, rows: Sequence[Row], arms: Sequence[int], vocab_size: int, device: torch.device) -> RowTensors:
+    def of(
+        cls, rows: Sequence[Row], arms: Sequence[int], vocab_size: int, upload: Callable[[Tensor], Tensor]
+    ) -> RowTensors:
         params = [row.request.params for row in rows]
+        weights = [[row.weights[arm] for arm in arms] for row in rows]
+        parameters = {
+            "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            "top_k": torch.tensor([min(p.top_k, vocab_size) for p in params]),
+            "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32),
+            "min_p": torch.tensor([p.min_p for p in params], dtype=torch.float32),
+            "seeds": seed_tensor([row.seed for row in rows]),
+        }
         return cls(
-            torch.tensor([[row.weights[arm] for arm in arms] for row in rows], dtype=torch.float32, device=device),
-            {
-                "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-                "top_k": torch.tensor([min(p.top_k, vocab_size) for p in params], device=device),
-                "top_p": torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-                "min_p": torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-                "seeds": seed_tensor([row.seed for row in rows], device),
-            },
+            upload(torch.tensor(weights, dtype=torch.float32)),
+            {name: upload(values) for name, values in parameters.items()},
             any(row.wants_logprobs for row in rows),
             min(max(p.logprobs or 0 for p in params), vocab_size),
         )
 
 
 class Sampler:
-    """Draws for members that run: the base, then the ARMs with indices `arms`."""
+    """Draws for members that run: the base, then the ARMs with indices `arms`. All of it on `stream`."""
 
-    def __init__(self, members: Sequence[Member], arms: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self, members: Sequence[Member], arms: Sequence[int], vocab_size: int, device: Device, stream: Stream
+    ) -> None:
         self.names = [member.name for member in members]
-        self.device = members[0].device
         self.arms, self.vocab_size = arms, vocab_size
+        self.device, self.stream = device, stream
         self._tensors: dict[Any, RowTensors] = {}
 
     def tensors(self, rows: Sequence[Row]) -> RowTensors:
@@ -54,43 +62,43 @@ class Sampler:
         if key not in self._tensors:
             if len(self._tensors) >= 8:
                 self._tensors.clear()
-            self._tensors[key] = RowTensors.of(rows, self.arms, self.vocab_size, self.device)
+            self._tensors[key] = RowTensors.of(rows, self.arms, self.vocab_size, self._upload)
         return self._tensors[key]
 
-    def draw(
-        self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Sequence[Sequence[int]], offset: int = 0
-    ) -> list[list[Draw]]:
+    def draw(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Drafts, offset: int = 0) -> list[list[Draw]]:
         """The targets of every row, up to the first that differs from its draft.
 
         logits: one [R, q, V] per member; position j follows the j first of the row's drafts, `offset` tokens after
         those that are settled. A row that cannot be sampled gets its `error` set.
         """
-        logits = [each[..., : self.vocab_size].to(self.device) for each in logits]
         draws: list[list[Draw]] = [[] for _ in rows]
         plain = [i for i, row in enumerate(rows) if not adjusts(row)]
         if plain:
-            chosen, members, guesses = self._subset(plain, rows, logits, drafts)
-            result = self._sample(chosen, members[0], members[1:], offset)
-            for i, settled in zip(plain, self._read(chosen, result, guesses)):
+            chosen, members = self._subset(plain, rows, logits)
+            result = self.sample(chosen, members, self._positions(chosen, offset, members[0].shape[1]))
+            read = self.read(result)
+            for i, settled in zip(plain, self.lines(chosen, read(), [drafts.tokens[i] for i in plain])):
                 draws[i] = settled
         adjusted = [i for i, row in enumerate(rows) if adjusts(row)]
         for step in range(logits[0].shape[1]):  # one by one, so that processors only see what is settled
             if not adjusted:
                 break
-            chosen, members, guesses = self._subset(adjusted, rows, logits, drafts)
-            members = [each[:, step] for each in members]
-            result = self._sample_adjusted(chosen, members, [list(guess[:step]) for guess in guesses], offset + step)
-            for i, settled in zip(adjusted, self._read(chosen, result, [()] * len(chosen))):
+            chosen, members = self._subset(adjusted, rows, [each[:, step] for each in logits])
+            result = self._sample_adjusted(chosen, members, [drafts.tokens[i][:step] for i in adjusted], offset + step)
+            for i, settled in zip(adjusted, self.lines(chosen, self.read(result)(), [()] * len(chosen))):
                 draws[i] += settled
             adjusted = [
                 i
                 for i in adjusted
-                if rows[i].error is None and step < len(drafts[i]) and draws[i][-1].token == drafts[i][step]
+                if rows[i].error is None
+                and step < len(drafts.tokens[i])
+                and draws[i][-1].token == drafts.tokens[i][step]
             ]
         return draws
 
-    def propose(self, rows: Sequence[Row], lanes: Sequence[Tensor], members: Sequence[int], offset: int) -> list[int]:
-        """A draft for every row from some members' logits [R, 1, V], at the target's position with its noise.
+    def propose(self, rows: Sequence[Row], lanes: Sequence[Tensor], members: Sequence[int], offset: int) -> Tensor:
+        """A draft for every row, int64 [R, 1], from some members' logits [R, 1, V]: at the target's position, with its
+        noise.
 
         Their weights are scaled to the sum of all members'. `members`: their places among those that run; others draft
         with weight 1.
@@ -99,7 +107,7 @@ class Sampler:
         weights = torch.cat([torch.ones_like(tensors.weights[:, :1]), tensors.weights], dim=1)
         total = weights.sum(1)
         parameters = dict(tensors.parameters)
-        lanes = [lane[..., : self.vocab_size].to(self.device) for lane in lanes]
+        lanes = [lane[..., : self.vocab_size] for lane in lanes]
         if len(lanes) == 1:
             parameters["temperature"] = parameters["temperature"] / torch.where(total > 0, total, 1.0)
             base, weights = lanes[0], weights[:, :0]
@@ -108,61 +116,36 @@ class Sampler:
             own = weights.sum(1)
             weights = weights * torch.where((own > 0) & (total > 0), total / own, 1.0)[:, None]
             base = lanes[0].new_zeros(lanes[0].shape[-1]).expand(lanes[0].shape)
-        positions = torch.tensor([[len(row.tokens) + offset] for row in rows], device=self.device)
         arms = tuple(lanes) if weights.shape[1] else ()
-        tokens: list[int] = guided_sample(base, arms, weights, positions=positions, **parameters).tokens[:, 0].tolist()
-        return tokens
+        return guided_sample(base, arms, weights, positions=self._positions(rows, offset, 1), **parameters).tokens
 
-    def _subset(
-        self, index: list[int], rows: Sequence[Row], logits: Sequence[Tensor], drafts: Sequence[Sequence[int]]
-    ) -> tuple[list[Row], list[Tensor], list[Sequence[int]]]:
-        members = list(logits)
-        if len(index) < len(rows):
-            where = torch.tensor(index, device=self.device)
-            members = [member[where] for member in members]
-        return [rows[i] for i in index], members, [drafts[i] for i in index]
-
-    def _sample(self, rows: Sequence[Row], base: Tensor, arms: Sequence[Tensor], offset: int) -> GuidedSample:
-        """Members [R, q, V]; without ARMs the base has combined scores already."""
+    def sample(self, rows: Sequence[Row], logits: Sequence[Tensor], positions: Tensor) -> GuidedSample:
+        """Targets [R, q] from each member's logits [R, q, V]; without ARMs the base has combined scores already."""
         tensors = self.tensors(rows)
-        positions = torch.tensor([[len(row.tokens) + offset] for row in rows]) + torch.arange(base.shape[1])
+        base, *arms = (each[..., : self.vocab_size] for each in logits)
         return guided_sample(
             base,
             tuple(arms),
             tensors.weights[:, : len(arms)],
-            positions=positions.to(self.device),
+            positions=positions,
             return_logprobs=tensors.logprobs,
             top_logprobs=tensors.top_logprobs,
             **tensors.parameters,
         )
 
-    def _sample_adjusted(
-        self, rows: Sequence[Row], members: Sequence[Tensor], drafted: Sequence[Sequence[int]], offset: int
-    ) -> GuidedSample:
-        """Rows whose normalised combined log-probabilities are changed before the temperature. Members: [R, V]."""
-        combined, status = combine(members[0], members[1:], self.tensors(rows).weights)
-        scores = combined.log_softmax(-1)
-        for i, row in enumerate(rows):
-            if status[i] == 0:
-                try:
-                    scores[i] = adjust(row, [*row.tokens, *drafted[i]], scores[i])
-                except Exception as error:  # a caller's processor: this request fails, the others go on
-                    row.error = error
-        result = self._sample(rows, scores[:, None], (), offset)
-        failed = status[:, None]
-        result = result._replace(status=torch.where(failed != 0, failed, result.status & ALL_MASKED))
-        if result.logprobs is not None:
-            logprobs = torch.stack([member_logprob(member, result.tokens[:, 0]) for member in members])
-            result = result._replace(member_logprobs=logprobs[..., None])
-        return result
+    def read(self, result: GuidedSample) -> Callable[[], GuidedSample]:
+        """Begin to copy it to the host; call what is returned to wait for it."""
+        fields = {name: field for name, field in result._asdict().items() if field is not None}
+        read = self.device.read(list(fields.values()), self.stream)
+        return lambda: result._replace(**dict(zip(fields, read())))
 
-    def _read(self, rows: Sequence[Row], result: GuidedSample, drafts: Sequence[Sequence[int]]) -> list[list[Draw]]:
-        """Results [R, q] up to the first that was not drafted, as Python values; sets errors."""
+    def lines(self, rows: Sequence[Row], result: GuidedSample, drafts: Sequence[Sequence[int]]) -> list[list[Draw]]:
+        """Results [R, q] on the host up to the first that was not drafted, as Python values; sets errors."""
         lines: list[list[Draw]] = []
         tokens, status = result.tokens.tolist(), result.status.tolist()
         for r, (row, draft) in enumerate(zip(rows, drafts)):
             count = 0
-            while row.error is None and count < len(tokens[r]):
+            while not row.ended and count < len(tokens[r]):
                 if status[r][count]:
                     row.error = self._failure(status[r][count], len(row.tokens) + count)
                     break
@@ -180,6 +163,43 @@ class Sampler:
                 for draw, (ids, logprobs) in zip(lines[r], best):
                     draw.top = dict(zip(ids, logprobs))
         return lines
+
+    def _upload(self, tensor: Tensor) -> Tensor:
+        return self.device.upload(tensor, self.stream)
+
+    def _positions(self, rows: Sequence[Row], offset: int, width: int) -> Tensor:
+        """In the response, int64 [R, width]."""
+        return self._upload(torch.tensor([[len(row.tokens) + offset] for row in rows]) + torch.arange(width))
+
+    def _subset(
+        self, index: list[int], rows: Sequence[Row], logits: Sequence[Tensor]
+    ) -> tuple[list[Row], list[Tensor]]:
+        members = list(logits)
+        if len(index) < len(rows):
+            where = self._upload(torch.tensor(index))
+            members = [member[where] for member in members]
+        return [rows[i] for i in index], members
+
+    def _sample_adjusted(
+        self, rows: Sequence[Row], members: Sequence[Tensor], drafted: Sequence[Sequence[int]], offset: int
+    ) -> GuidedSample:
+        """Rows whose normalised combined log-probabilities are changed before the temperature. Members: [R, V]."""
+        members = [each[:, : self.vocab_size] for each in members]
+        combined, status = combine(members[0], members[1:], self.tensors(rows).weights)
+        scores = combined.log_softmax(-1)
+        for i, row in enumerate(rows):
+            if status[i] == 0:
+                try:
+                    scores[i] = adjust(row, [*row.tokens, *drafted[i]], scores[i])
+                except Exception as error:  # a caller's processor: this request fails, the others go on
+                    row.error = error
+        result = self.sample(rows, [scores[:, None]], self._positions(rows, offset, 1))
+        failed = status[:, None]
+        result = result._replace(status=torch.where(failed != 0, failed, result.status & ALL_MASKED))
+        if result.logprobs is not None:
+            logprobs = torch.stack([member_logprob(member, result.tokens[:, 0]) for member in members])
+            result = result._replace(member_logprobs=logprobs[..., None])
+        return result
 
     def _failure(self, status: int, position: int) -> ValueError:
         bad = [name for i, name in enumerate(self.names) if status >> (i + 1) & 1]

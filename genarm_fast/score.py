@@ -55,13 +55,15 @@ def _lanes(
     targets = torch.tensor([padded(response, longest) for response in responses])
     last = torch.tensor([[[prompt[-1]] for prompt in lane] for lane in prompts])
     inputs = torch.cat([last, targets[:, :-1].expand(len(members), -1, -1)], dim=-1)
-    limit = CHUNK_ELEMENTS.get(backbone.device.type, CHUNK_ELEMENTS["cuda"])
+    limit = CHUNK_ELEMENTS.get(backbone.stream.type, CHUNK_ELEMENTS["cuda"])
     step = max(1, limit // (lengths.numel() * members[0].vocab_size))
     pieces = []
     for start in range(0, longest, step):
         piece = inputs[..., start : start + step]
         positions = lengths[..., None] - 1 + start + torch.arange(piece.shape[-1])
-        logits = torch.stack(backbone.forward(piece, positions, rows, int(positions.max()) + 1))
+        bound = int(positions.max()) + 1
+        piece, positions = (each.to(backbone.stream) for each in (piece, positions))
+        logits = torch.stack(backbone.forward(piece, positions, rows, bound))
         logits = logits[..., :vocab_size].float()
         labels = targets[:, start : start + step].to(logits.device).expand(len(members), -1, -1)[..., None]
         pieces.append((logits.gather(-1, labels)[..., 0] - logits.logsumexp(-1)).cpu())

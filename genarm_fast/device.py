@@ -1,0 +1,85 @@
+"""Where work runs: streams, hand-overs between them, read-back, shapes that repeat.
+
+The engine says what runs on which stream, and which tensors cross from one to another; nothing else orders its work.
+`Device` is the CPU, where a launch is a call; `cuda.Cuda` is the asynchronous one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Stream = Any  # a torch.device, or a torch.cuda.Stream
+
+try:
+    from nvtx import annotate as span  # what a profiler shows, named
+except ImportError:
+
+    def span(name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Device:
+    """Every piece of work runs when it is launched. A stream is no more than the device that it is on."""
+
+    lag = 0  # rounds that the host may read behind
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def stream(self, device: torch.device) -> Stream:
+        """A queue of work."""
+        return device
+
+    def launch(self, stream: Stream, name: str, function: Callable[..., T], *args: Any) -> T:
+        """function(*args) with what it asks of the device put on `stream`, in a profiler's range `name`."""
+        with span(name):
+            return function(*args)
+
+    def hand_over(self, tensors: Sequence[Tensor], source: Stream, target: Stream) -> list[Tensor]:
+        """Give tensors of one stream to another, which waits for all that the first was given before this."""
+        return [tensor.to(target) for tensor in tensors]
+
+    def upload(self, tensor: Tensor, stream: Stream) -> Tensor:
+        """A tensor of the host's, for work on `stream`."""
+        return tensor.to(stream)
+
+    def read(self, tensors: Sequence[Tensor], stream: Stream) -> Callable[[], list[Tensor]]:
+        """Begin to copy tensors of `stream` to the host; call the result to wait for them."""
+        return lambda: list(tensors)
+
+    def repeat(self, stream: Stream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
+        """function(*inputs), launched on `stream`. With one key, only the numbers in the inputs ever differ."""
+        return function(*inputs)
+
+    def shape(self, rows: int, slots: int, limit: int, capacity: int) -> tuple[int, int]:
+        """Rows, at most `slots`, and limit, at most `capacity`, raised so that few shapes exist where that pays."""
+        return rows, limit
+
+    def mark(self, stream: Stream) -> Any:
+        """A point in time, when all that `stream` was given before is done."""
+        return self.clock()
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds between two marks, both of them over: something was read since."""
+        return end - start
+
+    def finish(self) -> None:
+        """Wait for all streams."""
+
+
+def device_for(devices: Sequence[torch.device]) -> Device:
+    """The one that members on these devices ask for, the base first."""
+    if devices[0].type == "cuda":
+        from .cuda import Cuda
+
+        return Cuda()
+    # A thread's own time does not count what other processes do, but nor what another device does.
+    precise = time.get_clock_info("thread_time").resolution < 1e-4
+    return Device(time.thread_time if precise and {device.type for device in devices} == {"cpu"} else time.perf_counter)

@@ -1,0 +1,158 @@
+"""Stand-ins for a device that the host runs ahead of: they do all work at once, on the CPU, and keep account of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from genarm_fast.cuda import Cuda
+from genarm_fast.device import Device
+from genarm_fast.kernels import _native
+
+
+class Lagging(Device):
+    """The CPU, with the shapes and the lag of CUDA."""
+
+    lag = 1
+    shape = Cuda.shape
+
+
+HOST = "host"
+
+
+class Recorder(Lagging):
+    """Knows, by vector clocks, what is ordered before what, and finds accesses to one storage that are not.
+
+    Work on one stream is in order. A stream is behind another's work only after a hand-over, or if the host read it
+    before it launched. `without`: the number of a hand-over to leave out.
+    """
+
+    def __init__(self, without: int | None = None) -> None:
+        self.without = without
+        self.hand_overs = 0
+        self.clocks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self.current = HOST
+        self.streams = 0
+        self.writes: dict[int, tuple[str, int]] = {}  # by storage: stream, time there
+        self.reads: dict[int, dict[str, int]] = defaultdict(dict)
+        self.home: dict[int, str] = {}  # of storages made meanwhile, the stream that their memory belongs to
+        self.recorded: set[tuple[int, str]] = set()
+        self.kept: list[Any] = []  # so that no storage comes in another's place
+        self.launches: list[tuple[str, str, dict[str, int], int]] = []  # name, stream, what it is behind, when it ends
+        self.found: list[str] = []
+
+    def stream(self, device: torch.device) -> str:
+        self.streams += 1
+        return f"stream {self.streams - 1}"
+
+    def launch(self, stream, name, function, *args):
+        self.behind(stream, HOST)
+        before = dict(self.clocks[stream])
+        with self.on(stream):
+            result = function(*args)
+        self.launches.append((name, stream, before, self.clocks[stream][stream]))
+        return result
+
+    def hand_over(self, tensors, source, target):
+        self.hand_overs += 1
+        if self.hand_overs - 1 != self.without:
+            self.behind(target, source)
+        self.recorded |= {(storage(tensor), target) for tensor in tensors}
+        return list(tensors)
+
+    def upload(self, tensor, stream):
+        with self.on(stream):
+            return tensor.clone()
+
+    def read(self, tensors, stream):
+        with self.on(stream):
+            copies = [tensor.clone() for tensor in tensors]
+        then = dict(self.clocks[stream])
+
+        def result():
+            for name, time in then.items():
+                self.clocks[HOST][name] = max(self.clocks[HOST][name], time)
+            return copies
+
+        return result
+
+    def behind(self, stream: str, other: str) -> None:
+        mine = self.clocks[stream]
+        for name, time in self.clocks[other].items():
+            mine[name] = max(mine[name], time)
+
+    @contextmanager
+    def on(self, stream: str):
+        before, self.current = self.current, stream
+        self.behind(stream, HOST)
+        yield
+        self.current = before
+
+    def access(self, tensor: torch.Tensor, what: str, write: bool) -> None:
+        key, stream = storage(tensor), self.current
+        clock = self.clocks[stream]
+        self.kept.append(tensor.untyped_storage())
+        others = dict(self.reads[key]) if write else {}
+        if key in self.writes:
+            name, time = self.writes[key]
+            others[name] = max(others.get(name, 0), time)
+        for name, time in others.items():
+            if name != stream and clock[name] < time:
+                self.found.append(f"{what} on {stream} is not ordered after {name}")
+        if stream != HOST and self.home.get(key, stream) not in (stream, HOST) and (key, stream) not in self.recorded:
+            self.found.append(f"{what} on {stream}: its memory belongs to {self.home[key]}, which may reuse it")
+        clock[stream] += 1
+        if write:
+            self.home.setdefault(key, stream)
+            self.writes[key] = stream, clock[stream]
+            self.reads[key] = {}
+        else:
+            self.reads[key][stream] = clock[stream]
+
+
+def storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Accesses(TorchDispatchMode):
+    """Tells a recorder what every operation reads and writes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        schema = func._schema
+        given = dict(zip((a.name for a in schema.arguments), args)) | kwargs
+        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        inputs = {storage(tensor) for tensor in tensors_in(given)}
+        made = [tensor for tensor in tensors_in(out) if storage(tensor) not in inputs]
+        if not written and not made and any(each.alias_info is not None for each in schema.returns):
+            return out  # a view
+        for name, value in given.items():
+            for tensor in tensors_in(value):
+                self.recorder.access(tensor, str(func), name in written)
+        for tensor in made:
+            self.recorder.access(tensor, str(func), True)
+        return out
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+@contextmanager
+def engines_on(device: Device):
+    """Engines made inside run on it, and with operations that a dispatch mode sees: the C++ core is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("genarm_fast.engine.device_for", lambda _: device)
+        patch.setattr(_native, "core", None)
+        yield device
