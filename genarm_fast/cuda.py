@@ -23,6 +23,7 @@ class Cuda(Device):
     lag = 1
 
     def __init__(self) -> None:
+        super().__init__()
         self.streams: list[torch.cuda.Stream] = []
         self.pools: dict[Stream, Any] = {}
         self.calls: Counter[Any] = Counter()
@@ -97,6 +98,7 @@ class Cuda(Device):
         return event
 
     def elapsed(self, start: Any, end: Any) -> float:
+        end.synchronize()
         return start.elapsed_time(end) / 1000
 
     def finish(self) -> None:

@@ -67,7 +67,7 @@ class Device:
         return self.clock()
 
     def elapsed(self, start: Any, end: Any) -> float:
-        """Seconds between two marks, both of them over: something was read since."""
+        """Seconds between two marks; waits for the second."""
         return end - start
 
     def finish(self) -> None:

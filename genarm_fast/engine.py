@@ -160,9 +160,10 @@ class Engine:
         rows = [seat.row for seat in seats]
         start = self.device.mark(self.main)
         drafts = no_drafts(len(rows))
-        if drafter is not None and k > 0:
+        most = [min(k, row.remaining - 1) for row in rows]
+        if drafter is not None and max(most) > 0:
             with span("draft"):
-                drafts = self.drafters[drafter].propose(seats, [min(k, row.remaining - 1) for row in rows])
+                drafts = self.drafters[drafter].propose(seats, most)
         drafted = self.device.mark(self.main)
         logits = self.verify(seats, drafts)
         known = [each[:, : drafts.most] for each in logits] if drafts.logits else logits
@@ -173,8 +174,9 @@ class Engine:
         for row, count, right in zip(rows, drafts.counts, accepted):
             row.drafted += count
             row.accepted += right
-        times = self.device.elapsed(start, drafted), self.device.elapsed(drafted, verified)
-        self.plan.observe(drafter, len(rows), k, drafts.counts, accepted, *times)
+        drafting = self.device.elapsed(start, drafted) + self.device.elapsed(verified, self.device.mark(self.main))
+        verifying = self.device.elapsed(drafted, verified)
+        self.plan.observe(drafter, len(rows), max(most), drafts.counts, accepted, drafting, verifying)
 
     def verify(self, seats: Sequence[Seat], drafts: Drafts) -> list[Tensor]:
         """Each member's logits after the last token and after every draft; of a drafting one, before the last draft."""

@@ -34,6 +34,7 @@ class Recorder(Lagging):
     """
 
     def __init__(self, without: int | None = None) -> None:
+        super().__init__()
         self.without = without
         self.hand_overs = 0
         self.clocks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))

@@ -64,11 +64,11 @@ def test_the_host_may_be_behind(tiny_model, tokenizer, case):
 
 
 def test_a_stop_string_ends_a_row_that_the_device_still_runs(model):
-    free = model.generate([5, 6], seed=1, ignore_eos=True, max_new_tokens=12)[0]
+    free = model.generate([5, 6], seed=1, speculation="off", ignore_eos=True, max_new_tokens=12)[0]
     stop = free.text[3:5]
-    expected = model.generate([5, 6], seed=1, ignore_eos=True, max_new_tokens=12, stop=[stop])[0]
+    expected = model.generate([5, 6], seed=1, speculation="off", ignore_eos=True, max_new_tokens=12, stop=[stop])[0]
     with engines_on(Lagging()):
-        output = model.generate([5, 6], seed=1, ignore_eos=True, max_new_tokens=12, stop=[stop])[0]
+        output = model.generate([5, 6], seed=1, speculation="off", ignore_eos=True, max_new_tokens=12, stop=[stop])[0]
     assert (output.text, output.token_ids, output.finish_reason) == (expected.text, expected.token_ids, "stop")
 
 
@@ -86,7 +86,7 @@ def test_a_failing_row_leaves_alone(tiny_model, tokenizer):
     try:
         weights.data[bad] = torch.nan
         with engines_on(Lagging()), pytest.raises(Exception, match="NaN") as failure:
-            model.generate([others[0], [bad, 5], *others[1:]], params)
+            model.generate([others[0], [bad, 5], *others[1:]], params, speculation="off")
     finally:
         weights.data[bad] = kept
     assert tokens_of(output for output in failure.value.outputs if output is not None) == expected
@@ -204,7 +204,7 @@ def test_a_round_never_waits_and_its_shapes_repeat(tiny_model, tokenizer, family
         tiny_model(family), tiny_model(family, seed=1), tokenizer=tokenizer, max_batch_size=3
     )
     with engines_on(Lagging()), traced_rounds() as traces:
-        model.generate(prompts(5), PLAIN, max_new_tokens=12, rewards=True, logprobs=1)
+        model.generate(prompts(5), PLAIN, speculation="off", max_new_tokens=12, rewards=True, logprobs=1)
     shapes = {}
     for rows, operations in traces:
         assert operations == shapes.setdefault(rows, operations)
@@ -218,4 +218,4 @@ def test_waiting_is_noticed(model, monkeypatch):
     for look in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: bool(t.any())):
         monkeypatch.setattr(Flight, "advance", lambda *args, look=look: (look(args[2][0]), advance(*args)))
         with engines_on(Lagging()), traced_rounds(), pytest.raises(AssertionError, match=r"wait|mask"):
-            model.generate(prompts(2), PLAIN, ignore_eos=True)
+            model.generate(prompts(2), PLAIN, speculation="off", ignore_eos=True)

@@ -13,7 +13,7 @@ from tiny_models import build_model
 from genarm_fast import GenARM, SamplingParams, reference, sampling
 from genarm_fast.backbone import Backbone
 from genarm_fast.controller import Controller
-from genarm_fast.drafting import BackboneDrafter, Drafts
+from genarm_fast.drafting import BackboneDrafter
 from genarm_fast.engine import Engine
 from genarm_fast.kernels import guided_sample
 from genarm_fast.ngram import NgramIndex
@@ -116,9 +116,10 @@ def filters_on_drafts_only(monkeypatch):
 def stale_logits(monkeypatch):
     propose = BackboneDrafter.propose
 
-    def stale(self, seats, k):
-        drafts = propose(self, seats, k)
-        return Drafts(drafts.tokens, [lane.roll(1, dims=1) for lane in drafts.logits], drafts.group)
+    def stale(self, seats, most):
+        drafts = propose(self, seats, most)
+        drafts.logits = [lane.roll(1, dims=1) for lane in drafts.logits]
+        return drafts
 
     monkeypatch.setattr(BackboneDrafter, "propose", stale)
 
