@@ -51,6 +51,11 @@ def placed(ragged: Ragged) -> Iterator[None]:
         _active.reset(token)
 
 
+def place(device: torch.device) -> Ragged:
+    """Of the running forward, for a layer on this device."""
+    return _active.get().to(device)
+
+
 class RaggedLayer(CacheLayerMixin):
     """Keys and values of a layer, [slots, heads, capacity, dim]; made when the first ones come."""
 
@@ -70,7 +75,7 @@ class RaggedLayer(CacheLayerMixin):
         """Write the new ones; what `attend` gets is the whole cache."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        where = _active.get().to(key_states.device)
+        where = place(key_states.device)
         assert self.keys is not None
         assert self.values is not None
         ragged_append(self.keys, self.values, key_states, value_states, where.slots, where.positions)
@@ -100,7 +105,7 @@ def attend(
     """transformers' attention function. query: [N, heads, q, dim] → [N, q, heads, dim]."""
     if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED):
         raise NotImplementedError(f"{type(module).__name__} asks for more than causal attention")
-    where = _active.get().to(query.device)
+    where = place(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return (
         ragged_attention(

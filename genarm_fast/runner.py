@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import IMPLEMENTATION
+from . import attention, flash
 from .kernels import _native
 from .kernels.rms_norm import rms_norm
 from .kernels.small_linear import SmallLinear
@@ -17,7 +17,8 @@ from .kernels.small_linear import SmallLinear
 @torch.inference_mode()
 def as_runner(model: Any) -> Any:
     """Change a tree, whose config and modules no other model shares, and return it."""
-    model.config._attn_implementation = IMPLEMENTATION
+    wants_flash = model.config._attn_implementation == "flash_attention_2"
+    model.config._attn_implementation = (flash if wants_flash else attention).IMPLEMENTATION
     if _native.core is not None:
         for module in model.modules():
             if "forward" not in vars(module) and (fast := _fast(module)) is not None:
