@@ -10,6 +10,7 @@ namespace genarm {
 namespace {
 
 constexpr std::align_val_t kLine{64};
+constexpr int64_t kThreadBytes = 1 << 20;   // of weights, for each thread: 70 µs or so, waking one takes 10
 constexpr int64_t kPanelFloats = 1 << 18;  // of rows that stay in the L2 cache while the weights pass by, 1 MB
 
 struct FreeAligned {
@@ -107,6 +108,8 @@ class Multiplication {
 
 void small_linear(const Linear& linear, const uint16_t* x, int64_t x_stride, int64_t rows, uint16_t* y,
                   const std::vector<Span>& spans, int threads) {
+  const int64_t work = linear.out * linear.in * 2 * ((rows + kRows - 1) / kRows);
+  threads = static_cast<int>(std::min<int64_t>(threads, work / kThreadBytes));
   Multiplication(linear, spans, rows).run(x, x_stride, rows, y, threads);
 }
 

@@ -27,7 +27,8 @@ struct Span {  // rows first .. last - 1 get this LoRA
   int64_t first, last, lora;
 };
 
-// x [rows, in] with a row stride, y [rows, out]; all bfloat16. Throws std::bad_alloc.
+// x [rows, in] with a row stride, y [rows, out]; all bfloat16. Up to so many threads, where the work is worth it.
+// Throws std::bad_alloc.
 void small_linear(const Linear& linear, const uint16_t* x, int64_t x_stride, int64_t rows, uint16_t* y,
                   const std::vector<Span>& spans, int threads);
 

@@ -21,8 +21,6 @@ from torch.nn import functional
 
 from . import _native
 
-BYTES_PER_THREAD = 1 << 20  # of weights, 50 µs or so: waking a thread takes 10
-
 
 class Lora(NamedTuple):
     """A low-rank addition to a linear: scale · (x aᵀ) b."""
@@ -51,7 +49,6 @@ class SmallLinear:
         self.bias = None if bias is None else bias.detach().contiguous()
         self.loras = [Lora(a.detach().contiguous(), b.detach().contiguous(), float(scale)) for a, b, scale in loras]
         self.out_features, self.in_features = weight.shape
-        self._threads = max(1, self.weight.nbytes // BYTES_PER_THREAD)
         self._handle = None
         if _native.core is not None and weight.is_cpu and weight.dtype == torch.bfloat16:
             self._handle = _native.core.linear_prepare(
@@ -67,8 +64,7 @@ class SmallLinear:
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x requires grad: small_linear has no gradient, call it in torch.inference_mode()")
         if self._handle is not None:
-            threads = min(self._threads, torch.get_num_threads())
-            y = _native.core.linear_run(self._handle, x, tuple(spans), threads)
+            y = _native.core.linear_run(self._handle, x, tuple(spans), torch.get_num_threads())
             if y is not None:
                 return y
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.weight.dtype or x.device != self.weight.device:
@@ -79,7 +75,8 @@ class SmallLinear:
         if self._handle is None:
             return self._in_pytorch(x, spans)
         flat = _native.plain(x).reshape(x.shape[:-1].numel(), self.in_features).contiguous()
-        return _native.core.linear_run(self._handle, flat, tuple(spans), threads).view(*x.shape[:-1], self.out_features)
+        y = _native.core.linear_run(self._handle, flat, tuple(spans), torch.get_num_threads())
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _in_pytorch(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
         y = functional.linear(x, self.weight, self.bias)
