@@ -6,6 +6,7 @@ Norms and rotations are replaced where ours give the same bits on a trial: names
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,7 +17,10 @@ from . import attention, flash
 from .kernels import _native
 from .kernels.rms_norm import rms_norm
 from .kernels.rotary import rotary
+from .kernels.silu_mul import silu_mul
 from .kernels.small_linear import SmallLinear
+
+GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # what the forward of Llama's MLP names, and no more
 
 
 @torch.inference_mode()
@@ -33,8 +37,11 @@ def as_runner(model: Any) -> Any:
 
 def _fast(module: nn.Module) -> Callable[..., Any] | None:
     """What gives a module's results sooner, where the C++ core has it."""
-    if "apply_rotary_pos_emb" in getattr(type(module).forward, "__code__", _fast.__code__).co_names:
+    used = getattr(type(module).forward, "__code__", _fast.__code__).co_names
+    if "apply_rotary_pos_emb" in used:
         return _fast_rotation(module)
+    if used == GATED and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+        return partial(_gated, module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_cpu:
         return None
@@ -43,6 +50,10 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
     if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:
         return _fast_norm(module, weight.detach())
     return None
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
 def _fast_norm(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -40,3 +40,13 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def undrafted(monkeypatch):
+    """Plain decoding unless a test says otherwise: with "auto", timing decides how tokens are grouped, and with them
+    the rounding of float32 products."""
+    from genarm_fast import GenARM
+
+    for function in (GenARM.__init__, GenARM.from_pretrained.__func__):
+        monkeypatch.setitem(function.__kwdefaults__, "speculation", "off")

@@ -13,10 +13,10 @@ from genarm_fast.runner import _fast
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
 REPLACED = {  # kinds of modules per layer, and outside of layers
-    "llama": {"Linear": 7, "LlamaRMSNorm": 2, "LlamaAttention": 1},
-    "mistral": {"Linear": 7, "MistralRMSNorm": 2, "MistralAttention": 1},
-    "qwen2": {"Linear": 7, "Qwen2RMSNorm": 2, "Qwen2Attention": 1},
-    "qwen3": {"Linear": 7, "Qwen3RMSNorm": 4, "Qwen3Attention": 1},
+    "llama": {"Linear": 7, "LlamaRMSNorm": 2, "LlamaAttention": 1, "LlamaMLP": 1},
+    "mistral": {"Linear": 7, "MistralRMSNorm": 2, "MistralAttention": 1, "MistralMLP": 1},
+    "qwen2": {"Linear": 7, "Qwen2RMSNorm": 2, "Qwen2Attention": 1, "Qwen2MLP": 1},
+    "qwen3": {"Linear": 7, "Qwen3RMSNorm": 4, "Qwen3Attention": 1, "Qwen3MLP": 1},
     "gemma2": {"Linear": 7, "Gemma2RMSNorm": 4, "Gemma2Attention": 1},
     "gemma3_text": {"Linear": 7, "Gemma3RMSNorm": 6, "Gemma3Attention": 1},
     "gpt2": {},
@@ -39,6 +39,9 @@ def test_parts_are_replaced_by_equal_ones(family):
         counts[kind] = counts.get(kind, 0) + 1
         if kind == "Linear":
             assert isinstance(fast, SmallLinear)
+        elif kind.endswith("MLP"):
+            x = torch.randn(3, 2, 32, dtype=torch.bfloat16)
+            torch.testing.assert_close(fast(x), module(x))
         elif kind.endswith("RMSNorm"):
             x = torch.randn(3, 2, module.weight.numel(), dtype=torch.bfloat16)
             assert torch.equal(fast(x), module(x))
