@@ -7,9 +7,8 @@
 #include <exception>
 #include <mutex>
 #include <numeric>
-#include <system_error>
-#include <thread>
 
+#include "pool.h"
 #include "select.h"
 
 namespace genarm {
@@ -18,17 +17,18 @@ namespace {
 constexpr float kInf = INFINITY;
 constexpr float kMostSum = 0x1p64f;  // of one tile; its logarithm still has float32's usual resolution
 constexpr float kColdest = 1e-30f;  // as in the reference
-constexpr int64_t kElementsPerThread = 1 << 20;  // about 0.2 ms of work: a tenth of it is spent on starting a thread
+constexpr int64_t kElementsPerThread = 1 << 18;  // about 0.1 ms of work: several times what waking a helper takes
 constexpr uint32_t kTileLevel = 0, kTokenLevel = 1;
 
 int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Rows are independent: a thread settles one after another with its own scratch.
+// Rows are independent: a thread takes one after another with its own scratch, or several share the tiles of one.
 class RowSampler {
  public:
-  RowSampler(const Request& request, const TileLoops& loops)
+  RowSampler(const Request& request, const TileLoops& loops, int threads)
       : q_(request),
         f_(loops),
+        threads_(threads),
         tiles_((request.vocab + kTile - 1) / kTile),
         padded_(whole_lanes(tiles_)),
         stats_((4 + 2 * request.members.size()) * padded_, -kInf) {
@@ -190,21 +190,26 @@ class RowSampler {
 
   // The one read of every logit: (max, sum) per tile. Returns the row's status.
   int32_t pass(bool log_sums) {
-    alignas(64) float buffer[kTile];
-    int32_t status = 0;
-    bool bad = false;
-    for (int64_t t = 0; t < tiles_; ++t) {
-      float* out = keep_row_ ? scores_.data() + t * kTile : buffer;
-      if (log_sums && sum_tile(t, out)) continue;
-      const float* combined = combine(t, out, true, &status);
-      const int width = tile_width(t);
-      if (keep_row_) keep(t, combined, out);
-      const Scan seen = f_.scan(combined, width);
-      bad |= seen.bad;
-      peaks()[t] = seen.peak;
-      const bool summed = log_sums && std::fabs(seen.peak) < kInf;
-      keep_sum(-1, t, {seen.peak, summed ? f_.exp_sum(combined, width, seen.peak, scale_) : 0.f});
-    }
+    std::atomic<int32_t> members{0};  // status bits
+    std::atomic<bool> bad{false};
+    parallel(threads_, tiles_, [&](int64_t begin, int64_t end) {
+      alignas(64) float buffer[kTile];
+      for (int64_t t = begin; t < end; ++t) {
+        float* out = keep_row_ ? scores_.data() + t * kTile : buffer;
+        if (log_sums && sum_tile(t, out)) continue;
+        int32_t status = 0;
+        const float* combined = combine(t, out, true, &status);
+        const int width = tile_width(t);
+        if (keep_row_) keep(t, combined, out);
+        const Scan seen = f_.scan(combined, width);
+        members |= status;
+        if (seen.bad) bad = true;
+        peaks()[t] = seen.peak;
+        const bool summed = log_sums && std::fabs(seen.peak) < kInf;
+        keep_sum(-1, t, {seen.peak, summed ? f_.exp_sum(combined, width, seen.peak, scale_) : 0.f});
+      }
+    });
+    int32_t status = members;
     if (status == 0 && (bad || row_peak() == -kInf)) status = 1;
     return status;
   }
@@ -317,6 +322,7 @@ class RowSampler {
 
   const Request& q_;
   const TileLoops& f_;
+  const int threads_;  // for the tiles of a row
   const int64_t tiles_, padded_;
   int64_t row_ = 0, block_ = 0;
   float coldness_ = 1, scale_ = kLog2e, peak_ = 0;
@@ -331,29 +337,19 @@ class RowSampler {
 void guided_sample(const Request& request, const TileLoops& loops, int threads) {
   const int64_t rows = request.rows * request.block;
   const int64_t elements = rows * request.vocab * static_cast<int64_t>(request.members.size());
-  const int64_t useful = std::min({static_cast<int64_t>(threads), rows, elements / kElementsPerThread});
-  std::atomic<int64_t> next{0};
+  const int useful = static_cast<int>(std::min<int64_t>(threads, elements / kElementsPerThread));
+  const bool by_row = rows >= useful;
   std::exception_ptr error;
   std::mutex mutex;
-  const auto work = [&] {
+  parallel(by_row ? useful : 1, rows, [&](int64_t first, int64_t last) {
     try {
-      RowSampler sampler(request, loops);
-      for (int64_t index; (index = next.fetch_add(1)) < rows;) sampler.run(index);
+      RowSampler sampler(request, loops, by_row ? 1 : useful);
+      for (int64_t row = first; row < last; ++row) sampler.run(row);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
       error = std::current_exception();
     }
-  };
-  std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < useful; ++i) {
-    try {
-      helpers.emplace_back(work);
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: those that run take all the rows
-    }
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  });
   if (error) std::rethrow_exception(error);
 }
 

@@ -44,7 +44,8 @@ struct Request {
   float* top_logprobs;
 };
 
-// A thread per row at most, and only where the work pays for starting them. Throws std::bad_alloc.
+// Threads share the rows, or the tiles of a row where rows are few, if the work pays for waking them. The result does
+// not depend on their number. Throws std::bad_alloc.
 void guided_sample(const Request& request, const TileLoops& loops, int threads);
 
 }  // namespace genarm

@@ -131,18 +131,23 @@ def test_strides(isa):
     assert_same([views[-1][:, 0]], [], temperature=torch.ones(4).double()[::2], seeds=0, positions=0)
 
 
-def test_threads_do_not_change_the_tokens():
-    logits = members(9, 151936, 1)
-    options = {"seeds": 5, "positions": torch.arange(9), "return_logprobs": True}
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_logprobs": 3}])
+def test_threads_do_not_change_the_tokens(rows, filters):
+    """They share the rows, or the tiles of a single row."""
+    logits = [z[:rows] for z in members(9, 151936, 3)]
+    logits[0][:, 5000:9000] = -math.inf
+    options = {"seeds": 5, "positions": torch.arange(rows), "return_logprobs": True, **filters}
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        many = guided_sample(logits[0], logits[1:], [1.0], **options)
+        many = [guided_sample(logits[0], logits[1:], [1.0, 0.5, -0.5], **options) for _ in range(5)]
         torch.set_num_threads(1)
-        one = guided_sample(logits[0], logits[1:], [1.0], **options)
+        one = guided_sample(logits[0], logits[1:], [1.0, 0.5, -0.5], **options)
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(x, y) for x, y in zip(many[:4], one[:4], strict=True))
+    for found in many:
+        assert all(x is y is None or torch.equal(x, y) for x, y in zip(found, one, strict=True))
 
 
 PREPARED = {  # arguments of the core, in its order
