@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from genarm_fast import GenARM, GenerationOutput, demo
+from genarm_fast import GenARM, GenerationOutput, SamplingParams, demo
 from genarm_fast.backbone import Backbone
 from genarm_fast.controller import best_k, expected_speedup
 from genarm_fast.kernels import guided_sample
@@ -82,21 +82,15 @@ class Case:
 
     def ours(self, batch: int, speculation: Any, *, guided: bool = True) -> Run:
         weights = [self.args.weight if guided else 0.0]
-        params = {"ignore_eos": True, "temperature": self.args.temperature, "weights": weights}
+        params: dict[str, Any] = {"ignore_eos": True, "temperature": self.args.temperature, "weights": weights}
 
         def run(turn: int, tokens: int) -> list[GenerationOutput]:
             prompts = [self.prompts[(turn + i) % len(self.prompts)] for i in range(batch)]
             seeds = [1000 * turn + i for i in range(batch)]
-            requests = [self.model_params(seed, tokens, params) for seed in seeds]
+            requests = [SamplingParams(seed=seed, max_new_tokens=tokens, **params) for seed in seeds]
             return self.model.generate(prompts, requests, speculation=speculation)
 
         return run
-
-    @staticmethod
-    def model_params(seed: int, tokens: int, params: dict[str, Any]) -> Any:
-        from genarm_fast import SamplingParams
-
-        return SamplingParams(seed=seed, max_new_tokens=tokens, **params)
 
     def ids(self, turn: int, batch: int) -> Tensor:
         prompt = self.prompts[turn % len(self.prompts)]
@@ -129,7 +123,8 @@ class Case:
         elif batch == 1:
             runs["base alone, Hugging Face assisted"] = self.hugging_face(1, assistant_model=self.arm)
         runs |= {f"K = {k}": self.ours(batch, Speculation(drafter, k)) for k in self.args.k}
-        return runs | {"auto": self.ours(batch, "auto")}
+        runs |= {"auto": self.ours(batch, "auto")}
+        return {name: run for name, run in runs.items() if name not in self.args.skip}
 
     def forward_seconds(self, member: int, tokens: int, calls: int = 7) -> float:
         """Median of one forward of so many tokens at a context of 64."""
@@ -166,12 +161,12 @@ def measure(case: Case, batch: int) -> list[dict[str, Any]]:
             if turn:
                 seconds[name].append(spent - prefill[kind])
                 outputs[name] += found or []
-    plain = {key: [output.token_ids for output in outputs[key]] for key in ("K = 0",)}["K = 0"]
+    plain = [output.token_ids for output in outputs["K = 0"]]
     lines = []
     for name in runs:
         line: dict[str, Any] = {"batch": batch, "contender": name}
         line["tokens/s"] = batch * (args.tokens - 1) / statistics.median(seconds[name])
-        for other in ("base alone, Hugging Face", "K = 0"):
+        for other in (each for each in ("base alone, Hugging Face", "K = 0") if each in runs):
             line[f"x {other}"] = statistics.median(o / s for o, s in zip(seconds[other], seconds[name]))
         if outputs[name] and name != "base alone":
             rounds = [output.rounds for output in outputs[name]]
@@ -253,6 +248,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="for agreement")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="CONTENDER", help="leave these out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.base = args.base or demo.base()

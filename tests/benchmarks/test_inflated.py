@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 
-import inflated
 import pytest
 import torch
 from peft import LoraConfig
 from tiny_models import save_adapter
 
 from genarm_fast import GenARM
+
+
+@pytest.fixture
+def inflated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmarks are no package: they import each other by name."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("inflated")
 
 
 @pytest.fixture
@@ -29,7 +37,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
-def test_logits_are_equal_to_the_bit(tiny_model, family: str) -> None:
+def test_logits_are_equal_to_the_bit(inflated, tiny_model, family: str) -> None:
     model = tiny_model(family, seed=3)
     deep = inflated.deepen(copy.deepcopy(model), 9)
     assert deep.num_parameters() > 2 * model.num_parameters()
@@ -38,12 +46,12 @@ def test_logits_are_equal_to_the_bit(tiny_model, family: str) -> None:
     assert not torch.equal(logits(deep), logits(model))
 
 
-def test_fewer_layers_are_refused(tiny_model) -> None:
+def test_fewer_layers_are_refused(inflated, tiny_model) -> None:
     with pytest.raises(ValueError, match="layers=1"):
         inflated.deepen(copy.deepcopy(tiny_model()), 1)
 
 
-def test_size(tiny_model) -> None:
+def test_size(inflated, tiny_model) -> None:
     model = tiny_model()
     layers = inflated.layers_for(model, 3 * model.num_parameters())
     found = inflated.deepen(copy.deepcopy(model), layers).num_parameters()
@@ -52,7 +60,7 @@ def test_size(tiny_model) -> None:
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "down_proj"]])
-def test_saved_models_and_adapters_give_the_same_text(saved: Path, tmp_path: Path, modules) -> None:
+def test_saved_models_and_adapters_give_the_same_text(inflated, saved: Path, tmp_path: Path, modules) -> None:
     save_adapter(tmp_path / "lora", base=saved, seed=1, config=LoraConfig(r=4, target_modules=modules))
     deep = inflated.inflate(saved, tmp_path / "deep", 100_000)
     fitted = inflated.fit_adapter(tmp_path / "lora", deep, tmp_path / "lora-deep")
@@ -67,7 +75,7 @@ def test_saved_models_and_adapters_give_the_same_text(saved: Path, tmp_path: Pat
     assert json.loads((fitted / "genarm.json").read_text())["cost_inflated"]
 
 
-def test_an_adapter_as_it_was_is_refused(saved: Path, tmp_path: Path) -> None:
+def test_an_adapter_as_it_was_is_refused(inflated, saved: Path, tmp_path: Path) -> None:
     deep = inflated.inflate(saved, tmp_path / "deep", 100_000)
     save_adapter(tmp_path / "lora", base=saved, seed=1, recorded_base=tmp_path / "gone")
     with pytest.raises(ValueError, match="adapter of"):
