@@ -15,7 +15,7 @@ from typing import Any
 
 EXPLORATION = 0.015  # of the time
 REINVESTED = 0.02  # of the time that drafts have saved, for the same purpose
-PATIENCE = 16  # rounds before something is tried again
+PATIENCE = 16, 128  # rounds before something is tried again, doubled each time that it was in vain
 MARGIN = 0.98  # a new choice must need at most so much of the old one's time
 HALF_LIFE = 32.0  # rounds, and rows with a draft, in which evidence on acceptance loses half of its weight
 QUICK = 4.0  # the same where a sudden change is looked for
@@ -98,16 +98,19 @@ class Rate:
         self.mean = self.weight = self.recent = 0.0
         self.last = 0
 
-    def add(self, hits: float, trials: int, now: int) -> None:
+    def add(self, hits: float, trials: int, now: int) -> bool:
+        """Whether it has jumped."""
         if not trials:
-            return
+            return False
         faded = self.weight * 0.5 ** (max(trials, now - self.last) / HALF_LIFE)
         self.mean = (self.mean * faded + hits) / (faded + trials)
         self.weight, self.last = faded + trials, now
         keep = 0.5 ** (trials / QUICK) if self.weight > trials else 0.0
         self.recent = self.recent * keep + hits / trials * (1 - keep)
-        if abs(self.recent - self.mean) > 0.5:  # over three standard deviations of chance
+        jumped = abs(self.recent - self.mean) > 0.5  # over three standard deviations of chance
+        if jumped:
             self.mean, self.weight = self.recent, QUICK
+        return jumped
 
     def value(self, prior: float) -> float:
         return (self.mean * self.weight + prior) / (self.weight + 1)
@@ -122,6 +125,7 @@ class Drafter:
         self.active = Rate()  # rows for which it proposes anything
         self.right = [Rate() for _ in range(max_k)]
         self.tries = 0  # rounds
+        self.patience = PATIENCE[0]
         self.drafted = [0] * max_k  # drafts at each position after right ones, and those that were right
         self.accepted = [0] * max_k
 
@@ -133,13 +137,15 @@ class Drafter:
         return found
 
     def observe(self, proposed: Sequence[int], accepted: Sequence[int], now: int) -> None:
-        self.active.add(sum(map(bool, proposed)), len(proposed), now)
+        jumped = self.active.add(sum(map(bool, proposed)), len(proposed), now)
         for j in range(min(max(proposed), len(self.right))):
             trials = sum(p > j and a >= j for p, a in zip(proposed, accepted))
             hits = sum(a > j for a in accepted)
-            self.right[j].add(hits, trials, now)
+            jumped |= self.right[j].add(hits, trials, now)
             self.drafted[j] += trials
             self.accepted[j] += hits
+        if jumped:
+            self.patience = PATIENCE[0]
 
 
 class Controller:
@@ -163,11 +169,13 @@ class Controller:
         self.tried: dict[Choice, int] = {}
         self.rounds: Counter[Choice] = Counter()
         self._pace = 0.0  # seconds per token of the best choice
+        self._rows = 0
 
     def choose(self, rows: int) -> Choice:
         """Index of the drafter and K ≥ 1, or (None, 0) for plain decoding, with this many rows."""
         self.now += 1
-        again, self.trial = self.trial, None
+        again, self.trial = self.trial if rows == self._rows else None, None
+        self._rows = rows
         if not self.drafters or self.rounds[PLAIN] < 2 or not self.plain.near(rows, 1.5):
             return PLAIN
         paces = {PLAIN: self.plain.at(rows)}
@@ -219,6 +227,9 @@ class Controller:
         if self.trial is not None:
             lost = min(seconds - tokens * self._pace, plain)  # more than that is the machine's doing
             self.budget -= lost
+            if drafter is not None:
+                each = self.drafters[drafter]
+                each.patience = min(2 * each.patience, PATIENCE[1]) if lost > 0 else PATIENCE[0]
             if lost > 0:  # else it is tried again at once
                 self.trial = None
 
@@ -288,14 +299,14 @@ class Controller:
         """What to try instead of the best choice, if there is time for it."""
         drafter, k = self.choice
         near = (PLAIN, (drafter, k - 1), (drafter, k + 1))
-        tried = {choice: self.tried.get(choice, 0) for choice in near if choice in paces and choice != self.choice}
-        for i in range(len(self.drafters)):
+        due = {c: self.tried.get(c, 0) + PATIENCE[0] for c in near if c in paces and c != self.choice}
+        for i, each in enumerate(self.drafters):
             if i != drafter:
                 own = [choice for choice in paces if choice[0] == i]
                 bound = 1.2 * min(paces[choice] for choice in own)
                 longest = max(choice for choice in own if paces[choice] <= bound)  # tells most
-                tried[longest] = max(last for (j, _), last in self.tried.items() if j == i)
-        for choice, last in sorted(tried.items(), key=lambda item: item[1]):
-            if self.now - last >= PATIENCE and paces[choice] - self._pace <= self.budget:
+                due[longest] = max(last for (j, _), last in self.tried.items() if j == i) + each.patience
+        for choice, when in sorted(due.items(), key=lambda item: item[1]):
+            if self.now >= when and paces[choice] - self._pace <= self.budget:
                 return choice
         return None
