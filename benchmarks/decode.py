@@ -1,9 +1,11 @@
 """Tokens per second of guided decoding on a CPU: what LoRA ARMs cost as lanes, as forwards of their own, and naively.
 
-    OMP_NUM_THREADS=1 python benchmarks/decode.py BASE ARM ARM [--tokens 32] [--rounds 3] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/decode.py BASE ARM ARM [--tokens 32] [--rounds 3] [--compiled] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/decode.py BASE ARM ARM --memory | --growth
 
-Variants take turns in one process, after one unmeasured round of all; medians are shown. The clock is the process's
-CPU time: with one thread that is the time on an idle machine, and other processes on a shared one do not count.
+Variants take turns in one process, after one unmeasured round of all; medians are shown, without drafts everywhere.
+The clock is the process's CPU time: with one thread that is the time on an idle machine, and other processes on a
+shared one do not count. GB/s are bytes of the base's weights per second of a decode step.
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,12 +28,13 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from genarm_fast import GenARM
 
 TEXT = "Write a short review of the film that you saw last night, and say whether you would see it again."
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+HUGGING_FACE = "base alone, Hugging Face generate"
 
 
 @torch.inference_mode()
@@ -43,9 +50,27 @@ def naive(models: list[Any], weights: list[float], prompts: Tensor, tokens: int)
         step = scores.softmax(-1).multinomial(1)
 
 
-def variants(base: str, arms: list[str], dtype: torch.dtype, batch: int, tokens: int) -> dict[str, Callable[[], Any]]:
-    lanes = GenARM.from_pretrained(base, arms, dtype=dtype)
-    separate = GenARM.from_pretrained(lanes.base.model, arms, tokenizer=lanes.tokenizer)
+@torch.inference_mode()
+def compiled(models: list[Any], weights: list[float], prompts: Tensor, tokens: int) -> None:
+    """The same over static caches, each decode step compiled."""
+    rows, length = prompts.shape
+    caches = [StaticCache(config=model.config, max_cache_len=length + tokens) for model in models]
+    step, position = prompts, torch.arange(length)
+    for _ in range(tokens):
+        scores: Any = 0
+        for model, weight, cache in zip(models, weights, caches):
+            run = model.decode if step.shape[1] == 1 else model
+            where = position.expand(rows, -1)
+            logits = run(input_ids=step, position_ids=where, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            scores = scores + weight * logits.float().log_softmax(-1)
+        step, position = scores.softmax(-1).multinomial(1), position[-1:] + 1
+
+
+def variants(
+    base: str, arms: list[str], dtype: torch.dtype, batch: int, tokens: int, *, compile_too: bool
+) -> dict[str, Callable[[], Any]]:
+    lanes = GenARM.from_pretrained(base, arms, dtype=dtype, speculation="off")
+    separate = GenARM.from_pretrained(lanes.base.model, arms, tokenizer=lanes.tokenizer, speculation="off")
     for member in separate.members:
         member.shared = member.model
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
@@ -64,17 +89,20 @@ def variants(base: str, arms: list[str], dtype: torch.dtype, batch: int, tokens:
 
         return run
 
+    if compile_too:
+        for model in two_models:
+            model.decode = torch.compile(model.forward)
     limits = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": True, "top_k": 0, "pad_token_id": 0}
+    named = {"two models, compiled, static cache": lambda: compiled(two_models, [1.0, 1.0], prompts, tokens)}
     return {
+        HUGGING_FACE: lambda: bare.generate(prompts, attention_mask=torch.ones_like(prompts), **limits),
         "base alone": ours(lanes),
-        "base alone, Hugging Face generate": lambda: bare.generate(
-            prompts, attention_mask=torch.ones_like(prompts), **limits
-        ),
         "1 LoRA ARM, lanes": ours(lanes, 1.0),
         "2 LoRA ARMs, lanes": ours(lanes, 1.0, 0.5),
         "1 LoRA ARM, own forward": ours(separate, 1.0),
         "2 LoRA ARMs, own forwards": ours(separate, 1.0, 0.5),
         "1 ARM, naive loop over two models": lambda: naive(two_models, [1.0, 1.0], prompts, tokens),
+        **(named if compile_too else {}),
     }
 
 
@@ -90,6 +118,41 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
+def peak_memory(base: str, arms: list[str], dtype: str, tokens: int) -> dict[str, float]:
+    """Largest resident set in bytes of a process that decodes with none, one and two ARMs."""
+    code = "import sys; from decode import one_run; one_run(*sys.argv[1:])"
+    found = {}
+    for count in range(len(arms) + 1):
+        command = [sys.executable, "-c", code, dtype, str(tokens), base, *arms[:count]]
+        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=sys.path[0]).stdout
+        found[f"{count} ARMs"] = float(output.split()[-1])
+    return found
+
+
+def one_run(dtype: str, tokens: str, base: str, *arms: str) -> None:
+    model = GenARM.from_pretrained(base, arms, dtype=DTYPES[dtype], speculation="off")
+    model.generate([TEXT] * 2, max_new_tokens=int(tokens), ignore_eos=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def growth(base: str, arm: str, dtype: str, tokens: int) -> dict[str, float]:
+    """CPU milliseconds per token, by place in one long text and by the number of waiting requests."""
+    model = GenARM.from_pretrained(base, [arm], dtype=DTYPES[dtype], speculation="off")
+    with model.stream(TEXT, max_new_tokens=tokens, ignore_eos=True, seed=1) as stream:
+        stamps = [time.process_time() for _ in stream]
+    steps = [1e3 * (after - before) for before, after in pairwise(stamps)]
+    part, found = tokens // 8, {}
+    for i in (0, 3, 7):
+        found[f"tokens {i * part}..{(i + 1) * part}"] = statistics.median(steps[i * part : (i + 1) * part])
+    for requests in (8, 64):
+        prompts = [[i, *range(100, 120)] for i in range(requests)]
+        start = time.process_time()
+        model.generate(prompts, max_new_tokens=16, ignore_eos=True, seed=1)
+        spent = 1e3 * (time.process_time() - start)
+        found[f"{requests} requests, {model.max_batch_size} slots"] = spent / requests / 16
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
@@ -98,17 +161,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--compiled", action="store_true", help="also a compiled loop (TORCHINDUCTOR_FREEZING=1)")
+    parser.add_argument("--memory", action="store_true", help="only peak memory")
+    parser.add_argument("--growth", action="store_true", help="only the cost per token in long texts and queues")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.memory or args.growth:
+        for dtype in args.dtype:
+            run = peak_memory if args.memory else growth
+            found = run(args.base, args.arms if args.memory else args.arms[0], dtype, args.tokens)
+            first = next(iter(found.values()))
+            if args.json:
+                print(json.dumps({"dtype": dtype, **found}))
+            else:
+                unit = 2**20 if args.memory else 1
+                print(dtype, {name: f"{value / unit:.4g} ({value / first:.2f})" for name, value in found.items()})
+        return
 
-    results = []
+    results, weights = [], {}
     for dtype in args.dtype:
+        bare = AutoModelForCausalLM.from_pretrained(args.base, dtype=DTYPES[dtype])
+        weights[dtype] = sum(parameter.nbytes for parameter in bare.parameters())
         for batch in args.batch:
-            found = measure(variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens), args.rounds)
+            runs = variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens, compile_too=args.compiled)
+            found = measure(runs, args.rounds)
             for name, seconds in found.items():
-                ratio = found["base alone"] / seconds
+                ratio = found[HUGGING_FACE] / seconds
                 tokens = batch * args.tokens / seconds
-                results.append({"dtype": dtype, "batch": batch, "variant": name, "tokens/s": tokens, "ratio": ratio})
+                line = {"dtype": dtype, "batch": batch, "variant": name, "tokens/s": tokens, "ratio": ratio}
+                results.append(line | {"GB/s": weights[dtype] * args.tokens / seconds / 1e9})
     about = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -120,14 +201,14 @@ def main() -> None:
     if args.json:
         print(json.dumps({"about": about, "results": results}, indent=1))
         return
-    table = Table(title="tokens/s (ratio to the base alone); " + ", ".join(f"{k} {v}" for k, v in about.items()))
+    table = Table(title=f"tokens/s (ratio to {HUGGING_FACE}; GB/s); " + ", ".join(f"{k} {v}" for k, v in about.items()))
     table.add_column("")
     shapes = list(dict.fromkeys((line["dtype"], line["batch"]) for line in results))
     for dtype, batch in shapes:
         table.add_column(f"{dtype}, batch {batch}", justify="right")
     for name in dict.fromkeys(line["variant"] for line in results):
         lines = [line for line in results if line["variant"] == name]
-        table.add_row(name, *(f"{line['tokens/s']:.1f} ({line['ratio']:.2f})" for line in lines))
+        table.add_row(name, *(f"{line['tokens/s']:.1f} ({line['ratio']:.2f}; {line['GB/s']:.1f})" for line in lines))
     Console().print(table)
 
 
