@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .backbone import in_one_forward
 from .engine import Engine
 from .errors import GenerationError
-from .members import ARM, Member, common_vocabulary, end_of_sequence, load_members
+from .members import ARM, Member, common_vocabulary, end_of_sequence, load_draft_model, load_members
 from .outputs import ArmRewards, GenerationOutput, Rounds, ScoreOutput, Timing, Usage
 from .params import SamplingParams, check_weights
 from .progress import progress_bar
@@ -33,7 +34,12 @@ class GenARM:
     """
 
     def __init__(
-        self, members: Sequence[Member], *, max_batch_size: int = 16, speculation: str | Speculation = "auto"
+        self,
+        members: Sequence[Member],
+        *,
+        max_batch_size: int = 16,
+        speculation: str | Speculation = "auto",
+        draft_model: Member | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size}: expected an integer >= 1")
@@ -41,9 +47,14 @@ class GenARM:
         self.base, self.arms = self.members[0], self.members[1:]
         self.tokenizer = self.base.tokenizer
         self.max_batch_size = max_batch_size
+        self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
         self.controllers = Controllers()
         self.vocab_size = common_vocabulary(self.members)
+        if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
+            raise ValueError(
+                f"draft_model: expected a vocabulary of at least {self.vocab_size} tokens, as the members have"
+            )
         self.eos_token_ids = end_of_sequence(self.base, self.vocab_size)
 
     @classmethod
@@ -62,6 +73,7 @@ class GenARM:
         attn_implementation: str | None = None,
         max_batch_size: int = 16,
         speculation: str | Speculation = "auto",
+        draft_model: Source | None = None,
         **model_kwargs: Any,
     ) -> GenARM:
         """Load the members. Adapters of a model that is loaded already share its weights.
@@ -76,25 +88,25 @@ class GenARM:
             max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
             speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
                 `Speculation`. It never changes a token.
+            draft_model: a small model of the base's kind that only proposes tokens: as base.
 
         Raises:
             ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a kind of model
                 without a key-value cache, a template without {prompt}.
         """
-        members = load_members(
-            base,
-            arms,
-            tokenizer=tokenizer,
-            prompt_template=prompt_template,
-            chat_template=chat_template,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            quantization_config=quantization_config,
-            attn_implementation=attn_implementation,
+        loading = {
+            "dtype": dtype,
+            "device": device,
+            "device_map": device_map,
+            "quantization_config": quantization_config,
+            "attn_implementation": attn_implementation,
             **model_kwargs,
+        }
+        members = load_members(
+            base, arms, tokenizer=tokenizer, prompt_template=prompt_template, chat_template=chat_template, **loading
         )
-        return cls(members, max_batch_size=max_batch_size, speculation=speculation)
+        draft = None if draft_model is None else load_draft_model(draft_model, members[0], **loading)
+        return cls(members, max_batch_size=max_batch_size, speculation=speculation, draft_model=draft)
 
     @property
     def arm_names(self) -> list[str]:
@@ -211,6 +223,8 @@ class GenARM:
             ids = [encode_prompt(member, prompt, index, self.vocab_size) for member in self.members]
             for member, token_ids in zip(self.members, ids):
                 check_context(member, len(token_ids), params.max_new_tokens, index)
+            if self.draft_model is not None:
+                check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
             for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
                 for token in tokens:
                     if token >= self.vocab_size:
@@ -225,18 +239,29 @@ class GenARM:
             requests.append(Request(index, prompt, ids, params, weights, stop_ids))
         return requests
 
+    @property
+    def drafters(self) -> list[str]:
+        """Names for `Speculation`: members, if not all of them run in one forward, n-grams, the draft model."""
+        names = [member.name for member in self.members] if len(in_one_forward(self.members)) > 1 else []
+        return [*names, "ngram", *(["draft_model"] if self.draft_model is not None else [])]
+
     def engine(
         self, rows: Sequence[Row], speculation: str | Speculation | None = None, *, steered: bool = False
     ) -> Engine:
         """A run over these rows."""
+        plan = self.speculation if speculation is None else as_speculation(speculation)
+        if plan.drafter is not None and plan.drafter not in self.drafters:
+            known = ", ".join(map(repr, self.drafters))
+            raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {known}")
         return Engine(
             self.members,
             rows,
             self.vocab_size,
             slots=self.max_batch_size,
             steered=steered,
-            speculation=self.speculation if speculation is None else as_speculation(speculation),
+            speculation=plan,
             controllers=self.controllers,
+            draft_model=self.draft_model,
         )
 
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:

@@ -162,6 +162,13 @@ def load_members(
     return members
 
 
+def load_draft_model(source: Source | nn.Module, base: Member, **backbone_kwargs: Any) -> Member:
+    """A model that only proposes tokens. It sees the base's prompts."""
+    own = load_tokenizer(source) if not isinstance(source, nn.Module) else None
+    model = Backbones(**backbone_kwargs).load("draft_model", source)
+    return Member("draft_model", model, own or base.tokenizer)
+
+
 def takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 

@@ -71,6 +71,38 @@ def test_rounds_are_reported(tiny_model, tokenizer, k, drafter):
         assert rounds.accepted == rounds.drafted == 18
 
 
+@pytest.mark.parametrize("case", range(4))
+def test_an_extra_draft_model(tiny_model, tokenizer, case):
+    """It proposes, and has no part in the text; one like the base is often right."""
+    rng = random.Random(case)
+    arms = [tiny_model(seed=1)] if case % 2 else []
+    models = [tiny_model(), arms, build_model("llama", rng.choice([0, 7]))]
+    model = GenARM.from_pretrained(*models[:2], draft_model=models[2], tokenizer=tokenizer, max_batch_size=2)
+    prompts = random_prompts(rng, 4)
+    requests = [SamplingParams(**random_params(rng, len(arms)), seed=i, n=2, rewards=True) for i in range(4)]
+    plain = tokens_of(model.generate(prompts, requests))
+    assert tokens_of(model.generate(prompts, requests, speculation=Speculation("draft_model", 3))) == plain
+
+
+def test_refusals(tiny_model, tokenizer):
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
+    expected = r"speculation: drafter='small': expected one of 'base', 'arm', 'ngram'"
+    with pytest.raises(ValueError, match=expected):
+        model.generate("a", speculation=Speculation("small"))
+    with pytest.raises(ValueError, match=r"speculation='on': expected \"auto\", \"off\" or a Speculation"):
+        model.stream("a", speculation="on")
+    with pytest.raises(ValueError, match=r"k=-1: expected an integer in 0\.\.32"):
+        Speculation(k=-1)
+    with pytest.raises(TypeError, match=r"max_k=True: expected an integer in 1\.\.32"):
+        Speculation(max_k=True)
+    with pytest.raises(ValueError, match="draft_model: expected a vocabulary of at least 300"):
+        GenARM.from_pretrained(tiny_model(), draft_model=tiny_model(vocab_size=299), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="draft_model"):
+        GenARM.from_pretrained(
+            tiny_model(), draft_model=build_model("llama", 0, max_position_embeddings=16), tokenizer=tokenizer
+        ).generate("a" * 40)
+
+
 def off_by_one(monkeypatch):
     forward = Backbone.forward
 

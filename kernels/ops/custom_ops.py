@@ -162,9 +162,7 @@ for name, run, fake in (
 ):
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"genarm_fast::{name}", fake, lib=library)
-torch.library.register_autograd(
-    "genarm_fast::arm_logps", _differentiate, setup_context=_save_for_backward, lib=library
-)
+torch.library.register_autograd("genarm_fast::arm_logps", _differentiate, setup_context=_save_for_backward, lib=library)
 
 settle = torch.ops.genarm_fast.settle.default
 arm_logps = torch.ops.genarm_fast.arm_logps.default
