@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -124,7 +125,8 @@ def peak_memory(base: str, arms: list[str], dtype: str, tokens: int) -> dict[str
     found = {}
     for count in range(len(arms) + 1):
         command = [sys.executable, "-c", code, dtype, str(tokens), base, *arms[:count]]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=sys.path[0]).stdout
+        environment = os.environ | {"PYTHONPATH": sys.path[0]}
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         found[f"{count} ARMs"] = float(output.split()[-1])
     return found
 
