@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+HOST = torch.device("cpu")
 T = TypeVar("T")
 Stream = Any  # a torch.device, or a torch.cuda.Stream
 
@@ -44,11 +45,11 @@ class Device:
 
     def hand_over(self, tensors: Sequence[Tensor], source: Stream, target: Stream) -> list[Tensor]:
         """Give tensors of one stream to another, which waits for all that the first was given before this."""
-        return [tensor.to(target) for tensor in tensors]
+        return list(tensors) if source == target else [tensor.to(target) for tensor in tensors]
 
     def upload(self, tensor: Tensor, stream: Stream) -> Tensor:
         """A tensor of the host's, for work on `stream`."""
-        return tensor.to(stream)
+        return tensor if stream == HOST else tensor.to(stream)
 
     def read(self, tensors: Sequence[Tensor], stream: Stream) -> Callable[[], list[Tensor]]:
         """Begin to copy tensors of `stream` to the host; call the result to wait for them."""

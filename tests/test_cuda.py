@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -126,3 +127,21 @@ def test_a_closed_stream_leaves_nothing_running(model):
         next(iter(stream))
     assert {entry[1] for entry in log[-3:]} == {entry[1] for entry in log.of("stream")}
     assert {entry[0] for entry in log[-3:]} == {"synchronize"}
+
+
+def test_ranges_that_a_profiler_shows(model, monkeypatch):
+    names = Counter()
+
+    @contextmanager
+    def span(name):
+        names[name] += 1
+        yield
+
+    for module in ("device", "cuda", "engine", "flight"):
+        monkeypatch.setattr(f"genarm_fast.{module}.span", span)
+    forwards = {"base.forward", "arm[0].forward"}
+    with cuda_driver(), engines_on(OnCpuTensors()):
+        run(model, count=2)
+        assert set(names) == {"prefill", "round", *forwards, "sample", "settle", "readback"}
+        run(model, speculation=Speculation("arm", 2), count=2)
+        assert set(names) == {"prefill", "round", "draft", *forwards, "sample", "settle", "readback"}
