@@ -35,7 +35,7 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
 
 
 def expected_speedup(cost: float, acceptance: float, k: int, *, verify: float = 1.0) -> float:
-    """Speed of rounds with k drafts by an ARM relative to plain decoding, for one row (docs/design.md, §5).
+    """Speed of rounds with k drafts by an ARM relative to plain decoding, for one row (docs/speculation.md).
 
     S = (1 + c) E / (c (k + a^k) + v), E = 1 + a + ... + a^k. If all k drafts are right, the ARM runs once more on the
     last one, so that what follows it can be settled too.
