@@ -1,6 +1,8 @@
 """Preference pairs for the `harmless` ARM from HH-RLHF transcripts, as chat messages.
 
-Of each transcript the last user turns are kept, as many as fit. Lines whose number (from 0) is divisible by 5 are held
+Of each transcript the last user turns are kept, as many as fit. Both responses are cut to the same number of tokens: a
+sum of log-probabilities follows length before anything else (correlation -0.94 on the whole responses), and a pair of
+unequal ones teaches little else. It also lets long responses in. Lines whose number (from 0) is divisible by 5 are held
 out, in a file of their own.
 """
 
@@ -20,7 +22,7 @@ from genarm_fast.train.encode import transcript_messages
 
 HOLD_OUT_EVERY = 5
 MAX_PROMPT_TOKENS = 96
-MAX_RESPONSE_TOKENS = 64
+MIN_RESPONSE_TOKENS, MAX_RESPONSE_TOKENS = 6, 48
 
 
 def last_turns(messages: list[Message], tokenizer, max_tokens: int) -> list[Message]:
@@ -32,6 +34,13 @@ def last_turns(messages: list[Message], tokenizer, max_tokens: int) -> list[Mess
     return []
 
 
+def cut(responses: list[str], tokenizer, max_tokens: int) -> tuple[list[str], int]:
+    """The responses' beginnings of equally many tokens, and how many those are."""
+    ids = tokenizer(responses)["input_ids"]
+    tokens = min(max_tokens, *map(len, ids))
+    return [tokenizer.decode(row[:tokens]).rstrip("\ufffd") for row in ids], tokens
+
+
 def split(
     hh: Path, tokenizer, max_prompt_tokens: int, max_response_tokens: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -39,9 +48,17 @@ def split(
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for pair in load_pairs(str(hh)).pairs:
         prompt = last_turns(transcript_messages(str(pair.prompt)), tokenizer, max_prompt_tokens)
-        chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
-        if prompt and max(len(ids) for ids in tokenizer([chosen, rejected])["input_ids"]) < max_response_tokens:
-            sides[pair.row % HOLD_OUT_EVERY == 0].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        (chosen, rejected), tokens = cut([pair.chosen.strip(), pair.rejected.strip()], tokenizer, max_response_tokens)
+        if prompt and tokens >= MIN_RESPONSE_TOKENS and chosen != rejected:
+            sides[pair.row % HOLD_OUT_EVERY == 0].append(
+                {
+                    "prompt": prompt,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                    "chosen_complete": False,
+                    "rejected_complete": False,
+                }
+            )
     return sides
 
 
@@ -50,7 +67,7 @@ def main() -> None:
     parser.add_argument("hh", type=Path, help="HH-RLHF .jsonl(.gz) of whole transcripts")
     parser.add_argument("output", type=Path, help="folder for harmless.jsonl and harmless-held-out.jsonl")
     parser.add_argument("--base", help="model folder or hub id of the tokenizer; default: the demo's base")
-    parser.add_argument("--pairs", type=int, default=400, help="training pairs")
+    parser.add_argument("--pairs", type=int, help="training pairs; default: all")
     parser.add_argument("--max-prompt-tokens", type=int, default=MAX_PROMPT_TOKENS, help="without the template")
     parser.add_argument("--max-response-tokens", type=int, default=MAX_RESPONSE_TOKENS)
     args = parser.parse_args()
@@ -65,7 +82,7 @@ def main() -> None:
     random.Random(SEED).shuffle(training)
     write_jsonl(args.output / "harmless.jsonl", training[: args.pairs])
     write_jsonl(args.output / "harmless-held-out.jsonl", held_out)
-    kept = min(args.pairs, len(training))
+    kept = len(training[: args.pairs])
     print(f"{kept} of {len(training)} training pairs, {len(held_out)} held out: {args.output}")
 
 

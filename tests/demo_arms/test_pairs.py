@@ -20,6 +20,16 @@ class Words:
         return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
 
+class Spelled:
+    """A tokenizer whose tokens are characters."""
+
+    def __call__(self, text):
+        return {"input_ids": list(text) if isinstance(text, str) else [list(t) for t in text]}
+
+    def decode(self, ids):
+        return "".join(ids)
+
+
 def test_reposted_reviews_land_in_one_half_and_count_once(tmp_path):
     rows = [f'"Film {i} is<br /><br />great",1,imdb' for i in range(40)] + ['"FILM 3  is great",1,imdb']
     (path := tmp_path / "reviews.csv").write_text("text,label,source\n" + "\n".join(rows) + "\n")
@@ -77,12 +87,35 @@ def test_last_turns_keeps_as_many_as_fit():
 
 
 def test_every_fifth_line_of_hh_is_held_out(tmp_path):
-    lines = [{k: f"\n\nHuman: question {i}\n\nAssistant: {k} {i}" for k in ("chosen", "rejected")} for i in range(23)]
+    lines = [{k: f"\n\nHuman: {i}?\n\nAssistant: {i}, {k}" for k in ("chosen", "rejected")} for i in range(23)]
     (path := tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    training, held_out = pairs_harmless.split(path, Words(), 10, 10)
-    assert [int(p["chosen"].split()[1]) for p in held_out] == [0, 5, 10, 15, 20]
+    training, held_out = pairs_harmless.split(path, Spelled(), 10, 20)
+    assert [int(p["chosen"].split(",")[0]) for p in held_out] == [0, 5, 10, 15, 20]
     assert len(training) == 18
     assert not {p["chosen"] for p in training} & {p["chosen"] for p in held_out}
+
+
+def test_harmless_responses_are_cut_to_equal_length_and_do_not_end():
+    assert pairs_harmless.cut(["I cannot", "Sure thing"], Spelled(), 20) == (["I cannot", "Sure thi"], 8)
+    assert pairs_harmless.cut(["I cannot", "Sure thing"], Spelled(), 4) == (["I ca", "Sure"], 4)
+
+
+def test_pairs_too_short_or_equal_after_the_cut_are_left_out(tmp_path):
+    answers = [
+        ("No.", "Sure, here is how"),
+        ("I would rather not", "I would rather not, friend"),
+        ("Sorry, no", "Sure: do"),
+    ]
+    lines = [
+        {"chosen": f"\n\nHuman: q\n\nAssistant: {chosen}", "rejected": f"\n\nHuman: q\n\nAssistant: {rejected}"}
+        for chosen, rejected in [("x", "y"), *answers]  # the first line is held out
+    ]
+    (path := tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    training, held_out = pairs_harmless.split(path, Spelled(), 10, 30)
+    assert held_out == []
+    assert [(p["chosen"], p["rejected"]) for p in training] == [("Sorry, n", "Sure: do")]
+    assert not training[0]["chosen_complete"]
+    assert not training[0]["rejected_complete"]
 
 
 def test_write_jsonl_leaves_whole_files_only(tmp_path):
