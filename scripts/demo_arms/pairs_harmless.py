@@ -3,7 +3,7 @@
 Of each transcript the last user turns are kept, as many as fit. Both responses are cut to the same number of tokens: a
 sum of log-probabilities follows length before anything else (correlation -0.94 on the whole responses), and a pair of
 unequal ones teaches little else. It also lets long responses in. Lines whose number (from 0) is divisible by 5 are held
-out, in a file of their own.
+out, in a file of their own, and once more as they are, for score_pairs.py.
 """
 
 from __future__ import annotations
@@ -42,22 +42,20 @@ def cut(responses: list[str], tokenizer, max_tokens: int) -> tuple[list[str], in
 
 
 def split(
-    hh: Path, tokenizer, max_prompt_tokens: int, max_response_tokens: int
+    hh: Path, tokenizer, max_prompt_tokens: int, max_response_tokens: int | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training, held-out) pairs that fit, in the file's order."""
+    """(training, held-out) pairs that fit, in the file's order; `max_response_tokens` None: whole responses."""
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for pair in load_pairs(str(hh)).pairs:
         prompt = last_turns(transcript_messages(str(pair.prompt)), tokenizer, max_prompt_tokens)
-        (chosen, rejected), tokens = cut([pair.chosen.strip(), pair.rejected.strip()], tokenizer, max_response_tokens)
-        if prompt and tokens >= MIN_RESPONSE_TOKENS and chosen != rejected:
+        responses = [pair.chosen.strip(), pair.rejected.strip()]
+        beginnings, tokens = cut(responses, tokenizer, max_response_tokens or MAX_RESPONSE_TOKENS)
+        if prompt and tokens >= MIN_RESPONSE_TOKENS and beginnings[0] != beginnings[1]:
+            whole = max_response_tokens is None
+            chosen, rejected = responses if whole else beginnings
+            record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
             sides[pair.row % HOLD_OUT_EVERY == 0].append(
-                {
-                    "prompt": prompt,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "chosen_complete": False,
-                    "rejected_complete": False,
-                }
+                record | {"chosen_complete": whole, "rejected_complete": whole}
             )
     return sides
 
@@ -65,7 +63,7 @@ def split(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hh", type=Path, help="HH-RLHF .jsonl(.gz) of whole transcripts")
-    parser.add_argument("output", type=Path, help="folder for harmless.jsonl and harmless-held-out.jsonl")
+    parser.add_argument("output", type=Path, help="folder for harmless.jsonl and its held-out files")
     parser.add_argument("--base", help="model folder or hub id of the tokenizer; default: the demo's base")
     parser.add_argument("--pairs", type=int, help="training pairs; default: all")
     parser.add_argument("--max-prompt-tokens", type=int, default=MAX_PROMPT_TOKENS, help="without the template")
@@ -82,6 +80,8 @@ def main() -> None:
     random.Random(SEED).shuffle(training)
     write_jsonl(args.output / "harmless.jsonl", training[: args.pairs])
     write_jsonl(args.output / "harmless-held-out.jsonl", held_out)
+    whole = split(args.hh, tokenizer, args.max_prompt_tokens, None)[1]
+    write_jsonl(args.output / "harmless-held-out-whole.jsonl", whole)
     kept = len(training[: args.pairs])
     print(f"{kept} of {len(training)} training pairs, {len(held_out)} held out: {args.output}")
 
