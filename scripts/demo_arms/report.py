@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from judge import PreferenceJudge, SentimentJudge, caution, repetition, vader
+from pairs_harmless import HOLD_OUT_EVERY
 from reviews import load
 
 from genarm_fast.demo import arm, arm_names
@@ -189,15 +190,13 @@ def fill(document: str, blocks: dict[str, str]) -> str:
     return document
 
 
-def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | None, trained: Path | None) -> None:
-    """Fills docs/results.md and docs/img. `trained`: the harmless ARM's training pairs, which no judge may see."""
+def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | None) -> None:
+    """Fills docs/results.md and docs/img. The word judge is fitted on the lines of `hh` that no ARM was trained on."""
     sentiment = SentimentJudge(load(reviews))
     preference = None
-    if hh and trained:
-        lines = [json.loads(line) for line in trained.read_text(encoding="utf-8").splitlines()]
-        seen = {(line["chosen"], line["rejected"]) for line in lines}
-        pairs = [(pair.chosen.strip(), pair.rejected.strip()) for pair in load_pairs(str(hh)).pairs]
-        preference = PreferenceJudge([pair for pair in pairs if pair not in seen])
+    if hh:
+        held_out = [pair for pair in load_pairs(str(hh)).pairs if pair.row % HOLD_OUT_EVERY == 0]
+        preference = PreferenceJudge([(pair.chosen, pair.rejected) for pair in held_out])
     results = Results(runs, sentiment, preference)
     judges = [f"{source} reviews: {accuracy:.3f}" for source, accuracy in sentiment.accuracy.items()]
     if preference:

@@ -118,6 +118,20 @@ def test_pairs_too_short_or_equal_after_the_cut_are_left_out(tmp_path):
     assert not training[0]["rejected_complete"]
 
 
+def test_the_clearest_pairs_are_those_whose_words_agree_with_others():
+    rng = random.Random(0)
+
+    def text(word: str) -> str:
+        return " ".join([word, *rng.choices(["one", "two", "three", "four"], k=5)])
+
+    usual = [{"chosen": text("sorry"), "rejected": text("sure")} for _ in range(40)]
+    odd = [{"chosen": text("sure"), "rejected": text("sorry")} for _ in range(10)]
+    vague = [{"chosen": text(""), "rejected": text("")} for _ in range(10)]
+    order = pairs_harmless.clearest([*odd, *vague, *usual], 60)
+    assert all(pair in usual for pair in order[:40])
+    assert all(pair in odd for pair in order[50:])
+
+
 def test_write_jsonl_leaves_whole_files_only(tmp_path):
     def broken():
         yield {"a": 1}
