@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pairs_harmless import HOLD_OUT_EVERY, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, split
+from pairs_harmless import HOLD_OUT_EVERY, MAX_PROMPT_TOKENS, last_turns
 from prompts import held_out_prompts
 from report import write_report
 from tqdm import tqdm
@@ -25,6 +25,8 @@ from transformers import AutoTokenizer
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.demo import arm, arm_names, base
 from genarm_fast.jsonlines import dumps
+from genarm_fast.train.data import load_pairs
+from genarm_fast.train.encode import transcript_messages
 
 Chat = list[dict[str, str]]
 
@@ -56,6 +58,18 @@ CONDITIONS = (
         for p, c in ((1.0, 2.0), (1.0, 1.0), (0.5, 2.0), (0.5, 1.0))
     ),
 )
+
+
+def hh_prompts(hh: Path, tokenizer, max_response_tokens: int = 64) -> list[Chat]:
+    """The last turns of held-out lines that fit, and that people's assistant answered shortly, as we have to."""
+    prompts = []
+    for pair in load_pairs(str(hh)).pairs:
+        if pair.row % HOLD_OUT_EVERY == 0:
+            responses = tokenizer([pair.chosen.strip(), pair.rejected.strip()])["input_ids"]
+            prompt = last_turns(transcript_messages(str(pair.prompt)), tokenizer, MAX_PROMPT_TOKENS)
+            if prompt and max(map(len, responses)) < max_response_tokens:
+                prompts.append(prompt)
+    return prompts
 
 
 def run(model: GenARM, condition: Condition, seed: int, chats: list[Chat], max_new_tokens: int) -> dict[str, Any]:
@@ -109,8 +123,7 @@ def main() -> None:
         prompts = {"chat": [[{"role": "user", "content": prompt}] for prompt in held_out_prompts()[: args.prompts]]}
         if args.hh:
             tokenizer = AutoTokenizer.from_pretrained(base())
-            held_out = split(args.hh, tokenizer, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS)[1]
-            prompts["hh"] = [pair["prompt"] for pair in held_out[: args.prompts]]
+            prompts["hh"] = hh_prompts(args.hh, tokenizer)[: args.prompts]
         needed = {name for _, _, condition in todo for name in condition.weights}
         arms = [ARM(arm(name), name=name) for name in shipped if name in needed]
         model = GenARM.from_pretrained(base(), arms, dtype=torch.float32, max_batch_size=args.prompts)
