@@ -64,6 +64,8 @@ class BackboneDrafter:
         """At most so many for each seat. Each is fed to the next step where it was drawn, on the device."""
         engine = self.engine
         rows, members = [seat.row for seat in seats], engine.groups[self.group]
+        if self.group == engine.draft_model:
+            engine.catch_up(seats)
         tokens: list[Tensor] = []
         steps = []
         for step in range(max(most)):

@@ -171,9 +171,11 @@ class Engine:
         verified = self.device.mark(self.main)
         if drafts.logits:
             self.settle_bonus(seats, logits, drafts, accepted)
-        for row, count, right in zip(rows, drafts.counts, accepted):
-            row.drafted += count
-            row.accepted += right
+        for seat, count, right in zip(seats, drafts.counts, accepted):
+            seat.row.drafted += count
+            seat.row.accepted += right
+            if drafts.group is not None and drafts.group == self.draft_model:
+                seat.drafted = len(seat.row.tokens)
         drafting = self.device.elapsed(start, drafted) + self.device.elapsed(verified, self.device.mark(self.main))
         verifying = self.device.elapsed(drafted, verified)
         self.plan.observe(drafter, len(rows), max(most), drafts.counts, accepted, drafting, verifying)
@@ -226,6 +228,20 @@ class Engine:
         positions = torch.tensor(starts)[..., None] + torch.arange(tokens.shape[-1])
         limit = max(map(max, starts)) + tokens.shape[-1]
         return self.forward(g, tokens, self.upload(positions), [seat.slot for seat in seats], limit)
+
+    def catch_up(self, seats: Sequence[Seat]) -> None:
+        """Show the draft model what was settled in rounds in which it had no part, but for the last token."""
+        g = self.draft_model
+        assert g is not None
+        (i,) = self.groups[g]
+        for seat in seats:
+            missing = [seat.row.request.token_ids[0][-1], *seat.row.tokens][seat.drafted : -1]
+            if missing:
+                start = len(seat.prompts[i]) + seat.drafted
+                positions = torch.arange(start, start + len(missing)).view(1, 1, -1)
+                inputs = (torch.tensor([[missing]]), positions, [seat.slot], start + len(missing))
+                self.device.launch(self.backbones[g].stream, "prefill", self.backbones[g].prefill, *inputs)
+                seat.drafted += len(missing)
 
     def last_token(self, seat: Seat, i: int) -> int:
         """As member i sees it; its prompt may end in another token than the base's."""

@@ -19,6 +19,7 @@ class Seat:
     """A row in its slot. prompts: as each running member sees it, without the last token, which is fed when decoding.
 
     done: so many tokens of each prompt are in the caches. donor: its slot will have the first `common` ones.
+    drafted: so many tokens of the response, counting the last one of the prompt, are in the draft model's cache.
     """
 
     row: Row
@@ -27,6 +28,7 @@ class Seat:
     done: int = 0
     donor: Seat | None = None
     common: int = 0
+    drafted: int = 0
 
     @property
     def needed(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import cycle
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -17,7 +18,7 @@ from genarm_fast.drafting import BackboneDrafter
 from genarm_fast.engine import Engine
 from genarm_fast.kernels import guided_sample
 from genarm_fast.ngram import NgramIndex
-from genarm_fast.speculation import Speculation
+from genarm_fast.speculation import Plan, Speculation
 
 
 def tokens_of(outputs):
@@ -82,6 +83,27 @@ def test_an_extra_draft_model(tiny_model, tokenizer, case):
     requests = [SamplingParams(**random_params(rng, len(arms)), seed=i, n=2, rewards=True) for i in range(4)]
     plain = tokens_of(model.generate(prompts, requests))
     assert tokens_of(model.generate(prompts, requests, speculation=Speculation("draft_model", 3))) == plain
+
+
+def test_a_draft_model_catches_up(tiny_model, tokenizer, monkeypatch):
+    """One that is the base is right about every token, also after rounds in which others drafted or nobody did."""
+    turns = cycle([(None, 0), (0, 3), (1, 2), (None, 0), (1, 1), (0, 2)])  # the draft model is drafter 1
+    monkeypatch.setattr(Plan, "choose", lambda self, rows: next(turns))
+    model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
+    seen, settle = [], Engine.settle
+
+    def counted(self, rows, logits, drafts):
+        accepted = settle(self, rows, logits, drafts)
+        if drafts.group is not None:
+            seen.extend(zip(accepted, drafts.counts))
+        return accepted
+
+    monkeypatch.setattr(Engine, "settle", counted)
+    params = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.7}
+    outputs = model.generate(random_prompts(random.Random(3), 3), seed=1, speculation="auto", **params)
+    assert sum(count for _, count in seen) > 40
+    assert all(right == count for right, count in seen)
+    assert tokens_of(outputs) == tokens_of(model.generate([o.prompt_token_ids for o in outputs], seed=1, **params))
 
 
 def test_refusals(tiny_model, tokenizer):

@@ -17,11 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-core: Any = None
-with suppress(ImportError):  # installed without a compiler, or a torch that has no DLPack exchange table
-    core = import_module("._C", __package__)
-    core.use_tensors(Tensor)
 
+def load_core() -> Any:
+    """The core, or None: installed without a compiler, or a torch that has no DLPack exchange table."""
+    with suppress(ImportError):
+        found = import_module("._C", __package__)
+        found.use_tensors(Tensor)
+        return found
+    return None
+
+
+core: Any = load_core()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 forced = os.environ.get("GENARM_FAST_ISA")
