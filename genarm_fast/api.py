@@ -30,7 +30,7 @@ class GenARM:
     """A frozen base model steered by autoregressive reward models (arXiv 2410.08193).
 
     Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other
-    is ever drawn), eos_token_ids, max_batch_size.
+    is ever drawn), eos_token_ids, max_batch_size, cache_bytes.
     """
 
     def __init__(
@@ -38,15 +38,19 @@ class GenARM:
         members: Sequence[Member],
         *,
         max_batch_size: int = 16,
+        cache_bytes: int | None = None,
         speculation: str | Speculation = "auto",
         draft_model: Member | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size}: expected an integer >= 1")
+        if cache_bytes is not None and cache_bytes < 1:
+            raise ValueError(f"cache_bytes={cache_bytes}: expected an integer >= 1 or None")
         self.members = list(members)
         self.base, self.arms = self.members[0], self.members[1:]
         self.tokenizer = self.base.tokenizer
         self.max_batch_size = max_batch_size
+        self.cache_bytes = cache_bytes
         self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
         self.controllers = Controllers()
@@ -72,6 +76,7 @@ class GenARM:
         quantization_config: Any = None,
         attn_implementation: str | None = None,
         max_batch_size: int = 16,
+        cache_bytes: int | None = None,
         speculation: str | Speculation = "auto",
         draft_model: Source | None = None,
         **model_kwargs: Any,
@@ -86,6 +91,8 @@ class GenARM:
                 `from_pretrained`, for every member that is not loaded yet. Load one yourself to treat it differently.
             device: where to put such members; default: CUDA if there is any, else the CPU.
             max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
+            cache_bytes: most that the key-value caches of a run may take, of all members together. Fewer rows are
+                decoded together then; a request that does not even fit alone fails. None: as much as there is.
             speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
                 `Speculation`. It never changes a token.
             draft_model: a small model of the base's kind that only proposes tokens: as base.
@@ -106,7 +113,13 @@ class GenARM:
             base, arms, tokenizer=tokenizer, prompt_template=prompt_template, chat_template=chat_template, **loading
         )
         draft = None if draft_model is None else load_draft_model(draft_model, members[0], **loading)
-        return cls(members, max_batch_size=max_batch_size, speculation=speculation, draft_model=draft)
+        return cls(
+            members,
+            max_batch_size=max_batch_size,
+            cache_bytes=cache_bytes,
+            speculation=speculation,
+            draft_model=draft,
+        )
 
     @property
     def arm_names(self) -> list[str]:
@@ -262,6 +275,7 @@ class GenARM:
             speculation=plan,
             controllers=self.controllers,
             draft_model=self.draft_model,
+            cache_bytes=self.cache_bytes,
         )
 
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:

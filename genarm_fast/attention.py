@@ -56,8 +56,21 @@ def place(device: torch.device) -> Ragged:
     return _active.get().to(device)
 
 
+class Entry(NamedTuple):
+    """What a layer caches of one token."""
+
+    heads: int
+    widths: tuple[int, int]  # of keys and of values
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        return self.heads * sum(self.widths) * self.dtype.itemsize
+
+
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of a layer, [slots, heads, capacity, dim]; made when the first ones come."""
+    """Keys and values of a layer, [slots, heads, capacity, dim]; made when the first ones come, or by `allocate`."""
 
     is_sliding = False
 
@@ -66,10 +79,23 @@ class RaggedLayer(CacheLayerMixin):
         self.slots, self.capacity = slots, capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (self.slots, key_states.shape[1], self.capacity)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        widths = (key_states.shape[-1], value_states.shape[-1])
+        self.allocate(Entry(key_states.shape[1], widths, key_states.dtype, key_states.device))
+
+    def allocate(self, entry: Entry) -> None:
+        self.keys, self.values = (
+            torch.zeros(self.slots, entry.heads, self.capacity, width, dtype=entry.dtype, device=entry.device)
+            for width in entry.widths
+        )
         self.is_initialized = True
+
+    @property
+    def entry(self) -> Entry | None:
+        """None before the first keys, and for ever in a layer that reads those of another."""
+        if self.keys is None or self.values is None:
+            return None
+        widths = (self.keys.shape[-1], self.values.shape[-1])
+        return Entry(self.keys.shape[1], widths, self.keys.dtype, self.keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write the new ones; what `attend` gets is the whole cache."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .attention import Ragged, RaggedLayer, placed
+from .attention import Entry, Ragged, RaggedLayer, placed
 from .device import Device
 from .lanes import running
 from .members import Member
@@ -36,6 +36,13 @@ class Backbone:
         self.layers = [RaggedLayer(len(self.lanes) * slots, capacity) for _ in range(layers)]
         self.cache = Cache(layers=list(self.layers))
         self._rows: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.inference_mode()
+    def allocate(self, entries: Sequence[Entry | None]) -> None:
+        """Make the caches now, of what each layer caches of a token."""
+        for layer, entry in zip(self.layers, entries):
+            if entry is not None:
+                layer.allocate(entry)
 
     def rows(self, slots: Sequence[int]) -> Tensor:
         """Rows of the cache for these slots, lane after lane, int64 [L·R]."""

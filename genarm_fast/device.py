@@ -75,6 +75,14 @@ class Device:
         """Wait for all streams."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch raised it for lack of memory; on the CPU only its words say so."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )
+
+
 def device_for(devices: Sequence[torch.device]) -> Device:
     """The one that members on these devices ask for, the base first."""
     if devices[0].type == "cuda":

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .backbone import Backbone, in_one_forward, padded
+from .backbone import in_one_forward, padded
+from .budget import make_room
 from .device import Device, device_for, span
 from .drafting import BackboneDrafter, Drafts, NgramDrafter, no_drafts
 from .flight import Flight
@@ -44,6 +45,7 @@ class Engine:
         controllers: Controllers,
         draft_model: Member | None = None,
         device: Device | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self.device = device or device_for([member.device for member in members])
         self.main = self.device.stream(members[0].device)  # samples and settles; each backbone has its own
@@ -61,13 +63,15 @@ class Engine:
         if draft_model is not None:  # sees the base's prompt
             self.groups.append([len(running)])
             running, indices = [*running, draft_model], [*indices, 0]
-        slots = min(slots, len(rows))
-        capacity = max(
-            len(row.request.token_ids[i]) + row.request.params.max_new_tokens for row in rows for i in indices
-        )
-        capacity += speculation.most  # a row near its end may be padded as far
-        self.slots = Slots(slots, rows, indices)
-        self.backbones = [Backbone([running[i] for i in group], slots, capacity, self.device) for group in self.groups]
+        prompts = [max(len(row.request.token_ids[i]) for i in indices) for row in rows]
+        needs = [  # tokens; a row near its end may be padded as far as drafts go
+            length + row.request.params.max_new_tokens + speculation.most for length, row in zip(prompts, rows)
+        ]
+        together = [[running[i] for i in group] for group in self.groups]
+        self.backbones = make_room(together, rows, needs, slots, cache_bytes, self.device)
+        self.refused = [row for row in rows if row.error is not None]
+        fitting = [row for row in rows if row.error is None]
+        self.slots = Slots(self.backbones[0].slots if fitting else 0, fitting, indices)
         labels = ["base", *(f"arm[{i}]" for i in arms), "draft_model"]
         self.labels = ["+".join(labels[i] for i in group) + ".forward" for group in self.groups]
         self.flight = Flight(self, rows)
@@ -80,8 +84,10 @@ class Engine:
 
     @torch.inference_mode()
     def run(self) -> Iterator[list[Row]]:
-        """Decode all rows, yielding after each round those that it advanced."""
+        """Decode all rows, yielding after each round those that it advanced; before the first, those without room."""
         try:
+            if self.refused:
+                yield self.refused
             while self.slots:
                 self.slots.admit()
                 self.prefill()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .backbone import Backbone, in_one_forward, padded
 from .members import Member
+from .selfcheck import entries_of
 from .slots import CHUNK_TOKENS
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
@@ -45,6 +46,7 @@ def _lanes(
     lengths = torch.tensor([[len(prompt) for prompt in lane] for lane in prompts])
     rows = range(len(responses))
     backbone = Backbone(members, len(rows), int(lengths.max()) + longest)
+    backbone.allocate(entries_of(members))
     step = max(1, CHUNK_TOKENS // len(rows))
     for start in range(0, int(lengths.max()) - 1, step):
         width = min(step, int(lengths.max()) - 1 - start)

@@ -121,6 +121,7 @@ def test_lane_linear_is_pefts_linear(folders, merged, dtype, tolerance):
 def test_only_weighted_lanes_run(folders, merged, monkeypatch):
     """And finished rows leave every lane."""
     model = GenARM.from_pretrained(folders / "base", [folders / "few", folders / "all"])
+    model.generate([5], weights=[0, 1], max_new_tokens=1)  # checks itself first
     rows = lane_rows(model, monkeypatch)
     params = [SamplingParams(seed=i, max_new_tokens=3 + 3 * i, ignore_eos=True, weights=[0, -0.8]) for i in range(2)]
     outputs = model.generate([[5, 6, 7], [8, 9]], params)
@@ -141,6 +142,7 @@ def test_only_weighted_lanes_run(folders, merged, monkeypatch):
 
 def test_prefill_is_shared_by_completions(folders, merged, monkeypatch):
     model = GenARM.from_pretrained(folders / "base", folders / "few")
+    model.generate([5], max_new_tokens=1)  # checks itself first
     sizes, prefill = [], Backbone.prefill
     monkeypatch.setattr(
         Backbone, "prefill", lambda self, ids, *rest: sizes.append(tuple(ids.shape)) or prefill(self, ids, *rest)

@@ -1,0 +1,114 @@
+"""Before a model is trusted with our cache, its logits are compared with those of transformers' plain forward.
+
+What a model's attention does besides calling transformers' attention function, and where it takes positions from, no
+config says. So rows of unequal length are prefilled, fed a block, rolled back and fed another: 4 forwards of at most
+8 tokens, once for each model and set of lanes. Longer windows than that, and what sets in after them, are not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Entry
+from .backbone import Backbone
+from .device import out_of_memory
+from .loading import share_weights
+from .members import Member
+
+LENGTH = 8
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}  # in standard deviations of the logits
+COARSE = 0.2  # bfloat16; and quantised models, which may round by what else is in the batch
+TRIES = 3  # an expert that wins by a hair may be another one in a batch; what is wrong is wrong each time
+
+_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], list[Entry | None]]] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def entries_of(members: Sequence[Member]) -> list[Entry | None]:
+    """What each layer caches of a token, for members of one forward. None: nothing of its own.
+
+    Raises:
+        ValueError: a model gives other logits over our cache than without one, or does not run over it.
+    """
+    backbone = Backbone(members, 3, LENGTH)
+    found = _found.setdefault(backbone.model, {})
+    lanes = tuple(backbone.lanes)
+    if lanes not in found:
+        for seed in range(TRIES):
+            errors = deviations(members, backbone, seed)
+            wrong = [i for i, error in enumerate(errors) if not error <= tolerance(members[i])]
+            if not wrong:
+                break
+        else:
+            raise ValueError(
+                f"{refusal(members[wrong[0]])} (they are {errors[wrong[0]]:.2g} standard deviations off), so that it"
+                " can't be run"
+            )
+        found[lanes] = [layer.entry for layer in backbone.layers]
+    return found[lanes]
+
+
+def refusal(member: Member) -> str:
+    return (
+        f"{member.name}: the {member.model.config.model_type} model does not give the same logits over a static cache"
+        " as without one"
+    )
+
+
+def tolerance(member: Member) -> float:
+    quantised = getattr(member.model, "is_quantized", False)
+    return COARSE if quantised else TOLERANCE.get(member.model.dtype, COARSE)
+
+
+def deviations(members: Sequence[Member], backbone: Backbone, seed: int) -> list[float]:
+    """The largest root mean square difference of each member at any position, in standard deviations there."""
+    vocab_size = min(member.vocab_size for member in members)
+    shape = (len(members), 2, LENGTH)
+    tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(members[0].device)
+    expected = []
+    for member, own in zip(members, tokens):
+        model = share_weights(member.model) if member.model.training else member.model  # a loaded one may have changed
+        expected.append(model(input_ids=own, use_cache=False).logits)
+    try:
+        found = _in_pieces(backbone, tokens, vocab_size)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"{refusal(members[0])}: {error}") from error
+    return [
+        max(_deviation(ours, plain[row, position]) for row, position, ours in pieces)
+        for plain, pieces in zip(expected, found)
+    ]
+
+
+def _in_pieces(backbone: Backbone, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:
+    """(row, position, logits [V]) of each lane, from tokens [L, 2, 8] fed as decoding feeds them."""
+    slots = [2, 0]
+    wrong = (tokens + 1) % vocab_size
+    padded, drafted = tokens.clone(), tokens.clone()
+    padded[:, 1, 3] = wrong[:, 1, 3]  # the second prompt is shorter
+    drafted[:, 0, 5:7] = wrong[:, 0, 5:7]  # the first row's drafts are not accepted
+    positions = torch.arange(4, device=tokens.device).expand(*tokens.shape[:2], 4)
+    backbone.prefill(padded[..., :4], positions, slots, 4)
+    seen: list[list[tuple[int, int, Tensor]]] = [[] for _ in backbone.lanes]
+    for block, starts, right in ((drafted, (4, 3), (1, 3)), (tokens, (5, 5), (3, 3))):
+        positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(3, device=tokens.device)
+        positions = positions.expand(len(tokens), -1, -1)
+        logits = backbone.forward(block.gather(-1, positions), positions, slots, LENGTH)
+        for pieces, lane in zip(seen, logits):
+            pieces += [(row, starts[row] + j, lane[row, j]) for row in range(2) for j in range(right[row])]
+    return seen
+
+
+def _deviation(ours: Tensor, plain: Tensor) -> float:
+    """A member that masks tokens, or is broken by itself, is judged by the rest of its numbers."""
+    sound = plain.isfinite()
+    ours, plain = ours[sound].float(), plain[sound].float()
+    if not len(plain):
+        return 0.0
+    scale = plain.std(correction=0).clamp_min(1e-3)
+    return float((ours - plain).square().mean().sqrt() / scale)

@@ -1,0 +1,43 @@
+"""The soak, at a size for tests; docs/design.md has a real one."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import soak
+import torch
+
+from genarm_fast import sampling
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
+
+
+def test_tokens_are_right():
+    counted = []
+    found = soak.soak(60, batch_size=4, advance=counted.append)
+    assert sum(counted) == found["requests"] == 60
+    assert found["compared"] == 4
+    assert found["different"] == 0
+    assert found["completions"] > 60
+    assert found["resident MiB at the end"] - found["resident MiB after the first group"] < 64
+
+
+def test_wrong_ones_are_counted(monkeypatch):
+    """Negative control: noise that depends on the neighbours."""
+    positions = sampling.Sampler._positions
+    monkeypatch.setattr(
+        sampling.Sampler,
+        "_positions",
+        lambda self, rows, offset, width: positions(self, rows, offset + (len(rows) > 1), width),
+    )
+    monkeypatch.setattr(soak, "COMPARED", 10)
+    assert soak.soak(20)["different"] > 0
+
+
+def test_slope():
+    assert soak.slope([(0, 5), (10, 25), (20, 45)]) == pytest.approx(2)
+    assert soak.slope([(50, 7)]) == 0
+    before = soak.resident_bytes()
+    kept = torch.ones(2**24)
+    assert soak.resident_bytes() - before == pytest.approx(kept.nbytes, rel=0.1)
