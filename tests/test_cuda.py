@@ -142,6 +142,6 @@ def test_ranges_that_a_profiler_shows(model, monkeypatch):
     forwards = {"base.forward", "arm[0].forward"}
     with cuda_driver(), engines_on(OnCpuTensors()):
         run(model, count=2)
-        assert set(names) == {"prefill", "round", *forwards, "sample", "settle", "readback"}
+        assert set(names) == {"allocate", "prefill", "round", *forwards, "sample", "settle", "readback"}
         run(model, speculation=Speculation("arm", 2), count=2)
-        assert set(names) == {"prefill", "round", "draft", *forwards, "sample", "settle", "readback"}
+        assert set(names) == {"allocate", "prefill", "round", "draft", *forwards, "sample", "settle", "readback"}
