@@ -22,6 +22,7 @@ from .members import Member
 LENGTH = 8
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}  # in standard deviations of the logits
 COARSE = 0.15  # bfloat16; and quantised models, which may round by what else is in the batch
+SENSITIVE = 4  # times as far off as its neighbour in a batch makes a model is allowed
 TRIES = 3  # an expert that wins by a hair may be another one in a batch; what is wrong is wrong each time
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], list[Entry | None]]] = WeakKeyDictionary()
@@ -40,7 +41,11 @@ def entries_of(members: Sequence[Member]) -> list[Entry | None]:
     if lanes not in found:
         for seed in range(TRIES):
             errors = deviations(members, backbone, seed)
-            wrong = [i for i, error in enumerate(errors) if not error <= tolerance(members[i])]
+            wrong = [
+                i
+                for i, (member, error) in enumerate(zip(members, errors))
+                if not error <= tolerance(member) and not error <= SENSITIVE * sensitivity(member, seed)
+            ]
             if not wrong:
                 break
         else:
@@ -64,15 +69,18 @@ def tolerance(member: Member) -> float:
     return COARSE if quantised else TOLERANCE.get(member.model.dtype, COARSE)
 
 
+def sensitivity(member: Member, seed: int) -> float:
+    """How far off a second row makes the first, as where activations are quantised by the largest of all."""
+    tokens = _random(member.vocab_size, (2, LENGTH), seed).to(member.device)
+    together, alone = _plain(member, tokens)[0], _plain(member, tokens[:1])[0]
+    return max(_deviation(*each) for each in zip(alone, together))
+
+
 def deviations(members: Sequence[Member], backbone: Backbone, seed: int) -> list[float]:
     """The largest root mean square difference of each member at any position, in standard deviations there."""
     vocab_size = min(member.vocab_size for member in members)
-    shape = (len(members), 2, LENGTH)
-    tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed)).to(members[0].device)
-    expected = []
-    for member, own in zip(members, tokens):
-        model = share_weights(member.model) if member.model.training else member.model  # a loaded one may have changed
-        expected.append(model(input_ids=own, use_cache=False).logits)
+    tokens = _random(vocab_size, (len(members), 2, LENGTH), seed).to(members[0].device)
+    expected = [_plain(member, own) for member, own in zip(members, tokens)]
     try:
         found = _in_pieces(backbone, tokens, vocab_size)
     except Exception as error:
@@ -83,6 +91,15 @@ def deviations(members: Sequence[Member], backbone: Backbone, seed: int) -> list
         max(_deviation(ours, plain[row, position]) for row, position, ours in pieces)
         for plain, pieces in zip(expected, found)
     ]
+
+
+def _random(vocab_size: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _plain(member: Member, tokens: Tensor) -> Tensor:
+    model = share_weights(member.model) if member.model.training else member.model  # a loaded one may have changed
+    return model(input_ids=tokens, use_cache=False).logits
 
 
 def _in_pieces(backbone: Backbone, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:
@@ -106,6 +123,7 @@ def _in_pieces(backbone: Backbone, tokens: Tensor, vocab_size: int) -> list[list
 
 def _deviation(ours: Tensor, plain: Tensor) -> float:
     """A member that masks tokens, or is broken by itself, is judged by the rest of its numbers."""
+    plain = plain.to(ours.device)
     sound = plain.isfinite()
     ours, plain = ours[sound].float(), plain[sound].float()
     if not len(plain):

@@ -91,6 +91,26 @@ def test_others_are_refused(tokenizer, monkeypatch, broken):
     assert model.generate([5, 6], max_new_tokens=2, weights=0)[0].token_ids  # without it
 
 
+class Rounded(torch.nn.Linear):
+    """With activations of 8 bits, by the largest of them all."""
+
+    def forward(self, x):
+        scale = x.abs().max() / 127
+        return super().forward((x / scale).round() * scale)
+
+
+def test_rounding_by_the_whole_batch_is_no_fault(tokenizer):
+    model = build_model("llama", 0)
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Rounded
+    one = member(model, tokenizer)
+    with torch.inference_mode():
+        (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+    assert error > selfcheck.tolerance(one)
+    assert selfcheck.entries_of([one])
+
+
 def test_lanes_are_told_apart(tokenizer):
     """The error names the member that is off."""
     model = build_model("llama", 0)
