@@ -1,11 +1,13 @@
-"""The soak, at a size for tests; docs/design.md has a real one."""
+"""The soak, at a size for tests; docs/decoding.md has a real one."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
-import soak
 import torch
 
 from genarm_fast import sampling
@@ -13,7 +15,13 @@ from genarm_fast import sampling
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
 
 
-def test_tokens_are_right():
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("soak")
+
+
+def test_tokens_are_right(soak):
     counted = []
     found = soak.soak(60, batch_size=4, advance=counted.append)
     assert sum(counted) == found["requests"] == 60
@@ -23,7 +31,7 @@ def test_tokens_are_right():
     assert found["resident MiB at the end"] - found["resident MiB after the first group"] < 64
 
 
-def test_wrong_ones_are_counted(monkeypatch):
+def test_wrong_ones_are_counted(soak, monkeypatch):
     """Negative control: noise that depends on the neighbours."""
     positions = sampling.Sampler._positions
     monkeypatch.setattr(
@@ -35,7 +43,7 @@ def test_wrong_ones_are_counted(monkeypatch):
     assert soak.soak(20)["different"] > 0
 
 
-def test_slope():
+def test_slope(soak):
     assert soak.slope([(0, 5), (10, 25), (20, 45)]) == pytest.approx(2)
     assert soak.slope([(50, 7)]) == 0
     before = soak.resident_bytes()
