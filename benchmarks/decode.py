@@ -107,15 +107,15 @@ def variants(
     }
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each."""
+def measure(runs: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, run in runs.items():
-            start = time.process_time()
+            start = clock()
             run()
             if round_:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--compiled", action="store_true", help="also a compiled loop (TORCHINDUCTOR_FREEZING=1)")
+    parser.add_argument("--wall", action="store_true", help="wall-clock time, for several threads on an idle machine")
     parser.add_argument("--memory", action="store_true", help="only peak memory")
     parser.add_argument("--growth", action="store_true", help="only the cost per token in long texts and queues")
     parser.add_argument("--json", action="store_true")
@@ -186,7 +187,7 @@ def main() -> None:
         weights[dtype] = sum(parameter.nbytes for parameter in bare.parameters())
         for batch in args.batch:
             runs = variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens, compile_too=args.compiled)
-            found = measure(runs, args.rounds)
+            found = measure(runs, args.rounds, time.perf_counter if args.wall else time.process_time)
             for name, seconds in found.items():
                 ratio = found[HUGGING_FACE] / seconds
                 tokens = batch * args.tokens / seconds
