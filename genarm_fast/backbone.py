@@ -26,7 +26,7 @@ class Backbone:
     def __init__(self, members: Sequence[Member], slots: int, capacity: int, device: Device | None = None) -> None:
         first = members[0]
         self.lanes = [member.lane for member in members]
-        self.model: Any = first.shared if len(members) > 1 else first.runner
+        self.model = model_of(members)
         self.device = device or Device()
         self.stream = self.device.stream(first.device)
         self.on_one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
@@ -100,6 +100,11 @@ class Backbone:
         known = positions if self.context is None else positions.clamp_max(self.context - 1)  # padding may lie beyond
         with running(self.lanes, count), placed(Ragged(rows, positions, limit)):
             return model(input_ids=tokens, position_ids=known, past_key_values=self.cache, use_cache=True)
+
+
+def model_of(members: Sequence[Member]) -> Any:
+    """What runs these members of one forward."""
+    return members[0].shared if len(members) > 1 else members[0].runner
 
 
 def padded(tokens: list[int], width: int) -> list[int]:

@@ -65,17 +65,17 @@ class Sampler:
             self._tensors[key] = RowTensors.of(rows, self.arms, self.vocab_size, self._upload)
         return self._tensors[key]
 
-    def draw(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Drafts, offset: int = 0) -> list[list[Draw]]:
+    def draw(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Drafts) -> list[list[Draw]]:
         """The targets of every row, up to the first that differs from its draft.
 
-        logits: one [R, q, V] per member; position j follows the j first of the row's drafts, `offset` tokens after
-        those that are settled. A row that cannot be sampled gets its `error` set.
+        logits: one [R, q, V] per member; position j follows the j first of the row's drafts. A row that cannot be
+        sampled gets its `error` set.
         """
         draws: list[list[Draw]] = [[] for _ in rows]
         plain = [i for i, row in enumerate(rows) if not adjusts(row)]
         if plain:
             chosen, members = self._subset(plain, rows, logits)
-            result = self.sample(chosen, members, self._positions(chosen, offset, members[0].shape[1]))
+            result = self.sample(chosen, members, self._positions(chosen, 0, members[0].shape[1]))
             read = self.read(result)
             for i, settled in zip(plain, self.lines(chosen, read(), [drafts.tokens[i] for i in plain])):
                 draws[i] = settled
@@ -84,7 +84,7 @@ class Sampler:
             if not adjusted:
                 break
             chosen, members = self._subset(adjusted, rows, [each[:, step] for each in logits])
-            result = self._sample_adjusted(chosen, members, [drafts.tokens[i][:step] for i in adjusted], offset + step)
+            result = self._sample_adjusted(chosen, members, [drafts.tokens[i][:step] for i in adjusted], step)
             for i, settled in zip(adjusted, self.lines(chosen, self.read(result)(), [()] * len(chosen))):
                 draws[i] += settled
             adjusted = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Entry
-from .backbone import Backbone
+from .backbone import Backbone, model_of
 from .device import out_of_memory
 from .loading import share_weights
 from .members import Member
@@ -35,10 +35,10 @@ def entries_of(members: Sequence[Member]) -> list[Entry | None]:
     Raises:
         ValueError: a model gives other logits over our cache than without one, or does not run over it.
     """
-    backbone = Backbone(members, 3, LENGTH)
-    found = _found.setdefault(backbone.model, {})
-    lanes = tuple(backbone.lanes)
+    found = _found.setdefault(model_of(members), {})
+    lanes = tuple(member.lane for member in members)
     if lanes not in found:
+        backbone = Backbone(members, 3, LENGTH)
         for seed in range(TRIES):
             errors = deviations(members, backbone, seed)
             wrong = [

@@ -83,3 +83,11 @@ def test_unreadable_weights_give_none(tiny_model: MakeModel) -> None:
     layer.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
     assert fingerprint(quantised) is None
     assert fingerprint(torch.nn.Identity()) is None
+
+
+def test_quantised_models_have_none(tiny_model):
+    """Quantised tensors may pass for floating-point ones."""
+    model = copy.copy(tiny_model())
+    assert fingerprint(model) is not None
+    model.hf_quantizer = object()
+    assert fingerprint(model) is None
