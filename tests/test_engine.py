@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, build_model
 
-from genarm_fast import ARM, GenARM, SamplingParams, reference
+from genarm_fast import ARM, GenARM, SamplingParams, reference, slots
 from genarm_fast.backbone import Backbone
 from genarm_fast.outputs import Completion, GenerationOutput
 
@@ -148,6 +148,17 @@ def test_common_beginnings_are_prefilled_once(tiny_model, tokenizer, prefilled):
     prefilled.clear()
     assert [output.token_ids for output in model.generate(prompts, params)] == alone
     assert sum(prefilled) == 2 * (32 + 0 + 4 + 2 + 2)  # members; what follows the beginning that a slot holds
+
+
+def test_chunked_prefill(tiny_model, tokenizer, monkeypatch):
+    """In chunks of 8 tokens: a beginning is copied only once its donor has all of it, and others decode meanwhile."""
+    model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=3)
+    system = list(range(10, 50))
+    prompts = [[7, 8], [*system, 5, 6, 7], [*system, 8], [*system, 9, 9], [3]]
+    params = [SamplingParams(seed=i, max_new_tokens=8, ignore_eos=True) for i in range(5)]
+    alone = [model.generate(prompt, each)[0].token_ids for prompt, each in zip(prompts, params)]
+    monkeypatch.setattr(slots, "CHUNK_TOKENS", 8)
+    assert [output.token_ids for output in model.generate(prompts, params)] == alone
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
