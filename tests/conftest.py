@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -42,11 +42,13 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
     return make
 
 
-@pytest.fixture(autouse=True)
-def undrafted(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)  # before any module's models are made
+def undrafted() -> Iterator[None]:
     """Plain decoding unless a test says otherwise: with "auto", timing decides how tokens are grouped, and with them
     the rounding of float32 products."""
     from genarm_fast import GenARM
 
-    for function in (GenARM.__init__, GenARM.from_pretrained.__func__):
-        monkeypatch.setitem(function.__kwdefaults__, "speculation", "off")
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (GenARM.__init__, GenARM.from_pretrained.__func__):
+            patch.setitem(function.__kwdefaults__, "speculation", "off")
+        yield
