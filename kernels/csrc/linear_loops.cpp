@@ -136,7 +136,8 @@ constexpr int kTogether = kWidth == 16 ? (R <= 2 ? 8 : R <= 6 ? 4 : 3) : (R == 1
 // a page of memory, and gets lost where the O outputs of a step are neighbours of 1 KB each (in = 576, 8 rows: 0.76 of the
 // read bandwidth, 0.83 with streams). What comes next is fetched by hand all the same, as a stream's turns are far apart.
 template <int R>
-void dots_of(const float* x, int64_t x_step, const uint16_t* w, int64_t in, int outputs, float* y) {
+void dots_of(const float* x, int64_t x_step, const uint16_t* w, int64_t in, int outputs, const uint16_t* next_block,
+             float* y) {
   constexpr int O = kTogether<R>;
   alignas(64) float lanes[R * kOutputs * kLanes];
   if (outputs < kOutputs || in == 0) std::fill(std::begin(lanes), std::end(lanes), 0.f);
@@ -145,7 +146,7 @@ void dots_of(const float* x, int64_t x_step, const uint16_t* w, int64_t in, int 
   const int64_t chunk = chunks ? (steps + chunks - 1) / chunks * kStep : 0;
   for (int64_t i = 0; i < in; i += chunk, x += chunk / kStep * x_step) {
     const int64_t n = std::min(chunk, in - i);
-    const uint16_t* after = w + (i + n < in ? i + n : kOutputs * in);  // the next chunk, or block
+    const uint16_t* after = i + n < in ? w + i + n : next_block;
     const auto next = [&](int o) { return o < length ? w + o * in + i : after + (o - length) * in; };
     for (int o = 0; o < length; ++o) {
       accumulate<R, O>(x, x_step, w + o * in + i, length * in, next(o + kNear), next(o + kFar), n, i == 0,
@@ -159,16 +160,17 @@ void dots_of(const float* x, int64_t x_step, const uint16_t* w, int64_t in, int 
   for (int r = 0; r < R; ++r) add_lanes(lanes + r * kOutputs * kLanes, y + r * kOutputs);
 }
 
-void dots(const float* x, int64_t x_step, int rows, const uint16_t* w, int64_t in, int outputs, float* y) {
+void dots(const float* x, int64_t x_step, int rows, const uint16_t* w, int64_t in, int outputs, const uint16_t* next,
+          float* y) {
   switch (rows) {
-    case 1: return dots_of<1>(x, x_step, w, in, outputs, y);
-    case 2: return dots_of<2>(x, x_step, w, in, outputs, y);
-    case 3: return dots_of<3>(x, x_step, w, in, outputs, y);
-    case 4: return dots_of<4>(x, x_step, w, in, outputs, y);
-    case 5: return dots_of<5>(x, x_step, w, in, outputs, y);
-    case 6: return dots_of<6>(x, x_step, w, in, outputs, y);
-    case 7: return dots_of<7>(x, x_step, w, in, outputs, y);
-    default: return dots_of<8>(x, x_step, w, in, outputs, y);
+    case 1: return dots_of<1>(x, x_step, w, in, outputs, next, y);
+    case 2: return dots_of<2>(x, x_step, w, in, outputs, next, y);
+    case 3: return dots_of<3>(x, x_step, w, in, outputs, next, y);
+    case 4: return dots_of<4>(x, x_step, w, in, outputs, next, y);
+    case 5: return dots_of<5>(x, x_step, w, in, outputs, next, y);
+    case 6: return dots_of<6>(x, x_step, w, in, outputs, next, y);
+    case 7: return dots_of<7>(x, x_step, w, in, outputs, next, y);
+    default: return dots_of<8>(x, x_step, w, in, outputs, next, y);
   }
 }
 

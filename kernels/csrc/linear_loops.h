@@ -15,8 +15,9 @@ struct LinearLoops {
   // n bfloat16 as floats: kStep of them every `step` floats, the odd elements before the even ones, zeros at the end
   void (*spread)(const uint16_t* x, int64_t n, float* out, int64_t step);
   // y[r, o] = Σ_i x[r, i] · w[o, i], to [rows, kOutputs]; rows <= kRows, outputs <= kOutputs; x is spread, row r at
-  // x + r * kStep, so that a block of rows is one stream
-  void (*dots)(const float* x, int64_t step, int rows, const uint16_t* w, int64_t in, int outputs, float* y);
+  // x + r * kStep, so that a block of rows is one stream; `next` are the weights to fetch meanwhile
+  void (*dots)(const float* x, int64_t step, int rows, const uint16_t* w, int64_t in, int outputs, const uint16_t* next,
+               float* y);
   // y[o] += Σ_j hidden[j] · b[j, o], o < n
   void (*expand)(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y);
   // out = bfloat16(y + bias), round to nearest even; bias may be null

@@ -50,9 +50,10 @@ class Multiplication {
     return x_.get() + (start - first_) * width_ + (row - start) * kStep;
   }
 
-  void dots(int64_t row, int64_t end, const uint16_t* w, int outputs, float* y) const {
+  void dots(int64_t row, int64_t end, const uint16_t* w, int outputs, const uint16_t* next, float* y) const {
     const int64_t start = start_of(row);
-    loops_.dots(spread(row), kStep * (end_of(start) - start), static_cast<int>(end - row), w, linear_.in, outputs, y);
+    const int64_t step = kStep * (end_of(start) - start);
+    loops_.dots(spread(row), step, static_cast<int>(end - row), w, linear_.in, outputs, next, y);
   }
 
   // scale · x Aᵀ of a span's rows in this panel.
@@ -64,7 +65,7 @@ class Multiplication {
       end = std::min(end_of(start_of(row)), span.last);
       for (int64_t j = 0; j < lora.rank; j += kOutputs) {
         const int count = static_cast<int>(std::min<int64_t>(kOutputs, lora.rank - j));
-        dots(row, end, lora.a + j * linear_.in, count, y);
+        dots(row, end, lora.a + j * linear_.in, count, linear_.weight, y);
         for (int64_t r = row; r < end; ++r) {
           float* hidden = hidden_[i].data() + (r - span.first) * lora.rank + j;
           for (int o = 0; o < count; ++o) hidden[o] = lora.scale * y[(r - row) * kOutputs + o];
@@ -76,11 +77,13 @@ class Multiplication {
   // Up to kOutputs outputs of all rows of this panel.
   void outputs(int64_t output, uint16_t* y) const {
     const int count = static_cast<int>(std::min<int64_t>(kOutputs, linear_.out - output));
+    const uint16_t* w = linear_.weight + output * linear_.in;
+    const uint16_t* next = output + kOutputs < linear_.out ? w + kOutputs * linear_.in : w;  // w: nothing to fetch
     const uint16_t* bias = linear_.bias ? linear_.bias + output : nullptr;
     alignas(64) float sums[kRows * kOutputs];
     for (int64_t row = first_, end; row < last_; row = end) {
       end = end_of(row);
-      dots(row, end, linear_.weight + output * linear_.in, count, sums);
+      dots(row, end, w, count, next, sums);
       for (size_t i = 0; i < spans_.size(); ++i) {
         const Span& span = spans_[i];
         const Lora& lora = linear_.loras[span.lora];
