@@ -7,7 +7,7 @@ Every other member (DoRA, saved modules, adapted embeddings, quantised linears, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kernels.small_linear import Lora, SmallLinear
+from .kernels.small_linear import Lora, SmallLinear, Span
 from .loading import share_weights
 
 _running: ContextVar[tuple[Sequence[int], int]] = ContextVar("running lanes, rows of each")  # threads have their own
@@ -34,10 +34,7 @@ class LaneLinear(nn.Module):
         lanes, rows = _running.get()
         if x.dim() != 3 or x.shape[0] != len(lanes) * rows:
             raise _RegroupedRows
-        size = rows * x.shape[1]
-        return self.run(
-            x, [(i * size, (i + 1) * size, self.index[lane]) for i, lane in enumerate(lanes) if lane in self.index]
-        )
+        return self.run(x, spans_of(self.index, x.shape[1]))
 
 
 class _RegroupedRows(Exception):
@@ -52,6 +49,13 @@ def running(lanes: Sequence[int], rows: int) -> Iterator[None]:
         yield
     finally:
         _running.reset(token)
+
+
+def spans_of(index: Mapping[int, int], block: int) -> tuple[Span, ...]:
+    """Rows of each running lane that has one of the adapters, with blocks of so many tokens: the flattened ones."""
+    lanes, rows = _running.get()
+    size = rows * block
+    return tuple((i * size, (i + 1) * size, index[lane]) for i, lane in enumerate(lanes) if lane in index)
 
 
 @torch.inference_mode()

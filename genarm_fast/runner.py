@@ -19,6 +19,7 @@ from .kernels.rms_norm import rms_norm
 from .kernels.rotary import rotary
 from .kernels.silu_mul import silu_mul
 from .kernels.small_linear import SmallLinear
+from .lean import lean_forward
 
 GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # what the forward of Llama's MLP names, and no more
 
@@ -29,14 +30,18 @@ def as_runner(model: Any) -> Any:
     wants_flash = model.config._attn_implementation == "flash_attention_2"
     model.config._attn_implementation = (flash if wants_flash else attention).IMPLEMENTATION
     if _native.core is not None:
-        for module in model.modules():
-            if "forward" not in vars(module) and (fast := _fast(module)) is not None:
-                module.forward = fast
+        fast = {module: found for module in model.modules() if (found := _fast(module)) is not None}
+        for module, forward in fast.items():
+            module.forward = forward
+        if (lean := lean_forward(model.base_model, fast)) is not None:
+            model.base_model.forward = lean
     return model
 
 
 def _fast(module: nn.Module) -> Callable[..., Any] | None:
     """What gives a module's results sooner, where the C++ core has it."""
+    if "forward" in vars(module):
+        return None
     used = getattr(type(module).forward, "__code__", _fast.__code__).co_names
     if "apply_rotary_pos_emb" in used:
         return _fast_rotation(module)
