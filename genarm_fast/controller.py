@@ -1,7 +1,8 @@
 """Who drafts, and how many tokens: whatever settles most tokens per second, by what rounds cost and drafts were worth.
 
-Plain decoding is one of the choices. Others are tried now and then, within a small budget of time: a bad drafter costs
-next to nothing, and one that becomes good (a text starts to repeat its prompt) is noticed.
+Plain decoding is one of the choices. Most of what there is to know costs nothing: what drafters would have proposed is
+compared with what rounds settle, and plain rounds run their forwards anyway. The rest is tried now and then, within a
+small budget of time, unless it could not win even if verification was free.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from typing import Any
 EXPLORATION = 0.015  # of the time
 REINVESTED = 0.02  # of the time that drafts have saved, for the same purpose
 PATIENCE = 16, 128  # rounds before something is tried again, doubled each time that it was in vain
+HOPELESS = 512  # the same for what would lose by all that is known, since costs may have changed
+HOPE = 0.9  # of the best choice's time: what would need more with free verification is not tried
+LOOK = 4  # rounds between two looks at what a member would have proposed: a draw of 0.4 % of a round each
+FREE = 32  # tokens: where nothing is known, a forward of n takes as long as FREE + n
 MARGIN = 0.98  # a new choice must need at most so much of the old one's time
 HALF_LIFE = 32.0  # rounds, and rows with a draft, in which evidence on acceptance loses half of its weight
 QUICK = 4.0  # the same where a sudden change is looked for
@@ -75,20 +80,25 @@ class Costs:
         self.points = [(2 ** (size / 6), found[size]) for size in sizes]
 
     def at(self, tokens: float, known: tuple[float, float] | None = None) -> float:
-        """Interpolated, or extended along the last two. `known`: a point below all measured ones, if there is none."""
+        """Interpolated, or extended along the last two, or as `FREE` says.
+
+        `known`: a point below all measured ones, if there is none.
+        """
         points = self.points
         if known is not None and (not points or known[0] < 0.9 * points[0][0]):
             points = [known, *points]
         i = bisect_left(points, (tokens, 0.0))
-        if i == 0 or len(points) == 1:
+        if i == 0:
             return points[0][1]
+        if len(points) == 1:
+            return points[0][1] * (FREE + tokens) / (FREE + points[0][0])
         (x0, y0), (x1, y1) = points[min(i, len(points) - 1) - 1 :][:2]
         slope = (y1 - y0) / (x1 - x0)
         return y1 + max(slope, 0.0) * (tokens - x1) if i == len(points) else y0 + slope * (tokens - x0)
 
-    def near(self, tokens: float, factor: float) -> bool:
-        """Whether a size within this factor was measured."""
-        return any(tokens <= factor * x and x <= factor * tokens for x, _ in self.points)
+    def near(self, tokens: float, factor: float, times: int = 1) -> bool:
+        """Whether sizes within this factor were measured so many times."""
+        return sum(len(t) for size, t in self.times.items() if abs(log2(tokens) - size / 6) <= log2(factor)) >= times
 
 
 class Rate:
@@ -125,6 +135,7 @@ class Drafter:
         self.active = Rate()  # rows for which it proposes anything
         self.right = [Rate() for _ in range(max_k)]
         self.tries = 0  # rounds
+        self.watched = 0  # rounds of others in which it was judged
         self.patience = PATIENCE[0]
         self.drafted = [0] * max_k  # drafts at each position after right ones, and those that were right
         self.accepted = [0] * max_k
@@ -179,14 +190,21 @@ class Controller:
         if not self.drafters or self.rounds[PLAIN] < 2 or not self.plain.near(rows, 1.5):
             return PLAIN
         paces = {PLAIN: self.plain.at(rows)}
+        least = []
         for i, drafter in enumerate(self.drafters):
-            if drafter.tries < 2:
+            if drafter.tries < 2 and not drafter.watched:
                 return i, 1
-            paces |= self._paces(i, rows)
+            own, bound = self._paces(i, rows)
+            paces |= {(i, k): pace for k, pace in enumerate(own, 1)}
+            least.append(bound)
         self._settle_on(paces)
         self._pace = paces[self.choice]
-        self.trial = again if again in paces and again != self.choice else self._due(paces)
+        self.trial = again if again in paces and again != self.choice else self._due(paces, least)
         return self.trial or self.choice
+
+    def curious(self) -> bool:
+        """Whether it is time to `watch` drafters for which that takes a draw."""
+        return self.now % LOOK == 0 or self.rounds[PLAIN] < 2
 
     def observe(
         self,
@@ -233,15 +251,26 @@ class Controller:
             if lost > 0:  # else it is tried again at once
                 self.trial = None
 
-    def watch(self, drafter: int, proposed: Sequence[int], accepted: Sequence[int]) -> None:
-        """Learn from drafts that were not used, since they cost nothing: an n-gram's, in a round of another drafter.
+    def watch(
+        self, drafter: int, proposed: Sequence[int], accepted: Sequence[int], seconds: float | None = None
+    ) -> None:
+        """Learn from drafts that were not used, in a round of another drafter or of none.
+
+        An n-gram's cost nothing. A member's first one takes no more than a draw, since its logits are part of the
+        target.
 
         Args:
             drafter: whose they are.
             proposed: of each row, as many as can be judged: not more than the round settled.
             accepted: of them, those that came true.
+            seconds: what one draft of every row took, with the forward that the round needed anyway.
         """
+        if not proposed:
+            return
+        self.drafters[drafter].watched += 1
         self.drafters[drafter].observe(proposed, accepted, self.now)
+        if seconds is not None:
+            self.drafters[drafter].draft.add(len(proposed), seconds)
 
     def stats(self) -> dict[str, Any]:
         """What was measured and chosen so far, for JSON. Costs are {tokens in the forward: seconds}."""
@@ -267,27 +296,41 @@ class Controller:
             },
         }
 
-    def _paces(self, i: int, rows: int) -> dict[Choice, float]:
-        """Expected seconds per token with each K of a drafter, up to twice the size that was measured."""
+    def _paces(self, i: int, rows: int) -> tuple[list[float], float]:
+        """Expected seconds per token with 1, 2, ... drafts of drafter i, up to twice the size that was measured.
+
+        And the least that any number of drafts could take by what is known.
+        """
         drafter, plain = self.drafters[i], self.plain.at(rows)
         draft, largest = 0.0, float(rows)
         if drafter.draft.points:  # else it had nothing to say yet
             measured, draft = min(drafter.draft.points, key=lambda point: abs(log2(point[0] / rows)))
             draft *= plain / self.plain.at(measured)
+        if drafter.verify.points:
             largest = max(largest, drafter.verify.points[-1][0])
         known = (float(rows), max(plain - draft, plain / 4))  # a member does not verify its own drafts
         active = drafter.active.value(1.0)
         idle = (1 - active) ** rows  # chance that nothing is proposed to any row
-        paces: dict[Choice, float] = {}
+        paces, least = [], plain
+        sure = False
         all_right = gain = 1.0
         for k, acceptance in enumerate(drafter.acceptance(self.max_k), 1):
-            if rows * (k + 1) > 2.1 * largest:
-                break
+            tokens = rows * (k + 1)
             all_right *= acceptance
             gain += active * all_right
             drafting = draft * (k + 1 - (1 - all_right) ** rows)
-            paces[i, k] = (idle * plain + (1 - idle) * (drafting + drafter.verify.at(rows * (k + 1), known))) / gain
-        return paces
+            verify = min(drafter.verify.at(tokens, known), (k + 1) * known[1])  # more was held up
+            if not drafter.verify.near(tokens, 1.5) and self.plain.near(tokens, 1.2):  # as so many rows
+                verify = max(self.plain.at(tokens) * (1 - draft / plain), known[1])
+            sure = sure or drafter.verify.near(tokens, 1.3, 2)  # and what is longer does not get cheaper by the token
+            expected, bound = (
+                (idle * plain + (1 - idle) * (drafting + each)) / gain
+                for each in (verify, verify if sure else known[1])
+            )
+            least = min(least, bound)
+            if tokens <= 2.1 * largest:
+                paces.append(expected)
+        return paces, least
 
     def _settle_on(self, paces: dict[Choice, float]) -> None:
         best = min(paces, key=paces.__getitem__)
@@ -295,7 +338,7 @@ class Controller:
         if old is None or best == PLAIN or paces[best] < MARGIN * old:
             self.choice = best
 
-    def _due(self, paces: dict[Choice, float]) -> Choice | None:
+    def _due(self, paces: dict[Choice, float], least: Sequence[float]) -> Choice | None:
         """What to try instead of the best choice, if there is time for it."""
         drafter, k = self.choice
         near = (PLAIN, (drafter, k - 1), (drafter, k + 1))
@@ -305,7 +348,9 @@ class Controller:
                 own = [choice for choice in paces if choice[0] == i]
                 bound = 1.2 * min(paces[choice] for choice in own)
                 longest = max(choice for choice in own if paces[choice] <= bound)  # tells most
-                due[longest] = max(last for (j, _), last in self.tried.items() if j == i) + each.patience
+                hopeless = each.watched and least[i] > HOPE * self._pace
+                last = max((when for (j, _), when in self.tried.items() if j == i), default=-each.patience)
+                due[longest] = last + (HOPELESS if hopeless else each.patience)
         for choice, when in sorted(due.items(), key=lambda item: item[1]):
             if self.now >= when and paces[choice] - self._pace <= self.budget:
                 return choice

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backbone import padded
 from .ngram import NgramIndex
+from .requests import Row
 from .slots import Seat
 
 if TYPE_CHECKING:
@@ -71,10 +72,23 @@ class BackboneDrafter:
         for step in range(max(most)):
             fed = engine.feed(self.group, seats, tokens[-1] if tokens else None, first=step)
             steps.append(engine.collect(self.group, fed))
-            tokens.append(engine.sampler.propose(rows, steps[-1], members, step))
+            tokens.append(engine.sampler.propose(rows, steps[-1], members, engine.sampler.positions(rows, step, 1)))
         block = torch.cat(tokens, dim=1)
         read = engine.device.read([block], engine.main)
         return Drafts(block, most, lambda: read()[0], [torch.cat(lane, dim=1) for lane in zip(*steps)], self.group)
+
+    def look(
+        self, rows: Sequence[Row], logits: Sequence[Tensor], positions: Tensor
+    ) -> Callable[[], tuple[list[list[int]], float]]:
+        """What it would propose at positions [R, 1], given every member's logits [R, q, V] there, and seconds of that,
+        with those of its latest forward. Call the result when the targets were read."""
+        engine = self.engine
+        members = engine.groups[self.group]
+        start = engine.device.mark(engine.main)
+        tokens = engine.sampler.propose(rows, [logits[i][:, :1] for i in members], members, positions)
+        spent = [engine.spent[self.group], (start, engine.device.mark(engine.main))]
+        read = engine.device.read([tokens], engine.main)
+        return lambda: (read()[0].tolist(), sum(engine.device.elapsed(*marks) for marks in spent))
 
 
 class NgramDrafter:

@@ -9,8 +9,9 @@ drafter and target draw a position with the same noise (docs/design.md).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class Engine:
         labels = ["base", *(f"arm[{i}]" for i in arms), "draft_model"]
         self.labels = ["+".join(labels[i] for i in group) + ".forward" for group in self.groups]
         self.flight = Flight(self, rows)
+        self.spent: dict[int, tuple[Any, Any]] = {}  # marks around each backbone's latest forward
         self.drafters: list[BackboneDrafter | NgramDrafter] = [NgramDrafter(self)]
         if len(self.groups) > 1:
             own = [BackboneDrafter(self, g, [running[i].name for i in group]) for g, group in enumerate(self.groups)]
@@ -148,6 +150,28 @@ class Engine:
         for i, guess in guesses.items():
             self.plan.watch(i, guess, [seat.row.tokens[length:] for seat, length in zip(seats, lengths)])
 
+    def look(
+        self, rows: Sequence[Row], logits: Sequence[Tensor], drafter: int | None = None, positions: Tensor | None = None
+    ) -> Callable[[Sequence[Sequence[int]]], None]:
+        """Let members whose turn to draft it is not propose the next token from logits at hand.
+
+        positions: [R, 1] of it in the response, where the host does not know them. Call the result with the tokens that
+        were settled then.
+        """
+        looks = []
+        for i in self.plan.curious():
+            each = self.drafters[i]
+            if i != drafter and isinstance(each, BackboneDrafter) and each.group != self.draft_model:
+                positions = self.sampler.positions(rows, 0, 1) if positions is None else positions
+                looks.append((i, each.look(rows, logits, positions)))
+
+        def judge(settled: Sequence[Sequence[int]]) -> None:
+            for i, found in looks:
+                guesses, seconds = found()
+                self.plan.watch(i, guesses, settled, seconds if drafter is None else None)  # else of several tokens
+
+        return judge
+
     def advanced(self, seats: Sequence[Seat]) -> None:
         """Count a round, and free the slots of rows that ended in it."""
         now = time.perf_counter()
@@ -173,8 +197,11 @@ class Engine:
         drafted = self.device.mark(self.main)
         logits = self.verify(seats, drafts)
         known = [each[:, : drafts.most] for each in logits] if drafts.logits else logits
+        lengths = [len(row.tokens) for row in rows]
+        judge = self.look(rows, known, drafter)
         accepted = self.settle(rows, known, drafts)
         verified = self.device.mark(self.main)
+        judge([row.tokens[length:] for row, length in zip(rows, lengths)])
         if drafts.logits:
             self.settle_bonus(seats, logits, drafts, accepted)
         for seat, count, right in zip(seats, drafts.counts, accepted):
@@ -260,7 +287,11 @@ class Engine:
         """Launch backbone g on tokens and positions [L, R, q] of the main stream. `collect` the logits before use."""
         backbone = self.backbones[g]
         inputs = self.device.hand_over((tokens, positions), self.main, backbone.stream)
-        return self.device.launch(backbone.stream, self.labels[g], backbone.forward, *inputs, slots, limit)
+        start = self.device.mark(backbone.stream) if self.plan.adaptive else None
+        logits = self.device.launch(backbone.stream, self.labels[g], backbone.forward, *inputs, slots, limit)
+        if start is not None:
+            self.spent[g] = start, self.device.mark(backbone.stream)
+        return logits
 
     def collect(self, g: int, logits: Sequence[Tensor]) -> list[Tensor]:
         """Logits of backbone g for use on the main stream."""

@@ -37,6 +37,7 @@ class Round(NamedTuple):
 
     seats: list[Seat]
     read: Callable[[], GuidedSample]
+    judge: Callable[[Sequence[Sequence[int]]], None]  # drafters, by what was settled
 
 
 class Flight:
@@ -84,7 +85,8 @@ class Flight:
             result = engine.sampler.sample([seat.row for seat in seats], logits, lengths[:, None])
         with span("settle"):
             self.advance(index, result.tokens)
-        return Round(seats, engine.sampler.read(result))
+        judge = engine.look([seat.row for seat in seats], logits, positions=lengths[:, None])
+        return Round(seats, engine.sampler.read(result), judge)
 
     def inputs(self, index: Tensor) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """Lengths [R], and each backbone's tokens and positions [L, R, 1]."""
@@ -148,7 +150,9 @@ class Flight:
         result = launched.read()
         alive = [not seat.row.ended for seat in launched.seats]
         rows = [seat.row for seat in launched.seats]
-        for row, draws in zip(rows, self.engine.sampler.lines(rows, result, [()] * len(rows))):
+        lines = self.engine.sampler.lines(rows, result, [()] * len(rows))
+        for row, draws in zip(rows, lines):
             for draw in draws:
                 row.settle(draw)
+        launched.judge([[draw.token for draw in draws] for draws in lines])
         return [seat for seat, was in zip(launched.seats, alive) if was]

@@ -75,7 +75,7 @@ class Sampler:
         plain = [i for i, row in enumerate(rows) if not adjusts(row)]
         if plain:
             chosen, members = self._subset(plain, rows, logits)
-            result = self.sample(chosen, members, self._positions(chosen, 0, members[0].shape[1]))
+            result = self.sample(chosen, members, self.positions(chosen, 0, members[0].shape[1]))
             read = self.read(result)
             for i, settled in zip(plain, self.lines(chosen, read(), [drafts.tokens[i] for i in plain])):
                 draws[i] = settled
@@ -96,9 +96,11 @@ class Sampler:
             ]
         return draws
 
-    def propose(self, rows: Sequence[Row], lanes: Sequence[Tensor], members: Sequence[int], offset: int) -> Tensor:
-        """A draft for every row, int64 [R, 1], from some members' logits [R, 1, V]: at the target's position, with its
-        noise.
+    def propose(
+        self, rows: Sequence[Row], lanes: Sequence[Tensor], members: Sequence[int], positions: Tensor
+    ) -> Tensor:
+        """A draft for every row, int64 [R, 1], from some members' logits [R, 1, V], with the noise of its target, whose
+        positions [R, 1] in the response these are.
 
         Their weights are scaled to the sum of all members'. `members`: their places among those that run; others draft
         with weight 1.
@@ -117,7 +119,7 @@ class Sampler:
             weights = weights * torch.where((own > 0) & (total > 0), total / own, 1.0)[:, None]
             base = lanes[0].new_zeros(lanes[0].shape[-1]).expand(lanes[0].shape)
         arms = tuple(lanes) if weights.shape[1] else ()
-        return guided_sample(base, arms, weights, positions=self._positions(rows, offset, 1), **parameters).tokens
+        return guided_sample(base, arms, weights, positions=positions, **parameters).tokens
 
     def sample(self, rows: Sequence[Row], logits: Sequence[Tensor], positions: Tensor) -> GuidedSample:
         """Targets [R, q] from each member's logits [R, q, V]; without ARMs the base has combined scores already."""
@@ -167,7 +169,7 @@ class Sampler:
     def _upload(self, tensor: Tensor) -> Tensor:
         return self.device.upload(tensor, self.stream)
 
-    def _positions(self, rows: Sequence[Row], offset: int, width: int) -> Tensor:
+    def positions(self, rows: Sequence[Row], offset: int, width: int) -> Tensor:
         """In the response, int64 [R, width]."""
         return self._upload(torch.tensor([[len(row.tokens) + offset] for row in rows]) + torch.arange(width))
 
@@ -193,7 +195,7 @@ class Sampler:
                     scores[i] = adjust(row, [*row.tokens, *drafted[i]], scores[i])
                 except Exception as error:  # a caller's processor: this request fails, the others go on
                     row.error = error
-        result = self.sample(rows, [scores[:, None]], self._positions(rows, offset, 1))
+        result = self.sample(rows, [scores[:, None]], self.positions(rows, offset, 1))
         failed = status[:, None]
         result = result._replace(status=torch.where(failed != 0, failed, result.status & ALL_MASKED))
         if result.logprobs is not None:

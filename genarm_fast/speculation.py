@@ -103,12 +103,25 @@ class Plan:
         """Drafters between which the controller chooses."""
         return self.fitting if self.k is None else []
 
-    def watch(self, drafter: int, guesses: Sequence[Sequence[int]], settled: Sequence[Sequence[int]]) -> None:
+    def curious(self) -> list[int]:
+        """Drafters that a draw would tell something about now."""
+        if self.k is not None:
+            return []
+        with self.lock:
+            return self.fitting if self.controller.curious() else []
+
+    def watch(
+        self,
+        drafter: int,
+        guesses: Sequence[Sequence[int]],
+        settled: Sequence[Sequence[int]],
+        seconds: float | None = None,
+    ) -> None:
         """Let the controller know what a drafter whose turn it was not guessed of the tokens that were settled."""
-        pairs = [list(zip(guess, tokens)) for guess, tokens in zip(guesses, settled)]
+        pairs = [list(zip(guess, tokens)) for guess, tokens in zip(guesses, settled) if tokens]
         right = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs]
         with self.lock:
-            self.controller.watch(self.fitting.index(drafter), [len(pair) for pair in pairs], right)
+            self.controller.watch(self.fitting.index(drafter), [len(pair) for pair in pairs], right, seconds)
 
     def observe(self, drafter: int | None, *seen: Any) -> None:
         """As `Controller.observe`."""

@@ -8,12 +8,14 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
+from doubles import Lagging, engines_on
 from test_engine import assert_equals_reference, random_params, random_prompts
 from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams, reference, sampling
 from genarm_fast.backbone import Backbone
 from genarm_fast.controller import Controller
+from genarm_fast.device import Device
 from genarm_fast.drafting import BackboneDrafter
 from genarm_fast.engine import Engine
 from genarm_fast.kernels import guided_sample
@@ -184,7 +186,7 @@ def other_noise(monkeypatch):
     monkeypatch.setattr(
         sampling.Sampler,
         "propose",
-        lambda self, rows, lanes, members, offset: propose(self, rows, lanes, members, offset + 99),
+        lambda self, rows, lanes, members, positions: propose(self, rows, lanes, members, positions + 99),
     )
 
 
@@ -222,6 +224,27 @@ def test_a_cancelled_stream_leaves_nothing_behind(tiny_model, tokenizer, drafter
             next(stream)
     assert stream.output.finish_reason == "cancelled"
     assert tokens_of(model.generate([[5, 6, 7], [8, 9]], seed=2, **params)) == expected
+
+
+@pytest.mark.parametrize("device", [Device, Lagging])
+def test_members_are_judged_in_plain_rounds(tiny_model, tokenizer, monkeypatch, device):
+    """By every token of every row, a round late or not; an ARM like the base would have been right about all."""
+    monkeypatch.setattr(Controller, "choose", lambda *_: (None, 0))
+    monkeypatch.setattr(Controller, "curious", lambda _: True)
+    params = {"temperature": 6.0, "max_new_tokens": 30, "ignore_eos": True, "seed": 1}
+
+    def judged():
+        model = GenARM.from_pretrained(tiny_model(), build_model("llama", 0), tokenizer=tokenizer, max_batch_size=2)
+        with engines_on(device()):
+            model.generate([[5, 6, 7], [8, 9], [4]], speculation="auto", **params)
+        return model.controllers.stats()[0]["drafters"]
+
+    for found in (judged()[name] for name in ("base", "arm")):
+        assert found["drafted"] == found["accepted"] == [90, *[0] * 7]
+        assert [*found["draft_seconds"]] == ["1", "2"]
+        assert not found["verify_seconds"]
+    other_noise(monkeypatch)
+    assert judged()["arm"]["accepted"][0] < 20
 
 
 def test_ngrams_are_judged_in_rounds_of_others(tiny_model, tokenizer, monkeypatch):
