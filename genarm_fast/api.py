@@ -19,6 +19,7 @@ from .params import SamplingParams, check_weights
 from .progress import progress_bar
 from .prompts import Prompt, as_prompts, check_context, encode_prompt, encode_response
 from .requests import Request, Row
+from .rooms import Rooms
 from .score import response_logprobs
 from .speculation import Controllers, Speculation, as_speculation
 from .stream import Stream
@@ -54,6 +55,7 @@ class GenARM:
         self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
         self.controllers = Controllers()
+        self.rooms = Rooms([*self.members, *([] if draft_model is None else [draft_model])])
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
             raise ValueError(
@@ -220,6 +222,10 @@ class GenARM:
             for i in range(len(parsed))
         ]
 
+    def release(self) -> None:
+        """Free the caches and graphs that calls leave for the next one, which take at most as much as the weights."""
+        self.rooms.clear()
+
     def prepare(
         self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **overrides: Any
     ) -> list[Request]:
@@ -274,6 +280,7 @@ class GenARM:
             steered=steered,
             speculation=plan,
             controllers=self.controllers,
+            rooms=self.rooms,
             draft_model=self.draft_model,
             cache_bytes=self.cache_bytes,
         )

@@ -44,6 +44,11 @@ class Backbone:
             if entry is not None:
                 layer.allocate(entry)
 
+    @property
+    def bytes(self) -> int:
+        """Of its caches."""
+        return sum(states.nbytes for states in self._states())
+
     def rows(self, slots: Sequence[int]) -> Tensor:
         """Rows of the cache for these slots, lane after lane, int64 [L·R]."""
         key = tuple(slots)

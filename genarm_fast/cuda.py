@@ -15,6 +15,7 @@ from .device import Device, Stream, T, span
 
 WARM_UP = 2  # calls of a shape before it is captured: libraries make their plans, caches are allocated
 SHORTEST = 128  # limits are powers of two from here on
+MOST_GRAPHS = 64  # kept from one run to the next: each has its outputs
 
 
 class Cuda(Device):
@@ -34,9 +35,13 @@ class Cuda(Device):
         if device.type != "cuda":
             return device
         stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))  # which may still be loading weights
         self.streams.append(stream)
+        follow(stream)
         return stream
+
+    def begin(self) -> None:
+        for stream in self.streams:
+            follow(stream)
 
     def launch(self, stream: Stream, name: str, function: Callable[..., T], *args: Any) -> T:
         with span(name), on(stream):
@@ -87,7 +92,8 @@ class Cuda(Device):
                 warnings.warn(f"a forward runs without a CUDA graph, since it can't be captured: {error}", stacklevel=2)
                 self.eager.add(stream)
                 return function(*inputs)
-        return self.graphs[key](*inputs)
+        self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
+        return graph(*inputs)
 
     def shape(self, rows: int, slots: int, limit: int, capacity: int) -> tuple[int, int]:
         return min(power_of_two(rows), slots), min(power_of_two(max(limit, SHORTEST)), capacity)
@@ -104,6 +110,8 @@ class Cuda(Device):
     def finish(self) -> None:
         for stream in self.streams:
             stream.synchronize()
+        for key in list(self.graphs)[:-MOST_GRAPHS]:
+            del self.graphs[key]
 
 
 class Graph:
@@ -126,6 +134,11 @@ class Graph:
 def on(stream: Stream) -> AbstractContextManager[Any]:
     """Make it the current one."""
     return nullcontext() if isinstance(stream, torch.device) else torch.cuda.stream(stream)
+
+
+def follow(stream: torch.cuda.Stream) -> None:
+    """Wait for the current one, which may still be loading weights, or changing them."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 
 def power_of_two(number: int) -> int:

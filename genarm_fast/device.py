@@ -71,8 +71,11 @@ class Device:
         """Seconds between two marks; waits for the second."""
         return end - start
 
+    def begin(self) -> None:
+        """Let all streams wait for what others gave to their devices: a run begins on streams of another one."""
+
     def finish(self) -> None:
-        """Wait for all streams."""
+        """Wait for all streams: a run ends."""
 
 
 def out_of_memory(error: Exception) -> bool:

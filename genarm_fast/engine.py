@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .backbone import in_one_forward, padded
 from .budget import make_room
-from .device import Device, device_for, span
+from .device import span
 from .drafting import BackboneDrafter, Drafts, NgramDrafter, no_drafts
 from .flight import Flight
 from .members import Member
 from .requests import Row
+from .rooms import Rooms
 from .sampling import Sampler, adjusts
 from .slots import Seat, Slots
 from .speculation import Controllers, Plan, Speculation
@@ -44,12 +45,10 @@ class Engine:
         steered: bool = False,
         speculation: Speculation,
         controllers: Controllers,
+        rooms: Rooms,
         draft_model: Member | None = None,
-        device: Device | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        self.device = device or device_for([member.device for member in members])
-        self.main = self.device.stream(members[0].device)  # samples and settles; each backbone has its own
         self.steered = steered
         arms = [
             i
@@ -58,7 +57,6 @@ class Engine:
         ]
         indices = [0, *(i + 1 for i in arms)]
         running = [members[i] for i in indices]
-        self.sampler = Sampler(running, arms, vocab_size, self.device, self.main)
         self.groups = in_one_forward(running)  # of positions in `indices`
         self.draft_model = None if draft_model is None else len(self.groups)
         if draft_model is not None:  # sees the base's prompt
@@ -69,10 +67,13 @@ class Engine:
             length + row.request.params.max_new_tokens + speculation.most for length, row in zip(prompts, rows)
         ]
         together = [[running[i] for i in group] for group in self.groups]
-        self.backbones = make_room(together, rows, needs, slots, cache_bytes, self.device)
+        self.rooms, self.room = rooms, make_room(together, rows, needs, slots, cache_bytes, rooms)
+        self.device, self.backbones = self.room.device, self.room.backbones
+        self.main = self.room.main  # samples and settles; each backbone has a stream of its own
+        self.sampler = Sampler(running[: 1 + len(arms)], arms, vocab_size, self.device, self.main)
         self.refused = [row for row in rows if row.error is not None]
         fitting = [row for row in rows if row.error is None]
-        self.slots = Slots(self.backbones[0].slots if fitting else 0, fitting, indices)
+        self.slots = Slots(self.room.slots, fitting, indices)
         labels = ["base", *(f"arm[{i}]" for i in arms), "draft_model"]
         self.labels = ["+".join(labels[i] for i in group) + ".forward" for group in self.groups]
         self.flight = Flight(self, rows)
@@ -87,6 +88,7 @@ class Engine:
     @torch.inference_mode()
     def run(self) -> Iterator[list[Row]]:
         """Decode all rows, yielding after each round those that it advanced; before the first, those without room."""
+        reusable = False
         try:
             if self.refused:
                 yield self.refused
@@ -95,8 +97,15 @@ class Engine:
                 self.prefill()
                 if self.slots.running and (rows := self.device.launch(self.main, "round", self.round)):
                     yield rows
+            reusable = True
+        except GeneratorExit:
+            reusable = True
+            raise
         finally:
             self.device.finish()  # what is still running uses tensors that are about to be freed
+            if reusable:
+                self.rooms.leave(self.room)
+            del self.room, self.backbones  # the engine itself may stay for a while
 
     def prefill(self) -> None:
         """One chunk; then seats whose prompts are complete join the running ones."""

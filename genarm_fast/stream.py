@@ -35,7 +35,7 @@ class StreamChunk:
 class Stream:
     """Iterator over `StreamChunk`s; a request's texts joined are its output's text. Made by `GenARM.stream`.
 
-    Leaving it (`close`, or the end of a `with` block) frees the caches at once, in mid-generation too.
+    Leaving it (`close`, or the end of a `with` block) frees its caches, or leaves them to the next call, at once.
     """
 
     def __init__(self, model: GenARM, rows: Sequence[Row], rounds: Iterator[list[Row]]) -> None:
@@ -98,7 +98,7 @@ class Stream:
         return self.outputs[0]
 
     def close(self) -> None:
-        """Stop here and free the caches."""
+        """Stop here, in mid-generation too, and let go of the caches."""
         self._closed = True
         self._rounds.close()
 

@@ -11,9 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from genarm_fast import GenARM
 from genarm_fast.cuda import Cuda
 from genarm_fast.device import Device
 from genarm_fast.kernels import _native
+from genarm_fast.rooms import Rooms
 
 
 class Lagging(Device):
@@ -152,8 +154,14 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def engines_on(device: Device):
-    """Engines made inside run on it, and with operations that a dispatch mode sees: the C++ core is none."""
+    """Engines made inside run on it, and with operations that a dispatch mode sees: the C++ core is none.
+
+    What runs leave for the next one stays inside.
+    """
+    rooms: dict[int, Rooms] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genarm_fast.engine.device_for", lambda _: device)
+        patch.setattr("genarm_fast.budget.device_for", lambda _: device)
+        own = property(lambda self: rooms.setdefault(id(self), Rooms(self.members)), lambda *_: None)
+        patch.setattr(GenARM, "rooms", own, raising=False)
         patch.setattr(_native, "core", None)
         yield device

@@ -39,15 +39,23 @@ PROMPTS = [[5, 6, 7, 8], [9, 8, 7], [6] * 4, [7, 9, 5]]  # 10 tokens at most, wi
 
 
 @pytest.mark.parametrize(
-    ("cache_bytes", "slots"), [(None, 4), (3 * 20 * TOKEN, 3), (3 * 20 * TOKEN - 1, 2), (20 * TOKEN, 1)]
+    ("cache_bytes", "slots", "tokens"),
+    [
+        (None, 4, 128),  # with room to spare
+        (4 * 128 * TOKEN, 4, 128),
+        (4 * 128 * TOKEN - 1, 4, 20),
+        (3 * 20 * TOKEN, 3, 20),
+        (3 * 20 * TOKEN - 1, 2, 20),
+        (20 * TOKEN, 1, 20),
+    ],
 )
-def test_slots_shrink_to_fit(tokenizer, allocated, cache_bytes, slots):
+def test_slots_shrink_to_fit(tokenizer, allocated, cache_bytes, slots, tokens):
     """And the tokens stay the same."""
     expected = guided(tokenizer).generate(PROMPTS, **PARAMS)
     model = guided(tokenizer, cache_bytes=cache_bytes)
     allocated.clear()
     outputs = model.generate(PROMPTS, **PARAMS)
-    assert sum(allocated) == slots * 20 * TOKEN
+    assert sum(allocated) == slots * tokens * TOKEN
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
 
 
@@ -115,6 +123,7 @@ def scarce(monkeypatch, allocated):
 def test_out_of_memory_halves_the_slots(tokenizer, allocated, scarce, tokens, slots):
     model = guided(tokenizer)
     expected = model.generate(PROMPTS, **PARAMS)
+    model.release()
     scarce(tokens, RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"))
     allocated.clear()
     outputs = model.generate(PROMPTS, **PARAMS)
