@@ -2,7 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py BASE ARM ARM [--tokens 32] [--rounds 3] [--compiled] [--json]
     OMP_NUM_THREADS=1 python benchmarks/decode.py BASE ARM ARM --memory | --growth
+    OMP_NUM_THREADS=1 python benchmarks/decode.py BASE --random 1.3 --dtype bf16
 
+The last is of a random Llama of so many billion weights, with the tokenizer of BASE, and two random LoRA ARMs.
 Variants take turns in one process, after one unmeasured round of all; medians are shown, without drafts everywhere.
 The clock is the process's CPU time: with one thread that is the time on an idle machine, and other processes on a
 shared one do not count. GB/s are bytes of the base's weights per second of a decode step.
@@ -19,17 +21,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, StaticCache
 
 from genarm_fast import GenARM
 
@@ -69,14 +74,16 @@ def compiled(models: list[Any], weights: list[float], prompts: Tensor, tokens: i
 
 def variants(
     base: str, arms: list[str], dtype: torch.dtype, batch: int, tokens: int, *, compile_too: bool
-) -> dict[str, Callable[[], Any]]:
+) -> tuple[dict[str, Callable[[], Any]], int]:
+    """By name; and the bytes of the base's weights."""
     lanes = GenARM.from_pretrained(base, arms, dtype=dtype, speculation="off")
     separate = GenARM.from_pretrained(lanes.base.model, arms, tokenizer=lanes.tokenizer, speculation="off")
     for member in separate.members:
         member.shared = member.model
-    bare = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    bare = lanes.base.model  # which the engine leaves as it is: it runs modules of its own over these weights
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), arms[0])
-    two_models = [bare, adapted.merge_and_unload().eval()]
+    merged = adapted.merge_and_unload().eval().requires_grad_()  # without, PyTorch copies its head in a prefill
+    two_models = [bare, merged]
     ids = lanes.tokenizer(TEXT)["input_ids"]
     rows = [[first, *ids] for first in range(100, 100 + batch)]  # all different: the engine prefills equal prompts once
     prompts = torch.tensor(rows)
@@ -95,7 +102,7 @@ def variants(
             model.decode = torch.compile(model.forward)
     limits = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": True, "top_k": 0, "pad_token_id": 0}
     named = {"two models, compiled, static cache": lambda: compiled(two_models, [1.0, 1.0], prompts, tokens)}
-    return {
+    runs = {
         HUGGING_FACE: lambda: bare.generate(prompts, attention_mask=torch.ones_like(prompts), **limits),
         "base alone": ours(lanes),
         "1 LoRA ARM, lanes": ours(lanes, 1.0),
@@ -105,6 +112,29 @@ def variants(
         "1 ARM, naive loop over two models": lambda: naive(two_models, [1.0, 1.0], prompts, tokens),
         **(named if compile_too else {}),
     }
+    return runs, sum(parameter.nbytes for parameter in bare.parameters())
+
+
+@contextmanager
+def random_models(base: str, billions: float) -> Iterator[tuple[str, list[str]]]:
+    """Folders of a Llama of the shape of TinyLlama-1.1B, of as many layers as it takes, and two adapters of rank 8."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+    layer = 2048 * (2 * 2048 + 2 * 4 * 64 + 3 * 5632)
+    layers = round((billions * 1e9 - 2048 * len(tokenizer)) / layer)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=layers, tie_word_embeddings=True, **shape)
+    torch.manual_seed(0)
+    with TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        paths = [str(Path(folder, name)) for name in ("base", "arm", "arm2")]
+        model.save_pretrained(paths[0])
+        tokenizer.save_pretrained(paths[0])
+        adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+        for path in paths[1:]:
+            adapted.peft_config["default"].base_model_name_or_path = paths[0]
+            adapted.save_pretrained(path)
+        del model, adapted
+        yield paths[0], paths[1:]
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -158,7 +188,8 @@ def growth(base: str, arm: str, dtype: str, tokens: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base")
-    parser.add_argument("arms", nargs=2, metavar="arm", help="folder of a LoRA adapter of the base")
+    parser.add_argument("arms", nargs="*", metavar="arm", help="two folders of LoRA adapters of the base")
+    parser.add_argument("--random", type=float, metavar="BILLIONS", help="a random Llama of so many weights instead")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens per prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
@@ -169,10 +200,20 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="only the cost per token in long texts and queues")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if len(args.arms) != (0 if args.random else 2):
+        parser.error(f"{len(args.arms)} arms: expected two, or none with --random")
+    if args.random:
+        with random_models(args.base, args.random) as (args.base, args.arms):
+            run(args)
+    else:
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     if args.memory or args.growth:
         for dtype in args.dtype:
-            run = peak_memory if args.memory else growth
-            found = run(args.base, args.arms if args.memory else args.arms[0], dtype, args.tokens)
+            measured = peak_memory if args.memory else growth
+            found = measured(args.base, args.arms if args.memory else args.arms[0], dtype, args.tokens)
             first = next(iter(found.values()))
             if args.json:
                 print(json.dumps({"dtype": dtype, **found}))
@@ -181,18 +222,16 @@ def main() -> None:
                 print(dtype, {name: f"{value / unit:.4g} ({value / first:.2f})" for name, value in found.items()})
         return
 
-    results, weights = [], {}
+    results = []
     for dtype in args.dtype:
-        bare = AutoModelForCausalLM.from_pretrained(args.base, dtype=DTYPES[dtype])
-        weights[dtype] = sum(parameter.nbytes for parameter in bare.parameters())
         for batch in args.batch:
-            runs = variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens, compile_too=args.compiled)
+            runs, size = variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens, compile_too=args.compiled)
             found = measure(runs, args.rounds, time.perf_counter if args.wall else time.process_time)
             for name, seconds in found.items():
                 ratio = found[HUGGING_FACE] / seconds
                 tokens = batch * args.tokens / seconds
                 line = {"dtype": dtype, "batch": batch, "variant": name, "tokens/s": tokens, "ratio": ratio}
-                results.append(line | {"GB/s": weights[dtype] * args.tokens / seconds / 1e9})
+                results.append(line | {"GB/s": size * args.tokens / seconds / 1e9})
     about = {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
