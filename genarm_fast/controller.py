@@ -165,12 +165,13 @@ class Controller:
     Args:
         drafters: their names. One may be a member, which then is not among what verifies its drafts.
         max_k: most drafts in a round.
+        ahead: whether the next block is drafted while one is verified.
     """
 
-    def __init__(self, drafters: Sequence[str], max_k: int) -> None:
+    def __init__(self, drafters: Sequence[str], max_k: int, *, ahead: bool = False) -> None:
         if max_k < 1:
             raise ValueError(f"max_k={max_k}: expected an integer >= 1")
-        self.max_k = max_k
+        self.max_k, self.ahead = max_k, ahead
         self.drafters = [Drafter(name, max_k) for name in drafters]
         self.plain = Costs()
         self.now = 0
@@ -215,6 +216,7 @@ class Controller:
         accepted: Sequence[int],
         draft_seconds: float,
         verify_seconds: float,
+        steps: int | None = None,
     ) -> None:
         """Learn from a round.
 
@@ -225,6 +227,7 @@ class Controller:
             accepted: of them.
             draft_seconds: in the drafter, also where it runs once more because all drafts of a row were right.
             verify_seconds: in all else.
+            steps: of the drafter in `draft_seconds`; None: of all drafts, and one more where all of a row were right.
         """
         width = max(proposed, default=0)
         seconds = draft_seconds + verify_seconds
@@ -233,8 +236,9 @@ class Controller:
         if drafter is None or width == 0:
             self.plain.add(rows, seconds)
         else:
-            bonus = any(a == width for a in accepted)
-            self.drafters[drafter].draft.add(rows, draft_seconds / (width + bonus))
+            steps = width + any(a == width for a in accepted) if steps is None else steps
+            if steps:  # else all were drafted ahead
+                self.drafters[drafter].draft.add(rows, draft_seconds / steps)
             self.drafters[drafter].verify.add(rows * (1 + width), verify_seconds)
         if drafter is not None and proposed:
             self.drafters[drafter].tries += 1
@@ -314,11 +318,13 @@ class Controller:
         paces, least = [], plain
         sure = False
         all_right = gain = 1.0
-        for k, acceptance in enumerate(drafter.acceptance(self.max_k), 1):
+        rates = drafter.acceptance(self.max_k)
+        for k, acceptance in enumerate(rates, 1):
             tokens = rows * (k + 1)
             all_right *= acceptance
             gain += active * all_right
-            drafting = draft * (k + 1 - (1 - all_right) ** rows)
+            missing = k * (1 - (all_right * rates[0]) ** rows) if self.ahead else k + 1 - (1 - all_right) ** rows
+            drafting = draft * missing
             verify = min(drafter.verify.at(tokens, known), (k + 1) * known[1])  # more was held up
             if not drafter.verify.near(tokens, 1.5) and self.plain.near(tokens, 1.2):  # as so many rows
                 verify = max(self.plain.at(tokens) * (1 - draft / plain), known[1])

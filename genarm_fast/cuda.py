@@ -68,6 +68,8 @@ class Cuda(Device):
             return tensor.pin_memory().to(stream.device, non_blocking=True)
 
     def read(self, tensors: Sequence[Tensor], stream: Stream) -> Callable[[], list[Tensor]]:
+        if isinstance(stream, torch.device):
+            return super().read(tensors, stream)
         with span("readback"), on(stream):
             host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
             done = torch.cuda.Event()
@@ -99,11 +101,15 @@ class Cuda(Device):
         return min(power_of_two(rows), slots), min(power_of_two(max(limit, SHORTEST)), capacity)
 
     def mark(self, stream: Stream) -> Any:
+        if isinstance(stream, torch.device):
+            return super().mark(stream)
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
 
     def elapsed(self, start: Any, end: Any) -> float:
+        if isinstance(end, float):  # of a stream that blocks
+            return super().elapsed(start, end)
         end.synchronize()
         return start.elapsed_time(end) / 1000
 

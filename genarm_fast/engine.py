@@ -83,7 +83,8 @@ class Engine:
             own = [BackboneDrafter(self, g, [running[i].name for i in group]) for g, group in enumerate(self.groups)]
             self.drafters = [*own[1:], *self.drafters, own[0]]  # without a wish, an ARM comes before the base
         self.most = speculation.most
-        self.plan = Plan(speculation, [drafter.names for drafter in self.drafters], controllers)
+        names = [drafter.names for drafter in self.drafters]
+        self.plan = Plan(speculation, names, controllers, ahead=self.device.lag > 0)
 
     @torch.inference_mode()
     def run(self) -> Iterator[list[Row]]:
@@ -195,7 +196,11 @@ class Engine:
         self.slots.leave(ended)
 
     def host_round(self, seats: Sequence[Seat], drafter: int | None, k: int) -> None:
-        """Settle at least one token of every row on the host, which waits once: for drafts and targets together."""
+        """Settle at least one token of every row on the host.
+
+        It waits once, for drafts and targets together, and once more where a row's drafts were all right and the
+        drafter has not seen the last one yet.
+        """
         rows = [seat.row for seat in seats]
         start = self.device.mark(self.main)
         drafts = no_drafts(len(rows))
@@ -203,31 +208,39 @@ class Engine:
         if drafter is not None and max(most) > 0:
             with span("draft"):
                 drafts = self.drafters[drafter].propose(seats, most)
-        drafted = self.device.mark(self.main)
         logits = self.verify(seats, drafts)
-        known = [each[:, : drafts.most] for each in logits] if drafts.logits else logits
+        bonus = drafts.drafter is not None and not drafts.whole
+        known = [each[:, : drafts.most] for each in logits] if bonus else logits
         lengths = [len(row.tokens) for row in rows]
         judge = self.look(rows, known, drafter)
         accepted = self.settle(rows, known, drafts)
         verified = self.device.mark(self.main)
         judge([row.tokens[length:] for row, length in zip(rows, lengths)])
-        if drafts.logits:
-            self.settle_bonus(seats, logits, drafts, accepted)
+        if bonus:
+            drafts.steps += self.settle_bonus(seats, logits, drafts, accepted)
+        ended = self.device.mark(self.main)
         for seat, count, right in zip(seats, drafts.counts, accepted):
             seat.row.drafted += count
             seat.row.accepted += right
             if drafts.group is not None and drafts.group == self.draft_model:
                 seat.drafted = len(seat.row.tokens)
-        drafting = self.device.elapsed(start, drafted) + self.device.elapsed(verified, self.device.mark(self.main))
-        verifying = self.device.elapsed(drafted, verified)
-        self.plan.observe(drafter, len(rows), max(most), drafts.counts, accepted, drafting, verifying)
+        drafting = self.device.elapsed(*drafts.marks) if drafts.marks else 0.0
+        verifying = self.device.elapsed(start, verified) - drafting
+        if drafts.drafter is not None:
+            drafts.drafter.settled(drafts, accepted, drafting, verifying)
+        drafting += self.device.elapsed(verified, ended)
+        self.plan.observe(drafter, len(rows), max(most), drafts.counts, accepted, drafting, verifying, drafts.steps)
 
     def verify(self, seats: Sequence[Seat], drafts: Drafts) -> list[Tensor]:
-        """Each member's logits after the last token and after every draft; of a drafting one, before the last draft."""
-        passive = (self.draft_model, drafts.group)
-        forwards = {g: self.feed(g, seats, drafts.tensor) for g in range(len(self.groups)) if g not in passive}
-        known = {} if drafts.group in (None, self.draft_model) else dict(zip(self.groups[drafts.group], drafts.logits))
-        return self.by_member(forwards, known)
+        """Each member's logits after the last token and after every draft; of a drafting one, see `join`."""
+        forwards = {}
+        for g, backbone in enumerate(self.backbones):
+            if g not in (self.draft_model, drafts.group):
+                block = None
+                if drafts.most:
+                    (block,) = self.device.hand_over([drafts.tensor], drafts.stream, backbone.stream)
+                forwards[g] = self.feed(g, seats, block)
+        return self.by_member(forwards, drafts.drafter.join(drafts) if drafts.drafter is not None else {})
 
     def settle(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Drafts) -> list[int]:
         """Give rows their targets; how many drafts of each were right."""
@@ -244,8 +257,11 @@ class Engine:
 
     def settle_bonus(
         self, seats: Sequence[Seat], logits: Sequence[Tensor], drafts: Drafts, accepted: Sequence[int]
-    ) -> None:
-        """One more token for rows whose every draft was right: only the drafter has not seen the last one yet."""
+    ) -> bool:
+        """One more token for rows whose every draft was right: only the drafter has not seen the last one yet.
+
+        Whether there are any.
+        """
         most, group = drafts.most, drafts.group
         assert group is not None
         index = [i for i, seat in enumerate(seats) if accepted[i] == most and not seat.row.ended]
@@ -255,21 +271,24 @@ class Engine:
             where = self.upload(torch.tensor(index))
             last = [own[i] if i in own else each[where, most:] for i, each in enumerate(logits)]
             self.settle([seat.row for seat in again], last, no_drafts(len(again)))
+        return bool(index)
 
     def feed(self, g: int, seats: Sequence[Seat], drafts: Tensor | None = None, first: int = 0) -> Sequence[Tensor]:
-        """Launch backbone g on each seat's last token and its drafts [R, n]; if first > 0, on drafts from there on."""
-        group = self.groups[g]
+        """Launch backbone g on each seat's last token and its drafts [R, n]; if first > 0, on drafts from there on.
+
+        They are on its stream, as the logits that it returns are. `collect` these before use on the main one.
+        """
+        group, backbone = self.groups[g], self.backbones[g]
         pieces = []
         if first == 0:
             last = [[[self.last_token(seat, i)] for seat in seats] for i in group]
-            pieces.append(self.upload(torch.tensor(last)))
-        if drafts is not None and drafts.shape[1]:
+            pieces.append(self.device.upload(torch.tensor(last), backbone.stream))
+        if drafts is not None:
             pieces.append(drafts.expand(len(group), -1, -1))
-        tokens = torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+        width = sum(piece.shape[-1] for piece in pieces)
         starts = [[len(seat.prompts[i]) + len(seat.row.tokens) + first for seat in seats] for i in group]
-        positions = torch.tensor(starts)[..., None] + torch.arange(tokens.shape[-1])
-        limit = max(map(max, starts)) + tokens.shape[-1]
-        return self.forward(g, tokens, self.upload(positions), [seat.slot for seat in seats], limit)
+        positions = self.device.upload(torch.tensor(starts)[..., None] + torch.arange(width), backbone.stream)
+        return self.launch(g, pieces, positions, [seat.slot for seat in seats], max(map(max, starts)) + width)
 
     def catch_up(self, seats: Sequence[Seat]) -> None:
         """Show the draft model what was settled in rounds in which it had no part, but for the last token."""
@@ -294,10 +313,20 @@ class Engine:
 
     def forward(self, g: int, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> Sequence[Tensor]:
         """Launch backbone g on tokens and positions [L, R, q] of the main stream. `collect` the logits before use."""
+        tokens, positions = self.device.hand_over((tokens, positions), self.main, self.backbones[g].stream)
+        return self.launch(g, [tokens], positions, slots, limit)
+
+    def launch(
+        self, g: int, tokens: Sequence[Tensor], positions: Tensor, slots: Sequence[int], limit: int
+    ) -> Sequence[Tensor]:
+        """The same on tensors of its own stream, the tokens in pieces."""
         backbone = self.backbones[g]
-        inputs = self.device.hand_over((tokens, positions), self.main, backbone.stream)
+
+        def forward() -> Sequence[Tensor]:
+            return backbone.forward(torch.cat([*tokens], dim=-1), positions, slots, limit)
+
         start = self.device.mark(backbone.stream) if self.plan.adaptive else None
-        logits = self.device.launch(backbone.stream, self.labels[g], backbone.forward, *inputs, slots, limit)
+        logits = self.device.launch(backbone.stream, self.labels[g], forward)
         if start is not None:
             self.spent[g] = start, self.device.mark(backbone.stream)
         return logits

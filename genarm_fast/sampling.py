@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,13 +57,16 @@ class Sampler:
         self.device, self.stream = device, stream
         self._tensors: dict[Any, RowTensors] = {}
 
-    def tensors(self, rows: Sequence[Row]) -> RowTensors:
-        """Made anew only when the rows or their weights change."""
-        key = tuple((id(row), row.weights) for row in rows)
+    def tensors(self, rows: Sequence[Row], stream: Stream | None = None) -> RowTensors:
+        """For use on `stream`, else on its own. Made anew only when the rows or their weights change."""
+        stream = self.stream if stream is None else stream
+        key = stream, *((id(row), row.weights) for row in rows)
         if key not in self._tensors:
             if len(self._tensors) >= 8:
                 self._tensors.clear()
-            self._tensors[key] = RowTensors.of(rows, self.arms, self.vocab_size, self._upload)
+            self._tensors[key] = RowTensors.of(
+                rows, self.arms, self.vocab_size, partial(self.device.upload, stream=stream)
+            )
         return self._tensors[key]
 
     def draw(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Drafts) -> list[list[Draw]]:
@@ -97,15 +101,15 @@ class Sampler:
         return draws
 
     def propose(
-        self, rows: Sequence[Row], lanes: Sequence[Tensor], members: Sequence[int], positions: Tensor
+        self, rows: Sequence[Row], lanes: Sequence[Tensor], members: Sequence[int], positions: Tensor, stream: Stream
     ) -> Tensor:
         """A draft for every row, int64 [R, 1], from some members' logits [R, 1, V], with the noise of its target, whose
-        positions [R, 1] in the response these are.
+        positions [R, 1] in the response these are. Everything is on `stream`.
 
         Their weights are scaled to the sum of all members'. `members`: their places among those that run; others draft
         with weight 1.
         """
-        tensors = self.tensors(rows)
+        tensors = self.tensors(rows, stream)
         weights = torch.cat([torch.ones_like(tensors.weights[:, :1]), tensors.weights], dim=1)
         total = weights.sum(1)
         parameters = dict(tensors.parameters)

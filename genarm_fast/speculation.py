@@ -65,11 +65,12 @@ class Controllers:
 
     def __init__(self) -> None:
         self.lock = Lock()
-        self.known: dict[tuple[tuple[str, ...], int], Controller] = {}
+        self.known: dict[tuple[tuple[str, ...], int, bool], Controller] = {}
 
-    def of(self, drafters: Sequence[str], max_k: int) -> Controller:
+    def of(self, drafters: Sequence[str], max_k: int, ahead: bool) -> Controller:
+        key = tuple(drafters), max_k, ahead
         with self.lock:
-            return self.known.setdefault((tuple(drafters), max_k), Controller(drafters, max_k))
+            return self.known.setdefault(key, Controller(drafters, max_k, ahead=ahead))
 
     def stats(self) -> list[dict[str, Any]]:
         with self.lock:
@@ -79,16 +80,19 @@ class Controllers:
 class Plan:
     """Who drafts how much in each round: what was asked for or, without a k, what the controller chooses.
 
-    names: of each drafter there is. Without the one that was asked for, nobody drafts.
+    names: of each drafter there is. Without the one that was asked for, nobody drafts. ahead: whether members draft the
+    next block while one is verified.
     """
 
-    def __init__(self, speculation: Speculation, names: Sequence[Sequence[str]], controllers: Controllers) -> None:
+    def __init__(
+        self, speculation: Speculation, names: Sequence[Sequence[str]], controllers: Controllers, ahead: bool
+    ) -> None:
         name = speculation.drafter
         self.fitting = [i for i, own in enumerate(names) if name is None or name in own]
         self.k = speculation.k if self.fitting else 0
         self.lock = controllers.lock
         if self.k is None:
-            self.controller = controllers.of(["+".join(names[i]) for i in self.fitting], speculation.max_k)
+            self.controller = controllers.of(["+".join(names[i]) for i in self.fitting], speculation.max_k, ahead)
 
     def choose(self, rows: int) -> tuple[int | None, int]:
         """Index of a drafter, and how many drafts; (None, 0) for none."""

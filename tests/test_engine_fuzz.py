@@ -107,10 +107,10 @@ def test_equals_the_reference(models):
 
 def test_a_fault_would_be_seen(models, monkeypatch):
     """Negative control: noise that depends on the neighbours."""
-    positions = sampling.Sampler._positions
+    positions = sampling.Sampler.positions
     monkeypatch.setattr(
         sampling.Sampler,
-        "_positions",
+        "positions",
         lambda self, rows, offset, width: positions(self, rows, offset + (len(rows) > 1), width),
     )
     with pytest.raises(AssertionError):

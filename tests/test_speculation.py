@@ -170,14 +170,12 @@ def filters_on_drafts_only(monkeypatch):
 
 
 def stale_logits(monkeypatch):
-    propose = BackboneDrafter.propose
+    join = BackboneDrafter.join
 
-    def stale(self, seats, most):
-        drafts = propose(self, seats, most)
-        drafts.logits = [lane.roll(1, dims=1) for lane in drafts.logits]
-        return drafts
+    def stale(self, drafts):
+        return {member: each.roll(1, dims=1) for member, each in join(self, drafts).items()}
 
-    monkeypatch.setattr(BackboneDrafter, "propose", stale)
+    monkeypatch.setattr(BackboneDrafter, "join", stale)
 
 
 def other_noise(monkeypatch):
@@ -186,7 +184,7 @@ def other_noise(monkeypatch):
     monkeypatch.setattr(
         sampling.Sampler,
         "propose",
-        lambda self, rows, lanes, members, positions: propose(self, rows, lanes, members, positions + 99),
+        lambda self, rows, lanes, members, positions, *rest: propose(self, rows, lanes, members, positions + 99, *rest),
     )
 
 

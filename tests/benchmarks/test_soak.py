@@ -33,10 +33,10 @@ def test_tokens_are_right(soak):
 
 def test_wrong_ones_are_counted(soak, monkeypatch):
     """Negative control: noise that depends on the neighbours."""
-    positions = sampling.Sampler._positions
+    positions = sampling.Sampler.positions
     monkeypatch.setattr(
         sampling.Sampler,
-        "_positions",
+        "positions",
         lambda self, rows, offset, width: positions(self, rows, offset + (len(rows) > 1), width),
     )
     monkeypatch.setattr(soak, "COMPARED", 10)
