@@ -2,10 +2,12 @@
 
     scores     grid (tiles, rows)   one read of every logit → (max, sum) per tile; for log-probs, of each member
     threshold  grid (rows)          only with filters: the lowest score kept, by bisection over float32's own ordering
+    kept       grid (tiles, rows)   only with filters: each tile's sum over the scores kept
     draw       grid (rows)          the tile, the token, and their log-probabilities
 
 One warp takes one tile, so that its reductions stay in registers and a single row still fills a GPU. The second launch
-stands where a last-program-done counter would: it needs no atomics, no zeroed memory and no fences.
+stands where a last-program-done counter would: it needs no atomics, no zeroed memory and no fences
+(docs/kernels.md, "Why two launches").
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from .philox import TILE_LEVEL, TOKEN_LEVEL, seed_tensor
 
 TILE = tl.constexpr(1024)  # part of the random-number contract
 SCAN = tl.constexpr(4096)  # scores read at a time by `threshold`
+GROUPS = tl.constexpr(32)  # of a tile, whose maxima bound the k-th score from below
 COLDEST = tl.constexpr(1e-30)
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -89,6 +92,7 @@ def scores_kernel(
     p_stats,  # [2 + 2 · members, rows, tiles]: peaks, sums, then those of each member
     p_flags,  # [rows, tiles]: the row's status as this tile sees it
     p_scores,  # [rows, tiles · TILE]
+    p_peaks,  # [rows, tiles · GROUPS]
     block,
     vocab,
     BIAS: tl.constexpr,
@@ -128,6 +132,8 @@ def scores_kernel(
     tl.store(p_flags + row * tiles + i_tile, flags)
     if KEEP_SCORES:
         tl.store(p_scores + row * tiles * TILE + offset, b_scores)
+        b_peaks = tl.max(tl.reshape(b_scores, [GROUPS, TILE // GROUPS]), axis=1)
+        tl.store(p_peaks + (row * tiles + i_tile) * GROUPS + tl.arange(0, GROUPS), b_peaks)
 
 
 @triton.jit
@@ -143,56 +149,92 @@ def to_key(value):
 
 
 @triton.jit
-def above(p_scores, width, lowest, pivot, peak, scale, MASS: tl.constexpr):
-    """Mass (or number) of the scores that are at least `pivot` and at least `lowest`."""
+def above(p_scores, n, pivot, peak, scale, MASS: tl.constexpr):
+    """Mass (or number) of n scores that are at least `pivot`."""
     b_total = tl.zeros([SCAN], tl.float32)
-    for start in range(0, width, SCAN):
+    for start in range(0, n, SCAN):
         offset = start + tl.arange(0, SCAN)
-        b_scores = tl.load(p_scores + offset, mask=offset < width, other=-INF)
+        b_scores = tl.load(p_scores + offset, mask=offset < n, other=-INF)
         b_weight = tl.exp2((b_scores - peak) * scale) if MASS else tl.full([SCAN], 1.0, tl.float32)
-        b_total += tl.where((b_scores >= tl.maximum(pivot, lowest)) & (b_scores > -INF), b_weight, 0.0)
+        b_total += tl.where((b_scores >= pivot) & (b_scores > -INF), b_weight, 0.0)
     return tl.sum(b_total, axis=0)
 
 
 @triton.jit
-def search(p_scores, width, lowest, target, peak, scale, MASS: tl.constexpr):
-    """The largest float32 with at least `target` of mass (or number) at or above it; -inf where all is too little."""
-    low, high = to_key(tl.full([], -INF, tl.float32)).to(tl.int64), to_key(peak).to(tl.int64)
+def search(p_scores, n, lowest, target, peak, scale, MASS: tl.constexpr):
+    """The largest float32 with at least `target` of mass (or number) at or above it; `lowest` if all is too little."""
+    low, high = to_key(lowest).to(tl.int64), to_key(peak).to(tl.int64)
     while low < high:
         middle = low + (high - low + 1) // 2
-        enough = above(p_scores, width, lowest, from_key(middle.to(tl.int32)), peak, scale, MASS) >= target
+        enough = above(p_scores, n, from_key(middle.to(tl.int32)), peak, scale, MASS) >= target
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     return from_key(low.to(tl.int32))
 
 
 @triton.jit
+def gather(p_scores, n, bound, p_found):
+    """Copies the scores above `bound`, in their order; returns their number."""
+    found = tl.zeros([], tl.int32)
+    for start in range(0, n, SCAN):
+        offset = start + tl.arange(0, SCAN)
+        b_scores = tl.load(p_scores + offset, mask=offset < n, other=-INF)
+        b_chosen = ((b_scores >= bound) & (b_scores > -INF)).to(tl.int32)
+        tl.store(p_found + found + tl.cumsum(b_chosen, axis=0) - 1, b_scores, mask=b_chosen > 0)
+        found += tl.sum(b_chosen, axis=0)
+    tl.debug_barrier()  # other threads of this program read them
+    return found
+
+
+@triton.jit
 def threshold_kernel(
-    p_parameters, s_rows, s_blocks, p_stats, p_scores, p_lowest, block, vocab, tiles, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
+    p_parameters, s_rows, s_blocks, p_stats, p_scores, p_peaks, p_found, p_lowest, block, vocab, tiles,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i_row, i_block = row // block, row % block
     temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
     top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
     top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
     min_p = parameter(p_parameters, s_rows, s_blocks, MIN_P, i_row, i_block)
     o_tiles = tl.arange(0, BLOCK)
-    peak = tl.max(tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF), axis=0)
+    b_peaks = tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF)
+    b_sums = tl.load(p_stats + (rows + row) * tiles + o_tiles, mask=o_tiles < tiles, other=0.0)
+    peak = tl.max(b_peaks, axis=0)
     coldness = coldness_of(temperature)
-    p_scores += row * tiles * TILE
-    width = tiles * TILE
+    scale = coldness * LOG2E
+    p_found += row * tiles * TILE
 
     lowest = tl.full([], -INF, tl.float32)
     if (temperature > 0) & (peak > -INF) & (peak < INF):
-        if (top_k > 0) & (top_k < vocab):
-            lowest = search(p_scores, width, lowest, top_k.to(tl.float32), peak, 0.0, False)
-        if top_p < 1:
-            total = above(p_scores, width, lowest, lowest, peak, coldness * LOG2E, True)
-            nucleus = search(p_scores, width, lowest, tl.maximum(top_p * total, 1e-30), peak, coldness * LOG2E, True)
-            lowest = tl.maximum(lowest, nucleus)
+        limited, nucleus = (top_k > 0) & (top_k < vocab), top_p < 1
+        if limited | nucleus:
+            total = tl.sum(tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2((b_peaks - peak) * scale)), axis=0)
+            if limited:  # k groups have their maximum at or above this
+                bound = search(
+                    p_peaks + row * tiles * GROUPS, tiles * GROUPS, lowest, top_k.to(tl.float32), peak, 0.0, False
+                )
+            else:  # all below this is less than 1 - top_p of the mass, by a tenth at least
+                bound = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
+            n = gather(p_scores + row * tiles * TILE, tiles * TILE, bound, p_found)
+            if limited:
+                lowest = search(p_found, n, bound, top_k.to(tl.float32), peak, 0.0, False)
+                total = above(p_found, n, lowest, peak, scale, True)
+            if nucleus:
+                lowest = search(p_found, n, lowest, tl.maximum(top_p * total, 1e-30), peak, scale, True)
         if min_p > 0:
             lowest = tl.maximum(lowest, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
     tl.store(p_lowest + row, lowest)
+
+
+@triton.jit
+def kept_kernel(p_temperature, s_temperature_row, s_temperature_block, p_stats, p_scores, p_lowest, p_kept, block):
+    i_tile, row, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    temperature = tl.load(p_temperature + row // block * s_temperature_row + row % block * s_temperature_block)
+    tile = row * tiles + i_tile
+    b_scores = tl.load(p_scores + tile * TILE + tl.arange(0, TILE))
+    b_scores = tl.where(b_scores >= tl.load(p_lowest + row), b_scores, -INF)
+    tl.store(p_kept + tile, exp_sum(b_scores, tl.load(p_stats + tile), coldness_of(temperature) * LOG2E))
 
 
 @triton.jit
@@ -209,8 +251,8 @@ def draw_kernel(
     s_blocks,
     p_stats,
     p_flags,
-    p_scores,
     p_lowest,
+    p_kept,  # [rows, tiles]
     p_tokens,
     p_status,
     p_logprobs,
@@ -248,13 +290,7 @@ def draw_kernel(
     b_total = tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2(b_values * LOG2E))
     if FILTERS:
         lowest = tl.load(p_lowest + row)
-        b_kept = tl.zeros([BLOCK], tl.float32)
-        for t in range(tiles):
-            if tl.load(p_stats + t) >= lowest:
-                b_tile = tl.load(p_scores + (row * tiles + t) * TILE + tl.arange(0, TILE))
-                b_tile = tl.where(b_tile >= lowest, b_tile, -INF)
-                b_kept = tl.where(o_tiles == t, exp_sum(b_tile, tl.load(p_stats + t), coldness * LOG2E), b_kept)
-        b_sums = b_kept
+        b_sums = tl.load(p_kept + row * tiles + o_tiles, mask=m_tiles, other=0.0)
     b_noisy = b_values + tl.log(b_sums) + gumbel(seed, _TILE_LEVEL, position, o_tiles)
     b_noisy = tl.where((b_sums > 0) & (b_peaks > -INF), b_noisy, -INF)
     i_tile = tl.argmax(tl.where(temperature == 0, b_peaks, b_noisy), axis=0)
@@ -348,7 +384,8 @@ def guided_sample(
     stats = empty(2 + 2 * len(members) * logprobs, rows, tiles)
     flags = empty(rows, tiles, dtype=torch.int32)
     scores = empty(rows, tiles * TILE.value) if keep_scores else stats
-    lowest = empty(rows) if filters else stats
+    peaks = empty(rows, tiles * GROUPS.value) if keep_scores else stats
+    lowest, kept = (empty(rows), empty(rows, tiles)) if filters else (stats, stats)
     outputs = [empty(*shape, dtype=torch.int64), empty(*shape, dtype=torch.int32)]
     if logprobs:
         outputs += [empty(*shape), empty(len(members), *shape)]
@@ -358,16 +395,20 @@ def guided_sample(
     on = torch.get_device_module(device).device(device) if device.type != "cpu" else nullcontext()  # interpreted
     with on:
         scores_kernel[(tiles, rows)](
-            *sources, parameters[0], *(s[0] for s in parameter_strides), stats, flags, scores, block, vocab_size,
-            KEEP_SCORES=keep_scores, num_warps=1, **common,
+            *sources, parameters[0], *(s[0] for s in parameter_strides), stats, flags, scores, peaks, block,
+            vocab_size, KEEP_SCORES=keep_scores, num_warps=1, **common,
         )  # fmt: skip
         if filters:
             threshold_kernel[(rows,)](
-                parameters, *parameter_strides, stats, scores, lowest, block, vocab_size, tiles,
-                BLOCK=tile_block, num_warps=16, enable_fp_fusion=False,
+                parameters, *parameter_strides, stats, scores, peaks, empty(rows, tiles * TILE.value), lowest, block,
+                vocab_size, tiles, BLOCK=tile_block, num_warps=16, enable_fp_fusion=False,
+            )  # fmt: skip
+            kept_kernel[(tiles, rows)](
+                parameters[0], *(s[0] for s in parameter_strides), stats, scores, lowest, kept, block,
+                num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
         draw_kernel[(rows,)](
-            *sources, parameters, *parameter_strides, stats, flags, scores, lowest, *outputs[:2],
+            *sources, parameters, *parameter_strides, stats, flags, lowest, kept, *outputs[:2],
             *(outputs[2:] if logprobs else (stats, stats)), block, vocab_size, tiles,
             FILTERS=filters, BLOCK=tile_block, num_warps=4, **common,
         )  # fmt: skip

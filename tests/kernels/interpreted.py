@@ -106,6 +106,14 @@ def test_filters(seed):
     assert_same(logits, [1.0], temperature=1.7, seeds=seed, positions=torch.arange(6), top_logprobs=4, **filters)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (0, 0.999), (300, 1.0), (6000, 0.5)])
+def test_filters_over_many_tiles(top_k, top_p):
+    """Candidates from several reads: few, most, bounded by groups of a tile, more than there are groups. So warm that
+    tokens near the threshold are drawn."""
+    options = {"temperature": 9.0, "positions": torch.arange(2), "top_k": top_k, "top_p": top_p}
+    assert_same(members((2,), 9500, 1), [1.0], seeds=3, top_logprobs=2, **options)
+
+
 def test_blocks_strides_and_bias():
     base, arm = members((2, 3), 1300, 1)
     wide = torch.randn(3, 2, 2600)[:, :, 100:1400].transpose(0, 1)  # [2, 3, 1300], rows closer than positions
