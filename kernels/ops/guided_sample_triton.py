@@ -1,13 +1,13 @@
 """guided_sample on a GPU, in Triton: the maths, the reference and the arguments are those of guided_sample.py.
 
     scores     grid (tiles, rows)   one read of every logit → (max, sum) per tile; for log-probs, of each member
+    gather     grid (rows)          only with filters: the scores that top-k and top-p may keep, a few hundred mostly
     threshold  grid (rows)          only with filters: the lowest score kept, by bisection over float32's own ordering
     kept       grid (tiles, rows)   only with filters: each tile's sum over the scores kept
     draw       grid (rows)          the tile, the token, and their log-probabilities
 
-One warp takes one tile, so that its reductions stay in registers and a single row still fills a GPU. The second launch
-stands where a last-program-done counter would: it needs no atomics, no zeroed memory and no fences
-(docs/kernels.md, "Why two launches").
+One warp takes one tile, so that its reductions stay in registers and a single row still fills a GPU. What a kernel
+writes, only later ones read: that needs no atomics, no zeroed memory and no fences (docs/kernels.md, "Why launches").
 """
 
 from __future__ import annotations
@@ -173,55 +173,70 @@ def search(p_scores, n, lowest, target, peak, scale, MASS: tl.constexpr):
 
 
 @triton.jit
-def gather(p_scores, n, bound, p_found):
-    """Copies the scores above `bound`, in their order; returns their number."""
-    found = tl.zeros([], tl.int32)
-    for start in range(0, n, SCAN):
-        offset = start + tl.arange(0, SCAN)
-        b_scores = tl.load(p_scores + offset, mask=offset < n, other=-INF)
-        b_chosen = ((b_scores >= bound) & (b_scores > -INF)).to(tl.int32)
-        tl.store(p_found + found + tl.cumsum(b_chosen, axis=0) - 1, b_scores, mask=b_chosen > 0)
-        found += tl.sum(b_chosen, axis=0)
-    tl.debug_barrier()  # other threads of this program read them
-    return found
+def gather_kernel(
+    p_parameters, s_rows, s_blocks, p_stats, p_scores, p_peaks, p_found, p_counts, p_totals, block, vocab, tiles,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies the scores that may be the k-th or in the nucleus, in their order; their number and the row's mass."""
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    i_row, i_block = row // block, row % block
+    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
+    top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
+    top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
+    o_tiles = tl.arange(0, BLOCK)
+    b_peaks = tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF)
+    b_sums = tl.load(p_stats + (rows + row) * tiles + o_tiles, mask=o_tiles < tiles, other=0.0)
+    peak = tl.max(b_peaks, axis=0)
+    coldness = coldness_of(temperature)
+    total = tl.sum(tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2((b_peaks - peak) * coldness * LOG2E)), axis=0)
+    p_scores += row * tiles * TILE
+    p_found += row * tiles * TILE
+
+    count, bound = tl.zeros([], tl.int32), tl.full([], -INF, tl.float32)
+    limited = (top_k > 0) & (top_k < vocab)
+    if (temperature > 0) & (peak > -INF) & (peak < INF) & (limited | (top_p < 1)):
+        if limited:  # k groups have their maximum at or above this
+            p_peaks += row * tiles * GROUPS
+            bound = search(
+                p_peaks, tiles * GROUPS, tl.full([], -INF, tl.float32), top_k.to(tl.float32), peak, 0.0, False
+            )
+        else:  # all below this is less than 1 - top_p of the mass, by a tenth
+            bound = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
+        for start in range(0, tiles * TILE, SCAN):
+            offset = start + tl.arange(0, SCAN)
+            b_scores = tl.load(p_scores + offset, mask=offset < tiles * TILE, other=-INF)
+            b_chosen = ((b_scores >= bound) & (b_scores > -INF)).to(tl.int32)
+            tl.store(p_found + count + tl.cumsum(b_chosen, axis=0) - 1, b_scores, mask=b_chosen > 0)
+            count += tl.sum(b_chosen, axis=0)
+    tl.store(p_counts + row, count)
+    tl.store(p_totals + row, total)
 
 
 @triton.jit
 def threshold_kernel(
-    p_parameters, s_rows, s_blocks, p_stats, p_scores, p_peaks, p_found, p_lowest, block, vocab, tiles,
+    p_parameters, s_rows, s_blocks, p_stats, p_found, p_counts, p_totals, p_lowest, block, vocab, tiles,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     i_row, i_block = row // block, row % block
     temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
     top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
     top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
     min_p = parameter(p_parameters, s_rows, s_blocks, MIN_P, i_row, i_block)
     o_tiles = tl.arange(0, BLOCK)
-    b_peaks = tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF)
-    b_sums = tl.load(p_stats + (rows + row) * tiles + o_tiles, mask=o_tiles < tiles, other=0.0)
-    peak = tl.max(b_peaks, axis=0)
+    peak = tl.max(tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF), axis=0)
     coldness = coldness_of(temperature)
     scale = coldness * LOG2E
     p_found += row * tiles * TILE
+    count, total = tl.load(p_counts + row), tl.load(p_totals + row)
 
     lowest = tl.full([], -INF, tl.float32)
     if (temperature > 0) & (peak > -INF) & (peak < INF):
-        limited, nucleus = (top_k > 0) & (top_k < vocab), top_p < 1
-        if limited | nucleus:
-            total = tl.sum(tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2((b_peaks - peak) * scale)), axis=0)
-            if limited:  # k groups have their maximum at or above this
-                bound = search(
-                    p_peaks + row * tiles * GROUPS, tiles * GROUPS, lowest, top_k.to(tl.float32), peak, 0.0, False
-                )
-            else:  # all below this is less than 1 - top_p of the mass, by a tenth at least
-                bound = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
-            n = gather(p_scores + row * tiles * TILE, tiles * TILE, bound, p_found)
-            if limited:
-                lowest = search(p_found, n, bound, top_k.to(tl.float32), peak, 0.0, False)
-                total = above(p_found, n, lowest, peak, scale, True)
-            if nucleus:
-                lowest = search(p_found, n, lowest, tl.maximum(top_p * total, 1e-30), peak, scale, True)
+        if (top_k > 0) & (top_k < vocab):
+            lowest = search(p_found, count, lowest, top_k.to(tl.float32), peak, 0.0, False)
+            total = above(p_found, count, lowest, peak, scale, True)
+        if top_p < 1:
+            lowest = search(p_found, count, lowest, tl.maximum(top_p * total, 1e-30), peak, scale, True)
         if min_p > 0:
             lowest = tl.maximum(lowest, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
     tl.store(p_lowest + row, lowest)
@@ -399,9 +414,14 @@ def guided_sample(
             vocab_size, KEEP_SCORES=keep_scores, num_warps=1, **common,
         )  # fmt: skip
         if filters:
+            found, counts, totals = empty(rows, tiles * TILE.value), empty(rows, dtype=torch.int32), empty(rows)
+            gather_kernel[(rows,)](
+                parameters, *parameter_strides, stats, scores, peaks, found, counts, totals, block, vocab_size, tiles,
+                BLOCK=tile_block, num_warps=16, enable_fp_fusion=False,
+            )  # fmt: skip
             threshold_kernel[(rows,)](
-                parameters, *parameter_strides, stats, scores, peaks, empty(rows, tiles * TILE.value), lowest, block,
-                vocab_size, tiles, BLOCK=tile_block, num_warps=16, enable_fp_fusion=False,
+                parameters, *parameter_strides, stats, found, counts, totals, lowest, block, vocab_size, tiles,
+                BLOCK=tile_block, num_warps=16, enable_fp_fusion=False,
             )  # fmt: skip
             kept_kernel[(tiles, rows)](
                 parameters[0], *(s[0] for s in parameter_strides), stats, scores, lowest, kept, block,

@@ -25,7 +25,7 @@ def test_interpreted():
 
 
 TYPICAL = ["1 ARM", "1 ARM, filters, top-5", "5 drafts"]
-KERNELS = {"scores_kernel", "threshold_kernel", "kept_kernel", "draw_kernel", "settle_kernel"}
+KERNELS = {"scores_kernel", "gather_kernel", "threshold_kernel", "kept_kernel", "draw_kernel", "settle_kernel"}
 
 
 @pytest.mark.parametrize(
