@@ -20,7 +20,7 @@ from .progress import progress_bar
 from .prompts import Prompt, as_prompts, check_context, encode_prompt, encode_response
 from .requests import Request, Row
 from .rooms import Rooms
-from .score import response_logprobs
+from .score import batches, response_logprobs
 from .speculation import Controllers, Speculation, as_speculation
 from .stream import Stream
 
@@ -94,7 +94,7 @@ class GenARM:
             device: where to put such members; default: CUDA if there is any, else the CPU.
             max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
             cache_bytes: most that the key-value caches of a run may take, of all members together. Fewer rows are
-                decoded together then; a request that does not even fit alone fails. None: as much as there is.
+                decoded or scored together then; one that does not even fit alone fails. None: as much as there is.
             speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
                 `Speculation`. It never changes a token.
             draft_model: a small model of the base's kind that only proposes tokens: as base.
@@ -191,6 +191,7 @@ class GenARM:
 
         Raises:
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
+            MemoryError: likewise, of one whose caches take more than cache_bytes alone.
         """
         parsed = as_prompts(prompts)
         if isinstance(responses, str) or (responses and isinstance(responses[0], int)):
@@ -203,9 +204,8 @@ class GenARM:
             for member, prompt_ids in zip(self.members, ids):
                 check_context(member, len(prompt_ids), len(target), i)
         logprobs: list[list[list[float]]] = [[] for _ in parsed]
-        order = sorted(range(len(parsed)), key=lambda i: len(encoded[i][0]) + len(targets[i]))
-        for start in range(0, len(order), self.max_batch_size):
-            batch = order[start : start + self.max_batch_size]
+        lengths = [max(map(len, ids)) for ids in encoded], [*map(len, targets)]
+        for batch in list(batches(self.members, *lengths, self.max_batch_size, self.cache_bytes)):
             lines = response_logprobs(
                 self.members, [encoded[i] for i in batch], [targets[i] for i in batch], self.vocab_size
             )

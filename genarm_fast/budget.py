@@ -30,9 +30,7 @@ def make_room(
     needs: tokens of each row. Rows that do not fit get their `error` set.
     """
     entries = [entries_of(members) for members in groups]
-    token = sum(
-        len(group) * entry.bytes for group, layers in zip(groups, entries) for entry in layers if entry is not None
-    )
+    token = sum(map(token_bytes, groups))
     if cache_bytes is not None:
         for row, need in zip(rows, needs):
             if need * token > cache_bytes:
@@ -67,6 +65,11 @@ def make_room(
                 row.error = MemoryError(f"{need} tokens take {need * token:,} bytes of cache: out of memory")
                 row.error.__cause__ = failure
     return room or open_room(groups)
+
+
+def token_bytes(group: Sequence[Member]) -> int:
+    """What members of one forward cache of a token."""
+    return len(group) * sum(entry.bytes for entry in entries_of(group) if entry is not None)
 
 
 def roomy(capacity: int) -> int:

@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .backbone import Backbone, in_one_forward, padded
+from .budget import token_bytes
 from .members import Member
 from .selfcheck import entries_of
 from .slots import CHUNK_TOKENS
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
+
+
+def batches(
+    members: Sequence[Member],
+    prompts: Sequence[int],
+    responses: Sequence[int],
+    rows: int,
+    cache_bytes: int | None,
+) -> Iterator[list[int]]:
+    """Indices of at most so many responses that are scored together, alike in length.
+
+    prompts: tokens of each, for the member that sees most of them; responses: tokens of each. The caches of a batch
+    take at most `cache_bytes`, those of one backbone at a time.
+
+    Raises:
+        MemoryError: one does not fit alone.
+    """
+    token = max(token_bytes([members[i] for i in group]) for group in in_one_forward(members))
+
+    def takes(indices: Sequence[int]) -> int:
+        longest = max(prompts[i] for i in indices) + max(responses[i] for i in indices)
+        return len(indices) * longest * token
+
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i] + responses[i]):
+        if cache_bytes is not None and takes([i]) > cache_bytes:
+            raise MemoryError(
+                f"prompts[{i}]: {prompts[i] + responses[i]} tokens take {takes([i]):,} bytes of cache:"
+                f" expected at most cache_bytes={cache_bytes:,}"
+            )
+        if batch and (len(batch) == rows or (cache_bytes is not None and takes([*batch, i]) > cache_bytes)):
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
 
 
 @torch.inference_mode()

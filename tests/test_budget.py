@@ -162,3 +162,35 @@ def test_what_pytorch_says():
 def test_refused(tokenizer, value):
     with pytest.raises(ValueError, match=f"cache_bytes={value}: expected an integer >= 1 or None"):
         GenARM.from_pretrained(build_model("llama", 0), tokenizer=tokenizer, cache_bytes=value)
+
+
+PAIRS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [6], [7, 9, 5]], [[4, 4], [3, 5, 6, 7], [8] * 7, [5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batches"),
+    [(None, [4]), (52, [4]), (51, [3, 1]), (29, [2, 2]), (25, [2, 1, 1]), (10, [2, 1, 1])],
+)
+def test_fewer_are_scored_together(tokenizer, allocated, tokens, batches):
+    """And get the same numbers. A token of one backbone counts: they come after each other."""
+    limit = None if tokens is None else tokens * TOKEN
+    expected = guided(tokenizer).score(*PAIRS)
+    model = guided(tokenizer, cache_bytes=limit)
+    allocated.clear()
+    scores = model.score(*PAIRS)
+    made = [sum(allocated[i : i + 2]) for i in range(0, len(allocated), 2)]  # of two layers
+    assert len(made) == 2 * len(batches)
+    assert limit is None or max(made) <= limit
+    for mine, other in zip(scores, expected):
+        assert mine.base_logprobs == pytest.approx(other.base_logprobs, abs=1e-5)
+
+
+def test_a_response_that_does_not_fit(tokenizer, allocated):
+    model = guided(tokenizer, cache_bytes=20 * TOKEN)
+    allocated.clear()
+    message = (
+        rf"^prompts\[1\]: 54 tokens take {54 * TOKEN:,} bytes of cache: expected at most cache_bytes={20 * TOKEN:,}$"
+    )
+    with pytest.raises(MemoryError, match=message):
+        model.score([[5], [6] * 50], [[4], [3] * 4])
+    assert not allocated

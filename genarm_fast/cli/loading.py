@@ -76,11 +76,12 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = Fa
         "--chat-template", type=Path, metavar="FILE", help="Jinja file: the base's, and ARMs' without one"
     )
     if in_chat:
-        parser.set_defaults(prompt_template=None, arm_prompt_template=None, max_batch_size=1)
+        parser.set_defaults(prompt_template=None, arm_prompt_template=None, max_batch_size=1, cache_bytes=None)
         return
     group.add_argument("--prompt-template", metavar="TEXT", help="'...{prompt}...': the base's, around raw prompts")
     group.add_argument("--arm-prompt-template", metavar="TEXT", help="the ARMs' (default: what training recorded)")
     group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="decoded together (default: 16)")
+    group.add_argument("--cache-bytes", type=int, metavar="N", help="most for key-value caches (default: no limit)")
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +146,7 @@ def load(args: argparse.Namespace) -> GenARM:
         device_map=args.device_map,
         attn_implementation=args.attn_implementation,
         max_batch_size=args.max_batch_size,
+        cache_bytes=args.cache_bytes,
         speculation=args.speculation or ("off" if getattr(args, "input", None) else "auto"),
     )
 
