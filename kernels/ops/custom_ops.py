@@ -1,4 +1,5 @@
-"""guided_sample, settle and arm_logps as torch custom ops: torch.compile and torch.export see one node each.
+"""The ops as torch custom ops: torch.compile and torch.export see one node each. (The small ones, rms_norm, rotary and
+silu_mul, are left to the compiler, which fuses them with their neighbours.)
 
 Only code that is being compiled goes through them: a call of guided_sample takes 4 µs directly, 14 µs through the op,
 and 15 µs more still through an op made by `torch.library.custom_op`.
@@ -31,6 +32,18 @@ library.define(
 library.define(
     "settle(Tensor targets, Tensor drafts, Tensor lengths, Tensor limits, Tensor finished, Tensor stop_ids, "
     "Tensor? draft_counts) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "small_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, float[] scales, SymInt[] spans) "
+    "-> Tensor"
+)
+library.define(
+    "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor positions, float scale, "
+    "SymInt? window, float? softcap, SymInt? limit) -> Tensor"
+)
+library.define(
+    "ragged_append(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, Tensor slots, "
+    "Tensor positions) -> ()"
 )
 DTYPES = {
     "temperature": torch.float32,
@@ -110,6 +123,60 @@ def _fake_settle(targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return (*(targets.new_empty(rows) for _ in range(3)), targets.new_empty(rows, dtype=torch.bool))
 
 
+def small_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[tuple[int, int, Tensor, Tensor, float]]
+) -> Tensor:
+    """small_linear from the op."""
+    spans = [row for lora in loras for row in lora[:2]]
+    a, b, scales = ([lora[i] for lora in loras] for i in (2, 3, 4))
+    return torch.ops.genarm_fast.small_linear(x, weight, bias, a, b, scales, spans)
+
+
+def _run_small_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    spans: list[int],
+) -> Tensor:
+    from .small_linear import small_linear as run  # which imports this file
+
+    return run(x, weight, bias, loras=list(zip(spans[::2], spans[1::2], a, b, scales)))
+
+
+def _fake_small_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _run_ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    limit: int | None,
+) -> Tensor:
+    from .ragged_attention import ragged_attention as run  # which imports this file
+
+    return run(query, keys, values, slots, positions, scale=scale, window=window, softcap=softcap, limit=limit)
+
+
+def _fake_ragged_attention(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+    rows, heads, block, _width = query.shape
+    return query.new_empty((rows, block, heads, values.shape[3]))
+
+
+def _run_ragged_append(*tensors: Tensor) -> None:
+    from .ragged_attention import ragged_append as run  # which imports this file
+
+    run(*tensors)
+
+
 def _run_arm_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
@@ -157,6 +224,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 for name, run, fake in (
     ("guided_sample", _run_guided_sample, _fake_guided_sample),
     ("settle", _run_settle, _fake_settle),
+    ("small_linear", _run_small_linear, _fake_small_linear),
+    ("ragged_attention", _run_ragged_attention, _fake_ragged_attention),
+    ("ragged_append", _run_ragged_append, lambda *_: None),
     ("arm_logps", _run_arm_logps, _fake_arm_logps),
     ("arm_logps_backward", _run_arm_logps_backward, _fake_arm_logps_backward),
 ):
@@ -165,4 +235,6 @@ for name, run, fake in (
 torch.library.register_autograd("genarm_fast::arm_logps", _differentiate, setup_context=_save_for_backward, lib=library)
 
 settle = torch.ops.genarm_fast.settle.default
+ragged_attention = torch.ops.genarm_fast.ragged_attention.default
+ragged_append = torch.ops.genarm_fast.ragged_append.default
 arm_logps = torch.ops.genarm_fast.arm_logps.default

@@ -197,9 +197,7 @@ def gather_kernel(
     if (temperature > 0) & (peak > -INF) & (peak < INF) & (limited | (top_p < 1)):
         if limited:  # k groups have their maximum at or above this
             p_peaks += row * tiles * GROUPS
-            bound = search(
-                p_peaks, tiles * GROUPS, tl.full([], -INF, tl.float32), top_k.to(tl.float32), peak, 0.0, False
-            )
+            bound = search(p_peaks, tiles * GROUPS, bound, top_k.to(tl.float32), peak, 0.0, False)
         else:  # all below this is less than 1 - top_p of the mass, by a tenth
             bound = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
         for start in range(0, tiles * TILE, SCAN):

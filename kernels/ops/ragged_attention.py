@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, custom_ops
 
 
 def ragged_attention_reference(
@@ -111,7 +111,10 @@ def ragged_attention(
         ValueError: shapes that do not fit together, a window below 1; on the CPU, a slot or position that the cache
             does not have.
     """
-    if _native.core is not None and not (query.requires_grad and torch.is_grad_enabled()):
+    needs_gradient = query.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and not needs_gradient:
+        return custom_ops.ragged_attention(query, keys, values, slots, positions, scale, window, softcap, limit)
+    if _native.core is not None and not needs_gradient:
         tensors = (query, keys, values, slots, positions)
         options = (scale, window, softcap, torch.get_num_threads())
         out = _native.core.ragged_attention(*tensors, *options)
@@ -166,6 +169,8 @@ def ragged_append(
         TypeError: dtypes that differ; slots or positions that are not int64.
         ValueError: shapes that do not fit together; on the CPU, a slot or position that the cache does not have.
     """
+    if torch.compiler.is_compiling():
+        return custom_ops.ragged_append(keys, values, new_keys, new_values, slots, positions)
     if _native.core is not None:
         if _native.core.ragged_append(keys, values, new_keys, new_values, slots, positions):
             return

@@ -30,10 +30,12 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
     """query [N, Hq, q, D], key [N, Hk, q, D], cos and sin [N or 1, q, D] → both, rotated.
 
     Takes the place of transformers' `apply_rotary_pos_emb`, whose bits it gives. In C++ on the CPU for float32 or
-    bfloat16 tensors of one dtype, contiguous in D, that need no gradient; otherwise `rotary_reference`.
+    bfloat16 tensors of one dtype, contiguous in D, that need no gradient; otherwise, and where torch.compile traces it
+    (to fuse it with its neighbours), `rotary_reference`.
     """
     needs_gradient = (query.requires_grad or key.requires_grad) and torch.is_grad_enabled()
-    if _native.core is not None and unsqueeze_dim == 1 and not needs_gradient:
+    in_pytorch = torch.compiler.is_compiling() or needs_gradient or unsqueeze_dim != 1
+    if _native.core is not None and not in_pytorch:
         out = _native.core.rotary(query, key, cos, sin)
         if out is not None:
             return out

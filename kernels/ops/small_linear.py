@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import _native
+from . import _native, custom_ops
 
 
 class Lora(NamedTuple):
@@ -63,6 +63,9 @@ class SmallLinear:
         """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("x requires grad: small_linear has no gradient, call it in torch.inference_mode()")
+        if torch.compiler.is_compiling():
+            loras = [(first, last, *self.loras[index]) for first, last, index in spans]
+            return custom_ops.small_linear(x, self.weight, self.bias, loras)
         if self._handle is not None:
             y = _native.core.linear_run(self._handle, x, tuple(spans), torch.get_num_threads())
             if y is not None:
@@ -110,6 +113,8 @@ def small_linear(
     Raises:
         ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
     """
+    if torch.compiler.is_compiling():
+        return custom_ops.small_linear(x, weight, bias, loras)
     linear = SmallLinear(weight, bias, [Lora(*lora[2:]) for lora in loras])
     return linear(x, [(first, last, i) for i, (first, last, *_) in enumerate(loras)])
 

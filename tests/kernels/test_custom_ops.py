@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from genarm_fast.kernels import guided_sample, settle
+from genarm_fast.kernels import (
+    Lora,
+    SmallLinear,
+    guided_sample,
+    ragged_append,
+    ragged_attention,
+    rms_norm,
+    rotary,
+    settle,
+    silu_mul,
+    small_linear,
+)
 from genarm_fast.kernels.arm_logps import IGNORE, arm_logps
 
 ops = torch.ops.genarm_fast
@@ -112,4 +123,69 @@ def test_arm_logps_compiled(trained):
     found = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight, bias)
     torch.testing.assert_close(found, expected)
     for got, exact in zip(torch.autograd.grad(found, leaves), gradients, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+def test_small_linear_is_a_sound_op():
+    x, weight, a = torch.randn(4, 8), torch.randn(6, 8), torch.randn(2, 8)
+    opcheck(ops.small_linear, (x, weight, weight[:, 0].clone(), [a], [torch.randn(2, 6)], [0.5], [1, 3]))
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, 5.0)])
+def test_ragged_ops_are_sound(window, softcap):
+    keys, values = torch.randn(3, 2, 9, 4), torch.randn(3, 2, 9, 5)
+    slots, positions = torch.tensor([2, 0]), torch.tensor([[1, 2], [5, 6]])
+    query, new = torch.randn(2, 4, 2, 4), torch.randn(2, 2, 2, 5)
+    opcheck(ops.ragged_attention, (query, keys, values, slots, positions, 0.5, window, softcap, None))
+    opcheck(ops.ragged_append, (keys, values, query[:, :2].clone(), new, slots, positions))
+
+
+class Layer:
+    """A decoder layer of all ops; only its linears' weights are held."""
+
+    def __init__(self, dtype):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            return (torch.randn(*shape, generator=generator) / 4).to(dtype)
+
+        self.qkv = SmallLinear(normal(32, 16), normal(32), [Lora(normal(2, 16), normal(2, 32), 0.5)])
+        self.out, self.norm = normal(16, 16), normal(16)
+        self.cos, self.sin = normal(1, 2, 4), normal(1, 2, 4)
+
+    def __call__(self, x, keys, values, slots, positions):
+        normed = rms_norm(x, self.norm, 1e-5)
+        states = self.qkv(normed, ((2, 4, 0),)).view(2, 2, 8, 4).transpose(1, 2)
+        query, key = rotary(states[:, :4], states[:, 4:6], self.cos, self.sin)
+        ragged_append(keys, values, key, states[:, 6:], slots, positions)
+        attended = ragged_attention(query, keys, values, slots, positions, scale=0.5)
+        return silu_mul(small_linear(attended.flatten(2), self.out), x), keys, values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_a_layer_is_one_graph(how, dtype):
+    torch._dynamo.reset()
+    layer, x = Layer(dtype), torch.randn(2, 2, 16).to(dtype)
+    slots, positions = torch.tensor([2, 0]), torch.tensor([[0, 1], [3, 4]])
+
+    def arguments():  # the caches are written to
+        cache = torch.linspace(-1, 1, 3 * 2 * 6 * 4).view(3, 2, 6, 4).to(dtype)
+        return x, cache, cache.flip(0), slots, positions
+
+    with torch.inference_mode():
+        expected = layer(*arguments())
+    with torch.no_grad():
+        if how == "compiled":
+            found = torch.compile(layer, fullgraph=True, backend="aot_eager")(*arguments())
+        else:
+            module = torch.nn.Module()
+            module.forward = layer.__call__
+            program = torch.export.export(module, arguments())
+            targets = {str(node.target) for node in program.graph.nodes}
+            assert {
+                f"genarm_fast.{op}.default" for op in ("small_linear", "ragged_append", "ragged_attention")
+            } <= targets
+            found = program.module()(*arguments())
+    for got, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(got, exact)
