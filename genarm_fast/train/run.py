@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..fingerprint import fingerprint
@@ -41,11 +43,17 @@ class TrainReport:
         return self.report["final"].get("accuracy")
 
 
-def train(config: TrainConfig, *, progress: bool = True) -> TrainReport:
+def train(
+    config: TrainConfig, *, progress: bool = True, auxiliary_loss: Callable[[nn.Module, int], Tensor] | None = None
+) -> TrainReport:
     """Trains an ARM from preference pairs (arXiv 2410.08193) and writes it to `config.output`.
 
     A run that was killed continues from its last checkpoint and ends with the weights that it would have had; one that
     has finished returns its report at once. The folder is complete once report.json is in it.
+
+    auxiliary_loss: of the causal LM and the number of the micro-batch, from 0; a scalar that is added to each
+        micro-batch's mean loss. A term that keeps a small ARM near the base, say, so that it can draft for it. A run
+        must be continued with the same one: nothing can compare two functions.
 
     Raises:
         ValueError: malformed data, options that do not fit the model or the data, or an output folder that holds a run
@@ -70,7 +78,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainReport:
     started = time.perf_counter()
     with locked(config.folder), progress_bar(progress) as bar:
         run.save()
-        trainer = ArmTrainer(config, model, data.training, data.held_out, collator, dtype, bar)
+        trainer = ArmTrainer(config, model, data.training, data.held_out, collator, dtype, bar, auxiliary_loss)
         before = run.once("before", lambda: trainer.pair_stats(data.held_out).summary())
         run.save()
         checkpoint = last_checkpoint(checkpoints(config))

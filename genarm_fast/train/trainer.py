@@ -6,14 +6,14 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -44,11 +44,12 @@ class ArmTrainer(Trainer):
         collator: Collator,
         dtype: torch.dtype,
         bar: Progress,
+        auxiliary_loss: Callable[[nn.Module, int], Tensor] | None = None,
     ) -> None:
-        self.config, self.held_out, self.bar = config, held_out, bar
+        self.config, self.held_out, self.bar, self.auxiliary_loss = config, held_out, bar, auxiliary_loss
         lengths = [pair.tokens for pair in train]
         self.batches = PairBatches(lengths, size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
-        self.tokens_seen, self.seconds = 0, 0.0  # of this process
+        self.tokens_seen, self.seconds, self.micro_batch = 0, 0.0, 0  # of this process
         self.recent = PairStats(config.beta)
         accumulate = config.batch_size // config.micro_batch_size
         self.steps = math.ceil(len(self.batches) / accumulate)
@@ -115,6 +116,11 @@ class ArmTrainer(Trainer):
         logps = model(**inputs)
         self.recent.add(logps.detach(), (inputs["targets"] >= 0).sum(-1))
         loss = pair_losses(logps, self.config.beta).sum() / num_items_in_batch
+        if self.auxiliary_loss is not None:
+            accumulate = self.args.gradient_accumulation_steps
+            number = self.state.global_step * accumulate + self.micro_batch % accumulate
+            loss = loss + self.auxiliary_loss(self.model.lm, number) * (len(logps) / 2 / num_items_in_batch)
+            self.micro_batch += 1
         return (loss, logps) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

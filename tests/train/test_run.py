@@ -34,6 +34,27 @@ def test_learns_a_preference(make_config: Config, write_jsonl: Callable[..., Pat
     assert result.report["final"]["loss"] < result.report["before"]["loss"]
 
 
+def test_an_auxiliary_loss_counts_once_a_step(make_config: Config, toy: Path, tmp_path: Path) -> None:
+    """Whatever the size of the micro-batches; and it is not ignored."""
+
+    def trained(micro_batch_size: int, weight: float) -> dict[str, torch.Tensor]:
+        def shrink(lm: torch.nn.Module, number: int) -> torch.Tensor:
+            return weight * sum(p.square().sum() for name, p in lm.named_parameters() if "lora_A" in name)
+
+        name = str(tmp_path / f"{micro_batch_size}-{weight}")
+        plain = {"optimizer": "sgd", "max_grad_norm": 1e9, "lora_dropout": 0.0}  # Adam hides factors
+        options = {"micro_batch_size": micro_batch_size, "batch_size": 36, "epochs": 4, **plain}
+        result = train(
+            make_config(toy, **options, save_dtype="float32", output=name), progress=False, auxiliary_loss=shrink
+        )
+        return load_file(result.folder / "adapter_model.safetensors")
+
+    one, other, free = trained(4, 1.0), trained(36, 1.0), trained(36, 0.0)
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
+        assert "lora_A" not in name or value.norm() < 0.97 * free[name].norm()
+
+
 def test_learns_nothing_from_shuffled_labels(make_config: Config, write_jsonl: Callable[..., Path]) -> None:
     """Negative control: the same responses, chosen and rejected swapped by a coin."""
     config = make_config(write_jsonl(toy_rows(192, shuffled=True)), epochs=2, learning_rate=0.02, holdout_every=2)
