@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from agreement import Agreement, load_responses
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -57,7 +57,8 @@ class SparseCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, probs: Tensor, chunk: int = 128
     ) -> Tensor:
-        d_hidden, d_weight, loss = torch.empty_like(hidden), torch.zeros_like(weight), hidden.new_zeros(())
+        d_hidden, loss = torch.empty_like(hidden), hidden.new_zeros(())
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(hidden), chunk):
             h, k, p = hidden[i : i + chunk], ids[i : i + chunk], probs[i : i + chunk]
             logits = torch.addmm(bias, h, weight.T)
@@ -65,14 +66,15 @@ class SparseCrossEntropy(torch.autograd.Function):
             loss += log_z.sum() - (logits.gather(1, k) * p).sum()
             grad = logits.sub_(log_z).exp_().scatter_add_(1, k, -p)
             d_hidden[i : i + chunk] = grad @ weight
-            d_weight.addmm_(grad.T, h)
-        ctx.save_for_backward(d_hidden.div_(len(hidden)), d_weight.div_(len(hidden)))
+            if d_weight is not None:
+                d_weight.addmm_(grad.T, h)
+        ctx.save_for_backward(d_hidden.div_(len(hidden)), None if d_weight is None else d_weight.div_(len(hidden)))
         return loss / len(hidden)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         d_hidden, d_weight = ctx.saved_tensors
-        return grad * d_hidden, grad * d_weight, None, None, None, None
+        return grad * d_hidden, None if d_weight is None else grad * d_weight, None, None, None, None
 
 
 def candidates(ids: Tensor, vocab_size: int, negatives: int) -> tuple[Tensor, Tensor]:
@@ -137,8 +139,13 @@ def add_dropout(student: LlamaForCausalLM, rate: float) -> None:
         module.register_forward_hook(lambda module, _, out: torch.nn.functional.dropout(out, rate, module.training))
 
 
-def batch_loss(student: LlamaForCausalLM, responses: list[dict[str, np.ndarray]]) -> tuple[Tensor, int]:
-    """The loss over all response positions of a batch, and how many they are."""
+def batch_loss(
+    student: LlamaForCausalLM, responses: list[dict[str, np.ndarray]], free: int | None = None
+) -> tuple[Tensor, int]:
+    """The loss over all response positions of a batch, and how many they are.
+
+    With `free`, given that this is not the next token: it may have any probability.
+    """
     lengths = [(len(r["prompt_tokens"]), len(r["tokens"])) for r in responses]
     ids = torch.zeros(len(responses), max(p + n for p, n in lengths) - 1, dtype=torch.long)
     for row, r in zip(ids, responses):
@@ -147,9 +154,30 @@ def batch_loss(student: LlamaForCausalLM, responses: list[dict[str, np.ndarray]]
     states = student.model(input_ids=ids, use_cache=False).last_hidden_state  # causal: right padding needs no mask
     hidden = torch.cat([row[p - 1 : p - 1 + n] for row, (p, n) in zip(states, lengths)])
     targets, probs = (torch.cat(column) for column in zip(*map(sparse_targets, responses)))
+    if free is not None:
+        probs = probs.masked_fill(targets == free, 0.0)
+        some = probs.sum(-1) > 0.01
+        hidden, targets, probs = hidden[some], targets[some], probs[some] / probs[some].sum(-1, keepdim=True)
     kept, bias = candidates(targets, student.config.vocab_size, NEGATIVES)
+    if free is not None:
+        bias[kept == free] = -1e4  # of no weight, and finite
     weight = student.get_output_embeddings().weight.index_select(0, kept)
     return SparseCrossEntropy.apply(hidden, weight, bias, torch.searchsorted(kept, targets), probs), len(hidden)
+
+
+class Distillation:
+    """An `auxiliary_loss` for `train`: keeps an ARM near the base, by `count` of its answers for each micro-batch.
+
+    It may say what it likes of the token `free`.
+    """
+
+    def __init__(self, shards: Path, count: int, weight: float = 1.0, free: int | None = None) -> None:
+        self.responses, self.count, self.weight, self.free = load_responses(shards), count, weight, free
+
+    def __call__(self, lm: nn.Module, number: int) -> Tensor:
+        causal = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+        drawn = np.random.default_rng(number).choice(len(self.responses), self.count, replace=False)
+        return self.weight * batch_loss(causal, [self.responses[i] for i in drawn], self.free)[0]
 
 
 def learning_rate(tokens: float, total: float) -> float:

