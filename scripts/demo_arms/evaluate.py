@@ -52,6 +52,7 @@ CONDITIONS = (
     Condition("hh-harmless-1", {"harmless": 1.0}, prompts="hh"),
     Condition("concise-2", {"concise": 2.0}),
     Condition("positive-0.5", {"positive": 0.5}),
+    Condition("small-2", {"small": 2.0}),
     Condition("self-2", temperature=1 / 3),
     *(
         Condition(f"positive-{p:g}-concise-{c:g}", {"positive": p, "concise": c})

@@ -27,6 +27,7 @@ LABELS = {
     "concise-1": "`concise`, w = 1",
     "concise-2": "`concise`, w = 2",
     "small-1": "`small` (weak-to-strong), w = 1",
+    "small-2": "`small` (weak-to-strong), w = 2",
     "hh-base": "base",
     "hh-self-1": "base as its own ARM, w = 1",
     "hh-harmless-1": "`harmless`, w = 1",
@@ -202,7 +203,7 @@ def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | Non
     if preference:
         judges.append(f"HH-RLHF pairs: {preference.accuracy:.3f}")
     samples = ", ".join(f"{LABELS.get(name, name)}: {n}" for name, n in results.samples.items() if n != 192)
-    chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-1", "concise-2", "small-1"]
+    chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-1", "concise-2", "small-1", "small-2"]
     word_judge: list[Any] = [
         ("word judge", "preference", None, 2),
         ("Δ to own ARM, w = 1", "preference", "hh-self-1", 2),
