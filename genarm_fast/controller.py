@@ -19,8 +19,10 @@ REINVESTED = 0.02  # of the time that drafts have saved, for the same purpose
 PATIENCE = 16, 128  # rounds before something is tried again, doubled each time that it was in vain
 HOPELESS = 512  # the same for what would lose by all that is known, since costs may have changed
 HOPE = 0.9  # of the best choice's time: what would need more with free verification is not tried
-LOOK = 4  # rounds between two looks at what a member would have proposed: a draw of 0.4 % of a round each
-FREE = 32  # tokens: where nothing is known, a forward of n takes as long as FREE + n
+LOSS = 0.01  # of the time since then, before what lost so much is tried again
+LOOK = 4, 8  # rounds between two looks at what a member would have proposed, with few rows and with more than FEW
+FEW = 8  # a draw for 32 rows takes 0.4 % of a round
+FREE = 16  # tokens: where nothing is known, a forward of n takes as long as FREE + n
 MARGIN = 0.98  # a new choice must need at most so much of the old one's time
 HALF_LIFE = 32.0  # rounds, and rows with a draft, in which evidence on acceptance loses half of its weight
 QUICK = 4.0  # the same where a sudden change is looked for
@@ -136,7 +138,7 @@ class Drafter:
         self.right = [Rate() for _ in range(max_k)]
         self.tries = 0  # rounds
         self.watched = 0  # rounds of others in which it was judged
-        self.patience = PATIENCE[0]
+        self.patience: float = PATIENCE[0]
         self.drafted = [0] * max_k  # drafts at each position after right ones, and those that were right
         self.accepted = [0] * max_k
 
@@ -205,7 +207,7 @@ class Controller:
 
     def curious(self) -> bool:
         """Whether it is time to `watch` drafters for which that takes a draw."""
-        return self.now % LOOK == 0 or self.rounds[PLAIN] < 2
+        return self.now % LOOK[self._rows > FEW] == 0 or self.rounds[PLAIN] < 2
 
     def observe(
         self,
@@ -251,7 +253,8 @@ class Controller:
             self.budget -= lost
             if drafter is not None:
                 each = self.drafters[drafter]
-                each.patience = min(2 * each.patience, PATIENCE[1]) if lost > 0 else PATIENCE[0]
+                longer = max(min(2 * each.patience, PATIENCE[1]), lost / (LOSS * plain))
+                each.patience = longer if lost > 0 else PATIENCE[0]
             if lost > 0:  # else it is tried again at once
                 self.trial = None
 
@@ -348,7 +351,9 @@ class Controller:
         """What to try instead of the best choice, if there is time for it."""
         drafter, k = self.choice
         near = (PLAIN, (drafter, k - 1), (drafter, k + 1))
-        due = {c: self.tried.get(c, 0) + PATIENCE[0] for c in near if c in paces and c != self.choice}
+        due: dict[Choice, float] = {
+            c: self.tried.get(c, 0) + PATIENCE[0] for c in near if c in paces and c != self.choice
+        }
         for i, each in enumerate(self.drafters):
             if i != drafter:
                 own = [choice for choice in paces if choice[0] == i]
