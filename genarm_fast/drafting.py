@@ -137,7 +137,7 @@ class BackboneDrafter:
     def __init__(self, engine: Engine, group: int, names: Sequence[str]) -> None:
         self.engine, self.group, self.names = engine, group, tuple(names)
         self.chain: Chain | None = None
-        self.right = 1.0  # share of rounds without a wrong draft, of late
+        self.right: float | None = None  # share of rounds without a wrong draft, of late
         self.fitting = inf  # steps that take no longer than verification, as last measured
 
     def propose(self, seats: Sequence[Seat], most: Sequence[int]) -> Drafts:
@@ -147,6 +147,8 @@ class BackboneDrafter:
             if self.group == engine.draft_model:
                 engine.catch_up(seats)
             self.chain = Chain(engine, self.group, seats)
+        if self.right is None:
+            self.right = 1 / len(seats)  # for want of anything better
         stream = self.chain.stream
         start = engine.device.mark(stream)
         steps = self.chain.extend(k)
@@ -178,6 +180,7 @@ class BackboneDrafter:
     def ahead(self, k: int) -> int:
         """Steps to have before a verification ends: up to the last draft of the next block, as many as fit."""
         assert self.chain is not None
+        assert self.right is not None
         if self.right < AHEAD:
             return k + 1
         left = min(seat.row.remaining for seat in self.chain.seats)
@@ -187,6 +190,7 @@ class BackboneDrafter:
         """Keep the steps after this round's, if they stand on what was settled. It took so many seconds."""
         chain, k = self.chain, drafts.most
         assert chain is not None
+        assert self.right is not None
         if drafts.steps and drafting > 0:
             self.fitting = verifying / (drafting / drafts.steps)
         self.right += (all(right == k for right in accepted) - self.right) / MEMORY

@@ -177,6 +177,7 @@ def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, mon
 def test_how_far_ahead():
     """As far as fits into verification, no further than the next block or the text; not where drafts are wrong."""
     drafter = BackboneDrafter(SimpleNamespace(), 1, ["arm"])
+    drafter.right = 1.0
     row = SimpleNamespace(remaining=20)
 
     def steps():

@@ -249,6 +249,43 @@ def test_rows_that_end_one_by_one() -> None:
     assert sum(lost.values()) / len(lost) < 1.06
 
 
+@dataclass
+class Ahead(World):
+    """The next block is there if all drafts of a round were right, and the guess of the token after them."""
+
+    there: bool = False
+
+    def round(self, controller: Controller, choice: Choice, rows: int) -> None:
+        i, k = choice
+        if i is None:
+            return super().round(controller, choice, rows)
+        accepted = self.drafts_of(i, [k + 1] * rows)[1]
+        steps, self.there = 0 if self.there else k, min(accepted) > k
+        drafting, verifying = steps * self.drafting(i, rows), self.verifying(rows * (k + 1), i)
+        found = [min(each, k) for each in accepted]
+        controller.observe(i, rows, k, [k] * rows, found, self.timed(drafting), self.timed(verifying), steps)
+
+    def pace(self, choice: Choice, rows: int) -> float:
+        i, k = choice
+        if i is None:
+            return super().pace(choice, rows)
+        missing = k * (1 - self.drafts[i].acceptance ** ((k + 1) * rows))
+        return (self.drafting(i, rows) * missing + self.verifying(rows * (k + 1), i)) / self.gain(choice)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_drafts_ahead_are_reckoned_with(rows: int) -> None:
+    lost = {True: 0.0, False: 0.0}
+    for ahead in lost:
+        for seed in range(3):
+            world = Ahead([Draft(0.8, cost=0.5, member=True)], random=random.Random(seed))
+            controller = Controller(["d0"], MAX_K, ahead=ahead)
+            simulate(world, controller, rows, 60)
+            lost[ahead] += simulate(world, controller, rows, 300) / 3
+    assert lost[True] < 1.06
+    assert lost[True] < lost[False] - 0.01
+
+
 def test_the_same_rounds_give_the_same_choices() -> None:
     def choices() -> list[Choice]:
         world = World([PAIR, Draft(0.5, active=0.5)], random=random.Random(3))
