@@ -107,6 +107,7 @@ def record(model, without=None, params=PLAIN, speculation="off", count=4):
         (PLAIN.override(repetition_penalty=1.2), "off"),
         (PLAIN, Speculation("arm", 3)),
         (PLAIN, Speculation("ngram", 2)),
+        (PLAIN.override(max_new_tokens=12), "auto"),
     ],
 )
 def test_conflicting_accesses_are_ordered(model, params, speculation):
