@@ -10,7 +10,8 @@ multiplied with W, a chunk of rows at a time, so memory is O(chunk · V) instead
 The gradient with respect to h is linear in the incoming one, g_t · (e_y − softmax z_t) · (dz/du) · s W, so the forward
 pass computes it while the chunk's probabilities are at hand and the backward pass only scales it by g_t: a frozen
 output layer costs two matrix products in all, as many as the logits and their backward, and no recomputation. A
-trainable W (full fine-tuning) needs g_t inside its sum over t and recomputes the chunk's logits in the backward pass.
+trainable W (full fine-tuning) needs g_t inside its sum over t: the forward pass keeps the slopes of the first chunks,
+and the backward pass recomputes the logits of the others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ IGNORE = -100
 # Logits alive at once: 2^23 is 170 rows of a 49,152-token vocabulary (34 MB), the fastest of 2^20..2^25
 # measured on a 2-core AVX-512 CPU; 2^26 (268 MB) keeps a GPU's matrix units busy.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
+# Slopes that are kept for the backward pass of a trainable output layer: 682 rows of that vocabulary on a CPU.
+KEPT_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 26}
 
 
 def arm_logps_reference(
@@ -90,6 +93,8 @@ def arm_logps(
         low, high = map(int, targets.aminmax())
         if low < 0 or high >= len(weight):
             raise ValueError(f"labels must be {IGNORE} or in [0, {len(weight)}), got {low}..{high}")
+    if not torch.is_grad_enabled():  # which a Function does not see
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     # Autocast would redo in bf16 what is upcast on purpose, and once more per chunk.
     with torch.autocast(hidden.device.type, enabled=False):
         logps = _ArmLogps.apply(hidden[labelled], weight, bias, targets, logit_scale, softcap)
@@ -118,6 +123,8 @@ class _ArmLogps(torch.autograd.Function):
         direction = torch.empty_like(rows) if precompute else None  # d logps[m] / d rows[m]
         ctx.scale, ctx.softcap = scale, softcap
         used = weight.to(rows.dtype)
+        kept: list[Tensor] = []
+        kept_rows = _rows(KEPT_ELEMENTS, rows, weight) if ctx.recompute else 0
         for part in _chunks(rows, weight):
             logits = _logits(rows[part], used, bias, scale, softcap)
             normaliser[part] = _log_sum_exp(logits)
@@ -125,8 +132,12 @@ class _ArmLogps(torch.autograd.Function):
             if direction is not None:
                 slopes = _slopes_(logits, normaliser[part], targets[part], scale, softcap)
                 torch.mm(slopes.to(rows.dtype), used, out=direction[part])
+                del slopes
+            elif min(part.stop, len(rows)) <= kept_rows:
+                kept.append(_slopes_(logits, normaliser[part], targets[part], scale, softcap))
+            del logits  # before the next ones are made
         if ctx.recompute:
-            ctx.save_for_backward(rows, weight, bias, targets, normaliser)
+            ctx.save_for_backward(rows, weight, bias, targets, normaliser, *kept)
         else:
             ctx.save_for_backward(direction)
         return logps
@@ -137,16 +148,20 @@ class _ArmLogps(torch.autograd.Function):
         if not ctx.recompute:
             (direction,) = ctx.saved_tensors
             return (direction * grad[:, None]).to(direction.dtype), None, None, None, None, None
-        rows, weight, bias, targets, normaliser = ctx.saved_tensors
+        rows, weight, bias, targets, normaliser, *kept = ctx.saved_tensors
         need_rows, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_rows = torch.empty_like(rows) if need_rows else None
         # Summed over chunks in full precision: bf16 would lose the later ones.
         d_weight = torch.zeros_like(weight, dtype=_accumulator(weight.dtype)) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=_accumulator(bias.dtype)) if need_bias else None
         used = weight.to(rows.dtype)
-        for part in _chunks(rows, weight):
-            logits = _logits(rows[part], used, bias, ctx.scale, ctx.softcap)
-            slopes = _slopes_(logits, normaliser[part], targets[part], ctx.scale, ctx.softcap).mul_(grad[part, None])
+        for i, part in enumerate(_chunks(rows, weight)):
+            if i < len(kept):
+                slopes = kept[i] * grad[part, None]
+            else:
+                slopes = _logits(rows[part], used, bias, ctx.scale, ctx.softcap)
+                slopes = _slopes_(slopes, normaliser[part], targets[part], ctx.scale, ctx.softcap)
+                slopes.mul_(grad[part, None])
             if d_bias is not None:
                 d_bias += slopes.sum(0)
             slopes = slopes.to(rows.dtype)
@@ -156,6 +171,7 @@ class _ArmLogps(torch.autograd.Function):
                 d_weight += slopes.T @ rows[part]
             if d_rows is not None:
                 torch.mm(slopes, used, out=d_rows[part])
+            del slopes  # before the next ones are made
         return (
             d_rows,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -192,8 +208,13 @@ def _slopes_(logits: Tensor, normaliser: Tensor, targets: Tensor, scale: float, 
     return slopes if scale == 1.0 else slopes.mul_(scale)
 
 
+def _rows(elements: dict[str, int], rows: Tensor, weight: Tensor) -> int:
+    """How many rows of logits have so many elements."""
+    return elements.get(rows.device.type, elements["cuda"]) // weight.shape[0]
+
+
 def _chunks(rows: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS.get(rows.device.type, CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
+    size = max(1, _rows(CHUNK_ELEMENTS, rows, weight))
     return [slice(i, i + size) for i in range(0, len(rows), size)]
 
 

@@ -37,8 +37,9 @@ def inputs(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 2 rows of an 11-token vocabulary: several, the last one ragged."""
+    """Chunks of 2 rows of an 11-token vocabulary: several, the last one ragged; slopes of one of them are kept."""
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 22)
+    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 30)
 
 
 def test_hand_worked() -> None:
@@ -130,6 +131,14 @@ def test_no_labels_and_no_grad() -> None:
         assert not arm_logps(hidden, weight, labels).requires_grad
 
 
+def test_kept_slopes_serve_twice() -> None:
+    """A second backward pass finds them as they were."""
+    hidden, weight, labels = inputs()
+    sums = arm_logps(hidden, weight, labels)
+    first, second = (torch.autograd.grad(sums.sum(), weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 class PeakMemory(TorchDispatchMode):
     """Bytes of tensors made under it that were alive at once."""
 
@@ -158,6 +167,7 @@ class PeakMemory(TorchDispatchMode):
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, train_weight: bool) -> None:
     """Never [N, T, V]: at [4, 256, 4096] forward and backward stay within a few chunks, an eighth of the logits."""
     monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", CHUNK)
+    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 4 * CHUNK)
     hidden, weight, labels = inputs(4, 256, 8, 4096, torch.float32)
     weight.requires_grad_(train_weight)
     peaks = []
