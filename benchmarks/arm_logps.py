@@ -2,8 +2,8 @@
 
     python benchmarks/arm_logps.py [--shape N T V] [--width H] [--rounds N] [--cpu-time]
 
-A frozen head is that of LoRA training: only the hidden states need a gradient. Memory is the most that torch held at once
-beyond the inputs; times are medians of calls taking turns, ratios medians of the turns' own.
+A frozen head is that of LoRA training: only the hidden states need a gradient. Memory is the most that torch held at
+once beyond the inputs; times are medians of calls taking turns, ratios medians of the turns' own.
 """
 
 from __future__ import annotations
