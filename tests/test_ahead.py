@@ -70,6 +70,27 @@ def test_equals_plain_decoding(tiny_model, tokenizer, case, advances):
     assert results(outputs) == results(free)
 
 
+@pytest.mark.parametrize("case", range(8))
+def test_whatever_auto_chooses(tiny_model, tokenizer, case):
+    """With times that say nothing; rounds of all kinds take turns, some of which the host reads late."""
+    rng = random.Random(case)
+    draft = similar(case + 1, 0.01) if case % 3 == 0 else None
+    model = GenARM.from_pretrained(
+        tiny_model(), similar(case), draft_model=draft, tokenizer=tokenizer, max_batch_size=rng.randint(1, 3)
+    )
+    prompts = random_prompts(rng, 5)
+    params = [random_params(rng, 1) | {"max_new_tokens": rng.randint(1, 60)} for _ in prompts]
+    for each in params if case % 2 else ():  # nothing that needs the host
+        each |= {"min_new_tokens": 0, "repetition_penalty": 1.0, "logit_bias": None}
+    requests = [SamplingParams(**each, seed=rng.getrandbits(64), rewards=rng.random() < 0.5) for each in params]
+    device = Lagging()
+    device.clock = rng.random
+    with engines_on(device):
+        outputs = model.generate(prompts, requests, speculation="auto")
+    assert results(outputs) == results(model.generate(prompts, requests))
+    assert len(model.controllers.stats()[0]["rounds"]) > 1
+
+
 def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):
     """In batches, too, as long as all rows are right."""
     for case in (4, 12):
