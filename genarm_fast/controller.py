@@ -14,17 +14,18 @@ from itertools import pairwise
 from math import log2
 from typing import Any
 
-EXPLORATION = 0.015  # of the time
+EXPLORATION = 0.01  # of the time
 REINVESTED = 0.02  # of the time that drafts have saved, for the same purpose
 PATIENCE = 16, 128  # rounds before something is tried again, doubled each time that it was in vain
 HOPELESS = 512  # the same for what would lose by all that is known, since costs may have changed
 HOPE = 0.9  # of the best choice's time: what would need more with free verification is not tried
 LOSS = 0.01  # of the time since then, before what lost so much is tried again
 LOOK = 4, 8  # rounds between two looks at what a member would have proposed, with few rows and with more than FEW
-FEW = 8  # a draw for 32 rows takes 0.4 % of a round
+FEW = 8  # a draw for 32 rows takes 0.4 % of a round, and trials of many drafts for many rows are dear
 RECKON = 4  # rounds, while decoding is plain; it takes 0.1 to 0.4 ms
 FREE = 16  # tokens: where nothing is known, a forward of n takes as long as FREE + n
-MARGIN = 0.98  # a new choice must need at most so much of the old one's time
+MARGIN = 0.98  # a new choice must need at most so much of the old one's time,
+LEAVE = 0.95  # and of plain decoding's, after which rows that got ahead of others leave them behind in smaller rounds
 HALF_LIFE = 32.0  # rounds, and rows with a draft, in which evidence on acceptance loses half of its weight
 QUICK = 4.0  # the same where a sudden change is looked for
 SAMPLES = 7  # timings of each size that are kept
@@ -347,7 +348,7 @@ class Controller:
     def _settle_on(self, paces: dict[Choice, float]) -> None:
         best = min(paces, key=paces.__getitem__)
         old = paces.get(self.choice)
-        if old is None or best == PLAIN or paces[best] < MARGIN * old:
+        if old is None or best == PLAIN or paces[best] < (LEAVE if self.choice == PLAIN else MARGIN) * old:
             self.choice = best
 
     def _due(self, paces: dict[Choice, float], least: Sequence[float]) -> Choice | None:
@@ -360,7 +361,7 @@ class Controller:
         for i, each in enumerate(self.drafters):
             if i != drafter:
                 own = [choice for choice in paces if choice[0] == i]
-                bound = 1.2 * min(paces[choice] for choice in own)
+                bound = (1.2 if self._rows <= FEW else 1.0) * min(paces[choice] for choice in own)
                 longest = max(choice for choice in own if paces[choice] <= bound)  # tells most
                 hopeless = each.watched and least[i] > HOPE * self._pace
                 last = max((when for (j, _), when in self.tried.items() if j == i), default=-each.patience)

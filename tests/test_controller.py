@@ -176,7 +176,7 @@ def test_drafts_that_lose_are_hardly_tried(rows: int) -> None:
 
 def test_drafts_are_tried_where_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Controller, "watch", lambda *_: None)
-    assert loss_of_a_new_model(32, 0.06) > 1.05
+    assert loss_of_a_new_model(32, 0.06) > 1.04
 
 
 @pytest.mark.parametrize("rows", [1, 8])
