@@ -111,6 +111,27 @@ def test_rounding_by_the_whole_batch_is_no_fault(tokenizer):
     assert selfcheck.entries_of([one])
 
 
+def test_a_deep_model_that_magnifies_rounding_passes(tokenizer, monkeypatch):
+    """And one that is wrong besides does not."""
+    model = build_model("llama", 0, num_hidden_layers=16).to(torch.bfloat16)
+    for parameter in model.model.layers.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 2
+    one = member(model, tokenizer)
+    with torch.inference_mode():
+        (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+    assert error > selfcheck.tolerance(one)
+    monkeypatch.setattr(selfcheck, "TRIES", 1)
+    assert selfcheck.entries_of([one])
+    selfcheck._found.clear()
+    embed = model.model.embed_tokens
+    forward = type(embed).forward
+    embed.forward = lambda ids: forward(embed, ids) + forward(embed, torch.arange(ids.shape[1])[None])  # by count
+    monkeypatch.setattr(selfcheck, "TRIES", 4)
+    with pytest.raises(ValueError, match="does not give the same logits"):
+        selfcheck.entries_of([one])
+
+
 def test_lanes_are_told_apart(tokenizer):
     """The error names the member that is off."""
     model = build_model("llama", 0)

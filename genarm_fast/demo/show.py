@@ -42,7 +42,7 @@ SWEEP_PROMPTS = [
 TEMPERATURE = 0.8
 WEIGHTS = {"positive": 1.5, "small": 0.75}
 JUDGE = "positive"  # colours the tokens of every answer
-GRIDS = {"positive": (0.0, 0.5, 1.0), "concise": (0.0, 2.0, 4.0)}
+GRIDS = {"positive": (0.0, 0.5, 1.0), "concise": (0.0, 0.5, 1.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
