@@ -5,7 +5,8 @@
 What speculation gains depends on the ratio of the members' costs and on how often their tokens agree. Real large models
 are not at hand everywhere; these have the real distributions of the small one, to the bit, at a larger one's cost. An
 added block is a copy of one that is there, with the projections by which it adds to the residual stream set to zero.
-Adapters of the small model get copies that fit the larger one: the same layers, another fingerprint of the base.
+Adapters of the small model get copies that fit the larger one, as lanes (the same layers, another fingerprint of the
+base), and one that is merged into the small model, as a small ARM of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from genarm_fast.demo import base
 from genarm_fast.fingerprint import fingerprint
@@ -57,14 +58,29 @@ def inflate(source: Path, folder: Path, parameters: float) -> Path:
     """Save a deepened copy of the model in `source`, with its tokenizer; nothing is done if it is there."""
     if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        deepen(model, layers_for(model, parameters))
-        partial = folder.with_name(f"{folder.name}.partial")
-        model.save_pretrained(partial)
-        for pattern in TOKENIZER_FILES:
-            for path in source.glob(pattern):
-                shutil.copy(path, partial)
-        partial.rename(folder)
+        _save(deepen(model, layers_for(model, parameters)), source, folder)
     return folder
+
+
+def merge_adapter(adapter: Path, source: Path, folder: Path) -> Path:
+    """Save a copy of the model in `source` with a LoRA in its weights: a small ARM for the larger bases."""
+    if not (folder / "config.json").exists():
+        from peft import PeftModel
+
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        _save(merged.to(AutoConfig.from_pretrained(source).dtype), source, folder)
+    return folder
+
+
+def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """With the tokenizer of the model in `source`; whole or not at all."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    model.save_pretrained(partial)
+    for pattern in TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copy(path, partial)
+    partial.rename(folder)
 
 
 def fit_adapter(adapter: Path, model: Path, folder: Path) -> Path:
@@ -97,8 +113,11 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, nargs="*", default=[], help="LoRA adapters of the base")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    source = args.base or base()
+    for adapter in args.adapter:
+        print(merge_adapter(adapter, source, args.folder / f"{adapter.name}-merged"))
     for billions in args.billions:
-        model = inflate(args.base or base(), args.folder / f"{billions:g}B-cost-inflated", billions * 1e9)
+        model = inflate(source, args.folder / f"{billions:g}B-cost-inflated", billions * 1e9)
         print(model)
         for adapter in args.adapter:
             print(fit_adapter(adapter, model, args.folder / f"{adapter.name}-{model.name}"))

@@ -75,6 +75,15 @@ def test_saved_models_and_adapters_give_the_same_text(inflated, saved: Path, tmp
     assert json.loads((fitted / "genarm.json").read_text())["cost_inflated"]
 
 
+def test_a_merged_adapter_is_a_small_arm_of_a_larger_base(inflated, saved: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "lora", base=saved, seed=1, config=LoraConfig(r=4, target_modules="all-linear"))
+    deep = inflated.inflate(saved, tmp_path / "deep", 100_000)
+    merged = inflated.merge_adapter(tmp_path / "lora", saved, tmp_path / "merged")
+    lanes, pair = GenARM.from_pretrained(saved, tmp_path / "lora"), GenARM.from_pretrained(deep, merged)
+    texts = [m.generate([[5, 6, 7]], seed=2, max_new_tokens=20, ignore_eos=True)[0].token_ids for m in (lanes, pair)]
+    assert texts[0] == texts[1] != lanes.generate([[5, 6, 7]], weights=0, seed=2, max_new_tokens=20)[0].token_ids
+
+
 def test_an_adapter_as_it_was_is_refused(inflated, saved: Path, tmp_path: Path) -> None:
     deep = inflated.inflate(saved, tmp_path / "deep", 100_000)
     save_adapter(tmp_path / "lora", base=saved, seed=1, recorded_base=tmp_path / "gone")
