@@ -40,7 +40,7 @@ SWEEP_PROMPTS = [
     "Describe a house that nobody lives in.",
 ]
 TEMPERATURE = 0.8
-WEIGHTS = {"positive": 1.5, "small": 0.75}
+WEIGHTS = {"positive": 1.5, "small": 1.0}
 JUDGE = "positive"  # colours the tokens of every answer
 GRIDS = {"positive": (0.0, 0.5, 1.0), "concise": (0.0, 0.5, 1.0)}
 
