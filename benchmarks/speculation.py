@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genarm_fast import GenARM, GenerationOutput, SamplingParams, demo
 from genarm_fast.backbone import Backbone
-from genarm_fast.controller import best_k, expected_speedup
+from genarm_fast.estimates import best_k, expected_speedup
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation import Speculation
 

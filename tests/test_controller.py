@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from genarm_fast.controller import PLAIN, Choice, Controller, best_k, expected_speedup, expected_tokens
+from genarm_fast.controller import PLAIN, Choice, Controller
+from genarm_fast.estimates import best_k, expected_speedup, expected_tokens
 
 MAX_K = 8
 SPIKE = 0.05  # share of forwards that something else on the machine holds up
@@ -237,7 +238,7 @@ def test_forwards_that_are_held_up_do_no_harm(monkeypatch: pytest.MonkeyPatch) -
 
     robust = regret()
     assert robust < 0.06
-    monkeypatch.setattr("genarm_fast.controller.SAMPLES", 1)
+    monkeypatch.setattr("genarm_fast.estimates.SAMPLES", 1)
     assert regret() > 1.5 * robust
 
 

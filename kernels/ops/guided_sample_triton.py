@@ -21,60 +21,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import TILE_LEVEL, TOKEN_LEVEL, seed_tensor
-
-TILE = tl.constexpr(1024)  # part of the random-number contract
-SCAN = tl.constexpr(4096)  # scores read at a time by `threshold`
-GROUPS = tl.constexpr(32)  # of a tile, whose maxima bound the k-th score from below
-COLDEST = tl.constexpr(1e-30)
-INF = tl.constexpr(float("inf"))
-LOG2E = tl.constexpr(1.4426950408889634)
-_TILE_LEVEL, _TOKEN_LEVEL = tl.constexpr(TILE_LEVEL), tl.constexpr(TOKEN_LEVEL)
-# positions of the per-row parameters in their tuple
-TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED, POSITION = (tl.constexpr(i) for i in range(6))
-
-
-@triton.jit
-def gumbel(seed, level: tl.constexpr, position, index):
-    """philox.gumbel; `index` is int32."""
-    bits, _, _, _ = tl.philox(seed, index, position.to(tl.uint32), level, 0)
-    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-08)  # 2^-32, 1 - 2^-24
-    w = 1 - u
-    exponential = tl.where(w == 1, u, -tl.log(w) * u / tl.where(w == 1, 1.0, 1 - w))
-    return -tl.log(exponential)
-
-
-@triton.jit
-def parameter(p_parameters, s_rows, s_blocks, which: tl.constexpr, i_row, i_block):
-    return tl.load(p_parameters[which] + i_row * s_rows[which] + i_block * s_blocks[which])
-
-
-@triton.jit
-def coldness_of(temperature):
-    return tl.where(temperature == 0, 1.0, 1 / tl.maximum(temperature, COLDEST))
-
-
-@triton.jit
-def load_member(p_members, s_rows, s_blocks, i: tl.constexpr, i_row, i_block, offset, mask):
-    return tl.load(p_members[i] + i_row * s_rows[i] + i_block * s_blocks[i] + offset, mask=mask, other=-INF).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def add_member(b_scores, b_arm, weight):
-    return b_scores + tl.where(b_arm == -INF, tl.where(weight == 0, 0.0, -INF), weight * b_arm)
-
-
-@triton.jit
-def faulty(b_values):
-    """1 where any value is NaN or +inf."""
-    return tl.max(((b_values != b_values) | (b_values == INF)).to(tl.int32), axis=0)
-
-
-@triton.jit
-def exp_sum(b_values, peak, scale):
-    return tl.sum(tl.where(b_values == -INF, 0.0, tl.exp2((b_values - peak) * scale)), axis=0)
+from ._triton import (
+    _TILE_LEVEL,
+    _TOKEN_LEVEL,
+    COLDEST,
+    GROUPS,
+    INF,
+    LOG2E,
+    POSITION,
+    SEED,
+    TEMPERATURE,
+    TILE,
+    add_member,
+    coldness_of,
+    exp_sum,
+    faulty,
+    gumbel,
+    load_member,
+    parameter,
+)
+from .filters_triton import gather_kernel, kept_kernel, threshold_kernel
+from .philox import seed_tensor
 
 
 @triton.jit
@@ -134,120 +101,6 @@ def scores_kernel(
         tl.store(p_scores + row * tiles * TILE + offset, b_scores)
         b_peaks = tl.max(tl.reshape(b_scores, [GROUPS, TILE // GROUPS]), axis=1)
         tl.store(p_peaks + (row * tiles + i_tile) * GROUPS + tl.arange(0, GROUPS), b_peaks)
-
-
-@triton.jit
-def from_key(key):
-    """The float32 at a place in float32's order: the inverse of its sign-magnitude bits read as int32."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def to_key(value):
-    bits = value.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def above(p_scores, n, pivot, peak, scale, MASS: tl.constexpr):
-    """Mass (or number) of n scores that are at least `pivot`."""
-    b_total = tl.zeros([SCAN], tl.float32)
-    for start in range(0, n, SCAN):
-        offset = start + tl.arange(0, SCAN)
-        b_scores = tl.load(p_scores + offset, mask=offset < n, other=-INF)
-        b_weight = tl.exp2((b_scores - peak) * scale) if MASS else tl.full([SCAN], 1.0, tl.float32)
-        b_total += tl.where((b_scores >= pivot) & (b_scores > -INF), b_weight, 0.0)
-    return tl.sum(b_total, axis=0)
-
-
-@triton.jit
-def search(p_scores, n, lowest, target, peak, scale, MASS: tl.constexpr):
-    """The largest float32 with at least `target` of mass (or number) at or above it; `lowest` if all is too little."""
-    low, high = to_key(lowest).to(tl.int64), to_key(peak).to(tl.int64)
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        enough = above(p_scores, n, from_key(middle.to(tl.int32)), peak, scale, MASS) >= target
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    return from_key(low.to(tl.int32))
-
-
-@triton.jit
-def gather_kernel(
-    p_parameters, s_rows, s_blocks, p_stats, p_scores, p_peaks, p_found, p_counts, p_totals, block, vocab, tiles,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Copies the scores that may be the k-th or in the nucleus, in their order; their number and the row's mass."""
-    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    i_row, i_block = row // block, row % block
-    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
-    top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
-    top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
-    o_tiles = tl.arange(0, BLOCK)
-    b_peaks = tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF)
-    b_sums = tl.load(p_stats + (rows + row) * tiles + o_tiles, mask=o_tiles < tiles, other=0.0)
-    peak = tl.max(b_peaks, axis=0)
-    coldness = coldness_of(temperature)
-    total = tl.sum(tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2((b_peaks - peak) * coldness * LOG2E)), axis=0)
-    p_scores += row * tiles * TILE
-    p_found += row * tiles * TILE
-
-    count, bound = tl.zeros([], tl.int32), tl.full([], -INF, tl.float32)
-    limited = (top_k > 0) & (top_k < vocab)
-    if (temperature > 0) & (peak > -INF) & (peak < INF) & (limited | (top_p < 1)):
-        if limited:  # k groups have their maximum at or above this
-            p_peaks += row * tiles * GROUPS
-            bound = search(p_peaks, tiles * GROUPS, bound, top_k.to(tl.float32), peak, 0.0, False)
-        else:  # all below this is less than 1 - top_p of the mass, by a tenth
-            bound = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
-        for start in range(0, tiles * TILE, SCAN):
-            offset = start + tl.arange(0, SCAN)
-            b_scores = tl.load(p_scores + offset, mask=offset < tiles * TILE, other=-INF)
-            b_chosen = ((b_scores >= bound) & (b_scores > -INF)).to(tl.int32)
-            tl.store(p_found + count + tl.cumsum(b_chosen, axis=0) - 1, b_scores, mask=b_chosen > 0)
-            count += tl.sum(b_chosen, axis=0)
-    tl.store(p_counts + row, count)
-    tl.store(p_totals + row, total)
-
-
-@triton.jit
-def threshold_kernel(
-    p_parameters, s_rows, s_blocks, p_stats, p_found, p_counts, p_totals, p_lowest, block, vocab, tiles,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    i_row, i_block = row // block, row % block
-    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
-    top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
-    top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
-    min_p = parameter(p_parameters, s_rows, s_blocks, MIN_P, i_row, i_block)
-    o_tiles = tl.arange(0, BLOCK)
-    peak = tl.max(tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF), axis=0)
-    coldness = coldness_of(temperature)
-    scale = coldness * LOG2E
-    p_found += row * tiles * TILE
-    count, total = tl.load(p_counts + row), tl.load(p_totals + row)
-
-    lowest = tl.full([], -INF, tl.float32)
-    if (temperature > 0) & (peak > -INF) & (peak < INF):
-        if (top_k > 0) & (top_k < vocab):
-            lowest = search(p_found, count, lowest, top_k.to(tl.float32), peak, 0.0, False)
-            total = above(p_found, count, lowest, peak, scale, True)
-        if top_p < 1:
-            lowest = search(p_found, count, lowest, tl.maximum(top_p * total, 1e-30), peak, scale, True)
-        if min_p > 0:
-            lowest = tl.maximum(lowest, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
-    tl.store(p_lowest + row, lowest)
-
-
-@triton.jit
-def kept_kernel(p_temperature, s_temperature_row, s_temperature_block, p_stats, p_scores, p_lowest, p_kept, block):
-    i_tile, row, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    temperature = tl.load(p_temperature + row // block * s_temperature_row + row % block * s_temperature_block)
-    tile = row * tiles + i_tile
-    b_scores = tl.load(p_scores + tile * TILE + tl.arange(0, TILE))
-    b_scores = tl.where(b_scores >= tl.load(p_lowest + row), b_scores, -INF)
-    tl.store(p_kept + tile, exp_sum(b_scores, tl.load(p_stats + tile), coldness_of(temperature) * LOG2E))
 
 
 @triton.jit
