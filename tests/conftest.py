@@ -52,3 +52,14 @@ def undrafted() -> Iterator[None]:
         for function in (GenARM.__init__, GenARM.from_pretrained.__func__):
             patch.setitem(function.__kwdefaults__, "speculation", "off")
         yield
+
+
+@pytest.fixture
+def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault: what a row draws depends on whether it has neighbours."""
+    from genarm_fast.sampling import Sampler
+
+    positions = Sampler.positions
+    monkeypatch.setattr(
+        Sampler, "positions", lambda self, rows, offset, width: positions(self, rows, offset + (len(rows) > 1), width)
+    )

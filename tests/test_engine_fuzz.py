@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_engine import assert_equals_reference
 from tiny_models import build_model, save_adapter
 
-from genarm_fast import GenARM, SamplingParams, sampling
+from genarm_fast import GenARM, SamplingParams
 from genarm_fast.speculation import Speculation
 
 TOKENS = st.integers(2, 299)
@@ -105,13 +105,8 @@ def test_equals_the_reference(models):
     fuzz(models, 25)
 
 
-def test_a_fault_would_be_seen(models, monkeypatch):
-    """Negative control: noise that depends on the neighbours."""
-    positions = sampling.Sampler.positions
-    monkeypatch.setattr(
-        sampling.Sampler,
-        "positions",
-        lambda self, rows, offset, width: positions(self, rows, offset + (len(rows) > 1), width),
-    )
+@pytest.mark.usefixtures("neighbourly_noise")
+def test_a_fault_would_be_seen(models):
+    """Negative control."""
     with pytest.raises(AssertionError):
         fuzz(models, 25, phases=[Phase.generate])

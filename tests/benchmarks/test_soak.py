@@ -10,8 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from genarm_fast import sampling
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads resident memory from /proc")
 
 
@@ -31,14 +29,9 @@ def test_tokens_are_right(soak):
     assert found["resident MiB at the end"] - found["resident MiB after the first group"] < 64
 
 
+@pytest.mark.usefixtures("neighbourly_noise")
 def test_wrong_ones_are_counted(soak, monkeypatch):
-    """Negative control: noise that depends on the neighbours."""
-    positions = sampling.Sampler.positions
-    monkeypatch.setattr(
-        sampling.Sampler,
-        "positions",
-        lambda self, rows, offset, width: positions(self, rows, offset + (len(rows) > 1), width),
-    )
+    """Negative control."""
     monkeypatch.setattr(soak, "COMPARED", 10)
     assert soak.soak(20)["different"] > 0
 
