@@ -180,6 +180,18 @@ def test_drafts_are_tried_where_nothing_is_watched(monkeypatch: pytest.MonkeyPat
     assert loss_of_a_new_model(32, 0.06) > 1.04
 
 
+def test_what_could_not_win_with_free_verification_is_hardly_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tries() -> int:
+        world = World([Draft(0.1, cost=0.5, member=True)])
+        controller = make(world)
+        simulate(world, controller, 8, 1500)
+        return controller.drafters[0].tries
+
+    assert tries() <= 3
+    monkeypatch.setattr("genarm_fast.controller.HOPE", 100.0)
+    assert tries() > 8
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_warm_up_is_short(rows: int) -> None:
     world = World([Draft(0.9, cost=0.05, member=True), Draft(0.1, cost=0.5)])
