@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .backbone import in_one_forward, padded
 from .budget import make_room
-from .device import span
-from .drafting import BackboneDrafter, Drafts, NgramDrafter, no_drafts
+from .drafting import BackboneDrafter, NgramDrafter
 from .flight import Flight
+from .host_rounds import HostRounds
 from .members import Member
 from .requests import Row
 from .rooms import Rooms
@@ -76,7 +76,7 @@ class Engine:
         self.slots = Slots(self.room.slots, fitting, indices)
         labels = ["base", *(f"arm[{i}]" for i in arms), "draft_model"]
         self.labels = ["+".join(labels[i] for i in group) + ".forward" for group in self.groups]
-        self.flight = Flight(self, rows)
+        self.flight, self.host_rounds = Flight(self, rows), HostRounds(self)
         self.spent: dict[int, tuple[Any, Any]] = {}  # marks around each backbone's latest forward
         self.drafters: list[BackboneDrafter | NgramDrafter] = [NgramDrafter(self)]
         if len(self.groups) > 1:
@@ -145,7 +145,7 @@ class Engine:
         seats = list(self.slots.running)
         if seats:
             with self.watched(seats, drafter):
-                self.host_round(seats, drafter, k)
+                self.host_rounds.round(seats, drafter, k)
             self.advanced(seats)
         return [seat.row for seat in dict.fromkeys([*landed, *seats])]
 
@@ -194,84 +194,6 @@ class Engine:
                 for backbone in self.backbones:
                     self.device.launch(backbone.stream, "prefill", backbone.clear, seat.slot)
         self.slots.leave(ended)
-
-    def host_round(self, seats: Sequence[Seat], drafter: int | None, k: int) -> None:
-        """Settle at least one token of every row on the host.
-
-        It waits once, for drafts and targets together, and once more where a row's drafts were all right and the
-        drafter has not seen the last one yet.
-        """
-        rows = [seat.row for seat in seats]
-        start = self.device.mark(self.main)
-        drafts = no_drafts(len(rows))
-        most = [min(k, row.remaining - 1) for row in rows]
-        if drafter is not None and max(most) > 0:
-            with span("draft"):
-                drafts = self.drafters[drafter].propose(seats, most)
-        logits = self.verify(seats, drafts)
-        bonus = drafts.drafter is not None and not drafts.whole
-        known = [each[:, : drafts.most] for each in logits] if bonus else logits
-        lengths = [len(row.tokens) for row in rows]
-        judge = self.look(rows, known, drafter)
-        accepted = self.settle(rows, known, drafts)
-        verified = self.device.mark(self.main)
-        judge([row.tokens[length:] for row, length in zip(rows, lengths)])
-        if bonus:
-            drafts.steps += self.settle_bonus(seats, logits, drafts, accepted)
-        ended = self.device.mark(self.main)
-        for seat, count, right in zip(seats, drafts.counts, accepted):
-            seat.row.drafted += count
-            seat.row.accepted += right
-            if drafts.group is not None and drafts.group == self.draft_model:
-                seat.drafted = len(seat.row.tokens)
-        drafting = self.device.elapsed(*drafts.marks) if drafts.marks else 0.0
-        verifying = self.device.elapsed(start, verified) - drafting
-        if drafts.drafter is not None:
-            drafts.drafter.settled(drafts, accepted, drafting, verifying)
-        drafting += self.device.elapsed(verified, ended)
-        self.plan.observe(drafter, len(rows), max(most), drafts.counts, accepted, drafting, verifying, drafts.steps)
-
-    def verify(self, seats: Sequence[Seat], drafts: Drafts) -> list[Tensor]:
-        """Each member's logits after the last token and after every draft; of a drafting one, see `join`."""
-        forwards = {}
-        for g, backbone in enumerate(self.backbones):
-            if g not in (self.draft_model, drafts.group):
-                block = None
-                if drafts.most:
-                    (block,) = self.device.hand_over([drafts.tensor], drafts.stream, backbone.stream)
-                forwards[g] = self.feed(g, seats, block)
-        return self.by_member(forwards, drafts.drafter.join(drafts) if drafts.drafter is not None else {})
-
-    def settle(self, rows: Sequence[Row], logits: Sequence[Tensor], drafts: Drafts) -> list[int]:
-        """Give rows their targets; how many drafts of each were right."""
-        with span("sample"):
-            draws = self.sampler.draw(rows, logits, drafts)
-        accepted = []
-        with span("settle"):
-            for row, own, tokens in zip(rows, draws, drafts.tokens):
-                accepted.append(sum(draw.token == token for draw, token in zip(own, tokens)))
-                for draw in own:
-                    if row.finish_reason is None:
-                        row.settle(draw)
-        return accepted
-
-    def settle_bonus(
-        self, seats: Sequence[Seat], logits: Sequence[Tensor], drafts: Drafts, accepted: Sequence[int]
-    ) -> bool:
-        """One more token for rows whose every draft was right: only the drafter has not seen the last one yet.
-
-        Whether there are any.
-        """
-        most, group = drafts.most, drafts.group
-        assert group is not None
-        index = [i for i, seat in enumerate(seats) if accepted[i] == most and not seat.row.ended]
-        if index:
-            again = [seats[i] for i in index]
-            own = dict(zip(self.groups[group], self.collect(group, self.feed(group, again))))
-            where = self.upload(torch.tensor(index))
-            last = [own[i] if i in own else each[where, most:] for i, each in enumerate(logits)]
-            self.settle([seat.row for seat in again], last, no_drafts(len(again)))
-        return bool(index)
 
     def feed(self, g: int, seats: Sequence[Seat], drafts: Tensor | None = None, first: int = 0) -> Sequence[Tensor]:
         """Launch backbone g on each seat's last token and its drafts [R, n]; if first > 0, on drafts from there on.

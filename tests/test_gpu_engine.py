@@ -13,8 +13,8 @@ from tiny_models import FAMILIES, MIXTURES, build_model, save_adapter
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.cuda import Cuda
 from genarm_fast.device import Device
-from genarm_fast.engine import Engine
 from genarm_fast.flight import Flight
+from genarm_fast.host_rounds import HostRounds
 from genarm_fast.speculation import Speculation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -136,16 +136,16 @@ def test_a_round_never_waits(pair, monkeypatch):
 def test_drafting_waits_once_a_round(pair, monkeypatch):
     """Drafts, their verification and the draw are launched without waiting; the read-back then waits for all."""
     _, cuda = pair()
-    verify = Engine.verify
+    verify = HostRounds.verify
 
     def strict(self, *given):
-        torch.cuda.set_sync_debug_mode("error" if len(self.device.graphs) >= 2 else "default")
+        torch.cuda.set_sync_debug_mode("error" if len(self.engine.device.graphs) >= 2 else "default")
         try:
             return verify(self, *given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Engine, "verify", strict)
+    monkeypatch.setattr(HostRounds, "verify", strict)
     output = cuda.generate([5, 6, 7], max_new_tokens=60, ignore_eos=True, speculation=Speculation("arm", 2), seed=1)[0]
     assert len(output.token_ids) == 60
 

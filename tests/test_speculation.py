@@ -18,6 +18,7 @@ from genarm_fast.controller import Controller
 from genarm_fast.device import Device
 from genarm_fast.drafting import BackboneDrafter
 from genarm_fast.engine import Engine
+from genarm_fast.host_rounds import HostRounds
 from genarm_fast.kernels import guided_sample
 from genarm_fast.ngram import NgramIndex
 from genarm_fast.speculation import Plan, Speculation
@@ -92,7 +93,7 @@ def test_a_draft_model_catches_up(tiny_model, tokenizer, monkeypatch):
     turns = cycle([(None, 0), (0, 3), (1, 2), (None, 0), (1, 1), (0, 2)])  # the draft model is drafter 1
     monkeypatch.setattr(Plan, "choose", lambda self, rows: next(turns))
     model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
-    seen, settle = [], Engine.settle
+    seen, settle = [], HostRounds.settle
 
     def counted(self, rows, logits, drafts):
         accepted = settle(self, rows, logits, drafts)
@@ -100,7 +101,7 @@ def test_a_draft_model_catches_up(tiny_model, tokenizer, monkeypatch):
             seen.extend(zip(accepted, drafts.counts))
         return accepted
 
-    monkeypatch.setattr(Engine, "settle", counted)
+    monkeypatch.setattr(HostRounds, "settle", counted)
     params = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.7}
     outputs = model.generate(random_prompts(random.Random(3), 3), seed=1, speculation="auto", **params)
     assert sum(count for _, count in seen) > 40
