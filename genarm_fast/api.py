@@ -14,13 +14,13 @@ from .backbone import in_one_forward
 from .engine import Engine
 from .errors import GenerationError
 from .members import ARM, Member, common_vocabulary, end_of_sequence, load_draft_model, load_members
-from .outputs import ArmRewards, GenerationOutput, Rounds, ScoreOutput, Timing, Usage
+from .outputs import GenerationOutput, Rounds, ScoreOutput, Timing, Usage
 from .params import SamplingParams, check_weights
 from .progress import progress_bar
-from .prompts import Prompt, as_prompts, check_context, encode_prompt, encode_response
+from .prompts import as_prompts, check_context, encode_prompt
 from .requests import Request, Row
 from .rooms import Rooms
-from .score import batches, response_logprobs
+from .score import score_responses
 from .speculation import Controllers, Speculation, as_speculation
 from .stream import Stream
 
@@ -193,34 +193,7 @@ class GenARM:
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
             MemoryError: likewise, of one whose caches take more than cache_bytes alone.
         """
-        parsed = as_prompts(prompts)
-        if isinstance(responses, str) or (responses and isinstance(responses[0], int)):
-            responses = [responses]
-        if len(responses) != len(parsed):
-            raise ValueError(f"responses: expected {len(parsed)}, one per prompt, got {len(responses)}")
-        targets = [self._response_ids(i, parsed[i], response, append_eos) for i, response in enumerate(responses)]
-        encoded = [[encode_prompt(m, p, i, self.vocab_size) for m in self.members] for i, p in enumerate(parsed)]
-        for i, (ids, target) in enumerate(zip(encoded, targets)):
-            for member, prompt_ids in zip(self.members, ids):
-                check_context(member, len(prompt_ids), len(target), i)
-        logprobs: list[list[list[float]]] = [[] for _ in parsed]
-        lengths = [max(map(len, ids)) for ids in encoded], [*map(len, targets)]
-        for batch in list(batches(self.members, *lengths, self.max_batch_size, self.cache_bytes)):
-            lines = response_logprobs(
-                self.members, [encoded[i] for i in batch], [targets[i] for i in batch], self.vocab_size
-            )
-            for i, line in zip(batch, lines):
-                logprobs[i] = line
-        return [
-            ScoreOutput(
-                parsed[i],
-                responses[i],
-                targets[i],
-                logprobs[i][0],
-                {name: ArmRewards(line) for name, line in zip(self.arm_names, logprobs[i][1:])},
-            )
-            for i in range(len(parsed))
-        ]
+        return score_responses(self, as_prompts(prompts), responses, append_eos)
 
     def release(self) -> None:
         """Free the caches and graphs that calls leave for the next one, which take at most as much as the weights."""
@@ -303,19 +276,6 @@ class GenARM:
             timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
             rounds=Rounds(*(sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "accepted"))),
         )
-
-    def _response_ids(self, index: int, prompt: Prompt, response: str | Sequence[int], append_eos: bool) -> list[int]:
-        if isinstance(response, str) and append_eos:
-            ids = encode_response(self.base, prompt, response, self.eos_token_ids)
-        elif isinstance(response, str):
-            ids = list(self.tokenizer(response, add_special_tokens=False)["input_ids"])
-        else:
-            ids = [int(token) for token in response]
-        if not ids:
-            raise ValueError(f"responses[{index}]={response!r}: expected at least one token")
-        if min(ids) < 0 or max(ids) >= self.vocab_size:
-            raise ValueError(f"responses[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{self.vocab_size - 1}")
-        return ids
 
 
 def generate(

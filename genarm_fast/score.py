@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,60 @@ from torch import Tensor
 from .backbone import Backbone, in_one_forward, padded
 from .budget import token_bytes
 from .members import Member
+from .outputs import ArmRewards, ScoreOutput
+from .prompts import Prompt, check_context, encode_prompt, encode_response
 from .selfcheck import entries_of
 from .slots import CHUNK_TOKENS
 
+if TYPE_CHECKING:
+    from .api import GenARM
+
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
+
+
+def score_responses(model: GenARM, prompts: Sequence[Prompt], responses: Any, append_eos: bool) -> list[ScoreOutput]:
+    """As `GenARM.score` has it."""
+    if isinstance(responses, str) or (responses and isinstance(responses[0], int)):
+        responses = [responses]
+    if len(responses) != len(prompts):
+        raise ValueError(f"responses: expected {len(prompts)}, one per prompt, got {len(responses)}")
+    targets = [_encode(model, i, prompts[i], response, append_eos) for i, response in enumerate(responses)]
+    encoded = [[encode_prompt(m, p, i, model.vocab_size) for m in model.members] for i, p in enumerate(prompts)]
+    for i, (ids, target) in enumerate(zip(encoded, targets)):
+        for member, prompt_ids in zip(model.members, ids):
+            check_context(member, len(prompt_ids), len(target), i)
+    logprobs: list[list[list[float]]] = [[] for _ in prompts]
+    lengths = [max(map(len, ids)) for ids in encoded], [*map(len, targets)]
+    for batch in list(batches(model.members, *lengths, model.max_batch_size, model.cache_bytes)):
+        lines = response_logprobs(
+            model.members, [encoded[i] for i in batch], [targets[i] for i in batch], model.vocab_size
+        )
+        for i, line in zip(batch, lines):
+            logprobs[i] = line
+    return [
+        ScoreOutput(
+            prompts[i],
+            responses[i],
+            targets[i],
+            logprobs[i][0],
+            {name: ArmRewards(line) for name, line in zip(model.arm_names, logprobs[i][1:])},
+        )
+        for i in range(len(prompts))
+    ]
+
+
+def _encode(model: GenARM, index: int, prompt: Prompt, response: str | Sequence[int], append_eos: bool) -> list[int]:
+    if isinstance(response, str) and append_eos:
+        ids = encode_response(model.base, prompt, response, model.eos_token_ids)
+    elif isinstance(response, str):
+        ids = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
+    else:
+        ids = [int(token) for token in response]
+    if not ids:
+        raise ValueError(f"responses[{index}]={response!r}: expected at least one token")
+    if min(ids) < 0 or max(ids) >= model.vocab_size:
+        raise ValueError(f"responses[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{model.vocab_size - 1}")
+    return ids
 
 
 def batches(
