@@ -7,11 +7,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, build_model, build_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from genarm_fast import GenARM
 
 torch.set_num_threads(1)
 
@@ -40,6 +44,15 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> GenARM:
+    """A base with the ARMs "a", of weight 0.5, and "b", of -1."""
+    from genarm_fast import ARM, GenARM
+
+    arms = [ARM(tiny_model(seed=1), name="a", weight=0.5), ARM(tiny_model(seed=2), name="b", weight=-1.0)]
+    return GenARM.from_pretrained(tiny_model(), arms, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session", autouse=True)  # before any module's models are made
