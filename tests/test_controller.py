@@ -1,130 +1,15 @@
-"""The controller on simulated rounds whose costs and acceptance are known."""
+"""The controller on simulated rounds."""
 
 from __future__ import annotations
 
 import json
 import random
 import time
-from dataclasses import dataclass, field
 
 import pytest
+from simulated_rounds import MAX_K, Ahead, Draft, World, controller_for, simulate
 
 from genarm_fast.controller import PLAIN, Choice, Controller
-from genarm_fast.estimates import best_k, expected_speedup, expected_tokens
-
-MAX_K = 8
-SPIKE = 0.05  # share of forwards that something else on the machine holds up
-
-
-@dataclass
-class Draft:
-    """cost: of a token, in units of a plain one-row forward. member: the target needs its forward too."""
-
-    acceptance: float
-    cost: float = 0.0
-    active: float = 1.0
-    member: bool = False
-
-
-@dataclass
-class World:
-    """A forward of n tokens takes 1 + slope · (n - 1), times `rest` for all that is no drafter."""
-
-    drafts: list[Draft]
-    slope: float = 0.03
-    rest: float = 1.0
-    noise: float = 0.05
-    random: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def forward(self, tokens: float) -> float:
-        return 1 + self.slope * (tokens - 1)
-
-    def drafting(self, i: int, rows: int) -> float:
-        return self.drafts[i].cost * self.forward(rows)
-
-    def verifying(self, tokens: int, drafter: int | None = None) -> float:
-        """All members' forwards, but for the drafter's."""
-        members = (each.cost for j, each in enumerate(self.drafts) if each.member and j != drafter)
-        return self.forward(tokens) * (self.rest + sum(members))
-
-    def timed(self, seconds: float) -> float:
-        spike = 4.0 if self.noise and self.random.random() < SPIKE else 1.0
-        return seconds * spike * self.random.lognormvariate(0.0, self.noise)
-
-    def plain(self, rows: int) -> float:
-        return self.verifying(rows)
-
-    def drafts_of(self, i: int, counts: list[int]) -> tuple[list[int], list[int]]:
-        """Drafts proposed and accepted where so many are asked of each row."""
-        draft = self.drafts[i]
-        proposed = [count if self.random.random() < draft.active else 0 for count in counts]
-        accepted = []
-        for each in proposed:
-            right = 0
-            while right < each and self.random.random() < draft.acceptance:
-                right += 1
-            accepted.append(right)
-        return proposed, accepted
-
-    def round(self, controller: Controller, choice: Choice, rows: int) -> None:
-        """One round, observed."""
-        i, k = choice
-        proposed, accepted = self.drafts_of(i or 0, [k] * rows) if self.drafts else ([0] * rows, [0] * rows)
-        for j, draft in enumerate(self.drafts):
-            if j != i and not draft.cost:
-                controller.watch(j, *self.drafts_of(j, [1 + a for a in accepted]))
-            elif j != i and draft.member and controller.curious():
-                forward = self.timed(self.drafting(j, rows)) if i is None else None
-                controller.watch(j, *self.drafts_of(j, [1] * rows), forward)
-        if i is None:
-            controller.observe(None, rows, 0, proposed, accepted, 0.0, self.timed(self.plain(rows)))
-            return
-        width = max(proposed)
-        bonus = any(a == width for a in accepted)
-        drafting = self.drafting(i, rows) * (width + bonus)
-        verifying = self.verifying(rows * (1 + width), i)
-        if not width:
-            drafting, verifying = 0.0, self.plain(rows)
-        controller.observe(i, rows, k, proposed, accepted, self.timed(drafting), self.timed(verifying))
-
-    def gain(self, choice: Choice) -> float:
-        """Expected tokens per row of a round."""
-        i, k = choice
-        if i is None:
-            return 1.0
-        draft = self.drafts[i]
-        return 1 + draft.active * (expected_tokens([draft.acceptance] * k) - 1)
-
-    def pace(self, choice: Choice, rows: int) -> float:
-        """Expected seconds per token."""
-        i, k = choice
-        if i is None:
-            return self.plain(rows)
-        draft = self.drafts[i]
-        idle = (1 - draft.active) ** rows
-        full = draft.acceptance**k
-        busy = self.drafting(i, rows) * (k + 1 - (1 - full) ** rows) + self.verifying(rows * (k + 1), i)
-        return (idle * self.plain(rows) + (1 - idle) * busy) / self.gain(choice)
-
-    def best(self, rows: int) -> Choice:
-        choices = [PLAIN, *((i, k) for i in range(len(self.drafts)) for k in range(1, MAX_K + 1))]
-        return min(choices, key=lambda choice: self.pace(choice, rows))
-
-
-def make(world: World) -> Controller:
-    return Controller([f"d{i}" for i in range(len(world.drafts))], MAX_K)
-
-
-def simulate(world: World, controller: Controller, rows: int, rounds: int) -> float:
-    """What the rounds' choices cost per token, relative to the best choice: 1.0 is perfect."""
-    seconds = tokens = 0.0
-    for _ in range(rounds):
-        choice = controller.choose(rows)
-        world.round(controller, choice, rows)
-        tokens += world.gain(choice)
-        seconds += world.gain(choice) * world.pace(choice, rows)
-    return seconds / tokens / world.pace(world.best(rows), rows)
-
 
 PAIR = Draft(0.7, cost=0.1, member=True)
 WORLDS = {
@@ -148,7 +33,7 @@ def test_near_the_best_choice_and_never_much_slower_than_plain(name: str, rows: 
     found = []
     for seed in range(3):
         world.random = random.Random(seed)
-        controller = make(world)
+        controller = controller_for(world)
         simulate(world, controller, rows, 60)
         found.append(simulate(world, controller, rows, 400))
     best = world.pace(world.best(rows), rows) / world.pace(PLAIN, rows)
@@ -164,7 +49,7 @@ def loss_of_a_new_model(rows: int, slope: float) -> float:
     found = []
     for seed in range(5):
         world = World(REAL, slope=slope, rest=0.05, random=random.Random(seed))
-        found.append(simulate(world, make(world), rows, 64) * world.pace(world.best(rows), rows))
+        found.append(simulate(world, controller_for(world), rows, 64) * world.pace(world.best(rows), rows))
     return sum(found) / len(found) / world.pace(PLAIN, rows)
 
 
@@ -183,7 +68,7 @@ def test_drafts_are_tried_where_nothing_is_watched(monkeypatch: pytest.MonkeyPat
 def test_what_could_not_win_with_free_verification_is_hardly_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     def tries() -> int:
         world = World([Draft(0.1, cost=0.5, member=True)])
-        controller = make(world)
+        controller = controller_for(world)
         simulate(world, controller, 8, 1500)
         return controller.drafters[0].tries
 
@@ -195,7 +80,7 @@ def test_what_could_not_win_with_free_verification_is_hardly_tried(monkeypatch: 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_warm_up_is_short(rows: int) -> None:
     world = World([Draft(0.9, cost=0.05, member=True), Draft(0.1, cost=0.5)])
-    controller = make(world)
+    controller = controller_for(world)
     simulate(world, controller, rows, 15)
     assert simulate(world, controller, rows, 30) < 1.2
 
@@ -207,7 +92,7 @@ REPEATS = {False: Draft(0.2, active=0.05), True: Draft(0.95, active=0.95)}
 def test_a_text_that_starts_and_stops_to_repeat_its_prompt(alone: bool) -> None:
     others = [] if alone else [PAIR]
     worlds = {repeats: World([draft, *others]) for repeats, draft in REPEATS.items()}
-    controller = make(worlds[False])
+    controller = controller_for(worlds[False])
     simulate(worlds[False], controller, 1, 300)
     assert simulate(worlds[False], controller, 1, 100) < 1.15
     simulate(worlds[True], controller, 1, 80)
@@ -220,7 +105,7 @@ def test_without_trials_the_change_goes_unnoticed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("genarm_fast.controller.EXPLORATION", 0.0)
     monkeypatch.setattr("genarm_fast.controller.REINVESTED", 0.0)
     monkeypatch.setattr(Controller, "watch", lambda *_: None)
-    controller = make(World([REPEATS[False], PAIR]))
+    controller = controller_for(World([REPEATS[False], PAIR]))
     simulate(World([REPEATS[False], PAIR]), controller, 1, 300)
     simulate(World([REPEATS[True], PAIR]), controller, 1, 80)
     assert simulate(World([REPEATS[True], PAIR]), controller, 1, 100) > 1.5
@@ -228,7 +113,7 @@ def test_without_trials_the_change_goes_unnoticed(monkeypatch: pytest.MonkeyPatc
 
 def test_a_machine_that_slows_down_for_a_while() -> None:
     world = World([Draft(0.6, cost=0.2, member=True)])
-    controller = make(world)
+    controller = controller_for(world)
     simulate(world, controller, 1, 200)
     slow = World(world.drafts)
     slow.timed = lambda seconds: 2 * world.timed(seconds)  # type: ignore[method-assign]
@@ -243,7 +128,7 @@ def test_forwards_that_are_held_up_do_no_harm(monkeypatch: pytest.MonkeyPatch) -
         found = []
         for seed in range(5):
             world = World([PAIR], noise=0.3, random=random.Random(seed))
-            controller = make(world)
+            controller = controller_for(world)
             simulate(world, controller, 8, 60)
             found.append(simulate(world, controller, 8, 200) - 1)
         return sum(found) / len(found)
@@ -256,34 +141,10 @@ def test_forwards_that_are_held_up_do_no_harm(monkeypatch: pytest.MonkeyPatch) -
 
 def test_rows_that_end_one_by_one() -> None:
     world = World([PAIR], slope=0.1)
-    controller = make(world)
+    controller = controller_for(world)
     lost = {rows: simulate(world, controller, rows, 20) for rows in (*range(32, 0, -1), *range(32, 0, -1))}
     assert max(lost.values()) < 1.3
     assert sum(lost.values()) / len(lost) < 1.06
-
-
-@dataclass
-class Ahead(World):
-    """The next block is there if all drafts of a round were right, and the guess of the token after them."""
-
-    there: bool = False
-
-    def round(self, controller: Controller, choice: Choice, rows: int) -> None:
-        i, k = choice
-        if i is None:
-            return super().round(controller, choice, rows)
-        accepted = self.drafts_of(i, [k + 1] * rows)[1]
-        steps, self.there = 0 if self.there else k, min(accepted) > k
-        drafting, verifying = steps * self.drafting(i, rows), self.verifying(rows * (k + 1), i)
-        found = [min(each, k) for each in accepted]
-        controller.observe(i, rows, k, [k] * rows, found, self.timed(drafting), self.timed(verifying), steps)
-
-    def pace(self, choice: Choice, rows: int) -> float:
-        i, k = choice
-        if i is None:
-            return super().pace(choice, rows)
-        missing = k * (1 - self.drafts[i].acceptance ** ((k + 1) * rows))
-        return (self.drafting(i, rows) * missing + self.verifying(rows * (k + 1), i)) / self.gain(choice)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -302,7 +163,7 @@ def test_drafts_ahead_are_reckoned_with(rows: int) -> None:
 def test_the_same_rounds_give_the_same_choices() -> None:
     def choices() -> list[Choice]:
         world = World([PAIR, Draft(0.5, active=0.5)], random=random.Random(3))
-        controller = make(world)
+        controller = controller_for(world)
         made = []
         for _ in range(200):
             made.append(controller.choose(2))
@@ -315,7 +176,7 @@ def test_the_same_rounds_give_the_same_choices() -> None:
 
 def test_without_drafters_it_is_plain_decoding() -> None:
     world = World([])
-    controller = make(world)
+    controller = controller_for(world)
     assert simulate(world, controller, 3, 20) == pytest.approx(1.0)
     assert controller.stats()["rounds"] == {"plain": 20}
 
@@ -334,7 +195,7 @@ def test_drafts_cut_short_by_the_end_of_the_text() -> None:
 
 def test_stats_are_json() -> None:
     world = World([PAIR, Draft(0.5, active=0.0)], noise=0.0)
-    controller = make(world)
+    controller = controller_for(world)
     simulate(world, controller, 2, 100)
     stats = json.loads(json.dumps(controller.stats()))
     assert sum(stats["rounds"].values()) == 100
@@ -347,7 +208,7 @@ def test_stats_are_json() -> None:
 
 def test_a_round_costs_microseconds() -> None:
     world = World([PAIR, Draft(0.5, active=0.5)])
-    controller = make(world)
+    controller = controller_for(world)
     simulate(world, controller, 4, 50)
     start = time.process_time()
     for _ in range(200):
@@ -359,22 +220,3 @@ def test_a_round_costs_microseconds() -> None:
 def test_max_k_is_checked() -> None:
     with pytest.raises(ValueError, match="max_k=0"):
         Controller(["d"], 0)
-
-
-@pytest.mark.parametrize(("cost", "acceptance", "k", "expected"), [(0.1, 0.8, 0, 1.0), (1.0, 0.0, 1, 1.0)])
-def test_model_where_it_is_plain(cost: float, acceptance: float, k: int, expected: float) -> None:
-    assert expected_speedup(cost, acceptance, k) == pytest.approx(expected)
-
-
-def test_model_of_the_design() -> None:
-    assert expected_tokens([0.5] * 3) == pytest.approx((1 - 0.5**4) / (1 - 0.5))
-    assert expected_speedup(0.1, 0.8, 6) == pytest.approx(1.1 * 3.951424 / (0.1 * (6 + 0.8**6) + 1))
-    assert best_k(0.1, 0.8, 16) == 6  # table of the design: 2.7 there
-    assert best_k(0.3, 0.0, 16) == 0
-
-
-def test_model_is_what_simulated_rounds_cost() -> None:
-    world = World([Draft(0.8, cost=0.15, member=True)], slope=0.0)
-    for k in range(6):
-        choice = (0, k) if k else PLAIN
-        assert world.pace(PLAIN, 1) / world.pace(choice, 1) == pytest.approx(expected_speedup(0.15, 0.8, k))
