@@ -7,7 +7,7 @@
     draw       grid (rows)          the tile, the token, and their log-probabilities
 
 One warp takes one tile, so that its reductions stay in registers and a single row still fills a GPU. What a kernel
-writes, only later ones read: that needs no atomics, no zeroed memory and no fences (docs/kernels.md, "Why launches").
+writes, only later ones read: that needs no atomics, no zeroed memory and no fences (docs/triton.md, "Why launches").
 """
 
 from __future__ import annotations
