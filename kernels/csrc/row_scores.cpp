@@ -70,8 +70,8 @@ const float* RowScores::load(const Member& member, int64_t first, int64_t n, flo
   return buffer;
 }
 
-// Combined scores of tile t: in `out`, or in the base's own memory where there is nothing to add. With `status`, also the
-// members' bits of it, and their (max, sum) where log-probabilities are wanted.
+// Combined scores of tile t: in `out`, or in the base's own memory where there is nothing to add. With `status`, also
+// the members' bits of it, and their (max, sum) where log-probabilities are wanted.
 const float* RowScores::combine(int64_t t, float* out, int32_t* status) {
   const int64_t first = t * kTile, n = tile_size(t);
   const int width = tile_width(t);

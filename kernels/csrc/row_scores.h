@@ -21,8 +21,8 @@ class RowScores {
 
   RowScores(const Request& request, const TileLoops& loops, int threads);  // threads: for the tiles of a row
 
-  // Reads a row. keep: all its scores, for filters and top tokens. log_sums: also Σ 2^((score - ref) · scale) of each tile
-  // and, where log-probabilities are wanted, of each member's own. Returns its status.
+  // Reads a row and returns its status. keep: all its scores, for filters and top tokens. log_sums: also
+  // Σ 2^((score - ref) · scale) of each tile and, where log-probabilities are wanted, of each member's own.
   int32_t read(int64_t row, int64_t block, float scale, bool keep, bool log_sums);
 
   int64_t tiles() const { return tiles_; }
