@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=[4, 512, 49152], metavar=("N", "T", "V"))
     parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cpu-time", action="store_true", help="count this thread's time only: for a busy machine")
     options = parser.parse_args()
     clock = time.thread_time if options.cpu_time else time.perf_counter

@@ -21,7 +21,6 @@ VARIANTS = {
     "capped": {"softcap": 2.0},
     "both": {"logit_scale": 3.0, "softcap": 5.0},
 }
-CHUNK = 1 << 16
 
 
 def inputs(
@@ -36,10 +35,10 @@ def inputs(
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 2 rows of an 11-token vocabulary: several, the last one ragged; slopes of one of them are kept."""
-    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", 22)
-    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 30)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 tokens and a vocabulary of 11 in blocks of 3 x 4, the last ones ragged; five of the nine are kept."""
+    monkeypatch.setitem(module.BLOCK, "cpu", (3, 4))
+    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 60)
 
 
 def test_hand_worked() -> None:
@@ -52,7 +51,7 @@ def test_hand_worked() -> None:
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("return_tokens", [False, True])
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_blocks")
 def test_equals_reference(options: dict[str, Any], bias: bool, return_tokens: bool) -> None:
     hidden, weight, labels = inputs()
     b = torch.linspace(-1, 1, 11, dtype=torch.float64) if bias else None
@@ -64,9 +63,9 @@ def test_equals_reference(options: dict[str, Any], bias: bool, return_tokens: bo
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("trained", ["hidden", "weight", "both", "all"])
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_blocks")
 def test_gradients(options: dict[str, Any], trained: str) -> None:
-    """Both backward paths, frozen and trainable output layer, against finite differences and the reference."""
+    """Frozen and trainable output layer, kept and recomputed logits: finite differences and the reference."""
     hidden, weight, labels = inputs()
     bias = torch.linspace(-1, 1, 11, dtype=torch.float64).requires_grad_(trained == "all")
     hidden.requires_grad_(trained != "weight")
@@ -84,9 +83,13 @@ def test_gradients(options: dict[str, Any], trained: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("block", [(3, 4), (8, 200), (1 << 20, 1 << 20)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1), (torch.float16, 0.01)])
-def test_precisions(dtype: torch.dtype, tolerance: float) -> None:
+def test_precisions(
+    dtype: torch.dtype, tolerance: float, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums come in float32, gradients in the dtype of their tensor, both near float64."""
+    monkeypatch.setitem(module.BLOCK, "cpu", block)
     hidden, weight, labels = inputs(2, 7, 32, 501, dtype)
     sums = arm_logps(hidden, weight, labels)
     assert sums.dtype == torch.float32
@@ -102,22 +105,58 @@ def test_precisions(dtype: torch.dtype, tolerance: float) -> None:
         torch.testing.assert_close(low.grad.double(), high.grad, rtol=tolerance, atol=tolerance)
 
 
+def test_confident_label_in_bfloat16() -> None:
+    """Where π(label) is .998, which bfloat16 rounds to 1, its gradient of .013 is still right."""
+    grads = []
+    for function, dtype in ((arm_logps, torch.bfloat16), (arm_logps_reference, torch.float64)):
+        hidden = torch.ones(1, 1, 1, dtype=dtype, requires_grad=True)
+        weight = torch.tensor([[8.0], [0.0], [1.0], [0.5]], dtype=dtype)
+        function(hidden, weight, torch.tensor([[0]])).sum().backward()
+        assert hidden.grad is not None
+        grads.append(hidden.grad.item())
+    assert grads[0] == pytest.approx(grads[1], rel=0.01)
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_autocast_changes_nothing() -> None:
     hidden, weight, labels = inputs(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = arm_logps(hidden, weight, labels)
-    assert torch.equal(inside, arm_logps(hidden, weight, labels))
+    found = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            sums = arm_logps(hidden, weight, labels)
+            found.append((sums, *torch.autograd.grad(sums.sum(), (hidden, weight))))
+    for inside, outside in zip(*found):
+        assert torch.equal(inside, outside)
 
 
-def test_extreme_logits() -> None:
-    """Logits of ±1e4 neither overflow nor lose the label's log-probability."""
+@pytest.mark.usefixtures("small_blocks")
+def test_masked_vocabulary() -> None:
+    """A bias of −inf takes tokens out, be they all of a block: here the first and the last."""
+    hidden, weight, labels = inputs()
+    labels[labels != IGNORE] %= 4
+    labels[labels != IGNORE] += 4
+    bias = torch.zeros(11, dtype=torch.float64)
+    bias[:4] = bias[6] = bias[8:] = -torch.inf
+    labels[labels == 6] = 4
+    found, wanted = (
+        torch.autograd.grad(f(hidden, weight, labels, bias=bias).sum(), (hidden, weight))
+        for f in (arm_logps, arm_logps_reference)
+    )
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [(2, 3), (1, 1)])
+def test_extreme_logits(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of ±1e4 neither overflow nor lose the label's log-probability, in whichever block the highest is."""
+    monkeypatch.setitem(module.BLOCK, "cpu", block)
     hidden = torch.tensor([[[1e4], [-1e4]]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
     logps = arm_logps(hidden, weight, torch.tensor([[0, 0]]), return_tokens=True)
     assert logps.tolist() == [[0.0, -2e4]]
     logps.sum().backward()
     assert hidden.grad is not None
-    assert torch.isfinite(hidden.grad).all()
+    assert hidden.grad.tolist() == [[[0.0], [2.0]]]
 
 
 def test_no_labels_and_no_grad() -> None:
@@ -131,12 +170,24 @@ def test_no_labels_and_no_grad() -> None:
         assert not arm_logps(hidden, weight, labels).requires_grad
 
 
-def test_kept_slopes_serve_twice() -> None:
-    """A second backward pass finds them as they were."""
+@pytest.mark.usefixtures("small_blocks")
+def test_kept_logits_serve_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second backward pass finds them as they were; only those of four blocks in nine are computed again."""
+    computed = 0
+
+    def count(*args: Any) -> None:
+        nonlocal computed
+        computed += 1
+        compute(*args)
+
+    compute = module._logits_
+    monkeypatch.setattr(module, "_logits_", count)
     hidden, weight, labels = inputs()
     sums = arm_logps(hidden, weight, labels)
+    assert computed == 9
     first, second = (torch.autograd.grad(sums.sum(), weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+    assert computed == 9 + 2 * 4
 
 
 class PeakMemory(TorchDispatchMode):
@@ -165,9 +216,9 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("train_weight", [False, True])
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, train_weight: bool) -> None:
-    """Never [N, T, V]: at [4, 256, 4096] forward and backward stay within a few chunks, an eighth of the logits."""
-    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", CHUNK)
-    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 4 * CHUNK)
+    """Never [N, T, V]: at [4, 256, 4096] forward and backward stay within a few blocks, an eighth of the logits."""
+    monkeypatch.setitem(module.BLOCK, "cpu", (256, 128))
+    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 1 << 16)
     hidden, weight, labels = inputs(4, 256, 8, 4096, torch.float32)
     weight.requires_grad_(train_weight)
     peaks = []
