@@ -15,9 +15,9 @@ from .engine import Engine
 from .errors import GenerationError
 from .members import ARM, Member, common_vocabulary, end_of_sequence, load_draft_model, load_members
 from .outputs import GenerationOutput, Rounds, ScoreOutput, Timing, Usage
-from .params import SamplingParams, check_weights
+from .params import SamplingParams, check_integer, check_weights
 from .progress import progress_bar
-from .prompts import as_prompts, check_context, encode_prompt
+from .prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt
 from .requests import Request, Row
 from .rooms import Rooms
 from .score import score_responses
@@ -43,10 +43,9 @@ class GenARM:
         speculation: str | Speculation = "auto",
         draft_model: Member | None = None,
     ) -> None:
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size={max_batch_size}: expected an integer >= 1")
-        if cache_bytes is not None and cache_bytes < 1:
-            raise ValueError(f"cache_bytes={cache_bytes}: expected an integer >= 1 or None")
+        max_batch_size = check_integer("max_batch_size", max_batch_size, "an integer >= 1", 1)
+        if cache_bytes is not None:
+            cache_bytes = check_integer("cache_bytes", cache_bytes, "an integer >= 1 or None", 1)
         self.members = list(members)
         self.base, self.arms = self.members[0], self.members[1:]
         self.tokenizer = self.base.tokenizer
@@ -204,32 +203,37 @@ class GenARM:
     ) -> list[Request]:
         """Checked and tokenised requests; raises before any work. See `generate`."""
         parsed = as_prompts(prompts)
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        each = [sampling_params] * len(parsed) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
-        if len(each) != len(parsed):
-            raise ValueError(f"sampling_params: expected one, or {len(parsed)}, one per prompt, got {len(each)}")
-        requests = []
-        for index, (prompt, params) in enumerate(zip(parsed, each)):
-            params = params.override(**overrides) if overrides else params
-            ids = [encode_prompt(member, prompt, index, self.vocab_size) for member in self.members]
-            for member, token_ids in zip(self.members, ids):
-                check_context(member, len(token_ids), params.max_new_tokens, index)
-            if self.draft_model is not None:
-                check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
-            for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
-                for token in tokens:
-                    if token >= self.vocab_size:
-                        raise ValueError(f"{name}: token id {token}: expected less than {self.vocab_size}")
-            if (params.logprobs or 0) > self.vocab_size:
-                raise ValueError(f"logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary")
-            weights = params.weights
-            if weights is None:
-                weights = tuple(arm.weight for arm in self.arms)
+        each = _one_per_prompt(sampling_params, len(parsed))
+        if overrides:
+            each = [params.override(**overrides) for params in each]
+        return [self._request(index, prompt, params) for index, (prompt, params) in enumerate(zip(parsed, each))]
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = [encode_prompt(member, prompt, index, self.vocab_size) for member in self.members]
+        for member, token_ids in zip(self.members, ids):
+            check_context(member, len(token_ids), params.max_new_tokens, index)
+        if self.draft_model is not None:
+            check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
+            check_ids(self.draft_model, ids[0], index)
+        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+            for token in tokens:
+                if token >= self.vocab_size:
+                    raise ValueError(
+                        f"prompts[{index}]: {name}: token id {token}: expected less than {self.vocab_size}"
+                    )
+        if (params.logprobs or 0) > self.vocab_size:
+            raise ValueError(
+                f"prompts[{index}]: logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary"
+            )
+        weights = params.weights
+        if weights is None:
+            weights = tuple(arm.weight for arm in self.arms)
+        try:
             weights = self.expand_weights(check_weights(weights, len(self.arms)))
-            stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-            requests.append(Request(index, prompt, ids, params, weights, stop_ids))
-        return requests
+        except ValueError as error:
+            raise ValueError(f"prompts[{index}]: {error}") from None
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        return Request(index, prompt, ids, params, weights, stop_ids)
 
     @property
     def drafters(self) -> list[str]:
@@ -276,6 +280,17 @@ class GenARM:
             timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
             rounds=Rounds(*(sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "accepted"))),
         )
+
+
+def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    expected = f"expected a SamplingParams, or {count}, one per prompt"
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise TypeError(f"sampling_params={params!r}: {expected}")
+    if len(params) != count:
+        raise ValueError(f"sampling_params: {expected}, got {len(params)}")
+    return list(params)
 
 
 def generate(

@@ -51,6 +51,22 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
+def _causal_lm(role: str, model: Any) -> Any:
+    """What is inside a PEFT model; others are taken as they are."""
+    if not hasattr(model, "config") or model.get_output_embeddings() is None:
+        raise TypeError(f"{role}: expected a causal LM of transformers, got {type(model).__name__}")
+    if hasattr(model, "get_base_model"):
+        for config in model.peft_config.values():
+            _check_peft(role, config)
+        return model.get_base_model()
+    return model
+
+
+def _check_peft(what: str, config: Any) -> None:
+    if config.is_prompt_learning:
+        raise ValueError(f"{what}: {config.peft_type.value} adapters add virtual tokens; expected LoRA-like")
+
+
 def _own_saved(model: nn.Module, adapter: str) -> nn.Module:
     """Give `model` its own tensors where PEFT will load others into them: biases or embeddings trained with a LoRA."""
     from peft import load_peft_weights
@@ -82,7 +98,10 @@ class Backbones:
     def load(self, role: str, source: Source | nn.Module) -> nn.Module:
         """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
         if isinstance(source, nn.Module):
-            return share_weights(source) if source.training else source
+            model = _causal_lm(role, source)
+            return share_weights(model) if model.training else model
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
         if find_file(source, "adapter_config.json"):
             return self._load_adapter(role, os.fspath(source))
         return self._load_bare(role, source)
@@ -107,10 +126,7 @@ class Backbones:
         from peft import PeftConfig, PeftModel
 
         config = PeftConfig.from_pretrained(source)
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"{role}={source!r}: {config.peft_type.value} adapters add virtual tokens; expected LoRA-like"
-            )
+        _check_peft(f"{role}={source!r}", config)
         base = self._adapter_base(role, source, config.base_model_name_or_path)
         # The adapter computes in the base's dtype, as it will when several share one forward.
         tree = _own_saved(share_weights(base), source)

@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+RESERVED = ("base", "ngram", "draft_model")  # other drafters than ARMs
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -57,6 +58,8 @@ class ARM:
             raise TypeError(f"model={self.model!r}: expected a hub id, a folder or a loaded model")
         if not isinstance(check_weights(self.weight), float):
             raise TypeError(f"weight={self.weight!r}: expected one number")
+        if self.name is not None and not isinstance(self.name, str):
+            raise TypeError(f"name={self.name!r}: expected a string")
 
 
 @dataclass
@@ -84,6 +87,9 @@ class Member:
             raise ValueError(
                 f"{self.name}: {config.model_type} models ({what}) are not supported: expected plain attention"
             )
+        for name, template in (("prompt_template", self.prompt_template), ("chat_template", self.chat_template)):
+            if template is not None and not isinstance(template, str):
+                raise TypeError(f"{self.name}: {name}={template!r}: expected a string")
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise ValueError(
                 f"{self.name}: prompt_template={self.prompt_template!r}: expected a text with {{prompt}} in it"
@@ -127,7 +133,9 @@ def load_members(
     if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
         backbones.adopt(str(source) or "the given base", model)
     recorded = {} if isinstance(base, nn.Module) else read_json(base, "genarm.json")
-    base_tokenizer = tokenizer or load_tokenizer(source)
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
+    base_tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
     if base_tokenizer is None:
         raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
     first = Member(
@@ -164,8 +172,8 @@ def load_members(
 
 def load_draft_model(source: Source | nn.Module, base: Member, **backbone_kwargs: Any) -> Member:
     """A model that only proposes tokens. It sees the base's prompts."""
-    own = load_tokenizer(source) if not isinstance(source, nn.Module) else None
     model = Backbones(**backbone_kwargs).load("draft_model", source)
+    own = load_tokenizer(source) if not isinstance(source, nn.Module) else None
     return Member("draft_model", model, own or base.tokenizer)
 
 
@@ -177,6 +185,8 @@ def as_arms(arms: Any) -> list[ARM]:
     """ARM specifications from one or several specifications, paths or models."""
     if isinstance(arms, (ARM, str, os.PathLike, nn.Module)):
         arms = [arms]
+    if not isinstance(arms, Sequence):
+        raise TypeError(f"arms={arms!r}: expected an ARM, a hub id, a folder, a loaded model, or a list of such")
     return [arm if isinstance(arm, ARM) else ARM(arm) for arm in arms]
 
 
@@ -186,11 +196,13 @@ def arm_names(specs: Sequence[ARM]) -> list[str]:
     for name in given:
         if given.count(name) > 1 or not name:
             raise ValueError(f"name={name!r}: expected a non-empty name for each ARM, none twice")
+        if name in RESERVED:
+            raise ValueError(f"name={name!r}: expected another one than {', '.join(RESERVED)}, which name drafters")
     names: list[str] = []
     for spec in specs:
         stem = "arm" if isinstance(spec.model, nn.Module) else Path(spec.model).name or "arm"
         name, number = spec.name or stem, 2
-        while spec.name is None and name in (*names, *given):
+        while spec.name is None and name in (*names, *given, *RESERVED):
             name, number = f"{stem}{number}", number + 1
         names.append(name)
     return names

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
 MAX_SEED = 2**64 - 1
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which all arithmetic on scores is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,38 +65,36 @@ class SamplingParams:
     logits_processors: Sequence[Callable[..., Any]] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.weights is not None:
-            object.__setattr__(self, "weights", check_weights(self.weights))
-        _real("temperature", self.temperature, 0.0, math.inf, "a finite number >= 0")
-        _integer("top_k", self.top_k, 0, "an integer >= 0 (0 keeps all tokens)")
-        _real("top_p", self.top_p, 0.0, 1.0, "a number in (0, 1]", open_low=True)
-        _real("min_p", self.min_p, 0.0, 1.0, "a number in [0, 1]")
-        _integer("max_new_tokens", self.max_new_tokens, 1, "an integer >= 1")
-        _integer("min_new_tokens", self.min_new_tokens, 0, "an integer >= 0")
+        checked: dict[str, Any] = {
+            "weights": None if self.weights is None else check_weights(self.weights),
+            "temperature": _real("temperature", self.temperature, "a finite number >= 0", 0.0),
+            "top_k": check_integer("top_k", self.top_k, "an integer >= 0 (0 keeps all tokens)", 0),
+            "top_p": _real("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, open_low=True),
+            "min_p": _real("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0),
+            "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, "an integer >= 1", 1),
+            "min_new_tokens": check_integer("min_new_tokens", self.min_new_tokens, "an integer >= 0", 0),
+            "stop": _texts("stop", self.stop),
+            "stop_token_ids": tuple(
+                check_integer("stop_token_ids", token, "token ids >= 0", 0)
+                for token in _items("stop_token_ids", self.stop_token_ids, "a list of token ids")
+            ),
+            "ignore_eos": _flag("ignore_eos", self.ignore_eos),
+            "seed": _optional("seed", self.seed, "an integer in 0..2**64-1", 0, high=MAX_SEED),
+            "n": check_integer("n", self.n, "an integer >= 1", 1),
+            "logprobs": _optional("logprobs", self.logprobs, "None or an integer >= 0", 0),
+            "rewards": _flag("rewards", self.rewards),
+            "repetition_penalty": _real(
+                "repetition_penalty", self.repetition_penalty, "a finite number > 0", 0.0, open_low=True
+            ),
+            "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias),
+            "logits_processors": _items("logits_processors", self.logits_processors, "a list of callables"),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens}: expected at most max_new_tokens={self.max_new_tokens}"
             )
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"stop={self.stop!r}: expected non-empty strings, got {text!r}")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, "token ids >= 0")
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, "an integer in 0..2**64-1", high=MAX_SEED)
-        _integer("n", self.n, 1, "an integer >= 1")
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, "None or an integer >= 0")
-        _real("repetition_penalty", self.repetition_penalty, 0.0, math.inf, "a finite number > 0", open_low=True)
-        if self.logit_bias is not None:
-            for token, bias in self.logit_bias.items():
-                _integer("logit_bias", token, 0, "token ids >= 0 as keys")
-                if not isinstance(bias, Real) or math.isnan(bias) or bias == math.inf:
-                    raise ValueError(f"logit_bias[{token}]={bias!r}: expected a finite number or -inf")
-        object.__setattr__(self, "logits_processors", tuple(self.logits_processors))
         for processor in self.logits_processors:
             if not callable(processor):
                 raise TypeError(f"logits_processors: expected callables, got {processor!r}")
@@ -119,7 +118,7 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[fl
     else:
         raise TypeError(f"weights={weights!r}: expected a number or a sequence of numbers")
     for value in values:
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
             raise ValueError(f"weights={weights!r}: expected finite numbers, got {value!r}")
     if isinstance(weights, Real):
         return float(weights)
@@ -128,17 +127,62 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[fl
     return tuple(float(value) for value in values)
 
 
-def _real(name: str, value: object, low: float, high: float, expected: str, *, open_low: bool = False) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: expected {expected}")
-    number = float(value)
-    if not math.isfinite(number) or number < low or number > high or (open_low and number == low):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
-
-
-def _integer(name: str, value: object, low: int, expected: str, *, high: int | None = None) -> None:
+def check_integer(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int:
+    """As a Python int; numpy's overflow. Raises TypeError, ValueError."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected {expected}")
     number = int(value)
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name}={value!r}: expected {expected}")
+    return number
+
+
+def _optional(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int | None:
+    return None if value is None else check_integer(name, value, expected, low, high=high)
+
+
+def _real(
+    name: str, value: object, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
+) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected {expected}")
+    if not _finite(value) or not low <= float(value) <= high or (open_low and float(value) == low):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+    return float(value)
+
+
+def _finite(value: Any) -> bool:
+    """In float32, which it becomes."""
+    return bool(abs(value) <= LARGEST)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True or False")
+    return value
+
+
+def _items(name: str, value: Any, expected: str) -> tuple[Any, ...]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # tensors and arrays
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise TypeError(f"{name}={value!r}: expected {expected}")
+    return tuple(value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else _items(name, value, "a string or a list of strings")
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{name}={value!r}: expected non-empty strings, got {text!r}")
+    return texts
+
+
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"logit_bias={value!r}: expected a mapping from token ids to numbers")
+    biases = {}
+    for token, bias in value.items():
+        if not isinstance(bias, Real) or isinstance(bias, bool) or not (_finite(bias) or float(bias) == -math.inf):
+            raise ValueError(f"logit_bias[{token}]={bias!r}: expected a finite number or -inf")
+        biases[check_integer("logit_bias", token, "token ids >= 0 as keys", 0)] = float(bias)
+    return biases

@@ -12,7 +12,7 @@ from .backbone import Backbone, in_one_forward, padded
 from .budget import token_bytes
 from .members import Member
 from .outputs import ArmRewards, ScoreOutput
-from .prompts import Prompt, check_context, encode_prompt, encode_response
+from .prompts import Prompt, as_responses, check_context, encode_prompt, encode_response
 from .selfcheck import entries_of
 from .slots import CHUNK_TOKENS
 
@@ -24,11 +24,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 M
 
 def score_responses(model: GenARM, prompts: Sequence[Prompt], responses: Any, append_eos: bool) -> list[ScoreOutput]:
     """As `GenARM.score` has it."""
-    if isinstance(responses, str) or (responses and isinstance(responses[0], int)):
-        responses = [responses]
-    if len(responses) != len(prompts):
-        raise ValueError(f"responses: expected {len(prompts)}, one per prompt, got {len(responses)}")
-    targets = [_encode(model, i, prompts[i], response, append_eos) for i, response in enumerate(responses)]
+    answers = as_responses(responses, len(prompts))
+    targets = [_encode(model, i, prompts[i], answer, append_eos) for i, answer in enumerate(answers)]
     encoded = [[encode_prompt(m, p, i, model.vocab_size) for m in model.members] for i, p in enumerate(prompts)]
     for i, (ids, target) in enumerate(zip(encoded, targets)):
         for member, prompt_ids in zip(model.members, ids):
@@ -44,7 +41,7 @@ def score_responses(model: GenARM, prompts: Sequence[Prompt], responses: Any, ap
     return [
         ScoreOutput(
             prompts[i],
-            responses[i],
+            answers[i],
             targets[i],
             logprobs[i][0],
             {name: ArmRewards(line) for name, line in zip(model.arm_names, logprobs[i][1:])},
@@ -53,13 +50,13 @@ def score_responses(model: GenARM, prompts: Sequence[Prompt], responses: Any, ap
     ]
 
 
-def _encode(model: GenARM, index: int, prompt: Prompt, response: str | Sequence[int], append_eos: bool) -> list[int]:
+def _encode(model: GenARM, index: int, prompt: Prompt, response: str | list[int], append_eos: bool) -> list[int]:
     if isinstance(response, str) and append_eos:
         ids = encode_response(model.base, prompt, response, model.eos_token_ids)
     elif isinstance(response, str):
         ids = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
     else:
-        ids = [int(token) for token in response]
+        ids = response
     if not ids:
         raise ValueError(f"responses[{index}]={response!r}: expected at least one token")
     if min(ids) < 0 or max(ids) >= model.vocab_size:

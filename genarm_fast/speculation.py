@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from .controller import Controller
+from .params import check_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,12 @@ class Speculation:
     def __post_init__(self) -> None:
         if self.drafter is not None and not isinstance(self.drafter, str):
             raise TypeError(f"drafter={self.drafter!r}: expected a name or None")
-        for name, value, low in (("k", self.k, 0), ("max_k", self.max_k, 1)):
-            if name == "k" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}={value!r}: expected an integer in {low}..{MAX_K}")
-            if not low <= value <= MAX_K:
-                raise ValueError(f"{name}={value!r}: expected an integer in {low}..{MAX_K}")
+        if self.k is not None:
+            object.__setattr__(
+                self, "k", check_integer("k", self.k, f"None or an integer in 0..{MAX_K}", 0, high=MAX_K)
+            )
+        max_k = check_integer("max_k", self.max_k, f"an integer in 1..{MAX_K}", 1, high=MAX_K)
+        object.__setattr__(self, "max_k", max_k)
 
     @property
     def most(self) -> int:
@@ -55,7 +55,7 @@ def as_speculation(value: object) -> Speculation:
     """From "auto", "off" or a `Speculation`."""
     if isinstance(value, Speculation):
         return value
-    if value not in ("auto", "off"):
+    if not isinstance(value, str) or value not in ("auto", "off"):
         raise ValueError(f'speculation={value!r}: expected "auto", "off" or a Speculation')
     return Speculation() if value == "auto" else OFF
 

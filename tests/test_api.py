@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -117,8 +118,14 @@ REFUSALS = [
         "a",
         {"sampling_params": [SamplingParams()] * 2},
         ValueError,
-        "sampling_params: expected one, or 1, one per prompt, got 2",
+        "sampling_params: expected a SamplingParams, or 1, one per prompt, got 2",
     ),
+    ("a", {"sampling_params": [{"n": 2}]}, TypeError, "sampling_params=.* expected a SamplingParams"),
+    ("a", {"sampling_params": {"n": 2}}, TypeError, "sampling_params=.* expected a SamplingParams"),
+    (["a", "\ud800"], {}, ValueError, r"prompts\[1\]=.*: expected Unicode text"),
+    ([{"role": "user", "content": None}], {}, TypeError, r"prompts\[0\]: message .* expected a string as 'content'"),
+    ("a", {"speculation": ["auto"]}, ValueError, r"speculation=\['auto'\]: expected"),
+    (["a", "b"], {"sampling_params": [SamplingParams(), SamplingParams(weights=[1])]}, ValueError, r"prompts\[1\]: w"),
 ]
 
 
@@ -146,6 +153,52 @@ def test_chat_without_a_template(tiny_model, tokenizer, monkeypatch):
     model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
     with pytest.raises(ValueError, match=r"prompts\[0\]: base has no chat template: pass chat_template"):
         model.generate(CHAT)
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('user first') }}", "{% for"])
+def test_what_a_template_refuses_is_named(tiny_model, tokenizer, template):
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, chat_template=template)
+    with pytest.raises(ValueError, match=r"prompts\[1\]: base's chat template can't render it: (user|unexp)"):
+        model.generate(["a", CHAT])
+
+
+def test_prompts_that_only_the_draft_model_cannot_read(tiny_model, tokenizer):
+    """Its embeddings may be fewer than the base's, if ARMs narrow what is drawn."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<more>"])
+    model = GenARM.from_pretrained(
+        tiny_model(vocab_size=301),
+        ARM(tiny_model(seed=1), prompt_template="a{prompt}"),
+        tokenizer=tokenizer,
+        prompt_template="<more>{prompt}",
+        draft_model=tiny_model(seed=2),
+    )
+    with pytest.raises(ValueError, match=r"prompts\[0\]: token id 300: expected less than 300, draft_model's vocab"):
+        model.generate("b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_batch_size": 2.5}, TypeError, "max_batch_size=2.5: expected an integer >= 1"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size=0: expected an integer >= 1"),
+        ({"cache_bytes": "1G"}, TypeError, "cache_bytes='1G': expected an integer >= 1 or None"),
+        ({"arms": None}, TypeError, "arms=None: expected an ARM"),
+        ({"tokenizer": "gpt2"}, TypeError, "tokenizer='gpt2': expected a loaded tokenizer"),
+        ({"prompt_template": 5}, TypeError, "base: prompt_template=5: expected a string"),
+        ({"draft_model": 5}, TypeError, "draft_model=5: expected a hub id, a folder or a loaded model"),
+        ({"base": None}, TypeError, "base=None: expected a hub id, a folder or a loaded model"),
+        ({"base": torch.nn.Linear(3, 3)}, TypeError, "base: expected a causal LM of transformers, got Linear"),
+    ],
+)
+def test_loading_refusals(tiny_model, tokenizer, arguments, error, message):
+    with pytest.raises(error, match=message):
+        GenARM.from_pretrained(**{"base": tiny_model(), "tokenizer": tokenizer} | arguments)
+
+
+def test_a_model_without_a_head_is_refused(tiny_model, tokenizer):
+    with pytest.raises(TypeError, match="base: expected a causal LM of transformers, got LlamaModel"):
+        GenARM.from_pretrained(tiny_model().model, tokenizer=tokenizer)
 
 
 def test_nan_fails_alone(tokenizer, tiny_model):

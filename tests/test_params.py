@@ -1,8 +1,11 @@
 """Sampling parameters: every bad value is refused by name before any work."""
 
+import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from genarm_fast.params import SamplingParams, check_weights
 
@@ -36,6 +39,16 @@ from genarm_fast.params import SamplingParams, check_weights
         ("logit_bias", {0: math.inf}, ValueError),
         ("logit_bias", {"a": 1.0}, TypeError),
         ("logits_processors", [1], TypeError),
+        ("logits_processors", print, TypeError),
+        ("logit_bias", [1], TypeError),
+        ("logit_bias", {0: 1e39}, ValueError),  # infinite in float32
+        ("weights", 1e39, ValueError),
+        ("temperature", 10**400, ValueError),
+        ("stop", None, TypeError),
+        ("stop_token_ids", 5, TypeError),
+        ("stop_token_ids", "12", TypeError),
+        ("ignore_eos", "no", TypeError),
+        ("rewards", 1, TypeError),
     ],
 )
 def test_bad_values_are_named(name, value, error):
@@ -48,8 +61,23 @@ def test_good_values_are_normalised():
     assert params.weights == (1.0, -2.0)
     assert params.stop == ("end",)
     assert params.stop_token_ids == (3,)
+    assert params.logit_bias == {5: -math.inf}
     changed = params.override(temperature=0)
     assert (changed.temperature, changed.weights, params.temperature) == (0, (1.0, -2.0), 1.0)
+
+
+def test_numbers_of_numpy_and_torch_become_plain_ones():
+    """Theirs overflow, and JSON has no word for them."""
+    params = SamplingParams(
+        seed=np.uint64(2**64 - 1),
+        n=np.int32(2),
+        temperature=np.float32(0.5),
+        weights=np.float32([1, 2]),
+        stop_token_ids=torch.tensor([3]),
+        logit_bias={np.int64(5): np.float32(1)},
+    )
+    values = (params.seed, params.n, params.temperature, params.weights, params.stop_token_ids, params.logit_bias)
+    assert json.loads(json.dumps(values)) == [2**64 - 1, 2, 0.5, [1.0, 2.0], [3], {"5": 1.0}]
 
 
 def test_unknown_override_is_refused():

@@ -54,17 +54,21 @@ def test_score_forms(model):
     assert model.score(CHAT, "b")[0].token_ids == [*model.tokenizer("b")["input_ids"], 1]
     assert model.score([5], [[6, 7]])[0].token_ids == [6, 7]
     assert model.score([5], [6, 7])[0].token_ids == [6, 7]
+    assert model.score([5], torch.tensor([6, 7]))[0].token_ids == [6, 7]
     assert json.dumps(model.score("a", "b")[0].to_dict())
 
 
 @pytest.mark.parametrize(
-    ("prompts", "responses", "message"),
+    ("prompts", "responses", "error", "message"),
     [
-        (["a", "b"], ["c"], "responses: expected 2, one per prompt, got 1"),
-        (["a"], [[]], r"responses\[0\]=\[\]: expected at least one token"),
-        (["a"], [[300]], r"responses\[0\]: token ids 300..300: expected 0..299"),
+        (["a"], None, TypeError, "responses=None: expected a string, token ids"),
+        (["a"], [[1.7]], TypeError, r"responses\[0\]=\[1.7\]: expected a string or token ids"),
+        (["a"], [["12"]], TypeError, r"responses\[0\]=\['12'\]: expected a string or token ids"),
+        (["a", "b"], ["c"], ValueError, "responses: expected 2, one per prompt, got 1"),
+        (["a"], [[]], ValueError, r"responses\[0\]=\[\]: expected at least one token"),
+        (["a"], [[300]], ValueError, r"responses\[0\]: token ids 300..300: expected 0..299"),
     ],
 )
-def test_score_refusals(model, prompts, responses, message):
-    with pytest.raises(ValueError, match=message):
+def test_score_refusals(model, prompts, responses, error, message):
+    with pytest.raises(error, match=message):
         model.score(prompts, responses)

@@ -116,7 +116,7 @@ def test_refusals(tiny_model, tokenizer):
         model.generate("a", speculation=Speculation("small"))
     with pytest.raises(ValueError, match=r"speculation='on': expected \"auto\", \"off\" or a Speculation"):
         model.stream("a", speculation="on")
-    with pytest.raises(ValueError, match=r"k=-1: expected an integer in 0\.\.32"):
+    with pytest.raises(ValueError, match=r"k=-1: expected None or an integer in 0\.\.32"):
         Speculation(k=-1)
     with pytest.raises(TypeError, match=r"max_k=True: expected an integer in 1\.\.32"):
         Speculation(max_k=True)
