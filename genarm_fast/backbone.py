@@ -12,7 +12,7 @@ from transformers import Cache
 
 from .attention import Entry, Ragged, RaggedLayer, placed
 from .device import Device
-from .lanes import running
+from .lanes import reread, running
 from .members import Member
 
 
@@ -36,6 +36,13 @@ class Backbone:
         self.layers = [RaggedLayer(len(self.lanes) * slots, capacity) for _ in range(layers)]
         self.cache = Cache(layers=list(self.layers))
         self._rows: dict[tuple[int, ...], Tensor] = {}
+        self._given = [member.lane for member in members if member.given and len(members) > 1]
+        self.begin()
+
+    def begin(self) -> None:
+        """A run begins: the owner of a model may have trained it since."""
+        if self._given:
+            self.device.launch(self.stream, "reread", reread, self.model, self._given)
 
     @torch.inference_mode()
     def allocate(self, entries: Sequence[Entry | None]) -> None:

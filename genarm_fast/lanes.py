@@ -7,7 +7,7 @@ Every other member (DoRA, saved modules, adapted embeddings, quantised linears, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -28,13 +28,23 @@ class LaneLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.index = {lane: i for i, lane in enumerate(adapters)}
-        self.run = SmallLinear(linear.weight, linear.bias, list(adapters.values()))
+        self.loras = list(adapters.values())  # b is PEFT's own weight, and SmallLinear's a copy of it
+        self.run = SmallLinear(linear.weight, linear.bias, self.loras)
 
     def forward(self, x: Tensor) -> Tensor:
         lanes, rows = _running.get()
         if x.dim() != 3 or x.shape[0] != len(lanes) * rows:
             raise _RegroupedRows
         return self.run(x, spans_of(self.index, x.shape[1]))
+
+
+@torch.inference_mode()
+def reread(model: nn.Module, lanes: Collection[int]) -> None:
+    """Take the weights of these lanes' LoRAs as they are now. A is read where it is, like all others; B is a copy."""
+    for module in model.modules():
+        if isinstance(module, LaneLinear):
+            for i in (module.index[lane] for lane in lanes if lane in module.index):
+                module.run.loras[i].b.copy_(module.loras[i].b)
 
 
 class _RegroupedRows(Exception):
@@ -129,7 +139,7 @@ def _plain_lora(module: Any) -> Lora | None:
     down, up = module.lora_A[names[0]], module.lora_B[names[0]]
     if up.bias is not None or not down.weight.dtype == up.weight.dtype == base.weight.dtype:
         return None
-    return Lora(down.weight.detach(), up.weight.detach().T.contiguous(), float(module.scaling[names[0]]))
+    return Lora(down.weight.detach(), up.weight.detach().T, float(module.scaling[names[0]]))
 
 
 def _merge(model: Any, adapters: dict[int, dict[str, Lora]]) -> Any:

@@ -64,7 +64,7 @@ class ARM:
 
 @dataclass
 class Member:
-    """A loaded member. `weight` is the ARM's default weight."""
+    """A loaded member. `weight` is the ARM's default weight. given: somebody else has its model, and may change it."""
 
     name: str
     model: Any  # a transformers causal LM in eval mode
@@ -72,6 +72,7 @@ class Member:
     prompt_template: str | None = None
     chat_template: str | None = None
     weight: float = 1.0
+    given: bool = False
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -144,6 +145,7 @@ def load_members(
         base_tokenizer,
         prompt_template or recorded.get("prompt_template"),
         chat_template or recorded.get("chat_template") or base_tokenizer.chat_template,
+        given=isinstance(base, nn.Module),
     )
     members = [first]
     for name, spec in zip(names, specs):
@@ -161,6 +163,7 @@ def load_members(
                 or (own.chat_template if own else None)
                 or first.chat_template,
                 float(spec.weight),
+                isinstance(spec.model, nn.Module),
             )
         )
     for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):

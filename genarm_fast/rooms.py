@@ -60,6 +60,8 @@ class Rooms:
             return None
         room.slots = slots
         room.device.begin()
+        for backbone in room.backbones:
+            backbone.begin()
         return room
 
     def leave(self, room: Room) -> None:

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from test_engine import assert_equals_reference, random_params, random_prompts
 from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
 from genarm_fast.backbone import Backbone
 from genarm_fast.lanes import LaneLinear, running, share_forwards
+from genarm_fast.loading import share_weights
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LORAS = {
@@ -70,6 +71,35 @@ def assert_equals_merged(model, arms, output, **params):
     finally:
         for arm, adapted in zip(model.arms, original):
             arm.model = adapted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_given_adapter_may_be_trained_on(tokenizer, dtype):
+    """Between calls, as a training loop does that looks at samples: base and PEFT model are the caller's."""
+    base = build_base().to(dtype)
+    peft = get_peft_model(share_weights(base), LoraConfig(r=4, target_modules=ATTENTION), autocast_adapter_dtype=False)
+    loras = [p for name, p in peft.named_parameters() if "lora_" in name]
+    params = SamplingParams(seed=1, max_new_tokens=12, ignore_eos=True)
+
+    def load():
+        model = GenARM.from_pretrained(base, peft, tokenizer=tokenizer)
+        assert model.base.shared is model.arms[0].shared
+        return model
+
+    model = load()
+    outputs = []
+    for step in range(3):  # the second one in the caches that the first one left
+        outputs.append(model.generate([5, 6, 7], params)[0].token_ids)
+        assert outputs[-1] == load().generate([5, 6, 7], params)[0].token_ids
+        rewards = [each.score([5, 6], [7, 8])[0].rewards["arm"].tokens for each in (model, load())]
+        assert rewards[0] == rewards[1]
+        torch.manual_seed(step)
+        for p in loras:
+            p.data += torch.randn_like(p)
+    assert len({tuple(tokens) for tokens in outputs}) == 3
+    prompted = get_peft_model(build_base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"arms\[0\]: PROMPT_TUNING adapters add virtual tokens"):
+        GenARM.from_pretrained(base, prompted, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("case", range(8))
