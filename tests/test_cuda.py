@@ -137,7 +137,7 @@ def test_ranges_that_a_profiler_shows(model, monkeypatch):
         names[name] += 1
         yield
 
-    for module in ("device", "cuda", "engine", "flight"):
+    for module in ("device", "cuda", "host_rounds", "flight"):
         monkeypatch.setattr(f"genarm_fast.{module}.span", span)
     forwards = {"base.forward", "arm[0].forward"}
     with cuda_driver(), engines_on(OnCpuTensors()):
