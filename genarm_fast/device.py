@@ -7,8 +7,8 @@ The engine says what runs on which stream, and which tensors cross from one to a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +76,16 @@ class Device:
 
     def finish(self) -> None:
         """Wait for all streams: a run ends."""
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """A caller's own, as of a training loop, would give activations other dtypes than weights and caches have."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def out_of_memory(error: Exception) -> bool:

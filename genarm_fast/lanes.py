@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .device import no_autocast
 from .kernels.small_linear import Lora, SmallLinear, Span
 from .loading import share_weights
 
@@ -56,7 +57,8 @@ def running(lanes: Sequence[int], rows: int) -> Iterator[None]:
     """Forwards inside run these lanes, each with so many rows, one lane after the other."""
     token = _running.set((lanes, rows))
     try:
-        yield
+        with no_autocast():
+            yield
     finally:
         _running.reset(token)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Member:
                 f"{self.name}: prompt_template={self.prompt_template!r}: expected a text with {{prompt}} in it"
             )
         self.vocab_size: int = text.vocab_size  # width of the logits
-        self.context: int | None = getattr(text, "max_position_embeddings", None)
+        self.context = context_of(text)
         self.shared = self.model  # runs it together with the other members that have the same one: see lanes.py
         self.lane = 0
 
@@ -178,6 +179,20 @@ def load_draft_model(source: Source | nn.Module, base: Member, **backbone_kwargs
     model = Backbones(**backbone_kwargs).load("draft_model", source)
     own = load_tokenizer(source) if not isinstance(source, nn.Module) else None
     return Member("draft_model", model, own or base.tokenizer)
+
+
+def context_of(config: Any) -> int | None:
+    """Positions that a text config gives a sense to. LongRoPE turns all of a sequence otherwise once it is longer than
+    the original context, what is cached of it too, so it ends there."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    originals = [
+        rope["original_max_position_embeddings"]
+        for rope in (ropes, *ropes.values())  # of all layers, or of each kind
+        if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
+    ]
+    return min(
+        [getattr(config, "max_position_embeddings", None), *originals], default=None, key=lambda each: each or inf
+    )
 
 
 def takes_positions(model: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import Entry
 from .backbone import Backbone, model_of
-from .device import out_of_memory
+from .device import no_autocast, out_of_memory
 from .loading import share_weights
 from .members import Member
 
@@ -115,7 +115,8 @@ def _random(vocab_size: int, shape: tuple[int, ...], seed: int) -> Tensor:
 
 def _plain(member: Member, tokens: Tensor) -> Tensor:
     model = share_weights(member.model) if member.model.training else member.model  # a loaded one may have changed
-    return model(input_ids=tokens, use_cache=False).logits
+    with no_autocast():
+        return model(input_ids=tokens, use_cache=False).logits
 
 
 def _in_pieces(backbone: Backbone, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:

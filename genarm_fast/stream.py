@@ -44,6 +44,7 @@ class Stream:
         self._rounds: Any = rounds
         self._chunks: deque[StreamChunk] = deque()
         self._shown = [(0, 0)] * len(self._rows)  # characters and tokens
+        self._weights: dict[int, tuple[float, ...]] = {}  # set since the last round, by row
         self._closed = False
 
     def __iter__(self) -> Stream:
@@ -52,6 +53,9 @@ class Stream:
     def __next__(self) -> StreamChunk:
         """Raises GenerationError once all others ended if requests failed, with what there is in its outputs."""
         while not self._chunks:
+            while self._weights:  # between rounds: all of a round's drafts and targets are drawn with the same
+                index, weights = self._weights.popitem()
+                self._rows[index].weights = weights
             try:
                 advanced = next(self._rounds)
             except StopIteration:
@@ -68,18 +72,22 @@ class Stream:
                 if row.error is None:
                     news = row.text[characters:], row.tokens[tokens:], row.used_weights[tokens:]
                     self._chunks.append(StreamChunk(*news, index, row.finish_reason))
+            if self._closed:  # during the round
+                self._rounds.close()
         return self._chunks.popleft()
 
     def set_weights(self, weights: float | Sequence[float], index: int | None = None) -> None:
-        """Use other ARM weights from the next token on, for one prompt or for all of them.
+        """Use other ARM weights from the next round on, for one prompt or for all of them; from any thread.
 
         Raises:
             ValueError, TypeError: not one finite number per ARM (or one for all).
             IndexError: no such prompt.
         """
         expanded = self._model.expand_weights(check_weights(weights, len(self._model.arms)))
-        for row in self._rows if index is None else [self._rows[index]]:
-            row.weights = expanded
+        count = len(self._rows)
+        if index is not None and not 0 <= index < count:
+            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
+        self._weights |= dict.fromkeys(range(count) if index is None else [index], expanded)
 
     @property
     def outputs(self) -> list[GenerationOutput]:
@@ -98,9 +106,11 @@ class Stream:
         return self.outputs[0]
 
     def close(self) -> None:
-        """Stop here, in mid-generation too, and let go of the caches."""
+        """Stop here, in mid-generation too, and let go of the caches. In mid-round (from another thread, or a logits
+        processor): when that ends."""
         self._closed = True
-        self._rounds.close()
+        if not self._rounds.gi_running:
+            self._rounds.close()
 
     def __enter__(self) -> Stream:
         return self

@@ -94,6 +94,17 @@ def test_families(tiny_model, tokenizer, family):
         assert_equals_reference(model, output, **params)
 
 
+def test_longrope_ends_with_its_original_context(tiny_model, tokenizer):
+    """Beyond it, each row would turn its neighbours' positions otherwise, and its own cached ones no more."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0}
+    rope |= {"original_max_position_embeddings": 32}
+    model = GenARM.from_pretrained(tiny_model(rope_parameters=rope), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"30 prompt tokens \+ 3 new tokens: expected at most 32, the context of base"):
+        model.generate([[5, 6], [7] * 30], max_new_tokens=3)
+    for output in model.generate([[5, 6], [7] * 20], max_new_tokens=12, seed=1):
+        assert_equals_reference(model, output, max_new_tokens=12, weights=[])
+
+
 def test_a_request_does_not_see_its_neighbours(tiny_model, tokenizer):
     """The same tokens alone, in any batch, at any place in it."""
     rng = random.Random(0)

@@ -73,6 +73,20 @@ def assert_equals_merged(model, arms, output, **params):
             arm.model = adapted
 
 
+def test_a_callers_autocast_changes_nothing(merged, folders, tokenizer):
+    """As around a training loop that looks at samples."""
+
+    def look():
+        arms = [folders / "few", build_model("qwen2", 1)]
+        model = GenARM.from_pretrained(folders / "base", arms, tokenizer=tokenizer, dtype=torch.float32)
+        output = model.generate([5, 6, 7], seed=1, max_new_tokens=8, repetition_penalty=1.1, rewards=True)[0]
+        return output.completions, model.score([5, 6], [7, 8])[0].rewards
+
+    expected = look()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert look() == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_given_adapter_may_be_trained_on(tokenizer, dtype):
     """Between calls, as a training loop does that looks at samples: base and PEFT model are the caller's."""

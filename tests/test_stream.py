@@ -90,6 +90,35 @@ def test_weights_change_at_the_next_token(model):
         stream.set_weights([1.0])
 
 
+def test_weights_set_in_mid_round_wait_for_its_end(model):
+    """As another thread may: the token of that round is drawn, and recorded, with the weights it began with."""
+    weights = [(0.5, -1.0), (2.0, 0.0)]
+
+    def steer(input_ids, scores):
+        if input_ids.shape[1] == 3 + 4:
+            stream.set_weights(weights[1])
+        return scores
+
+    stream = model.stream([5, 6, 7], seed=9, max_new_tokens=9, ignore_eos=True, logits_processors=[steer])
+    assert len(list(stream)) == 9
+    used = [weights[i > 4] for i in range(9)]
+    assert stream.output.completions[0].weights == used
+    arms = [arm.model for arm in model.arms]
+    expected = reference.generate(model.base.model, arms, [[5, 6, 7]] * 3, lambda i: used[i], max_new_tokens=9, seed=9)
+    assert stream.output.token_ids == expected.tokens
+
+
+def test_close_in_mid_round(model):
+    def close(input_ids, scores):
+        if input_ids.shape[1] == 3 + 4:
+            stream.close()
+        return scores
+
+    stream = model.stream([5, 6, 7], seed=9, max_new_tokens=9, ignore_eos=True, logits_processors=[close])
+    assert len(list(stream)) == 5
+    assert stream.output.finish_reason == "cancelled"
+
+
 def test_stream_of_several_prompts(model):
     """More of them than slots; each as generate gives it, with weights of its own."""
     prompts = ["the cat", [5, 6], "that", "a man and the sea", [9]]
@@ -151,5 +180,6 @@ def test_streams_do_not_disturb_each_other(model):
 def test_stream_refusals(model):
     with pytest.raises(ValueError, match="n=2: expected 1 in a stream"):
         model.stream("a", n=2)
-    with pytest.raises(IndexError):
-        model.stream("a").set_weights(1.0, index=1)
+    for index in (1, -1):
+        with pytest.raises(IndexError, match=f"index={index}: expected 0..0"):
+            model.stream("a").set_weights(1.0, index=index)
