@@ -57,7 +57,9 @@ def assert_exact(y, x, weight, bias=None, loras=()):
 
 
 @native
-@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (1000, 577), (16, 32), (192, 576), (17, 1536), (1000, 31), (5, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 17), (1000, 577), (16, 32), (192, 576), (17, 1536), (1000, 31), (5, 0), (0, 5)]
+)
 def test_shapes(isa, shape):
     weight, bias = normal(*shape, seed=1), normal(shape[0], seed=2)
     for rows in [*range(10), 16, 33]:
