@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -205,6 +206,13 @@ def test_two_jobs_cannot_write_one_file(requests: list[JobRequest], tmp_path: Pa
     ):
         ResultsFile(tmp_path / "out.jsonl", heads)
     ResultsFile(tmp_path / "out.jsonl", heads).__exit__(None, None, None)
+
+
+def test_what_cannot_be_read_again_is_refused(requests: list[JobRequest], tmp_path: Path) -> None:
+    """A terminal, a pipe, /dev/full: they would be read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: expected a regular file"):
+        ResultsFile(tmp_path / "pipe", [])
 
 
 def test_lines_override_the_defaults(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from genarm_fast import jobs
 from genarm_fast.cli.display import console
-from genarm_fast.cli.loading import formatted, load, resolve
+from genarm_fast.cli.loading import formatted, load, read_text, resolve
 from genarm_fast.jobs.identity import digest, identity
 from genarm_fast.jsonlines import dumps, located
 from genarm_fast.params import SamplingParams
@@ -62,7 +62,7 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
 def setup_digest(args: argparse.Namespace) -> str:
     """Stands for what decides a line besides its request: models, their names and weights, templates, precision."""
     arms = [(identity(resolve(spec.model)), spec.weight, spec.name or Path(spec.model).name) for spec in args.arm]
-    chat_template = args.chat_template and args.chat_template.read_text(encoding="utf-8")
+    chat_template = args.chat_template and read_text(args.chat_template)
     templates = (args.prompt_template, args.arm_prompt_template, chat_template, args.chat, args.system)
     return digest([identity(resolve(args.base)), arms, templates, args.dtype])
 

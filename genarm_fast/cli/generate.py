@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from genarm_fast.cli.display import console, show_report
-from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
+from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load, read_text
 from genarm_fast.cli.options import add_sampling_arguments, sampling_params
 from genarm_fast.jsonlines import dumps
 
@@ -64,7 +64,7 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.prompt_file and args.prompt is not None:
         raise ValueError(f"--prompt-file {args.prompt_file}: expected no PROMPT with it")
     if args.prompt_file:
-        text = args.prompt_file.read_text(encoding="utf-8")
+        text = read_text(args.prompt_file)
     elif args.prompt is None or args.prompt == "-":
         if sys.stdin.isatty():
             raise ValueError("PROMPT: expected a prompt, --prompt-file, or text on stdin")

@@ -119,11 +119,19 @@ def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt
     return prompt
 
 
+def read_text(path: Path) -> str:
+    """A whole file. Raises ValueError naming it if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
+
+
 def load(args: argparse.Namespace) -> GenARM:
     """The base and ARMs that the options name. Raises FileNotFoundError for folders that do not exist."""
     base = resolve(args.base)
     arms = [(spec, resolve(spec.model)) for spec in args.arm]
-    chat_template = args.chat_template.read_text(encoding="utf-8") if args.chat_template else None
+    chat_template = read_text(args.chat_template) if args.chat_template else None
     console = Console(stderr=True)
     with console.status("loading torch and transformers ..."):
         import transformers

@@ -23,7 +23,7 @@ class ResultsFile:
     the first write replaces them, and only then.
     answered: for each line, True for an answer, False for an error.
 
-    Raises ValueError if the file holds another job's lines, BlockingIOError if a running job writes it.
+    Raises ValueError if it is no regular file or holds another job's lines, BlockingIOError if a running job writes it.
     """
 
     def __init__(self, path: str | Path, heads: Sequence[Mapping[str, Any]], *, overwrite: bool = False) -> None:
@@ -110,6 +110,8 @@ def _checked_row(line: bytes, head: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _open_locked(path: Path) -> IO[bytes]:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: expected a regular file, which a job can read again")
     file = open(path, "ab")  # noqa: SIM115 (its owner closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

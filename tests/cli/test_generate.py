@@ -79,6 +79,10 @@ def test_prompts_from_a_file_and_from_stdin(
     assert cli("generate", "", *options).code == 2
     (tmp_path / "prompt.txt").write_text("the cat\n")
     assert cli("generate", "--prompt-file", tmp_path / "prompt.txt", *options).out == expected
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    result = cli("generate", "--prompt-file", tmp_path / "latin.txt", *options)
+    assert result.code == 2
+    assert "latin.txt: expected UTF-8 text" in result.err
     for arguments in ([], ["-"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
         assert cli("generate", *arguments, *options).out == expected

@@ -97,6 +97,8 @@ def test_responses_cut_on_purpose_get_no_end_token(cli: Callable, models: Any, m
     [
         ({"prompt": "a", "response": 5}, "line 2: response=5: expected text"),
         ({"response": "a"}, "line 2: prompt=None: expected text"),
+        ({"prompt": "a", "response": "\ud800"}, "line 2: response='\\ud800': expected Unicode text"),
+        ({"prompt": "a\ud800", "response": "b"}, "line 2: prompts[0]"),
         ({"prompt": "a " * 300, "response": "b " * 300}, "line 2: "),
     ],
 )
