@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # what a decoder makes of an unfinished UTF-8 sequence
+CHARACTER = 4  # bytes of one at most, and so tokens
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
@@ -31,10 +32,17 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """New text, "" while a character is unfinished."""
         self.ids.append(token_id)
-        text = self._unread()
-        if not text or text.endswith(REPLACEMENT):
-            return ""
-        self.start, self.read = self.read, len(self.ids)
+        text, end = self._unread(), len(self.ids)
+        if not text and token_id in self.tokenizer.all_special_ids:
+            self.ids.pop()  # leaves no trace
+        if text.endswith(REPLACEMENT):
+            if end - self.read <= 2 * CHARACTER:
+                return ""
+            end -= CHARACTER  # this is no text: what cannot become a character any more is shown
+            sure = self._unread(end)
+            text = sure if text.startswith(sure) else ""
+        if text:
+            self.start, self.read = self.read, end
         return text
 
     def flush(self) -> str:
@@ -43,9 +51,9 @@ class Detokenizer:
         self.start = self.read = len(self.ids)
         return text
 
-    def _unread(self) -> str:
+    def _unread(self, end: int | None = None) -> str:
         context = decode(self.tokenizer, self.ids[self.start : self.read])
-        return decode(self.tokenizer, self.ids[self.start :])[len(context) :]
+        return decode(self.tokenizer, self.ids[self.start : end])[len(context) :]
 
 
 class StopStrings:

@@ -60,12 +60,27 @@ def test_any_tokens(tokenizer):
         assert "".join(pieces_of(tokenizer, ids)) == decode(tokenizer, ids)
 
 
-def test_work_does_not_grow_with_the_length(tokenizer, monkeypatch):
+def test_long_runs_of_bytes_that_are_no_text(tokenizer):
+    """Some of their ends may still become characters."""
+    rng = random.Random(0)
+    spelled = [tokenizer(text)["input_ids"] for text in ("é", "日", "👩", "\ufffd", "a")]
+    for _ in range(300):
+        ids = []
+        for _ in range(rng.randint(1, 40)):
+            one = rng.choice(spelled)
+            ids += one[: rng.randint(1, len(one))] * rng.choice([1, 1, 5])
+        pieces = pieces_of(tokenizer, ids)
+        assert "".join(pieces) == decode(tokenizer, ids)
+
+
+@pytest.mark.parametrize(("text", "most"), [("the cat é ", 4), ("\ufffd", 13), ("</s>", 1)])
+def test_work_does_not_grow_with_the_length(tokenizer, monkeypatch, text, most):
     sizes = []
     original = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **kwargs: (sizes.append(len(ids)), original(ids, **kwargs))[1])
-    pieces_of(tokenizer, tokenizer("the cat é " * 200)["input_ids"])
-    assert max(sizes) <= 4
+    pieces = pieces_of(tokenizer, tokenizer(text * 200)["input_ids"])
+    assert max(sizes) <= most
+    assert len(pieces[-1]) <= 8  # the rest was shown before
 
 
 def shown(stops, pieces):
