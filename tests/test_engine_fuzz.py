@@ -1,7 +1,12 @@
-"""Whatever is asked for together, every completion is what the naive decoder gives for it alone, in float32."""
+"""Whatever is asked for together, every completion is what the naive decoder gives for it alone, in float32.
+
+In one go or as a stream whose weights change on the way, with any drafter, chunks of any size, in caches that other
+calls left behind.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,14 +16,25 @@ from hypothesis import strategies as st
 from test_engine import assert_equals_reference
 from tiny_models import build_model, save_adapter
 
-from genarm_fast import GenARM, SamplingParams
+from genarm_fast import GenARM, SamplingParams, slots
+from genarm_fast.outputs import GenerationOutput
 from genarm_fast.speculation import Speculation
 
+
+def unlike_the_last(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A processor that looks at what was said."""
+    return scores.index_add(1, input_ids[0, -1:], torch.tensor([[-3.0]]))
+
+
 TOKENS = st.integers(2, 299)
+PROMPTS = st.one_of(
+    st.lists(TOKENS, min_size=1, max_size=24),
+    st.builds(lambda tokens, times: tokens * times, st.lists(TOKENS, min_size=1, max_size=4), st.integers(2, 6)),
+)
 WEIGHTS = st.sampled_from([0.0, 1.0, -0.7, 2.0])
 REQUEST = st.fixed_dictionaries(
     {
-        "prompt": st.lists(TOKENS, min_size=1, max_size=24),
+        "prompt": PROMPTS,
         "max_new_tokens": st.integers(1, 9),
         "temperature": st.sampled_from([0.0, 0.4, 1.0, 1.7]),
         "n": st.sampled_from([1, 1, 2]),
@@ -34,6 +50,7 @@ REQUEST = st.fixed_dictionaries(
         "logit_bias": st.dictionaries(TOKENS, st.sampled_from([3.0, -2.0, -torch.inf]), max_size=3),
         "logprobs": st.sampled_from([0, 3]),
         "rewards": st.just(True),
+        "logits_processors": st.just([unlike_the_last]),
     },
 )
 ARMS = {"none": (), "lane": ("lane",), "own": ("own",), "both": ("lane", "own"), "lanes": ("lane", "lane2", "own")}
@@ -50,7 +67,9 @@ def models(tokenizer, tmp_path_factory) -> dict[str, GenARM]:
         save_adapter(folder / name, base=folder / "base", seed=seed)
         sources[name] = folder / name
     loaded = {
-        key: GenARM.from_pretrained(folder / "base", [sources[name] for name in names], dtype=torch.float32)
+        key: GenARM.from_pretrained(
+            folder / "base", [sources[name] for name in names], dtype=torch.float32, draft_model=build_model("llama", 4)
+        )
         for key, names in ARMS.items()
     }
     assert loaded["lane"].arms[0].shared is loaded["lane"].base.shared
@@ -58,33 +77,63 @@ def models(tokenizer, tmp_path_factory) -> dict[str, GenARM]:
     return loaded
 
 
+@dataclass
+class Run:
+    arms: str
+    rows: int
+    requests: list[dict[str, Any]]
+    speculation: str | Speculation
+    chunk: int  # tokens
+    changes: dict[int, list[float]] | None  # weights set after so many chunks of a stream; None: no stream
+
+
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[str, int, list[dict[str, Any]], str | Speculation]:
+def runs(draw: st.DrawFn) -> Run:
     arms = draw(st.sampled_from(list(ARMS)))
     requests = draw(st.lists(REQUEST, min_size=1, max_size=5))
+    changes = draw(st.none() | st.dictionaries(st.integers(0, 12), st.tuples(*[WEIGHTS] * len(ARMS[arms])), max_size=3))
     common = draw(st.sampled_from([0, 0, 12]))  # a beginning that is prefilled once
     for i, request in enumerate(requests):
         request["prompt"] = [*range(20, 20 + common), *request["prompt"]]
         request["weights"] = [draw(WEIGHTS) for _ in ARMS[arms]]
         request["seed"] = draw(st.integers(0, 2**64 - 1)) + i & 2**64 - 1
-    speculations = [st.just("off"), st.builds(Speculation, st.just("ngram"), st.integers(1, 6))]
-    if "own" in ARMS[arms]:
-        speculations += [st.builds(Speculation, st.just(name), st.integers(1, 6)) for name in ("base", "arm")]
-    return arms, draw(st.integers(1, 4)), requests, draw(st.one_of(speculations))
+        if changes is not None:
+            request["n"] = 1
+    drafters = ["ngram", "draft_model", *(["base", "arm"] if "own" in ARMS[arms] else [])]
+    speculation = st.just("off") | st.builds(Speculation, st.sampled_from(drafters), st.integers(1, 6))
+    chunk = draw(st.sampled_from([slots.CHUNK_TOKENS, 5]))
+    return Run(arms, draw(st.integers(1, 4)), requests, draw(speculation), chunk, changes)
 
 
-def check(models: dict[str, GenARM], run: tuple[str, int, list[dict[str, Any]], str | Speculation]) -> None:
-    arms, rows, requests, speculation = run
-    model = models[arms]
-    model.max_batch_size = rows
-    prompts = [request["prompt"] for request in requests]
-    params = [{name: value for name, value in request.items() if name != "prompt"} for request in requests]
-    outputs = model.generate(prompts, [SamplingParams(**each) for each in params], speculation=speculation)
-    for prompt, output, each in zip(prompts, outputs, params):
-        assert output.prompt_token_ids == prompt
-        assert len(output.completions) == each["n"]
-        assert output.completions[0].seed == each["seed"]
-        known = {name: value for name, value in each.items() if name not in ("n", "seed", "logprobs", "rewards")}
+def outputs_of(model: GenARM, run: Run) -> list[GenerationOutput]:
+    prompts = [request["prompt"] for request in run.requests]
+    params = [
+        SamplingParams(**{name: value for name, value in request.items() if name != "prompt"})
+        for request in run.requests
+    ]
+    if run.changes is None:
+        return model.generate(prompts, params, speculation=run.speculation)
+    with model.stream(prompts, params, speculation=run.speculation) as stream:
+        for i, _ in enumerate(stream):
+            if i in run.changes:
+                stream.set_weights(run.changes[i])
+    return stream.outputs
+
+
+def check(models: dict[str, GenARM], run: Run) -> None:
+    model = models[run.arms]
+    model.max_batch_size = run.rows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "CHUNK_TOKENS", run.chunk)
+        outputs = outputs_of(model, run)
+    for request, output in zip(run.requests, outputs):
+        assert output.prompt_token_ids == request["prompt"]
+        assert len(output.completions) == request["n"]
+        assert output.completions[0].seed == request["seed"]
+        known = {k: v for k, v in request.items() if k not in ("prompt", "n", "seed", "logprobs", "rewards")}
+        if run.changes is not None:
+            used = output.completions[0].weights
+            known["weights"] = lambda i, used=used: used[min(i, len(used) - 1)]
         assert_equals_reference(model, output, **known)
 
 
