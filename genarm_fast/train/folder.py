@@ -35,7 +35,7 @@ class RunFolder:
                 raise ValueError(f"output={config.output!r} holds a run: expected another folder with resume='never'")
             self.state = read_json(self.path)
             self._check(config)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(f"output={config.output!r}: expected a new or empty folder, or one with a run to continue")
 
     def once(self, name: str, decide: Callable[[], Any]) -> Any:

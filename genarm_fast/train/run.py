@@ -63,7 +63,11 @@ def train(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected one process; training uses a single device")
-    tokenizer = AutoTokenizer.from_pretrained(config.base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.base)
+    except (OSError, ValueError) as error:
+        expected = "expected a folder or a hub id with a model and its tokenizer"
+        raise ValueError(f"base={config.base!r}: {expected}: {error}") from error
     data = _read(config, tokenizer)
     run = RunFolder(config, data.training, data.held_out)
     if (finished := run.report()) is not None:

@@ -55,3 +55,10 @@ def test_bad_options_exit_with_two(base: Path, tmp_path: Path, capfd: pytest.Cap
     assert main(["train", str(base), "nowhere.jsonl", "--output", str(tmp_path / "arm"), "--beta", "0"]) == 2
     assert "beta=0.0: expected a number above 0" in capfd.readouterr().err
     assert not (tmp_path / "arm").exists()
+
+
+def test_wrong_places_exit_with_two(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "./no-model", str(toy), "--output", str(tmp_path / "arm"), *RUN]) == 2
+    assert "base='./no-model': expected a folder or a hub id" in capfd.readouterr().err
+    assert main(["train", str(base), str(toy), "--output", str(toy), *RUN]) == 2
+    assert f"output='{toy}': expected a new or empty folder" in capfd.readouterr().err
