@@ -52,7 +52,8 @@ def share_weights(model: nn.Module) -> nn.Module:
 
 
 def _causal_lm(role: str, model: Any) -> Any:
-    """What is inside a PEFT model; others are taken as they are."""
+    """What is inside a PEFT model or a compiled one; others are taken as they are."""
+    model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "config") or model.get_output_embeddings() is None:
         raise TypeError(f"{role}: expected a causal LM of transformers, got {type(model).__name__}")
     if hasattr(model, "get_base_model"):

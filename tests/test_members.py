@@ -40,6 +40,23 @@ def test_folders(folders, tokenizer):
     assert output.completions[0].weights[0] == (1.0, -2.0)
 
 
+def test_a_compiled_model_is_what_is_inside(tokenizer):
+    model = GenARM.from_pretrained(torch.compile(build_model("llama", 0)), tokenizer=tokenizer)
+    given = GenARM.from_pretrained(build_model("llama", 0), tokenizer=tokenizer)
+    assert model.generate(**PROMPT)[0].token_ids == given.generate(**PROMPT)[0].token_ids
+
+
+def test_names_of_other_drafters_are_taken(folders):
+    """`Speculation` would not know which is meant."""
+    shutil.copytree(folders / "other", folders / "ngram")
+    model = GenARM.from_pretrained(folders / "base", [folders / "ngram", ARM(folders / "other", name="mine")])
+    assert model.arm_names == ["ngram2", "mine"]
+    with pytest.raises(ValueError, match="name='base': expected another one than base, ngram, draft_model"):
+        GenARM.from_pretrained(folders / "base", ARM(folders / "other", name="base"))
+    with pytest.raises(TypeError, match="name=5: expected a string"):
+        ARM(folders / "other", name=5)
+
+
 def test_adapter_shares_the_weights_of_the_base(folders, tmp_path):
     """And equals the merged model; the base stays bare."""
     merged = save_adapter(tmp_path / "adapter", base=folders / "base", seed=2)
