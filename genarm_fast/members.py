@@ -20,6 +20,7 @@ from .lanes import share_forwards
 from .loading import Backbones, Source, find_file, read_json, share_weights
 from .params import check_weights
 from .runner import as_runner
+from .templates import default_template
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -145,7 +146,7 @@ def load_members(
         model,
         base_tokenizer,
         prompt_template or recorded.get("prompt_template"),
-        chat_template or recorded.get("chat_template") or base_tokenizer.chat_template,
+        chat_template or recorded.get("chat_template") or default_template(base_tokenizer),
         given=isinstance(base, nn.Module),
     )
     members = [first]
@@ -161,7 +162,7 @@ def load_members(
                 spec.prompt_template or recorded.get("prompt_template"),
                 spec.chat_template
                 or recorded.get("chat_template")
-                or (own.chat_template if own else None)
+                or (default_template(own) if own else None)
                 or first.chat_template,
                 float(spec.weight),
                 isinstance(spec.model, nn.Module),

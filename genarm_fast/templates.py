@@ -17,6 +17,12 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_template: s
     return list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
 
 
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Its chat template; the one called so where it has several (for tools, for retrieval)."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], chat_template: str) -> list[int]:
     """Chat messages up to the point where the assistant's answer begins."""
     text = _render(tokenizer, messages, chat_template, add_generation_prompt=True)

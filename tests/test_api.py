@@ -155,6 +155,14 @@ def test_chat_without_a_template(tiny_model, tokenizer, monkeypatch):
         model.generate(CHAT)
 
 
+def test_one_of_several_chat_templates(tiny_model, tokenizer, monkeypatch):
+    expected = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer).prepare(CHAT)[0].token_ids
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"})
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
+    assert model.prepare(CHAT)[0].token_ids == expected
+    assert model.score(CHAT, "b")[0].token_ids[-1] == 1
+
+
 @pytest.mark.parametrize("template", ["{{ raise_exception('user first') }}", "{% for"])
 def test_what_a_template_refuses_is_named(tiny_model, tokenizer, template):
     model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, chat_template=template)

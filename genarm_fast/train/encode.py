@@ -8,7 +8,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from ..templates import chat_ids, end_of_answer, text_ids
+from ..templates import chat_ids, default_template, end_of_answer, text_ids
 from .config import TrainConfig
 from .data import TURN, Message, Pair
 
@@ -33,7 +33,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, stop_ids: frozenset[int] = frozenset()):
         self.tokenizer = tokenizer
         self.config = config
-        self.chat_template = config.chat_template or tokenizer.chat_template
+        self.chat_template = config.chat_template or default_template(tokenizer)
         self.stop_ids = stop_ids
         if tokenizer.eos_token_id is None:
             raise ValueError(f"base={config.base!r}: expected a tokenizer with an EOS token")
