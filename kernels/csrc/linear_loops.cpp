@@ -12,9 +12,9 @@
 namespace genarm {
 namespace {
 
-// Inputs that stay in the L1 cache: 20 KB of a block beside the lanes of all streams, 24 KB of two blocks beside twice
+// Inputs that stay in the L1 cache: 20 KB of a block beside the lanes of all streams, 32 KB of two blocks beside twice
 // as many; where one chunk is all, no lanes are kept, and two blocks may take 40 KB.
-constexpr int64_t kWhole = 640, kChunk[kBlocks] = {640, 384};
+constexpr int64_t kWhole = 640, kChunk[kBlocks] = {640, 512};
 
 // Outputs at a time: enough sums to hide the latency of the fma, no more than the registers and a group hold.
 constexpr int together(int rows) {
