@@ -49,8 +49,8 @@ def arm_spec(text: str) -> ArmSpec:
     return ArmSpec(model, weight, name)
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = False) -> None:
-    """Which models, and how they are loaded. A chat has neither raw prompts nor batches."""
+def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = False, generates: bool = True) -> None:
+    """Which models, and how they are loaded. A chat has neither raw prompts nor batches; scoring drafts nothing."""
     group = parser.add_argument_group("models")
     group.add_argument("--base", required=True, metavar="MODEL", help="hub id, local folder, or `demo` (SmolLM2-135M)")
     group.add_argument(
@@ -66,12 +66,15 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = Fa
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is any)")
     group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
-    group.add_argument(
-        "--speculation",
-        choices=("auto", "off"),
-        help="draft tokens where that is faster; it changes no token (default: auto; off in a job with --input, whose "
-        "full batches gain little, and whose reported numbers then do not depend on timing)",
-    )
+    if generates:
+        group.add_argument(
+            "--speculation",
+            choices=("auto", "off"),
+            help="draft tokens where that is faster; it changes no token (default: auto; off in a job with --input, "
+            "whose full batches gain little, and whose reported numbers then do not depend on timing)",
+        )
+    else:
+        parser.set_defaults(speculation="off")
     group.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja file: the base's, and ARMs' without one"
     )

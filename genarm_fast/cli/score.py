@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON lines: prompt and response, or preference pairs as for training (prompt, chosen, rejected); .gz too",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
-    add_loading_arguments(parser)
+    add_loading_arguments(parser, generates=False)
     add_format_arguments(parser)
 
 
