@@ -6,6 +6,7 @@ Norms and rotations are replaced where ours give the same bits on a trial: names
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -83,12 +84,15 @@ def _fast_rotation(module: nn.Module) -> Callable[..., Any] | None:
         torch.linspace(-3, 5, 4 * width).view(1, 2, 2, width),
         torch.linspace(-2, 1, 2 * width).view(1, 1, 2, width),
     )
-    angles = torch.linspace(0, 1, 2 * width).view(1, 2, width)
+    whole, half = (torch.linspace(0, 1, 2 * n).view(1, 2, n) for n in (width, width // 2))
     try:
-        pairs = zip(theirs(*states, angles.cos(), angles.sin()), rotary(*states, angles.cos(), angles.sin()))
+        pairs = zip(theirs(*states, whole.cos(), whole.sin()), rotary(*states, whole.cos(), whole.sin()))
         same = all(torch.equal(their, our) for their, our in pairs)
     except (TypeError, RuntimeError):  # another signature
         return None
+    with suppress(RuntimeError):
+        theirs(*states, half.cos(), half.sin())
+        return None  # it rotates as many dimensions as it has angles for
     if not same:
         return None
     names = {**forward.__globals__, "apply_rotary_pos_emb": rotary}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build_model
+from test_engine import assert_equals_reference
+from tiny_models import FAMILIES, LAYERS, build_model, build_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from genarm_fast import GenARM
 from genarm_fast.kernels import _native
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.loading import share_weights
@@ -53,6 +56,21 @@ def test_parts_are_replaced_by_equal_ones(family):
     else:
         expected = {"Linear": 1}
     assert counts == expected
+
+
+@torch.inference_mode()
+def test_a_partial_rotation_is_kept():
+    """Nemotron's function leaves the dimensions alone that it has no angles for."""
+    assert not any(type(module).__name__ == "NemotronAttention" and _fast(module) for module in nemotron().modules())
+    model = GenARM.from_pretrained(nemotron(), tokenizer=build_tokenizer())
+    output = model.generate([5, 6, 7], max_new_tokens=8, seed=1)[0]
+    assert_equals_reference(model, output, max_new_tokens=8, weights=[])
+
+
+def nemotron():
+    config = {**LAYERS, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("nemotron", **config), dtype=torch.float32).eval()
 
 
 @torch.inference_mode()
