@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .backbone import in_one_forward
 from .engine import Engine
 from .errors import GenerationError
-from .members import ARM, Member, common_vocabulary, end_of_sequence, load_draft_model, load_members
+from .members import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_draft_model, load_members
 from .outputs import GenerationOutput, Rounds, ScoreOutput, Timing, Usage
 from .params import SamplingParams, check_integer, check_weights
 from .progress import progress_bar
@@ -43,14 +43,10 @@ class GenARM:
         speculation: str | Speculation = "auto",
         draft_model: Member | None = None,
     ) -> None:
-        max_batch_size = check_integer("max_batch_size", max_batch_size, "an integer >= 1", 1)
-        if cache_bytes is not None:
-            cache_bytes = check_integer("cache_bytes", cache_bytes, "an integer >= 1 or None", 1)
+        self.max_batch_size, self.cache_bytes = _limits(max_batch_size, cache_bytes)
         self.members = list(members)
         self.base, self.arms = self.members[0], self.members[1:]
         self.tokenizer = self.base.tokenizer
-        self.max_batch_size = max_batch_size
-        self.cache_bytes = cache_bytes
         self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
         self.controllers = Controllers()
@@ -101,7 +97,14 @@ class GenARM:
         Raises:
             ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a kind of model
                 without a key-value cache, a template without {prompt}.
+            TypeError: arguments of other types, or that nothing takes.
         """
+        _limits(max_batch_size, cache_bytes)
+        as_speculation(speculation)
+        specs = as_arms(arms)
+        sources = (base, *(spec.model for spec in specs), draft_model)
+        if model_kwargs and not any(isinstance(source, (str, os.PathLike)) for source in sources):
+            raise TypeError(f"{min(model_kwargs)}: expected no such argument where all members are loaded already")
         loading = {
             "dtype": dtype,
             "device": device,
@@ -111,7 +114,7 @@ class GenARM:
             **model_kwargs,
         }
         members = load_members(
-            base, arms, tokenizer=tokenizer, prompt_template=prompt_template, chat_template=chat_template, **loading
+            base, specs, tokenizer=tokenizer, prompt_template=prompt_template, chat_template=chat_template, **loading
         )
         draft = None if draft_model is None else load_draft_model(draft_model, members[0], **loading)
         return cls(
@@ -280,6 +283,13 @@ class GenARM:
             timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
             rounds=Rounds(*(sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "accepted"))),
         )
+
+
+def _limits(max_batch_size: int, cache_bytes: int | None) -> tuple[int, int | None]:
+    rows = check_integer("max_batch_size", max_batch_size, "an integer >= 1", 1)
+    if cache_bytes is not None:
+        cache_bytes = check_integer("cache_bytes", cache_bytes, "an integer >= 1 or None", 1)
+    return rows, cache_bytes
 
 
 def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:

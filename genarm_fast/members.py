@@ -115,7 +115,7 @@ class Member:
 
 def load_members(
     base: Source | nn.Module,
-    arms: Any,
+    specs: Sequence[ARM],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt_template: str | None = None,
@@ -128,7 +128,6 @@ def load_members(
         ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a model without a
             key-value cache, a template without {prompt}, a name given twice.
     """
-    specs = as_arms(arms)
     names = arm_names(specs)
     backbones = Backbones(**backbone_kwargs)
     model = backbones.load("base", base)

@@ -189,9 +189,11 @@ def test_prompts_that_only_the_draft_model_cannot_read(tiny_model, tokenizer):
     ("arguments", "error", "message"),
     [
         ({"max_batch_size": 2.5}, TypeError, "max_batch_size=2.5: expected an integer >= 1"),
-        ({"max_batch_size": 0}, ValueError, "max_batch_size=0: expected an integer >= 1"),
+        ({"base": "/no/folder", "max_batch_size": 0}, ValueError, "max_batch_size=0: expected an integer >= 1"),
         ({"cache_bytes": "1G"}, TypeError, "cache_bytes='1G': expected an integer >= 1 or None"),
+        ({"base": "/no/folder", "speculation": "on"}, ValueError, "speculation='on': expected"),
         ({"arms": None}, TypeError, "arms=None: expected an ARM"),
+        ({"max_batchsize": 4}, TypeError, "max_batchsize: expected no such argument where all members are loaded"),
         ({"tokenizer": "gpt2"}, TypeError, "tokenizer='gpt2': expected a loaded tokenizer"),
         ({"prompt_template": 5}, TypeError, "base: prompt_template=5: expected a string"),
         ({"draft_model": 5}, TypeError, "draft_model=5: expected a hub id, a folder or a loaded model"),
