@@ -2,10 +2,10 @@
 
     python benchmarks/linear.py [--threads N] [--cpu-time] [--models NAME ...] [--rows N ...] [--json FILE]
 
-Weights are cold, as in a decode step: every call takes the next of as many copies as fill 512 MB. Each case is checked
-against float64 first. A turn is one call of each contender and one read of as many bytes with torch.dot; figures are
-medians over the turns, speed-ups and shares of the read bandwidth medians of the turns' own ratios, so that a busy
-machine disturbs all alike.
+Several outputs are those of linears over one input, in one call of SiblingLinears. Weights are cold, as in a decode
+step: every call takes the next of as many copies as fill 512 MB. Each case is checked against float64 first. A turn is
+one call of each contender and one read of as many bytes with torch.dot; figures are medians over the turns, speed-ups
+and shares of the read bandwidth medians of the turns' own ratios, so that a busy machine disturbs all alike.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from genarm_fast.kernels import Lora, SmallLinear, _native
+from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, _native
 
-MODELS = {
-    "smollm2-135m": [(576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576)],
-    "2048-wide": [(2048, 2048), (8192, 2048), (2048, 8192), (128256, 2048)],
+Shape = tuple[tuple[int, ...], int]  # outputs of the linears that take one input, and its width
+MODELS: dict[str, list[Shape]] = {
+    "smollm2-135m": [
+        *(((out,), width) for out, width in ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))),
+        *(((576, 192, 192), 576), ((1536, 1536), 576)),  # query, key and value; gate and up
+    ],
+    "2048-wide": [((out,), width) for out, width in ((2048, 2048), (8192, 2048), (2048, 8192), (128256, 2048))],
 }
 COLD = 512 << 20  # bytes of weights, more than caches hold
 
 
 @dataclass
 class Result:
-    out_features: int
+    out_features: tuple[int, ...]
     in_features: int
     rows: int
     microseconds: float
@@ -47,35 +51,50 @@ class Result:
 clock = time.perf_counter
 
 
-def timed(call: Callable[..., object], *arguments: Tensor) -> float:
+def timed(call: Callable[..., object], *arguments: object) -> float:
     start = clock()
     call(*arguments)
     return (clock() - start) * 1e6
 
 
-def measure(linears: list[SmallLinear], block: Tensor, rows: int, seconds: float) -> Result:
-    weight = linears[0].weight
-    x = torch.randn(rows, weight.shape[1]).to(torch.bfloat16)
-    exact = x.double() @ weight[:512].double().T
-    torch.testing.assert_close(linears[0](x)[:, :512].double(), exact, rtol=2**-8, atol=1e-4)
+def siblings(shape: Shape) -> list[SiblingLinears]:
+    """Copies that fill so much memory."""
+    outs, width = shape
+    weights = [torch.randn(out, width).mul_(width**-0.5).to(torch.bfloat16) for out in outs]
+    copies = -(-COLD // sum(weight.nbytes for weight in weights))
+    return [SiblingLinears([SmallLinear(weight.clone()) for weight in weights]) for _ in range(copies)]
 
-    half = min(weight.nbytes, COLD) // 8
+
+def torch_linears(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    return [functional.linear(x, weight) for weight in weights]
+
+
+def measure(copies: list[SiblingLinears], block: Tensor, rows: int, seconds: float) -> Result:
+    weights = [[linear.weight for linear in copy.linears] for copy in copies]
+    x, none = torch.randn(rows, weights[0][0].shape[1]).to(torch.bfloat16), ((),) * len(weights[0])
+    for y, weight in zip(copies[0](x, none), weights[0]):
+        exact = x.double() @ weight[:512].double().T
+        torch.testing.assert_close(y[:, :512].double(), exact, rtol=2**-8, atol=1e-4)
+
+    size = sum(weight.nbytes for weight in weights[0])
+    half = min(size, COLD) // 8
     ours, theirs, read = [], [], []
     end = clock() + seconds
     while len(ours) < 7 or (clock() < end and len(ours) < 300):
         turn = len(ours)
-        first, second = linears[2 * turn % len(linears)], linears[(2 * turn + 1) % len(linears)]
+        first, second = copies[2 * turn % len(copies)], weights[(2 * turn + 1) % len(copies)]
         at = turn * 2 * half % (len(block) - 2 * half + 1)
-        ours.append(timed(first, x))
-        theirs.append(timed(functional.linear, x, second.weight))
+        ours.append(timed(first, x, none) if len(none) > 1 else timed(first.linears[0], x))
+        theirs.append(timed(torch_linears, x, *second) if len(none) > 1 else timed(functional.linear, x, *second))
         read.append(timed(torch.dot, block[at : at + half], block[at + half : at + 2 * half]))
     ours, theirs, read = ours[2:], theirs[2:], read[2:]
     microseconds = statistics.median(ours)
     return Result(
-        *weight.shape,
+        tuple(len(weight) for weight in weights[0]),
+        x.shape[1],
         rows,
         microseconds,
-        weight.nbytes / microseconds / 1e3,
+        size / microseconds / 1e3,
         statistics.median(r / o for r, o in zip(read, ours)),
         statistics.median(t / o for t, o in zip(theirs, ours)),
     )
@@ -103,7 +122,9 @@ def table(results: list[Result]) -> str:
             for r in results
             if (r.out_features, r.in_features) == shape
         }
-        lines.append(f"| {shape[0]} x {shape[1]} | " + " | ".join(cells.get(n, "") for n in rows) + " |")
+        lines.append(
+            f"| {' + '.join(map(str, shape[0]))} x {shape[1]} | " + " | ".join(cells.get(n, "") for n in rows) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -131,10 +152,9 @@ def main() -> None:
     with torch.inference_mode():
         overhead = call_overhead()
         for model in options.models:
-            for out, width in MODELS[model]:
-                weight = torch.randn(out, width).mul_(width**-0.5).to(torch.bfloat16)
-                linears = [SmallLinear(weight.clone()) for _ in range(-(-COLD // weight.nbytes))]
-                results += [measure(linears, block, rows, options.seconds) for rows in options.rows]
+            for shape in MODELS[model]:
+                copies = siblings(shape)
+                results += [measure(copies, block, rows, options.seconds) for rows in options.rows]
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

@@ -8,7 +8,7 @@ is exactly what this file knows, and where a trial gives the bits of the model's
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from .attention import Ragged, RaggedLayer, place, placed
 from .kernels.ragged_attention import ragged_attention
 from .kernels.rotary import rotary
 from .kernels.silu_mul import silu_mul
-from .kernels.small_linear import Span
+from .kernels.small_linear import SiblingLinears, SmallLinear, Span
 from .lanes import LaneLinear, running, spans_of
 
 WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a family hands on
@@ -114,30 +114,25 @@ class _Layer:
         self.q_norm, self.k_norm = (
             _part(getattr(attention, name), fast) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
         )
-        self.q, self.k, self.v, self.o, self.gate, self.up, self.down = (
-            _linear(module, fast)
-            for module in (
-                *(attention.get_submodule(f"{name}_proj") for name in "qkvo"),
-                *(mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down")),
-            )
-        )
+        self.qkv = _siblings([attention.q_proj, attention.k_proj, attention.v_proj], fast)
+        self.gate_up = _siblings([mlp.gate_proj, mlp.up_proj], fast)
+        self.o, self.down = _linear(attention.o_proj, fast), _linear(mlp.down_proj, fast)
         self.width, self.scale, self.window = attention.head_dim, attention.scaling, window
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Any, where: Ragged, spans: Spans) -> Tensor:
         rows, block, _ = hidden.shape
         heads = (rows, block, -1, self.width)
-        x = self.norm(hidden)
-        query, key = self.q(x, spans).view(heads), self.k(x, spans).view(heads)
+        query, key, value = (state.view(heads) for state in self.qkv(self.norm(hidden), spans))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotary(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-        keys, values = cache.update(key, self.v(x, spans).view(heads).transpose(1, 2))
+        keys, values = cache.update(key, value.transpose(1, 2))
         x = ragged_attention(
             query, keys, values, where.slots, where.positions, scale=self.scale, window=self.window, limit=where.limit
         )
         hidden = hidden + self.o(x.view(rows, block, -1), spans)
-        x = self.second_norm(hidden)
-        hidden += self.down(silu_mul(self.gate(x, spans), self.up(x, spans)), spans)
+        gate, up = self.gate_up(self.second_norm(hidden), spans)
+        hidden += self.down(silu_mul(gate, up), spans)
         return hidden
 
 
@@ -152,3 +147,14 @@ def _linear(module: nn.Module, fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
         return lambda x, spans: run(x, spans[lanes])
     part = _part(module, fast)
     return lambda x, _: part(x)
+
+
+def _siblings(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spans], Iterable[Tensor]]:
+    """Of one input, each."""
+    runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
+    lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
+    if all(isinstance(run, SmallLinear) for run in runs):
+        siblings = SiblingLinears(runs)
+        return lambda x, spans: siblings(x, [spans[own] if own else () for own in lanes])
+    linears = [_linear(module, fast) for module in modules]
+    return lambda x, spans: [linear(x, spans) for linear in linears]

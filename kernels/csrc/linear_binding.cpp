@@ -89,33 +89,50 @@ PyObject* linear_prepare_binding(PyObject*, PyObject* const* arguments, Py_ssize
   }
 }
 
-// (capsule, x, spans, threads) → y, or None for an x that is not taken as it stands.
+// ((capsule, ...) of one width, x, (spans of each), threads) → (y of each), or None for an x that they do not take.
 PyObject* linear_run_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 4) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 4", count);
-  const auto* linear = static_cast<const Linear*>(PyCapsule_GetPointer(arguments[0], kCapsule));
-  if (!linear) return nullptr;
+  const Py_ssize_t linears = PyTuple_Size(arguments[0]);
+  if (linears < 1 || PyTuple_Size(arguments[2]) != linears) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "expected one linear or more, and spans for each");
+    return nullptr;
+  }
   DLTensor x;
-  int64_t rows, stride, shape[kMaxDimensions];
-  if (!borrow(arguments[1], &x) || !rows_of(x, linear->in, &rows, &stride)) Py_RETURN_NONE;
-  PyObject* y = nullptr;
+  if (!borrow(arguments[1], &x)) Py_RETURN_NONE;
+  PyObject* results = nullptr;
   try {
-    std::vector<Span> spans;
-    if (!spans_of(arguments[2], *linear, rows, &spans)) return nullptr;
+    std::vector<Product> products(linears);
+    int64_t rows = 0, stride = 0, shape[kMaxDimensions];
+    for (Py_ssize_t i = 0; i < linears; ++i) {
+      PyObject* capsule = PyTuple_GetItem(arguments[0], i);
+      const auto* linear = static_cast<const Linear*>(PyCapsule_GetPointer(capsule, kCapsule));
+      if (!linear) return nullptr;
+      if (!rows_of(x, linear->in, &rows, &stride)) Py_RETURN_NONE;
+      products[i].linear = linear;
+      if (!spans_of(PyTuple_GetItem(arguments[2], i), *linear, rows, &products[i].spans)) return nullptr;
+    }
     const int threads = static_cast<int>(PyLong_AsLong(arguments[3]));
-    if (PyErr_Occurred()) return nullptr;
+    if (PyErr_Occurred() || !(results = PyTuple_New(linears))) return nullptr;
     std::memcpy(shape, x.shape, x.ndim * sizeof *shape);
-    shape[x.ndim - 1] = linear->out;
-    void* data = nullptr;
-    y = new_tensor(kBfloat16, x.ndim, shape, &data);
-    if (!y) return nullptr;
+    for (Py_ssize_t i = 0; i < linears; ++i) {
+      shape[x.ndim - 1] = products[i].linear->out;
+      void* data = nullptr;
+      PyObject* y = new_tensor(kBfloat16, x.ndim, shape, &data);
+      if (!y) {
+        Py_DECREF(results);
+        return nullptr;
+      }
+      PyTuple_SetItem(results, i, y);
+      products[i].y = static_cast<uint16_t*>(data);
+    }
 
     const WithoutGil without_gil;
-    small_linear(*linear, x.at<const uint16_t>(), stride, rows, static_cast<uint16_t*>(data), spans, threads);
+    small_linear(products, x.at<const uint16_t>(), stride, rows, threads);
   } catch (const std::bad_alloc&) {
-    Py_XDECREF(y);
+    Py_XDECREF(results);
     return PyErr_NoMemory();
   }
-  return y;
+  return results;
 }
 
 }  // namespace genarm

@@ -27,9 +27,15 @@ struct Span {  // rows first .. last - 1 get this LoRA
   int64_t first, last, lora;
 };
 
-// x [rows, in] with a row stride, y [rows, out]; all bfloat16. Up to so many threads, where the work is worth it.
-// Throws std::bad_alloc.
-void small_linear(const Linear& linear, const uint16_t* x, int64_t x_stride, int64_t rows, uint16_t* y,
-                  const std::vector<Span>& spans, int threads);
+struct Product {
+  const Linear* linear;
+  std::vector<Span> spans;
+  uint16_t* y;  // [rows, out]
+};
+
+// x [rows, in] with a row stride, times each of some linears of one width; all bfloat16. Up to so many threads, where
+// the work is worth it. Throws std::bad_alloc.
+void small_linear(const std::vector<Product>& products, const uint16_t* x, int64_t x_stride, int64_t rows,
+                  int threads);
 
 }  // namespace genarm

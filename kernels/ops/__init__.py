@@ -12,12 +12,13 @@ from .rms_norm import rms_norm, rms_norm_reference
 from .rotary import rotary, rotary_reference
 from .settle import Settled, settle
 from .silu_mul import silu_mul, silu_mul_reference
-from .small_linear import Lora, SmallLinear, small_linear
+from .small_linear import Lora, SiblingLinears, SmallLinear, small_linear
 
 __all__ = [
     "GuidedSample",
     "Lora",
     "Settled",
+    "SiblingLinears",
     "SmallLinear",
     "guided_sample",
     "guided_sample_reference",

@@ -2,8 +2,9 @@
 
     y = x Wᵀ + bias, and for the rows of each span      y += scale · (x Aᵀ) B
 
-A decode step reads every weight once for a handful of rows. The C++ core (kernels/csrc/small_linear.cpp) loads each
-weight once for up to 8 rows, multiplies bfloat16 pairs into float32 sums, adds bias and LoRA to those, and rounds once.
+A decode step reads every weight once for a handful of rows. The C++ core (kernels/csrc/small_linear.cpp) fetches each
+weight once for up to 16 rows, multiplies bfloat16 pairs into float32 sums, adds bias and LoRA to those, and rounds
+once.
 
 The order of each sum depends on nothing but `in`: a row's result is bit for bit the same alone or among others, for any
 number of threads, and on every instruction set. Where the core does not serve (no AVX2, other dtypes, other devices)
@@ -67,9 +68,9 @@ class SmallLinear:
             loras = [(first, last, *self.loras[index]) for first, last, index in spans]
             return custom_ops.small_linear(x, self.weight, self.bias, loras)
         if self._handle is not None:
-            y = _native.core.linear_run(self._handle, x, tuple(spans), torch.get_num_threads())
+            y = _native.core.linear_run((self._handle,), x, (tuple(spans),), torch.get_num_threads())
             if y is not None:
-                return y
+                return y[0]
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.weight.dtype or x.device != self.weight.device:
             raise ValueError(
                 f"x of shape {tuple(x.shape)}, {x.dtype} on {x.device}: expected [..., {self.in_features}], "
@@ -78,7 +79,7 @@ class SmallLinear:
         if self._handle is None:
             return self._in_pytorch(x, spans)
         flat = _native.plain(x).reshape(x.shape[:-1].numel(), self.in_features).contiguous()
-        y = _native.core.linear_run(self._handle, flat, tuple(spans), torch.get_num_threads())
+        (y,) = _native.core.linear_run((self._handle,), flat, (tuple(spans),), torch.get_num_threads())
         return y.view(*x.shape[:-1], self.out_features)
 
     def _in_pytorch(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -96,6 +97,32 @@ class SmallLinear:
             else:
                 flat_y[first:last].addmm_(flat_x[first:last] @ a.T, b, alpha=scale)
         return y
+
+
+class SiblingLinears:
+    """Linears over one input, such as query, key and value, in one call: their weights stream as those of one matrix.
+
+    Raises:
+        ValueError: no linears.
+    """
+
+    def __init__(self, linears: Sequence[SmallLinear]) -> None:
+        if not linears:
+            raise ValueError("linears=[]: expected one or more")
+        self.linears = list(linears)
+        handles = tuple(linear._handle for linear in linears)
+        self._handles = None if None in handles else handles
+
+    def __call__(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Sequence[Tensor]:
+        """`linear(x, spans[i])` of each linear, bit for bit. Raises as they do, and ValueError if spans lack some."""
+        if len(spans) != len(self.linears):
+            raise ValueError(f"spans for {len(spans)} linears: expected {len(self.linears)}")
+        if self._handles is not None and not x.requires_grad and not torch.compiler.is_compiling():
+            each = tuple(map(tuple, spans))
+            y: Sequence[Tensor] | None = _native.core.linear_run(self._handles, x, each, torch.get_num_threads())
+            if y is not None:
+                return y
+        return [linear(x, own) for linear, own in zip(self.linears, spans)]
 
 
 def small_linear(

@@ -16,7 +16,7 @@ LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-
 CHECK = """
 import importlib.machinery, importlib.util, sys, torch
 from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention, rms_norm, rotary, settle
-from genarm_fast.kernels import silu_mul, small_linear
+from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, silu_mul, small_linear
 loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 core.use_tensors(torch.Tensor)
@@ -66,6 +66,8 @@ for isa in core.instruction_sets():
         a, b = torch.randn(17, width).bfloat16(), torch.randn(17, out).bfloat16()
         y = small_linear(x, weight, weight[:, 0].clone(), loras=[(0, 1, a, b, 1.0), (rows // 2, rows, a, b, 0.5)])
         assert y.isfinite().all()
+        linears = [SmallLinear(weight), SmallLinear(weight[:1], loras=[Lora(a, b[:, :1], 1.0)])]
+        SiblingLinears(linears)(x, [(), ((0, rows, 0),)])
 core.use(core.instruction_sets()[0])
 torch.set_num_threads(3)
 weight, x = torch.ones(1024, 3072).bfloat16(), torch.ones(9, 3072).bfloat16()

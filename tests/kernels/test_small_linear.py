@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genarm_fast.kernels import Lora, SmallLinear, _native, small_linear
+from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, _native, small_linear
 
 ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
 native = pytest.mark.skipif(not ISAS, reason="no C++ core, or no AVX2")
@@ -183,6 +183,45 @@ def test_pytorch_serves_other_dtypes(dtype, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"span \(0, 7, 0\): expected rows within 0..6"):
         small_linear(x, weight, loras=[(0, 7, *lora[2:])])
+
+
+@pytest.mark.parametrize("core", [True, False])
+@pytest.mark.parametrize("width", [100, 700])
+def test_siblings_are_the_linears_one_by_one(threads, monkeypatch, core, width):
+    if not core:
+        monkeypatch.setattr(_native, "core", None)
+    lora = [Lora(normal(rank, width, seed=rank), normal(rank, 1000, seed=rank + 50), 0.7) for rank in (4, 17)]
+    linears = [
+        SmallLinear(normal(300, width, seed=1), normal(300, seed=2)),
+        SmallLinear(normal(1000, width, seed=3), None, lora),
+        SmallLinear(normal(5, width, seed=4)),
+        SmallLinear(normal(1000, width, seed=5), normal(1000, seed=6), lora[1:]),
+    ]
+    siblings = SiblingLinears(linears)
+    for n in (1, 2):
+        threads(n)
+        for rows in (1, 3, 9, 40):
+            spans = [(), ((0, rows, 1), (1, 2, 0)), (), ((rows, 2 * rows, 0),)]
+            strided = normal(2, rows, width, seed=7).transpose(0, 1)
+            for x in (strided, strided.contiguous()):
+                alone = [linear(x, own) for linear, own in zip(linears, spans)]
+                assert all(map(torch.equal, siblings(x, spans), alone))
+            spans[3] = ()  # negative control
+            assert [torch.equal(*pair) for pair in zip(siblings(x, spans), alone)] == [True, True, True, False]
+
+
+def test_siblings_refuse():
+    linear, wide = SmallLinear(normal(4, 8)), SmallLinear(normal(4, 9))
+    with pytest.raises(ValueError, match=r"linears=\[\]"):
+        SiblingLinears([])
+    with pytest.raises(ValueError, match="spans for 1 linears: expected 2"):
+        SiblingLinears([linear, linear])(normal(2, 8), [()])
+    with pytest.raises(ValueError, match=r"x of shape \(2, 8\)"):
+        SiblingLinears([linear, wide])(normal(2, 8), [(), ()])
+    with pytest.raises(ValueError, match=r"span \(0, 3, 0\)"):
+        SiblingLinears([linear, linear])(normal(2, 8), [(), ((0, 3, 0),)])
+    with pytest.raises(ValueError, match="no gradient"):
+        SiblingLinears([linear])(normal(2, 8).requires_grad_(), [()])
 
 
 @native
