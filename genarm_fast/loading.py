@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .fingerprint import fingerprint
-
-Source = str | os.PathLike[str]
-
-
-def find_file(source: Source, name: str) -> Path | None:
-    """A file of a local folder or of a hub repository, None where it has none."""
-    if os.path.isdir(source):
-        path = Path(source, name)
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(os.fspath(source), name))
-    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError):
-        return None
-
-
-def read_json(source: Source, name: str) -> dict[str, Any]:
-    """A JSON file of a folder or hub repository, {} where it has none."""
-    path = find_file(source, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+from .sources import Source, find_file, locate, read_json
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -83,41 +56,68 @@ def _own_saved(model: nn.Module, adapter: str) -> nn.Module:
     return model
 
 
+def check_device(device: Any) -> torch.device:
+    """As torch has it; None: CUDA if there is any, else the CPU. Raises ValueError for one that is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    here = ", ".join(["cpu", *(f"{accelerator}:{index}" for index in range(count))])
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r}: expected one that is here: {here}") from error
+    if found.type != "cpu" and (accelerator is None or found.type != accelerator.type or (found.index or 0) >= count):
+        raise ValueError(f"device={device!r}: expected one that is here: {here}")
+    return found
+
+
+def _key(source: Source) -> str:
+    return os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
+
+
 class Backbones:
     """Models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
 
     def __init__(self, *, dtype: Any, device: Any, device_map: Any, quantization_config: Any, **kwargs: Any) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = check_device(device)
         if device_map is None and quantization_config is not None:
             device_map = {"": device}  # quantised weights cannot be moved afterwards
         self.device = device if device_map is None else None
         self.kwargs = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config, **kwargs}
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
         self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
+        self.places: dict[str, Source] = {}
+
+    def locate(self, role: str, source: Source) -> Source:
+        """Where to read its files; each source is looked for once. Raises FileNotFoundError if there are none."""
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
+        key = _key(source)
+        if key not in self.places:
+            options = {name: self.kwargs[name] for name in ("revision", "cache_dir", "token") if name in self.kwargs}
+            self.places[key] = locate(role, source, **options)
+        return self.places[key]
 
     def load(self, role: str, source: Source | nn.Module) -> nn.Module:
         """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
         if isinstance(source, nn.Module):
             model = _causal_lm(role, source)
             return share_weights(model) if model.training else model
-        if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
-        if find_file(source, "adapter_config.json"):
-            return self._load_adapter(role, os.fspath(source))
+        place = self.locate(role, source)
+        if find_file(place, "adapter_config.json"):
+            return self._load_adapter(role, os.fspath(place))
         return self._load_bare(role, source)
 
     def adopt(self, name: str, model: nn.Module) -> None:
         """Let adapters share the weights of a model that was given, not loaded."""
-        self.loaded[os.path.realpath(name) if os.path.isdir(name) else name] = model
+        self.loaded[_key(name)] = model
 
     def _load_bare(self, role: str, source: Source) -> Any:
-        key = os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
+        key = _key(source)
         if key not in self.loaded:
-            if os.path.isabs(source) and not os.path.isdir(source):
-                raise FileNotFoundError(f"{role}={os.fspath(source)!r}: no such folder")
             try:
-                model = AutoModelForCausalLM.from_pretrained(source, **self.kwargs)
+                model = AutoModelForCausalLM.from_pretrained(self.locate(role, source), **self.kwargs)
             except OSError as error:
                 raise OSError(f"{role}={key!r}: expected a folder or a hub id that can be loaded") from error
             self.loaded[key] = (model if self.device is None else model.to(self.device)).eval()

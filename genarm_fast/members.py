@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
@@ -17,9 +18,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .lanes import share_forwards
-from .loading import Backbones, Source, find_file, read_json, share_weights
+from .loading import Backbones, share_weights
 from .params import check_weights
 from .runner import as_runner
+from .sources import Source, find_file, read_json
 from .templates import default_template
 
 TOKENIZER_FILES = (
@@ -126,18 +128,27 @@ def load_members(
 
     Raises:
         ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a model without a
-            key-value cache, a template without {prompt}, a name given twice.
+            key-value cache, a template without {prompt}, a name given twice, a device that is not here.
+        FileNotFoundError: one of them is nowhere; before any is loaded.
     """
     names = arm_names(specs)
     backbones = Backbones(**backbone_kwargs)
+    roles = ["base", *(f"arms[{index}]" for index in range(len(specs)))]
+    places = [
+        None if isinstance(source, nn.Module) else backbones.locate(role, source)
+        for role, source in zip(roles, [base, *(spec.model for spec in specs)])
+    ]
     model = backbones.load("base", base)
     source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
     if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
         backbones.adopt(str(source) or "the given base", model)
-    recorded = {} if isinstance(base, nn.Module) else read_json(base, "genarm.json")
+    recorded = {} if places[0] is None else read_json(places[0], "genarm.json")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
-    base_tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
+    base_tokenizer = tokenizer
+    if tokenizer is None and source:
+        with suppress(FileNotFoundError):  # a given model may come from anywhere
+            base_tokenizer = load_tokenizer(backbones.locate("base", source))
     if base_tokenizer is None:
         raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
     first = Member(
@@ -149,14 +160,13 @@ def load_members(
         given=isinstance(base, nn.Module),
     )
     members = [first]
-    for name, spec in zip(names, specs):
-        folder = None if isinstance(spec.model, nn.Module) else spec.model
-        recorded = read_json(folder, "genarm.json") if folder else {}
-        own = load_tokenizer(folder) if folder else None
+    for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
+        recorded = {} if place is None else read_json(place, "genarm.json")
+        own = None if place is None else load_tokenizer(place)
         members.append(
             Member(
                 name,
-                backbones.load(f"arms[{len(members) - 1}]", spec.model),
+                backbones.load(role, spec.model),
                 own or base_tokenizer,
                 spec.prompt_template or recorded.get("prompt_template"),
                 spec.chat_template
@@ -176,8 +186,9 @@ def load_members(
 
 def load_draft_model(source: Source | nn.Module, base: Member, **backbone_kwargs: Any) -> Member:
     """A model that only proposes tokens. It sees the base's prompts."""
-    model = Backbones(**backbone_kwargs).load("draft_model", source)
-    own = load_tokenizer(source) if not isinstance(source, nn.Module) else None
+    backbones = Backbones(**backbone_kwargs)
+    model = backbones.load("draft_model", source)
+    own = None if isinstance(source, nn.Module) else load_tokenizer(backbones.locate("draft_model", source))
     return Member("draft_model", model, own or base.tokenizer)
 
 
@@ -228,7 +239,7 @@ def arm_names(specs: Sequence[ARM]) -> list[str]:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or hub repository, None where it has no tokenizer files."""
-    if source and any(find_file(source, name) for name in TOKENIZER_FILES):
+    if any(find_file(source, name) for name in TOKENIZER_FILES):
         return AutoTokenizer.from_pretrained(source)
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM
-from genarm_fast.loading import share_weights
+from genarm_fast.loading import check_device, share_weights
 
 PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": True}
 
@@ -183,7 +184,8 @@ def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
             return str(tmp_path / name)
         raise LocalEntryNotFoundError("offline") if name == "tokenizer.json" else EntryNotFoundError("missing")
 
-    monkeypatch.setattr("genarm_fast.loading.hf_hub_download", download)
+    monkeypatch.setattr("genarm_fast.sources.get_hf_file_metadata", lambda url, token: None)
+    monkeypatch.setattr("genarm_fast.sources.hf_hub_download", download)
     monkeypatch.setattr(
         "genarm_fast.loading.AutoModelForCausalLM.from_pretrained", lambda source, **_: build_model("llama", 1)
     )
@@ -193,14 +195,31 @@ def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
     assert model.arms[0].tokenizer is tokenizer
 
 
-def test_unknown_hub_id(monkeypatch):
+def test_a_repository_that_is_no_model(monkeypatch):
     def fail(source, **_):
-        raise OSError("no such repository")
+        raise OSError("no config.json")
 
+    monkeypatch.setattr("genarm_fast.sources.get_hf_file_metadata", lambda url, token: None)
     monkeypatch.setattr("genarm_fast.loading.find_file", lambda source, name: None)
     monkeypatch.setattr("genarm_fast.loading.AutoModelForCausalLM.from_pretrained", fail)
-    with pytest.raises(OSError, match="base='no/where': expected a folder or a hub id that can be loaded"):
-        GenARM.from_pretrained("no/where")
+    with pytest.raises(OSError, match="base='no/model': expected a folder or a hub id that can be loaded"):
+        GenARM.from_pretrained("no/model")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "meta", "cdua", "", 3.5, torch.device("cuda")])
+def test_devices_that_are_not_here(monkeypatch, folders, device):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+    monkeypatch.setattr("genarm_fast.loading.Backbones.load", lambda *_: pytest.fail("loads"))
+    with pytest.raises(ValueError, match=re.escape(f"device={device!r}: expected one that is here: cpu")):
+        GenARM.from_pretrained(folders / "base", device=device)
+
+
+def test_devices_that_are_here(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    assert [str(check_device(each)) for each in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    with pytest.raises(ValueError, match="device='cuda:2': expected one that is here: cpu, cuda:0, cuda:1"):
+        check_device("cuda:2")
 
 
 def test_arm_types():

@@ -1,0 +1,79 @@
+"""Where the files of a model are: in a folder, in a repository of the hub, or in the hub's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+Source = str | os.PathLike[str]
+CONFIGS = ["config.json", "adapter_config.json"]
+
+
+def locate(
+    what: str, source: Source, *, revision: str | None = None, cache_dir: Any = None, token: Any = None
+) -> Source:
+    """`source` if it is a folder, or a repository that the hub answers for, else its folder in the hub's cache.
+
+    One request decides: out of the hub's reach, huggingface_hub tries for 23 s for every file that is not in its cache.
+    revision, cache_dir and token are those of transformers' `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: it is nowhere. The message names it by `what`.
+    """
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        return source
+    if os.path.isabs(name):
+        raise FileNotFoundError(f"{what}={name!r}: no such folder")
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIGS[0]), token=token)
+    except EntryNotFoundError:
+        return source  # a repository without that file, such as an adapter's
+    except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
+        try:
+            return snapshot_download(
+                name, revision=revision, cache_dir=cache_dir, allow_patterns=CONFIGS, local_files_only=True
+            )
+        except (LocalEntryNotFoundError, HFValidationError):
+            raise FileNotFoundError(
+                f"{what}={name!r}: expected a folder or a hub id, but it is neither a folder here nor in the hub's"
+                f" cache, and {_refusal(error)}"
+            ) from error
+    return source
+
+
+def _refusal(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such repository, or not for this account"
+    if isinstance(error, HFValidationError):
+        return f"is no hub id: {text}"
+    return f"the hub answered: {text}" if isinstance(error, HfHubHTTPError) else f"the hub can't be reached: {text}"
+
+
+def find_file(source: Source, name: str) -> Path | None:
+    """A file of a local folder or of a hub repository, None where it has none."""
+    if os.path.isdir(source):
+        path = Path(source, name)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(os.fspath(source), name))
+    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+
+
+def read_json(source: Source, name: str) -> dict[str, Any]:
+    """A JSON file of a folder or hub repository, {} where it has none."""
+    path = find_file(source, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
