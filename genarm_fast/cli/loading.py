@@ -6,7 +6,9 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +133,7 @@ def read_text(path: Path) -> str:
 
 
 def load(args: argparse.Namespace) -> GenARM:
-    """The base and ARMs that the options name. Raises FileNotFoundError for folders that do not exist."""
+    """The base and ARMs that the options name. Raises FileNotFoundError for those that are nowhere."""
     base = resolve(args.base)
     arms = [(spec, resolve(spec.model)) for spec in args.arm]
     chat_template = read_text(args.chat_template) if args.chat_template else None
@@ -144,22 +146,34 @@ def load(args: argparse.Namespace) -> GenARM:
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    return GenARM.from_pretrained(
-        base,
-        [
-            ARM(model, weight=spec.weight, name=spec.name, prompt_template=args.arm_prompt_template)
-            for spec, model in arms
-        ],
-        prompt_template=args.prompt_template,
-        chat_template=chat_template,
-        dtype=args.dtype,
-        device=args.device,
-        device_map=args.device_map,
-        attn_implementation=args.attn_implementation,
-        max_batch_size=args.max_batch_size,
-        cache_bytes=args.cache_bytes,
-        speculation=args.speculation or ("off" if getattr(args, "input", None) else "auto"),
-    )
+    try:
+        return GenARM.from_pretrained(
+            base,
+            [
+                ARM(model, weight=spec.weight, name=spec.name, prompt_template=args.arm_prompt_template)
+                for spec, model in arms
+            ],
+            prompt_template=args.prompt_template,
+            chat_template=chat_template,
+            dtype=args.dtype,
+            device=args.device,
+            device_map=args.device_map,
+            attn_implementation=args.attn_implementation,
+            max_batch_size=args.max_batch_size,
+            cache_bytes=args.cache_bytes,
+            speculation=args.speculation or ("off" if getattr(args, "input", None) else "auto"),
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_hint(model for _, model in arms)}") from error
+
+
+def _hint(models: Iterable[str]) -> str:
+    """What names of nothing may stand for."""
+    from genarm_fast import demo
+
+    lost = [model for model in models if not os.path.isdir(model)]
+    near = {f"demo:{name}" for model in lost for name in get_close_matches(model, demo.arm_names())}
+    return f"; is {' or '.join(sorted(near))} meant?" if near else ""
 
 
 def resolve(source: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..fingerprint import fingerprint
+from ..sources import locate
 from .artifacts import save_artifacts
 from .batches import Collator
 from .config import TrainConfig
@@ -58,13 +59,15 @@ def train(
     Raises:
         ValueError: malformed data, options that do not fit the model or the data, or an output folder that holds a run
             with other options, data or base.
+        FileNotFoundError: the base is nowhere.
         BlockingIOError: another process trains in that folder.
         FloatingPointError: the loss is no longer finite.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected one process; training uses a single device")
+    place = locate("base", config.base)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.base)
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         expected = "expected a folder or a hub id with a model and its tokenizer"
         raise ValueError(f"base={config.base!r}: {expected}: {error}") from error

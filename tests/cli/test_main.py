@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,23 @@ def test_usage_errors_are_one_line_and_exit_with_2(cli: Cli, argv: list[str], me
     assert out == ""
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+def test_names_near_a_shipped_arm(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unreachable(url: str, token: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("genarm_fast.sources.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    code, _, err = cli("generate", "hi", "--base", str(tmp_path), "--arm", "positve=2")
+    assert code == 2
+    assert "arms[0]='positve': expected a folder or a hub id" in err
+    assert err.endswith("; is demo:positive meant?\n")
+    (tmp_path / "small").mkdir()
+    monkeypatch.chdir(tmp_path)
+    err = cli("generate", "hi", "--base", "nowhere", "--arm", "small", "--arm", "nothing-of-the-kind").err
+    assert "base='nowhere': expected" in err
+    assert "meant" not in err
 
 
 @pytest.mark.parametrize(

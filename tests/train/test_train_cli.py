@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from genarm_fast.cli import main
-from genarm_fast.train import TrainConfig
+from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.cli import add_arguments
 
 RUN = ["--dtype", "float32", "--batch-size", "8", "--holdout-every", "4"]
@@ -62,3 +62,16 @@ def test_wrong_places_exit_with_two(base: Path, toy: Path, tmp_path: Path, capfd
     assert "base='./no-model': expected a folder or a hub id" in capfd.readouterr().err
     assert main(["train", str(base), str(toy), "--output", str(toy), *RUN]) == 2
     assert f"output='{toy}': expected a new or empty folder" in capfd.readouterr().err
+
+
+def test_a_base_that_is_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toy: Path) -> None:
+    """Is not asked for file by file."""
+
+    def unreachable(url: str, token: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("genarm_fast.sources.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: pytest.fail("goes on"))
+    with pytest.raises(FileNotFoundError, match=r"base='typo': expected .* the hub can't be reached: no network"):
+        train(TrainConfig(base="typo", data=str(toy), output=str(tmp_path / "arm")))
