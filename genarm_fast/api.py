@@ -195,6 +195,7 @@ class GenARM:
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
             MemoryError: likewise, of one whose caches take more than cache_bytes alone.
         """
+        _limits(self.max_batch_size, self.cache_bytes)
         return score_responses(self, as_prompts(prompts), responses, append_eos)
 
     def release(self) -> None:
@@ -248,6 +249,7 @@ class GenARM:
         self, rows: Sequence[Row], speculation: str | Speculation | None = None, *, steered: bool = False
     ) -> Engine:
         """A run over these rows."""
+        slots, cache_bytes = _limits(self.max_batch_size, self.cache_bytes)  # may have been set since
         plan = self.speculation if speculation is None else as_speculation(speculation)
         if plan.drafter is not None and plan.drafter not in self.drafters:
             known = ", ".join(map(repr, self.drafters))
@@ -256,13 +258,13 @@ class GenARM:
             self.members,
             rows,
             self.vocab_size,
-            slots=self.max_batch_size,
+            slots=slots,
             steered=steered,
             speculation=plan,
             controllers=self.controllers,
             rooms=self.rooms,
             draft_model=self.draft_model,
-            cache_bytes=self.cache_bytes,
+            cache_bytes=cache_bytes,
         )
 
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:

@@ -123,7 +123,8 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[fl
     if isinstance(weights, Real):
         return float(weights)
     if count is not None and len(values) != count:
-        raise ValueError(f"weights={weights!r}: expected {count} numbers, one per ARM, got {len(values)}")
+        expected = f"{count} number{'s' * (count != 1)}, one per ARM"
+        raise ValueError(f"weights={weights!r}: expected {expected}, got {len(values)}")
     return tuple(float(value) for value in values)
 
 

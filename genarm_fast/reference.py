@@ -48,7 +48,7 @@ def guided_probs(
 def guided_scores(base_logits: Tensor, arm_logits: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
     """log p at T = 1: the members' log-probabilities, summed with their weights and normalised; float64 [..., V]."""
     if len(weights) != len(arm_logits):
-        raise ValueError(f"weights={weights}: expected {len(arm_logits)} numbers, one per ARM")
+        raise ValueError(f"weights={weights}: expected one per ARM, {len(arm_logits)} in all, got {len(weights)}")
     total = torch.zeros_like(base_logits, dtype=torch.float64)
     masked = torch.zeros_like(base_logits, dtype=torch.bool)
     for i, (logits, weight) in enumerate(zip((base_logits, *arm_logits), (1.0, *weights))):

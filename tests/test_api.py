@@ -206,6 +206,18 @@ def test_loading_refusals(tiny_model, tokenizer, arguments, error, message):
         GenARM.from_pretrained(**{"base": tiny_model(), "tokenizer": tokenizer} | arguments)
 
 
+@pytest.mark.parametrize(
+    ("limit", "value", "error"),
+    [("max_batch_size", 0, ValueError), ("max_batch_size", "4", TypeError), ("cache_bytes", -1, ValueError)],
+)
+def test_limits_set_by_hand_are_checked(tiny_model, tokenizer, limit, value, error):
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
+    setattr(model, limit, value)
+    for run in (model.generate, model.stream, lambda prompt: model.score(prompt, "b")):
+        with pytest.raises(error, match=f"{limit}={value!r}: expected an integer >= 1"):
+            run("a")
+
+
 def test_a_model_without_a_head_is_refused(tiny_model, tokenizer):
     with pytest.raises(TypeError, match="base: expected a causal LM of transformers, got LlamaModel"):
         GenARM.from_pretrained(tiny_model().model, tokenizer=tokenizer)

@@ -146,7 +146,7 @@ def test_foreign_file_is_left_alone(requests: list[JobRequest], tmp_path: Path, 
 def test_surplus_lines_are_refused_and_added_requests_are_answered(requests: list[JobRequest], tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     run_job(FakeModel(), requests[:6], path)
-    with pytest.raises(ValueError, match="line 6: expected at most 5 lines"):
+    with pytest.raises(ValueError, match="line 6: expected one line per request, 5 at most"):
         run_job(FakeModel(), requests[:5], path)
     assert run_job(FakeModel(), requests, path).kept == 6
     assert len(read_lines(path)) == 7
@@ -250,6 +250,9 @@ def test_seeds_of_lines_and_jobs_differ() -> None:
         ('{"prompt": [{"role": "user"}]}', "'content'"),
         ('{"prompt": 5}', "prompt=5: expected text"),
         ('{"prompt": "a", "id": 1}', "id=1: expected each id once, line 1 has it too"),
+        ('{"prompt": "a", "id": NaN}', "id=nan: expected what an output line can hold"),
+        ('{"prompt": "a", "id": [{"b": -1e999}]}', "id=.*-inf.*: expected what an output line can hold"),
+        (r'{"prompt": "a", "id": "\ud800"}', "id=.*: expected what an output line can hold"),
         ('{"prompt": "a"', "line 3"),
         ("[1]", "expected a JSON object"),
         ('{"prompt": "\xff"}', "line 3"),

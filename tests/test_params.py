@@ -90,3 +90,5 @@ def test_weights_are_counted():
     assert check_weights([1, 2], 2) == (1.0, 2.0)
     with pytest.raises(ValueError, match="expected 3 numbers, one per ARM, got 2"):
         check_weights([1, 2], 3)
+    with pytest.raises(ValueError, match="expected 1 number, one per ARM, got 2"):
+        check_weights([1, 2], 1)

@@ -88,7 +88,7 @@ def test_a_masked_token_stays_masked_whatever_the_sign(weight):
 @pytest.mark.parametrize(
     ("base", "arms", "weights", "message"),
     [
-        (BASE, [ARM], [1.0, 2.0], r"weights=\[1.0, 2.0\]: expected 1 "),
+        (BASE, [ARM], [1.0, 2.0], r"weights=\[1.0, 2.0\]: expected one per ARM, 1 in all, got 2"),
         (BASE, [ARM[:2]], [1.0], r"arm_logits\[0\] of shape \(2,\): expected \(3,\)"),
         (BASE, [ARM * math.nan], [1.0], r"arm_logits\[0\]: expected finite"),
         (BASE + math.inf, [], [], "base_logits: expected finite"),

@@ -45,7 +45,7 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
             try:
                 summary = jobs.run(model, requests, results, progress)
             except KeyboardInterrupt:
-                out.print(f"{args.output}: {len(results.answered)} lines; the same command resumes")
+                out.print(f"{args.output}: lines so far: {len(results.answered)}; the same command resumes")
                 raise
     if args.json:
         print(dumps(asdict(summary)))

@@ -116,7 +116,8 @@ class Chat:
                 print()
         output = stream.output
         if output.finish_reason != "stop":
-            self.console.print(f"({output.finish_reason} after {len(output.token_ids)} tokens)", style="dim")
+            tokens = len(output.token_ids)
+            self.console.print(f"({output.finish_reason} after {tokens} token{'s' * (tokens != 1)})", style="dim")
         self.messages = [*messages, {"role": "assistant", "content": output.text}]
         if output.rewards:
             self.console.print(reward_table(output.rewards))

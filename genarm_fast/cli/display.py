@@ -21,7 +21,7 @@ def show_report(out: Console, output: GenerationOutput, tokenizer: Any) -> None:
     if out.is_terminal:
         ends = ", ".join(f"{each.finish_reason} (seed {each.seed})" for each in output.completions)
         tokens, speed = output.usage.completion_tokens, output.timing.tokens_per_second
-        out.print(f"{tokens} tokens, {speed:.1f} tokens/s; {ends}", style="dim")
+        out.print(f"{tokens} token{'s' * (tokens != 1)}, {speed:.1f} tokens/s; {ends}", style="dim")
     for completion in output.completions:
         if completion.logprobs is not None:
             out.print(token_table(tokenizer, completion.token_ids, _logprob_columns(completion, tokenizer)))

@@ -7,6 +7,7 @@ line number) and any field of SamplingParams.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,6 +63,10 @@ def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: 
     unknown = sorted(set(row) - {"id", "prompt", *FIELDS})
     if unknown:
         raise ValueError(f"{unknown[0]}={row[unknown[0]]!r}: expected one of id, prompt, {', '.join(FIELDS)}")
+    try:
+        json.dumps(row.get("id"), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:  # NaN, infinity or half a surrogate pair
+        raise ValueError(f"id={row['id']!r}: expected what an output line can hold and a resumed job find") from None
     if not isinstance(row.get("prompt"), (str, list)):
         raise ValueError(f"prompt={row.get('prompt')!r:.60}: expected text, chat messages or token ids")
     (prompt,) = as_prompts([row["prompt"]])

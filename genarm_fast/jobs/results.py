@@ -82,7 +82,7 @@ class ResultsFile:
             for index, line in enumerate(file):
                 with located(self.path, index + 1):
                     if index >= len(self.heads):
-                        raise ValueError(f"expected at most {len(self.heads)} lines, one per request{_OTHERWISE}")
+                        raise ValueError(f"expected one line per request, {len(self.heads)} at most{_OTHERWISE}")
                     head = self.heads[index]
                     if not line.endswith(b"\n"):
                         start = dumps(head).encode()[:-1]
