@@ -4,8 +4,9 @@
 
 Several outputs are those of linears over one input, in one call of SiblingLinears. Weights are cold, as in a decode
 step: every call takes the next of as many copies as fill 512 MB. Each case is checked against float64 first. A turn is
-one call of each contender and one read of as many bytes with torch.dot; figures are medians over the turns, speed-ups
-and shares of the read bandwidth medians of the turns' own ratios, so that a busy machine disturbs all alike.
+eight calls of each contender (one of 16 MB and more), and as many reads of as many bytes with torch.dot; figures are
+medians over the turns, speed-ups and shares of the read bandwidth medians of the turns' own ratios, so that a busy
+machine disturbs all alike.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ MODELS: dict[str, list[Shape]] = {
     "2048-wide": [((out,), width) for out, width in ((2048, 2048), (8192, 2048), (2048, 8192), (128256, 2048))],
 }
 COLD = 512 << 20  # bytes of weights, more than caches hold
+CALLS = 8  # of a contender in a turn: one that follows PyTorch's linear is a tenth slower than one that follows its own
 
 
 @dataclass
@@ -77,17 +80,21 @@ def measure(copies: list[SiblingLinears], block: Tensor, rows: int, seconds: flo
         torch.testing.assert_close(y[:, :512].double(), exact, rtol=2**-8, atol=1e-4)
 
     size = sum(weight.nbytes for weight in weights[0])
-    half = min(size, COLD) // 8
-    ours, theirs, read = [], [], []
+    calls, half = CALLS if size < COLD // 32 else 1, min(size, COLD) // 8
+    contenders: list[Callable[[int], float]] = [
+        lambda i: timed(copies[i % len(copies)], x, none),
+        lambda i: timed(torch_linears, x, *weights[i % len(copies)]),
+        lambda i: timed(torch.dot, *block[i * 2 * half % (len(block) - 2 * half + 1) :][: 2 * half].split(half)),
+    ]
+    if len(none) == 1:
+        contenders[0] = lambda i: timed(copies[i % len(copies)].linears[0], x)
+        contenders[1] = lambda i: timed(functional.linear, x, *weights[i % len(copies)])
+    turns: list[list[float]] = []  # microseconds of each contender
     end = clock() + seconds
-    while len(ours) < 7 or (clock() < end and len(ours) < 300):
-        turn = len(ours)
-        first, second = copies[2 * turn % len(copies)], weights[(2 * turn + 1) % len(copies)]
-        at = turn * 2 * half % (len(block) - 2 * half + 1)
-        ours.append(timed(first, x, none) if len(none) > 1 else timed(first.linears[0], x))
-        theirs.append(timed(torch_linears, x, *second) if len(none) > 1 else timed(functional.linear, x, *second))
-        read.append(timed(torch.dot, block[at : at + half], block[at + half : at + 2 * half]))
-    ours, theirs, read = ours[2:], theirs[2:], read[2:]
+    while len(turns) < 6 or (clock() < end and len(turns) < 60):
+        cold = iter(range(3 * calls * len(turns), 3 * calls * (len(turns) + 1)))
+        turns.append([sum(run(i) for i in islice(cold, calls)) / calls for run in contenders])
+    ours, theirs, read = zip(*turns[1:])
     microseconds = statistics.median(ours)
     return Result(
         tuple(len(weight) for weight in weights[0]),
