@@ -14,11 +14,11 @@ from .backbone import in_one_forward
 from .engine import Engine
 from .errors import GenerationError
 from .members import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_draft_model, load_members
-from .outputs import GenerationOutput, Rounds, ScoreOutput, Timing, Usage
+from .outputs import GenerationOutput, ScoreOutput
 from .params import SamplingParams, check_integer, check_weights
 from .progress import progress_bar
 from .prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt
-from .requests import Request, Row
+from .requests import Request, Row, output_of
 from .rooms import Rooms
 from .score import score_responses
 from .speculation import Controllers, Speculation, as_speculation
@@ -161,7 +161,7 @@ class GenARM:
                 for advanced in self.engine(waiting, speculation).run():
                     advance(sum(row.ended for row in advanced))
         failed = [row for group in rows for row in group if row.error is not None]
-        outputs = [None if any(row.error for row in group) else self.build_output(group) for group in rows]
+        outputs = [None if any(row.error for row in group) else output_of(group, self.arm_names) for group in rows]
         if failed:
             message = "; ".join(f"prompts[{row.request.index}]: {row.error}" for row in failed)
             raise GenerationError(message, outputs) from failed[0].error
@@ -270,21 +270,6 @@ class GenARM:
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:
         """One weight per ARM."""
         return weights if isinstance(weights, tuple) else (weights,) * len(self.arms)
-
-    def build_output(self, rows: Sequence[Row]) -> GenerationOutput:
-        """The output of one request from its rows."""
-        request = rows[0].request
-        tokens = sum(len(row.tokens) for row in rows)
-        prefilled = min(row.prefilled for row in rows)
-        decode_time = max(row.finished for row in rows) - prefilled
-        return GenerationOutput(
-            prompt=request.prompt,
-            prompt_token_ids=list(request.token_ids[0]),
-            completions=[row.completion(self.arm_names) for row in rows],
-            usage=Usage(len(request.token_ids[0]), tokens),
-            timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
-            rounds=Rounds(*(sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "accepted"))),
-        )
 
 
 def _limits(max_batch_size: int, cache_bytes: int | None) -> tuple[int, int | None]:

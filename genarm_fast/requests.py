@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .detokenize import Detokenizer, StopStrings
-from .outputs import ArmRewards, Completion, TokenLogprob
+from .outputs import ArmRewards, Completion, GenerationOutput, Rounds, Timing, TokenLogprob, Usage
 from .params import MAX_SEED, SamplingParams
 from .prompts import Prompt
 
@@ -139,3 +139,19 @@ class Row:
             if params.rewards
             else None,
         )
+
+
+def output_of(rows: Sequence[Row], arm_names: Sequence[str]) -> GenerationOutput:
+    """The output of one request, from its rows."""
+    request = rows[0].request
+    tokens = sum(len(row.tokens) for row in rows)
+    prefilled = min(row.prefilled for row in rows)
+    decode_time = max(row.finished for row in rows) - prefilled
+    return GenerationOutput(
+        prompt=request.prompt,
+        prompt_token_ids=list(request.token_ids[0]),
+        completions=[row.completion(arm_names) for row in rows],
+        usage=Usage(len(request.token_ids[0]), tokens),
+        timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
+        rounds=Rounds(*(sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "accepted"))),
+    )

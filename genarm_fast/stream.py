@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import GenerationError
 from .outputs import GenerationOutput
 from .params import check_weights
-from .requests import Row
+from .requests import Row, output_of
 
 if TYPE_CHECKING:
     from .api import GenARM
@@ -98,7 +98,7 @@ class Stream:
         """
         if not self._closed and not all(row.ended for row in self._rows):
             raise RuntimeError("output: expected the stream to be at its end, or closed")
-        return [self._model.build_output([row]) for row in self._rows]
+        return [output_of([row], self._model.arm_names) for row in self._rows]
 
     @property
     def output(self) -> GenerationOutput:
