@@ -145,6 +145,7 @@ def test_special_values(isa):
     assert small_linear(big, torch.tensor([[1.0, 1.0]]).bfloat16()) == torch.inf
 
 
+@native
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_fuzz(data):
