@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--compiled", action="store_true", help="also a compiled loop (TORCHINDUCTOR_FREEZING=1)")
+    parser.add_argument("--compiled", action="store_true", help="also a compiled loop")
     parser.add_argument("--wall", action="store_true", help="wall-clock time, for several threads on an idle machine")
     parser.add_argument("--memory", action="store_true", help="only peak memory")
     parser.add_argument("--growth", action="store_true", help="only the cost per token in long texts and queues")
