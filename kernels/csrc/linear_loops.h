@@ -15,7 +15,7 @@ constexpr int kPanelRow = kOutputs + 16;  // between the rows of its sums: a vec
 struct Rows {
   const float* x;  // spread, row r at x + r * kStep, so that a block is one stream
   int64_t step;    // between steps
-  int count;       // 1..kRows; of two blocks, alike or one more in the second
+  int count;       // 1..kRows; those of two blocks differ by one at most
 };
 
 // y[r, o] = Σ_i x[r, i] · w[o, i] for a panel of outputs.
