@@ -26,7 +26,6 @@ PyObject* silu_mul_binding(PyObject*, PyObject* const* arguments, Py_ssize_t cou
 void use_rotary_loops(const char* instruction_set);
 PyObject* rotary_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_linear_loops(const char* instruction_set);
-PyObject* linear_prepare_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
-PyObject* linear_run_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* linears(PyObject*, PyObject* all);
 
 }  // namespace genarm

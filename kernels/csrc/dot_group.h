@@ -43,11 +43,15 @@ inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s
   }
 }
 
-// Σ of the 16 lanes of each of 16 sums: a transposition that adds on the way. In registers: what is stored in whole
-// vectors and read back in halves, or the other way round, waits for the cache.
+struct Places {
+  alignas(64) int of[kSums];  // in y, of each sum of a group
+};
+
+// Σ of the 16 lanes of each of 16 sums, `count` of them to their places: a transposition that adds on the way.
+// In registers: what is stored in whole vectors and read back in halves, or the other way round, waits for the cache.
 #if defined(__AVX512F__)
 
-inline void add_lanes(const Floats (&s)[kSums][kVectors], float* y) {
+inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, int count, float* y) {
   const auto fold8 = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
   };
@@ -61,12 +65,14 @@ inline void add_lanes(const Floats (&s)[kSums][kVectors], float* y) {
     return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
   };
   const auto quarter = [&](int e) { return fold4(fold8(s[e][0], s[e + 4][0]), fold8(s[e + 8][0], s[e + 12][0])); };
-  store(y, fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3))));
+  const __m512 sum = fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3)));
+  _mm512_mask_i32scatter_ps(y, (1u << count) - 1, _mm512_load_si512(places.of), sum, 4);
 }
 
 #else
 
-inline void add_lanes(const Floats (&s)[kSums][kVectors], float* y) {
+inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, int count, float* y) {
+  float sums[kSums];
   const auto fold8 = [&](int e) { return s[e][0] + s[e][1]; };
   const auto fold4 = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
@@ -79,8 +85,9 @@ inline void add_lanes(const Floats (&s)[kSums][kVectors], float* y) {
   };
   for (int first = 0; first < kSums; first += 8) {
     const auto quarter = [&](int e) { return fold4(fold8(first + e), fold8(first + 4 + e)); };
-    store(y + first, fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3))));
+    store(sums + first, fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3))));
   }
+  for (int i = 0; i < count; ++i) y[places.of[i]] = sums[i];
 }
 
 #endif
@@ -91,11 +98,11 @@ struct Strip {
   bool begin, end;  // of the sums
 };
 
-// Adds the products of a strip of inputs to the lanes of R rows by O outputs, and at the end the lanes to y [R, O].
+// Adds the products of a strip of inputs to the lanes of R rows by O outputs, and at the end puts their sums in y.
 // Fetches the weights at `near` into the L1 cache, those at `far` into L2.
 template <int R, int O>
 void group(const Strip& strip, const float* x, const uint16_t* w, const uint16_t* near, const uint16_t* far,
-           float* lanes, float* y) {
+           float* lanes, const Places& places, float* y) {
   static_assert(R * O <= kSums);
   const int64_t x_step = strip.x_step, w_stride = strip.w_stride, n = strip.inputs;
   const auto at = [&](int r, int o, int v) { return lanes + (r * O + o) * kLanes + v * kWidth; };
@@ -132,7 +139,7 @@ void group(const Strip& strip, const float* x, const uint16_t* w, const uint16_t
         for (int v = 0; v < kVectors; ++v) flat[r * O + o][v] = s[r][o][v];
       }
     }
-    return add_lanes(flat, y);
+    return add_lanes(flat, places, R * O, y);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {

@@ -1,4 +1,4 @@
-// Python arguments → small_linear. The tensors of `linear_prepare` were checked in Python, a call's are here.
+// Python arguments → small_linear. The tensors of a `Linears` were checked in Python, those of a call are here.
 #include <cstring>
 #include <memory>
 #include <new>
@@ -9,14 +9,38 @@
 namespace genarm {
 namespace {
 
-constexpr char kCapsule[] = "genarm.linear";
 constexpr int kMaxDimensions = 8;
 
 const LinearLoops* loops = nullptr;
 
-void destroy(PyObject* capsule) { delete static_cast<Linear*>(PyCapsule_GetPointer(capsule, kCapsule)); }
+// Linears of one width, in the object itself: one miss of the caches less on the way to the weights.
+struct Linears {
+  PyVarObject head;
+  Linear linear[1];
+};
+
+void destroy(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  for (Py_ssize_t i = 0; i < Py_SIZE(self); ++i) reinterpret_cast<Linears*>(self)->linear[i].~Linear();
+  reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+  Py_DECREF(type);
+}
 
 const uint16_t* address(PyObject* number) { return static_cast<const uint16_t*>(PyLong_AsVoidPtr(number)); }
+
+// (address of weight, of bias (0: none), out, in, ((address of a, of b, rank, scale), ...)), or a Python error set.
+void fill(PyObject* tuple, Linear* linear) {
+  PyObject *weight, *bias, *loras, *a, *b;
+  long long out, in, rank;
+  float scale;
+  if (!PyArg_ParseTuple(tuple, "OOLLO!", &weight, &bias, &out, &in, &PyTuple_Type, &loras)) return;
+  linear->loops = loops;
+  linear->weight = address(weight), linear->bias = address(bias), linear->out = out, linear->in = in;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(loras); ++i) {
+    if (!PyArg_ParseTuple(PyTuple_GetItem(loras, i), "OOLf", &a, &b, &rank, &scale)) return;
+    linear->loras.push_back({address(a), address(b), rank, scale});
+  }
+}
 
 // Rows of x if they lie one after the other, or have one stride; the widths are checked.
 bool rows_of(const DLTensor& x, int64_t in, int64_t* rows, int64_t* stride) {
@@ -33,15 +57,18 @@ bool rows_of(const DLTensor& x, int64_t in, int64_t* rows, int64_t* stride) {
   return true;
 }
 
-// ((first row, last row, index of LoRA), ...); false with a Python error set.
-bool spans_of(PyObject* tuple, const Linear& linear, int64_t rows, std::vector<Span>* out) {
-  const Py_ssize_t count = PyTuple_Size(tuple);
+// A sequence of (first row, last row, index of LoRA); false with a Python error set.
+bool spans_of(PyObject* sequence, const Linear& linear, int64_t rows, std::vector<Span>* out) {
+  const Py_ssize_t count = PySequence_Size(sequence);
   if (count < 0) return false;
-  out->reserve(count);
   for (Py_ssize_t i = 0; i < count; ++i) {
     const int64_t loras = static_cast<int64_t>(linear.loras.size());
     long long first, last, lora;
-    if (!PyArg_ParseTuple(PyTuple_GetItem(tuple, i), "LLL", &first, &last, &lora)) return false;
+    PyObject* span = PySequence_GetItem(sequence, i);
+    if (span && !PyTuple_Check(span)) PyErr_Format(PyExc_TypeError, "span %R: expected (first, last, LoRA)", span);
+    const bool parsed = span && PyTuple_Check(span) && PyArg_ParseTuple(span, "LLL", &first, &last, &lora);
+    Py_XDECREF(span);
+    if (!parsed) return false;
     if (first < 0 || first > last || last > rows || lora < 0 || lora >= loras) {
       PyErr_Format(PyExc_ValueError, "span (%lld, %lld, %lld): expected rows within 0..%lld, one of %lld LoRAs", first,
                    last, lora, static_cast<long long>(rows), static_cast<long long>(loras));
@@ -50,6 +77,55 @@ bool spans_of(PyObject* tuple, const Linear& linear, int64_t rows, std::vector<S
     out->push_back({first, last, lora});
   }
   return true;
+}
+
+// Linears.run(x, threads, spans of each...) → (y of each), or None for an x that they do not take.
+PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  const Linear* const linears = reinterpret_cast<Linears*>(self)->linear;
+  const Py_ssize_t n = Py_SIZE(self);
+  if (count != 2 + n) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, 2 + n);
+  DLTensor x;
+  int64_t rows = 0, stride = 0, shape[kMaxDimensions];
+  if (!borrow(arguments[0], &x) || !rows_of(x, linears[0].in, &rows, &stride)) Py_RETURN_NONE;
+  const int threads = static_cast<int>(PyLong_AsLong(arguments[1]));
+  PyObject* results = PyErr_Occurred() ? nullptr : PyTuple_New(n);
+  if (!results) return nullptr;
+  try {
+    std::vector<Product> products(n);
+    std::memcpy(shape, x.shape, x.ndim * sizeof *shape);
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      void* data = nullptr;
+      products[i].linear = &linears[i];
+      shape[x.ndim - 1] = linears[i].out;
+      PyObject* y = nullptr;
+      if (!spans_of(arguments[2 + i], linears[i], rows, &products[i].spans) ||
+          !(y = new_tensor(kBfloat16, x.ndim, shape, &data))) {
+        Py_DECREF(results);
+        return nullptr;
+      }
+      PyTuple_SetItem(results, i, y);
+      products[i].y = static_cast<uint16_t*>(data);
+    }
+
+    const WithoutGil without_gil;
+    small_linear(products, x.at<const uint16_t>(), stride, rows, threads);
+  } catch (const std::bad_alloc&) {
+    Py_DECREF(results);
+    return PyErr_NoMemory();
+  }
+  return results;
+}
+
+PyObject* linears_type() {
+  static PyMethodDef methods[] = {{"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)),
+                                   METH_FASTCALL, "By position → a tuple of outputs, or None."},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyType_Slot slots[] = {
+      {Py_tp_dealloc, reinterpret_cast<void*>(destroy)}, {Py_tp_methods, methods}, {0, nullptr}};
+  static PyType_Spec spec{"genarm_fast.kernels._C.Linears", offsetof(Linears, linear), sizeof(Linear),
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  static PyObject* const type = PyType_FromSpec(&spec);
+  return type;
 }
 
 }  // namespace
@@ -63,76 +139,23 @@ void use_linear_loops(const char* instruction_set) {
   (void)instruction_set;
 }
 
-// Addresses of weight and bias (0: none), out, in, ((address of a, address of b, rank, scale), ...) → a capsule for
-// linear_run that keeps the instruction set of now, or None where that has no loops.
-PyObject* linear_prepare_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 5) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 5", count);
+// (what `fill` takes, ...) of one width → Linears that keep the instruction set of now; None where that has no loops.
+PyObject* linears(PyObject*, PyObject* all) {
   if (!loops) Py_RETURN_NONE;
+  const Py_ssize_t n = PyTuple_Size(all);
+  if (n < 1) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "expected one linear or more");
+  PyObject* type = linears_type();
+  PyObject* self = type ? PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(type), n) : nullptr;
+  if (!self) return nullptr;
+  Linear* const made = reinterpret_cast<Linears*>(self)->linear;
+  for (Py_ssize_t i = 0; i < n; ++i) new (made + i) Linear{};
   try {
-    auto linear = std::make_unique<Linear>();
-    linear->loops = loops;
-    linear->weight = address(arguments[0]), linear->bias = address(arguments[1]);
-    linear->out = PyLong_AsLongLong(arguments[2]), linear->in = PyLong_AsLongLong(arguments[3]);
-    for (Py_ssize_t i = 0; i < PyTuple_Size(arguments[4]); ++i) {
-      PyObject *a, *b;
-      long long rank;
-      float scale;
-      if (!PyArg_ParseTuple(PyTuple_GetItem(arguments[4], i), "OOLf", &a, &b, &rank, &scale)) return nullptr;
-      linear->loras.push_back({address(a), address(b), rank, scale});
-    }
-    if (PyErr_Occurred()) return nullptr;
-    PyObject* capsule = PyCapsule_New(linear.get(), kCapsule, destroy);
-    if (capsule) linear.release();
-    return capsule;
+    for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); ++i) fill(PyTuple_GetItem(all, i), made + i);
   } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
+    PyErr_NoMemory();
   }
-}
-
-// ((capsule, ...) of one width, x, (spans of each), threads) → (y of each), or None for an x that they do not take.
-PyObject* linear_run_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 4) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 4", count);
-  const Py_ssize_t linears = PyTuple_Size(arguments[0]);
-  if (linears < 1 || PyTuple_Size(arguments[2]) != linears) {
-    if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "expected one linear or more, and spans for each");
-    return nullptr;
-  }
-  DLTensor x;
-  if (!borrow(arguments[1], &x)) Py_RETURN_NONE;
-  PyObject* results = nullptr;
-  try {
-    std::vector<Product> products(linears);
-    int64_t rows = 0, stride = 0, shape[kMaxDimensions];
-    for (Py_ssize_t i = 0; i < linears; ++i) {
-      PyObject* capsule = PyTuple_GetItem(arguments[0], i);
-      const auto* linear = static_cast<const Linear*>(PyCapsule_GetPointer(capsule, kCapsule));
-      if (!linear) return nullptr;
-      if (!rows_of(x, linear->in, &rows, &stride)) Py_RETURN_NONE;
-      products[i].linear = linear;
-      if (!spans_of(PyTuple_GetItem(arguments[2], i), *linear, rows, &products[i].spans)) return nullptr;
-    }
-    const int threads = static_cast<int>(PyLong_AsLong(arguments[3]));
-    if (PyErr_Occurred() || !(results = PyTuple_New(linears))) return nullptr;
-    std::memcpy(shape, x.shape, x.ndim * sizeof *shape);
-    for (Py_ssize_t i = 0; i < linears; ++i) {
-      shape[x.ndim - 1] = products[i].linear->out;
-      void* data = nullptr;
-      PyObject* y = new_tensor(kBfloat16, x.ndim, shape, &data);
-      if (!y) {
-        Py_DECREF(results);
-        return nullptr;
-      }
-      PyTuple_SetItem(results, i, y);
-      products[i].y = static_cast<uint16_t*>(data);
-    }
-
-    const WithoutGil without_gil;
-    small_linear(products, x.at<const uint16_t>(), stride, rows, threads);
-  } catch (const std::bad_alloc&) {
-    Py_XDECREF(results);
-    return PyErr_NoMemory();
-  }
-  return results;
+  if (PyErr_Occurred()) Py_CLEAR(self);
+  return self;
 }
 
 }  // namespace genarm

@@ -22,30 +22,15 @@ constexpr int together(int rows) {
   return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 
-// The sums of a group, [length, rows, outputs] with a stride, to y [rows, outputs, length]. Whole vectors, the last
-// ones first: what one has beyond `length` is overwritten.
-void put(const float* sums, int64_t stride, int rows, int outputs, int length, float* y) {
-  for (int sum = 0; sum < rows * outputs; sum += kWidth) {
-    for (int i = (length - 1) / kWidth * kWidth; i >= 0; i -= kWidth) {
-      Words m[kWidth];
-#pragma GCC unroll 16
-      for (int j = 0; j < kWidth; ++j) m[j] = load_as<Words>(sums + (i + j) * stride + sum);
-      transpose(m);
-      for (int j = 0; j < kWidth && sum + j < rows * outputs; ++j) {
-        const int row = (sum + j) / outputs, output = (sum + j) % outputs;
-        std::memcpy(y + row * kPanelRow + output * length + i, &m[j], sizeof m[j]);
-      }
-    }
-  }
-}
-
 // Outputs first .. first + streams * length - 1, O at a time. The weights pass in many streams of `length` outputs
 // each, in turn: while some are read, the hardware goes on fetching the others. Few streams, or outputs that share a
 // page of memory, leave it behind the multiply-adds (576 x 576, 8 rows: 3 streams 0.74 of the read bandwidth, 16 0.84).
 template <int O>
 void sweep(const Dots& d, int first, int streams, int length) {
-  constexpr int kGroups = kStreams / O, kLength = kOutputs / kStreams;
-  alignas(64) float lanes[kGroups][kBlocks][kSums * kLanes], sums[kLength][kGroups][kBlocks][kSums];
+  constexpr int kGroups = kStreams / O;
+  alignas(64) float lanes[kGroups][kBlocks][kSums * kLanes];
+  Places places;
+  for (int sum = 0; sum < kSums; ++sum) places.of[sum] = sum / O * kPanelRow + sum % O * length;
   const int groups = streams / O;
   const int64_t in = d.in, gap = length * in;
   const int64_t limit = in <= kWhole ? kWhole : kChunk[d.count - 1];
@@ -68,19 +53,14 @@ void sweep(const Dots& d, int first, int streams, int length) {
       for (int g = 0; g < groups; ++g, here += O * gap) {
         const uint16_t* near = g + 1 < groups ? here + O * gap : after;
         const uint16_t* far = d.cold ? after + g * O * gap : here;
+        float* y = d.y + first + g * O * length + b;
         if (d.count == 1) {
-          run[0](strips[0], x[0], here, near, far, lanes[g][0], sums[b][g][0]);
+          run[0](strips[0], x[0], here, near, far, lanes[g][0], places, y);
         } else {
-          run[0](strips[0], x[0], here, here, far, lanes[g][0], sums[b][g][0]);
-          run[1](strips[1], x[1], here, near, here, lanes[g][1], sums[b][g][1]);
+          run[0](strips[0], x[0], here, here, far, lanes[g][0], places, y);
+          run[1](strips[1], x[1], here, near, here, lanes[g][1], places, y + kRows * kPanelRow);
         }
       }
-    }
-  }
-  for (int k = 0; k < d.count; ++k) {
-    for (int g = 0; g < groups; ++g) {
-      put(sums[0][g][k], kGroups * kBlocks * kSums, d.blocks[k].count, O, length,
-          d.y + k * kRows * kPanelRow + first + g * O * length);
     }
   }
 }
@@ -107,15 +87,22 @@ void dots(const Dots& d) {
   }
 }
 
+void spread_step(const uint16_t* x, float* out) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    const Words pairs = load_as<Words>(x + v * 2 * kWidth);
+    store(out + v * kWidth, odd(pairs));
+    store(out + kLanes + v * kWidth, even(pairs));
+  }
+}
+
 void spread(const uint16_t* x, int64_t n, float* out, int64_t step) {
-  for (int64_t i = 0; i < n; i += kStep, x += kStep, out += step) {
-    uint16_t padded[kStep] = {};
-    std::memcpy(padded, x, n - i < kStep ? (n - i) * sizeof *x : sizeof padded);
-    for (int v = 0; v < kVectors; ++v) {
-      const Words pairs = load_as<Words>(padded + v * 2 * kWidth);
-      store(out + v * kWidth, odd(pairs));
-      store(out + kLanes + v * kWidth, even(pairs));
-    }
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep, out += step) spread_step(x + i, out);
+  if (i < n) {
+    uint16_t tail[kStep] = {};
+    std::memcpy(tail, x + i, (n - i) * sizeof *x);
+    spread_step(tail, out);
   }
 }
 

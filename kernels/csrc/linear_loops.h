@@ -10,7 +10,7 @@ constexpr int kRows = 8;                  // of a block: they share one load of 
 constexpr int kBlocks = 2;                // that share one load of a weight into the L1 cache
 constexpr int kStreams = 16;              // of weights, which are read in turn
 constexpr int kOutputs = 256;             // of a panel at most
-constexpr int kPanelRow = kOutputs + 16;  // between the rows of its sums: a vector may begin at the last one
+constexpr int kPanelRow = kOutputs + 16;  // between the rows of its sums, which would meet in few sets of the cache
 
 struct Rows {
   const float* x;  // spread, row r at x + r * kStep, so that a block is one stream

@@ -76,8 +76,7 @@ PyMethodDef kMethods[] = {
     method("rms_norm", genarm::rms_norm_binding, "By position → the output, or None."),
     method("rotary", genarm::rotary_binding, "By position → (query, key), or None."),
     method("silu_mul", genarm::silu_mul_binding, "By position → the output, or None."),
-    method("linear_prepare", genarm::linear_prepare_binding, "See small_linear.py, the only caller."),
-    method("linear_run", genarm::linear_run_binding, "See small_linear.py, the only caller."),
+    {"linears", genarm::linears, METH_O, "Linears of one width: see small_linear.py, the only caller."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},
     {"use", use, METH_O, "Choose an instruction set by name."},
     {nullptr, nullptr, 0, nullptr}};

@@ -36,6 +36,13 @@ class Multiplication {
       }
       cut(product);
     }
+    if (panels_.empty()) return;
+    // The first lines of each stream would be waited for: 192 x 576, 8 rows, takes 0.97 of the time. (Not in a function
+    // of its own: one that only fetches has no effect for GCC, which leaves the call out.)
+    const int64_t gap = panels_[0].count / kStreams * in_, length = std::min<int64_t>(in_, 4 * kStep);
+    for (int stream = 0; stream < kStreams; ++stream) {
+      for (int64_t i = 0; i < length; i += kStep) __builtin_prefetch(panels_[0].weight() + stream * gap + i, 0, 2);
+    }
   }
 
   void run(const uint16_t* x, int64_t x_stride, int64_t rows) {

@@ -14,10 +14,11 @@ PyTorch does, without that guarantee.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
+from torch.compiler import is_compiling
 from torch.nn import functional
 
 from . import _native, custom_ops
@@ -44,31 +45,25 @@ class SmallLinear:
         ValueError: shapes that do not fit together, or tensors of different dtypes or devices.
     """
 
+    __slots__ = ("_core", "bias", "in_features", "loras", "out_features", "weight")  # few cache lines to miss
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None, loras: Sequence[Lora] = ()) -> None:
         _check(weight, bias, loras)
         self.weight = weight.detach().contiguous()
         self.bias = None if bias is None else bias.detach().contiguous()
         self.loras = [Lora(a.detach().contiguous(), b.detach().contiguous(), float(scale)) for a, b, scale in loras]
         self.out_features, self.in_features = weight.shape
-        self._handle = None
-        if _native.core is not None and weight.is_cpu and weight.dtype == torch.bfloat16:
-            self._handle = _native.core.linear_prepare(
-                self.weight.data_ptr(),
-                0 if self.bias is None else self.bias.data_ptr(),
-                self.out_features,
-                self.in_features,
-                tuple((a.data_ptr(), b.data_ptr(), a.shape[0], scale) for a, b, scale in self.loras),
-            )
+        self._core = _in_core([self])
 
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
         """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
-        if x.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("x requires grad: small_linear has no gradient, call it in torch.inference_mode()")
-        if torch.compiler.is_compiling():
+        if is_compiling():
             loras = [(first, last, *self.loras[index]) for first, last, index in spans]
             return custom_ops.small_linear(x, self.weight, self.bias, loras)
-        if self._handle is not None:
-            y = _native.core.linear_run((self._handle,), x, (tuple(spans),), torch.get_num_threads())
+        if self._core is not None:
+            y = self._core.run(x, get_num_threads(), spans)
             if y is not None:
                 return y[0]
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.weight.dtype or x.device != self.weight.device:
@@ -76,10 +71,10 @@ class SmallLinear:
                 f"x of shape {tuple(x.shape)}, {x.dtype} on {x.device}: expected [..., {self.in_features}], "
                 f"{self.weight.dtype} on {self.weight.device}, as the weight"
             )
-        if self._handle is None:
+        if self._core is None:
             return self._in_pytorch(x, spans)
         flat = _native.plain(x).reshape(x.shape[:-1].numel(), self.in_features).contiguous()
-        (y,) = _native.core.linear_run((self._handle,), flat, (tuple(spans),), torch.get_num_threads())
+        (y,) = self._core.run(flat, get_num_threads(), spans)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _in_pytorch(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -110,16 +105,14 @@ class SiblingLinears:
         if not linears:
             raise ValueError("linears=[]: expected one or more")
         self.linears = list(linears)
-        handles = tuple(linear._handle for linear in linears)
-        self._handles = None if None in handles else handles
+        self._core = _in_core(self.linears) if len({linear.in_features for linear in linears}) == 1 else None
 
     def __call__(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Sequence[Tensor]:
         """`linear(x, spans[i])` of each linear, bit for bit. Raises as they do, and ValueError if spans lack some."""
         if len(spans) != len(self.linears):
             raise ValueError(f"spans for {len(spans)} linears: expected {len(self.linears)}")
-        if self._handles is not None and not x.requires_grad and not torch.compiler.is_compiling():
-            each = tuple(map(tuple, spans))
-            y: Sequence[Tensor] | None = _native.core.linear_run(self._handles, x, each, torch.get_num_threads())
+        if self._core is not None and not x.requires_grad and not is_compiling():
+            y: Sequence[Tensor] | None = self._core.run(x, get_num_threads(), *spans)
             if y is not None:
                 return y
         return [linear(x, own) for linear, own in zip(self.linears, spans)]
@@ -140,10 +133,28 @@ def small_linear(
     Raises:
         ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return custom_ops.small_linear(x, weight, bias, loras)
     linear = SmallLinear(weight, bias, [Lora(*lora[2:]) for lora in loras])
     return linear(x, [(first, last, i) for i, (first, last, *_) in enumerate(loras)])
+
+
+def _in_core(linears: Sequence[SmallLinear]) -> Any:
+    """The C++ core's view of linears of one width, which must outlive it; None where PyTorch has to serve."""
+    if _native.core is None or not all(own.weight.is_cpu and own.weight.dtype == torch.bfloat16 for own in linears):
+        return None
+    return _native.core.linears(
+        tuple(
+            (
+                own.weight.data_ptr(),
+                0 if own.bias is None else own.bias.data_ptr(),
+                own.out_features,
+                own.in_features,
+                tuple((a.data_ptr(), b.data_ptr(), a.shape[0], scale) for a, b, scale in own.loras),
+            )
+            for own in linears
+        )
+    )
 
 
 def _check(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> None:

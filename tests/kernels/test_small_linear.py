@@ -1,5 +1,6 @@
 """small_linear: within its rounding of float64, and every row's bits independent of its company, threads and ISA."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -252,6 +253,17 @@ def test_errors():
         small_linear(x.clone().requires_grad_(), weight)
     with torch.no_grad():
         small_linear(x.clone().requires_grad_(), weight)
+
+
+@native
+def test_addresses_stay_with_their_tensors():
+    linear = SmallLinear(normal(4, 8))
+    for misuse in (lambda: copy.deepcopy(linear), lambda: type(linear._core)(), lambda: _native.core.linears(())):
+        with pytest.raises(TypeError):
+            misuse()
+    for spans in ([[0, 1, 0]], [0], range(10**18), 1):
+        with pytest.raises(TypeError):
+            linear(normal(2, 8), spans)
 
 
 @native
