@@ -83,6 +83,7 @@ class Multiplication {
     const int64_t parts = threads_ > 1 ? 2 * threads_ : 1;
     const int64_t panels = divide_up(divide_up(out, most), parts) * parts;
     const int64_t size = divide_up(out, std::max<int64_t>(panels, 1) * kStreams) * kStreams;
+    panels_.reserve(panels_.size() + panels);
     for (int64_t output = 0; output < out; output += size) {
       panels_.push_back({&product, output, static_cast<int>(std::min(size, out - output))});
     }

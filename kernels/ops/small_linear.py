@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, get_num_threads
-from torch.compiler import is_compiling
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import functional
 
 from . import _native, custom_ops
@@ -57,15 +57,15 @@ class SmallLinear:
 
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
         """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
-        if torch.is_grad_enabled() and x.requires_grad:
+        if is_grad_enabled() and x.requires_grad:
             raise ValueError("x requires grad: small_linear has no gradient, call it in torch.inference_mode()")
-        if is_compiling():
-            loras = [(first, last, *self.loras[index]) for first, last, index in spans]
-            return custom_ops.small_linear(x, self.weight, self.bias, loras)
-        if self._core is not None:
+        if self._core is not None and not is_dynamo_compiling():
             y = self._core.run(x, get_num_threads(), spans)
             if y is not None:
                 return y[0]
+        if is_compiling():  # what other tracers hand in, the core does not take
+            loras = [(first, last, *self.loras[index]) for first, last, index in spans]
+            return custom_ops.small_linear(x, self.weight, self.bias, loras)
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.weight.dtype or x.device != self.weight.device:
             raise ValueError(
                 f"x of shape {tuple(x.shape)}, {x.dtype} on {x.device}: expected [..., {self.in_features}], "
@@ -111,7 +111,7 @@ class SiblingLinears:
         """`linear(x, spans[i])` of each linear, bit for bit. Raises as they do, and ValueError if spans lack some."""
         if len(spans) != len(self.linears):
             raise ValueError(f"spans for {len(spans)} linears: expected {len(self.linears)}")
-        if self._core is not None and not x.requires_grad and not is_compiling():
+        if self._core is not None and not is_dynamo_compiling() and not (is_grad_enabled() and x.requires_grad):
             y: Sequence[Tensor] | None = self._core.run(x, get_num_threads(), *spans)
             if y is not None:
                 return y
