@@ -7,7 +7,7 @@ on with a warning, and the CPU uses the slower PyTorch reference.
 import platform
 from glob import glob
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 FLAGS = [
@@ -21,6 +21,7 @@ FLAGS = [
 ]
 LOOPS = glob("kernels/csrc/*_loops.cpp")  # compiled once per instruction set
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+ARMS = find_namespace_packages(include=["genarm_fast.demo.arms.*"])  # folders of data alone
 INSTRUCTION_SETS = {"baseline": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
@@ -44,9 +45,9 @@ class BuildCore(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["genarm_fast", "genarm_fast.*"]), "genarm_fast.kernels"],
+    packages=[*find_packages(include=["genarm_fast", "genarm_fast.*"]), "genarm_fast.kernels", *ARMS],
     package_dir={"genarm_fast": "genarm_fast", "genarm_fast.kernels": "kernels/ops"},
-    package_data={"genarm_fast": ["py.typed", "demo/arms/*/*"]},
+    package_data={"genarm_fast": ["py.typed"], **{arm: ["*"] for arm in ARMS}},
     ext_modules=[
         Extension(
             "genarm_fast.kernels._C",

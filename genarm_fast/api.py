@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .backbone import in_one_forward
 from .engine import Engine
 from .errors import GenerationError
-from .members import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_draft_model, load_members
+from .members import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_members
 from .outputs import GenerationOutput, ScoreOutput
 from .params import SamplingParams, check_integer, check_weights
 from .progress import progress_bar
@@ -113,10 +113,8 @@ class GenARM:
             "attn_implementation": attn_implementation,
             **model_kwargs,
         }
-        members = load_members(
-            base, specs, tokenizer=tokenizer, prompt_template=prompt_template, chat_template=chat_template, **loading
-        )
-        draft = None if draft_model is None else load_draft_model(draft_model, members[0], **loading)
+        templates = {"prompt_template": prompt_template, "chat_template": chat_template}
+        members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
         return cls(
             members,
             max_batch_size=max_batch_size,

@@ -118,13 +118,14 @@ class Member:
 def load_members(
     base: Source | nn.Module,
     specs: Sequence[ARM],
+    draft_model: Source | nn.Module | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt_template: str | None = None,
     chat_template: str | None = None,
     **backbone_kwargs: Any,
-) -> list[Member]:
-    """Base first, then the ARMs in order.
+) -> tuple[list[Member], Member | None]:
+    """Base first, then the ARMs in order; and the model that only proposes tokens.
 
     Raises:
         ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a model without a
@@ -133,10 +134,10 @@ def load_members(
     """
     names = arm_names(specs)
     backbones = Backbones(**backbone_kwargs)
-    roles = ["base", *(f"arms[{index}]" for index in range(len(specs)))]
+    roles = ["base", *(f"arms[{index}]" for index in range(len(specs))), "draft_model"]
     places = [
-        None if isinstance(source, nn.Module) else backbones.locate(role, source)
-        for role, source in zip(roles, [base, *(spec.model for spec in specs)])
+        None if source is None or isinstance(source, nn.Module) else backbones.locate(role, source)
+        for role, source in zip(roles, [base, *(spec.model for spec in specs), draft_model])
     ]
     model = backbones.load("base", base)
     source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
@@ -181,15 +182,11 @@ def load_members(
         member.lane = lane
         if shared is not member.model:
             member.shared = as_runner(shared)
-    return members
-
-
-def load_draft_model(source: Source | nn.Module, base: Member, **backbone_kwargs: Any) -> Member:
-    """A model that only proposes tokens. It sees the base's prompts."""
-    backbones = Backbones(**backbone_kwargs)
-    model = backbones.load("draft_model", source)
-    own = None if isinstance(source, nn.Module) else load_tokenizer(backbones.locate("draft_model", source))
-    return Member("draft_model", model, own or base.tokenizer)
+    if draft_model is None:
+        return members, None
+    own = None if places[-1] is None else load_tokenizer(places[-1])  # it sees the base's prompts all the same
+    model = Backbones(**backbone_kwargs).load("draft_model", draft_model)
+    return members, Member("draft_model", model, own or base_tokenizer)
 
 
 def context_of(config: Any) -> int | None:

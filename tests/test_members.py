@@ -174,6 +174,13 @@ def test_errors(folders, make, message):
         GenARM.from_pretrained(**make(folders))
 
 
+@pytest.mark.parametrize("role", ["arms", "draft_model"])
+def test_a_misspelt_folder_fails_before_any_model_is_read(folders, monkeypatch, role):
+    monkeypatch.setattr("genarm_fast.loading.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    with pytest.raises(FileNotFoundError, match=rf"{role}.*nowhere': no such folder"):
+        GenARM.from_pretrained(folders / "base", **{role: folders / "nowhere"})
+
+
 def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
     """Files that a repository lacks, or that cannot be had, are not there; others come from its download."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

@@ -9,9 +9,11 @@ stands: arguments to refuse, or to convert first.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,21 @@ def load_core() -> Any:
     with suppress(ImportError):
         found = import_module("._C", __package__)
         found.use_tensors(Tensor)
+        warn_if_older(Path(str(found.__file__)), Path(__file__).parents[1] / "csrc")
         return found
     return None
+
+
+def warn_if_older(core: Path, sources: Path) -> None:
+    """An editable install runs the Python of now over the C++ of its installation; a wheel has no sources beside it."""
+    changed = [path.name for path in sources.glob("*") if path.stat().st_mtime > core.stat().st_mtime]
+    if changed:
+        warnings.warn(
+            f"genarm_fast's C++ core is older than {', '.join(sorted(changed))} in {sources}: install again "
+            "(pip install -e ., or make test)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 core: Any = load_core()

@@ -282,3 +282,17 @@ def test_environment_turns_the_core_off():
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="'mmx': expected one of"):
         _native.core.use("mmx")
+
+
+def test_a_core_older_than_its_sources_is_told(tmp_path, recwarn):
+    core, source = tmp_path / "_C.so", tmp_path / "csrc" / "simd.h"
+    _native.warn_if_older(core, source.parent)  # a wheel has no sources
+    source.parent.mkdir()
+    for path, time in ((source, 1), (core, 2)):
+        path.touch()
+        os.utime(path, (time, time))
+    _native.warn_if_older(core, source.parent)
+    assert not recwarn
+    os.utime(source, (3, 3))
+    with pytest.warns(RuntimeWarning, match=r"older than simd\.h"):
+        _native.warn_if_older(core, source.parent)
