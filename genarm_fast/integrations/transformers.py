@@ -1,0 +1,238 @@
+"""ARMs as a logits processor, for those who stay on Hugging Face's `model.generate`.
+
+    scores = log_softmax(base scores) + Σ_i w_i · log_softmax(ARM_i logits)            arXiv 2410.08193, eq. 6
+
+over the common vocabulary, in float32; Hugging Face's temperature, top-k, top-p and min-p come after it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
+
+from ..members import ARM, Member, as_arms, common_vocabulary, load_members
+from ..params import check_integer, check_weights
+from ..prompts import as_prompts, encode_prompt
+
+PADDING = -1  # in place of a token that is masked
+
+
+class GenARMLogitsProcessor(LogitsProcessor):
+    """Guides `base.generate(..., logits_processor=[this])`, by sampling, greedily, with beams or an assistant.
+
+    Every ARM has a key-value cache of its own and is fed what it has not read: rows are compared with those of the
+    call before, so that reordered rows, rejected drafts and new prompts are seen as what they are. The ARMs read the
+    rows of `generate` without the pad tokens that they begin with; after `start`, prompts in their own templates.
+
+    Args:
+        base: the model that generates; adapters of it share its weights. Never modified.
+        arms: one or several hub ids, folders, loaded models or `ARM`s.
+        weights: one for each ARM, or a number for all; default: the ARMs' own. May be set between any two tokens.
+        tokenizer: the base's; default: the one in its folder.
+        pad_token_id: what rows are padded with on their left; default: the tokenizer's.
+        dtype, device: of ARMs that are not loaded yet; default: their checkpoint's, the base's.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `GenARM.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        arms: str | os.PathLike[str] | nn.Module | ARM | Sequence[str | os.PathLike[str] | nn.Module | ARM],
+        *,
+        weights: float | Sequence[float] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_token_id: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+    ) -> None:
+        if not isinstance(base, nn.Module):
+            raise TypeError(f"base={base!r}: expected the loaded model that generates")
+        specs = as_arms(arms)
+        self._weights = _per_arm([spec.weight for spec in specs] if weights is None else weights, len(specs))
+        if pad_token_id is not None:
+            pad_token_id = check_integer("pad_token_id", pad_token_id, "a token id >= 0", 0)
+        self._pad_token_id = pad_token_id
+        device = next(base.parameters()).device if device is None else device
+        loading: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": None, "quantization_config": None}
+        self.members, _ = load_members(base, specs, tokenizer=tokenizer, **loading)
+        self.vocab_size = common_vocabulary(self.members)
+        self._readers = [_Reader(member) for member in self.members[1:]]
+        self._prompts: list[tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: float | Sequence[float]) -> None:
+        self._weights = _per_arm(weights, len(self._readers))
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """As it was given, else the tokenizer's, which may be set late."""
+        return self.members[0].tokenizer.pad_token_id if self._pad_token_id is None else self._pad_token_id
+
+    def start(self, prompts: Any) -> dict[str, Tensor]:
+        """The next `generate` is about these prompts: `base.generate(**processor.start(prompts), ...)`.
+
+        Args:
+            prompts: as in `GenARM.generate`: each member sees them in its own template.
+
+        Returns:
+            The base's input_ids and attention_mask, int64 [prompts, longest], padded on the left.
+
+        Raises:
+            TypeError, ValueError: naming the prompt and what was expected.
+        """
+        parsed = as_prompts(prompts)
+        ids = [[encode_prompt(member, p, i, self.vocab_size) for i, p in enumerate(parsed)] for member in self.members]
+        self._prompts = [_left_padded(lists, self.pad_token_id or 0) for lists in ids]
+        device = self.members[0].device
+        return dict(zip(("input_ids", "attention_mask"), (each.to(device) for each in self._prompts[0])))
+
+    def release(self) -> None:
+        """Free the caches and forget the prompts: the next call is read as it comes."""
+        self._prompts = None
+        for reader in self._readers:
+            reader.forget()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: int64 [R, t]. scores: the base's logits or log-probabilities [R, V] → float32 [R, V].
+
+        Scores are not normalised. -inf where the base or an ARM of non-zero weight has it, and beyond the common
+        vocabulary.
+
+        Raises:
+            ValueError: rows that the ARMs cannot read as the base does; a row without any token left; NaN.
+        """
+        if scores.shape[-1] < self.vocab_size or scores.shape[0] != input_ids.shape[0] or not input_ids.shape[1]:
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)}, scores of shape {tuple(scores.shape)}: expected [R, t]"
+                f" with t >= 1 and [R, V] with V >= {self.vocab_size}, the common vocabulary"
+            )
+        rows = self._padded_rows(input_ids) if self._prompts is None else self._started_rows(input_ids, self._prompts)
+        total = scores[:, : self.vocab_size].float().log_softmax(-1)
+        masked = total == -torch.inf
+        for reader, weight, (tokens, mask) in zip(self._readers, self._weights, rows):
+            if weight:
+                logits = reader.logits(tokens, mask, self.pad_token_id)
+                logprobs = logits[:, : self.vocab_size].to(total.device, torch.float32).log_softmax(-1)
+                masked |= logprobs == -torch.inf
+                total += weight * logprobs
+        total = total.masked_fill(masked, -torch.inf)
+        if not bool((total.amax(-1) > -torch.inf).all()):  # nor is NaN
+            raise ValueError(
+                "scores of the base and its ARMs: expected no NaN, and in every row a token that none masks"
+            )
+        return nn.functional.pad(total, (0, scores.shape[-1] - self.vocab_size), value=-torch.inf)
+
+    def _padded_rows(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and mask for each ARM: `generate` doesn't hand over its own."""
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+        if self.pad_token_id is not None:
+            mask = (input_ids == self.pad_token_id).cumprod(-1) == 0
+            if not bool(mask[:, 0].any()):
+                raise ValueError(
+                    f"input_ids: every row begins with pad_token_id={self.pad_token_id}, as padding or in the prompt:"
+                    " expected a row that doesn't, or prompts given to start()"
+                )
+        return [(input_ids, mask)] * len(self._readers)
+
+    def _started_rows(self, input_ids: Tensor, prompts: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        repeats, rest = divmod(len(input_ids), len(prompts[0][0]))
+        base, *arms = [[each.repeat_interleave(repeats, 0) for each in pair] for pair in prompts]
+        length = base[0].shape[1]
+        if rest or not torch.equal(input_ids[:, :length].cpu(), base[0]):
+            raise ValueError(
+                "input_ids: expected rows that begin with the prompts of the last start(): call it before each generate"
+            )
+        response = input_ids[:, length:]
+        read = torch.ones_like(response, dtype=torch.bool)
+        return [
+            (torch.cat([ids.to(response), response], -1), torch.cat([mask.to(read), read], -1)) for ids, mask in arms
+        ]
+
+
+class _Reader:
+    """An ARM, with a cache of the rows that it read last."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.forget()
+
+    def forget(self) -> None:
+        self.rows = torch.empty(0, 0, dtype=torch.long)
+        self.cache = DynamicCache()  # not by the config: sliding windows that dropped a token can't roll back over it
+
+    def logits(self, tokens: Tensor, mask: Tensor, pad_token_id: int | None) -> Tensor:
+        """Of what follows each row. tokens: int64 [R, t]; mask: bool [R, t], False on the left → [R, V]."""
+        tokens = self._readable(tokens.to(self.member.device), mask.to(self.member.device), pad_token_id)
+        rows, cache = self.rows, self.cache
+        self.forget()  # should the forward fail
+        parents, kept = parents_of(tokens, rows)
+        if not kept:
+            cache = self.cache
+        elif parents != list(range(len(rows))):
+            cache.batch_select_indices(torch.tensor(parents))
+        if 0 < kept < rows.shape[1]:
+            cache.crop(kept - rows.shape[1])
+        mask = tokens != PADDING
+        logits = self.member.model(
+            input_ids=tokens[:, kept:].clamp_min(0),
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, kept:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        self.rows, self.cache = tokens, cache
+        return logits[:, -1]
+
+    def _readable(self, tokens: Tensor, mask: Tensor, pad_token_id: int | None) -> Tensor:
+        name, width, context = self.member.name, self.member.vocab_size, self.member.context
+        longest = int(mask.sum(-1).max())
+        if context is not None and longest > context:
+            raise ValueError(f"input_ids: {longest} tokens for {name}: expected at most {context}, its context")
+        tokens = tokens.masked_fill(~mask, PADDING)
+        if pad_token_id is not None and pad_token_id >= width:  # what `generate` adds to rows that have ended
+            tokens = tokens.masked_fill(tokens == pad_token_id, 0)
+        if int(tokens.max()) >= width:
+            raise ValueError(
+                f"input_ids: token id {int(tokens.max())}: expected less than {width}, {name}'s vocabulary"
+            )
+        return tokens
+
+
+def parents_of(tokens: Tensor, rows: Tensor) -> tuple[list[int], int]:
+    """For each of tokens [R, t] the one of rows [R', t'] that begins most like it, and how many tokens all have in
+    common with theirs: at most t - 1, since the last one has to be fed."""
+    width = min(tokens.shape[1] - 1, rows.shape[1])
+    tokens, rows = tokens[:, :width], rows[:, :width]
+    if tokens.shape == rows.shape and torch.equal(tokens, rows):
+        return list(range(len(rows))), width
+    if not rows.numel():
+        return [], 0
+    common = torch.stack([(row == rows).cumprod(-1).sum(-1) for row in tokens])
+    most = common.max(-1)
+    return most.indices.tolist(), int(most.values.min())
+
+
+def _per_arm(weights: float | Sequence[float], count: int) -> tuple[float, ...]:
+    checked = check_weights(weights, count)
+    return checked if isinstance(checked, tuple) else (checked,) * count
+
+
+def _left_padded(ids: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens and mask, int64 [R, longest]."""
+    width = max(map(len, ids))
+    tokens = torch.tensor([[pad_token_id] * (width - len(each)) + list(each) for each in ids])
+    mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in ids])
+    return tokens, mask
