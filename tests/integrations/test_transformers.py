@@ -251,31 +251,43 @@ def test_vocabularies_of_different_width(tiny_model, padded_tokenizer):
     base.generation_config.pad_token_id = 310
     base.generation_config.eos_token_id = list(range(3, 150))
     guide = GenARMLogitsProcessor(base, arm, weights=0.7, tokenizer=padded_tokenizer, pad_token_id=310)
-    inputs = torch.tensor([[310, 310, 155], [160, 170, 180]])
-    scores = guide(inputs, torch.zeros(2, 320))
-    assert scores.shape == (2, 320)
-    assert bool((scores[:, 300:] == -torch.inf).all())
-    assert bool(scores[:, :300].isfinite().all())
-    alone = guide(torch.tensor([[155]]), torch.zeros(1, 320))
-    assert torch.allclose(scores[:1], alone, atol=1e-4)
-    rows = base.generate(
-        inputs, attention_mask=(inputs != 310).long(), logits_processor=[guide], do_sample=True, max_new_tokens=30
-    )
-    assert bool((rows[:, 3:] == 310).any())
+    own = torch.randn(2, 320, generator=torch.Generator().manual_seed(0))
+    scores = guide(torch.tensor([[310, 310, 155], [160, 170, 180]]), own)
+    for row, mine, found in zip(([155], [160, 170, 180]), own, scores):
+        theirs = arm(torch.tensor([row])).logits[0, -1, :300].detach()
+        expected = mine[:300].log_softmax(-1) + 0.7 * theirs.log_softmax(-1)
+        assert torch.allclose(found, torch.cat([expected, torch.full((20,), -torch.inf)]), atol=1e-4)
+
+    torch.manual_seed(0)
+    inputs = torch.randint(150, 300, (6, 3))
+    rows = base.generate(inputs, logits_processor=[guide], do_sample=True, max_new_tokens=40)
+    assert bool((rows[:, 3:-1] == 310).any())
+    assert int(rows[rows != 310].max()) < 300
     with pytest.raises(ValueError, match="token id 305: expected less than 304, arm's vocabulary"):
         guide(torch.tensor([[5, 305]]), torch.zeros(1, 320))
 
 
-def test_masked_tokens_stay_masked(guide, base):
-    """Whatever the sign of a weight."""
-    scores = torch.zeros(1, 300)
-    scores[0, 7] = -torch.inf
-    given = guide(torch.tensor([PROMPTS[0]]), scores)
-    assert (given == -torch.inf).nonzero().tolist() == [[0, 7]]
-    with pytest.raises(ValueError, match="expected no NaN, and in every row a token"):
-        guide(torch.tensor([PROMPTS[0]]), scores * math.nan)
-    with pytest.raises(ValueError, match="expected no NaN, and in every row a token"):
-        guide(torch.tensor([PROMPTS[0]]), torch.full((1, 300), -torch.inf))
+def test_masked_tokens_stay_masked(guide, monkeypatch):
+    """By the base or an ARM that runs, whatever the sign of its weight."""
+
+    def given(weights: Sequence[float], *masked: int) -> list[int]:
+        guide.weights, scores = weights, torch.zeros(1, 300)
+        scores[0, masked] = -torch.inf
+        result = guide(torch.tensor([PROMPTS[0]]), scores)
+        return (result == -torch.inf).nonzero()[:, 1].tolist()
+
+    assert given([0.5, -1.0], 7, 9) == [7, 9]
+    head = guide.members[2].model.lm_head
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: forward(x).index_fill(-1, torch.tensor([11]), -torch.inf))
+    assert given([0.5, -1.0], 7) == [7, 11]
+    assert given([0.5, 1.0], 7) == [7, 11]
+    assert given([0.5, 0.0], 7) == [7]
+    monkeypatch.setattr(head, "forward", lambda x: forward(x) * math.nan)
+    assert given([0.5, 0.0], 7) == [7]
+    for fault in ([[0.5, 1.0]], [[0.5, 0.0], *range(300)]):
+        with pytest.raises(ValueError, match="expected no NaN, and in every row a token"):
+            given(*fault)
 
 
 def test_an_adapter_shares_the_weights_of_the_base(tmp_path):
