@@ -51,8 +51,11 @@ def arm_spec(text: str) -> ArmSpec:
     return ArmSpec(model, weight, name)
 
 
-def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = False, generates: bool = True) -> None:
-    """Which models, and how they are loaded. A chat has neither raw prompts nor batches; scoring drafts nothing."""
+def add_loading_arguments(
+    parser: argparse.ArgumentParser, *, in_chat: bool = False, generates: bool = True, batches: bool = True
+) -> None:
+    """Which models, and how they are loaded. A chat has neither raw prompts nor batches; scoring drafts nothing; what
+    a benchmark drafts and batches is its own to say."""
     group = parser.add_argument_group("models")
     group.add_argument("--base", required=True, metavar="MODEL", help="hub id, local folder, or `demo` (SmolLM2-135M)")
     group.add_argument(
@@ -85,7 +88,8 @@ def add_loading_arguments(parser: argparse.ArgumentParser, *, in_chat: bool = Fa
         return
     group.add_argument("--prompt-template", metavar="TEXT", help="'...{prompt}...': the base's, around raw prompts")
     group.add_argument("--arm-prompt-template", metavar="TEXT", help="the ARMs' (default: what training recorded)")
-    group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="decoded together (default: 16)")
+    if batches:
+        group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="decoded together (default: 16)")
     group.add_argument("--cache-bytes", type=int, metavar="N", help="most for key-value caches (default: no limit)")
 
 

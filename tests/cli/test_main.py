@@ -20,7 +20,7 @@ from genarm_fast.cli.options import numbers
 Cli = Callable[..., SimpleNamespace]
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["score"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["score"], ["bench"], ["train"]])
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     code = (
         "import sys; from genarm_fast.cli import main\n"
