@@ -116,6 +116,20 @@ def test_contenders_are_what_their_names_say(cli: Callable, models: Any, calls: 
     assert calls.texts["base"][0] == base.generate(first[:1], seed=0, max_new_tokens=12, ignore_eos=True)[0].token_ids
 
 
+def test_nobody_ends_early(
+    cli: Callable, models: Any, calls: Calls, tmp_path: Path, tiny_model: Callable, tokenizer: Any
+) -> None:
+    ending = list(range(1, 250))
+    tiny_model(seed=5, eos_token_id=ending).save_pretrained(tmp_path / "ending")
+    tokenizer.save_pretrained(tmp_path / "ending")
+    options = ["--batch", "1", "--new-tokens", "8", "--rounds", "1"]
+    assert cli("bench", "--base", tmp_path / "ending", "--arm", models.arm, *options).code == 0
+    assert [new for _, _, new in calls.shapes] == [8, 8]
+    texts = [text for texts in calls.texts.values() for text in texts]
+    assert [len(text) for text in texts] == [8] * 6
+    assert all(set(text) & set(ending) for text in texts)  # else this shows nothing
+
+
 def test_drafts_of_the_timed_rounds_are_counted(
     cli: Callable, models: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
