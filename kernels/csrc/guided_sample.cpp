@@ -26,13 +26,14 @@ class RowSampler {
 
   void run(int64_t index) {
     row_ = index / q_.block, block_ = index % q_.block;
-    const float temperature = q_.temperature.at(row_, block_), top_p = q_.top_p.at(row_, block_);
+    // Tensors may hold anything: a NaN, or what numbers are refused for, must not lead out of the row.
+    const float temperature = q_.temperature.at(row_, block_), top_p = std::max(q_.top_p.at(row_, block_), 0.f);
     const int64_t top_k = q_.top_k.at(row_, block_);
     const bool greedy = temperature == 0.f, limited = top_k > 0 && top_k < q_.vocab;
     const float log_min_p = std::log(std::min(q_.min_p.at(row_, block_), 1.f));
     const bool truncated = !greedy && (limited || top_p < 1.f || log_min_p > -kInf);
     const bool nucleus = truncated && top_p < 1.f;
-    coldness_ = greedy ? 1.f : 1.f / std::max(temperature, kColdest);
+    coldness_ = greedy ? 1.f : 1.f / std::max(kColdest, temperature);
     scale_ = coldness_ * kLog2e;
 
     const bool log_sums = q_.logprobs || (!greedy && (!truncated || (nucleus && !limited)));

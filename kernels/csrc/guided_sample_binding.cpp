@@ -123,9 +123,9 @@ bool fill(PyObject* const* in, const DLTensor& base, Request* q, std::vector<flo
     if (!borrow(in[kBias], &tensor)) return false;
     if (!rows_of_floats(tensor, q->rows, q->vocab, true, &q->bias, &q->bias_row_stride)) return false;
   }
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kHottest = std::numeric_limits<float>::max();
   constexpr uint64_t kInt64Max = std::numeric_limits<int64_t>::max();
-  return parameter(in[kTemperature], kFloat32, base, 0., kInfinity, &q->temperature) &&
+  return parameter(in[kTemperature], kFloat32, base, 0., kHottest, &q->temperature) &&
          parameter(in[kTopK], kInt64, base, uint64_t{0}, kInt64Max, &q->top_k) &&
          parameter(in[kTopP], kFloat32, base, 0., 1., &q->top_p) &&
          parameter(in[kMinP], kFloat32, base, 0., 1., &q->min_p) &&
@@ -168,9 +168,10 @@ PyObject* guided_sample_binding(const TileLoops& loops, PyObject* const* in, Py_
       add_top(5, kFloat32, &q.top_logprobs);
     }
     if (outputs.failed()) return nullptr;
+    const int threads = static_cast<int>(PyLong_AsLong(in[kThreads]));
     {
       const WithoutGil without_gil;
-      guided_sample(q, loops, static_cast<int>(PyLong_AsLong(in[kThreads])));
+      guided_sample(q, loops, threads);
     }
     return outputs.release();
   } catch (const std::bad_alloc&) {

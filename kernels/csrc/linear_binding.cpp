@@ -60,14 +60,15 @@ bool rows_of(const DLTensor& x, int64_t in, int64_t* rows, int64_t* stride) {
 // A sequence of (first row, last row, index of LoRA); false with a Python error set.
 bool spans_of(PyObject* sequence, const Linear& linear, int64_t rows, std::vector<Span>* out) {
   const Py_ssize_t count = PySequence_Size(sequence);
-  if (count < 0) return false;
+  if (count < 0) PyErr_Format(PyExc_TypeError, "spans=%R: expected a sequence of (first row, last row, LoRA)", sequence);
   for (Py_ssize_t i = 0; i < count; ++i) {
     const int64_t loras = static_cast<int64_t>(linear.loras.size());
     long long first, last, lora;
     PyObject* span = PySequence_GetItem(sequence, i);
-    if (span && !PyTuple_Check(span)) PyErr_Format(PyExc_TypeError, "span %R: expected (first, last, LoRA)", span);
-    const bool parsed = span && PyTuple_Check(span) && PyArg_ParseTuple(span, "LLL", &first, &last, &lora);
-    Py_XDECREF(span);
+    if (!span) return false;
+    const bool parsed = PyTuple_Check(span) && PyArg_ParseTuple(span, "LLL", &first, &last, &lora);
+    if (!parsed) PyErr_Format(PyExc_TypeError, "span %R: expected (first row, last row, LoRA), three ints", span);
+    Py_DECREF(span);
     if (!parsed) return false;
     if (first < 0 || first > last || last > rows || lora < 0 || lora >= loras) {
       PyErr_Format(PyExc_ValueError, "span (%lld, %lld, %lld): expected rows within 0..%lld, one of %lld LoRAs", first,
@@ -76,7 +77,7 @@ bool spans_of(PyObject* sequence, const Linear& linear, int64_t rows, std::vecto
     }
     out->push_back({first, last, lora});
   }
-  return true;
+  return count >= 0;
 }
 
 // Linears.run(x, threads, spans of each...) → (y of each), or None for an x that they do not take.
@@ -124,7 +125,8 @@ PyObject* linears_type() {
       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)}, {Py_tp_methods, methods}, {0, nullptr}};
   static PyType_Spec spec{"genarm_fast.kernels._C.Linears", offsetof(Linears, linear), sizeof(Linear),
                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
-  static PyObject* const type = PyType_FromSpec(&spec);
+  static PyObject* type = nullptr;  // no guard of C++ while Python may switch threads: the GIL is one
+  if (!type) type = PyType_FromSpec(&spec);
   return type;
 }
 

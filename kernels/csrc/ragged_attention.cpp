@@ -25,6 +25,7 @@ int64_t products(const RaggedAttention& call) {
 }  // namespace
 
 void ragged_attention(const RaggedAttention& call, const RaggedLoops& loops, int threads) {
+  if (call.heads == 0) return;
   const int64_t tokens = std::max<int64_t>(1, kQueries / (call.heads / call.kv_heads));
   const int64_t blocks = (call.block + tokens - 1) / tokens;
   std::atomic<bool> failed{false};

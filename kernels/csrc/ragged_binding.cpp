@@ -1,4 +1,5 @@
 // ragged_attention and ragged_append on the CPU; kernels/ops/ragged_attention.py is the specification.
+#include <cfloat>
 #include <cstring>
 #include <new>
 
@@ -88,10 +89,14 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t co
   }
   call.scale = static_cast<float>(PyFloat_AsDouble(in[kScale]));
   call.window = in[kWindow] == Py_None ? INT64_MAX : PyLong_AsLongLong(in[kWindow]);
-  call.softcap = in[kSoftcap] == Py_None ? 0.f : static_cast<float>(PyFloat_AsDouble(in[kSoftcap]));
+  const bool capped = in[kSoftcap] != Py_None;
+  call.softcap = capped ? static_cast<float>(PyFloat_AsDouble(in[kSoftcap])) : 0.f;
   const int threads = static_cast<int>(PyLong_AsLong(in[kThreads]));
-  if (PyErr_Occurred()) return nullptr;
-  if (call.window < 1) Py_RETURN_NONE;
+  if (PyErr_Occurred()) {
+    PyErr_Clear();  // check_attention says it better
+    Py_RETURN_NONE;
+  }
+  if (call.window < 1 || (capped && !(call.softcap > 0.f && call.softcap <= FLT_MAX))) Py_RETURN_NONE;
   if (!in_range(call.places, call.rows, call.block, keys)) return nullptr;
   call.query = query.at<void>(), call.keys = keys.at<void>(), call.values = values.at<void>();
   copy_strides(query, 1, call.query_strides);

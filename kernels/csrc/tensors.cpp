@@ -26,6 +26,11 @@ struct Exchange {
 PyTypeObject* tensor_type = nullptr;
 const Exchange* exchange = nullptr;
 
+// False for a wrapper that torch.func puts around a tensor, for a tensor of zeros that is none yet, for a freed storage.
+bool in_memory(const DLTensor& tensor) {
+  return tensor.data || std::find(tensor.shape, tensor.shape + tensor.ndim, 0) != tensor.shape + tensor.ndim;
+}
+
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_MemoryError, message); }
 
 }  // namespace
@@ -49,7 +54,7 @@ PyObject* use_tensors(PyObject*, PyObject* tensor_class) {
 
 bool borrow(PyObject* object, DLTensor* out) {
   if (Py_TYPE(object) != tensor_type) return false;  // a subclass may not mean its own memory: fake tensors do not
-  if (exchange->borrow(object, out) == 0) return out->device_type == kCpu && out->lanes == 1;
+  if (exchange->borrow(object, out) == 0) return out->device_type == kCpu && out->lanes == 1 && in_memory(*out);
   PyErr_Clear();  // sparse, quantised, ...
   return false;
 }

@@ -77,16 +77,18 @@ def guided_sample(
     """The fields of GuidedSample of arguments that were checked, converted to what the core takes."""
 
     def parameter(value: Tensor | float, dtype: torch.dtype) -> Tensor | float:
-        return plain(value, dtype) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            return plain(value, dtype)
+        return float(value) if dtype.is_floating_point else int(value)  # numpy's, bools
 
     return core.guided_sample(
         plain(base),
         [plain(logits) for logits in arms],
         plain(torch.as_tensor(weights, dtype=torch.float32)),
-        vocab_size,
+        int(vocab_size),
         None if logit_bias is None else plain(logit_bias, torch.float32),
         return_logprobs,
-        top_logprobs,
+        int(top_logprobs),
         torch.get_num_threads(),
         parameter(temperature, torch.float32),
         parameter(top_k, torch.int64),

@@ -86,7 +86,9 @@ def arm_logps(
         [N] (or [N, T]) in float32, float64 for float64 input. A row without labels gives 0.
 
     Raises:
-        ValueError: shapes that do not fit together, or a label outside [0, V).
+        TypeError: labels that are not integers.
+        ValueError: shapes that do not fit together, tensors on other devices than `hidden`, a label outside [0, V), a
+            softcap that is not above 0.
     """
     if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
         raise ValueError(
@@ -96,6 +98,15 @@ def arm_logps(
         raise ValueError(
             f"weight must be [V, {hidden.shape[2]}] for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{len(weight)}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:  # torch 2.13 multiplies with a meta tensor's nothing
+            raise ValueError(f"{name} must be on {hidden.device}, where hidden is, got {tensor.device}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be a finite number above 0, or None, got {softcap}")
     if torch.compiler.is_compiling():
         tokens = custom_ops.arm_logps(hidden, weight, labels, bias, logit_scale, softcap)
         return tokens if return_tokens else tokens.sum(-1)

@@ -112,7 +112,7 @@ def guided_sample_reference(
     lowest = threshold(
         combined, coldness, per_row(top_k, torch.int64), per_row(top_p, dtype), per_row(min_p, dtype).clamp_max(1)
     )
-    seeds = per_row(seed_tensor([seeds]).item() if isinstance(seeds, int) else seeds, torch.int64)
+    seeds = per_row(seeds if isinstance(seeds, Tensor) else seed_tensor([int(seeds)]).item(), torch.int64)
     sampled = sample_tiles(scores.masked_fill(combined < lowest, -torch.inf), seeds, per_row(positions, torch.int64))
     tokens = torch.where(greedy, combined.argmax(-1), sampled).masked_fill(failed, 0)
 
@@ -224,7 +224,7 @@ def guided_sample(
     for other dtypes than float32, bfloat16 and float16. Among equals, `top_tokens` has the lowest ids (Triton: any).
 
     Raises:
-        TypeError: logits that are not floating point.
+        TypeError: logits that are not floating point, fractions where integers are expected.
         ValueError: shapes that do not fit together, a vocab_size wider than a member, a number out of its range.
     """
     parameters: dict[str, Any]

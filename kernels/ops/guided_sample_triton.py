@@ -235,7 +235,7 @@ def guided_sample(
         on_device(top_k, torch.int64),
         on_device(top_p, torch.float32),
         on_device(min_p, torch.float32),
-        on_device(seed_tensor([seeds]).item() if isinstance(seeds, int) else seeds, torch.int64),
+        on_device(seeds if isinstance(seeds, Tensor) else seed_tensor([int(seeds)]).item(), torch.int64),
         on_device(positions, torch.int64),
     )
     parameter_strides = strides(parameters, 0)

@@ -36,11 +36,12 @@ def ragged_attention_reference(
     Query heads that share a key-value head are folded into the query axis. What lies beyond a row's furthest query is
     zeroed, so it may hold anything; between the queries of one block it must be finite.
     """
-    check_attention(query, keys, values, slots, positions, window)
+    check_attention(query, keys, values, slots, positions, scale, window, softcap, limit)
     rows, heads, block, width = query.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
     index = torch.arange(keys.shape[2] if limit is None else limit, device=query.device)
-    unwritten = (index > positions.amax(1, keepdim=True))[:, None, :, None]
+    furthest = positions.amax(1, keepdim=True) if block else positions.new_zeros(rows, 1)
+    unwritten = (index > furthest)[:, None, :, None]
     keys, values = (cache[slots, :, : len(index)].masked_fill(unwritten, 0) for cache in (keys, values))
     last = positions[:, :, None]
     seen = index <= last if window is None else (index <= last) & (index > last - window)
@@ -53,11 +54,19 @@ def ragged_attention_reference(
         scores = folded.to(precise) @ keys.to(precise).mT
         scores = softcap * torch.tanh(scores * (scale / softcap))
         out = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values.to(precise)).to(query.dtype)
-    return out.view(rows, heads, block, -1).transpose(1, 2).contiguous()
+    return out.view(rows, heads, block, values.shape[3]).transpose(1, 2).contiguous()
 
 
 def check_attention(
-    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, window: int | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    limit: int | None,
 ) -> None:
     if query.ndim != 4:
         raise ValueError(f"query of shape {tuple(query.shape)}: expected [N, Hq, q, D]")
@@ -65,12 +74,19 @@ def check_attention(
     check_cache(keys, values, slots, positions, rows, block)
     if keys.shape[3] != width:
         raise ValueError(f"keys of shape {tuple(keys.shape)}: expected a width of {width}, as query has")
-    if heads % keys.shape[1]:
+    if not keys.shape[1] or heads % keys.shape[1]:
         raise ValueError(f"{heads} query heads: expected a multiple of the {keys.shape[1]} heads of keys")
     if not query.dtype == keys.dtype == values.dtype:
         raise TypeError(f"query of {query.dtype}, keys of {keys.dtype}, values of {values.dtype}: expected the same")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: expected at least 1, or None")
+    if not hasattr(scale, "__float__"):
+        raise TypeError(f"scale={scale!r}: expected a number")
+    for name, number in (("window", window), ("limit", limit)):
+        if number is not None and not (hasattr(number, "__index__") and number >= 1):
+            raise ValueError(f"{name}={number!r}: expected an integer of at least 1, or None")
+    if limit is not None and limit > keys.shape[2]:
+        raise ValueError(f"limit={limit}: expected at most {keys.shape[2]}, the capacity of the cache")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap={softcap}: expected a finite number above 0, or None")
 
 
 def check_cache(keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, rows: int, block: int) -> None:
@@ -101,17 +117,17 @@ def ragged_attention(
 ) -> Tensor:
     """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
 
-    In C++ on the CPU for float32 and bfloat16, with sums in float32, where query needs no gradient; otherwise
+    In C++ on the CPU for float32 and bfloat16, with sums in float32, where no gradient is needed; otherwise
     `ragged_attention_reference`, which reads the whole capacity unless `limit`, a bound on positions + 1 known to the
     host, says less. Entries beyond a position may hold anything, NaN too, and change nothing (the reference: beyond the
     row's furthest position).
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.
-        ValueError: shapes that do not fit together, a window below 1; on the CPU, a slot or position that the cache
-            does not have.
+        ValueError: shapes that do not fit together, a window, softcap or limit out of range; on the CPU, a slot or
+            position that the cache does not have.
     """
-    needs_gradient = query.requires_grad and torch.is_grad_enabled()
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
     if torch.compiler.is_compiling() and not needs_gradient:
         return custom_ops.ragged_attention(query, keys, values, slots, positions, scale, window, softcap, limit)
     if _native.core is not None and not needs_gradient:
@@ -161,17 +177,18 @@ def ragged_append(
 ) -> None:
     """Write row n's new token i to entry positions[n, i] of slot slots[n]; rows must not share a slot.
 
-    In C++ on the CPU, for every dtype, if the cache is contiguous in its last dimension; otherwise by
-    `ragged_append_reference`. Nothing is written if anything is wrong. On CUDA slots and positions are not looked at: a
-    check would have to wait for the device, whose own assertion misses negative ones.
+    In C++ on the CPU, for every dtype, if the cache is contiguous in its last dimension and no gradient is needed;
+    otherwise by `ragged_append_reference`. Nothing is written if anything is wrong. On CUDA slots and positions are not
+    looked at: a check would have to wait for the device, whose own assertion misses negative ones.
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.
         ValueError: shapes that do not fit together; on the CPU, a slot or position that the cache does not have.
     """
-    if torch.compiler.is_compiling():
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (keys, values, new_keys, new_values))
+    if torch.compiler.is_compiling() and not needs_gradient:
         return custom_ops.ragged_append(keys, values, new_keys, new_values, slots, positions)
-    if _native.core is not None:
+    if _native.core is not None and not needs_gradient:
         if _native.core.ragged_append(keys, values, new_keys, new_values, slots, positions):
             return
         new = (new_keys, new_values, slots, positions)

@@ -26,16 +26,16 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, offset: float =
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """x [..., width], weight [width] → [..., width]. offset 0 is Llama's order of rounding, offset 1 Gemma's (1 + w).
 
-    In C++ on the CPU for contiguous float32 or bfloat16 of one dtype, where x needs no gradient: a call is cheapest
-    with a plain tensor as weight, since a Parameter is detached first. Otherwise, and where torch.compile traces it (to
-    fuse it with its neighbours), `rms_norm_reference`. Sums are made in
-    PyTorch's order, so results are its own bit for bit (from 8 wide; x86); a row's result does not depend on others.
+    In C++ on the CPU for contiguous float32 or bfloat16 of one dtype that need no gradient: a call is cheapest with a
+    plain tensor as weight, since a Parameter is detached first. Otherwise, and where torch.compile traces it (to fuse
+    it with its neighbours), `rms_norm_reference`. Sums are made in PyTorch's order, so results are its own bit for bit
+    (from 8 wide; x86); a row's result does not depend on others.
 
     Raises:
         ValueError: a weight that is not as wide as x.
     """
-    in_pytorch = torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
-    if _native.core is not None and not in_pytorch:
+    needs_gradient = (x.requires_grad or weight.requires_grad) and torch.is_grad_enabled()
+    if _native.core is not None and not (torch.compiler.is_compiling() or needs_gradient):
         out = _native.core.rms_norm(x, weight, eps, offset)
         if out is None and x.is_cpu and weight.is_cpu:
             out = _native.core.rms_norm(x.detach().contiguous(), weight.detach().contiguous(), eps, offset)

@@ -33,7 +33,7 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
     bfloat16 tensors of one dtype, contiguous in D, that need no gradient; otherwise, and where torch.compile traces it
     (to fuse it with its neighbours), `rotary_reference`.
     """
-    needs_gradient = (query.requires_grad or key.requires_grad) and torch.is_grad_enabled()
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, cos, sin))
     in_pytorch = torch.compiler.is_compiling() or needs_gradient or unsqueeze_dim != 1
     if _native.core is not None and not in_pytorch:
         out = _native.core.rotary(query, key, cos, sin)

@@ -42,14 +42,14 @@ def settle_reference(
     draft_counts: Tensor | None = None,
 ) -> Settled:
     """The specification of `settle` in plain PyTorch."""
-    check_shapes(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
+    check(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
     width = targets.shape[1]
     index = torch.arange(width, device=targets.device)
     right = drafts == targets[:, :-1]
     if draft_counts is not None:
         right &= index[:-1] < draft_counts[:, None]
     counts = 1 + right.to(torch.int64).cumprod(-1).sum(-1)
-    stops = (targets[:, :, None] == stop_ids.view(-1, 1, stop_ids.shape[-1])).any(-1)
+    stops = (targets[:, :, None] == stop_ids.unsqueeze(-2)).any(-1)
     first_stop = torch.where(stops, index, width).amin(-1)
     counts = torch.minimum(torch.minimum(counts, first_stop + 1), (limits - lengths).clamp_min(0))
     counts = counts.masked_fill(finished, 0)
@@ -58,7 +58,7 @@ def settle_reference(
     return Settled(counts, next_tokens, lengths, finished | (counts > first_stop) | (lengths >= limits))
 
 
-def check_shapes(
+def check(
     targets: Tensor,
     drafts: Tensor,
     lengths: Tensor,
@@ -77,6 +77,13 @@ def check_shapes(
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} of shape {tuple(tensor.shape)}: expected {shape}, by targets")
+    tensors = {"targets": targets, "stop_ids": stop_ids} | {name: tensor for name, (tensor, _) in expected.items()}
+    for name, tensor in tensors.items():
+        if tensor.device != targets.device:
+            raise ValueError(f"{name} on {tensor.device}: expected {targets.device}, where targets are")
+        dtypes = (torch.bool,) if name == "finished" else (torch.int64, torch.int32)
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name} of dtype {tensor.dtype}: expected {dtypes[0]}")
     if stop_ids.shape[:-1] not in ((), (rows,)) or not stop_ids.ndim:
         raise ValueError(f"stop_ids of shape {tuple(stop_ids.shape)}: expected [S] or [{rows}, S]")
 
@@ -96,10 +103,11 @@ def settle(
     Reads nothing back: one Triton launch on CUDA, ROCm and XPU; C++ on the CPU, or `settle_reference` without it.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        TypeError: ids or lengths that are not integers, or `finished` that is not bool.
+        ValueError: shapes that do not fit together, or tensors on other devices than `targets`.
     """
     if torch.compiler.is_compiling():
-        check_shapes(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
+        check(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
         return Settled(*custom_ops.settle(targets, drafts, lengths, limits, finished, stop_ids, draft_counts))
     if _native.core is not None:
         fields = _native.core.settle(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
@@ -109,6 +117,6 @@ def settle(
     if targets.device.type in ("cuda", "xpu"):
         from . import settle_triton  # triton takes half a second to import, and is not on every platform
 
-        check_shapes(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
+        check(targets, drafts, lengths, limits, finished, stop_ids, draft_counts)
         return Settled(*settle_triton.settle(targets, drafts, draft_counts=draft_counts, **rest))
     return settle_reference(targets, drafts, draft_counts=draft_counts, **rest)

@@ -55,6 +55,10 @@ class SmallLinear:
         self.out_features, self.in_features = weight.shape
         self._core = _in_core([self])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are prepared anew: the core's addresses are those of these tensors."""
+        return SmallLinear, (self.weight, self.bias, self.loras)
+
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
         """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
         if is_grad_enabled() and x.requires_grad:
@@ -64,28 +68,34 @@ class SmallLinear:
             if y is not None:
                 return y[0]
         if is_compiling():  # what other tracers hand in, the core does not take
-            loras = [(first, last, *self.loras[index]) for first, last, index in spans]
+            loras = [(first, last, *self.loras[index]) for first, last, index in map(self._checked, spans)]
             return custom_ops.small_linear(x, self.weight, self.bias, loras)
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.weight.dtype or x.device != self.weight.device:
             raise ValueError(
                 f"x of shape {tuple(x.shape)}, {x.dtype} on {x.device}: expected [..., {self.in_features}], "
                 f"{self.weight.dtype} on {self.weight.device}, as the weight"
             )
-        if self._core is None:
-            return self._in_pytorch(x, spans)
-        flat = _native.plain(x).reshape(x.shape[:-1].numel(), self.in_features).contiguous()
-        (y,) = self._core.run(flat, get_num_threads(), spans)
-        return y.view(*x.shape[:-1], self.out_features)
+        if self._core is not None:
+            flat = _native.plain(x).reshape(x.shape[:-1].numel(), self.in_features).contiguous()
+            y = self._core.run(flat, get_num_threads(), spans)
+            if y is not None:
+                return y[0].view(*x.shape[:-1], self.out_features)
+        return self._in_pytorch(x, spans)
+
+    def _checked(self, span: Span, rows: int | None = None) -> Span:
+        if not (isinstance(span, tuple) and len(span) == 3 and all(hasattr(number, "__index__") for number in span)):
+            raise TypeError(f"span {span!r}: expected (first row, last row, LoRA), three ints")
+        first, last, index = span
+        if not (0 <= index < len(self.loras) and (rows is None or 0 <= first <= last <= rows)):
+            raise ValueError(f"span {span}: expected rows within 0..{rows}, one of {len(self.loras)} LoRAs")
+        return span
 
     def _in_pytorch(self, x: Tensor, spans: Sequence[Span]) -> Tensor:
-        y = functional.linear(x, self.weight, self.bias)
         rows = x.shape[:-1].numel()
+        checked = [self._checked(span, rows) for span in spans]
+        y = functional.linear(x, self.weight, self.bias)
         flat_x, flat_y = x.reshape(rows, self.in_features), y.view(rows, self.out_features)
-        for first, last, index in spans:
-            if not (0 <= first <= last <= rows and 0 <= index < len(self.loras)):
-                raise ValueError(
-                    f"span ({first}, {last}, {index}): expected rows within 0..{rows}, one of {len(self.loras)} LoRAs"
-                )
+        for first, last, index in checked:
             a, b, scale = self.loras[index]
             if x.is_cpu and x.dtype != torch.float32:  # small products are faster in float32 there
                 flat_y[first:last] += (scale * (flat_x[first:last].float() @ a.float().T @ b.float())).to(y.dtype)
@@ -105,7 +115,10 @@ class SiblingLinears:
         if not linears:
             raise ValueError("linears=[]: expected one or more")
         self.linears = list(linears)
-        self._core = _in_core(self.linears) if len({linear.in_features for linear in linears}) == 1 else None
+        self._core = _in_core(self.linears) if len({linear.in_features for linear in self.linears}) == 1 else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SiblingLinears, (self.linears,)
 
     def __call__(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Sequence[Tensor]:
         """`linear(x, spans[i])` of each linear, bit for bit. Raises as they do, and ValueError if spans lack some."""
@@ -133,7 +146,7 @@ def small_linear(
     Raises:
         ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
     """
-    if is_compiling():
+    if is_compiling() and not (is_grad_enabled() and x.requires_grad):
         return custom_ops.small_linear(x, weight, bias, loras)
     linear = SmallLinear(weight, bias, [Lora(*lora[2:]) for lora in loras])
     return linear(x, [(first, last, i) for i, (first, last, *_) in enumerate(loras)])
@@ -141,7 +154,7 @@ def small_linear(
 
 def _in_core(linears: Sequence[SmallLinear]) -> Any:
     """The C++ core's view of linears of one width, which must outlive it; None where PyTorch has to serve."""
-    if _native.core is None or not all(own.weight.is_cpu and own.weight.dtype == torch.bfloat16 for own in linears):
+    if _native.core is None or not all(map(_streams, linears)):
         return None
     return _native.core.linears(
         tuple(
@@ -155,6 +168,14 @@ def _in_core(linears: Sequence[SmallLinear]) -> Any:
             for own in linears
         )
     )
+
+
+def _streams(linear: SmallLinear) -> bool:
+    """Whether its tensors lie in the CPU's memory as bfloat16; those of a subclass (quantised, fake) need not."""
+    tensors = [linear.weight, *(t for a, b, _ in linear.loras for t in (a, b))]
+    tensors += [] if linear.bias is None else [linear.bias]
+    plain = linear.weight.is_cpu and linear.weight.dtype == torch.bfloat16 and {*map(type, tensors)} == {Tensor}
+    return plain and all(tensor.data_ptr() or not tensor.numel() for tensor in tensors)
 
 
 def _check(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> None:

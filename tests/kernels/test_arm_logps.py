@@ -238,9 +238,14 @@ def test_peak_memory(monkeypatch: pytest.MonkeyPatch, train_weight: bool) -> Non
         ({"weight": torch.zeros(11, 5)}, r"weight must be \[V, 4\].*\(11, 5\)"),
         ({"labels": torch.full((3, 5), 11)}, r"in \[0, 11\), got 11..11"),
         ({"labels": torch.full((3, 5), -1)}, r"in \[0, 11\), got -1..-1"),
+        ({"labels": torch.zeros(3, 5)}, "labels must be int64, got torch.float32"),
+        ({"labels": torch.zeros(3, 5, dtype=torch.bool)}, "labels must be int64, got torch.bool"),
+        ({"bias": torch.zeros(1)}, r"bias must be \[11\].*got \(1,\)"),
+        ({"weight": torch.zeros(11, 4, device="meta")}, "weight must be on cpu, where hidden is, got meta"),
+        ({"softcap": 0.0}, "softcap must be a finite number above 0, or None, got 0.0"),
     ],
 )
-def test_errors(change: dict[str, Tensor], message: str) -> None:
+def test_errors(change: dict[str, Any], message: str) -> None:
     hidden, weight, labels = inputs(dtype=torch.float32)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         arm_logps(**{"hidden": hidden, "weight": weight, "labels": labels, **change})

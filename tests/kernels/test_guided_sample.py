@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -244,12 +245,16 @@ def test_extreme_temperatures_stay_finite(sample, temperature):
         ({"top_logprobs": 9}, r"top_logprobs=9: expected 0\.\.8"),
         ({"temperature": -1.0}, r"temperature=-1\.0: expected"),
         ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"temperature": 1e39}, "temperature=1e\\+39"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 1.5}, r"top_p=1\.5"),
         ({"min_p": -0.1}, r"min_p=-0\.1"),
         ({"temperature": torch.ones(3)}, r"temperature of shape \(3,\)"),
         ({"seeds": torch.ones(2, 2, dtype=torch.int64)}, r"seeds of shape \(2, 2\)"),
         ({"seeds": 2**64}, "seeds=18446744073709551616"),
+        ({"weights": np.ones((2, 3))}, r"weights of shape \(2, 3\)"),
+        ({"logit_bias": torch.zeros(())}, r"logit_bias of shape \(\)"),
         ({"logit_bias": torch.zeros(5)}, r"logit_bias of shape \(5,\)"),
         ({"logit_bias": torch.zeros(3, 8)}, r"logit_bias of shape \(3, 8\)"),
     ],
@@ -261,9 +266,41 @@ def test_refusals_name_the_argument(sample, change, message):
         sample(arguments.pop("base_logits"), arguments.pop("arm_logits"), arguments.pop("weights"), **arguments)
 
 
-def test_integer_logits_are_refused(sample):
-    with pytest.raises(TypeError, match="base_logits of dtype"):
-        sample(torch.zeros(1, 4, dtype=torch.int64), (), [], seeds=0, positions=0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_logits": torch.zeros(2, 8, dtype=torch.int64)}, "base_logits of dtype torch.int64"),
+        ({"base_logits": np.zeros((2, 8))}, "base_logits of <class 'numpy.ndarray'>: expected a tensor"),
+        ({"arm_logits": (None,)}, r"arm_logits\[0\] of <class 'NoneType'>: expected a tensor"),
+        ({"weights": 1.0}, "weights=1.0: expected a tensor or a list"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias of <class 'dict'>: expected a tensor"),
+        ({"temperature": "1"}, "temperature='1': expected a number"),
+        ({"temperature": [1.0, 1.0]}, r"temperature=\[1.0, 1.0\]: expected a number"),
+        ({"top_p": np.ones(2)}, r"top_p=array\(\[1., 1.\]\): expected a number"),
+        ({"top_k": 2.5}, "top_k=2.5: expected an integer"),
+        ({"top_k": torch.ones(2)}, "top_k of dtype torch.float32: expected integers"),
+        ({"seeds": 1.0}, "seeds=1.0: expected an integer"),
+        ({"seeds": torch.ones(2)}, "seeds of dtype torch.float32: expected integers"),
+        ({"positions": 1.5}, "positions=1.5: expected an integer"),
+        ({"vocab_size": 4.0}, "vocab_size=4.0: expected an integer"),
+        ({"top_logprobs": None}, "top_logprobs=None: expected an integer"),
+    ],
+)
+def test_other_types_are_refused(sample, change, message):
+    arguments = {"base_logits": torch.zeros(2, 8), "arm_logits": (torch.zeros(2, 8),), "weights": [1.0]}
+    arguments |= {"seeds": 0, "positions": 0} | change
+    with pytest.raises(TypeError, match=message):
+        sample(arguments.pop("base_logits"), arguments.pop("arm_logits"), arguments.pop("weights"), **arguments)
+
+
+def test_what_tensors_should_not_hold_stays_in_the_row(sample):
+    """Contents are not checked, so they must not lead out of the vocabulary, or out of memory."""
+    odd = torch.tensor([math.nan, math.inf, -math.inf, -5.0, 2.0])
+    flat = torch.zeros(5, 16)[:, :10]
+    for name in ("temperature", "top_p", "min_p"):
+        for rest in ({}, {"top_p": 0.5}, {"top_k": 3}):
+            drawn = sample(flat, (), [], seeds=1, positions=0, return_logprobs=True, **(rest | {name: odd}))
+            assert ((drawn.tokens >= 0) & (drawn.tokens < 10)).all()
 
 
 def test_helpers_upcast_half_precision():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -204,6 +205,7 @@ def test_core_takes_prepared_arguments_at_once(change):
         {"top_logprobs": -1},
         {"temperature": -1.0},
         {"temperature": math.nan},
+        {"temperature": math.inf},
         {"temperature": torch.ones(3)},
         {"temperature": torch.ones(2, dtype=torch.int64)},
         {"temperature": 10**400},
@@ -231,6 +233,18 @@ def test_converted_arguments_give_the_same_draw():
         torch.nn.Parameter(base), (arm.T.contiguous().T,), ((0.5,),) * 4, return_logprobs=True, **options
     )
     assert all(torch.equal(x, y) for x, y in zip(expected[:4], found[:4], strict=True))
+
+
+def test_numbers_of_numpy_do_not_leave_the_core(monkeypatch):
+    base, arm = members(4, 300, 1, mixed=False)
+    options = {"temperature": 0.5, "top_k": 50, "top_p": 0.5, "min_p": 0.25, "seeds": 2**64 - 1, "positions": 3}
+    options |= {"vocab_size": 290, "top_logprobs": 2}
+    expected = guided_sample(base, (arm,), [0.5], **options)
+    kinds = (np.float32, np.int64, np.float64, np.float32, np.uint64, np.uint8, np.int64, np.int32)
+    monkeypatch.setattr(sys.modules["genarm_fast.kernels.guided_sample"], "guided_sample_reference", None)
+    options = {name: kind(value) for kind, (name, value) in zip(kinds, options.items(), strict=True)}
+    found = guided_sample(base, (arm,), np.array([0.5]), **options)
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
 
 
 VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 300.0, -300.0, 1e-30, -math.inf])

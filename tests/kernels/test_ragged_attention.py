@@ -215,11 +215,29 @@ def test_fuzz(data):
         _native.core.use(ISAS[0])
 
 
-def test_a_query_that_needs_a_gradient_gets_it():
-    query, *rest = problem(block=2)
-    query.requires_grad_()
-    ragged_attention(query, *rest, scale=0.1).sum().backward()
-    assert query.grad is not None
+@pytest.mark.parametrize("which", range(3))
+def test_what_needs_a_gradient_gets_it(which):
+    arguments = problem(block=2)
+    arguments[which].requires_grad_()
+    ragged_attention(*arguments, scale=0.1).sum().backward()
+    assert arguments[which].grad is not None
+
+
+def test_appended_keys_that_need_a_gradient_get_it():
+    query, keys, values, slots, positions = problem(block=2)
+    new = torch.ones(3, 2, 2, 64, requires_grad=True)
+    ragged_append(keys, values, new, new, slots, positions)
+    ragged_attention(query, keys, values, slots, positions, scale=0.1).sum().backward()
+    assert new.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("attend", [ragged_attention, ragged_attention_reference])
+def test_nothing_to_attend(attend):
+    """No rows, no queries, no heads: a result of that shape."""
+    query, keys, values, slots, positions = problem(block=2)
+    assert attend(query[:0], keys, values, slots[:0], positions[:0], scale=1.0).shape == (0, 2, 6, 64)
+    assert attend(query[:, :0], keys, values, slots, positions, scale=1.0).shape == (3, 2, 0, 64)
+    assert attend(query[:, :, :0], keys, values, slots, positions[:, :0], scale=1.0).shape == (3, 0, 6, 64)
 
 
 @native
@@ -284,8 +302,21 @@ def test_arguments_are_checked():
         ragged_attention(query, keys, values[:1], slots, positions, scale=1.0)
     with pytest.raises(ValueError, match=r"positions of shape \(2, 1\): expected \(3, 1\)"):
         ragged_attention(query, keys, values, slots, positions[:2], scale=1.0)
-    with pytest.raises(ValueError, match="window=0: expected at least 1"):
+    with pytest.raises(ValueError, match="window=0: expected an integer of at least 1"):
         ragged_attention(query, keys, values, slots, positions, scale=1.0, window=0)
+    with pytest.raises(ValueError, match="6 query heads: expected a multiple of the 0 heads"):
+        ragged_attention(query, keys[:, :0], values[:, :0], slots, positions, scale=1.0)
+    for options, message in (
+        ({"scale": None}, "scale=None: expected a number"),
+        ({"window": 1.5}, "window=1.5: expected an integer"),
+        ({"softcap": 0.0}, "softcap=0.0: expected a finite number above 0"),
+        ({"softcap": float("inf")}, "softcap=inf: expected a finite number above 0"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ragged_attention(query, keys, values, slots, positions, **({"scale": 1.0} | options))
+    for limit, message in ((0, "limit=0: expected an integer of at least 1"), (65, "limit=65: expected at most 64")):
+        with pytest.raises(ValueError, match=message):
+            ragged_attention_reference(query, keys, values, slots, positions, scale=1.0, limit=limit)
     with pytest.raises(TypeError, match=r"slots of dtype torch.int32: expected int64"):
         ragged_attention(query, keys, values, slots.int(), positions, scale=1.0)
     with pytest.raises(TypeError, match=r"query of torch.bfloat16, keys of torch.float32"):

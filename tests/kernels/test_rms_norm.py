@@ -84,5 +84,7 @@ def test_what_the_core_does_not_take():
     x = torch.randn(3, 8, requires_grad=True)
     rms_norm(x, weight.detach(), 1e-6).sum().backward()
     assert x.grad is not None
+    rms_norm(x.detach(), weight, 1e-6).sum().backward()
+    assert weight.grad is not None
     with pytest.raises(ValueError, match=r"weight of shape \(8,\): expected \(7,\), the width of x"):
         rms_norm(torch.randn(2, 7), weight, 1e-6)

@@ -110,6 +110,24 @@ def test_refusals_name_the_argument(settle, name, value):
         settle(**(arguments | {name: value.long()}))
 
 
+def test_dtypes_and_devices_are_checked(settle):
+    arguments, _ = batch([ROUNDS["all right"]])
+    with pytest.raises(TypeError, match=r"finished of dtype torch.int64: expected torch.bool"):
+        settle(**(arguments | {"finished": arguments["finished"].long()}))
+    with pytest.raises(TypeError, match=r"targets of dtype torch.float32: expected torch.int64"):
+        settle(**(arguments | {"targets": arguments["targets"].float()}))
+    with pytest.raises(ValueError, match="stop_ids on meta: expected cpu, where targets are"):
+        settle(**(arguments | {"stop_ids": arguments["stop_ids"].to("meta")}))
+
+
+def test_no_stop_ids(settle):
+    arguments, _ = batch([ROUNDS["all right"]])
+    never = settle(**(arguments | {"stop_ids": torch.full((1,), -1)}))
+    for none in (torch.zeros(0), torch.zeros(1, 0)):
+        found = settle(**(arguments | {"stop_ids": none.long()}))
+        assert all(torch.equal(x, y) for x, y in zip(found, never, strict=True))
+
+
 @pytest.mark.skipif(_native.core is None, reason="built without a compiler")
 def test_core_reads_strides_and_leaves_other_dtypes_to_the_reference():
     arguments = random_rounds(40, 5, 0)

@@ -40,6 +40,9 @@ def test_what_the_core_does_not_take():
     assert torch.equal(silu_mul(gate.half(), up.half()), functional.silu(gate.half()) * up.half())
     torch.testing.assert_close(silu_mul(gate.T, up.T), functional.silu(gate.T) * up.T)
     torch.testing.assert_close(silu_mul(gate, up[0]), functional.silu(gate) * up[0])
+    for zeros in (torch._efficientzerotensor(4, 16), torch.zeros(4, 16)):  # the first has no memory
+        assert torch.equal(silu_mul(zeros, zeros), torch.zeros(4, 16))
+    assert torch.equal(torch.func.functionalize(silu_mul)(gate, up), functional.silu(gate) * up)
     gate.requires_grad_()
     silu_mul(gate, up).sum().backward()
     assert gate.grad is not None

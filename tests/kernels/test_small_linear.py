@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, _native, small_linear
 
@@ -255,15 +257,53 @@ def test_errors():
         small_linear(x.clone().requires_grad_(), weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_spans_that_are_none(dtype):
+    linear = SmallLinear(
+        normal(4, 8, dtype=dtype), None, [Lora(normal(2, 8, dtype=dtype), normal(2, 4, dtype=dtype), 1.0)]
+    )
+    for spans in ([[0, 1, 0]], [0], range(10**18), [(0, 1)], [(0, 1, 0, 0)], [(0, 0.5, 0)], [(0, None, 0)]):
+        with pytest.raises(TypeError, match=r"span .*: expected \(first row, last row, LoRA\), three ints"):
+            linear(normal(2, 8, dtype=dtype), spans)
+
+
 @native
 def test_addresses_stay_with_their_tensors():
-    linear = SmallLinear(normal(4, 8))
-    for misuse in (lambda: copy.deepcopy(linear), lambda: type(linear._core)(), lambda: _native.core.linears(())):
+    linear, x = SmallLinear(normal(4, 8)), normal(2, 8)
+    for misuse in (
+        lambda: copy.copy(linear._core),
+        lambda: type(linear._core)(),
+        lambda: _native.core.linears(()),
+        lambda: linear(x, 1),
+    ):
         with pytest.raises(TypeError):
             misuse()
-    for spans in ([[0, 1, 0]], [0], range(10**18), 1):
-        with pytest.raises(TypeError):
-            linear(normal(2, 8), spans)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))])
+def test_copies(copied):
+    x, spans = normal(2, 8), [(0, 1, 0)]
+    linear = SmallLinear(normal(4, 8), normal(4), [Lora(normal(2, 8), normal(2, 4), 0.5)])
+    expected, (twin,) = linear(x, spans), copied(SiblingLinears([linear])).linears
+    if copied is not copy.copy:
+        linear.weight.zero_()
+    assert torch.equal(twin(x, spans), expected)
+
+
+@native
+def test_tensors_without_memory_are_left_to_pytorch():
+    x, weight = normal(2, 8), normal(4, 8)
+    linear, expected = SmallLinear(weight), small_linear(x, weight)
+    torch.testing.assert_close(torch.vmap(linear)(x[None])[0], expected)
+    torch.testing.assert_close(torch.func.functionalize(linear)(x), expected)
+    assert not SmallLinear(torch._efficientzerotensor(4, 8, dtype=torch.bfloat16))(x).any()
+    with FakeTensorMode() as mode:
+        assert small_linear(mode.from_tensor(x), mode.from_tensor(weight)).shape == (2, 4)
+
+
+@native
+def test_siblings_of_a_generator_are_one_call():
+    assert SiblingLinears(SmallLinear(normal(4, 8)) for _ in range(2))._core is not None
 
 
 @native
