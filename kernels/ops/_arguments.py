@@ -76,7 +76,7 @@ def _check_logits(name: str, logits: Tensor) -> None:
 def _check_number(name: str, value: Any, low: float, high: float, why: str = "") -> None:
     whole = isinstance(low, int)
     plain = isinstance(value, int if whole else (int, float))
-    if not plain and (hasattr(value, "__len__") or not hasattr(value, "__index__" if whole else "__float__")):
+    if not plain and (getattr(value, "shape", None) or not hasattr(value, "__index__" if whole else "__float__")):
         raise TypeError(f"{name}={value!r}: expected {'an integer' if whole else 'a number'}")
     if not low <= value <= high:
         raise ValueError(f"{name}={value}: expected {low}..{high}{why}")

@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from . import _native, custom_ops
 
+NO_GRADIENT = "x requires grad: small_linear has no gradient, call it in torch.inference_mode()"
+
 
 class Lora(NamedTuple):
     """A low-rank addition to a linear: scale · (x aᵀ) b."""
@@ -62,7 +64,7 @@ class SmallLinear:
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
         """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
         if is_grad_enabled() and x.requires_grad:
-            raise ValueError("x requires grad: small_linear has no gradient, call it in torch.inference_mode()")
+            raise ValueError(NO_GRADIENT)
         if self._core is not None and not is_dynamo_compiling():
             y = self._core.run(x, get_num_threads(), spans)
             if y is not None:
@@ -83,7 +85,8 @@ class SmallLinear:
         return self._in_pytorch(x, spans)
 
     def _checked(self, span: Span, rows: int | None = None) -> Span:
-        if not (isinstance(span, tuple) and len(span) == 3 and all(hasattr(number, "__index__") for number in span)):
+        whole = isinstance(span, tuple) and all(isinstance(i, int) or hasattr(i, "__index__") for i in span)
+        if not whole or len(span) != 3:
             raise TypeError(f"span {span!r}: expected (first row, last row, LoRA), three ints")
         first, last, index = span
         if not (0 <= index < len(self.loras) and (rows is None or 0 <= first <= last <= rows)):
@@ -97,7 +100,8 @@ class SmallLinear:
         flat_x, flat_y = x.reshape(rows, self.in_features), y.view(rows, self.out_features)
         for first, last, index in checked:
             a, b, scale = self.loras[index]
-            if x.is_cpu and x.dtype != torch.float32:  # small products are faster in float32 there
+            autocast = y.dtype != x.dtype
+            if autocast or (x.is_cpu and x.dtype != torch.float32):  # small products are faster in float32 there
                 flat_y[first:last] += (scale * (flat_x[first:last].float() @ a.float().T @ b.float())).to(y.dtype)
             else:
                 flat_y[first:last].addmm_(flat_x[first:last] @ a.T, b, alpha=scale)
@@ -146,7 +150,9 @@ def small_linear(
     Raises:
         ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
     """
-    if is_compiling() and not (is_grad_enabled() and x.requires_grad):
+    if is_compiling():
+        if is_grad_enabled() and x.requires_grad:
+            raise ValueError(NO_GRADIENT)
         return custom_ops.small_linear(x, weight, bias, loras)
     linear = SmallLinear(weight, bias, [Lora(*lora[2:]) for lora in loras])
     return linear(x, [(first, last, i) for i, (first, last, *_) in enumerate(loras)])

@@ -189,3 +189,22 @@ def test_a_layer_is_one_graph(how, dtype):
             found = program.module()(*arguments())
     for got, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(got, exact)
+
+
+def test_spans_of_a_compiled_linear():
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b, x = (torch.randn(shape, generator=generator).bfloat16() for shape in ((6, 8), (2, 8), (2, 6), (4, 8)))
+    linear = SmallLinear(weight, None, [Lora(a, b, 0.5)])
+
+    def half(x):
+        return linear(x, [(0, len(x) // 2, 0)])
+
+    compiled = torch.compile(half, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (2, 3, 4):
+        torch.testing.assert_close(compiled(x[:rows]), half(x[:rows]))
+    with pytest.raises(Exception, match="span \\(0, 1, -1\\): expected"):
+        torch.compile(lambda x: linear(x, [(0, 1, -1)]), backend="aot_eager")(x)
+    for op in (linear, lambda x: small_linear(x, weight)):
+        with pytest.raises(ValueError, match="small_linear has no gradient"):
+            torch.compile(op, backend="aot_eager")(x.clone().requires_grad_())

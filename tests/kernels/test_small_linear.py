@@ -290,6 +290,14 @@ def test_copies(copied):
     assert torch.equal(twin(x, spans), expected)
 
 
+def test_autocast_takes_spans_along():
+    x, weight, lora = (normal(*shape, dtype=torch.float32) for shape in ((4, 8), (6, 8), (2, 8)))
+    linear = SmallLinear(weight, None, [Lora(lora, normal(2, 6, dtype=torch.float32), 0.5)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear(x, [(1, 3, 0)])
+    torch.testing.assert_close(found.float(), linear(x, [(1, 3, 0)]), rtol=0.02, atol=0.1)
+
+
 @native
 def test_tensors_without_memory_are_left_to_pytorch():
     x, weight = normal(2, 8), normal(4, 8)
