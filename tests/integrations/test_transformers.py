@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from tiny_models import build_model, build_tokenizer, save_adapter
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import LogitNormalization, LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from genarm_fast import ARM, GenARM, reference
 from genarm_fast.integrations import transformers as integration
@@ -85,11 +85,17 @@ class Checked(LogitsProcessor):
         return given
 
 
-def generate(base: PreTrainedModel, guide: LogitsProcessor, prompts: Sequence[Sequence[int]], **kwargs: object):
+def generate(
+    base: PreTrainedModel,
+    guide: LogitsProcessor | list[LogitsProcessor],
+    prompts: Sequence[Sequence[int]],
+    **kwargs: object,
+):
     """The tokens after each prompt, up to the first </s>."""
     inputs = padded(prompts)
     kwargs = {"do_sample": False, "max_new_tokens": 12, **kwargs}
-    rows = base.generate(**inputs, logits_processor=[guide], **kwargs)[:, inputs["input_ids"].shape[1] :].tolist()
+    processors = guide if isinstance(guide, list) else [guide]
+    rows = base.generate(**inputs, logits_processor=processors, **kwargs)[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
 
@@ -220,6 +226,17 @@ def test_warpers_act_on_the_combination(guide, base, tiny_model):
         expected = reference.guided_probs(logits[0], logits[1:], WEIGHTS, **warp)
         assert torch.allclose(scores[0].double().softmax(-1), expected, atol=1e-4)
         assert 1 < int((expected > 0).sum()) <= 40 or step
+
+
+def test_penalties_after_it_are_those_of_the_engine(guide, base):
+    """On normalised log-probabilities; before it, which is where `generate` puts its own, they are others."""
+    engine = GenARM(guide.members)
+    run = {"temperature": 0.0, "max_new_tokens": 12, "repetition_penalty": 1.3}
+    expected = [output.token_ids for output in engine.generate(PROMPTS, **run)]
+    penalty = RepetitionPenaltyLogitsProcessor(1.3)
+    after, before = [guide, LogitNormalization(), penalty], [penalty, guide]
+    assert [generate(base, after, [prompt])[0] for prompt in PROMPTS] == expected
+    assert [generate(base, before, [prompt])[0] for prompt in PROMPTS] != expected
 
 
 @pytest.mark.parametrize("prompts", [["the cat", "there is no place", "a"], [[{"role": "user", "content": "hi"}]] * 2])
