@@ -28,6 +28,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
     Every ARM has a key-value cache of its own and is fed what it has not read: rows are compared with those of the
     call before, so that reordered rows, rejected drafts and new prompts are seen as what they are. The ARMs read the
     rows of `generate` without the pad tokens that they begin with; after `start`, prompts in their own templates.
+    What was read of a prompt serves its own texts and prompts that go on from them, unless `release` forgets it.
 
     Args:
         base: the model that generates; adapters of it share its weights. Never modified.
@@ -98,7 +99,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         return dict(zip(("input_ids", "attention_mask"), (each.to(device) for each in self._prompts[0])))
 
     def release(self) -> None:
-        """Free the caches and forget the prompts: the next call is read as it comes."""
+        """Free the caches and forget the prompts of `start`."""
         self._prompts = None
         for reader in self._readers:
             reader.forget()
@@ -170,20 +171,22 @@ class _Reader:
 
     def forget(self) -> None:
         self.rows = torch.empty(0, 0, dtype=torch.long)
+        self.prompt = 1  # tokens that each had at first
         self.cache = DynamicCache()  # not by the config: sliding windows that dropped a token can't roll back over it
 
     def logits(self, tokens: Tensor, mask: Tensor, pad_token_id: int | None) -> Tensor:
         """Of what follows each row. tokens: int64 [R, t]; mask: bool [R, t], False on the left → [R, V]."""
         tokens = self._readable(tokens.to(self.member.device), mask.to(self.member.device), pad_token_id)
-        rows, cache = self.rows, self.cache
+        rows, prompt, cache = self.rows, self.prompt, self.cache
         self.forget()  # should the forward fail
         parents, kept = parents_of(tokens, rows)
-        if not kept:
-            cache = self.cache
-        elif parents != list(range(len(rows))):
-            cache.batch_select_indices(torch.tensor(parents))
-        if 0 < kept < rows.shape[1]:
-            cache.crop(kept - rows.shape[1])
+        if kept < prompt:  # another generation, before which the ARM may have been trained
+            prompt, kept, cache = tokens.shape[1], 0, self.cache
+        else:
+            if parents != list(range(len(rows))):
+                cache.batch_select_indices(torch.tensor(parents))
+            if kept < rows.shape[1]:
+                cache.crop(kept - rows.shape[1])
         mask = tokens != PADDING
         logits = self.member.model(
             input_ids=tokens[:, kept:].clamp_min(0),
@@ -193,7 +196,7 @@ class _Reader:
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        self.rows, self.cache = tokens, cache
+        self.rows, self.prompt, self.cache = tokens, prompt, cache
         return logits[:, -1]
 
     def _readable(self, tokens: Tensor, mask: Tensor, pad_token_id: int | None) -> Tensor:

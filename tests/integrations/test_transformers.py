@@ -151,16 +151,30 @@ def test_an_assistant_changes_nothing(guide, base, tiny_model):
 
 
 def test_calls_after_calls(guide, base):
-    """Other prompts, fewer rows, more rows, the same again, one that goes on."""
+    """Fewer rows, more rows, the same again are read anew; of one that goes on, only what is new."""
     checked = Checked(guide)
+
+    def fed(prompts: Sequence[Sequence[int]], new: int) -> int:
+        before, steps = checked.counted.columns, checked.steps
+        generate(base, checked, prompts, max_new_tokens=new, min_new_tokens=new)
+        assert checked.steps == steps + new
+        return checked.counted.columns - before
+
+    for prompts in (PROMPTS, PROMPTS[:1], [[20, 21], *PROMPTS], PROMPTS[::-1], [*PROMPTS[::-1], PROMPTS[0]]):
+        assert fed(prompts, 4) == 6 + 4 - 1
+    (text,) = generate(base, checked, PROMPTS[:1])
+    assert fed([PROMPTS[0] + text + [30, 31]], 4) == 3 + 4 - 1  # the last token of a text was not fed
+
+
+def test_an_arm_may_be_trained_between_calls(base, padded_tokenizer):
+    arm = build_model("llama", 1)
+    checked = Checked(GenARMLogitsProcessor(base, arm, tokenizer=padded_tokenizer))
     first = generate(base, checked, PROMPTS)
-    for prompts in (PROMPTS[:1], [[20, 21], *PROMPTS], PROMPTS[::-1], [PROMPTS[0] + first[0] + [30, 31]]):
-        generate(base, checked, prompts)
-    fed = checked.counted.columns
-    generate(base, checked, [PROMPTS[0] + first[0] + [30, 31]], max_new_tokens=1)
-    assert checked.counted.columns == fed + 1  # all but the last token was there
-    guide.release()
-    assert generate(base, checked, PROMPTS) == first
+    for parameter in arm.parameters():
+        parameter.data *= 1.5
+    assert generate(base, checked, PROMPTS) != first
+    arm.model.norm.weight.data *= 1.5
+    generate(base, checked, [[*PROMPTS[0][:4], 30, 31, 32, 33]])
 
 
 def test_faults_would_be_seen(guide, base, monkeypatch):
@@ -182,7 +196,7 @@ def test_faults_would_be_seen(guide, base, monkeypatch):
     generate(base, Checked(guide), PROMPTS[:1])
     monkeypatch.setattr(integration, "parents_of", by_length)
     with pytest.raises(AssertionError):
-        generate(base, Checked(guide), [[5, 6, 30, 31, 32, 33]])
+        generate(base, Checked(guide), [[5, 6, 30, 31, 32, 33, 34, 35]])
 
 
 def test_a_forward_that_failed_leaves_nothing_behind(guide, base, monkeypatch):
