@@ -163,7 +163,11 @@ def test_calls_after_calls(guide, base):
     for prompts in (PROMPTS, PROMPTS[:1], [[20, 21], *PROMPTS], PROMPTS[::-1], [*PROMPTS[::-1], PROMPTS[0]]):
         assert fed(prompts, 4) == 6 + 4 - 1
     (text,) = generate(base, checked, PROMPTS[:1])
-    assert fed([PROMPTS[0] + text + [30, 31]], 4) == 3 + 4 - 1  # the last token of a text was not fed
+    longer = [*PROMPTS[0], *text, 30, 31]
+    assert fed([longer], 4) == 3 + 4 - 1  # the last token of a text was not fed
+    (text,) = generate(base, checked, [longer])
+    longer = [*longer, *text, 40]
+    assert fed([longer, longer[::-1]], 4) == len(longer) + 4 - 1  # one of them doesn't go on
 
 
 def test_an_arm_may_be_trained_between_calls(base, padded_tokenizer):
