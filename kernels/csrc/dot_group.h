@@ -1,7 +1,7 @@
 // The innermost loop of small_linear: products of a few rows and a few outputs, held in registers. Only for files that
 // are compiled once per instruction set, AVX2 at least.
 //
-// Two fused multiply-adds per pair of bfloat16, not one vdpbf16ps: that has half their rate (Sapphire Rapids: 43
+// Two fused multiply-adds per pair of bfloat16, not one vdpbf16ps: that has half their rate (Emerald Rapids: 43
 // billion products a second, 89 with FMA; 79 with the conversions for 8 rows), and flushes subnormal numbers.
 #pragma once
 

@@ -49,6 +49,8 @@ forced = os.environ.get("GENARM_FAST_ISA")
 if forced == "none":
     core = None
 elif forced and core is not None:
+    if forced not in core.instruction_sets():
+        raise ValueError(f"GENARM_FAST_ISA={forced}: expected none or one of {', '.join(core.instruction_sets())}")
     core.use(forced)
 
 

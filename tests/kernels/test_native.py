@@ -296,6 +296,9 @@ def test_environment_turns_the_core_off():
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="'mmx': expected one of"):
         _native.core.use("mmx")
+    env = os.environ | {"GENARM_FAST_ISA": "mmx"}
+    done = subprocess.run([sys.executable, "-c", "import genarm_fast.kernels"], env=env, capture_output=True, text=True)
+    assert f"GENARM_FAST_ISA=mmx: expected none or one of {', '.join(ISAS)}" in done.stderr
 
 
 def test_a_core_older_than_its_sources_is_told(tmp_path, recwarn):
