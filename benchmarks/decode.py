@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, StaticCache
 
 from genarm_fast import GenARM
+from genarm_fast.timing import take_turns
 
 TEXT = "Write a short review of the film that you saw last night, and say whether you would see it again."
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -139,14 +140,8 @@ def random_models(base: str, billions: float) -> Iterator[tuple[str, list[str]]]
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds of each."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if round_:
-                seconds[name].append(clock() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+    turns = {name: lambda turn, run=run: run() for name, run in runs.items()}
+    return {name: statistics.median(each) for name, each in take_turns(turns, rounds, clock).items()}
 
 
 def peak_memory(base: str, arms: list[str], dtype: str, tokens: int) -> dict[str, float]:

@@ -210,5 +210,5 @@ def _doubt(rounds: int, result: Measured) -> str:
 
     if rounds < LEAST_ROUNDS:
         return f"{rounds} round{'s' * (rounds != 1)}, expected at least {LEAST_ROUNDS} (--rounds)"
-    wide = ", ".join(f"{LABELS[name]} ± {spread:.0%}" for name, spread in result.spreads.items() if spread > TRUSTED)
+    wide = ", ".join(f"{LABELS[name]} ± {spread:.1%}" for name, spread in result.spreads.items() if spread > TRUSTED)
     return f"{wide}, expected at most {TRUSTED:.0%} (more --rounds, --new-tokens)"
