@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,7 +73,7 @@ def measure(
     alone = make(model.members[:1], speculation="off")
     plain = make(model.members, speculation="off")
     drafting = make(model.members, speculation="auto")
-    outputs: dict[str, list[GenerationOutput]] = {name: [] for name in CONTENDERS}
+    outputs: dict[str, list[GenerationOutput]] = {"base": [], "guided": [], "guided_drafts": []}
     learning: Counter[str] = Counter()
 
     def turns_prompts(turn: int) -> list[Prompt]:
@@ -104,23 +104,10 @@ def measure(
     clock_name, clock = clock_of(devices)
     seconds = take_turns(runs, rounds, clock, ran)
 
-    speeds = {name: interval([batch * new_tokens / each for each in spent]) for name, spent in seconds.items()}
-    relative = {
-        unguided: {
-            name: interval([before / after for before, after in zip(seconds[unguided], spent)])
-            for name, spent in seconds.items()
-            if name != unguided
-        }
-        for unguided in ("hugging_face", "base")
-    }
+    speeds, relative = _figures(seconds, batch * new_tokens)
     spreads = {
         name: max(each[name].spread for each in (speeds, *relative.values()) if name in each) for name in CONTENDERS
     }
-    timed = outputs["guided_drafts"][batch:]
-    turns, drafted, accepted = (
-        sum(getattr(output.rounds, name) for output in timed) for name in ("rounds", "drafted", "accepted")
-    )
-    pairs = list(zip(outputs["guided"], outputs["guided_drafts"]))
     lengths = [len(output.prompt_token_ids) for output in outputs["base"]]
     return Measured(
         batch=batch,
@@ -131,14 +118,38 @@ def measure(
         trusted=rounds >= LEAST_ROUNDS and max(spreads.values()) <= TRUSTED,
         prompt_tokens=(min(lengths), max(lengths)),
         clock=clock_name,
-        drafts=Drafts(
-            chosen=dict(_chosen(drafting) - learning),
-            drafted=drafted,
-            accepted=accepted,
-            tokens_per_round=len(timed) * new_tokens / turns,
-            texts=len(pairs),
-            same_texts=sum(off.token_ids == auto.token_ids for off, auto in pairs),
-        ),
+        drafts=_drafts(outputs["guided"], outputs["guided_drafts"], batch, dict(_chosen(drafting) - learning)),
+    )
+
+
+def _figures(
+    seconds: Mapping[str, Sequence[float]], tokens: int
+) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
+    """Tokens per second, and the ratios to both unguided contenders, each taken within a round."""
+    speeds = {name: interval([tokens / each for each in spent]) for name, spent in seconds.items()}
+    relative = {
+        unguided: {
+            name: interval([before / after for before, after in zip(seconds[unguided], spent)])
+            for name, spent in seconds.items()
+            if name != unguided
+        }
+        for unguided in ("hugging_face", "base")
+    }
+    return speeds, relative
+
+
+def _drafts(
+    plain: Sequence[GenerationOutput], drafted: Sequence[GenerationOutput], warm_up: int, chosen: dict[str, int]
+) -> Drafts:
+    """Of all outputs without drafts and with them, of which the first `warm_up` were not timed."""
+    timed = drafted[warm_up:]
+    return Drafts(
+        chosen=chosen,
+        drafted=sum(output.rounds.drafted for output in timed),
+        accepted=sum(output.rounds.accepted for output in timed),
+        tokens_per_round=sum(len(output.token_ids) for output in timed) / sum(o.rounds.rounds for o in timed),
+        texts=len(plain),
+        same_texts=sum(off.token_ids == auto.token_ids for off, auto in zip(plain, drafted)),
     )
 
 
