@@ -129,6 +129,7 @@ def _about(args: argparse.Namespace, model: GenARM, prompts: int) -> dict[str, A
     import transformers
 
     from genarm_fast.backbone import in_one_forward
+    from genarm_fast.kernels import _native
 
     forwards = [[model.members[i].name for i in group] for group in in_one_forward(model.members)]
     device = model.base.device
@@ -141,6 +142,7 @@ def _about(args: argparse.Namespace, model: GenARM, prompts: int) -> dict[str, A
         "processor": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "cpp_core": _native.core is not None,
         "threads": torch.get_num_threads(),
         "prompts": prompts,
         "new_tokens": args.new_tokens,
@@ -184,7 +186,8 @@ def _show(out: Console, about: dict[str, Any], results: list[Measured]) -> None:
     dtypes = ", ".join(sorted(set(about["dtypes"].values())))
     threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    out.print(f"{about['device']} ({about['processor']}), {threads}, {dtypes}; {versions}")
+    core = "" if about["cpp_core"] or about["device"] != "cpu" else "WITHOUT THE C++ CORE (see docs/kernels.md), "
+    out.print(f"{about['device']} ({about['processor']}), {core}{threads}, {dtypes}; {versions}")
 
 
 def _drafts_line(drafts: Drafts) -> str:

@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 from genarm_fast import GenARM
 from genarm_fast.cli.bench import LABELS
 from genarm_fast.controller import Controller
+from genarm_fast.kernels import _native
 
 QUICK = ["--batch", "1", "2", "--new-tokens", "6", "--rounds", "2"]
 SECONDS = {"hugging_face": 8.0, "base": 4.0, "guided": 5.0, "guided_drafts": 2.0}
@@ -155,6 +156,7 @@ def test_table(cli: Callable, models: Any) -> None:
     for expected in ("batch 1", "batch 2", *LABELS.values(), "weights: one=1.5, two=-0.25", "too short to trust: 2"):
         assert expected in result.out
     text = " ".join(result.out.split())
+    assert ("WITHOUT THE C++ CORE" in text) == (_native.core is None)
     assert "all 3 texts are the same tokens" in text
     assert "all 6 texts are the same tokens" in text
     assert "CPU time of whole calls: 6 new tokens" in text
@@ -198,6 +200,13 @@ def test_adapters_of_the_base_are_shown_to_share_its_forward(cli: Callable, mode
     found = json.loads(cli("bench", *options, "--json").out)
     assert found["about"]["forwards"] == [["base", "lora"], ["arm"]]
     assert "forwards: base + lora in one; arm" in cli("bench", *options).out
+
+
+def test_a_missing_core_is_told(cli: Callable, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [*models.options, "--batch", "1", "--new-tokens", "2", "--rounds", "1"]
+    monkeypatch.setattr("genarm_fast.kernels._native.core", None)
+    assert "WITHOUT THE C++ CORE" in cli("bench", *options).out
+    assert json.loads(cli("bench", *options, "--json").out)["about"]["cpp_core"] is False
 
 
 def test_prompts_come_from_where_they_are_said_to(cli: Callable, models: Any, calls: Calls, tmp_path: Path) -> None:
