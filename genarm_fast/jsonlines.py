@@ -22,7 +22,10 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             with located(path, number):
-                row = json.loads(line.decode("utf-8"))
+                try:
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows marks files so
+                except ValueError as error:
+                    raise ValueError(f"expected a JSON object, got {line.strip()[:40]!r}: {error}") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, got {line.strip()[:40]!r}")
             yield number, row

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from .members import Member
-from .templates import chat_ids, end_of_answer, text_ids
+from .templates import chat_ids, end_of_answer, ended, text_ids
 
 Prompt = str | list[dict[str, str]] | list[int]
 
@@ -130,8 +130,7 @@ def check_ids(member: Member, ids: Sequence[int], index: int) -> None:
 def encode_response(member: Member, prompt: Prompt, response: str, eos_token_ids: frozenset[int]) -> list[int]:
     """Token ids of a whole response to a prompt, with the token that ends it, as in training."""
     end = end_of_answer(member.tokenizer, member.chat_template if isinstance(prompt[0], dict) else None, eos_token_ids)
-    ids = member.tokenizer(response, add_special_tokens=False)["input_ids"]
-    return [*ids, *([] if end is None else [end])]
+    return ended(list(member.tokenizer(response, add_special_tokens=False)["input_ids"]), end)
 
 
 def check_context(member: Member, prompt_tokens: int, new_tokens: int, index: int) -> None:

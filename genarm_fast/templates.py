@@ -46,5 +46,10 @@ def end_of_answer(
     return tokenizer.eos_token_id
 
 
+def ended(response: list[int], end: int | None) -> list[int]:
+    """A whole response with the token that ends it, once also where its text spells that token out."""
+    return response if end is None or response[-1:] == [end] else [*response, end]
+
+
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Any, chat_template: str, **options: Any) -> str:
     return str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options))

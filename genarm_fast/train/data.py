@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ from .config import TrainConfig
 
 Message = dict[str, str]
 TURN = "\n\nAssistant:"
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # files of these are no JSON lines
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One comparison. `row` counts from 0. An incomplete response was cut on purpose and gets no EOS."""
+    """One comparison. An incomplete response was cut on purpose and gets no EOS.
+
+    `row` counts rows from 0; `line`, for errors, the lines of the file from 1, blank ones too.
+    """
 
     row: int
     prompt: str | list[Message]
@@ -27,6 +31,7 @@ class Pair:
     rejected: str
     chosen_complete: bool = True
     rejected_complete: bool = True
+    line: int = field(default=0, compare=False)
 
     @property
     def key(self) -> str:
@@ -48,8 +53,12 @@ class Dropped(Exception):
     """This row is well-formed but no usable pair."""
 
 
-def load_pairs(source: str, *, dataset_split: str = "train", dataset_dir: str | None = None) -> Pairs:
+def load_pairs(
+    source: str, *, dataset_split: str = "train", dataset_dir: str | None = None, name: str = "data"
+) -> Pairs:
     """Reads every row; the first one tells the format, "text", "messages" or "transcript".
+
+    name: what errors call the argument `source`.
 
     Raises:
         ValueError: a malformed row, naming source, line and field; no usable pair.
@@ -59,7 +68,7 @@ def load_pairs(source: str, *, dataset_split: str = "train", dataset_dir: str | 
     dropped: Counter[str] = Counter()
     seen: set[bytes] = set()
     rows = 0
-    for number, row in _rows(source, dataset_split, dataset_dir):
+    for number, row in _rows(name, source, dataset_split, dataset_dir):
         with located(source, number):
             found = _detect(row)
             format = format or found
@@ -71,7 +80,7 @@ def load_pairs(source: str, *, dataset_split: str = "train", dataset_dir: str | 
                 if identity in seen:
                     raise Dropped("duplicate")
                 seen.add(identity)
-                pairs.append(pair)
+                pairs.append(replace(pair, line=number))
             except Dropped as reason:
                 dropped[str(reason)] += 1
         rows += 1
@@ -87,7 +96,7 @@ def split_pairs(pairs: list[Pair], config: TrainConfig) -> tuple[list[Pair], lis
     """
     if config.eval_data is not None:
         return pairs, load_pairs(
-            config.eval_data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir
+            config.eval_data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir, name="eval_data"
         ).pairs
     held = [pair for pair in pairs if is_held_out(pair, config)]
     return [pair for pair in pairs if not is_held_out(pair, config)], held
@@ -100,15 +109,23 @@ def is_held_out(pair: Pair, config: TrainConfig) -> bool:
     return int.from_bytes(digest[:8], "big") < config.holdout_fraction * 2**64
 
 
-def _rows(source: str, dataset_split: str, dataset_dir: str | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(
+    name: str, source: str, dataset_split: str, dataset_dir: str | None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if Path(source).is_file():
+        if source.endswith(TABLES):
+            raise ValueError(f"{name}={source!r}: expected JSON lines, or a folder of such tables, for `datasets`")
         yield from read_objects(source)
-    elif source.endswith((".jsonl", ".json", ".gz")):
-        raise ValueError(f"data={source!r}: expected a file that exists, or a `datasets` id")
+    elif source.endswith((".jsonl", ".json", ".gz", *TABLES)):
+        raise ValueError(f"{name}={source!r}: expected a file that exists, or a `datasets` id")
     else:
         from datasets import load_dataset
 
-        yield from enumerate(load_dataset(source, data_dir=dataset_dir, split=dataset_split), 1)
+        try:
+            rows = load_dataset(source, data_dir=dataset_dir, split=dataset_split)
+        except (ValueError, FileNotFoundError) as error:  # no data there, or no such split
+            raise ValueError(f"{name}={source!r}, dataset_split={dataset_split!r}: {error}") from error
+        yield from enumerate(rows, 1)
 
 
 def _detect(row: Mapping[str, Any]) -> str:
@@ -141,10 +158,10 @@ def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
 def _pair(index: int, row: Mapping[str, Any], prompt: str | list[Message], chosen: str, rejected: str) -> Pair:
     complete = []
     for name in ("chosen_complete", "rejected_complete"):
-        value = row.get(name, True)
-        if not isinstance(value, bool):
+        value = row.get(name)  # None: `datasets` fills up columns that some rows lack
+        if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
-        complete.append(value)
+        complete.append(value is not False)
     if chosen == rejected:
         raise Dropped("chosen equals rejected")
     if not chosen.strip() or not rejected.strip():
@@ -153,7 +170,10 @@ def _pair(index: int, row: Mapping[str, Any], prompt: str | list[Message], chose
 
 
 def _parse_text(index: int, row: Mapping[str, Any]) -> Pair:
-    return _pair(index, row, _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
+    prompt, chosen, rejected = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
+    if prompt.rstrip().endswith(TURN) and chosen.startswith(prompt) and rejected.startswith(prompt):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # whole transcripts beside their beginning
+    return _pair(index, row, prompt, chosen, rejected)
 
 
 def _parse_transcript(index: int, row: Mapping[str, Any]) -> Pair:
@@ -168,6 +188,17 @@ def _parse_transcript(index: int, row: Mapping[str, Any]) -> Pair:
     return _pair(index, row, prompts[0], texts[0][len(prompts[0]) :], texts[1][len(prompts[1]) :])
 
 
+def _joined(prompt: list[Message], common: list[Message]) -> list[Message]:
+    """The prompt and what both sides begin with, once where they are the same but for a system message, say."""
+    if not common or prompt[-len(common) :] == common:
+        return prompt
+    if common[-len(prompt) :] == prompt:
+        return common
+    if prompt[-1]["role"] == "user" and common[0]["role"] != "assistant":
+        raise ValueError("field 'chosen': expected the messages of 'prompt' first, or the response alone")
+    return [*prompt, *common]
+
+
 def _parse_messages(index: int, row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt")
     prefix = (
@@ -178,10 +209,13 @@ def _parse_messages(index: int, row: Mapping[str, Any]) -> Pair:
         for name in ("chosen", "rejected")
     ]
     # Some data sets repeat the prompt in front of each response.
-    sides = [side[len(prefix) :] if side[: len(prefix)] == prefix else side for side in sides]
+    repeated = [side[: len(prefix)] == prefix for side in sides]
+    sides = [side[len(prefix) :] if again else side for side, again in zip(sides, repeated)]
+    common: list[Message] = []
     while len(sides[0]) > 1 and len(sides[1]) > 1 and sides[0][0] == sides[1][0]:
-        prefix = [*prefix, sides[0][0]]
+        common.append(sides[0][0])
         sides = [side[1:] for side in sides]
+    prefix = [*prefix, *common] if any(repeated) else _joined(prefix, common)
     if not prefix:
         raise ValueError("field 'prompt': expected messages before the responses, found none")
     for name, side in zip(("chosen", "rejected"), sides):

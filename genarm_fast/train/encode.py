@@ -6,9 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..templates import chat_ids, default_template, end_of_answer, text_ids
+from ..jsonlines import located
+from ..templates import chat_ids, default_template, end_of_answer, ended, text_ids
 from .config import TrainConfig
 from .data import TURN, Message, Pair
 
@@ -40,13 +42,14 @@ class Encoder:
         if config.as_chat and self.chat_template is None:
             raise ValueError("as_chat=True: expected a tokenizer with a chat template, or chat_template")
 
-    def __call__(self, pairs: list[Pair]) -> tuple[list[Encoded], Counter[str]]:
-        """Encoded pairs within the limits, and why the others were dropped."""
+    def __call__(self, pairs: list[Pair], source: str) -> tuple[list[Encoded], Counter[str]]:
+        """Encoded pairs within the limits, and why the others were dropped. `source`: their file, for errors."""
         config = self.config
         kept: list[Encoded] = []
         dropped: Counter[str] = Counter()
         for pair in pairs:
-            prompt, chosen, rejected = self.encode(pair)
+            with located(source, pair.line):
+                prompt, chosen, rejected = self.encode(pair)
             if max(len(chosen), len(rejected)) > config.max_response_tokens:
                 dropped["response too long"] += 1
                 continue
@@ -73,15 +76,16 @@ class Encoder:
         elif self.chat_template is None:
             raise ValueError("the data has chat messages: expected a tokenizer with a chat template, or chat_template")
         else:
-            ids, end = chat_ids(self.tokenizer, prompt, self.chat_template), self._end_of_chat_answer
+            try:
+                ids, end = chat_ids(self.tokenizer, prompt, self.chat_template), self._end_of_chat_answer
+            except TemplateError as error:  # wrong itself, or it refuses these roles
+                raise ValueError(f"the chat template can't render the prompt: {error}") from error
         if not ids:
-            raise ValueError(
-                f"row {pair.row}: the prompt has no tokens and the tokenizer adds none: nothing predicts the response"
-            )
+            raise ValueError("the prompt has no tokens and the tokenizer adds none: nothing predicts the response")
         sides = []
         for text, complete in ((chosen, pair.chosen_complete), (rejected, pair.rejected_complete)):
             response = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            sides.append([*response, end] if complete else response)
+            sides.append(ended(response, end) if complete else response)
         return ids, sides[0], sides[1]
 
     @cached_property

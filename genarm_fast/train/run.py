@@ -129,8 +129,8 @@ def _read(config: TrainConfig, tokenizer: Any) -> _Data:
     encoder = Encoder(tokenizer, config, _stop_ids(config.base))
     source = load_pairs(config.data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir)
     train_pairs, held_out_pairs = split_pairs(source.pairs, config)
-    training, dropped = encoder(train_pairs)
-    held_out, held_out_dropped = encoder(held_out_pairs)
+    training, dropped = encoder(train_pairs, config.data)
+    held_out, held_out_dropped = encoder(held_out_pairs, config.eval_data or config.data)
     training = sample(training, config.max_pairs, config.seed)
     if not training:
         raise ValueError(

@@ -16,6 +16,8 @@ from genarm_fast.train.data import Pair, load_pairs, split_pairs
 Write = Callable[..., Path]
 USER = {"role": "user", "content": "hi"}
 GOOD, BAD = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+SYSTEM = {"role": "system", "content": "be brief"}
+SYSTEM_CASE = ("messages", [SYSTEM, USER], "yes", "no")
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why\n\nAssistant:"
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
@@ -30,6 +32,18 @@ TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ({"prompt": [USER], "chosen": "yes", "rejected": "no"}, "messages", [USER], "yes", "no"),
         # UltraFeedback repeats the prompt in both sides; others have no prompt column at all
         ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "messages", [USER], "yes", "no"),
+        # a system message in both sides alone, or in the prompt alone; the prompt as a later turn
+        ({"prompt": "hi", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, *SYSTEM_CASE),
+        ({"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, *SYSTEM_CASE),
+        ({"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, *SYSTEM_CASE),
+        (
+            {"prompt": "hi", "chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
+            "messages",
+            [USER, GOOD, USER],
+            "yes",
+            "no",
+        ),
+        ({"prompt": HH, "chosen": HH + " yes", "rejected": HH + " no"}, "text", HH, " yes", " no"),
         (
             {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
             "messages",
@@ -92,6 +106,10 @@ def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[s
             {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]},
             "field 'chosen': expected one assistant message",
         ),
+        (
+            {"prompt": "hi ", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            "field 'chosen': expected the messages of 'prompt' first, or the response alone",
+        ),
         ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, "field 'prompt': expected messages with"),
     ],
 )
@@ -107,9 +125,39 @@ def test_broken_json_names_its_line(tmp_path: Path) -> None:
         load_pairs(str(path))
 
 
-def test_missing_file() -> None:
-    with pytest.raises(ValueError, match=r"data='nowhere.jsonl': expected a file that exists"):
-        load_pairs("nowhere.jsonl")
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.csv"])
+def test_missing_file(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"data='{name}': expected a file that exists"):
+        load_pairs(name)
+    with pytest.raises(ValueError, match=rf"eval_data='{name}': expected a file that exists"):
+        split_pairs([], TrainConfig(base="b", data="d", output="o", eval_data=name))
+
+
+def test_tables_are_no_json_lines(tmp_path: Path) -> None:
+    """But a folder of them is a data set."""
+    pytest.importorskip("datasets")
+    path = tmp_path / "pairs.csv"
+    path.write_text("prompt,chosen,rejected\np,a,b\n")
+    with pytest.raises(ValueError, match=r"data='.*pairs.csv': expected JSON lines, or a folder of such tables"):
+        load_pairs(str(path))
+    assert load_pairs(str(tmp_path)).pairs == [Pair(0, "p", "a", "b")]
+    with pytest.raises(ValueError, match=rf"data='{tmp_path}', dataset_split='tast': .*tast"):
+        load_pairs(str(tmp_path), dataset_split="tast")
+
+
+def test_what_windows_writes(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(TEXT).encode() + b"\r\n\r\n" + json.dumps(TEXT).encode() + b"x\r\n")
+    with pytest.raises(ValueError, match="line 3: expected a JSON object, got b'"):
+        load_pairs(str(path))
+    path.write_bytes(path.read_bytes().replace(b"x\r", b"\r").replace(b'"a"', b'"c"', 1))
+    assert [(pair.row, pair.line) for pair in load_pairs(str(path)).pairs] == [(0, 1), (1, 3)]
+
+
+def test_a_column_filled_up_with_null_is_missing(write_jsonl: Write) -> None:
+    rows = [TEXT | {"chosen_complete": False, "rejected_complete": None}]
+    (pair,) = load_pairs(str(write_jsonl(rows))).pairs
+    assert (pair.chosen_complete, pair.rejected_complete) == (False, True)
 
 
 def test_useless_pairs_are_dropped_and_counted(write_jsonl: Write) -> None:

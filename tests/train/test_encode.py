@@ -79,10 +79,17 @@ def test_incomplete_responses_get_no_eos(tokenizer: PreTrainedTokenizerFast) -> 
     assert texts(tokenizer, Pair(0, "the", "cat", "mat", chosen_complete=False)) == ["the", "cat", "mat</s>"]
 
 
+def test_an_eos_in_the_text_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = Pair(0, "the", "cat</s>", "mat")
+    found = [encoder(tokenizer).encode(pair)[1:], encoder(tokenizer, as_chat=True).encode(pair)[1:]]
+    for chosen, rejected in found:
+        assert (tokenizer.decode(chosen), tokenizer.decode(rejected)) == ("cat</s>", "mat</s>")
+
+
 def test_limits(tokenizer: PreTrainedTokenizerFast) -> None:
     """A response of exactly the limit, EOS included, stays; one more token drops the pair."""
     pairs = [Pair(0, "qqqq", "xxx", "x"), Pair(1, "qqqq", "x", "xxxx"), Pair(2, "qqqqq", "x", "xx")]
-    kept, dropped = encoder(tokenizer, max_prompt_tokens=4, max_response_tokens=4)(pairs)
+    kept, dropped = encoder(tokenizer, max_prompt_tokens=4, max_response_tokens=4)(pairs, "d")
     assert [pair.row for pair in kept] == [0]
     assert dropped == {"response too long": 1, "prompt too long": 1}
     assert kept[0].chosen[-1] == tokenizer.eos_token_id
@@ -90,14 +97,18 @@ def test_limits(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_long_prompts_can_lose_their_start(bos_tokenizer: PreTrainedTokenizerFast) -> None:
     cut = encoder(bos_tokenizer, max_prompt_tokens=4, long_prompts="truncate")
-    kept, counts = cut([Pair(0, "vwxyz", "a", "b"), Pair(1, "xyz", "a", "b")])
+    kept, counts = cut([Pair(0, "vwxyz", "a", "b"), Pair(1, "xyz", "a", "b")], "d")
     assert [bos_tokenizer.decode(pair.prompt) for pair in kept] == ["<s>xyz", "<s>xyz"]
     assert counts == {"prompt truncated, kept": 1}
 
 
 def test_errors(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="row 7: the prompt has no tokens"):
-        encoder(tokenizer).encode(Pair(7, "", "a", "b"))
+    with pytest.raises(ValueError, match="d line 8: the prompt has no tokens"):
+        encoder(tokenizer)([Pair(7, "", "a", "b", line=8)], "d")
+    refuses = "{{ raise_exception('no system role') }}"
+    for template, message in ((refuses, "no system role"), ("{{ oops", "unexpected end of template")):
+        with pytest.raises(ValueError, match=f"d line 3: the chat template can't render the prompt: {message}"):
+            encoder(tokenizer, as_chat=True, chat_template=template)([Pair(2, "hi", "a", "b", line=3)], "d")
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(ValueError, match="as_chat=True: expected a tokenizer with a chat template"):
