@@ -27,7 +27,10 @@ MASK32 = 0xFFFFFFFF
 
 
 def seed_tensor(seeds: list[int], device: torch.device | str | None = None) -> Tensor:
-    """Seeds 0..2^64-1 as int64 [R]: the same 64 bits, since torch computes little in uint64."""
+    """Seeds 0..2^64-1 as int64 [R]: the same 64 bits, since torch computes little in uint64. ValueError for others."""
+    for seed in seeds:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed {seed}: expected 0..{(1 << 64) - 1}")
     return torch.tensor([seed - (1 << 64) if seed >> 63 else seed for seed in seeds], dtype=torch.int64, device=device)
 
 

@@ -41,8 +41,9 @@ class SmallLinear:
     """y = x Wᵀ + bias, prepared once for many calls, each of which costs 1.5 µs more than its arithmetic.
 
     weight: [out, in]; bias: [out]; `loras` share their dtype and device. The tensors are kept, and read at every call:
-    changes in place count, but a moved or replaced parameter needs a new SmallLinear. So does one whose storage moves
-    under it (`share_memory_`): the addresses are kept, since looking them up misses the caches. It has no gradient.
+    changes in place count, but not those of one that is not contiguous (PEFT's lora_B transposed), which is copied. A
+    moved or replaced parameter needs a new SmallLinear; so does one whose storage moves under it (`share_memory_`): the
+    addresses are kept, since looking them up misses the caches. It has no gradient.
 
     Raises:
         ValueError: shapes that do not fit together, or tensors of different dtypes or devices.

