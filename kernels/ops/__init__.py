@@ -1,5 +1,6 @@
 """Kernels of guided decoding, usable alone: tensors in, tensors out (one op per file)."""
 
+from .arm_logps import arm_logps, arm_logps_reference
 from .guided_sample import GuidedSample, guided_sample, guided_sample_reference
 from .philox import gumbel, seed_tensor
 from .ragged_attention import (
@@ -10,7 +11,7 @@ from .ragged_attention import (
 )
 from .rms_norm import rms_norm, rms_norm_reference
 from .rotary import rotary, rotary_reference
-from .settle import Settled, settle
+from .settle import Settled, settle, settle_reference
 from .silu_mul import silu_mul, silu_mul_reference
 from .small_linear import Lora, SiblingLinears, SmallLinear, small_linear
 
@@ -20,6 +21,8 @@ __all__ = [
     "Settled",
     "SiblingLinears",
     "SmallLinear",
+    "arm_logps",
+    "arm_logps_reference",
     "guided_sample",
     "guided_sample_reference",
     "gumbel",
@@ -33,6 +36,7 @@ __all__ = [
     "rotary_reference",
     "seed_tensor",
     "settle",
+    "settle_reference",
     "silu_mul",
     "silu_mul_reference",
     "small_linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genarm_fast.kernels import arm_logps as module
-from genarm_fast.kernels.arm_logps import IGNORE, arm_logps, arm_logps_reference
+from genarm_fast.kernels import arm_logps, arm_logps_reference
+from genarm_fast.kernels.arm_logps import BLOCK, IGNORE, KEPT_ELEMENTS
 
 VARIANTS = {
     "plain": {},
@@ -37,8 +38,8 @@ def inputs(
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """8 tokens and a vocabulary of 11 in blocks of 3 x 4, the last ones ragged; five of the nine are kept."""
-    monkeypatch.setitem(module.BLOCK, "cpu", (3, 4))
-    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 60)
+    monkeypatch.setitem(BLOCK, "cpu", (3, 4))
+    monkeypatch.setitem(KEPT_ELEMENTS, "cpu", 60)
 
 
 def test_hand_worked() -> None:
@@ -89,7 +90,7 @@ def test_precisions(
     dtype: torch.dtype, tolerance: float, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums come in float32, gradients in the dtype of their tensor, both near float64."""
-    monkeypatch.setitem(module.BLOCK, "cpu", block)
+    monkeypatch.setitem(BLOCK, "cpu", block)
     hidden, weight, labels = inputs(2, 7, 32, 501, dtype)
     sums = arm_logps(hidden, weight, labels)
     assert sums.dtype == torch.float32
@@ -149,7 +150,7 @@ def test_masked_vocabulary() -> None:
 @pytest.mark.parametrize("block", [(2, 3), (1, 1)])
 def test_extreme_logits(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of ±1e4 neither overflow nor lose the label's log-probability, in whichever block the highest is."""
-    monkeypatch.setitem(module.BLOCK, "cpu", block)
+    monkeypatch.setitem(BLOCK, "cpu", block)
     hidden = torch.tensor([[[1e4], [-1e4]]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
     logps = arm_logps(hidden, weight, torch.tensor([[0, 0]]), return_tokens=True)
@@ -180,6 +181,7 @@ def test_kept_logits_serve_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         computed += 1
         compute(*args)
 
+    module = sys.modules[arm_logps.__module__]
     compute = module._logits_
     monkeypatch.setattr(module, "_logits_", count)
     hidden, weight, labels = inputs()
@@ -217,8 +219,8 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize("train_weight", [False, True])
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, train_weight: bool) -> None:
     """Never [N, T, V]: at [4, 256, 4096] forward and backward stay within a few blocks, an eighth of the logits."""
-    monkeypatch.setitem(module.BLOCK, "cpu", (256, 128))
-    monkeypatch.setitem(module.KEPT_ELEMENTS, "cpu", 1 << 16)
+    monkeypatch.setitem(BLOCK, "cpu", (256, 128))
+    monkeypatch.setitem(KEPT_ELEMENTS, "cpu", 1 << 16)
     hidden, weight, labels = inputs(4, 256, 8, 4096, torch.float32)
     weight.requires_grad_(train_weight)
     peaks = []
