@@ -103,6 +103,7 @@ class TrainConfig:
         for name, least in AT_LEAST.items():
             value = getattr(self, name)
             self._need(name, value is None or value >= least, f"at least {least}")
+        self._need("seed", self.seed < 2**32, "less than 2**32")  # NumPy's limit
         for name in POSITIVE:
             self._need(name, getattr(self, name) > 0, "a number above 0")
         for name in NOT_NEGATIVE:

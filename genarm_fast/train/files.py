@@ -6,17 +6,23 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+PARTIAL = "partial-"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` if the block succeeds."""
-    partial = path.with_name("partial-" + path.name)
-    yield partial
-    os.replace(partial, path)
+    partial = path.with_name(PARTIAL + path.name)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,9 +38,12 @@ def read_json(path: Path) -> Any:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a folder, made if missing, from other processes that ask for it; a kill gives it back.
 
+    A folder that was made for this and is still empty in the end goes away again.
+
     Raises:
         BlockingIOError: another process has it.
     """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -43,4 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
     except BlockingIOError:
         raise BlockingIOError(f"{folder}: another running process trains there") from None
     finally:
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
         os.close(handle)

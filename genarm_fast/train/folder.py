@@ -10,7 +10,7 @@ from typing import Any
 
 from .config import OPERATIONAL, TrainConfig, defaults
 from .encode import Encoded
-from .files import read_json, write_json
+from .files import PARTIAL, read_json, write_json
 
 
 class RunFolder:
@@ -35,8 +35,8 @@ class RunFolder:
                 raise ValueError(f"output={config.output!r} holds a run: expected another folder with resume='never'")
             self.state = read_json(self.path)
             self._check(config)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"output={config.output!r}: expected a new or empty folder, or one with a run to continue")
+        else:
+            check_folder(config)
 
     def once(self, name: str, decide: Callable[[], Any]) -> Any:
         """The value that this run has for `name`, decided at its first start."""
@@ -62,6 +62,15 @@ class RunFolder:
                 f"output={config.output!r} holds a run with other options or data (changed: {', '.join(changed)}): "
                 "expected another folder, or the same options"
             )
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Raises ValueError for an output that is a file, or a folder of other things than a run."""
+    folder = config.folder
+    if not folder.exists() or (folder / "run.json").is_file():
+        return
+    if not folder.is_dir() or any(not path.name.startswith(PARTIAL) for path in folder.iterdir()):
+        raise ValueError(f"output={config.output!r}: expected a new or empty folder, or one with a run to continue")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.training_args import OptimizerNames
 
 from ..fingerprint import fingerprint
-from ..sources import locate
+from ..sources import Source, locate
 from .artifacts import save_artifacts
 from .batches import Collator
 from .config import TrainConfig
 from .data import load_pairs, split_pairs
 from .encode import Encoded, Encoder
 from .files import locked
-from .folder import RunFolder
+from .folder import RunFolder, check_folder
 from .model import PairModel, add_lora, choose_dtype, choose_paths, load_base
 from .progress import progress_bar
 from .trainer import ArmTrainer, checkpoints, last_checkpoint, sample
@@ -65,16 +66,29 @@ def train(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected one process; training uses a single device")
+    if config.optimizer not in (names := [name.value for name in OptimizerNames]):
+        raise ValueError(f"optimizer={config.optimizer!r}: expected one of {', '.join(names)}")
+    check_folder(config)
+    with locked(config.folder):  # before anything is read there: another process may just be about to finish
+        return _train(config, progress, auxiliary_loss)
+
+
+def _train(
+    config: TrainConfig, progress: bool, auxiliary_loss: Callable[[nn.Module, int], Tensor] | None
+) -> TrainReport:
     place = locate("base", config.base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         expected = "expected a folder or a hub id with a model and its tokenizer"
         raise ValueError(f"base={config.base!r}: {expected}: {error}") from error
-    data = _read(config, tokenizer)
+    data = _read(config, tokenizer, place)
     run = RunFolder(config, data.training, data.held_out)
     if (finished := run.report()) is not None:
+        shutil.rmtree(checkpoints(config), ignore_errors=True)  # a kill may have come before that
         return TrainReport(config.folder, finished)
+    if not os.access(config.folder, os.W_OK):
+        raise PermissionError(f"output={config.output!r}: expected a folder that can be written to")
     dtype = choose_dtype(run.once("dtype", lambda: _name(choose_dtype(config.dtype))))
     model, base_fingerprint = _load(config, dtype, data)
     if run.once("base_fingerprint", lambda: base_fingerprint) != base_fingerprint:
@@ -83,7 +97,7 @@ def train(
     collator = Collator(layout, tokenizer.pad_token_id or 0)
 
     started = time.perf_counter()
-    with locked(config.folder), progress_bar(progress) as bar:
+    with progress_bar(progress) as bar:
         run.save()
         trainer = ArmTrainer(config, model, data.training, data.held_out, collator, dtype, bar, auxiliary_loss)
         before = run.once("before", lambda: trainer.pair_stats(data.held_out).summary())
@@ -125,8 +139,8 @@ class _Data:
     summary: dict[str, Any]
 
 
-def _read(config: TrainConfig, tokenizer: Any) -> _Data:
-    encoder = Encoder(tokenizer, config, _stop_ids(config.base))
+def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
+    encoder = Encoder(tokenizer, config, stop_ids(place))
     source = load_pairs(config.data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir)
     train_pairs, held_out_pairs = split_pairs(source.pairs, config)
     training, dropped = encoder(train_pairs, config.data)
@@ -142,6 +156,7 @@ def _read(config: TrainConfig, tokenizer: Any) -> _Data:
         "train_pairs": len(training),
         "train_tokens": sum(pair.tokens for pair in training),
         "held_out_pairs": len(held_out),
+        "held_out_prompts_in_training": len({p.key for p in train_pairs} & {p.key for p in held_out_pairs}),
         "held_out_rows": [pair.row for pair in held_out],
         "dropped": dict(source.dropped),
         "dropped_train": dict(dropped),
@@ -159,6 +174,11 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
         raise ValueError(
             f"max_prompt_tokens, max_response_tokens: a pair has {longest} tokens, the base's context {context}"
         )
+    highest = max(max(pair.prompt + pair.chosen + pair.rejected) for pair in data.training + data.held_out)
+    if highest >= (rows := lm.get_input_embeddings().weight.shape[0]):
+        raise ValueError(
+            f"base={config.base!r}: its tokenizer gives token {highest}, expected less than {rows}, its rows"
+        )
     base_fingerprint = fingerprint(lm)
     if config.method == "lora":
         lm = add_lora(lm, config)
@@ -167,11 +187,14 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
     return PairModel(lm), base_fingerprint
 
 
-def _stop_ids(base: str) -> frozenset[int]:
+def stop_ids(base: Source) -> frozenset[int]:
+    """The tokens that end a response in decoding, too (`members.end_of_sequence`)."""
     try:
         eos = GenerationConfig.from_pretrained(base).eos_token_id
     except OSError:  # the model has no generation config
-        return frozenset()
+        eos = None
+    if eos is None:
+        eos = AutoConfig.from_pretrained(base).get_text_config().eos_token_id
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 

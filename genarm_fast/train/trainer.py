@@ -28,6 +28,8 @@ from .progress import Narrator
 COMPLETE = "complete.json"  # written last: a checkpoint without it was cut off by a kill
 WEIGHTS = "trained.safetensors"
 
+DIVERGED = "expected a finite number; a lower learning_rate, or dtype='float32', may help"
+
 
 class ArmTrainer(Trainer):
     """Minimises −log σ(β_r · margin), averaged over all pairs of a step whatever the sizes of its micro-batches."""
@@ -103,6 +105,13 @@ class ArmTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(len(batch["tokens"]) for batch in batches)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        # The last steps may have come after the last logged loss.
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad):
+            raise FloatingPointError(f"a trained weight is not finite at step {self.state.global_step}: {DIVERGED}")
+        return output
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
@@ -126,10 +135,7 @@ class ArmTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: expected a finite number; "
-                    "a lower learning_rate, or dtype='float32', may help"
-                )
+                raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}: {DIVERGED}")
             recent, self.recent = self.recent.summary(), PairStats(self.config.beta)
             logs |= {f"train_{name}": recent[name] for name in ("accuracy", "margin_mean")}
             logs["tokens_per_second"] = self.tokens_seen / self.seconds

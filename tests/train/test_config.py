@@ -34,6 +34,7 @@ def test_accepts_integers_as_numbers() -> None:
         ({"epochs": True}, TypeError, "epochs=True: expected float"),
         ({"seed": 1.5}, TypeError, "seed=1.5: expected int"),
         ({"seed": -1}, ValueError, "seed=-1: expected at least 0"),
+        ({"seed": 2**32}, ValueError, r"seed=4294967296: expected less than 2\*\*32"),
         ({"max_pairs": 0}, ValueError, "max_pairs=0: expected at least 1"),
         ({"holdout_every": 1}, ValueError, "holdout_every=1: expected at least 2"),
         ({"holdout_fraction": 1.0}, ValueError, r"holdout_fraction=1.0: expected a number in \[0, 1\)"),

@@ -19,6 +19,7 @@ from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.files import locked
+from genarm_fast.train.model import load_base
 from genarm_fast.train.progress import Narrator
 from genarm_fast.train.trainer import checkpoints, last_checkpoint
 
@@ -220,6 +221,51 @@ def test_two_processes_in_one_folder_are_refused(make_config: Config, toy: Path)
     with locked(config.folder), pytest.raises(BlockingIOError, match="another running process trains there"):
         train(config, progress=False)
     train(config, progress=False)
+
+
+def test_a_run_that_ends_elsewhere_meanwhile_is_not_begun_anew(
+    make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the folder and the work in it, nobody else may change it."""
+    config = make_config(toy)
+
+    def begin_another(*args: Any) -> Any:
+        with pytest.raises(BlockingIOError, match="another running process trains there"):
+            train(config, progress=False)
+        return load_base(*args)
+
+    monkeypatch.setattr("genarm_fast.train.run.load_base", begin_another)
+    train(config, progress=False)
+
+
+def test_a_full_disk_leaves_the_folder_free(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(toy)
+
+    def half(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text[:20].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="No space left"):
+            train(config, progress=False)
+    assert not config.folder.exists()
+    config.folder.mkdir()
+    (config.folder / "partial-run.json").write_text("{")  # of a kill
+    train(config, progress=False)
+    assert not (config.folder / "partial-run.json").exists()
+
+
+def test_a_folder_that_is_read_only(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is said before the base is loaded; a finished run may lie in one."""
+    config = make_config(toy)
+    first = train(config, progress=False)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != config.folder)
+    assert train(config, progress=False).report == first.report
+    (config.folder / "report.json").unlink()
+    monkeypatch.setattr("genarm_fast.train.run.load_base", lambda *_: pytest.fail("loads"))
+    with pytest.raises(PermissionError, match=r"output='.*arm': expected a folder that can be written to"):
+        train(config, progress=False)
 
 
 def test_resume_never_and_foreign_folders(make_config: Config, toy: Path, tmp_path: Path) -> None:

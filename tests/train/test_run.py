@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from genarm_fast.fingerprint import fingerprint
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.artifacts import curve
 from genarm_fast.train.data import load_pairs, split_pairs
+from genarm_fast.train.run import stop_ids
 
 Config = Callable[..., TrainConfig]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "genarm.json", "report.json"}
@@ -190,18 +193,55 @@ def test_accumulation_is_exact(make_config: Config, toy: Path, tmp_path: Path) -
     [
         ({"lora_targets": ("q_proj", "c_attn")}, "no linear module 'c_attn': expected some of down_proj, .*q_proj"),
         ({"max_response_tokens": 2}, "expected training pairs, all of 48 rows dropped: .*response too long"),
+        ({"optimizer": "adamm"}, "optimizer='adamm': expected one of .*adamw_torch"),
         ({"prompt_template": "{prompt}" + "x" * 300}, "a pair has .* tokens, the base's context 256"),
     ],
 )
 def test_errors_before_training(make_config: Config, toy: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(make_config(toy, **options), progress=False)
+    assert not make_config(toy).folder.exists()
     train(make_config(toy), progress=False)  # the folder is still free
 
 
 def test_a_diverging_run_stops(make_config: Config, toy: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+: expected a finite number"):
         train(make_config(toy, learning_rate=1e30, max_grad_norm=0.0, warmup=0.0, epochs=3), progress=False)
+
+
+def test_a_run_that_diverges_unseen_leaves_no_arm(make_config: Config, toy: Path) -> None:
+    """Its only logged loss is that of the first step."""
+    config = make_config(toy, learning_rate=1e30, max_grad_norm=0.0, warmup=0.0, epochs=3, log_every=1000)
+    with pytest.raises(FloatingPointError, match=r"a trained weight is not finite at step \d+: expected"):
+        train(config, progress=False)
+    assert not (config.folder / "report.json").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base(
+    make_config: Config, toy: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], base: Path
+) -> None:
+    narrow = tmp_path / "narrow"
+    tiny_model(hidden_size=16, vocab_size=290).save_pretrained(narrow)
+    AutoTokenizer.from_pretrained(base).save_pretrained(narrow)
+    config = dataclasses.replace(make_config(toy), base=str(narrow))
+    with pytest.raises(ValueError, match=r"base='.*narrow': its tokenizer gives token 29\d, expected less than 290"):
+        train(config, progress=False)
+
+
+def test_stop_tokens_are_those_of_decoding(tmp_path: Path, base: Path) -> None:
+    """From the generation config, else from the model's."""
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert stop_ids(tmp_path / "base") == {1, 7}
+    (tmp_path / "base" / "generation_config.json").unlink()
+    config = json.loads((base / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 9]}))
+    assert stop_ids(tmp_path / "base") == {1, 9}
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted(make_config: Config, toy: Path) -> None:
+    report = train(make_config(toy, holdout_every=None, eval_data=str(toy)), progress=False).report
+    assert report["data"]["held_out_prompts_in_training"] == 48
 
 
 def test_several_processes_are_refused(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
