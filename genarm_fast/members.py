@@ -68,7 +68,8 @@ class ARM:
 
 @dataclass
 class Member:
-    """A loaded member. `weight` is the ARM's default weight. given: somebody else has its model, and may change it."""
+    """A loaded member. `weight` is the ARM's default weight. given: somebody else has its model, and may change it.
+    chat: whether it was trained on chat messages; None: nobody recorded that."""
 
     name: str
     model: Any  # a transformers causal LM in eval mode
@@ -77,6 +78,7 @@ class Member:
     chat_template: str | None = None
     weight: float = 1.0
     given: bool = False
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -176,6 +178,7 @@ def load_members(
                 or first.chat_template,
                 float(spec.weight),
                 isinstance(spec.model, nn.Module),
+                recorded.get("chat"),
             )
         )
     for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from genarm_fast.cli.display import console
-from genarm_fast.cli.loading import formatted, is_chat, load
-from genarm_fast.cli.score import score_all
-from genarm_fast.jsonlines import dumps
-from genarm_fast.prompts import Prompt
+from genarm_fast.cli.loading import formatted, is_chat
+from genarm_fast.cli.score import load_to_score, score_all
+from genarm_fast.jsonlines import dumps, located
+from genarm_fast.prompts import Prompt, encode_response
 from genarm_fast.train.data import Pair, load_pairs
 from genarm_fast.train.encode import transcript_messages
 from genarm_fast.train.metrics import PairStats
@@ -28,14 +28,15 @@ SHOWN = {"accuracy": "accuracy", "accuracy_stderr": "± s.e.", "margin_mean": "m
 def score_pairs(args: argparse.Namespace) -> int:
     """Reads pairs as training does and compares the totals of chosen and rejected responses."""
     data = load_pairs(str(args.input))
-    model = load(args)
+    model = load_to_score(args)
     prompts: list[Prompt] = []
     responses: list[list[int]] = []
     for pair in data.pairs:
-        prompt, chosen, rejected = _encoded(args, model, pair)
+        with located(args.input, pair.line):
+            prompt, chosen, rejected = _encoded(args, model, pair)
         prompts += [prompt, prompt]
         responses += [chosen, rejected]
-    lines = [pair.row + 1 for pair in data.pairs for _ in range(2)]
+    lines = [pair.line for pair in data.pairs for _ in range(2)]
     totals = _totals(model, score_all(model, args.input, lines, prompts, responses))
     summaries = {name: _summary(sums, [len(response) for response in responses]) for name, sums in totals.items()}
     if args.json:
@@ -61,16 +62,19 @@ def score_pairs(args: argparse.Namespace) -> int:
 
 
 def _encoded(args: argparse.Namespace, model: GenARM, pair: Pair) -> tuple[Prompt, list[int], list[int]]:
-    """Prompt and token ids of both responses. Those cut on purpose get no end-of-sequence token, as in training."""
+    """Prompt and token ids of both responses. Those cut on purpose get no token that ends them, as in training."""
     prompt: Prompt = pair.prompt
     texts = [pair.chosen, pair.rejected]
     if isinstance(prompt, str) and is_chat(args, model) and (messages := transcript_messages(prompt)):
         prompt, texts = messages, [text.strip() for text in texts]
-    ids = [list(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    for side, complete in zip(ids, (pair.chosen_complete, pair.rejected_complete)):
-        if complete and model.tokenizer.eos_token_id is not None:
-            side.append(model.tokenizer.eos_token_id)
-    return formatted(args, model, prompt), ids[0], ids[1]
+    prompt = formatted(args, model, prompt)
+    chosen, rejected = (
+        encode_response(model.base, prompt, text, model.eos_token_ids)
+        if complete
+        else list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        for text, complete in zip(texts, (pair.chosen_complete, pair.rejected_complete))
+    )
+    return prompt, chosen, rejected
 
 
 def _totals(model: GenARM, outputs: Sequence[ScoreOutput]) -> dict[str, list[float]]:

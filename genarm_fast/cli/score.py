@@ -53,6 +53,14 @@ def run(args: argparse.Namespace) -> int:
     return score_pairs(args)
 
 
+def load_to_score(args: argparse.Namespace) -> GenARM:
+    """The models. Text prompts stay texts where an ARM was trained on such, unless the options say otherwise."""
+    model = load(args)
+    if args.chat is None and any(member.chat is False for member in model.members[1:]):
+        args.chat = False
+    return model
+
+
 def score_all(
     model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
 ) -> list[ScoreOutput]:
@@ -75,7 +83,7 @@ def score_all(
 
 
 def _one(args: argparse.Namespace) -> int:
-    model = load(args)
+    model = load_to_score(args)
     (output,) = model.score([formatted(args, model, args.prompt)], [args.response])
     if args.json:
         print(dumps(output.to_dict()))
@@ -97,8 +105,11 @@ def _responses(args: argparse.Namespace) -> int:
                     raise ValueError(f"{name}={row.get(name)!r:.60}: expected {expected}")
         rows.append({"id": line, **row})
         lines.append(line)
-    model = load(args)
-    prompts = [formatted(args, model, row["prompt"]) for row in rows]
+    model = load_to_score(args)
+    prompts = []
+    for line, row in zip(lines, rows):
+        with located(args.input, line):
+            prompts.append(formatted(args, model, row["prompt"]))
     outputs = score_all(model, args.input, lines, prompts, [row["response"] for row in rows])
     if args.json:
         print(dumps({"scores": [{"id": row["id"], **output.to_dict()} for row, output in zip(rows, outputs)]}))

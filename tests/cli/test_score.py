@@ -92,9 +92,21 @@ def test_responses_cut_on_purpose_get_no_end_token(cli: Callable, models: Any, m
     assert scores["chosen"]["one"] == pytest.approx(cut, abs=1e-3)
 
 
+def test_lines_of_pairs_are_those_of_the_file(cli: Callable, models: Any, tmp_path: Path) -> None:
+    """Blank ones and dropped ones too."""
+    good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
+    path = tmp_path / "pairs.jsonl"
+    for bad in ({"prompt": "a", "chosen": "b " * 300, "rejected": "c"}, {"prompt": "", "chosen": "b", "rejected": "c"}):
+        path.write_text(f"{good}\n\n{good}\n{json.dumps(bad)}\n")
+        result = cli("score", *models.options, "--input", path)
+        assert (result.code, result.out) == (2, "")
+        assert "pairs.jsonl line 4: " in result.err
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"prompt": "", "response": "a"}, "line 2: prompt: expected text"),
         ({"prompt": "a", "response": 5}, "line 2: response=5: expected text"),
         ({"response": "a"}, "line 2: prompt=None: expected text"),
         ({"prompt": "a", "response": "\ud800"}, "line 2: response='\\ud800': expected Unicode text"),

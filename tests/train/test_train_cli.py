@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from toy_pairs import toy_rows
+from transformers import AutoTokenizer
 
 from genarm_fast.cli import main
 from genarm_fast.train import TrainConfig, train
@@ -49,6 +53,39 @@ def test_trains(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixt
 def test_json_is_all_there_is(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(base), str(toy), "--output", str(tmp_path / "arm"), *RUN, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["final"]["pairs"] == 12
+
+
+@pytest.mark.parametrize("form", ["text", "chat", "template", "transcript", "transcript as chat"])
+def test_score_sees_what_training_saw(
+    base: Path, write_jsonl: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], form: str
+) -> None:
+    """The same prompts and ends of answers, so the same rewards, where answers end with another token than EOS."""
+    shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    end = tokenizer("~")["input_ids"][0]
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "~")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+    rows = [*toy_rows(24), {"prompt": "q", "chosen": "the sea", "rejected": "and cut", "rejected_complete": False}]
+    if form.startswith("transcript"):
+        starts = [f"\n\nHuman: {row['prompt']}\n\nAssistant:" for row in rows]
+        rows = [
+            {**row, "prompt": None, "chosen": f"{start} {row['chosen']}", "rejected": f"{start} {row['rejected']}"}
+            for row, start in zip(rows, starts)
+        ]
+    held = str(write_jsonl(rows, "held.jsonl"))
+    how = {"template": ["--prompt-template", "<s>Q: {prompt} A:"], "chat": ["--as-chat"]}
+    how["transcript as chat"] = how["chat"]
+    options = ["--dtype", "float32", "--save-dtype", "float32", "--batch-size", "4", "--learning-rate", "0.02"]
+    arm = str(tmp_path / "arm")
+    argv = ["train", str(tmp_path / "base"), held, "--eval-data", held, "--output", arm, *options, *how.get(form, [])]
+    assert main([*argv, "--json"]) == 0
+    final = json.loads(capfd.readouterr().out)["final"]
+    argv = ["score", "--base", str(tmp_path / "base"), "--arm", arm, "--input", held, "--dtype", "float32", "--json"]
+    assert main(argv) == 0
+    found = json.loads(capfd.readouterr().out)["summary"]["arm"]
+    for name, value in found.items():
+        assert value == pytest.approx(final[name], rel=1e-4, abs=1e-5), name
 
 
 def test_bad_options_exit_with_two(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
