@@ -12,7 +12,7 @@ from transformers import Cache
 
 from .attention import Entry, Ragged, RaggedLayer, placed
 from .device import Device
-from .lanes import reread, running
+from .lanes import linears_of, reread, running
 from .members import Member
 
 
@@ -37,10 +37,21 @@ class Backbone:
         self.cache = Cache(layers=list(self.layers))
         self._rows: dict[tuple[int, ...], Tensor] = {}
         self._given = [member.lane for member in members if member.given and len(members) > 1]
+        self._linears = linears_of(self.model)
+        self._names = ", ".join(member.name for member in members)
         self.begin()
 
     def begin(self) -> None:
-        """A run begins: the owner of a model may have trained it since."""
+        """A run begins: the owner of a model may have trained it since.
+
+        Raises:
+            RuntimeError: its weights lie elsewhere now.
+        """
+        if any(linear.moved for linear in self._linears):
+            raise RuntimeError(
+                f"{self._names}: weights were moved in memory after they were loaded (by share_memory(), say): expected"
+                " them in their places; make the GenARM after that"
+            )
         if self._given:
             self.device.launch(self.stream, "reread", reread, self.model, self._given)
 

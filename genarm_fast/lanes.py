@@ -48,6 +48,12 @@ def reread(model: nn.Module, lanes: Collection[int]) -> None:
                 module.run.loras[i].b.copy_(module.loras[i].b)
 
 
+def linears_of(model: nn.Module) -> list[SmallLinear]:
+    """What the C++ core reads at fixed addresses."""
+    runs = (module.run if isinstance(module, LaneLinear) else vars(module).get("forward") for module in model.modules())
+    return [run for run in runs if isinstance(run, SmallLinear)]
+
+
 class _RegroupedRows(Exception):
     """A model hands its linears something else than all rows in order, as mixtures of experts do."""
 

@@ -8,9 +8,11 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM
+from genarm_fast.kernels import _native
 from genarm_fast.loading import check_device, share_weights
 
 PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": True}
@@ -172,6 +174,20 @@ def test_a_longer_tokenizer_only_shortens_the_common_vocabulary(folders, tmp_pat
 def test_errors(folders, make, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         GenARM.from_pretrained(**make(folders))
+
+
+@pytest.mark.skipif(_native.core is None, reason="built without a compiler")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_are_not_read_where_they_were(tokenizer, adapted):
+    base = build_model("llama", 0).bfloat16()
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    arms = get_peft_model(share_weights(base), lora, autocast_adapter_dtype=False) if adapted else []
+    model = GenARM.from_pretrained(base, arms, tokenizer=tokenizer)
+    tokens = model.generate(**PROMPT)[0].token_ids
+    base.share_memory()
+    with pytest.raises(RuntimeError, match=rf"^base{', arm' * adapted}: weights were moved in memory after"):
+        model.generate(**PROMPT)
+    assert GenARM.from_pretrained(base, arms, tokenizer=tokenizer).generate(**PROMPT)[0].token_ids == tokens
 
 
 @pytest.mark.parametrize("role", ["arms", "draft_model"])

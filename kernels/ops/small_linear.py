@@ -42,14 +42,15 @@ class SmallLinear:
 
     weight: [out, in]; bias: [out]; `loras` share their dtype and device. The tensors are kept, and read at every call:
     changes in place count, but not those of one that is not contiguous (PEFT's lora_B transposed), which is copied. A
-    moved or replaced parameter needs a new SmallLinear; so does one whose storage moves under it (`share_memory_`): the
-    addresses are kept, since looking them up misses the caches. It has no gradient.
+    moved or replaced parameter needs a new SmallLinear; so does one whose storage moves under it (`share_memory_`, see
+    `moved`): the addresses are kept, since looking them up misses the caches. It has no gradient.
 
     Raises:
         ValueError: shapes that do not fit together, or tensors of different dtypes or devices.
     """
 
-    __slots__ = ("_core", "bias", "in_features", "loras", "out_features", "weight")  # few cache lines to miss
+    # few cache lines to miss
+    __slots__ = ("_address", "_core", "bias", "in_features", "loras", "out_features", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, loras: Sequence[Lora] = ()) -> None:
         _check(weight, bias, loras)
@@ -58,6 +59,12 @@ class SmallLinear:
         self.loras = [Lora(a.detach().contiguous(), b.detach().contiguous(), float(scale)) for a, b, scale in loras]
         self.out_features, self.in_features = weight.shape
         self._core = _in_core([self])
+        self._address = 0 if self._core is None else self.weight.data_ptr()
+
+    @property
+    def moved(self) -> bool:
+        """Whether the weight's storage has moved since, as `share_memory_` does: a call would crash."""
+        return self._core is not None and self.weight.data_ptr() != self._address
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are prepared anew: the core's addresses are those of these tensors."""
