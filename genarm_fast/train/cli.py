@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from ..cli.loading import read_text
 from .config import TrainConfig, hints, scalar_type
 
 
@@ -33,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             kind = scalar_type(hint)
             options |= {"type": kind, "metavar": kind.__name__.upper()}
+        if f.name == "chat_template":  # a file, as in the other commands
+            options["metavar"] = "FILE"
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     parser.add_argument("--json", action="store_true", help="print the report as JSON, and no progress")
 
@@ -42,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from .run import train
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    if args.chat_template:
+        values["chat_template"] = read_text(Path(args.chat_template))
     config = TrainConfig(**{**values, "lora_targets": tuple(values["lora_targets"])})
     result = train(config, progress=not args.json)
     if args.json:

@@ -114,7 +114,9 @@ class TrainConfig:
         self._need("batch_size", self.batch_size % per_pass == 0, f"a multiple of micro_batch_size={per_pass}")
         template = self.prompt_template
         self._need("prompt_template", template is None or "{prompt}" in template, "a text with {prompt} in it")
-        self._need("as_chat", not (self.as_chat and template), "False when prompt_template is given")
+        template = self.chat_template
+        self._need("chat_template", template is None or "{" in template, "the text of a Jinja template")
+        self._need("as_chat", not (self.as_chat and self.prompt_template), "False when prompt_template is given")
 
     @property
     def folder(self) -> Path:

@@ -123,7 +123,7 @@ def _rows(
 
         try:
             rows = load_dataset(source, data_dir=dataset_dir, split=dataset_split)
-        except (ValueError, FileNotFoundError) as error:  # no data there, or no such split
+        except (ValueError, OSError) as error:  # no data there, no such split, or the hub out of reach
             raise ValueError(f"{name}={source!r}, dataset_split={dataset_split!r}: {error}") from error
         yield from enumerate(rows, 1)
 

@@ -122,7 +122,7 @@ def _train(
             "final": final,
             "history": [
                 {"step": 0, **_prefixed(before)},
-                *trainer.state.log_history,
+                *trainer.history(),
                 {"step": trainer.steps, **_prefixed(final)},
             ],
         }

@@ -141,6 +141,14 @@ class ArmTrainer(Trainer):
             logs["tokens_per_second"] = self.tokens_seen / self.seconds
         super().log(logs, *args, **kwargs)
 
+    def history(self) -> list[dict[str, float]]:
+        """What was logged, continuations included, without what transformers only knows of this process.
+
+        Nor its epochs: it takes all of them for one, since `PairBatches` does.
+        """
+        logged = [entry for entry in self.state.log_history if "train_runtime" not in entry]
+        return [{name: value for name, value in entry.items() if name != "epoch"} for entry in logged]
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

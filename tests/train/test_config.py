@@ -47,6 +47,7 @@ def test_accepts_integers_as_numbers() -> None:
         ({"dtype": "fp4"}, ValueError, "dtype='fp4': expected one of auto, float32, bfloat16, float16"),
         ({"prompt_template": "Q:"}, ValueError, r"prompt_template='Q:': expected a text with \{prompt\}"),
         ({"prompt_template": "{prompt}", "as_chat": True}, ValueError, "as_chat=True: expected False when"),
+        ({"chat_template": "chat.jinja"}, ValueError, "chat_template='chat.jinja': expected the text of a Jinja"),
         ({"lora_targets": "q_proj"}, TypeError, r"lora_targets='q_proj': expected tuple\[str, ...\]"),
         ({"as_chat": 1}, TypeError, "as_chat=1: expected bool"),
         ({"data_id": 3}, TypeError, "data_id=3: expected str | None"),

@@ -88,6 +88,17 @@ def test_score_sees_what_training_saw(
         assert value == pytest.approx(final[name], rel=1e-4, abs=1e-5), name
 
 
+def test_a_chat_template_is_a_file(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As in the other commands. Its name, taken for the template, would be every prompt."""
+    argv = ["train", str(base), str(toy), "--output", str(tmp_path / "arm"), *RUN, "--as-chat", "--chat-template"]
+    assert main([*argv, "chat.jinja"]) == 2
+    assert "chat.jinja" in capfd.readouterr().err
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    assert main([*argv, str(tmp_path / "chat.jinja")]) == 0
+    assert json.loads((tmp_path / "arm" / "genarm.json").read_text())["chat_template"] == template
+
+
 def test_bad_options_exit_with_two(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(base), "nowhere.jsonl", "--output", str(tmp_path / "arm"), "--beta", "0"]) == 2
     assert "beta=0.0: expected a number above 0" in capfd.readouterr().err
