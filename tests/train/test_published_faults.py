@@ -44,7 +44,7 @@ def test_lengths_count_tokens_not_characters(tokenizer: PreTrainedTokenizerFast)
     wordy, letters = "the cat sat on the mat" * 3, "q" * 41  # 66 characters in few tokens, 41 in as many
     encode = Encoder(tokenizer, config)
     assert len(tokenizer(wordy)["input_ids"]) <= 40 < len(wordy)
-    kept, dropped = encode([Pair(0, wordy, "cat", "mat"), Pair(1, letters, "cat", "mat")])
+    kept, dropped = encode([Pair(0, wordy, "cat", "mat"), Pair(1, letters, "cat", "mat")], "pairs")
     assert ([pair.row for pair in kept], dropped) == ([0], {"prompt too long": 1})
 
 
@@ -126,7 +126,7 @@ def test_no_response_is_cut_and_each_ends_with_eos(tokenizer: PreTrainedTokenize
     """Published: responses over the limit lose their end and their EOS, and stay."""
     config = TrainConfig(base="b", data="d", output="o", max_response_tokens=8)
     pairs = [Pair(row, "p", "x" * (row + 1), "y") for row in range(12)]
-    kept, dropped = Encoder(tokenizer, config)(pairs)
+    kept, dropped = Encoder(tokenizer, config)(pairs, "pairs")
     assert [pair.row for pair in kept] == list(range(7))
     assert dropped == {"response too long": 5}
     assert all(side[-1] == tokenizer.eos_token_id for pair in kept for side in (pair.chosen, pair.rejected))
