@@ -112,6 +112,10 @@ class TrainConfig:
             self._need(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         per_pass = self.micro_batch_size
         self._need("batch_size", self.batch_size % per_pass == 0, f"a multiple of micro_batch_size={per_pass}")
+        self._need(
+            "holdout_every", self.holdout_every is None or self.eval_data is None, "None when eval_data is given"
+        )
+        self._need("lora_targets", self.method == "lora" or not self.lora_targets, "none with method='full'")
         template = self.prompt_template
         self._need("prompt_template", template is None or "{prompt}" in template, "a text with {prompt} in it")
         template = self.chat_template

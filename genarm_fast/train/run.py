@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.training_args import OptimizerNames
 
 from ..fingerprint import fingerprint
-from ..sources import Source, locate
+from ..sources import Source, find_file, locate
 from .artifacts import save_artifacts
 from .batches import Collator
 from .config import TrainConfig
@@ -77,6 +77,8 @@ def _train(
     config: TrainConfig, progress: bool, auxiliary_loss: Callable[[nn.Module, int], Tensor] | None
 ) -> TrainReport:
     place = locate("base", config.base)
+    if find_file(place, "adapter_config.json"):
+        raise ValueError(f"base={config.base!r}: expected a whole model, got an adapter: merge it into its base first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:

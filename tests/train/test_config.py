@@ -48,6 +48,8 @@ def test_accepts_integers_as_numbers() -> None:
         ({"prompt_template": "Q:"}, ValueError, r"prompt_template='Q:': expected a text with \{prompt\}"),
         ({"prompt_template": "{prompt}", "as_chat": True}, ValueError, "as_chat=True: expected False when"),
         ({"chat_template": "chat.jinja"}, ValueError, "chat_template='chat.jinja': expected the text of a Jinja"),
+        ({"eval_data": "e", "holdout_every": 5}, ValueError, "holdout_every=5: expected None when eval_data is given"),
+        ({"method": "full", "lora_targets": ("q",)}, ValueError, r"lora_targets=\('q',\): expected none with"),
         ({"lora_targets": "q_proj"}, TypeError, r"lora_targets='q_proj': expected tuple\[str, ...\]"),
         ({"as_chat": 1}, TypeError, "as_chat=1: expected bool"),
         ({"data_id": 3}, TypeError, "data_id=3: expected str | None"),

@@ -102,7 +102,8 @@ def test_every_option_is_read(make_config: Config, toy: Path, write_jsonl: Calla
 
     held = write_jsonl(toy_rows(4, seed=9), "held.jsonl")
     options = dataclasses.asdict(make_config(toy))
-    for number, change in enumerate(({"max_prompt_tokens": 5}, {"holdout_every": None}, {"eval_data": str(held)})):
+    other = {"holdout_every": None, "eval_data": str(held)}
+    for number, change in enumerate(({"max_prompt_tokens": 5}, {"holdout_every": None}, other)):
         config = Watched(**{**options, **change, "output": f"{options['output']}-{number}"})
         for _ in range(2):
             train(config, progress=False)

@@ -228,6 +228,14 @@ def test_a_tokenizer_with_more_tokens_than_the_base(
         train(config, progress=False)
 
 
+def test_an_adapter_is_no_base(make_config: Config, toy: Path, arm: Path, base: Path, tmp_path: Path) -> None:
+    """Such folders often have a tokenizer, too."""
+    AutoTokenizer.from_pretrained(base).save_pretrained(arm)
+    config = dataclasses.replace(make_config(toy, output=str(tmp_path / "other")), base=str(arm))
+    with pytest.raises(ValueError, match=r"base='.*': expected a whole model, got an adapter: merge it"):
+        train(config, progress=False)
+
+
 def test_stop_tokens_are_those_of_decoding(tmp_path: Path, base: Path) -> None:
     """From the generation config, else from the model's."""
     shutil.copytree(base, tmp_path / "base")
