@@ -1,6 +1,8 @@
 """Pictures of results of benchmarks/speculation.py.
 
 python benchmarks/plot_speculation.py PICTURE RESULT.json ...
+
+Of a later file with the same models only the larger batches are taken.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("results", type=Path, nargs="+")
     args = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in args.results]
+    results: list[dict[str, Any]] = []
+    for result in (json.loads(path.read_text()) for path in args.results):
+        same = [known for known in results if name_of(known) == name_of(result)]
+        if same:
+            same[0]["lines"] += [line for line in result["lines"] if line["batch"] > 1]
+        else:
+            results.append(result)
 
     figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     for result, colour in zip(results, COLOURS * len(results)):

@@ -33,18 +33,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genarm_fast import GenARM, GenerationOutput, SamplingParams, demo
 from genarm_fast.backbone import Backbone
+from genarm_fast.cli.bench import QUESTIONS
 from genarm_fast.estimates import best_k, expected_speedup
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation import Speculation
 
-QUESTIONS = [
-    "Write a short review of the film that you saw last night.",
-    "How do I keep a small vegetable garden alive during a hot summer?",
-    "Explain to a child why the sky is blue.",
-    "Give me some advice for my first day in a new job.",
-    "Describe a walk through an old town in the early morning.",
-    "What should I think about before I adopt a dog?",
-]
 PASSAGES = [
     "The old lighthouse stands at the end of a narrow path that leads from the village to the cliffs. It was built in"
     " 1874 after three ships were lost in a single winter. Today its lamp is electric and its keeper is gone, but"
@@ -77,7 +70,7 @@ class Case:
             self.base, str(args.arm), tokenizer=self.tokenizer, dtype=dtype, max_batch_size=max(args.batch)
         )
         self.arm = self.model.arms[0].model
-        texts = [COPY.format(passage) for passage in PASSAGES] if args.part == "lookup" else QUESTIONS
+        texts = [COPY.format(passage) for passage in PASSAGES] if args.part == "lookup" else QUESTIONS[:6]
         self.prompts = [chat(text) for text in texts]
 
     def ours(self, batch: int, speculation: Any, *, guided: bool = True) -> Run:

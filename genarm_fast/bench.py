@@ -14,7 +14,7 @@ from .api import GenARM
 from .members import Member
 from .outputs import GenerationOutput
 from .params import SamplingParams
-from .prompts import Prompt
+from .prompts import Prompt, left_padded
 from .timing import LEAST_ROUNDS, Interval, clock_of, interval, take_turns
 
 CONTENDERS = ("hugging_face", "base", "guided", "guided_drafts")
@@ -162,14 +162,11 @@ def _chosen(model: GenARM) -> Counter[str]:
 
 
 def _hugging_face(base: Member, ids: Sequence[Sequence[int]], new_tokens: int, seed: int) -> None:
-    width = max(map(len, ids))
-    missing = [width - len(row) for row in ids]
-    tokens = torch.tensor([[0] * gap + list(row) for gap, row in zip(missing, ids)], device=base.device)
-    mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing], device=base.device)
+    tokens, mask = left_padded(ids, 0)
     torch.manual_seed(seed)
     base.model.generate(
-        tokens,
-        attention_mask=mask,
+        tokens.to(base.device),
+        attention_mask=mask.to(base.device),
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         pad_token_id=0,

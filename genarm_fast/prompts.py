@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
+from torch import Tensor
 
 from .members import Member
 from .templates import chat_ids, end_of_answer, ended, text_ids
@@ -148,3 +150,11 @@ def _are_ids(value: Any) -> bool:
 
 def _is_sequence(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def left_padded(ids: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens and mask of rows as transformers' `generate` takes them, int64 [R, longest]."""
+    width = max(map(len, ids))
+    tokens = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    return tokens, mask

@@ -26,6 +26,12 @@ def test_rewards_equal_scores(model):
             assert score.rewards[name].tokens == pytest.approx(output.rewards[name].tokens, abs=1e-4)
 
 
+def test_an_eos_in_the_text_is_not_doubled(model):
+    spelt, added = model.score(["the cat"] * 2, ["sat</s>", "sat"])
+    assert spelt.token_ids == added.token_ids
+    assert model.tokenizer.decode(added.token_ids) == "sat</s>"
+
+
 @pytest.mark.parametrize("limit", [1, 3000, 1 << 24])
 def test_scores(model, monkeypatch, limit):
     """Against plain forwards, for any size of the pieces in which long responses are scored."""

@@ -17,7 +17,7 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 
 from ..members import ARM, Member, as_arms, common_vocabulary, load_members
 from ..params import check_integer, check_weights
-from ..prompts import as_prompts, encode_prompt
+from ..prompts import as_prompts, encode_prompt, left_padded
 
 PADDING = -1  # in place of a token that is masked
 
@@ -94,7 +94,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         """
         parsed = as_prompts(prompts)
         ids = [[encode_prompt(member, p, i, self.vocab_size) for i, p in enumerate(parsed)] for member in self.members]
-        self._prompts = [_left_padded(lists, self.pad_token_id or 0) for lists in ids]
+        self._prompts = [left_padded(lists, self.pad_token_id or 0) for lists in ids]
         device = self.members[0].device
         return dict(zip(("input_ids", "attention_mask"), (each.to(device) for each in self._prompts[0])))
 
@@ -231,11 +231,3 @@ def parents_of(tokens: Tensor, rows: Tensor) -> tuple[list[int], int]:
 def _per_arm(weights: float | Sequence[float], count: int) -> tuple[float, ...]:
     checked = check_weights(weights, count)
     return checked if isinstance(checked, tuple) else (checked,) * count
-
-
-def _left_padded(ids: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens and mask, int64 [R, longest]."""
-    width = max(map(len, ids))
-    tokens = torch.tensor([[pad_token_id] * (width - len(each)) + list(each) for each in ids])
-    mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in ids])
-    return tokens, mask

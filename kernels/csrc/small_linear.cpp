@@ -14,7 +14,7 @@ constexpr int64_t kThreadBytes = 1 << 20;    // of weights, for each thread: 70 
 constexpr int64_t kTableFloats = 1 << 18;    // of rows that stay in the L2 cache while the weights pass by, 1 MB
 constexpr int64_t kPanelBytes = 320 << 10;   // of weights that stay there while the rows pass by
 constexpr int kTile = kBlocks * kRows;       // rows that take one pass
-constexpr int64_t kHead = 12 * kStep;        // inputs of a stream fetched in advance: 192 x 576 in 0.96 of the time
+constexpr int64_t kHead = 12 * kStep;        // inputs of a stream fetched in advance: 192 x 576 takes 0.96 of the time
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -36,7 +36,8 @@ def ragged_attention_reference(
     Query heads that share a key-value head are folded into the query axis. What lies beyond a row's furthest query is
     zeroed, so it may hold anything; between the queries of one block it must be finite.
     """
-    check_attention(query, keys, values, slots, positions, scale, window, softcap, limit)
+    check_attention(query, keys, values, slots, positions)
+    check_numbers(keys.shape[2], scale, window, softcap, limit)
     rows, heads, block, width = query.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
     index = torch.arange(keys.shape[2] if limit is None else limit, device=query.device)
@@ -57,17 +58,7 @@ def ragged_attention_reference(
     return out.view(rows, heads, block, values.shape[3]).transpose(1, 2).contiguous()
 
 
-def check_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    limit: int | None,
-) -> None:
+def check_attention(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor) -> None:
     if query.ndim != 4:
         raise ValueError(f"query of shape {tuple(query.shape)}: expected [N, Hq, q, D]")
     rows, heads, block, width = query.shape
@@ -78,13 +69,16 @@ def check_attention(
         raise ValueError(f"{heads} query heads: expected a multiple of the {keys.shape[1]} heads of keys")
     if not query.dtype == keys.dtype == values.dtype:
         raise TypeError(f"query of {query.dtype}, keys of {keys.dtype}, values of {values.dtype}: expected the same")
+
+
+def check_numbers(capacity: int, scale: float, window: int | None, softcap: float | None, limit: int | None) -> None:
     if not hasattr(scale, "__float__"):
         raise TypeError(f"scale={scale!r}: expected a number")
     for name, number in (("window", window), ("limit", limit)):
         if number is not None and not (hasattr(number, "__index__") and number >= 1):
             raise ValueError(f"{name}={number!r}: expected an integer of at least 1, or None")
-    if limit is not None and limit > keys.shape[2]:
-        raise ValueError(f"limit={limit}: expected at most {keys.shape[2]}, the capacity of the cache")
+    if limit is not None and limit > capacity:
+        raise ValueError(f"limit={limit}: expected at most {capacity}, the capacity of the cache")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap={softcap}: expected a finite number above 0, or None")
 
