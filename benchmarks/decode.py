@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, StaticCache
 
 from genarm_fast import GenARM
-from genarm_fast.timing import take_turns
+from genarm_fast.bench.timing import take_turns
 
 TEXT = "Write a short review of the film that you saw last night, and say whether you would see it again."
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from genarm_fast.demo import base
-from genarm_fast.fingerprint import fingerprint
+from genarm_fast.models.fingerprint import fingerprint
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
 

@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.speculation import Speculation
+from genarm_fast.speculation.config import Speculation
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import build_model, build_tokenizer, save_adapter

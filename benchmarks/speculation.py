@@ -32,11 +32,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genarm_fast import GenARM, GenerationOutput, SamplingParams, demo
-from genarm_fast.backbone import Backbone
 from genarm_fast.cli.bench import QUESTIONS
-from genarm_fast.estimates import best_k, expected_speedup
+from genarm_fast.engine.model_runner import Backbone
 from genarm_fast.kernels import guided_sample
-from genarm_fast.speculation import Speculation
+from genarm_fast.speculation.config import Speculation
+from genarm_fast.speculation.estimates import best_k, expected_speedup
 
 PASSAGES = [
     "The old lighthouse stands at the end of a narrow path that leads from the village to the cliffs. It was built in"

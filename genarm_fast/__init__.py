@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import GenARM, generate
-    from .errors import GenerationError
-    from .members import ARM
-    from .outputs import GenerationOutput
-    from .params import SamplingParams
+    from genarm_fast.api import GenARM, generate
+    from genarm_fast.errors import GenerationError
+    from genarm_fast.models.member import ARM
+    from genarm_fast.outputs import GenerationOutput
+    from genarm_fast.params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["ARM", "GenARM", "GenerationError", "GenerationOutput", "SamplingParams", "__version__", "generate"]
 
 # Imported on first use: transformers takes seconds.
 _MODULES = {
-    "ARM": "members",
+    "ARM": "models.member",
     "GenARM": "api",
     "GenerationError": "errors",
     "GenerationOutput": "outputs",

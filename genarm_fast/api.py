@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .backbone import in_one_forward
-from .engine import Engine
-from .errors import GenerationError
-from .members import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_members
-from .outputs import GenerationOutput, ScoreOutput
-from .params import SamplingParams, check_integer, check_weights
-from .progress import progress_bar
-from .prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt
-from .requests import Request, Row, output_of
-from .rooms import Rooms
-from .score import score_responses
-from .speculation import Controllers, Speculation, as_speculation
-from .stream import Stream
+from genarm_fast.engine.engine import Engine
+from genarm_fast.engine.model_runner import in_one_forward
+from genarm_fast.engine.scoring import score_responses
+from genarm_fast.engine.sequence import Request, Row, output_of
+from genarm_fast.engine.stream import Stream
+from genarm_fast.engine.workspace import Rooms
+from genarm_fast.errors import GenerationError
+from genarm_fast.models.member import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_members
+from genarm_fast.outputs import GenerationOutput, ScoreOutput
+from genarm_fast.params import SamplingParams, check_integer, check_weights
+from genarm_fast.speculation.config import Controllers, Speculation, as_speculation
+from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt
+from genarm_fast.utils.progress import progress_bar
 
 Source = str | os.PathLike[str] | nn.Module
 

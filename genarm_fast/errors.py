@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .outputs import GenerationOutput
+    from genarm_fast.outputs import GenerationOutput
 
 
 class GenerationError(RuntimeError):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.guided_sample import TILE
-from .kernels.philox import TILE_LEVEL, TOKEN_LEVEL, gumbel, seed_tensor
+from genarm_fast.kernels.guided_sample import TILE
+from genarm_fast.kernels.philox import TILE_LEVEL, TOKEN_LEVEL, gumbel, seed_tensor
 
 
 def guided_probs(

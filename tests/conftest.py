@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from genarm_fast import GenARM
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("against_reference")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def undrafted() -> Iterator[None]:
 @pytest.fixture
 def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault: what a row draws depends on whether it has neighbours."""
-    from genarm_fast.sampling import Sampler
+    from genarm_fast.engine.sampler import Sampler
 
     positions = Sampler.positions
     monkeypatch.setattr(

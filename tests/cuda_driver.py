@@ -11,7 +11,7 @@ import torch
 from doubles import storage, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genarm_fast.cuda import Cuda
+from genarm_fast.device.cuda import Cuda
 from genarm_fast.kernels import _native
 
 

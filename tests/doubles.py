@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from genarm_fast import GenARM
-from genarm_fast.cuda import Cuda
-from genarm_fast.device import Device
+from genarm_fast.device.base import Device
+from genarm_fast.device.cuda import Cuda
+from genarm_fast.engine.workspace import Rooms
 from genarm_fast.kernels import _native
-from genarm_fast.rooms import Rooms
 
 
 class Lagging(Device):
@@ -166,7 +166,7 @@ def engines_on(device: Device):
     """
     rooms: dict[int, Rooms] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genarm_fast.budget.device_for", lambda _: device)
+        patch.setattr("genarm_fast.engine.allocate.device_for", lambda _: device)
         own = property(lambda self: rooms.setdefault(id(self), Rooms(self.members)), lambda *_: None)
         patch.setattr(GenARM, "rooms", own, raising=False)
         patch.setattr(_native, "core", None)

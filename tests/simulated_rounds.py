@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from genarm_fast.controller import PLAIN, Choice, Controller
-from genarm_fast.estimates import expected_tokens
+from genarm_fast.speculation.estimates import expected_tokens
+from genarm_fast.speculation.tuner import PLAIN, Choice, Controller
 
 MAX_K = 8
 SPIKE = 0.05  # share of forwards that something else on the machine holds up

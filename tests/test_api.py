@@ -13,7 +13,7 @@ from tiny_models import build_model
 
 import genarm_fast
 from genarm_fast import ARM, GenARM, GenerationError, SamplingParams
-from genarm_fast.requests import sample_seed
+from genarm_fast.engine.sequence import sample_seed
 
 CHAT = [{"role": "user", "content": "hi"}]
 

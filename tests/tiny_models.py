@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from genarm_fast.fingerprint import fingerprint
+from genarm_fast.models.fingerprint import fingerprint
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (

@@ -17,8 +17,8 @@ from genarm_fast import jobs
 from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, load, read_text, resolve
 from genarm_fast.jobs.identity import digest, identity
-from genarm_fast.jsonlines import dumps, located
 from genarm_fast.params import SamplingParams
+from genarm_fast.utils.jsonlines import dumps, located
 
 SHOWN_ERRORS = 5
 

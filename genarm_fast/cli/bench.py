@@ -17,12 +17,12 @@ from rich.table import Table
 from genarm_fast import __version__
 from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
-from genarm_fast.jsonlines import dumps, located, read_objects
+from genarm_fast.utils.jsonlines import dumps, located, read_objects
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
-    from genarm_fast.bench import Drafts, Measured
-    from genarm_fast.prompts import Prompt
+    from genarm_fast.bench.runs import Drafts, Measured
+    from genarm_fast.text.prompts import Prompt
 
 QUESTIONS = (
     "Write a short review of the film that you saw last night.",
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     given = _prompts(args)
     args.max_batch_size = max(args.batch)
     model = load(args)
-    from genarm_fast.bench import CONTENDERS, measure
+    from genarm_fast.bench.runs import CONTENDERS, measure
 
     prompts = []
     for line, prompt in given:
@@ -128,7 +128,7 @@ def _about(args: argparse.Namespace, model: GenARM, prompts: int) -> dict[str, A
     import torch
     import transformers
 
-    from genarm_fast.backbone import in_one_forward
+    from genarm_fast.engine.model_runner import in_one_forward
     from genarm_fast.kernels import _native
 
     forwards = [[model.members[i].name for i in group] for group in in_one_forward(model.members)]
@@ -208,8 +208,8 @@ def _drafts_line(drafts: Drafts) -> str:
 
 
 def _doubt(rounds: int, result: Measured) -> str:
-    from genarm_fast.bench import TRUSTED
-    from genarm_fast.timing import LEAST_ROUNDS
+    from genarm_fast.bench.runs import TRUSTED
+    from genarm_fast.bench.timing import LEAST_ROUNDS
 
     if rounds < LEAST_ROUNDS:
         return f"{rounds} round{'s' * (rounds != 1)}, expected at least {LEAST_ROUNDS} (--rounds)"

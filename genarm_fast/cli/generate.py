@@ -9,7 +9,7 @@ from pathlib import Path
 from genarm_fast.cli.display import console, show_report
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load, read_text
 from genarm_fast.cli.options import add_sampling_arguments, sampling_params
-from genarm_fast.jsonlines import dumps
+from genarm_fast.utils.jsonlines import dumps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

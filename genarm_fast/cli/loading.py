@@ -18,7 +18,7 @@ from genarm_fast.params import check_weights
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
-    from genarm_fast.prompts import Prompt
+    from genarm_fast.text.prompts import Prompt
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -146,7 +146,7 @@ def load(args: argparse.Namespace) -> GenARM:
         import transformers
 
         from genarm_fast.api import GenARM
-        from genarm_fast.members import ARM
+        from genarm_fast.models.member import ARM
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -12,11 +12,11 @@ from rich.table import Table
 from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, is_chat
 from genarm_fast.cli.score import load_to_score, score_all
-from genarm_fast.jsonlines import dumps, located
-from genarm_fast.prompts import Prompt, encode_response
+from genarm_fast.text.prompts import Prompt, encode_response
 from genarm_fast.train.data import Pair, load_pairs
 from genarm_fast.train.encode import transcript_messages
 from genarm_fast.train.metrics import PairStats
+from genarm_fast.utils.jsonlines import dumps, located
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from genarm_fast.cli.display import console, reward_table, token_table
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
-from genarm_fast.jsonlines import dumps, located, read_objects
+from genarm_fast.utils.jsonlines import dumps, located, read_objects
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
@@ -65,7 +65,7 @@ def score_all(
     model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
 ) -> list[ScoreOutput]:
     """`model.score` with a progress bar. Checks everything first; errors name the input line."""
-    from genarm_fast.prompts import check_text  # imports transformers
+    from genarm_fast.text.prompts import check_text  # imports transformers
 
     for line, prompt, response in zip(lines, prompts, responses):
         with located(path, line):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from genarm_fast.detokenize import Detokenizer
+from genarm_fast.text.detokenize import Detokenizer
 
 END = "∎"  # stands for the end-of-sequence token: it has no text, but the ARM has an opinion of it as well
 # Blue where the ARM favours a token, orange where it does not (colour-blind readers tell them apart), in dark ink that

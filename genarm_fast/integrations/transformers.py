@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 
-from ..members import ARM, Member, as_arms, common_vocabulary, load_members
-from ..params import check_integer, check_weights
-from ..prompts import as_prompts, encode_prompt, left_padded
+from genarm_fast.models.member import ARM, Member, as_arms, common_vocabulary, load_members
+from genarm_fast.params import check_integer, check_weights
+from genarm_fast.text.prompts import as_prompts, encode_prompt, left_padded
 
 PADDING = -1  # in place of a token that is masked
 

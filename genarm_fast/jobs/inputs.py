@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from genarm_fast.jobs.identity import digest
-from genarm_fast.jsonlines import dumps, located, read_objects
 from genarm_fast.params import SamplingParams, check_weights
-from genarm_fast.prompts import Prompt, as_prompts
+from genarm_fast.text.prompts import Prompt, as_prompts
+from genarm_fast.utils.jsonlines import dumps, located, read_objects
 
 FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")  # what JSON can express
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from genarm_fast.jsonlines import dumps, located
+from genarm_fast.utils.jsonlines import dumps, located
 
 _OTHERWISE = "; choose another output file, or overwrite"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import TrainConfig
+from genarm_fast.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from .run import TrainReport, train
+    from genarm_fast.train.run import TrainReport, train
 
 __all__ = ["TrainConfig", "TrainReport", "train"]
 
@@ -16,6 +16,6 @@ def __getattr__(name: str) -> Any:
     """Imports torch and transformers only when training begins: `genarm-fast train --help` needs neither."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import run
+    from genarm_fast.train import run
 
     return getattr(run, name)

@@ -10,10 +10,10 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-from .. import __version__
-from .config import TrainConfig
-from .files import replacing, write_json
-from .model import PairModel
+from genarm_fast import __version__
+from genarm_fast.train.config import TrainConfig
+from genarm_fast.train.files import replacing, write_json
+from genarm_fast.train.model import PairModel
 
 HELD_OUT, TRAINING = "#c1440e", "#8fa8b8"
 PANELS = (

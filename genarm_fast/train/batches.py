@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ..kernels.arm_logps import IGNORE
-from .encode import Encoded
+from genarm_fast.kernels.arm_logps import IGNORE
+from genarm_fast.train.encode import Encoded
 
 Layout = Literal["shared", "rows"]
 POOL = 32  # micro-batches that are sorted by length together

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from ..cli.loading import read_text
-from .config import TrainConfig, hints, scalar_type
+from genarm_fast.cli.loading import read_text
+from genarm_fast.train.config import TrainConfig, hints, scalar_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, then prints where the ARM is and how good, or the whole report."""
-    from .run import train
+    from genarm_fast.train.run import train
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     if args.chat_template:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..jsonlines import located, read_objects
-from .config import TrainConfig
+from genarm_fast.train.config import TrainConfig
+from genarm_fast.utils.jsonlines import located, read_objects
 
 Message = dict[str, str]
 TURN = "\n\nAssistant:"

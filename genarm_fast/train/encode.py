@@ -9,10 +9,10 @@ from functools import cached_property
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..jsonlines import located
-from ..templates import chat_ids, default_template, end_of_answer, ended, text_ids
-from .config import TrainConfig
-from .data import TURN, Message, Pair
+from genarm_fast.text.templates import chat_ids, default_template, end_of_answer, ended, text_ids
+from genarm_fast.train.config import TrainConfig
+from genarm_fast.train.data import TURN, Message, Pair
+from genarm_fast.utils.jsonlines import located
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from .config import OPERATIONAL, TrainConfig, defaults
-from .encode import Encoded
-from .files import PARTIAL, read_json, write_json
+from genarm_fast.train.config import OPERATIONAL, TrainConfig, defaults
+from genarm_fast.train.encode import Encoded
+from genarm_fast.train.files import PARTIAL, read_json, write_json
 
 
 class RunFolder:

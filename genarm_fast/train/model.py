@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..kernels.arm_logps import IGNORE, arm_logps
-from .batches import Layout, rows, shared
-from .config import TrainConfig
-from .encode import Encoded
+from genarm_fast.kernels.arm_logps import IGNORE, arm_logps
+from genarm_fast.train.batches import Layout, rows, shared
+from genarm_fast.train.config import TrainConfig
+from genarm_fast.train.encode import Encoded
 
 
 class PairModel(nn.Module):

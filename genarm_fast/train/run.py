@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.training_args import OptimizerNames
 
-from ..fingerprint import fingerprint
-from ..sources import Source, find_file, locate
-from .artifacts import save_artifacts
-from .batches import Collator
-from .config import TrainConfig
-from .data import load_pairs, split_pairs
-from .encode import Encoded, Encoder
-from .files import locked
-from .folder import RunFolder, check_folder
-from .model import PairModel, add_lora, choose_dtype, choose_paths, load_base
-from .progress import progress_bar
-from .trainer import ArmTrainer, checkpoints, last_checkpoint, sample
+from genarm_fast.models.fingerprint import fingerprint
+from genarm_fast.models.hub import Source, find_file, locate
+from genarm_fast.train.artifacts import save_artifacts
+from genarm_fast.train.batches import Collator
+from genarm_fast.train.config import TrainConfig
+from genarm_fast.train.data import load_pairs, split_pairs
+from genarm_fast.train.encode import Encoded, Encoder
+from genarm_fast.train.files import locked
+from genarm_fast.train.folder import RunFolder, check_folder
+from genarm_fast.train.model import PairModel, add_lora, choose_dtype, choose_paths, load_base
+from genarm_fast.train.progress import progress_bar
+from genarm_fast.train.trainer import ArmTrainer, checkpoints, last_checkpoint, sample
 
 PROBE = 2  # pairs that the fast paths are proved on
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from .batches import Collator, PairBatches
-from .config import TrainConfig
-from .encode import Encoded
-from .files import write_json
-from .metrics import PairStats, pair_losses
-from .model import PairModel
-from .progress import Narrator
+from genarm_fast.train.batches import Collator, PairBatches
+from genarm_fast.train.config import TrainConfig
+from genarm_fast.train.encode import Encoded
+from genarm_fast.train.files import write_json
+from genarm_fast.train.metrics import PairStats, pair_losses
+from genarm_fast.train.model import PairModel
+from genarm_fast.train.progress import Narrator
 
 COMPLETE = "complete.json"  # written last: a checkpoint without it was cut off by a kill
 WEIGHTS = "trained.safetensors"

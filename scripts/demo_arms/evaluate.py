@@ -24,9 +24,9 @@ from transformers import AutoTokenizer
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.demo import arm, arm_names, base
-from genarm_fast.jsonlines import dumps
 from genarm_fast.train.data import load_pairs
 from genarm_fast.train.encode import transcript_messages
+from genarm_fast.utils.jsonlines import dumps
 
 Chat = list[dict[str, str]]
 

@@ -112,7 +112,7 @@ def test_failed_requests_are_reported_and_tried_again(
     command, folder = job
     command = [*command, "--output", str(folder / "out.jsonl")]
     with monkeypatch.context() as patch:
-        from genarm_fast.requests import Row
+        from genarm_fast.engine.sequence import Row
 
         settle = Row.settle
 

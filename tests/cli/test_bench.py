@@ -14,8 +14,8 @@ from transformers import GenerationMixin
 
 from genarm_fast import GenARM
 from genarm_fast.cli.bench import LABELS
-from genarm_fast.controller import Controller
 from genarm_fast.kernels import _native
+from genarm_fast.speculation.tuner import Controller
 
 QUICK = ["--batch", "1", "2", "--new-tokens", "6", "--rounds", "2"]
 SECONDS = {"hugging_face": 8.0, "base": 4.0, "guided": 5.0, "guided_drafts": 2.0}
@@ -31,7 +31,7 @@ class Calls:
         self.prompts: dict[str, list[Any]] = {}
         self.texts: dict[str, list[list[int]]] = {}
         self.slowed = 0
-        monkeypatch.setattr("genarm_fast.bench.clock_of", lambda devices: ("a test's clock", lambda: self.now))
+        monkeypatch.setattr("genarm_fast.bench.runs.clock_of", lambda devices: ("a test's clock", lambda: self.now))
         ours, theirs = GenARM.generate, GenerationMixin.generate
 
         def generate(model: GenARM, prompts: Any, *args: Any, **kwargs: Any) -> Any:

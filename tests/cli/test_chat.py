@@ -10,7 +10,7 @@ import pytest
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.cli.chat import Chat
-from genarm_fast.stream import Stream
+from genarm_fast.engine.stream import Stream
 
 PARAMS = SamplingParams(max_new_tokens=10, seed=7)
 

@@ -86,7 +86,7 @@ def test_names_near_a_shipped_arm(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp
     def unreachable(url: str, token: object) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("genarm_fast.sources.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("genarm_fast.models.hub.get_hf_file_metadata", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     code, _, err = cli("generate", "hi", "--base", str(tmp_path), "--arm", "positve=2")
     assert code == 2

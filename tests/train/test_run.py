@@ -15,7 +15,7 @@ from toy_pairs import toy_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from genarm_fast import GenARM
-from genarm_fast.fingerprint import fingerprint
+from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.artifacts import curve
 from genarm_fast.train.data import load_pairs, split_pairs

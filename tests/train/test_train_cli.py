@@ -118,7 +118,7 @@ def test_a_base_that_is_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     def unreachable(url: str, token: object) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("genarm_fast.sources.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("genarm_fast.models.hub.get_hf_file_metadata", unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: pytest.fail("goes on"))
     with pytest.raises(FileNotFoundError, match=r"base='typo': expected .* the hub can't be reached: no network"):

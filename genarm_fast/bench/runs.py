@@ -1,0 +1,180 @@
+"""What guidance costs: an unguided base beside the guided model, with and without drafts, on the same prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from genarm_fast.api import GenARM
+from genarm_fast.bench.timing import LEAST_ROUNDS, Interval, clock_of, interval, take_turns
+from genarm_fast.models.member import Member
+from genarm_fast.outputs import GenerationOutput
+from genarm_fast.params import SamplingParams
+from genarm_fast.text.prompts import Prompt, left_padded
+
+CONTENDERS = ("hugging_face", "base", "guided", "guided_drafts")
+TRUSTED = 0.1  # figures of a larger spread say little
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What "auto" did in the timed rounds, and whether it changed a text, the warm-up's included.
+
+    chosen: turns of the decode loop by what was chosen for them, such as "plain" or "small, k=3".
+    """
+
+    chosen: dict[str, int]
+    drafted: int
+    accepted: int
+    tokens_per_round: float  # of a text; 1 without drafts
+    texts: int
+    same_texts: int  # of them, token for token what they are without drafts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one batch size; contenders by their names in CONTENDERS, times of whole calls, prompts included.
+
+    tokens_per_second: new tokens of all rows. milliseconds_per_token: of each row. relative_to: for the two unguided
+    contenders, how many times as fast each of the others was in the same round.
+    """
+
+    batch: int
+    tokens_per_second: dict[str, Interval]
+    milliseconds_per_token: dict[str, float]
+    relative_to: dict[str, dict[str, Interval]]
+    spreads: dict[str, float]  # the widest of a contender's intervals
+    trusted: bool  # enough rounds, and no spread above TRUSTED
+    prompt_tokens: tuple[int, int]  # fewest, most, as the base sees them
+    clock: str
+    drafts: Drafts
+
+
+def measure(
+    model: GenARM,
+    prompts: Sequence[Prompt],
+    *,
+    batch: int,
+    new_tokens: int,
+    rounds: int,
+    ran: Callable[[], Any] = lambda: None,
+) -> Measured:
+    """Time all contenders on `batch` prompts a round, each time the next ones, sampled at T = 1 with the ARMs' weights.
+
+    Each contender has a `GenARM` of its own over the weights of `model`, so that what one keeps from call to call
+    (caches, graphs, what "auto" has learnt) is not lost to another. ran: called after every call, 4 · (rounds + 1).
+    """
+    make = partial(GenARM, max_batch_size=batch, cache_bytes=model.cache_bytes)
+    alone = make(model.members[:1], speculation="off")
+    plain = make(model.members, speculation="off")
+    drafting = make(model.members, speculation="auto")
+    outputs: dict[str, list[GenerationOutput]] = {"base": [], "guided": [], "guided_drafts": []}
+    learning: Counter[str] = Counter()
+
+    def turns_prompts(turn: int) -> list[Prompt]:
+        return [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)]
+
+    def hugging_face(turn: int) -> None:
+        ids = [request.token_ids[0] for request in alone.prepare(turns_prompts(turn), max_new_tokens=new_tokens)]
+        _hugging_face(model.base, ids, new_tokens, seed=turn)
+
+    def ours(name: str, contender: GenARM) -> Callable[[int], None]:
+        def run(turn: int) -> None:
+            each = [
+                SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=batch * turn + i) for i in range(batch)
+            ]
+            outputs[name] += contender.generate(turns_prompts(turn), each)
+            if turn == 0:
+                learning.update(_chosen(contender))
+
+        return run
+
+    runs = {
+        "hugging_face": hugging_face,
+        "base": ours("base", alone),
+        "guided": ours("guided", plain),
+        "guided_drafts": ours("guided_drafts", drafting),
+    }
+    devices = {parameter.device for member in model.members for parameter in member.model.parameters()}
+    clock_name, clock = clock_of(devices)
+    seconds = take_turns(runs, rounds, clock, ran)
+
+    speeds, relative = _figures(seconds, batch * new_tokens)
+    spreads = {
+        name: max(each[name].spread for each in (speeds, *relative.values()) if name in each) for name in CONTENDERS
+    }
+    lengths = [len(output.prompt_token_ids) for output in outputs["base"]]
+    return Measured(
+        batch=batch,
+        tokens_per_second=speeds,
+        milliseconds_per_token={name: 1e3 * batch / each.median for name, each in speeds.items()},
+        relative_to=relative,
+        spreads=spreads,
+        trusted=rounds >= LEAST_ROUNDS and max(spreads.values()) <= TRUSTED,
+        prompt_tokens=(min(lengths), max(lengths)),
+        clock=clock_name,
+        drafts=_drafts(outputs["guided"], outputs["guided_drafts"], batch, dict(_chosen(drafting) - learning)),
+    )
+
+
+def _figures(
+    seconds: Mapping[str, Sequence[float]], tokens: int
+) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
+    """Tokens per second, and the ratios to both unguided contenders, each taken within a round."""
+    speeds = {name: interval([tokens / each for each in spent]) for name, spent in seconds.items()}
+    relative = {
+        unguided: {
+            name: interval([before / after for before, after in zip(seconds[unguided], spent)])
+            for name, spent in seconds.items()
+            if name != unguided
+        }
+        for unguided in ("hugging_face", "base")
+    }
+    return speeds, relative
+
+
+def _drafts(
+    plain: Sequence[GenerationOutput], drafted: Sequence[GenerationOutput], warm_up: int, chosen: dict[str, int]
+) -> Drafts:
+    """Of all outputs without drafts and with them, of which the first `warm_up` were not timed."""
+    timed = drafted[warm_up:]
+    return Drafts(
+        chosen=chosen,
+        drafted=sum(output.rounds.drafted for output in timed),
+        accepted=sum(output.rounds.accepted for output in timed),
+        tokens_per_round=sum(len(output.token_ids) for output in timed) / sum(o.rounds.rounds for o in timed),
+        texts=len(plain),
+        same_texts=sum(off.token_ids == auto.token_ids for off, auto in zip(plain, drafted)),
+    )
+
+
+def _chosen(model: GenARM) -> Counter[str]:
+    """Rounds so far by what was chosen for them; none where speculation is off."""
+    found: Counter[str] = Counter()
+    for stats in model.controllers.stats():
+        found.update(stats["rounds"])
+    return found
+
+
+def _hugging_face(base: Member, ids: Sequence[Sequence[int]], new_tokens: int, seed: int) -> None:
+    tokens, mask = left_padded(ids, 0)
+    torch.manual_seed(seed)
+    base.model.generate(
+        tokens.to(base.device),
+        attention_mask=mask.to(base.device),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        pad_token_id=0,
+        # Else the model's generation_config has its say: filters would cost it time that the others don't spend.
+        do_sample=True,
+        num_beams=1,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+    )

@@ -1,0 +1,22 @@
+"""Where work runs: streams, graphs and read-back, behind one small interface."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from genarm_fast.device.base import Device
+from genarm_fast.device.cuda import Cuda
+
+__all__ = ["Cuda", "Device", "device_for"]
+
+
+def device_for(devices: Sequence[torch.device]) -> Device:
+    """The one that members on these devices ask for, the base first."""
+    if devices[0].type == "cuda":
+        return Cuda()
+    # A thread's own time does not count what other processes do, but nor what another device does.
+    precise = time.get_clock_info("thread_time").resolution < 1e-4
+    return Device(time.thread_time if precise and {device.type for device in devices} == {"cpu"} else time.perf_counter)

@@ -1,0 +1,96 @@
+"""Where work runs: streams, hand-overs between them, read-back, shapes that repeat.
+
+The engine says what runs on which stream, and which tensors cross from one to another; nothing else orders its work.
+`Device` is the CPU, where a launch is a call; `cuda.Cuda` is the asynchronous one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+HOST = torch.device("cpu")
+T = TypeVar("T")
+Stream = Any  # a torch.device, or a torch.cuda.Stream
+
+try:
+    from nvtx import annotate as span  # what a profiler shows, named
+except ImportError:
+
+    def span(name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Device:
+    """Every piece of work runs when it is launched. A stream is no more than the device that it is on."""
+
+    lag = 0  # rounds that the host may read behind
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def stream(self, device: torch.device) -> Stream:
+        """A queue of work."""
+        return device
+
+    def launch(self, stream: Stream, name: str, function: Callable[..., T], *args: Any) -> T:
+        """function(*args) with what it asks of the device put on `stream`, in a profiler's range `name`."""
+        with span(name):
+            return function(*args)
+
+    def hand_over(self, tensors: Sequence[Tensor], source: Stream, target: Stream) -> list[Tensor]:
+        """Give tensors of one stream to another, which waits for all that the first was given before this."""
+        return list(tensors) if source == target else [tensor.to(target) for tensor in tensors]
+
+    def upload(self, tensor: Tensor, stream: Stream) -> Tensor:
+        """A tensor of the host's, for work on `stream`."""
+        return tensor if stream == HOST else tensor.to(stream)
+
+    def read(self, tensors: Sequence[Tensor], stream: Stream) -> Callable[[], list[Tensor]]:
+        """Begin to copy tensors of `stream` to the host; call the result to wait for them."""
+        return lambda: list(tensors)
+
+    def repeat(self, stream: Stream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
+        """function(*inputs), launched on `stream`. With one key, only the numbers in the inputs ever differ."""
+        return function(*inputs)
+
+    def shape(self, rows: int, slots: int, limit: int, capacity: int) -> tuple[int, int]:
+        """Rows, at most `slots`, and limit, at most `capacity`, raised so that few shapes exist where that pays."""
+        return rows, limit
+
+    def mark(self, stream: Stream) -> Any:
+        """A point in time, when all that `stream` was given before is done."""
+        return self.clock()
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds between two marks; waits for the second."""
+        return end - start
+
+    def begin(self) -> None:
+        """Let all streams wait for what others gave to their devices: a run begins on streams of another one."""
+
+    def finish(self) -> None:
+        """Wait for all streams: a run ends."""
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """A caller's own, as of a training loop, would give activations other dtypes than weights and caches have."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch raised it for lack of memory; on the CPU only its words say so."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    )

@@ -1,0 +1,152 @@
+"""CUDA: a stream for every backbone, graphs of what repeats, read-back through pinned memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genarm_fast.device.base import Device, Stream, T, span
+
+WARM_UP = 2  # calls of a shape before it is captured: libraries make their plans, caches are allocated
+SHORTEST = 128  # limits are powers of two from here on
+MOST_GRAPHS = 64  # kept from one run to the next: each has its outputs
+
+
+class Cuda(Device):
+    """Work is queued and the host goes on. Streams of other devices than CUDA's (an ARM on the CPU) block."""
+
+    lag = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams: list[torch.cuda.Stream] = []
+        self.pools: dict[Stream, Any] = {}
+        self.calls: Counter[Any] = Counter()
+        self.graphs: dict[Any, Graph] = {}
+        self.eager: set[Stream] = set()  # what cannot be captured
+
+    def stream(self, device: torch.device) -> Stream:
+        if device.type != "cuda":
+            return device
+        stream = torch.cuda.Stream(device)
+        self.streams.append(stream)
+        follow(stream)
+        return stream
+
+    def begin(self) -> None:
+        for stream in self.streams:
+            follow(stream)
+
+    def launch(self, stream: Stream, name: str, function: Callable[..., T], *args: Any) -> T:
+        with span(name), on(stream):
+            return function(*args)
+
+    def hand_over(self, tensors: Sequence[Tensor], source: Stream, target: Stream) -> list[Tensor]:
+        if isinstance(target, torch.device):
+            with on(source):
+                return [tensor.to(target) for tensor in tensors]
+        if isinstance(source, torch.device):
+            return [self.upload(tensor, target) for tensor in tensors]
+        target.wait_stream(source)
+        if source.device == target.device:
+            for tensor in tensors:
+                tensor.record_stream(target)  # freed early, its memory would go to other work of `source` at once
+            return list(tensors)
+        with on(source), on(target):  # a copy between devices is ordered with the current streams of both
+            return [tensor.to(target.device, non_blocking=True) for tensor in tensors]
+
+    def upload(self, tensor: Tensor, stream: Stream) -> Tensor:
+        if isinstance(stream, torch.device):
+            return tensor.to(stream)
+        with on(stream):  # pinned memory is not used again before the copy is over: its allocator sees to that
+            return tensor.pin_memory().to(stream.device, non_blocking=True)
+
+    def read(self, tensors: Sequence[Tensor], stream: Stream) -> Callable[[], list[Tensor]]:
+        if isinstance(stream, torch.device):
+            return super().read(tensors, stream)
+        with span("readback"), on(stream):
+            host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+            done = torch.cuda.Event()
+            done.record(stream)
+
+        def result() -> list[Tensor]:
+            done.synchronize()
+            return host
+
+        return result
+
+    def repeat(self, stream: Stream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
+        key = (stream, key)
+        if key not in self.graphs:
+            self.calls[key] += 1
+            if self.calls[key] <= WARM_UP or stream in self.eager or isinstance(stream, torch.device):
+                return function(*inputs)
+            pool = self.pools.setdefault(stream, torch.cuda.graph_pool_handle())
+            try:
+                self.graphs[key] = Graph(stream, pool, function, inputs)
+            except RuntimeError as error:  # experts that count their rows, say
+                warnings.warn(f"a forward runs without a CUDA graph, since it can't be captured: {error}", stacklevel=2)
+                self.eager.add(stream)
+                return function(*inputs)
+        self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
+        return graph(*inputs)
+
+    def shape(self, rows: int, slots: int, limit: int, capacity: int) -> tuple[int, int]:
+        return min(power_of_two(rows), slots), min(power_of_two(max(limit, SHORTEST)), capacity)
+
+    def mark(self, stream: Stream) -> Any:
+        if isinstance(stream, torch.device):
+            return super().mark(stream)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        if isinstance(end, float):  # of a stream that blocks
+            return super().elapsed(start, end)
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+    def finish(self) -> None:
+        for stream in self.streams:
+            stream.synchronize()
+        for key in list(self.graphs)[:-MOST_GRAPHS]:
+            del self.graphs[key]
+
+
+class Graph:
+    """A function's kernels, launched as one. What it returns is a copy: the next launch overwrites the original."""
+
+    def __init__(self, stream: Stream, pool: Any, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+        self.inputs = [tensor.clone() for tensor in inputs]
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads may go on: "global" would fail at what they ask of the device meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self.outputs: tuple[Tensor, ...] = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for own, given in zip(self.inputs, inputs):
+            own.copy_(given)
+        self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)
+
+
+def on(stream: Stream) -> AbstractContextManager[Any]:
+    """Make it the current one."""
+    return nullcontext() if isinstance(stream, torch.device) else torch.cuda.stream(stream)
+
+
+def follow(stream: torch.cuda.Stream) -> None:
+    """Wait for the current one, which may still be loading weights, or changing them."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+
+def power_of_two(number: int) -> int:
+    """The next one."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,156 @@
+"""Teacher-forced scoring: what every member thinks of given responses, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from genarm_fast.engine.allocate import token_bytes
+from genarm_fast.engine.model_runner import Backbone, in_one_forward, padded
+from genarm_fast.engine.scheduler import CHUNK_TOKENS
+from genarm_fast.engine.selfcheck import entries_of
+from genarm_fast.models.member import Member
+from genarm_fast.outputs import ArmRewards, ScoreOutput
+from genarm_fast.text.prompts import Prompt, as_responses, check_context, encode_prompt, encode_response
+
+if TYPE_CHECKING:
+    from genarm_fast.api import GenARM
+
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
+
+
+def score_responses(model: GenARM, prompts: Sequence[Prompt], responses: Any, append_eos: bool) -> list[ScoreOutput]:
+    """As `GenARM.score` has it."""
+    answers = as_responses(responses, len(prompts))
+    targets = [_encode(model, i, prompts[i], answer, append_eos) for i, answer in enumerate(answers)]
+    encoded = [[encode_prompt(m, p, i, model.vocab_size) for m in model.members] for i, p in enumerate(prompts)]
+    for i, (ids, target) in enumerate(zip(encoded, targets)):
+        for member, prompt_ids in zip(model.members, ids):
+            check_context(member, len(prompt_ids), len(target), i)
+    logprobs: list[list[list[float]]] = [[] for _ in prompts]
+    lengths = [max(map(len, ids)) for ids in encoded], [*map(len, targets)]
+    for batch in list(batches(model.members, *lengths, model.max_batch_size, model.cache_bytes)):
+        lines = response_logprobs(
+            model.members, [encoded[i] for i in batch], [targets[i] for i in batch], model.vocab_size
+        )
+        for i, line in zip(batch, lines):
+            logprobs[i] = line
+    return [
+        ScoreOutput(
+            prompts[i],
+            answers[i],
+            targets[i],
+            logprobs[i][0],
+            {name: ArmRewards(line) for name, line in zip(model.arm_names, logprobs[i][1:])},
+        )
+        for i in range(len(prompts))
+    ]
+
+
+def _encode(model: GenARM, index: int, prompt: Prompt, response: str | list[int], append_eos: bool) -> list[int]:
+    if isinstance(response, str) and append_eos:
+        ids = encode_response(model.base, prompt, response, model.eos_token_ids)
+    elif isinstance(response, str):
+        ids = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
+    else:
+        ids = response
+    if not ids:
+        raise ValueError(f"responses[{index}]={response!r}: expected at least one token")
+    if min(ids) < 0 or max(ids) >= model.vocab_size:
+        raise ValueError(f"responses[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{model.vocab_size - 1}")
+    return ids
+
+
+def batches(
+    members: Sequence[Member],
+    prompts: Sequence[int],
+    responses: Sequence[int],
+    rows: int,
+    cache_bytes: int | None,
+) -> Iterator[list[int]]:
+    """Indices of at most so many responses that are scored together, alike in length.
+
+    prompts: tokens of each, for the member that sees most of them; responses: tokens of each. The caches of a batch
+    take at most `cache_bytes`, those of one backbone at a time.
+
+    Raises:
+        MemoryError: one does not fit alone.
+    """
+    token = max(token_bytes([members[i] for i in group]) for group in in_one_forward(members))
+
+    def takes(indices: Sequence[int]) -> int:
+        longest = max(prompts[i] for i in indices) + max(responses[i] for i in indices)
+        return len(indices) * longest * token
+
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i] + responses[i]):
+        if cache_bytes is not None and takes([i]) > cache_bytes:
+            raise MemoryError(
+                f"prompts[{i}]: {prompts[i] + responses[i]} tokens take {takes([i]):,} bytes of cache:"
+                f" expected at most cache_bytes={cache_bytes:,}"
+            )
+        if batch and (len(batch) == rows or (cache_bytes is not None and takes([*batch, i]) > cache_bytes)):
+            yield batch
+            batch = []
+        batch.append(i)
+    yield batch
+
+
+@torch.inference_mode()
+def response_logprobs(
+    members: Sequence[Member],
+    prompts: Sequence[Sequence[list[int]]],
+    responses: Sequence[list[int]],
+    vocab_size: int,
+) -> list[list[list[float]]]:
+    """log π(token | prompt, earlier tokens) over the first `vocab_size` tokens, [response][member][token].
+
+    prompts: [response][member], not empty, like the responses. [R, T, V] never exists.
+    """
+    lines: list[list[list[float]]] = [[[] for _ in members] for _ in responses]
+    for group in in_one_forward(members):
+        own = [[prompt[i] for prompt in prompts] for i in group]
+        for lane, table in zip(group, _lanes([members[i] for i in group], own, responses, vocab_size)):
+            for line, response, logprobs in zip(lines, responses, table.tolist()):
+                line[lane] = logprobs[: len(response)]
+    return lines
+
+
+def _lanes(
+    members: Sequence[Member],
+    prompts: Sequence[Sequence[list[int]]],
+    responses: Sequence[list[int]],
+    vocab_size: int,
+) -> Tensor:
+    """[L, R, longest response] of the L members of one forward; beyond a response's end, anything."""
+    longest = max(map(len, responses))
+    lengths = torch.tensor([[len(prompt) for prompt in lane] for lane in prompts])
+    rows = range(len(responses))
+    backbone = Backbone(members, len(rows), int(lengths.max()) + longest)
+    backbone.allocate(entries_of(members))
+    step = max(1, CHUNK_TOKENS // len(rows))
+    for start in range(0, int(lengths.max()) - 1, step):
+        width = min(step, int(lengths.max()) - 1 - start)
+        tokens = [[padded(prompt[:-1][start : start + width], width) for prompt in lane] for lane in prompts]
+        positions = torch.arange(start, start + width).expand(*lengths.shape, width)
+        backbone.prefill(torch.tensor(tokens), positions, rows, start + width)
+
+    targets = torch.tensor([padded(response, longest) for response in responses])
+    last = torch.tensor([[[prompt[-1]] for prompt in lane] for lane in prompts])
+    inputs = torch.cat([last, targets[:, :-1].expand(len(members), -1, -1)], dim=-1)
+    limit = CHUNK_ELEMENTS.get(backbone.stream.type, CHUNK_ELEMENTS["cuda"])
+    step = max(1, limit // (lengths.numel() * members[0].vocab_size))
+    pieces = []
+    for start in range(0, longest, step):
+        piece = inputs[..., start : start + step]
+        positions = lengths[..., None] - 1 + start + torch.arange(piece.shape[-1])
+        bound = int(positions.max()) + 1
+        piece, positions = (each.to(backbone.stream) for each in (piece, positions))
+        logits = torch.stack(backbone.forward(piece, positions, rows, bound))
+        logits = logits[..., :vocab_size].float()
+        labels = targets[:, start : start + step].to(logits.device).expand(len(members), -1, -1)[..., None]
+        pieces.append((logits.gather(-1, labels)[..., 0] - logits.logsumexp(-1)).cpu())
+    return torch.cat(pieces, dim=-1)

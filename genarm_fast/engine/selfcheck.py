@@ -1,0 +1,149 @@
+"""Before a model is trusted with our cache, its logits are compared with those of transformers' plain forward.
+
+What a model's attention does besides calling transformers' attention function, and where it takes positions from, no
+config says. So rows of unequal length are prefilled, fed a block, rolled back and fed another: 4 forwards of at most
+8 tokens, once for each model and set of lanes. Longer windows than that, and what sets in after them, are not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from genarm_fast.device.base import no_autocast, out_of_memory
+from genarm_fast.engine.model_runner import Backbone, model_of
+from genarm_fast.models.kv_cache import Entry
+from genarm_fast.models.loader import share_weights
+from genarm_fast.models.member import Member
+
+LENGTH = 8
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}  # in standard deviations of the logits
+COARSE = 0.15  # bfloat16; and quantised models, which may round by what else is in the batch
+SENSITIVE = 4  # times as far off as rounding makes a model by itself is allowed,
+MOST = 0.5  # and no more than this: what is wrong is off by 1
+TRIES = 4  # an expert that wins by a hair may be another one in a batch; what is wrong is wrong each time
+
+_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], list[Entry | None]]] = WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def entries_of(members: Sequence[Member]) -> list[Entry | None]:
+    """What each layer caches of a token, for members of one forward. None: nothing of its own.
+
+    Raises:
+        ValueError: a model gives other logits over our cache than without one, or does not run over it.
+    """
+    found = _found.setdefault(model_of(members), {})
+    lanes = tuple(member.lane for member in members)
+    if lanes not in found:
+        backbone = Backbone(members, 3, LENGTH)
+        wrong: dict[int, float] = dict.fromkeys(range(len(members)), 0.0)
+        for seed in range(TRIES):
+            errors = deviations(members, backbone, seed)
+            wrong = {i: errors[i] for i in wrong if not errors[i] <= allowed(members[i], errors[i], seed)}
+            if not wrong:
+                break
+        else:
+            i, error = next(iter(wrong.items()))
+            raise ValueError(
+                f"{refusal(members[i])} (they are {error:.2g} standard deviations off), so that it can't be run"
+            )
+        found[lanes] = [layer.entry for layer in backbone.layers]
+    return found[lanes]
+
+
+def refusal(member: Member) -> str:
+    return (
+        f"{member.name}: the {member.model.config.model_type} model does not give the same logits over a static cache"
+        " as without one"
+    )
+
+
+def tolerance(member: Member) -> float:
+    quantised = getattr(member.model, "is_quantized", False)
+    return COARSE if quantised else TOLERANCE.get(member.model.dtype, COARSE)
+
+
+def allowed(member: Member, error: float, seed: int) -> float:
+    """How far off it may be; how much rounding does to it is only found out where that matters."""
+    usual = tolerance(member)
+    return usual if error <= usual else max(usual, min(SENSITIVE * sensitivity(member, seed), MOST))
+
+
+def sensitivity(member: Member, seed: int) -> float:
+    """How far off a first row is made by a second, as where activations are quantised by the largest of all, or by
+    embeddings that are rounded otherwise, as where deep models of few digits magnify what they are given."""
+    tokens = _random(member.vocab_size, (2, LENGTH), seed).to(member.device)
+    together, alone = _plain(member, tokens)[0], _plain(member, tokens[:1])[0]
+
+    def nudge(module: nn.Module, _: Any, embedded: Tensor) -> Tensor:
+        noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed)).to(embedded.device)
+        return embedded + embedded * noise.to(embedded.dtype) * (torch.finfo(embedded.dtype).eps / 2)
+
+    handle = member.model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        nudged = _plain(member, tokens[:1])[0]
+    finally:
+        handle.remove()
+    return max(_deviation(other, plain) for others in (together, nudged) for other, plain in zip(others, alone))
+
+
+def deviations(members: Sequence[Member], backbone: Backbone, seed: int) -> list[float]:
+    """The largest root mean square difference of each member at any position, in standard deviations there."""
+    vocab_size = min(member.vocab_size for member in members)
+    tokens = _random(vocab_size, (len(members), 2, LENGTH), seed).to(members[0].device)
+    expected = [_plain(member, own) for member, own in zip(members, tokens)]
+    try:
+        found = _in_pieces(backbone, tokens, vocab_size)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise ValueError(f"{refusal(members[0])}: {error}") from error
+    return [
+        max(_deviation(ours, plain[row, position]) for row, position, ours in pieces)
+        for plain, pieces in zip(expected, found)
+    ]
+
+
+def _random(vocab_size: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _plain(member: Member, tokens: Tensor) -> Tensor:
+    model = share_weights(member.model) if member.model.training else member.model  # a loaded one may have changed
+    with no_autocast():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def _in_pieces(backbone: Backbone, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:
+    """(row, position, logits [V]) of each lane, from tokens [L, 2, 8] fed as decoding feeds them."""
+    slots = [2, 0]
+    wrong = (tokens + 1) % vocab_size
+    padded, drafted = tokens.clone(), tokens.clone()
+    padded[:, 1, 3] = wrong[:, 1, 3]  # the second prompt is shorter
+    drafted[:, 0, 5:7] = wrong[:, 0, 5:7]  # the first row's drafts are not accepted
+    positions = torch.arange(4, device=tokens.device).expand(*tokens.shape[:2], 4)
+    backbone.prefill(padded[..., :4], positions, slots, 4)
+    seen: list[list[tuple[int, int, Tensor]]] = [[] for _ in backbone.lanes]
+    for block, starts, right in ((drafted, (4, 3), (1, 3)), (tokens, (5, 5), (3, 3))):
+        positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(3, device=tokens.device)
+        positions = positions.expand(len(tokens), -1, -1)
+        logits = backbone.forward(block.gather(-1, positions), positions, slots, LENGTH)
+        for pieces, lane in zip(seen, logits):
+            pieces += [(row, starts[row] + j, lane[row, j]) for row in range(2) for j in range(right[row])]
+    return seen
+
+
+def _deviation(ours: Tensor, plain: Tensor) -> float:
+    """A member that masks tokens, or is broken by itself, is judged by the rest of its numbers."""
+    plain = plain.to(ours.device)
+    sound = plain.isfinite()
+    ours, plain = ours[sound].float(), plain[sound].float()
+    if not len(plain):
+        return 0.0
+    scale = plain.std(correction=0).clamp_min(1e-3)
+    return float((ours - plain).square().mean().sqrt() / scale)

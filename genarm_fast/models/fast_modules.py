@@ -1,0 +1,101 @@
+"""Turning a module tree of our own into one that runs fast: our attention, linears of few rows, fused small things.
+
+Norms and rotations are replaced where ours give the same bits on a trial: names of classes do not say where they round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genarm_fast.kernels import _native
+from genarm_fast.kernels.rms_norm import rms_norm
+from genarm_fast.kernels.rotary import rotary
+from genarm_fast.kernels.silu_mul import silu_mul
+from genarm_fast.kernels.small_linear import SmallLinear
+from genarm_fast.models import flash_attention, kv_cache
+from genarm_fast.models.fused_decoder import lean_forward
+
+GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # what the forward of Llama's MLP names, and no more
+
+
+@torch.inference_mode()
+def as_runner(model: Any) -> Any:
+    """Change a tree, whose config and modules no other model shares, and return it."""
+    wants_flash = model.config._attn_implementation == "flash_attention_2"
+    model.config._attn_implementation = (flash_attention if wants_flash else kv_cache).IMPLEMENTATION
+    if _native.core is not None:
+        fast = {module: found for module in model.modules() if (found := _fast(module)) is not None}
+        for module, forward in fast.items():
+            module.forward = forward
+        if (lean := lean_forward(model.base_model, fast)) is not None:
+            model.base_model.forward = lean
+    return model
+
+
+def _fast(module: nn.Module) -> Callable[..., Any] | None:
+    """What gives a module's results sooner, where the C++ core has it."""
+    if "forward" in vars(module):
+        return None
+    used = getattr(type(module).forward, "__code__", _fast.__code__).co_names
+    if "apply_rotary_pos_emb" in used:
+        return _fast_rotation(module)
+    if used == GATED and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+        return partial(_gated, module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_cpu:
+        return None
+    if type(module) is nn.Linear and weight.dtype == torch.bfloat16:  # at no number of rows slower than PyTorch
+        return SmallLinear(weight, module.bias)
+    if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:
+        return _fast_norm(module, weight.detach())
+    return None
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    return mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
+
+
+def _fast_norm(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float):
+        return None
+    x = torch.linspace(-3, 5, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
+    for offset in (0.0, 1.0):
+        if torch.equal(module(x), rms_norm(x, weight, eps, offset=offset)):
+            return lambda x: rms_norm(x, weight, eps, offset=offset)
+    return None
+
+
+def _fast_rotation(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward of an attention with `rotary` in place of the function that its file defines."""
+    forward = type(module).forward
+    theirs = forward.__globals__["apply_rotary_pos_emb"]
+    width = getattr(module, "head_dim", None)
+    if not isinstance(forward, FunctionType) or not isinstance(width, int) or width % 2:
+        return None
+    states = (
+        torch.linspace(-3, 5, 4 * width).view(1, 2, 2, width),
+        torch.linspace(-2, 1, 2 * width).view(1, 1, 2, width),
+    )
+    whole, half = (torch.linspace(0, 1, 2 * n).view(1, 2, n) for n in (width, width // 2))
+    try:
+        pairs = zip(theirs(*states, whole.cos(), whole.sin()), rotary(*states, whole.cos(), whole.sin()))
+        same = all(torch.equal(their, our) for their, our in pairs)
+    except (TypeError, RuntimeError):  # another signature
+        return None
+    with suppress(RuntimeError):
+        theirs(*states, half.cos(), half.sin())
+        return None  # it rotates as many dimensions as it has angles for
+    if not same:
+        return None
+    names = {**forward.__globals__, "apply_rotary_pos_emb": rotary}
+    ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    ours.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(ours, module)

@@ -1,0 +1,160 @@
+"""The decoder of Llama and its likes without what a module call costs, for CPUs.
+
+A decode step of 30 layers calls some 370 modules, and each call asks for hooks, keywords and configuration: an eighth
+of the time of SmolLM2-135M on one core. Here a layer's parts are called one after the other. Used only where every part
+is exactly what this file knows, and where a trial gives the bits of the model's own forward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from genarm_fast.kernels.ragged_attention import ragged_attention
+from genarm_fast.kernels.rotary import rotary
+from genarm_fast.kernels.silu_mul import silu_mul
+from genarm_fast.kernels.small_linear import SiblingLinears, SmallLinear, Span
+from genarm_fast.models.kv_cache import Ragged, RaggedLayer, place, placed
+from genarm_fast.models.lora_lanes import LaneLinear, running, spans_of
+
+WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a family hands on
+    "Llama": lambda attention: None,
+    "Mistral": lambda attention: getattr(attention.config, "sliding_window", None),
+    "Qwen2": lambda attention: attention.sliding_window,
+    "Qwen3": lambda attention: attention.sliding_window,
+}
+
+
+class Output(NamedTuple):
+    """What heads read of transformers' output, which takes 80 µs to make."""
+
+    last_hidden_state: Tensor
+    past_key_values: Cache
+    hidden_states: None = None
+    attentions: None = None
+
+
+Fast = Mapping[nn.Module, Callable[..., Any]]  # what a runner put in place of forwards
+Spans = Mapping[tuple[int, ...], Sequence[Span]]  # of the rows of a forward, for linears by the lanes they adapt
+
+
+@torch.inference_mode()
+def lean_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
+    """The forward of a model without its head, over our cache; None where its own is needed."""
+    family = type(decoder).__name__.removesuffix("Model")
+    if family not in WINDOWS or not _known(decoder, family, fast):
+        return None
+    lean = _Decoder(decoder, fast, WINDOWS[family])
+    return lean if lean.agrees(decoder) else None
+
+
+def _known(decoder: Any, family: str, fast: Fast) -> bool:
+    """Whether it is built of the classes of its family's file, whose calls nothing watches or changes."""
+    file = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+    if type(decoder).__module__ != file:
+        return False
+    classes = vars(sys.modules[file])
+    for module in decoder.modules():
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if hooks or ("forward" in vars(module) and module not in fast):
+            return False
+    if not all(parameter.is_cpu for parameter in decoder.parameters()):
+        return False
+    parts = {"": "DecoderLayer", "self_attn": "Attention", "mlp": "MLP"}
+    return all(
+        type(layer.get_submodule(path)) is classes[family + name]
+        and layer.self_attn in fast  # whose rotation is `rotary`
+        and layer.mlp in fast  # silu_mul between linears
+        for layer in decoder.layers
+        for path, name in parts.items()
+    )
+
+
+class _Decoder:
+    def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
+        self.embed, self.rotary, self.norm = decoder.embed_tokens, decoder.rotary_emb, _part(decoder.norm, fast)
+        self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
+        adapted = [module.index for module in decoder.modules() if isinstance(module, LaneLinear)]
+        self.adapted = {tuple(index): index for index in adapted}
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
+        """input_ids, position_ids: int64 [N, q]."""
+        hidden = self.embed(input_ids)
+        cos, sin = self.rotary(hidden, position_ids=position_ids)
+        where = place(hidden.device)
+        spans = {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}
+        for layer, cache in zip(self.layers, past_key_values.layers):
+            hidden = layer(hidden, cos, sin, cache, where, spans)
+        return Output(self.norm(hidden), past_key_values)
+
+    def agrees(self, decoder: Any) -> bool:
+        """On two tokens of each lane, whether hidden states and caches are those of the decoder, bit for bit."""
+        lanes = sorted({0, *(lane for lanes in self.adapted for lane in lanes)})
+        tokens = torch.arange(2 * len(lanes)).view(-1, 2) % decoder.config.vocab_size
+        positions = torch.arange(2).expand_as(tokens)
+        found = []
+        for forward in (decoder, self):
+            layers = [RaggedLayer(len(lanes), 2) for _ in self.layers]
+            inputs = {"input_ids": tokens, "position_ids": positions, "past_key_values": Cache(layers=list(layers))}
+            with running(lanes, 1), placed(Ragged(torch.arange(len(lanes)), positions, 2)):
+                hidden = forward(**inputs, use_cache=True).last_hidden_state
+            found.append([hidden, *(state for layer in layers for state in (layer.keys, layer.values))])
+        return all(torch.equal(theirs, ours) for theirs, ours in zip(*found))
+
+
+class _Layer:
+    def __init__(self, layer: Any, fast: Fast, window: int | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norm, self.second_norm = _part(layer.input_layernorm, fast), _part(layer.post_attention_layernorm, fast)
+        self.q_norm, self.k_norm = (
+            _part(getattr(attention, name), fast) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
+        )
+        self.qkv = _siblings([attention.q_proj, attention.k_proj, attention.v_proj], fast)
+        self.gate_up = _siblings([mlp.gate_proj, mlp.up_proj], fast)
+        self.o, self.down = _linear(attention.o_proj, fast), _linear(mlp.down_proj, fast)
+        self.width, self.scale, self.window = attention.head_dim, attention.scaling, window
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Any, where: Ragged, spans: Spans) -> Tensor:
+        rows, block, _ = hidden.shape
+        heads = (rows, block, -1, self.width)
+        query, key, value = (state.view(heads) for state in self.qkv(self.norm(hidden), spans))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotary(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+        keys, values = cache.update(key, value.transpose(1, 2))
+        x = ragged_attention(
+            query, keys, values, where.slots, where.positions, scale=self.scale, window=self.window, limit=where.limit
+        )
+        hidden = hidden + self.o(x.view(rows, block, -1), spans)
+        gate, up = self.gate_up(self.second_norm(hidden), spans)
+        hidden += self.down(silu_mul(gate, up), spans)
+        return hidden
+
+
+def _part(module: nn.Module, fast: Fast) -> Callable[..., Any]:
+    return fast.get(module, module)
+
+
+def _linear(module: nn.Module, fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
+    """Of [N, q, in], and the spans of the forward."""
+    if isinstance(module, LaneLinear):
+        run, lanes = module.run, tuple(module.index)
+        return lambda x, spans: run(x, spans[lanes])
+    part = _part(module, fast)
+    return lambda x, _: part(x)
+
+
+def _siblings(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spans], Iterable[Tensor]]:
+    """Of one input, each."""
+    runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
+    lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
+    if all(isinstance(run, SmallLinear) for run in runs):
+        siblings = SiblingLinears(runs)
+        return lambda x, spans: siblings(x, [spans[own] if own else () for own in lanes])
+    linears = [_linear(module, fast) for module in modules]
+    return lambda x, spans: [linear(x, spans) for linear in linears]

@@ -1,0 +1,161 @@
+"""Members over the same weights in one forward: rows are [lanes × R], LoRA is added on each lane's rows.
+
+A decode step of few rows takes the time that the weights take to arrive from memory, so a lane more costs little.
+What makes a lane is read off the loaded modules: the same tree over the same storage, but for plain LoRA linears.
+Every other member (DoRA, saved modules, adapted embeddings, quantised linears, another dtype) keeps its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genarm_fast.device.base import no_autocast
+from genarm_fast.kernels.small_linear import Lora, SmallLinear, Span
+from genarm_fast.models.loader import share_weights
+
+_running: ContextVar[tuple[Sequence[int], int]] = ContextVar("running lanes, rows of each")  # threads have their own
+
+
+class LaneLinear(nn.Module):
+    """y = x Wᵀ once for all rows, and each lane's LoRA on its slice of them. x: [lanes × R, q, in]."""
+
+    def __init__(self, linear: nn.Linear, adapters: dict[int, Lora]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.index = {lane: i for i, lane in enumerate(adapters)}
+        self.loras = list(adapters.values())  # b is PEFT's own weight, and SmallLinear's a copy of it
+        self.run = SmallLinear(linear.weight, linear.bias, self.loras)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lanes, rows = _running.get()
+        if x.dim() != 3 or x.shape[0] != len(lanes) * rows:
+            raise _RegroupedRows
+        return self.run(x, spans_of(self.index, x.shape[1]))
+
+
+@torch.inference_mode()
+def reread(model: nn.Module, lanes: Collection[int]) -> None:
+    """Take the weights of these lanes' LoRAs as they are now. A is read where it is, like all others; B is a copy."""
+    for module in model.modules():
+        if isinstance(module, LaneLinear):
+            for i in (module.index[lane] for lane in lanes if lane in module.index):
+                module.run.loras[i].b.copy_(module.loras[i].b)
+
+
+def linears_of(model: nn.Module) -> list[SmallLinear]:
+    """What the C++ core reads at fixed addresses."""
+    runs = (module.run if isinstance(module, LaneLinear) else vars(module).get("forward") for module in model.modules())
+    return [run for run in runs if isinstance(run, SmallLinear)]
+
+
+class _RegroupedRows(Exception):
+    """A model hands its linears something else than all rows in order, as mixtures of experts do."""
+
+
+@contextmanager
+def running(lanes: Sequence[int], rows: int) -> Iterator[None]:
+    """Forwards inside run these lanes, each with so many rows, one lane after the other."""
+    token = _running.set((lanes, rows))
+    try:
+        with no_autocast():
+            yield
+    finally:
+        _running.reset(token)
+
+
+def spans_of(index: Mapping[int, int], block: int) -> tuple[Span, ...]:
+    """Rows of each running lane that has one of the adapters, with blocks of so many tokens: the flattened ones."""
+    lanes, rows = _running.get()
+    size = rows * block
+    return tuple((i * size, (i + 1) * size, index[lane]) for i, lane in enumerate(lanes) if lane in index)
+
+
+@torch.inference_mode()
+def share_forwards(models: Sequence[Any]) -> list[Any]:
+    """For each model the one to run it with: common to all lanes of a backbone, else the model itself.
+
+    In a common one, lane i is `models[i]`. The models are not changed, and no weight is copied.
+    """
+    shared = list(models)
+    groups: dict[Any, list[int]] = {}
+    skeletons = [_skeleton(model) for model in models]
+    for i, (key, _) in enumerate(skeletons):
+        if key is not None:
+            groups.setdefault(key, []).append(i)
+    for lanes in groups.values():
+        if len(lanes) > 1:
+            model = _merge(models[lanes[0]], {lane: skeletons[lane][1] for lane in lanes})
+            try:  # two tokens: one would hide that rows and positions are exchanged
+                tokens = torch.zeros(len(lanes), 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+                with running(lanes, 1):
+                    model(input_ids=tokens, use_cache=False)
+            except _RegroupedRows:
+                continue
+            for lane in lanes:
+                shared[lane] = model
+    return shared
+
+
+def _skeleton(model: Any) -> tuple[Any, dict[str, Lora]]:
+    """What models must have in common to share a forward (None: shares with none), and the LoRAs by module name."""
+    parts: list[Any] = [repr(model.config.to_dict())]
+    adapters: dict[str, Lora] = {}
+    devices: set[torch.device] = set()
+
+    def visit(module: nn.Module, path: str) -> bool:
+        lora = _plain_lora(module) if hasattr(module, "lora_A") else None
+        if lora is not None and not _hooked(module):
+            adapters[path] = lora
+            module = module.base_layer  # type: ignore[assignment]
+        if _hooked(module) or type(module).__module__.startswith("peft."):
+            return False
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        devices.update(tensor.device for _, tensor in tensors if tensor is not None)
+        parts.append((path, type(module), *((n, t if t is None else _storage(t)) for n, t in tensors)))
+        return all(visit(child, f"{path}.{name}" if path else name) for name, child in module.named_children())
+
+    if not visit(model, "") or len(devices) != 1 or devices.pop().type == "meta":
+        return None, {}
+    return tuple(parts), adapters
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether it does something that belongs to its own tree."""
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _plain_lora(module: Any) -> Lora | None:
+    """The adapter of PEFT's LoRA linear, None where that is more than W x + s · B A x."""
+    from peft.tuners.lora.layer import Linear
+
+    base = getattr(module, "base_layer", None)
+    if type(module) is not Linear or type(base) is not nn.Linear:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if len(names) != 1 or names[0] in module.lora_variant or module.merged or module.disable_adapters:
+        return None
+    down, up = module.lora_A[names[0]], module.lora_B[names[0]]
+    if up.bias is not None or not down.weight.dtype == up.weight.dtype == base.weight.dtype:
+        return None
+    return Lora(down.weight.detach(), up.weight.detach().T, float(module.scaling[names[0]]))
+
+
+def _merge(model: Any, adapters: dict[int, dict[str, Lora]]) -> Any:
+    """A copy of the tree, over the same weights, with a `LaneLinear` where any lane has a LoRA."""
+    merged = share_weights(model)
+    for path in sorted({path for by_path in adapters.values() for path in by_path}):
+        layer: Any = merged.get_submodule(path)
+        linear = layer if isinstance(layer, nn.Linear) else layer.base_layer
+        by_lane = {lane: by_path[path] for lane, by_path in adapters.items() if path in by_path}
+        merged.set_submodule(path, LaneLinear(linear, by_lane))
+    return merged

@@ -1,0 +1,1 @@
+"""Prompts into token ids and tokens into text, the same in training and in decoding."""

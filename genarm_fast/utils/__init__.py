@@ -1,0 +1,1 @@
+"""Files and progress bars: small helpers that know nothing of models."""

@@ -1,0 +1,147 @@
+"""The CUDA device, driven through a stubbed torch.cuda: what is called, in which order, on which stream."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from against_reference import random_prompts
+from cuda_driver import OnCpuTensors, cuda_driver
+from doubles import engines_on
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.device.cuda import WARM_UP, Cuda
+from genarm_fast.speculation.config import Speculation
+
+PLAIN = SamplingParams(max_new_tokens=10, seed=1, stop_token_ids=tuple(range(2, 300, 23)))
+
+
+@pytest.fixture
+def model(tiny_model, tokenizer):
+    return GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=3)
+
+
+def run(model, params=PLAIN, speculation="off", count=5):
+    prompts = random_prompts(random.Random(5), count)
+    return [output.token_ids for output in model.generate(prompts, params, speculation=speculation)]
+
+
+@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3), Speculation("ngram", 2)])
+@pytest.mark.parametrize("changes", [{}, {"logprobs": 1, "rewards": True}, {"repetition_penalty": 1.3}])
+def test_tokens_with_replayed_graphs(model, speculation, changes):
+    """Captured once per shape after its warm-up, then only replayed, with inputs copied in: the tokens are the same."""
+    params = PLAIN.override(**changes)
+    expected = run(model, params)
+    with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
+        assert run(model, params, speculation) == expected
+    replays = Counter(entry[1] for entry in log.of("replay"))
+    assert len(replays) == len(log.of("capture")) == len(device.graphs) > 0
+    assert max(replays.values()) > 3
+    assert all(device.calls[key] == WARM_UP + 1 for key in device.graphs)
+
+
+def test_replays_run_where_they_were_captured(model):
+    """Each backbone's graphs on its own stream, with a pool of memory of their own, after the inputs are ordered."""
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        run(model, count=3)
+    main, *streams = (entry[1] for entry in log.of("stream"))
+    assert len(streams) == 2
+    where = {entry[1]: entry[-1] for entry in log.of("capture")}
+    assert set(where.values()) == set(streams)
+    assert all(entry[-1] is where[entry[1]] for entry in log.of("replay"))
+    pools = {(entry[-1], entry[2]) for entry in log.of("capture")}
+    assert len({pool for _, pool in pools}) == len(pools) == 2
+    waits = [entry[1:3] for entry in log.of("wait")][3:]  # three streams wait for the one that loaded the weights
+    assert Counter(waits) == Counter({pair: len(waits) // 4 for s in streams for pair in ((s, main), (main, s))})
+
+
+def test_few_shapes(tiny_model, tokenizer):
+    """Rows come in powers of two, limits too: batches that drain and prompts that grow share their graphs."""
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, max_batch_size=6)
+    prompts = random_prompts(random.Random(2), 12, 40)
+    params = [SamplingParams(max_new_tokens=5 + 5 * i, seed=i, ignore_eos=True) for i in range(12)]
+    with cuda_driver(), engines_on(OnCpuTensors()) as device:
+        tokens = [output.token_ids for output in model.generate(prompts, params, speculation="off")]
+    assert {key[1][0][1] for key in device.graphs} <= {1, 2, 4, 6}
+    assert len(device.graphs) <= 4
+    assert tokens == [o.token_ids for o in model.generate(prompts, params, speculation="off")]
+
+
+def test_the_host_waits_once_a_round_for_the_round_before(model):
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        run(model, PLAIN.override(ignore_eos=True), count=3)
+    events = [entry[1] for entry in log.of("event")]
+    recorded = [entry[1] for entry in log.of("record")]
+    assert events == recorded  # each is waited for once, in order
+    steps = [entry[:2] for entry in log.of("record", "event")]
+    ahead = [kind for kind, _ in steps]
+    assert ahead == ["record", *["record", "event"] * (len(events) - 1), "event"]
+
+
+def test_a_forward_that_cannot_be_captured_runs_eagerly(model):
+    expected = run(model)
+    warned = pytest.warns(UserWarning, match="without a CUDA graph")
+    with cuda_driver(captures=False) as log, engines_on(OnCpuTensors()) as device, warned:
+        assert run(model) == expected
+    assert len(device.eager) == len(log.of("capture")) == 2  # tried once for each backbone
+    assert not device.graphs
+
+
+def test_what_is_handed_over_is_kept_for_its_reader(model):
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        run(model, count=2)
+    kept = Counter(entry[2] for entry in log.of("keep"))
+    waits = [entry[1:3] for entry in log.of("wait")][3:]
+    main = log.of("stream")[0][1]
+    to_main = sum(target is main for target, _ in waits)
+    assert kept[main] == to_main  # one tensor of logits each
+    assert sum(kept.values()) - kept[main] == 2 * (len(waits) - to_main)  # tokens and positions
+
+
+def test_between_two_devices_copies_are_ordered_on_both():
+    """The source's stream is current on its device and the target's on its own, and the target waits."""
+    moved = []
+
+    class Moving:
+        def to(self, device, non_blocking=False):
+            moved.append((device, non_blocking, list(log.current)))
+            return self
+
+    with cuda_driver() as log:
+        device = Cuda()
+        one, other = (device.stream(SimpleNamespace(type="cuda", index=i)) for i in range(2))
+        device.hand_over([Moving()], one, other)
+        assert log.of("wait")[-1][1:3] == (other, one)
+        assert moved == [(other.device, True, ["default", one, other])]
+        cpu = torch.device("cpu")
+        device.hand_over([Moving()], one, cpu)
+        assert moved[-1] == (cpu, False, ["default", one])  # blocks
+
+
+def test_a_closed_stream_leaves_nothing_running(model):
+    with cuda_driver() as log, engines_on(OnCpuTensors()), model.stream([5, 6], PLAIN) as stream:
+        next(iter(stream))
+    assert {entry[1] for entry in log[-3:]} == {entry[1] for entry in log.of("stream")}
+    assert {entry[0] for entry in log[-3:]} == {"synchronize"}
+
+
+def test_ranges_that_a_profiler_shows(model, monkeypatch):
+    names = Counter()
+
+    @contextmanager
+    def span(name):
+        names[name] += 1
+        yield
+
+    for module in ("device.base", "device.cuda", "engine.host_rounds", "engine.flight"):
+        monkeypatch.setattr(f"genarm_fast.{module}.span", span)
+    forwards = {"base.forward", "arm[0].forward"}
+    with cuda_driver(), engines_on(OnCpuTensors()):
+        run(model, count=2)
+        assert set(names) == {"allocate", "prefill", "round", *forwards, "sample", "settle", "readback"}
+        run(model, speculation=Speculation("arm", 2), count=2)
+        assert set(names) == {"allocate", "prefill", "round", "draft", *forwards, "sample", "settle", "readback"}

@@ -1,0 +1,223 @@
+"""What the engine asks of a device that runs behind the host: nothing unordered, no waiting, the same tokens."""
+
+from __future__ import annotations
+
+import random
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from against_reference import assert_equals_reference, random_params, random_prompts
+from doubles import Accesses, Lagging, Recorder, engines_on, tensors_in
+from tiny_models import FAMILIES
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine.flight import Flight
+from genarm_fast.kernels import guided_sample
+from genarm_fast.speculation.config import Speculation
+
+PLAIN = SamplingParams(max_new_tokens=6, seed=1, stop_token_ids=tuple(range(2, 300, 17)))
+
+
+@pytest.fixture
+def model(tiny_model, tokenizer):
+    """Two backbones; more prompts than slots are given to them."""
+    return GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=2)
+
+
+def prompts(count=4):
+    return random_prompts(random.Random(3), count)
+
+
+def tokens_of(outputs):
+    return [[completion.token_ids for completion in output.completions] for output in outputs]
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_the_host_may_be_behind(tiny_model, tokenizer, case):
+    """Tokens, log-probabilities, rewards and reasons are those of rounds that the host waits for."""
+    rng = random.Random(case)
+    arms = [tiny_model(seed=i + 1) for i in range(case % 3)]
+    model = GenARM.from_pretrained(tiny_model(), arms, tokenizer=tokenizer, max_batch_size=rng.randint(1, 4))
+    shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3]), "n": rng.randint(1, 2)}
+    params = [random_params(rng, len(arms)) for _ in range(rng.randint(1, 6))]
+    if case % 2:  # nothing that needs the host
+        for each in params:
+            each |= {"min_new_tokens": 0, "repetition_penalty": 1.0, "logit_bias": None}
+    requests = [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params]
+    texts = random_prompts(rng, len(params))
+    drafter = rng.choice([None, "ngram", *model.arm_names])
+    speculation = "off" if drafter is None else Speculation(drafter, rng.randint(1, 4))
+    with engines_on(Lagging()):
+        outputs = model.generate(texts, requests, speculation=speculation)
+    for output, each, expected in zip(outputs, params, model.generate(texts, requests, speculation="off")):
+        assert_equals_reference(model, output, **each)
+        for mine, other in zip(output.completions, expected.completions):
+            assert (mine.text, mine.finish_reason, mine.stop_reason) == (
+                other.text,
+                other.finish_reason,
+                other.stop_reason,
+            )
+
+
+def test_a_stop_string_ends_a_row_that_the_device_still_runs(model):
+    free = model.generate([5, 6], seed=1, speculation="off", ignore_eos=True, max_new_tokens=12)[0]
+    stop = free.text[3:5]
+    expected = model.generate([5, 6], seed=1, speculation="off", ignore_eos=True, max_new_tokens=12, stop=[stop])[0]
+    with engines_on(Lagging()):
+        output = model.generate([5, 6], seed=1, speculation="off", ignore_eos=True, max_new_tokens=12, stop=[stop])[0]
+    assert (output.text, output.token_ids, output.finish_reason) == (expected.text, expected.token_ids, "stop")
+
+
+def test_a_failing_row_leaves_alone(tiny_model, tokenizer):
+    """Its NaN is noticed a round late; the others, and who gets its slot, are as ever."""
+    broken = tiny_model(seed=7)
+    model = GenARM.from_pretrained(broken, tokenizer=tokenizer, max_batch_size=2)
+    params = SamplingParams(max_new_tokens=8, seed=3, ignore_eos=True)
+    others = [[5, 6, 7], [8, 9], [4, 4, 4, 4]]
+    expected = tokens_of(model.generate(others, params))
+    weights = broken.get_input_embeddings().weight
+    free = {token for line in (*others, *(line[0] for line in expected)) for token in line}
+    bad = next(token for token in range(2, 300) if token not in free)
+    kept = weights.data[bad].clone()
+    try:
+        weights.data[bad] = torch.nan
+        with engines_on(Lagging()), pytest.raises(Exception, match="NaN") as failure:
+            model.generate([others[0], [bad, 5], *others[1:]], params, speculation="off")
+    finally:
+        weights.data[bad] = kept
+    assert tokens_of(output for output in failure.value.outputs if output is not None) == expected
+
+
+def record(model, without=None, params=PLAIN, speculation="off", count=4):
+    recorder = Recorder(without)
+    with engines_on(recorder), Accesses(recorder):
+        tokens = tokens_of(model.generate(prompts(count), params, speculation=speculation))
+    return recorder, tokens
+
+
+@pytest.mark.parametrize(
+    ("params", "speculation"),
+    [
+        (PLAIN, "off"),
+        (PLAIN.override(logprobs=2, rewards=True, n=2), "off"),
+        (PLAIN.override(repetition_penalty=1.2), "off"),
+        (PLAIN, Speculation("arm", 3)),
+        (PLAIN, Speculation("ngram", 2)),
+        (PLAIN.override(max_new_tokens=12), "auto"),
+    ],
+)
+def test_conflicting_accesses_are_ordered(model, params, speculation):
+    """Prefill, plain rounds, drafts and their verification, slots that are refilled."""
+    recorder, tokens = record(model, None, params, speculation)
+    assert recorder.found == []
+    assert recorder.streams == 3
+    assert tokens == tokens_of(model.generate(prompts(), params, speculation="off"))
+
+
+@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 2)])
+def test_every_hand_over_is_needed(model, speculation):
+    """Without any single one of them, the recorder finds an access that nothing orders."""
+    params = PLAIN.override(max_new_tokens=3)
+    recorder, _ = record(model, None, params, speculation, count=2)
+    assert recorder.hand_overs >= 10
+    for number in range(recorder.hand_overs):
+        assert record(model, number, params, speculation, count=2)[0].found, number
+
+
+def test_forwards_of_a_round_may_overlap(model):
+    """And a round may be launched before the host has read the one before it."""
+    recorder, _ = record(model, count=2)
+    forwards = [launch for launch in recorder.launches if launch[0].endswith(".forward")]
+    names = {"allocate", "prefill", "round", "base.forward", "arm[0].forward"}
+    assert {name for name, *_ in recorder.launches} == names
+    for (_, first, _, end), (_, second, behind, _) in zip(forwards[::2], forwards[1::2]):
+        assert first != second
+        assert behind.get(first, 0) < end
+
+
+WAITING_METHODS = ("tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+WAITING_OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "repeat_interleave")
+
+
+class NoWaiting(TorchFunctionMode):
+    """Fails where Python asks a tensor for its numbers, or makes one of numbers that the host has."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in WAITING_METHODS, f"{name} makes the host wait"
+        assert func is not torch.tensor, "torch.tensor copies from the host"
+        return func(*args, **(kwargs or {}))
+
+
+class Trace(TorchDispatchMode):
+    """Operations and the shapes that they give; fails at those for which the host has to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in WAITING_OPERATIONS, f"{name} makes the host wait"
+        assert (kwargs or {}).get("device") in (None, torch.device("cpu")), f"{name} copies between devices"
+        indices = args[1] if name.startswith("index") and isinstance(args[1], (list, tuple)) else ()
+        assert all(i is None or i.dtype == torch.int64 for i in indices), f"{name} counts what a mask selects"
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((name, [tuple(tensor.shape) for tensor in tensors_in(out)]))
+        return out
+
+
+@contextmanager
+def traced_rounds():
+    """Rows and operations of plain rounds in which no row came or went. Not looked into: `guided_sample`, a kernel."""
+    traces = []
+    launch = Flight.launch
+
+    def traced(self, seats):
+        steady = [seat.slot for seat in seats] == self._index[0] and all(
+            self.aboard.get(seat.slot) is seat for seat in seats
+        )
+        if not steady:
+            return launch(self, seats)
+        with NoWaiting(), Trace() as trace:
+            result = launch(self, seats)
+        traces.append((len(seats), trace.operations))
+        return result
+
+    def kernel(*args, **options):
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return guided_sample(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flight, "launch", traced)
+        patch.setattr("genarm_fast.engine.sampler.guided_sample", kernel)
+        ragged = sys.modules["genarm_fast.kernels.ragged_attention"]
+        patch.setattr(ragged, "check_cache", lambda *_: None)  # looks at numbers on the CPU alone
+        yield traces
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_round_never_waits_and_its_shapes_repeat(tiny_model, tokenizer, family):
+    model = GenARM.from_pretrained(
+        tiny_model(family), tiny_model(family, seed=1), tokenizer=tokenizer, max_batch_size=3
+    )
+    with engines_on(Lagging()), traced_rounds() as traces:
+        model.generate(prompts(5), PLAIN, speculation="off", max_new_tokens=12, rewards=True, logprobs=1)
+    shapes = {}
+    for rows, operations in traces:
+        assert operations == shapes.setdefault(rows, operations)
+    assert len(traces) > 8
+    assert len(operations) > 50
+
+
+def test_waiting_is_noticed(model, monkeypatch):
+    """Control: something in a round that looks at a tensor."""
+    advance = Flight.advance
+    for look in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: bool(t.any())):
+        monkeypatch.setattr(Flight, "advance", lambda *args, look=look: (look(args[2][0]), advance(*args)))
+        with engines_on(Lagging()), traced_rounds(), pytest.raises(AssertionError, match=r"wait|mask"):
+            model.generate(prompts(2), PLAIN, speculation="off", ignore_eos=True)

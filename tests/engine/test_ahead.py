@@ -1,0 +1,225 @@
+"""Drafting ahead while a block is verified, on a device that runs behind the host: it is dropped when it has to be."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from against_reference import random_params, random_prompts
+from doubles import Accesses, Lagging, Recorder, engines_on
+from tiny_models import build_model
+
+from genarm_fast import GenARM, SamplingParams, reference
+from genarm_fast.engine.sampler import Sampler
+from genarm_fast.speculation.config import Speculation
+from genarm_fast.speculation.drafter import BackboneDrafter, Chain, Drafts
+
+FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
+
+
+def similar(seed: int = 0, noise: float = 0.02):
+    """A model that often says what the base (seed 0) says; without noise, always."""
+    model = build_model("llama", 0)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += noise * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture
+def advances(monkeypatch):
+    """Steps that were drafted ahead and used, one entry a block."""
+    used, advance = [], Chain.advance
+
+    def counted(self, steps):
+        advance(self, steps)
+        used.append(len(self))
+
+    monkeypatch.setattr(Chain, "advance", counted)
+    return used
+
+
+def results(outputs):
+    return [[(c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in output.completions] for output in outputs]
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_equals_plain_decoding(tiny_model, tokenizer, case, advances):
+    """Stop tokens, stop strings and limits anywhere; rows that leave, and others in their slots; penalties; filters."""
+    rng = random.Random(case)
+    arms = [similar(case), *([tiny_model(seed=1)] if case % 3 == 0 else [])]
+    draft = similar(case + 1, 0.01) if case % 4 == 1 else None
+    model = GenARM.from_pretrained(
+        tiny_model(), arms, draft_model=draft, tokenizer=tokenizer, max_batch_size=rng.randint(1, 3)
+    )
+    prompts = random_prompts(rng, 6)
+    params = [random_params(rng, len(arms)) for _ in prompts]
+    for each in params:
+        each |= {"max_new_tokens": rng.randint(1, 40), "weights": [rng.choice([0.5, 2.0]), *[0.1] * (len(arms) - 1)]}
+    shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3])}
+    requests = [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params]
+    free = model.generate(prompts, requests)
+    if case % 2:
+        requests = [each.override(stop=[output.text[3:6] or "x"]) for each, output in zip(requests, free)]
+        free = model.generate(prompts, requests)
+    name = rng.choice([*model.arm_names[:1], "base"]) if draft is None else "draft_model"
+    with engines_on(Lagging()):
+        outputs = model.generate(prompts, requests, speculation=Speculation(name, rng.randint(1, 5)))
+    assert results(outputs) == results(free)
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_whatever_auto_chooses(tiny_model, tokenizer, case):
+    """With times that say nothing; rounds of all kinds take turns, some of which the host reads late."""
+    rng = random.Random(case)
+    draft = similar(case + 1, 0.01) if case % 3 == 0 else None
+    model = GenARM.from_pretrained(
+        tiny_model(), similar(case), draft_model=draft, tokenizer=tokenizer, max_batch_size=rng.randint(1, 3)
+    )
+    prompts = random_prompts(rng, 5)
+    params = [random_params(rng, 1) | {"max_new_tokens": rng.randint(1, 60)} for _ in prompts]
+    for each in params if case % 2 else ():  # nothing that needs the host
+        each |= {"min_new_tokens": 0, "repetition_penalty": 1.0, "logit_bias": None}
+    requests = [SamplingParams(**each, seed=rng.getrandbits(64), rewards=rng.random() < 0.5) for each in params]
+    device = Lagging()
+    device.clock = rng.random
+    with engines_on(device):
+        outputs = model.generate(prompts, requests, speculation="auto")
+    assert results(outputs) == results(model.generate(prompts, requests))
+    assert len(model.controllers.stats()[0]["rounds"]) > 1
+
+
+def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):
+    """In batches, too, as long as all rows are right."""
+    for case in (4, 12):
+        test_equals_plain_decoding(tiny_model, tokenizer, case, advances)
+    assert sum(advances) > 10
+
+
+@pytest.mark.parametrize("name", ["arm", "base"])
+def test_weights_change_while_a_block_is_ahead(tiny_model, tokenizer, advances, name):
+    """It was drafted with the old ones, and may be used: targets have the new ones."""
+    base, arm = tiny_model(), similar()
+    model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
+    changing = model.stream([5, 6, 7], FREE.override(max_new_tokens=60), speculation=Speculation(name, 2))
+    with engines_on(Lagging()), changing as stream:
+        for chunk in stream:
+            stream.set_weights(2.0 + (len(chunk.token_ids) + chunk.token_ids[-1]) % 5)
+    used = stream.output.completions[0].weights
+    assert len(set(used)) > 3
+    expected = reference.generate(base, [arm], [[5, 6, 7]] * 2, used.__getitem__, seed=1, max_new_tokens=60)
+    assert stream.output.token_ids == expected.tokens
+
+
+def test_a_stream_cancelled_with_a_block_ahead(tiny_model, tokenizer, advances):
+    model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer, max_batch_size=1)
+    params = FREE.override(max_new_tokens=30)
+    expected = results(model.generate([[5, 6, 7], [8, 9]], params))
+    plan = Speculation("arm", 3)
+    with engines_on(Lagging()):
+        with model.stream([5, 6, 7], params, speculation=plan) as stream:
+            for _ in range(3):
+                next(stream)
+        assert sum(advances) >= 3
+        assert results(model.generate([[5, 6, 7], [8, 9]], params, speculation=plan)) == expected
+
+
+def launched(model, params=FREE, k=3, prompts=([5, 6, 7],)):
+    recorder = Recorder()
+    with engines_on(recorder), Accesses(recorder):
+        model.generate([*prompts], params, speculation=Speculation("arm", k))
+    assert recorder.found == []
+    return recorder
+
+
+def test_nothing_is_drafted_twice(tiny_model, tokenizer):
+    """An ARM that is always right feeds every token once, a base every fourth time; at its end nothing is left over."""
+    model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
+    names = [name for name, *_ in launched(model).launches]
+    assert names.count("arm[0].forward") == 24
+    assert names.count("base.forward") == 6
+
+
+def test_the_next_block_is_drafted_while_one_is_verified(tiny_model, tokenizer, monkeypatch):
+    """Neither waits for the other, nor does the host for what was drafted ahead."""
+    model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
+    waits, read = [], Sampler.read
+
+    def checked(self, result):
+        clocks = self.device.clocks
+        (arm,) = {stream for name, stream, *_ in self.device.launches if name == "arm[0].forward"}
+        waits.append(clocks[self.stream][arm] < clocks[arm][arm])
+        return read(self, result)
+
+    monkeypatch.setattr(Sampler, "read", checked)
+    rounds = [[]]
+    for launch in launched(model).launches:
+        if launch[0].endswith(".forward"):
+            rounds[-1].append(launch)
+        elif launch[0] == "round":
+            rounds.append([])
+    for forwards in rounds[1:5]:  # the first has nothing ahead yet, the last no further one
+        (_, stream, behind, end), *ahead = forwards
+        assert [name for name, *_ in forwards] == ["base.forward", *["arm[0].forward"] * 4]
+        assert all(before.get(stream, 0) < end for _, _, before, _ in ahead)
+        assert behind[ahead[0][1]] < ahead[0][3]
+    assert waits == [*[True] * 5, False]
+
+
+def test_every_hand_over_is_needed(tiny_model, tokenizer):
+    """Also those of blocks that were ahead: without any of them, an access is found that nothing orders."""
+    model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
+    params = FREE.override(max_new_tokens=4)
+    for number in range(launched(model, params, 1).hand_overs):
+        recorder = Recorder(number)
+        with engines_on(recorder), Accesses(recorder):
+            model.generate([5, 6, 7], params, speculation=Speculation("arm", 1))
+        assert recorder.found, number
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, monkeypatch, broken):
+    model = GenARM.from_pretrained(tiny_model(), similar(noise=0.1), tokenizer=tokenizer)
+    expected = results(model.generate([5, 6, 7], FREE))
+
+    def kept(self, drafts, *_):
+        self.chain.advance(drafts.most + 1)
+        self.chain.start = [len(seat.row.tokens) for seat in self.chain.seats]
+
+    if broken:
+        monkeypatch.setattr(BackboneDrafter, "settled", kept)
+    with engines_on(Lagging()):
+        found = results(model.generate([5, 6, 7], FREE, speculation=Speculation("arm", 2)))
+    assert (found == expected) != broken
+
+
+def test_how_far_ahead():
+    """As far as fits into verification, no further than the next block or the text; not where drafts are wrong."""
+    drafter = BackboneDrafter(SimpleNamespace(), 1, ["arm"])
+    drafter.right = 1.0
+    row = SimpleNamespace(remaining=20)
+
+    def steps():
+        drafter.chain = SimpleNamespace(seats=[SimpleNamespace(row=row)])
+        return drafter.ahead(3)
+
+    assert steps() == 3 + 4
+    drafts = Drafts(torch.zeros(1, 3), [3], None, drafter=drafter, steps=3)
+    drafter.settled(drafts, [3], 3.0, 2.5)  # a step takes 1 s
+    assert steps() == 3 + 2
+    drafter.settled(drafts, [3], 3.0, 0.1)
+    assert steps() == 3 + 1  # what the targets need
+    drafter.settled(drafts, [3], 3.0, 30.0)
+    row.remaining = 6
+    assert steps() == 6
+    row.remaining = 20
+    for _ in range(30):
+        steps()
+        drafter.settled(drafts, [2], 3.0, 30.0)
+    assert steps() == 3 + 1
+    for _ in range(3):
+        steps()
+        drafter.settled(drafts, [3], 3.0, 30.0)
+    assert steps() == 3 + 4

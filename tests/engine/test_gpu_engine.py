@@ -1,0 +1,201 @@
+"""The engine on a CUDA device: what the stubs and doubles of test_cuda.py and test_device.py stand for. Not run yet."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from against_reference import assert_equals_reference, random_params, random_prompts
+from doubles import engines_on
+from tiny_models import FAMILIES, MIXTURES, build_model, save_adapter
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.device.base import Device
+from genarm_fast.device.cuda import Cuda
+from genarm_fast.engine.flight import Flight
+from genarm_fast.engine.host_rounds import HostRounds
+from genarm_fast.speculation.config import Speculation
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """float32 products without TF32: its 10 bits of mantissa flip draws."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def pair(tokenizer):
+    """The same members on the CPU and on CUDA."""
+
+    def make(family="llama", arms=1, rows=3):
+        models = [[build_model(family, seed).to(device) for seed in range(arms + 1)] for device in ("cpu", "cuda")]
+        return [GenARM.from_pretrained(base, own, tokenizer=tokenizer, max_batch_size=rows) for base, *own in models]
+
+    return make
+
+
+def tokens_of(outputs):
+    return [[completion.token_ids for completion in output.completions] for output in outputs]
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_tokens_are_the_cpu_s(pair, case):
+    rng = random.Random(case)
+    cpu, cuda = pair(arms=case % 3, rows=rng.randint(1, 4))
+    params = [random_params(rng, case % 3) for _ in range(rng.randint(1, 6))]
+    prompts = random_prompts(rng, len(params))
+    shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3]), "n": rng.randint(1, 2)}
+    requests = [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params]
+    expected = cpu.generate(prompts, requests, speculation="off")
+    for drafter in (None, "ngram", *cuda.arm_names):
+        speculation = "off" if drafter is None else Speculation(drafter, rng.randint(1, 6))
+        assert tokens_of(cuda.generate(prompts, requests, speculation=speculation)) == tokens_of(expected)
+    for output, each in zip(expected, params):
+        assert_equals_reference(cpu, output, **each)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_families(pair, family):
+    """Mixtures of experts, which may count their rows, fall back from graphs with a warning."""
+    cpu, cuda = pair(family)
+    prompts = random_prompts(random.Random(family), 5, 25)
+    params = SamplingParams(max_new_tokens=20, seed=1, stop_token_ids=tuple(range(2, 300, 19)))
+    tokens = tokens_of(cuda.generate(prompts, params, speculation="off"))
+    assert tokens == tokens_of(cpu.generate(prompts, params, speculation="off"))
+
+
+def test_lanes(tmp_path, tokenizer):
+    """A LoRA ARM that shares the forward of its base."""
+    base = build_model("llama", 0)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "arm", base=tmp_path / "base", seed=1)
+    prompts, params = random_prompts(random.Random(1), 4), SamplingParams(max_new_tokens=30, seed=1, ignore_eos=True)
+    tokens = [
+        tokens_of(
+            GenARM.from_pretrained(tmp_path / "base", tmp_path / "arm", device=device).generate(
+                prompts, params, speculation="off"
+            )
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert tokens[0] == tokens[1]
+
+
+def test_replayed_graphs_draw_fresh_noise(pair):
+    """Equal prompts with seeds of their own, and one seed over positions, through one graph."""
+    _, cuda = pair()
+    with engines_on(Cuda()) as device:
+        output = cuda.generate([5, 6, 7], n=3, seed=1, temperature=3.0, max_new_tokens=60, ignore_eos=True)[0]
+    assert device.graphs
+    tokens = [completion.token_ids for completion in output.completions]
+    assert len({tuple(line) for line in tokens}) == 3
+    assert all(len(set(line)) > 20 for line in tokens)
+
+
+def test_streams_and_graphs_change_nothing(pair):
+    """All work in order on one stream, without graphs, gives the same tokens."""
+    _, cuda = pair(arms=2)
+    prompts = random_prompts(random.Random(2), 7, 40)
+    params = [SamplingParams(max_new_tokens=5 + 7 * i, seed=i, rewards=True) for i in range(7)]
+    for speculation in ("off", Speculation("arm", 3)):
+        tokens = tokens_of(cuda.generate(prompts, params, speculation=speculation))
+        with engines_on(Device()):
+            assert tokens_of(cuda.generate(prompts, params, speculation=speculation)) == tokens
+
+
+def test_a_round_never_waits(pair, monkeypatch):
+    """Launching one: after the warm-up of its shapes, PyTorch finds nothing that blocks the host."""
+    _, cuda = pair(arms=2)
+    rounds = []
+    launch = Flight.launch
+
+    def strict(self, seats):
+        known = [seat.slot for seat in seats] == self._index[0] and len(self.engine.device.graphs) == 3
+        if not known or not all(self.aboard.get(seat.slot) is seat for seat in seats):
+            return launch(self, seats)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rounds.append(launch(self, seats))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return rounds[-1]
+
+    monkeypatch.setattr(Flight, "launch", strict)
+    params = {"max_new_tokens": 40, "ignore_eos": True, "rewards": True, "top_p": 0.9, "seed": 1}
+    cuda.generate(random_prompts(random.Random(1), 3), speculation="off", **params)
+    assert len(rounds) > 30
+
+
+def test_drafting_waits_once_a_round(pair, monkeypatch):
+    """Drafts, their verification and the draw are launched without waiting; the read-back then waits for all."""
+    _, cuda = pair()
+    verify = HostRounds.verify
+
+    def strict(self, *given):
+        torch.cuda.set_sync_debug_mode("error" if len(self.engine.device.graphs) >= 2 else "default")
+        try:
+            return verify(self, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(HostRounds, "verify", strict)
+    output = cuda.generate([5, 6, 7], max_new_tokens=60, ignore_eos=True, speculation=Speculation("arm", 2), seed=1)[0]
+    assert len(output.token_ids) == 60
+
+
+def test_memory_is_given_back(pair):
+    """Caches and graphs go with their run, also when it is left early."""
+    _, cuda = pair()
+    params = {"max_new_tokens": 60, "ignore_eos": True, "seed": 1}
+    cuda.generate([5, 6, 7], **params)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        with cuda.stream([5, 6, 7], **params) as stream:
+            next(iter(stream))
+        cuda.generate([5, 6, 7], **params)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3)])
+def test_members_on_two_devices(pair, tokenizer, speculation):
+    cpu, _ = pair()
+    base, arm = build_model("llama", 0).to("cuda:0"), build_model("llama", 1).to("cuda:1")
+    cuda = GenARM.from_pretrained(base, arm, tokenizer=tokenizer, max_batch_size=3)
+    prompts, params = random_prompts(random.Random(4), 6), SamplingParams(max_new_tokens=30, seed=1)
+    tokens = tokens_of(cuda.generate(prompts, params, speculation=speculation))
+    assert tokens == tokens_of(cpu.generate(prompts, params, speculation="off"))
+
+
+def test_an_arm_on_the_cpu(pair, tokenizer):
+    """Slow, since every round waits for it, but right."""
+    cpu, _ = pair()
+    cuda = GenARM.from_pretrained(build_model("llama", 0).cuda(), build_model("llama", 1), tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=20, seed=1)
+    prompts = random_prompts(random.Random(4), 3)
+    assert tokens_of(cuda.generate(prompts, params)) == tokens_of(cpu.generate(prompts, params))
+
+
+def test_flash_attention(tmp_path, tokenizer):
+    """In bfloat16, on a model whose logits are far apart: the same greedy tokens as the reference attention's."""
+    pytest.importorskip("flash_attn")
+    build_model("llama", 0, head_dim=32).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompts = random_prompts(random.Random(4), 5)
+    params = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True, logprobs=0)
+    outputs = [
+        GenARM.from_pretrained(tmp_path, device="cuda", attn_implementation=name).generate(prompts, params)
+        for name in ("sdpa", "flash_attention_2")
+    ]
+    for plain, flash in zip(*outputs):
+        first = [output.completions[0].logprobs[0].logprob for output in (plain, flash)]
+        assert first[0] == pytest.approx(first[1], abs=0.05)

@@ -1,0 +1,279 @@
+"""What a run leaves for the next one changes no token, belongs to one run at a time, and does not grow."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from against_reference import random_prompts
+from cuda_driver import OnCpuTensors, cuda_driver
+from doubles import Accesses, Recorder, engines_on
+from tiny_models import build_model
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine import workspace
+from genarm_fast.engine.allocate import roomy
+from genarm_fast.speculation.config import Speculation
+
+PARAMS = SamplingParams(max_new_tokens=8, seed=1, ignore_eos=True)
+
+
+@pytest.fixture
+def fresh(tiny_model, tokenizer):
+    """A new GenARM of the same members each time."""
+    return lambda **options: GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, **options)
+
+
+def prompts(seed, count=3, longest=30):
+    return random_prompts(random.Random(seed), count, longest)
+
+
+def tokens(model, texts, params=PARAMS, **options):
+    return [output.token_ids for output in model.generate(texts, params, **options)]
+
+
+def left(model):
+    """The caches that it keeps, by their memory."""
+    return [layer.keys.data_ptr() for room in model.rooms._left for each in room.backbones for layer in each.layers]
+
+
+@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3), Speculation("ngram", 2)])
+def test_calls_give_what_a_new_model_gives(fresh, speculation):
+    """Longer and shorter, more and fewer prompts, with and without the ARM, after each other."""
+    model = fresh(max_batch_size=3)
+    for case in range(8):
+        rng = random.Random(case)
+        texts = prompts(case, rng.randint(1, 5), rng.choice([10, 40, 90]))
+        options = {"weights": rng.choice([0.0, 1.0, -0.5]), "seed": case, "speculation": speculation}
+        assert tokens(model, texts, **options) == tokens(fresh(max_batch_size=3), texts, **options)
+
+
+def test_the_next_call_takes_what_the_last_one_left(fresh):
+    model = fresh()
+    tokens(model, prompts(0))
+    before = left(model)
+    tokens(model, prompts(1, count=2))
+    assert left(model) == before
+    tokens(model, prompts(1, count=4))  # more slots
+    assert left(model) != before
+    before = left(model)
+    tokens(model, prompts(1, count=1, longest=5), max_new_tokens=100)  # longer ones
+    assert left(model) != before
+    tokens(model, prompts(1), weights=0.0)  # without the ARM
+    assert len(left(model)) == len(before) // 2
+
+
+def test_no_more_rows_at_a_time_than_asked_for(fresh):
+    """Though the caches that were left have more slots."""
+    model = fresh(max_batch_size=4)
+    tokens(model, prompts(0, count=4))
+    model.max_batch_size = 2
+    outputs = model.generate(prompts(1, count=4), PARAMS)
+    assert max(output.rounds.rounds for output in outputs) == PARAMS.max_new_tokens
+    with model.stream(prompts(1, count=4), PARAMS) as stream:
+        assert {next(stream).index for _ in range(4)} == {0, 1}
+
+
+def test_what_is_left_holds_to_cache_bytes(fresh):
+    model = fresh()
+    tokens(model, prompts(0, count=4))
+    (room,) = model.rooms._left
+    model.cache_bytes = room.bytes - 1
+    tokens(model, prompts(0, count=1))
+    (smaller,) = model.rooms._left
+    assert smaller.bytes < room.bytes
+
+
+def test_whatever_is_left_in_the_caches(fresh):
+    model = fresh(max_batch_size=2)
+    texts = prompts(0, count=5)
+    expected = tokens(model, texts)
+    (room,) = model.rooms._left
+    with torch.inference_mode():
+        for states in (states for backbone in room.backbones for states in backbone._states()):
+            states.fill_(torch.nan)
+    before = left(model)
+    assert tokens(model, texts) == expected
+    assert left(model) == before
+
+
+def test_runs_at_one_time_have_a_room_each(fresh):
+    model = fresh()
+    texts = prompts(0)
+    expected = tokens(model, texts)
+    with model.stream(texts, PARAMS) as one, model.stream(texts, PARAMS) as other:
+        assert not left(model)
+        assert tokens(model, texts) == expected
+        for _ in range(PARAMS.max_new_tokens * len(texts)):
+            next(one), next(other)
+    assert [output.token_ids for output in one.outputs] == [output.token_ids for output in other.outputs] == expected
+    assert len(model.rooms._left) == 1
+
+
+def test_threads(fresh):
+    model = fresh()
+    texts = [prompts(i) for i in range(8)]
+    expected = [tokens(fresh(), each) for each in texts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda each: tokens(model, each), texts)) == expected
+
+
+def test_after_a_stream_was_closed(fresh):
+    model = fresh()
+    texts = prompts(0)
+    expected = tokens(model, texts)
+    before = left(model)
+    with model.stream(texts, PARAMS) as stream:
+        next(stream)
+    assert left(model) == before
+    assert tokens(model, texts) == expected
+
+
+def test_an_error_leaves_nothing(fresh, monkeypatch):
+    model = fresh()
+    texts = prompts(0)
+    expected = tokens(model, texts)
+
+    def fail(*_):
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("genarm_fast.engine.model_runner.Backbone.forward", fail)
+        with pytest.raises(RuntimeError, match="device lost"):
+            tokens(model, texts)
+    assert not left(model)
+    assert tokens(model, texts) == expected
+
+
+def test_a_failed_row_leaves_nothing_to_the_next(tokenizer):
+    """Its numbers are NaN."""
+    broken = build_model("llama", 0)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[42] = torch.nan
+    model = GenARM.from_pretrained(broken, tokenizer=tokenizer)
+    expected = tokens(model, [[5, 6, 7]])
+    with pytest.raises(Exception, match="NaN"):
+        model.generate([[5, 42, 7, 8, 9]], PARAMS)
+    (room,) = model.rooms._left
+    assert all(states.isfinite().all() for states in room.backbones[0]._states())
+    assert tokens(model, [[5, 6, 7]]) == expected
+
+
+def test_what_is_large_is_not_kept(fresh, monkeypatch):
+    monkeypatch.setattr(workspace, "LEAST", 0)
+    model = fresh()
+    tokens(model, prompts(0, count=1, longest=5))
+    assert left(model)
+    tokens(model, prompts(0, count=16), max_new_tokens=200)
+    assert not left(model)
+
+
+def test_release_and_the_end_of_a_model_free_it(fresh):
+    model = fresh()
+
+    def caches(model):
+        tokens(model, prompts(0))
+        return [weakref.ref(each) for room in model.rooms._left for each in room.backbones]
+
+    held = caches(model)
+    assert all(cache() is not None for cache in held)
+    model.release()
+    assert all(cache() is None for cache in held)
+    held = caches(model)
+    del model
+    gc.collect()
+    assert all(cache() is None for cache in held)
+
+
+def test_what_is_too_small_is_freed_before_more_is_made(fresh, monkeypatch):
+    model = fresh()
+    tokens(model, prompts(0, count=1))
+    (cache,) = [weakref.ref(room.backbones[0]) for room in model.rooms._left]
+    make = workspace.Backbone.allocate
+    alive = []
+    monkeypatch.setattr(workspace.Backbone, "allocate", lambda *args: alive.append(cache() is not None) or make(*args))
+    tokens(model, prompts(0, count=4))
+    assert alive == [False, False]
+
+
+def test_capacities_are_few():
+    sizes = {roomy(tokens) for tokens in range(1, 4097)}
+    assert len(sizes) < 45
+    assert all(tokens <= roomy(tokens) <= tokens + max(63, tokens / 8) for tokens in range(1, 20000))
+
+
+def test_the_second_call_captures_nothing(fresh):
+    model = fresh()
+    expected = [tokens(fresh(), prompts(seed)) for seed in range(4)]
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        assert tokens(model, prompts(0)) == expected[0]
+        captures, streams, replays = (len(log.of(kind)) for kind in ("capture", "stream", "replay"))
+        assert captures
+        for seed in range(1, 4):
+            assert tokens(model, prompts(seed)) == expected[seed]
+        assert (len(log.of("capture")), len(log.of("stream"))) == (captures, streams)
+        assert len(log.of("replay")) > 4 * replays  # no warm-up
+
+
+def test_shapes_of_rounds_with_drafts_are_captured_once(fresh):
+    """Each when it came for the third time, in whichever call."""
+    model = fresh()
+    expected = tokens(model, prompts(0))
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        captures = []
+        for _ in range(5):
+            assert tokens(model, prompts(0), speculation=Speculation("arm", 2)) == expected
+            captures.append(len(log.of("capture")))
+    assert captures[0] < captures[2] == captures[3] == captures[4]
+
+
+def test_a_run_waits_for_what_was_done_before_it(fresh):
+    """Weights that were changed on the current stream, say."""
+    model = fresh()
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        tokens(model, prompts(0))
+        before = len(log)
+        tokens(model, prompts(1))
+    waits = [entry for entry in log[before:] if entry[0] == "wait"][:3]
+    assert [entry[2] for entry in waits] == ["default"] * 3
+    assert {entry[1] for entry in waits} == {entry[1] for entry in log.of("stream")}
+
+
+def test_graphs_do_not_pile_up(fresh, monkeypatch):
+    """Those that were used last are kept."""
+    monkeypatch.setattr("genarm_fast.device.cuda.MOST_GRAPHS", 3)
+    model = fresh(max_batch_size=4)
+    with cuda_driver(), engines_on(OnCpuTensors()) as device:
+        for count in (4, 3, 2, 1):
+            tokens(model, prompts(0, count))
+            assert len(device.graphs) <= 3
+        last = list(device.graphs)
+        assert {key[1][0][1] for key in last} == {1, 2}
+        tokens(model, prompts(1, 1))
+        assert {key for key in last if key[1][0][1] == 1} < set(device.graphs)
+
+
+def test_two_runs_on_the_same_streams_are_ordered(fresh):
+    model, recorder = fresh(), Recorder()
+    with engines_on(recorder), Accesses(recorder):
+        for seed in range(2):
+            tokens(model, prompts(seed))
+    assert recorder.streams == 3
+    assert not recorder.found
+
+
+def test_memory_is_flat_over_calls(fresh):
+    model = fresh(max_batch_size=2)
+    texts = prompts(0, count=4)
+    with cuda_driver(), engines_on(OnCpuTensors()) as device:
+        sizes = []
+        for _ in range(4):
+            tokens(model, texts)
+            gc.collect()
+            held = sum(each.nbytes for each in gc.get_objects() if type(each) is torch.Tensor)
+            sizes.append((held, len(device.graphs), len(device.calls), len(device.streams)))
+    assert sizes[1] == sizes[2] == sizes[3]

@@ -1,0 +1,151 @@
+"""Models whose cache cannot be addressed like ours are refused, and no other."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import pytest
+import torch
+from tiny_models import FAMILIES, MIXTURES, build_model
+from transformers import AttentionInterface
+from transformers.models.llama import modeling_llama
+
+from genarm_fast import GenARM
+from genarm_fast.engine import selfcheck
+from genarm_fast.kernels import _native
+from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.lora_lanes import share_forwards
+from genarm_fast.models.member import Member
+
+
+def member(model, tokenizer) -> Member:
+    return Member("base", model, tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+@torch.inference_mode()
+def test_supported_families_pass(tokenizer, family, dtype):
+    """And well inside of the tolerance."""
+    one = member(build_model(family, 0).to(dtype), tokenizer)
+    (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+    assert error < 0.5 * selfcheck.tolerance(one)
+    assert selfcheck.entries_of([one])[0].dtype == dtype
+
+
+def test_it_runs_once_for_a_model(tokenizer, monkeypatch):
+    model = build_model("llama", 0)
+    calls = []
+    monkeypatch.setattr(selfcheck, "deviations", lambda *args: calls.append(args) or [0.0])
+    guided = GenARM.from_pretrained(model, tokenizer=tokenizer)
+    for _ in range(2):
+        guided.generate([5, 6], max_new_tokens=2)
+        guided.score([5, 6], [[7]])
+    assert len(calls) == 1
+
+
+def biased(module, query, key, value, attention_mask, **kwargs):
+    """As ALiBi: nearer tokens count more, by an attention function of the model's own."""
+    length = key.shape[2]
+    bias = torch.arange(length, dtype=query.dtype).expand(query.shape[2], length) * 0.05
+    causal = torch.full((query.shape[2], length), -torch.inf).triu(1) + bias
+    key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=causal)
+    return out.transpose(1, 2), None
+
+
+def own_bias(monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "biased", biased)
+    model = build_model("llama", 0)
+    model.config._attn_implementation = "biased"
+    return model
+
+
+def positions_by_count(monkeypatch):
+    """Takes positions from the cache's length, not from its argument."""
+    model = build_model("gpt2", 0)
+    forward = type(model.transformer.wpe).forward
+    model.transformer.wpe.forward = MethodType(
+        lambda self, positions: forward(self, torch.arange(positions.shape[-1])[None]), model.transformer.wpe
+    )
+    return model
+
+
+def asks_for_sinks(monkeypatch):
+    class Sinks(modeling_llama.LlamaAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs, s_aux=torch.zeros(4))
+
+    model = build_model("llama", 0)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Sinks
+    return model
+
+
+@pytest.mark.parametrize("broken", [own_bias, positions_by_count, asks_for_sinks])
+def test_others_are_refused(tokenizer, monkeypatch, broken):
+    model = GenARM.from_pretrained(build_model("llama", 1), broken(monkeypatch), tokenizer=tokenizer)
+    refusal = "^arm: the (llama|gpt2) model does not give the same logits over a static cache"
+    with pytest.raises(ValueError, match=refusal):
+        model.generate([5, 6], max_new_tokens=2)
+    with pytest.raises(ValueError, match=refusal):
+        model.score([5, 6], [[7]])
+    assert model.generate([5, 6], max_new_tokens=2, weights=0)[0].token_ids  # without it
+
+
+class Rounded(torch.nn.Linear):
+    """With activations of 8 bits, by the largest of them all."""
+
+    def forward(self, x):
+        scale = x.abs().max() / 127
+        return super().forward((x / scale).round() * scale)
+
+
+def test_rounding_by_the_whole_batch_is_no_fault(tokenizer):
+    model = build_model("llama", 0)
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Rounded
+    one = member(model, tokenizer)
+    with torch.inference_mode():
+        (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+    assert error > selfcheck.tolerance(one)
+    assert selfcheck.entries_of([one])
+
+
+@pytest.mark.skipif(_native.core is None, reason="without the C++ core rounding is the model's own")
+def test_a_deep_model_that_magnifies_rounding_passes(tokenizer, monkeypatch):
+    """And one that is wrong besides does not."""
+    model = build_model("llama", 0, num_hidden_layers=16).to(torch.bfloat16)
+    for parameter in model.model.layers.parameters():
+        if parameter.ndim == 2:
+            parameter.data *= 2
+    one = member(model, tokenizer)
+    with torch.inference_mode():
+        (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+    assert error > selfcheck.tolerance(one)
+    monkeypatch.setattr(selfcheck, "TRIES", 1)
+    assert selfcheck.entries_of([one])
+    selfcheck._found.clear()
+    embed = model.model.embed_tokens
+    forward = type(embed).forward
+    embed.forward = lambda ids: forward(embed, ids) + forward(embed, torch.arange(ids.shape[1])[None])  # by count
+    monkeypatch.setattr(selfcheck, "TRIES", 4)
+    with pytest.raises(ValueError, match="does not give the same logits"):
+        selfcheck.entries_of([one])
+
+
+def test_lanes_are_told_apart(tokenizer):
+    """The error names the member that is off."""
+    model = build_model("llama", 0)
+    members = [member(model, tokenizer), Member("second", model, tokenizer)]
+    shared = share_forwards([model, model])
+    assert shared[0] is shared[1]
+    runner = as_runner(shared[0])
+    for lane, each in enumerate(members):
+        each.lane, each.shared = lane, runner
+    assert len(selfcheck.entries_of(members)) == 2
+    members[1].model = build_model("llama", 2)
+    selfcheck._found.clear()
+    with pytest.raises(ValueError, match=r"^second: "):
+        selfcheck.entries_of(members)

@@ -1,0 +1,125 @@
+"""Text in pieces equals text at once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from genarm_fast.text.detokenize import Detokenizer, StopStrings, decode
+
+TEXTS = [
+    "the cat sat on the mat",
+    "naïve café",
+    "日本語テキスト",
+    "👩‍👩‍👧 family 🏳️‍🌈",
+    "a\n\n  b\t c ",
+    "�",
+    "x � y",
+    "مرحبا",
+]
+
+
+@pytest.fixture(scope="module")
+def spaced_tokenizer():
+    """Sentencepiece-like: decoding drops the first token's leading space; unknown characters become bytes."""
+    pieces = ["<s>", "</s>", "▁", *(f"<0x{i:02X}>" for i in range(256)), "▁a", "▁the", "the", "c", "a", "t", "▁cat"]
+    backend = Tokenizer(
+        models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], byte_fallback=True, unk_id=0)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def pieces_of(tokenizer, ids):
+    detokenizer = Detokenizer(tokenizer)
+    return [*(detokenizer.push(token) for token in ids), detokenizer.flush()]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_character_is_shown_half(tokenizer, spaced_tokenizer, text):
+    for each in (tokenizer, spaced_tokenizer):
+        ids = each(text, add_special_tokens=False)["input_ids"]
+        pieces = pieces_of(each, ids)
+        assert "".join(pieces) == decode(each, ids)
+        if "\ufffd" not in text:
+            assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces_of(tokenizer, tokenizer(text)["input_ids"])) == text
+
+
+def test_any_tokens(tokenizer):
+    """Random bytes, mostly no UTF-8, and special tokens between them."""
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = [rng.randrange(300) for _ in range(rng.randint(1, 20))]
+        assert "".join(pieces_of(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+def test_long_runs_of_bytes_that_are_no_text(tokenizer):
+    """Some of their ends may still become characters."""
+    rng = random.Random(0)
+    spelled = [tokenizer(text)["input_ids"] for text in ("é", "日", "👩", "\ufffd", "a")]
+    for _ in range(300):
+        ids = []
+        for _ in range(rng.randint(1, 40)):
+            one = rng.choice(spelled)
+            ids += one[: rng.randint(1, len(one))] * rng.choice([1, 1, 5])
+        pieces = pieces_of(tokenizer, ids)
+        assert "".join(pieces) == decode(tokenizer, ids)
+
+
+@pytest.mark.parametrize(("text", "most"), [("the cat é ", 4), ("\ufffd", 14), ("</s>", 1)])
+def test_work_does_not_grow_with_the_length(tokenizer, monkeypatch, text, most):
+    sizes = []
+    original = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **kwargs: (sizes.append(len(ids)), original(ids, **kwargs))[1])
+    pieces = pieces_of(tokenizer, tokenizer(text * 200)["input_ids"])
+    assert max(sizes) <= most
+    assert len(pieces[-1]) <= 8  # the rest was shown before
+
+
+def shown(stops, pieces):
+    matcher = StopStrings(stops)
+    texts = []
+    for piece in pieces:
+        texts.append(matcher.push(piece))
+        if matcher.found:
+            break
+    else:
+        texts.append(matcher.flush())
+    return texts, matcher.found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_stop_strings_do_not_depend_on_borders(size):
+    text = "abc END of abcd story.\n\nUser: no"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    for stops, expected in [
+        (("\n\nUser:",), ("abc END of abcd story.", "\n\nUser:")),
+        (("story.\n\nX", "abcd"), ("abc END of ", "abcd")),
+        (("bc", "abc"), ("", "abc")),  # complete at the same character: the longer
+        (("bcd", "abcdef"), ("abc END of a", "bcd")),
+        (("zzz",), (text, None)),
+        ((), (text, None)),
+    ]:
+        texts, found = shown(stops, pieces)
+        assert ("".join(texts), found) == expected
+
+
+def test_only_what_may_become_a_stop_string_is_held_back():
+    matcher = StopStrings(("</end>", "aab"))
+    assert [matcher.push(piece) for piece in ["x<", "/en", "q a", "a", "c a", "aa"]] == [
+        "x",
+        "",
+        "</enq ",
+        "",
+        "aac ",
+        "a",
+    ]
+    assert matcher.flush() == "aa"
+    assert matcher.found is None
