@@ -165,7 +165,7 @@ def measure(case: Case, batch: int) -> list[dict[str, Any]]:
             rounds = [output.rounds for output in outputs[name]]
             drafted = sum(each.drafted for each in rounds)
             line["acceptance"] = sum(each.accepted for each in rounds) / drafted if drafted else None
-            line["tokens/round"] = len(rounds) * args.tokens / sum(each.rounds for each in rounds)
+            line["tokens/step"] = len(rounds) * args.tokens / sum(each.rounds for each in rounds)
             line["same text"] = sum(o.token_ids == p for o, p in zip(outputs[name], plain)) / len(plain)
         lines.append(line)
     return lines
