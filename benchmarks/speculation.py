@@ -1,4 +1,4 @@
-"""Speculative guided decoding on a CPU: tokens per second over drafts per round, against plain decoding and others.
+"""Speculative guided decoding on a CPU: tokens per second over drafts per step, against plain decoding and others.
 
     OMP_NUM_THREADS=1 python benchmarks/speculation.py pair [--base BASE] [--arm ARM]     a small ARM drafts for a base
     OMP_NUM_THREADS=1 python benchmarks/speculation.py lookup [--base BASE] [--arm LORA]  lanes; text repeats its prompt
