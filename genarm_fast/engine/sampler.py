@@ -12,7 +12,7 @@ from torch import Tensor
 from genarm_fast.device.base import Device, Stream
 from genarm_fast.engine.sequence import Draw, Row
 from genarm_fast.kernels import GuidedSample, guided_sample, seed_tensor
-from genarm_fast.kernels.guided_sample import ALL_MASKED, combine, member_logprob
+from genarm_fast.kernels.guided_sample.reference import ALL_MASKED, combine, member_logprob
 from genarm_fast.models.member import Member
 from genarm_fast.speculation.drafter import Drafts
 
