@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if its memory does not hold its values: PyTorch negates and conjugates by setting a bit."""
+    return tensor.resolve_neg().resolve_conj()
+
+
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous in its last dimension, or a copy that is."""
+    """The tensor, or a copy, whose memory holds its values, contiguous in the last dimension."""
+    tensor = in_memory(tensor)
     return tensor if not tensor.ndim or tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -25,6 +25,23 @@ struct Exchange {
 
 PyTypeObject* tensor_type = nullptr;
 const Exchange* exchange = nullptr;
+PyObject *is_neg = nullptr, *is_conj = nullptr;  // methods of the class of tensors
+
+bool tells(PyObject* method, PyObject* tensor) {
+  PyObject* answer = PyObject_CallFunctionObjArgs(method, tensor, nullptr);
+  const bool yes = answer != Py_False;
+  Py_XDECREF(answer);
+  PyErr_Clear();
+  return yes;
+}
+
+// Whether the memory holds the values: PyTorch negates and conjugates lazily (`z.conj().imag`), by a bit of the tensor.
+// Only floating-point and complex tensors have such a bit.
+bool as_stored(PyObject* object, const DLTensor& tensor) {
+  constexpr uint8_t kInt = 0, kUint = 1, kBool = 6, kComplex = 5;
+  if (tensor.code == kInt || tensor.code == kUint || tensor.code == kBool) return true;
+  return !tells(is_neg, object) && !(tensor.code == kComplex && tells(is_conj, object));
+}
 
 // False for a wrapper that torch.func puts around a tensor, for a tensor of zeros that is none yet, for a freed storage.
 bool in_memory(const DLTensor& tensor) {
@@ -46,6 +63,9 @@ PyObject* use_tensors(PyObject*, PyObject* tensor_class) {
     PyErr_SetString(PyExc_ImportError, "torch.Tensor has no DLPack 1 exchange table: expected torch 2.11 or later");
     return nullptr;
   }
+  is_neg = PyObject_GetAttrString(tensor_class, "is_neg");
+  is_conj = is_neg ? PyObject_GetAttrString(tensor_class, "is_conj") : nullptr;
+  if (!is_conj) return nullptr;
   Py_INCREF(tensor_class);  // for good
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor_class);
   exchange = found;
@@ -54,7 +74,9 @@ PyObject* use_tensors(PyObject*, PyObject* tensor_class) {
 
 bool borrow(PyObject* object, DLTensor* out) {
   if (Py_TYPE(object) != tensor_type) return false;  // a subclass may not mean its own memory: fake tensors do not
-  if (exchange->borrow(object, out) == 0) return out->device_type == kCpu && out->lanes == 1 && in_memory(*out);
+  if (exchange->borrow(object, out) == 0) {
+    return out->device_type == kCpu && out->lanes == 1 && in_memory(*out) && as_stored(object, *out);
+  }
   PyErr_Clear();  // sparse, quantised, ...
   return false;
 }

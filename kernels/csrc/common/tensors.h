@@ -37,7 +37,8 @@ inline ElementType type_of(const DLTensor& tensor) { return {tensor.code, tensor
 // (torch.Tensor) → None, or ImportError where its torch has no exchange table that this file understands.
 PyObject* use_tensors(PyObject*, PyObject* tensor_class);
 
-// A view of a plain torch.Tensor on the CPU, good while it lives; false for anything else. Sets no Python error.
+// A view of a plain torch.Tensor on the CPU, good while it lives; false for anything else, and where the memory does not
+// hold the values. Sets no Python error.
 bool borrow(PyObject* object, DLTensor* out);
 
 bool contiguous(const DLTensor& tensor);

@@ -71,7 +71,9 @@ PyObject* settle_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
     const int64_t length = lengths.at(row, 0), limit = limits.at(row, 0);
     const int64_t drafted = ragged ? std::min(draft_counts.at(row, 0), width - 1) : width - 1;
     const bool done = finished.at<uint8_t>()[row * finished.strides[0]] != 0;
-    const int64_t most = done ? 0 : std::max<int64_t>(limit - length, 0);
+    // Unsigned, since the difference of two int64 may be more than an int64 holds.
+    const uint64_t room = limit > length ? static_cast<uint64_t>(limit) - static_cast<uint64_t>(length) : 0;
+    const int64_t most = done ? 0 : static_cast<int64_t>(std::min<uint64_t>(room, width));
     int64_t settled = 0;
     bool stopped = false;
     for (bool right = true; right && !stopped && settled < most; ++settled) {

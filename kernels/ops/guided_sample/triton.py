@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tensors import dense, launching_on
+from .._tensors import dense, in_memory, launching_on
 from ..philox import seed_tensor
 from .arguments import DTYPES, OFF, SamplingArguments
 from .reference import GuidedSample
@@ -218,7 +218,7 @@ def launch(arguments: SamplingArguments) -> GuidedSample | None:
     def on_device(name: str) -> Tensor:
         value, dtype = getattr(arguments, name), DTYPES[name]
         if isinstance(value, Tensor):
-            return value.to(device, dtype)
+            return in_memory(value.to(device, dtype))
         return torch.full((), OFF[name] if value is None else value, dtype=dtype, device=device)
 
     members = tuple(map(dense, members))
@@ -230,9 +230,9 @@ def launch(arguments: SamplingArguments) -> GuidedSample | None:
     top_k, top_p, min_p = map(on_device, OFF) if filters else (positions, temperature, temperature)
     parameters = (temperature, top_k, top_p, min_p, seeds, positions)
     parameter_strides = strides(parameters, 0)
-    weights = torch.as_tensor(arguments.weights, dtype=torch.float32, device=device).contiguous()
+    weights = dense(torch.as_tensor(arguments.weights, dtype=torch.float32, device=device))
     s_weights = weights.stride(0) if weights.ndim == 2 else 0
-    bias = weights if logit_bias is None else logit_bias.to(device, torch.float32).contiguous()
+    bias = weights if logit_bias is None else dense(logit_bias.to(device, torch.float32))
     s_bias = bias.stride(0) if logit_bias is not None and bias.ndim == 2 else 0
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -47,7 +47,9 @@ def specification(
     counts = 1 + right.to(torch.int64).cumprod(-1).sum(-1)
     stops = (targets[:, :, None] == stop_ids.unsqueeze(-2)).any(-1)
     first_stop = torch.where(stops, index, width).amin(-1)
-    counts = torch.minimum(torch.minimum(counts, first_stop + 1), (limits - lengths).clamp_min(0))
+    room = limits - lengths  # wraps where an int64 cannot hold it, far more than a block
+    room = room.masked_fill(room < 0, width).masked_fill(limits <= lengths, 0)
+    counts = torch.minimum(torch.minimum(counts, first_stop + 1), room)
     counts = counts.masked_fill(finished, 0)
     lengths = lengths + counts
     next_tokens = targets.gather(-1, (counts - 1).clamp_min(0)[:, None]).squeeze(-1)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tensors import dense, launching_on
+from .._tensors import dense, in_memory, launching_on
 from .reference import Settled
 
 
@@ -47,7 +47,9 @@ def settle_kernel(
 
     length, limit = tl.load(p_lengths + row), tl.load(p_limits + row)
     finished = tl.load(p_finished + row) != 0
-    count = tl.minimum(tl.minimum(wrong, first_stop) + 1, tl.maximum(limit - length, 0))
+    room = limit - length  # wraps where an int64 cannot hold it, far more than a block
+    room = tl.where(limit <= length, 0, tl.where(room < 0, width, room))
+    count = tl.minimum(tl.minimum(wrong, first_stop) + 1, room)
     count = tl.where(finished, 0, count)
     length += count
     last = tl.max(tl.where(index == tl.maximum(count - 1, 0), b_targets, -2), axis=0)
@@ -69,8 +71,8 @@ def launch(
     """Launch the kernel for checked arguments."""
     rows, width = targets.shape
     targets, drafts, stop_ids = map(dense, (targets, drafts, stop_ids))
-    columns = [column.contiguous() for column in (lengths, limits, finished)]
-    ragged = lengths if draft_counts is None else draft_counts.contiguous()
+    columns = [in_memory(column).contiguous() for column in (lengths, limits, finished)]
+    ragged = columns[0] if draft_counts is None else in_memory(draft_counts).contiguous()
     outputs = [torch.empty(rows, dtype=torch.int64, device=targets.device) for _ in range(3)]
     outputs.append(torch.empty(rows, dtype=torch.bool, device=targets.device))
     with launching_on(targets.device):

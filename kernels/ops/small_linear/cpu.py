@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from .._tensors import in_memory
 from .reference import Lora, Span
 
 
 def readable(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> tuple[Tensor, Tensor | None, list[Lora]]:
-    """The weights as the core reads their memory: detached and contiguous, copied only where they are not."""
+    """The weights as the core reads their memory: detached, contiguous, no negative bit; copied if needed."""
 
-    def dense(tensor: Tensor) -> Tensor:
-        return tensor.detach().contiguous()
+    def flat(tensor: Tensor) -> Tensor:
+        return in_memory(tensor.detach()).contiguous()
 
-    own = [Lora(dense(a), dense(b), float(scale)) for a, b, scale in loras]
-    return dense(weight), None if bias is None else dense(bias), own
+    own = [Lora(flat(a), flat(b), float(scale)) for a, b, scale in loras]
+    return flat(weight), None if bias is None else flat(bias), own
 
 
 def prepare(linears: Sequence[tuple[Tensor, Tensor | None, Sequence[Lora]]]) -> Any:

@@ -1,6 +1,7 @@
 """guided_sample's Triton kernels under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
 
 import math
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -10,6 +11,8 @@ from canaries import Canaries
 from genarm_fast.kernels import guided_sample_reference
 from genarm_fast.kernels.guided_sample.arguments import SamplingArguments, check
 from genarm_fast.kernels.guided_sample.triton import launch
+
+triton_kernels = sys.modules["genarm_fast.kernels.guided_sample.triton"]
 
 CYCLE = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -87,6 +90,72 @@ def test_blocks_strides_and_bias():
     assert_same(
         [base, arm, wide], torch.randn(2, 2), temperature=temperature, logit_bias=bias, top_logprobs=2, **options
     )
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}])
+def test_a_bias_of_minus_infinity(filters):
+    """It masks single tokens, whole tiles and the first of a tile, in each row its own, at every position."""
+    bias = torch.randn(2, 2500, generator=torch.Generator().manual_seed(5))
+    bias[0, 1024:2048], bias[1, :700], bias[1, ::2] = -math.inf, -math.inf, -math.inf
+    options = {"seeds": torch.arange(2), "positions": torch.arange(6).view(2, 3), "temperature": 2.0}
+    logits = [z.float() for z in members((2, 3), 2500, 1)]
+    assert_same(logits, [0.5], logit_bias=bias, return_logprobs=True, **options, **filters)
+    drawn = interpreted(logits[0], logits[1:], [0.5], logit_bias=bias, **options, **filters)
+    assert bias.gather(1, drawn.tokens).isfinite().all()
+
+
+FILTER_KERNELS = ("gather_kernel", "threshold_kernel", "kept_kernel")
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"top_k": 5}, {"min_p": torch.zeros(2)}, {"top_p": torch.ones(2)}],
+)
+def test_filters_that_are_off_launch_nothing(filters, monkeypatch):
+    launched = []
+    for name in FILTER_KERNELS:
+        kernel = getattr(triton_kernels, name)
+        monkeypatch.setattr(triton_kernels, name, Recorded(kernel, launched, name))
+    fills = []
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *args, **kwargs: fills.append(1) or full(*args, **kwargs))
+    row = torch.arange(2)
+    launch(SamplingArguments(torch.zeros(2, 40), (), [], row, row, temperature=torch.ones(2), **filters))
+    used = filters.get("top_k") or any(isinstance(value, torch.Tensor) for value in filters.values())
+    assert launched == (list(FILTER_KERNELS) if used else [])
+    assert bool(fills) == bool(used)  # numbers are copied to the device only for the filter kernels
+    assert_same([torch.randn(2, 40)], [], seeds=1, positions=0, **filters)
+
+
+class Recorded:
+    def __init__(self, kernel, log, name):
+        self.kernel, self.log, self.name = kernel, log, name
+
+    def __getitem__(self, grid):
+        self.log.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("changed", ["base", "arm", "weights", "temperature", "top_p", "min_p", "bias"])
+def test_the_negative_bit_counts(changed):
+    values = {"base": torch.randn(2, 40), "arm": torch.randn(2, 40), "weights": torch.rand(2, 1)}
+    values |= {"temperature": torch.rand(2) + 1, "top_p": torch.rand(2), "min_p": torch.rand(2)}
+    values["bias"] = torch.randn(2, 40)
+    results = []
+    for tensor in (values[changed], torch._neg_view(-values[changed])):
+        now = values | {changed: tensor}
+        options = {name: now[name] for name in ("temperature", "top_p", "min_p")}
+        options |= {"logit_bias": now["bias"], "return_logprobs": True}
+        results.append(launch(SamplingArguments(now["base"], (now["arm"],), now["weights"], 1, 0, **options)))
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("block", [(), (2,), (0,)])
+def test_no_rows(block):
+    base = torch.zeros(0, *block, 30)
+    drawn = interpreted(base, (base,), torch.zeros(0, 1), seeds=1, positions=0, top_k=5, top_logprobs=2)
+    assert drawn.tokens.shape == (0, *block)
+    assert drawn.top_logprobs.shape == (0, *block, 2)
 
 
 def test_masks_and_failing_rows():

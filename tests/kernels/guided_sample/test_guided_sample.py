@@ -313,3 +313,42 @@ def test_helpers_upcast_half_precision():
     torch.testing.assert_close(
         member_logprob(base, tokens), base.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     )
+
+
+@pytest.mark.parametrize("off", [{"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {}], ids=["numbers", "None"])
+@pytest.mark.parametrize("filters", [{}, {"top_k": torch.tensor([2, 0])}, {"top_p": torch.tensor([0.5, 1.0])}])
+def test_filters_that_are_off(sample, off, filters):
+    """None is off, alone and next to a tensor for another filter, as are tensors of numbers that filter nothing."""
+    base = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    options = {"seeds": 5, "positions": torch.arange(6).view(2, 3), "top_logprobs": 2}
+    none = {"top_k": torch.zeros(2, dtype=torch.int64), "top_p": torch.ones(2), "min_p": torch.zeros(2)}
+    expected = sample(base, (), [], **options, **(none | filters))
+    found = sample(base, (), [], **options, **({"top_k": None, "top_p": None, "min_p": None} | off | filters))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("block", [(), (3,)], ids=["[R, V]", "[R, q, V]"])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.99, "min_p": 0.01}])
+def test_a_bias_by_row_masks_tokens(sample, block, filters):
+    """Each row keeps its own two tokens, at every position, with the odds that the bias gives them."""
+    kept = torch.tensor([[3, 40], [7, 1030], [1500, 1501]])
+    bias = torch.full((3, 1600), -INF).scatter_(1, kept, torch.tensor([[0.0, 1.0]]).expand(3, 2))
+    base = torch.randn(3, *block, 1600, generator=torch.Generator().manual_seed(0)) / 10
+    options = {"logit_bias": bias, "positions": 0, "return_logprobs": True} | filters
+    seen = [set() for _ in kept]
+    for seed in range(40):
+        drawn = sample(base, (base / 2,), [1.0], seeds=seed, **options)
+        assert not drawn.status.any()
+        spread = bias.view(3, *(1 for _ in block), 1600)
+        exact = (1.5 * base + spread).log_softmax(-1).gather(-1, drawn.tokens[..., None])[..., 0]
+        torch.testing.assert_close(drawn.logprobs, exact, rtol=1e-5, atol=1e-5)
+        for row, tokens in zip(seen, drawn.tokens.reshape(3, -1).tolist(), strict=True):
+            row.update(tokens)
+    assert [sorted(row) for row in seen] == kept.tolist()
+
+
+def test_a_bias_that_masks_a_whole_row_is_told(sample):
+    bias = torch.zeros(2, 1100)
+    bias[1] = -INF
+    drawn = sample(torch.zeros(2, 2, 1100), (), [], seeds=1, positions=0, logit_bias=bias)
+    assert drawn.status.tolist() == [[0, 0], [ALL_MASKED, ALL_MASKED]]

@@ -131,6 +131,21 @@ def test_strides(isa):
     assert_same([views[-1][:, 0]], [], temperature=torch.ones(4).double()[::2], seeds=0, positions=0)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}])
+@pytest.mark.parametrize("dtype", CYCLE)
+def test_a_bias_of_minus_infinity(isa, filters, dtype):
+    """It masks single tokens, whole tiles and the first of a tile, in each row its own, at every position."""
+    wide = 3 * torch.randn(2, 3, 2500, generator=torch.Generator().manual_seed(4))
+    bias = torch.randn(2, 2500, generator=torch.Generator().manual_seed(5))
+    bias[0, 1024:2048], bias[1, :700], bias[1, ::2] = -math.inf, -math.inf, -math.inf
+    options = {"seeds": torch.arange(2), "positions": torch.arange(6).view(2, 3), "temperature": 2.0}
+    for logits, weights in (([wide], []), ([wide, wide / 2], [0.5])):
+        members = [z.to(dtype) for z in logits]
+        assert_same(members, weights, logit_bias=bias, return_logprobs=True, **options, **filters)
+        drawn = guided_sample(members[0], members[1:], weights, logit_bias=bias, **options, **filters)
+        assert bias.gather(1, drawn.tokens).isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_logprobs": 3}])
 def test_threads_do_not_change_the_tokens(rows, filters):
@@ -169,6 +184,8 @@ PREPARED = SamplingArguments(
     [
         {},
         {"arm_logits": [torch.zeros(2, 41).half()], "weights": [0.5], "vocab_size": 7, "top_logprobs": 7},
+        {"top_k": None, "top_p": None, "min_p": None},
+        {"top_k": None, "min_p": torch.zeros(2)},
         {"base_logits": torch.zeros(2, 80)[:, 40:], "logit_bias": torch.zeros(2, 50), "temperature": 0, "top_k": 5},
     ],
 )
@@ -207,6 +224,8 @@ def test_core_takes_prepared_arguments_at_once(change):
         {"top_k": -1},
         {"top_k": 2**63},
         {"top_k": 1.0},
+        {"temperature": None},
+        {"seeds": None},
         {"top_p": 1.5},
         {"min_p": "0"},
         {"seeds": 2**64},

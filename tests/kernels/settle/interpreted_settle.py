@@ -31,3 +31,16 @@ def test_settle(width, ragged):
     assert canaries.untouched()
     expected = settle_reference(targets, drafts, **arguments)
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_lengths_at_the_ends_of_int64_and_no_rows():
+    low, high = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    lengths = torch.tensor([0, high - 2, high, -5, low, low, 5, high])
+    limits = torch.tensor([high, high, high, high, high, low + 3, low, low])
+    targets = torch.arange(4).repeat(8, 1)
+    for rows in (8, 0):
+        rest = {"lengths": lengths[:rows], "limits": limits[:rows], "finished": torch.zeros(rows, dtype=torch.bool)}
+        rest |= {"stop_ids": torch.tensor([low]), "draft_counts": torch.full((rows,), high)}
+        found = launch(targets[:rows], targets[:rows, :3], **rest)
+        expected = settle_reference(targets[:rows], targets[:rows, :3], **rest)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
