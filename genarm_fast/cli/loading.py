@@ -71,6 +71,16 @@ def add_loading_arguments(
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is any)")
     group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the base's folder or repository brings"
+    )
+    group.add_argument(
+        "--arm-trust-remote-code",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="the same for an ARM, by its name or model; repeat for several",
+    )
     if generates:
         group.add_argument(
             "--speculation",
@@ -140,6 +150,9 @@ def load(args: argparse.Namespace) -> GenARM:
     """The base and ARMs that the options name. Raises FileNotFoundError for those that are nowhere."""
     base = resolve(args.base)
     arms = [(spec, resolve(spec.model)) for spec in args.arm]
+    trusted = set(args.arm_trust_remote_code)
+    if unknown := trusted - {name for spec in args.arm for name in (spec.name, spec.model, Path(spec.model).name)}:
+        raise ValueError(f"--arm-trust-remote-code {min(unknown)}: expected the name or the model of an --arm")
     chat_template = read_text(args.chat_template) if args.chat_template else None
     console = Console(stderr=True)
     with console.status("loading torch and transformers ..."):
@@ -154,9 +167,16 @@ def load(args: argparse.Namespace) -> GenARM:
         return GenARM.from_pretrained(
             base,
             [
-                ARM(model, weight=spec.weight, name=spec.name, prompt_template=args.arm_prompt_template)
+                ARM(
+                    model,
+                    weight=spec.weight,
+                    name=spec.name,
+                    prompt_template=args.arm_prompt_template,
+                    trust_remote_code=bool(trusted & {spec.name, spec.model, Path(spec.model).name}),
+                )
                 for spec, model in arms
             ],
+            trust_remote_code=args.trust_remote_code,
             prompt_template=args.prompt_template,
             chat_template=chat_template,
             dtype=args.dtype,

@@ -29,7 +29,7 @@ class Member:
     chat: bool | None = None
 
     def __post_init__(self) -> None:
-        check_supported(self.name, self.model)
+        check_supported(self.name, type(self.model), self.model.config)
         for name, template in (("prompt_template", self.prompt_template), ("chat_template", self.chat_template)):
             if template is not None and not isinstance(template, str):
                 raise TypeError(f"{self.name}: {name}={template!r}: expected a string")

@@ -70,6 +70,7 @@ def genarm_info(config: TrainConfig, report: dict[str, Any]) -> dict[str, Any]:
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_response_tokens": config.max_response_tokens,
         "dtype": report["dtype"],
+        "trust_remote_code": config.trust_remote_code,
         "versions": {
             "genarm_fast": __version__,
             "torch": torch.__version__,

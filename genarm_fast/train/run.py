@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.training_args import OptimizerNames
 
+from genarm_fast.models.files import check_files, refusing
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source, find_file, locate
+from genarm_fast.models.loader import load_tokenizer
+from genarm_fast.models.support import check_supported
 from genarm_fast.train.artifacts import save_artifacts
 from genarm_fast.train.batches import Collator
 from genarm_fast.train.config import TrainConfig
@@ -77,14 +80,14 @@ def _train(
     config: TrainConfig, progress: bool, auxiliary_loss: Callable[[nn.Module, int], Tensor] | None
 ) -> TrainReport:
     place = locate("base", config.base)
+    check_files("base", place)
     if find_file(place, "adapter_config.json"):
         raise ValueError(f"base={config.base!r}: expected a whole model, got an adapter: merge it into its base first")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        expected = "expected a folder or a hub id with a model and its tokenizer"
-        raise ValueError(f"base={config.base!r}: {expected}: {error}") from error
-    data = _read(config, tokenizer, place)
+    tokenizer = load_tokenizer("base", place, trust_remote_code=config.trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(f"base={config.base!r}: expected a folder or a hub id with a model and its tokenizer")
+    check_servable(config, place)
+    data = _read(config, tokenizer)
     run = RunFolder(config, data.training, data.held_out)
     if (finished := run.report()) is not None:
         shutil.rmtree(checkpoints(config), ignore_errors=True)  # a kill may have come before that
@@ -141,8 +144,8 @@ class _Data:
     summary: dict[str, Any]
 
 
-def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
-    encoder = Encoder(tokenizer, config, stop_ids(place))
+def _read(config: TrainConfig, tokenizer: Any) -> _Data:
+    encoder = Encoder(tokenizer, config)
     source = load_pairs(config.data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir)
     train_pairs, held_out_pairs = split_pairs(source.pairs, config)
     training, dropped = encoder(train_pairs, config.data)
@@ -170,6 +173,7 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
 def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairModel, str | None]:
     """The model to train, and the fingerprint of its base."""
     lm: Any = load_base(config, dtype)
+    check_supported("base", type(lm), lm.config)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in data.training + data.held_out)
     if context is not None and longest > context:
@@ -189,15 +193,13 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
     return PairModel(lm), base_fingerprint
 
 
-def stop_ids(base: Source) -> frozenset[int]:
-    """The tokens that end a response in decoding, too (`models.vocabulary.end_of_sequence`)."""
-    try:
-        eos = GenerationConfig.from_pretrained(base).eos_token_id
-    except OSError:  # the model has no generation config
-        eos = None
-    if eos is None:
-        eos = AutoConfig.from_pretrained(base).get_text_config().eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
+def check_servable(config: TrainConfig, place: Source) -> None:
+    """Raises ValueError for a kind of model that the engine refuses to decode with; before any weights are read."""
+    with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
+        found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    if kind is not None:  # else code of its own, which is looked at once it is loaded
+        check_supported("base", kind, found)
 
 
 def _shown(config: TrainConfig) -> dict[str, Any]:

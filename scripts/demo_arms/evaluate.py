@@ -123,7 +123,7 @@ def main() -> None:
     if todo:
         prompts = {"chat": [[{"role": "user", "content": prompt}] for prompt in held_out_prompts()[: args.prompts]]}
         if args.hh:
-            tokenizer = AutoTokenizer.from_pretrained(base())
+            tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
             prompts["hh"] = hh_prompts(args.hh, tokenizer)[: args.prompts]
         needed = {name for _, _, condition in todo for name in condition.weights}
         arms = [ARM(arm(name), name=name) for name in shipped if name in needed]

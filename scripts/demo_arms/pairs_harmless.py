@@ -96,7 +96,7 @@ def main() -> None:
 
         args.base = base()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
 
     training, held_out = split(args.hh, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     clear = clearest(training, args.pairs)
