@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from genarm_fast.cli.options import unescaped
 from genarm_fast.params import check_weights
 
 if TYPE_CHECKING:
@@ -96,8 +97,12 @@ def add_loading_arguments(
     if in_chat:
         parser.set_defaults(prompt_template=None, arm_prompt_template=None, max_batch_size=1, cache_bytes=None)
         return
-    group.add_argument("--prompt-template", metavar="TEXT", help="'...{prompt}...': the base's, around raw prompts")
-    group.add_argument("--arm-prompt-template", metavar="TEXT", help="the ARMs' (default: what training recorded)")
+    group.add_argument(
+        "--prompt-template", type=unescaped, metavar="TEXT", help="'...{prompt}...': the base's, around raw prompts"
+    )
+    group.add_argument(
+        "--arm-prompt-template", type=unescaped, metavar="TEXT", help="the ARMs' (default: what training recorded)"
+    )
     if batches:
         group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="decoded together (default: 16)")
     group.add_argument("--cache-bytes", type=int, metavar="N", help="most for key-value caches (default: no limit)")
@@ -121,7 +126,8 @@ def is_chat(args: argparse.Namespace, model: GenARM) -> bool:
     """Whether text prompts are users' messages."""
     if args.chat is not None:
         return args.chat
-    return all(member.chat_template and member.prompt_template is None for member in model.members)
+    free = [member for member in model.members if member.prompt_format is None]  # others read what they were trained on
+    return all(member.chat_template and member.prompt_template is None for member in free)
 
 
 def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt:

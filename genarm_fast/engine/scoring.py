@@ -51,10 +51,8 @@ def score_responses(model: GenARM, prompts: Sequence[Prompt], responses: Any, ap
 
 
 def _encode(model: GenARM, index: int, prompt: Prompt, response: str | list[int], append_eos: bool) -> list[int]:
-    if isinstance(response, str) and append_eos:
-        ids = encode_response(model.base, prompt, response, model.eos_token_ids)
-    elif isinstance(response, str):
-        ids = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
+    if isinstance(response, str):
+        ids = encode_response(model.base, prompt, response, model.eos_token_ids, append_end=append_eos)
     else:
         ids = response
     if not ids:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -18,6 +18,7 @@ from genarm_fast.models.files import check_files, read_object, refusing
 from genarm_fast.models.hub import Source, find_file
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
+from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
 TOKENIZER_FILES = (
@@ -28,7 +29,12 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-RECORDED = {"prompt_template": (str, type(None)), "chat_template": (str, type(None)), "chat": (bool, type(None))}
+RECORDED = {
+    "prompt_template": (str, type(None)),
+    "chat_template": (str, type(None)),
+    "prompt_format": (str, type(None)),
+    "end_token_id": (int, type(None)),
+}
 
 
 def load_members(
@@ -92,6 +98,7 @@ def load_members(
     members = [first]
     for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
         recorded = _recorded(role, place)
+        _check_format(role, spec, recorded.get("prompt_format"))
         own = None if place is None else load_tokenizer(role, place, trust_remote_code=spec.trust_remote_code)
         members.append(
             Member(
@@ -105,9 +112,11 @@ def load_members(
                 or first.chat_template,
                 float(spec.weight),
                 isinstance(spec.model, nn.Module),
-                recorded.get("chat"),
+                recorded.get("prompt_format"),
             )
         )
+        if (end := recorded.get("end_token_id")) is not None:
+            first.stop_ids |= {end}
     for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
         member.lane = lane
         if shared is not member.model:
@@ -125,7 +134,8 @@ def _recorded(member: str, place: Source | None) -> dict[str, Any]:
     """What training recorded in genarm.json, {} where there is none. Raises ValueError for what it never writes."""
     recorded = {} if place is None else read_object(member, place, "genarm.json")
     for name, kinds in RECORDED.items():
-        if not isinstance(recorded.get(name), kinds):
+        value = recorded.get(name)
+        if not isinstance(value, kinds) or (name == "prompt_format" and value not in (None, *get_args(PromptFormat))):
             file = Path(place or "", "genarm.json")
             raise ValueError(f"{member}: {file}: {name}={recorded[name]!r:.60}: expected what training records")
     return recorded
@@ -142,3 +152,12 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
     check_files(member, source)
     with refusing(f"{member}={os.fspath(source)!r}", "a tokenizer that can be loaded"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _check_format(member: str, spec: ARM, trained_on: str | None) -> None:
+    """Raises ValueError for a template that an ARM was not trained with."""
+    for name, formats in (("prompt_template", ("transcript", "chat")), ("chat_template", ("transcript", "text"))):
+        if getattr(spec, name) is not None and trained_on in formats:
+            raise ValueError(
+                f"{member}: {name}={getattr(spec, name)!r:.60}: expected none, it was trained on {trained_on}s"
+            )

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.support import check_supported, context_of
 from genarm_fast.models.weights import share_weights
+from genarm_fast.text.prompts import PromptFormat
 
 
 @dataclass
 class Member:
     """A loaded member. `weight` is the ARM's default weight. given: somebody else has its model, and may change it.
-    chat: whether it was trained on chat messages; None: nobody recorded that."""
+    prompt_format: what it was trained on; None: nobody recorded that. stop_ids: tokens that end its answers, too."""
 
     name: str
     model: Any  # a transformers causal LM in eval mode
@@ -26,7 +27,8 @@ class Member:
     chat_template: str | None = None
     weight: float = 1.0
     given: bool = False
-    chat: bool | None = None
+    prompt_format: PromptFormat | None = None
+    stop_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         check_supported(self.name, type(self.model), self.model.config)

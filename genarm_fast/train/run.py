@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 from transformers.training_args import OptimizerNames
 
 from genarm_fast.models.files import check_files, refusing
@@ -23,6 +23,7 @@ from genarm_fast.models.loader import load_tokenizer
 from genarm_fast.models.support import check_supported
 from genarm_fast.train.artifacts import save_artifacts
 from genarm_fast.train.batches import Collator
+from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.data import load_pairs, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
@@ -30,7 +31,7 @@ from genarm_fast.train.files import locked
 from genarm_fast.train.folder import RunFolder, check_folder
 from genarm_fast.train.model import PairModel, add_lora, choose_dtype, choose_paths, load_base
 from genarm_fast.train.progress import progress_bar
-from genarm_fast.train.trainer import ArmTrainer, checkpoints, last_checkpoint, sample
+from genarm_fast.train.trainer import ArmTrainer, sample
 
 PROBE = 2  # pairs that the fast paths are proved on
 
@@ -87,7 +88,7 @@ def _train(
     if tokenizer is None:
         raise ValueError(f"base={config.base!r}: expected a folder or a hub id with a model and its tokenizer")
     check_servable(config, place)
-    data = _read(config, tokenizer)
+    data = _read(config, tokenizer, place)
     run = RunFolder(config, data.training, data.held_out)
     if (finished := run.report()) is not None:
         shutil.rmtree(checkpoints(config), ignore_errors=True)  # a kill may have come before that
@@ -144,8 +145,8 @@ class _Data:
     summary: dict[str, Any]
 
 
-def _read(config: TrainConfig, tokenizer: Any) -> _Data:
-    encoder = Encoder(tokenizer, config)
+def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
+    encoder = Encoder(tokenizer, config, stop_ids(config, place))
     source = load_pairs(config.data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir)
     train_pairs, held_out_pairs = split_pairs(source.pairs, config)
     training, dropped = encoder(train_pairs, config.data)
@@ -155,8 +156,13 @@ def _read(config: TrainConfig, tokenizer: Any) -> _Data:
         raise ValueError(
             f"data={config.data!r}: expected training pairs, all of {source.rows} rows dropped: {dict(dropped)}"
         )
+    chat = source.format == "messages" or config.as_chat
+    transcripts = source.transcripts and config.prompt_template is None
     summary = {
         "format": source.format,
+        "prompt_format": "chat" if chat else "transcript" if transcripts else "text",
+        "chat_template": encoder.chat_template if chat else None,
+        "end_token_id": encoder.end_of_chat_answer if chat else tokenizer.eos_token_id,
         "rows": source.rows,
         "train_pairs": len(training),
         "train_tokens": sum(pair.tokens for pair in training),
@@ -200,6 +206,19 @@ def check_servable(config: TrainConfig, place: Source) -> None:
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
     if kind is not None:  # else code of its own, which is looked at once it is loaded
         check_supported("base", kind, found)
+
+
+def stop_ids(config: TrainConfig, place: Source) -> frozenset[int]:
+    """The tokens that end a response in decoding, too (`models.vocabulary.end_of_sequence`)."""
+    try:
+        eos = GenerationConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).eos_token_id
+    except OSError:  # the model has no generation config
+        eos = None
+    if eos is None:
+        eos = (
+            AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).get_text_config().eos_token_id
+        )
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
 def _shown(config: TrainConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.demo import arm, arm_names, base
+from genarm_fast.text.transcripts import transcript_messages
 from genarm_fast.train.data import load_pairs
-from genarm_fast.train.encode import transcript_messages
 from genarm_fast.utils.jsonlines import dumps
 
 Chat = list[dict[str, str]]
