@@ -115,6 +115,7 @@ def _train(
             "config": _shown(config),
             "base_fingerprint": base_fingerprint,
             "method": f"LoRA of rank {config.lora_rank}" if config.method == "lora" else "full fine-tuning",
+            "lora_targets": lora_targets(model),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "dtype": _name(dtype),
             "layout": layout,
@@ -197,6 +198,12 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
     if config.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return PairModel(lm), base_fingerprint
+
+
+def lora_targets(model: PairModel) -> list[str]:
+    """Names of the linear layers that the run trained a LoRA on; [] without LoRA."""
+    configs = getattr(model.lm, "peft_config", {})
+    return sorted({name for config in configs.values() for name in config.target_modules})
 
 
 def check_servable(config: TrainConfig, place: Source) -> None:

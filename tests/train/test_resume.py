@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.files import locked
 from genarm_fast.train.model import load_base
 from genarm_fast.train.progress import Narrator
-from genarm_fast.train.trainer import checkpoints, last_checkpoint
 
 Config = Callable[..., TrainConfig]
 KillAt = Callable[[int | None], None]
