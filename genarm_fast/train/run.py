@@ -210,7 +210,7 @@ def check_servable(config: TrainConfig, place: Source) -> None:
     """Raises ValueError for a kind of model that the engine refuses to decode with; before any weights are read."""
     with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
         found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
     if kind is not None:  # else code of its own, which is looked at once it is loaded
         check_supported("base", kind, found)
 
