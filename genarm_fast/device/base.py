@@ -29,7 +29,7 @@ except ImportError:
 class Device:
     """Every piece of work runs when it is launched. A stream is no more than the device that it is on."""
 
-    lag = 0  # rounds that the host may read behind
+    lag = 0  # steps that the host may read behind
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -59,9 +59,12 @@ class Device:
         """function(*inputs), launched on `stream`. With one key, only the numbers in the inputs ever differ."""
         return function(*inputs)
 
-    def shape(self, rows: int, slots: int, limit: int, capacity: int) -> tuple[int, int]:
-        """Rows, at most `slots`, and limit, at most `capacity`, raised so that few shapes exist where that pays."""
-        return rows, limit
+    def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
+        """Rows, at most `slots`, and KV bound, at most `capacity`, raised so that few shapes exist where that pays."""
+        return rows, kv_bound
+
+    def forget(self, stream: Stream) -> None:
+        """Drop what `repeat` keeps of a stream, since it holds addresses of memory that is freed."""
 
     def mark(self, stream: Stream) -> Any:
         """A point in time, when all that `stream` was given before is done."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from genarm_fast.device.base import Device, Stream, T, span
 
 WARM_UP = 2  # calls of a shape before it is captured: libraries make their plans, caches are allocated
-SHORTEST = 128  # limits are powers of two from here on
+SHORTEST = 128  # KV bounds are powers of two from here on
 MOST_GRAPHS = 64  # kept from one run to the next: each has its outputs
 
 
@@ -97,8 +97,12 @@ class Cuda(Device):
         self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
         return graph(*inputs)
 
-    def shape(self, rows: int, slots: int, limit: int, capacity: int) -> tuple[int, int]:
-        return min(power_of_two(rows), slots), min(power_of_two(max(limit, SHORTEST)), capacity)
+    def forget(self, stream: Stream) -> None:
+        for key in [key for key in self.graphs if key[0] == stream]:
+            del self.graphs[key]
+
+    def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
+        return min(power_of_two(rows), slots), min(power_of_two(max(kv_bound, SHORTEST)), capacity)
 
     def mark(self, stream: Stream) -> Any:
         if isinstance(stream, torch.device):

@@ -1,4 +1,4 @@
-"""Members that run in one forward, over a static cache with a write position for every row."""
+"""One set of weights at work: the members that share it, their KV cache, and the forwards over both."""
 
 from __future__ import annotations
 
@@ -16,96 +16,137 @@ from genarm_fast.models.lora_lanes import linears_of, reread, running
 from genarm_fast.models.member import Member
 
 
-class Backbone:
-    """L members over the same weights, and their cache: L lanes of `slots` rows with room for `capacity` tokens.
+class ModelRunner:
+    """Runs L members over the same weights, each a lane with `slots` slots of `capacity` tokens in the KV cache.
 
-    A forward takes R of the slots with q tokens for each lane; lane after lane, they are its L·R rows. Work goes to
-    `stream`, on which the caller has to launch it.
+    A lane gets its part of the cache when it is first reserved, so a member that nobody asks for takes no memory. All
+    work goes to `stream`, and the caller launches it there.
     """
 
-    def __init__(self, members: Sequence[Member], slots: int, capacity: int, device: Device | None = None) -> None:
+    def __init__(self, members: Sequence[Member], device: Device | None = None) -> None:
         first = members[0]
-        self.lanes = [member.lane for member in members]
+        self.members = list(members)
         self.model = model_of(members)
         self.device = device or Device()
         self.stream = self.device.stream(first.device)
         self.on_one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
         self.context = first.context
-        self.slots, self.capacity = slots, capacity
-        layers = self.model.config.get_text_config().num_hidden_layers
-        self.layers = [RaggedLayer(len(self.lanes) * slots, capacity) for _ in range(layers)]
-        self.cache = Cache(layers=list(self.layers))
-        self._rows: dict[tuple[int, ...], Tensor] = {}
+        self.lanes = [member.lane for member in members]
+        self.slots = self.capacity = self.generation = 0
+        self.blocks: dict[int, int] = {}  # lane (an index of `members`) -> its block of slots in the cache
+        self._rows: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self._given = [member.lane for member in members if member.given and len(members) > 1]
         self._linears = linears_of(self.model)
-        self._names = ", ".join(member.name for member in members)
-        self.begin()
+        self.free()
 
-    def begin(self) -> None:
-        """A run begins: the owner of a model may have trained it since.
+    def refresh(self) -> None:
+        """Notice what the owner of a given model did to its weights since the last run.
 
         Raises:
-            RuntimeError: its weights lie elsewhere now.
+            RuntimeError: weights lie elsewhere in memory than when they were loaded.
         """
-        if any(linear.moved for linear in self._linears):
+        names = ", ".join(member.name for member in self.members)
+        watches = [member.watch for member in self.members if member.watch is not None]
+        rebound = next(filter(None, (watch.moved() for watch in watches)), None)
+        if rebound is not None or any(linear.moved for linear in self._linears):
+            what = "weights were" if rebound is None else f"the weight {rebound} was"
             raise RuntimeError(
-                f"{self._names}: weights were moved in memory after they were loaded (by share_memory(), say): expected"
-                " them in their places; make the GenARM after that"
+                f"{names}: {what} moved in memory after loading (by share_memory(), .to() or p.data = ..., say):"
+                " expected changes in place; make the GenARM after that"
             )
         if self._given:
             self.device.launch(self.stream, "reread", reread, self.model, self._given)
 
     @torch.inference_mode()
-    def allocate(self, entries: Sequence[Entry | None]) -> None:
-        """Make the caches now, of what each layer caches of a token."""
+    def reserve(self, entries: Sequence[Entry | None], lanes: Sequence[int], slots: int, capacity: int) -> None:
+        """Make the cache hold these lanes with at least so many slots and tokens. What it holds already stays.
+
+        entries: what each layer caches of one token. Layers grow one after the other, so that the old and the new
+        tensors of one layer alone are in memory together.
+        """
+        blocks = dict(self.blocks)
+        for lane in lanes:
+            blocks.setdefault(lane, len(blocks))
+        slots, capacity = max(slots, self.slots), max(capacity, self.capacity)
+        old = len(self.blocks), self.slots
+        new = len(blocks), slots
         for layer, entry in zip(self.layers, entries):
-            if entry is not None:
-                layer.allocate(entry)
+            if entry is not None and (layer.capacity < capacity or layer.slots < new[0] * new[1]):
+                layer.grow(entry, old, new, capacity)
+        self.blocks, self.slots, self.capacity = blocks, slots, capacity
+        self.generation += 1
+        self._rows.clear()
+        self.device.forget(self.stream)
+
+    def discover(self, slots: int, capacity: int) -> None:
+        """Let each layer make its cache when its first keys come, for all lanes: afterwards its `entry` is known."""
+        self.blocks = {lane: lane for lane in range(len(self.members))}
+        self.slots, self.capacity = slots, capacity
+        for layer in self.layers:
+            layer.slots, layer.capacity = len(self.blocks) * slots, capacity
+
+    def free(self) -> None:
+        """Let go of the cache."""
+        count = self.model.config.get_text_config().num_hidden_layers
+        self.layers = [RaggedLayer(0, 0) for _ in range(count)]
+        self.cache = Cache(layers=list(self.layers))
+        self.slots = self.capacity = 0
+        self.blocks = {}
+        self._rows.clear()
+        self.device.forget(self.stream)
 
     @property
     def bytes(self) -> int:
-        """Of its caches."""
+        """Bytes of the KV cache."""
         return sum(states.nbytes for states in self._states())
 
-    def rows(self, slots: Sequence[int]) -> Tensor:
+    def rows(self, slots: Sequence[int], lanes: Sequence[int]) -> Tensor:
         """Rows of the cache for these slots, lane after lane, int64 [L·R]."""
-        key = tuple(slots)
+        key = tuple(slots), tuple(lanes)
         if key not in self._rows:
             if len(self._rows) > 64:
                 self._rows.clear()
-            index = [lane * self.slots + slot for lane in range(len(self.lanes)) for slot in key]
+            index = [self.blocks[lane] * self.slots + slot for lane in lanes for slot in slots]
             self._rows[key] = self.device.upload(torch.tensor(index), self.stream)
         return self._rows[key]
 
-    def forward(self, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> tuple[Tensor, ...]:
-        """Tokens and positions below `limit`, int64 [L, R, q] on its device → each lane's logits [R, q, V]."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, slots: Sequence[int], kv_bound: int, lanes: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        """Logits [R, q, V] of each lane. tokens, positions: int64 [L, R, q] on the runner's device.
+
+        kv_bound: above all positions, known without reading them.
+        """
         rows = len(slots)
         if not self.on_one_device:
-            return self._logits(limit, tokens, positions, self.rows(slots))
-        wide, limit = self.device.shape(rows, self.slots, limit, self.capacity)
-        if wide > rows:  # with the first row again, which writes what it writes anyway
+            return self._logits(kv_bound, lanes, tokens, positions, self.rows(slots, lanes))
+        wide, kv_bound = self.device.shape(rows, self.slots, kv_bound, self.capacity)
+        if wide > rows:  # the first row is repeated: it writes into the cache what it writes anyway
             first = (tokens[:, :1], positions[:, :1])
             more = (each.expand(-1, wide - rows, -1) for each in first)
             tokens, positions = (torch.cat(pair, dim=1) for pair in zip((tokens, positions), more))
             slots = [*slots, *[slots[0]] * (wide - rows)]
-        function = partial(self._logits, limit)
-        logits = self.device.repeat(self.stream, (tokens.shape, limit), function, tokens, positions, self.rows(slots))
+        function = partial(self._logits, kv_bound, lanes)
+        key = (tokens.shape, kv_bound, tuple(lanes), self.generation)
+        logits = self.device.repeat(self.stream, key, function, tokens, positions, self.rows(slots, lanes))
         return logits if wide == rows else tuple(lane[:rows] for lane in logits)
 
-    def prefill(self, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> None:
-        """As `forward`, of tokens and positions on the host, but nothing is predicted."""
+    def prefill(
+        self, tokens: Tensor, positions: Tensor, slots: Sequence[int], kv_bound: int, lanes: Sequence[int]
+    ) -> None:
+        """Write tokens of prompts into the cache; arguments as in `forward`, but on the host."""
         tokens, positions = (self.device.upload(each, self.stream) for each in (tokens, positions))
-        self._run(self.model.base_model, tokens, positions, self.rows(slots), limit)
+        self._run(self.model.base_model, lanes, tokens, positions, self.rows(slots, lanes), kv_bound)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Give slot `target` the first tokens of slot `source`, in every lane."""
+    def copy(self, source: int, target: int, length: int, lanes: Sequence[int]) -> None:
+        """Give slot `target` the first `length` tokens of slot `source`, in these lanes."""
         for states in self._states():
-            for lane in range(len(self.lanes)):
-                offset = lane * self.slots
+            for lane in lanes:
+                offset = self.blocks[lane] * self.slots
                 states[offset + target, :, :length] = states[offset + source, :, :length]
 
     def clear(self, slot: int) -> None:
-        """Forget a slot whose numbers may not be finite."""
+        """Zero a slot, whose numbers may not be finite."""
         for states in self._states():
             states[slot :: self.slots] = 0
 
@@ -114,24 +155,28 @@ class Backbone:
             if layer.keys is not None and layer.values is not None:
                 yield from (layer.keys, layer.values)
 
-    def _logits(self, limit: int, tokens: Tensor, positions: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        return self._run(self.model, tokens, positions, rows, limit).logits.chunk(len(self.lanes))
+    def _logits(
+        self, kv_bound: int, lanes: Sequence[int], tokens: Tensor, positions: Tensor, rows: Tensor
+    ) -> tuple[Tensor, ...]:
+        return self._run(self.model, lanes, tokens, positions, rows, kv_bound).logits.chunk(len(lanes))
 
-    def _run(self, model: Any, tokens: Tensor, positions: Tensor, rows: Tensor, limit: int) -> Any:
+    def _run(
+        self, model: Any, lanes: Sequence[int], tokens: Tensor, positions: Tensor, rows: Tensor, kv_bound: int
+    ) -> Any:
         count = tokens.shape[1]
         tokens, positions = tokens.flatten(0, 1), positions.flatten(0, 1)
         known = positions if self.context is None else positions.clamp_max(self.context - 1)  # padding may lie beyond
-        with running(self.lanes, count), placed(Ragged(rows, positions, limit)):
+        with running([self.lanes[lane] for lane in lanes], count), placed(Ragged(rows, positions, kv_bound)):
             return model(input_ids=tokens, position_ids=known, past_key_values=self.cache, use_cache=True)
 
 
 def model_of(members: Sequence[Member]) -> Any:
-    """What runs these members of one forward."""
+    """The module tree that runs members of one forward."""
     return members[0].shared if len(members) > 1 else members[0].runner
 
 
 def padded(tokens: list[int], width: int) -> list[int]:
-    """The tokens and, after them, any others: what they write is overwritten before it is looked at."""
+    """The tokens and padding after them, which is overwritten in the cache before anything attends to it."""
     return tokens + [0] * (width - len(tokens))
 
 

@@ -1,112 +1,175 @@
-"""A fixed number of places for rows: who sits where, and how much of each prompt the caches hold."""
+"""Who is in which slot, whose prompt is prefilled next, and who takes part in the next step."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import takewhile
+from typing import Any, NamedTuple
 
-from genarm_fast.engine.sequence import Row
+from genarm_fast.engine.sequence import Sequence
 
-CHUNK_TOKENS = 512  # of all rows together, prefilled between two rounds
+CHUNK_TOKENS = 512  # of all sequences together, prefilled between two steps
 WORTH_COPYING = 8  # tokens
 
 
-@dataclass(eq=False)
-class Seat:
-    """A row in its slot. prompts: as each running member sees it, without the last token, which is fed when decoding.
+class Chunk(NamedTuple):
+    """Sequences whose caches of these members get `width` tokens from position `start` on."""
 
-    done: so many tokens of each prompt are in the caches. donor: its slot will have the first `common` ones.
-    drafted: so many tokens of the response, counting the last one of the prompt, are in the draft model's cache.
+    sequences: list[Sequence]
+    members: list[int]
+    start: int
+    width: int
+
+
+class Scheduler:
+    """Gives slots to waiting sequences, first come first served, and keeps track of them until they leave.
+
+    residents[slot]: the sequence whose prompt the slot's cache holds, also after its end: a later prompt that begins
+    alike copies the beginning instead of computing it again.
     """
 
-    row: Row
-    slot: int
-    prompts: list[list[int]]
-    done: int = 0
-    donor: Seat | None = None
-    common: int = 0
-    drafted: int = 0
-
-    @property
-    def needed(self) -> int:
-        return max(map(len, self.prompts))
-
-    def shared(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Tokens that these prompts begin with like its own, for every member."""
-        return min(common_prefix(mine, other) for mine, other in zip(self.prompts, prompts))
-
-
-class Slots:
-    """Seats waiting rows in order, and says what is to be prefilled or copied next."""
-
-    def __init__(self, count: int, rows: Iterable[Row], members: Sequence[int]) -> None:
-        self.members = members  # those that run, among all
-        self.waiting = deque(rows)
-        self.last: list[Seat | None] = [None] * count  # of each slot; its prompt stays there after its end
-        self.prefilling: list[Seat] = []
-        self.running: list[Seat] = []
+    def __init__(self) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.residents: list[Sequence | None] = []
+        self._served = 0  # where `due` goes on if not all sequences fit into a step
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.prefilling or self.running)
 
-    def admit(self) -> None:
-        """Seat waiting rows while slots are free. A beginning that any slot holds is not prefilled again."""
-        busy = {seat.slot for seat in (*self.prefilling, *self.running)}
-        free = [slot for slot in reversed(range(len(self.last))) if slot not in busy]
-        while free and self.waiting:
-            row = self.waiting.popleft()
-            row.arrived = time.perf_counter()
-            prompts = [row.request.token_ids[member][:-1] for member in self.members]
-            donor = max(filter(None, self.last), key=lambda seat: seat.shared(prompts), default=None)
-            common = donor.shared(prompts) if donor else 0
-            if donor and common >= WORTH_COPYING and donor.slot in free:
-                seat = Seat(row, donor.slot, prompts, done=common)
-            elif donor and common >= WORTH_COPYING:
-                seat = Seat(row, free[-1], prompts, donor=donor, common=common)
+    @property
+    def placed(self) -> list[Sequence]:
+        """Sequences that have a slot."""
+        return [*self.prefilling, *self.running]
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Placed sequences that somebody waits for."""
+        return [sequence for sequence in self.placed if not sequence.held]
+
+    def free_slots(self) -> list[int]:
+        """Slots without a sequence, the highest first."""
+        busy = {sequence.slot for sequence in self.placed}
+        return [slot for slot in reversed(range(len(self.residents))) if slot not in busy]
+
+    def resize(self, slots: int) -> None:
+        """There are so many slots now; what is in those that stay, stays."""
+        self.residents = [*self.residents[:slots], *[None] * (slots - len(self.residents))]
+
+    def forget_prompts(self) -> None:
+        """Copy no prompt from a slot any more: weights may have changed since it was prefilled."""
+        self.residents = [None] * len(self.residents)
+
+    def place(self, sequence: Sequence, members: int) -> None:
+        """Give a sequence a free slot; a beginning that any slot holds will not be prefilled again."""
+        free = self.free_slots()
+        sequence.admitted = time.perf_counter() if sequence.admitted is None else sequence.admitted
+        sequence.slot, sequence.cached = free[-1], [0] * members
+        sequence.donor, sequence.shared, sequence.donor_slot = None, 0, 0
+        known = [(shared_tokens(each, sequence), slot) for slot, each in enumerate(self.residents) if each is not None]
+        shared, slot = max(known, key=lambda pair: pair[0], default=(0, 0))
+        if shared >= WORTH_COPYING:
+            donor = self.residents[slot]
+            assert donor is not None
+            if slot in free:  # in place, nothing to copy
+                sequence.slot = slot
+                for m in sequence.needed:
+                    sequence.cached[m] = min(shared, donor.cached[m])  # it may have left in mid-prefill
             else:
-                seat = Seat(row, free[-1], prompts)
-            free.remove(seat.slot)
-            self.last[seat.slot] = seat
-            self.prefilling.append(seat)
+                sequence.donor, sequence.shared, sequence.donor_slot = donor, shared, slot
+        self.residents[sequence.slot] = sequence
+        self.prefilling.append(sequence)
 
-    def chunk(self) -> tuple[list[Seat], int]:
-        """Seats to prefill next, all from the same position on, and how many tokens; ([], 0) if there are none."""
-        ready = [seat for seat in self.prefilling if seat.donor is None and seat.done < seat.needed]
-        ready = [seat for seat in ready if seat.done == ready[0].done]
-        while ready:
-            width = min(max(seat.needed - seat.done for seat in ready), CHUNK_TOKENS)
+    def next_chunk(self) -> Chunk | None:
+        """What to prefill next, all of it from one position on; None if there is nothing."""
+        ready = [(each, key) for each in self.prefilling if each.donor is None and (key := behind(each))[1]]
+        if not ready:
+            return None
+        start, members = ready[0][1]
+        sequences = [each for each, key in ready if key == (start, members)]
+        while True:
+            width = min(max(each.position(m) for each in sequences for m in members) - start, CHUNK_TOKENS)
             fitting = max(1, CHUNK_TOKENS // width)
-            if len(ready) <= fitting:
-                return ready, width
-            ready = ready[:fitting]
-        return [], 0
+            if len(sequences) <= fitting:
+                return Chunk(sequences, members, start, width)
+            sequences = sequences[:fitting]
 
-    def copies(self) -> Iterator[tuple[Seat, Seat]]:
-        """(donor, seat) of seats whose donor has what they share."""
-        for seat in self.prefilling:
-            if seat.donor is not None and seat.donor.done >= seat.common:
-                yield seat.donor, seat
-                seat.done, seat.donor = seat.common, None
+    def copies(self) -> Iterator[tuple[int, Sequence]]:
+        """(slot of the donor, sequence) of sequences whose donor holds all that they share by now."""
+        for sequence in self.prefilling:
+            donor = sequence.donor
+            if donor is None:
+                continue
+            complete = all(donor.cached[m] >= sequence.shared for m in sequence.needed)
+            if self.residents[sequence.donor_slot] is donor and complete:
+                yield sequence.donor_slot, sequence
+                for m in sequence.needed:
+                    sequence.cached[m] = sequence.shared
+            elif self.residents[sequence.donor_slot] is donor and donor.slot is not None:
+                continue  # still on its way
+            sequence.donor = None
 
-    def start(self) -> None:
-        """Let seats run whose prompts are in the caches."""
+    def start_ready(self) -> None:
+        """Let sequences run whose prompts are in the caches of all members that they need."""
         now = time.perf_counter()
-        for seat in self.prefilling:
-            if seat.donor is None and seat.done >= seat.needed:
-                seat.row.prefilled = now
-                self.running.append(seat)
-        self.prefilling = [seat for seat in self.prefilling if seat.donor is not None or seat.done < seat.needed]
+        for sequence in [*self.prefilling]:
+            if sequence.donor is None and not behind(sequence)[1]:
+                sequence.prefilled = now if sequence.prefilled is None else sequence.prefilled
+                self.prefilling.remove(sequence)
+                self.running.append(sequence)
 
-    def leave(self, seats: Iterable[Seat]) -> None:
-        """Free the slots of rows that ended. What a failed one left behind is not shared."""
-        for seat in seats:
-            self.running.remove(seat)
-            if seat.row.error is not None:
-                self.last[seat.slot] = None
+    def catch_up(self, sequence: Sequence) -> None:
+        """Prefill members that a running sequence did not need before."""
+        if sequence in self.running and behind(sequence)[1]:
+            self.running.remove(sequence)
+            self.prefilling.append(sequence)
+
+    def due(self, most: int) -> list[Sequence]:
+        """Running sequences for the next step, at most so many; those left out come first the next time."""
+        ready = [sequence for sequence in self.running if not sequence.held]
+        if len(ready) <= most:
+            return ready
+        start = self._served % len(ready)
+        self._served += most
+        return (ready[start:] + ready[:start])[:most]
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's slot away; it waits first in the queue, and its text so far is prefilled again."""
+        slot = sequence.slot
+        self.leave(sequence)
+        if slot is not None:
+            self.residents[slot] = None
+        self.waiting.appendleft(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Free the slot of a sequence. What a failed one left behind is not shared."""
+        for queue in (self.waiting, self.prefilling, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        if sequence.error is not None and sequence.slot is not None:
+            self.residents[sequence.slot] = None
+        sequence.slot = sequence.donor = None
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+def behind(sequence: Sequence) -> tuple[int, list[int]]:
+    """(position, members): the needed members whose caches lack most tokens before the last one, and from where on."""
+    lacking = [m for m in sequence.needed if sequence.cached[m] < sequence.position(m)]
+    start = min((sequence.cached[m] for m in lacking), default=0)
+    return start, [m for m in lacking if sequence.cached[m] == start]
+
+
+def shared_tokens(donor: Sequence, sequence: Sequence) -> int:
+    """Tokens with which both prompts begin, for every member that the second needs; 0 if the first lacks a member."""
+    members = sequence.needed
+    if not set(members) <= set(donor.needed):
+        return 0
+    prompts = ((donor.request.token_ids[m][:-1], sequence.request.token_ids[m][:-1]) for m in members)
+    return min(common_prefix(mine, other) for mine, other in prompts)
+
+
+def common_prefix(one: Any, other: Any) -> int:
+    """Elements with which both begin."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))

@@ -1,22 +1,25 @@
-"""A request, checked before any work, and the rows that it becomes: one for each completion."""
+"""A request, checked before any work, and its sequences: one for each completion, from the queue to the output."""
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from genarm_fast.outputs import ArmRewards, Completion, GenerationOutput, Rounds, Timing, TokenLogprob, Usage
 from genarm_fast.params import MAX_SEED, SamplingParams
+from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.text.detokenize import Detokenizer, StopStrings
 from genarm_fast.text.prompts import Prompt
 
 GOLDEN = 0x9E3779B97F4A7C15
+_ids = itertools.count()
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of a request's completion: its own for the first, SplitMix64 of it for the others.
+    """Seed of a request's completion: the request's own for the first, SplitMix64 of it for the others.
 
     So each completion is what the request gives alone with the seed that the completion reports.
     """
@@ -30,7 +33,7 @@ def sample_seed(seed: int, index: int) -> int:
 
 @dataclass
 class Request:
-    """A prompt with its parameters. `token_ids[i]` is the prompt as member i sees it."""
+    """A prompt with its parameters. `token_ids[i]` is the prompt as member i sees it, the draft model last."""
 
     index: int
     prompt: Prompt
@@ -39,45 +42,62 @@ class Request:
     weights: tuple[float, ...]
     stop_ids: frozenset[int]
 
-    def rows(self, tokenizer: Any) -> list[Row]:
-        """One row per completion."""
+    def sequences(self, tokenizer: Any, speculation: Speculation = OFF) -> list[Sequence]:
+        """One sequence per completion."""
         seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
-        return [Row(self, sample_seed(seed, i), tokenizer, self.weights) for i in range(self.params.n)]
+        return [
+            Sequence(self, sample_seed(seed, i), tokenizer, self.weights, speculation) for i in range(self.params.n)
+        ]
 
 
-@dataclass
-class Draw:
-    """What was sampled for one row at one position."""
+@dataclass(slots=True)
+class SampledToken:
+    """What was drawn for one sequence at one position."""
 
     token: int
     logprob: float = 0.0
-    member_logprobs: Sequence[float] = ()  # base, then every ARM that ran
+    member_logprobs: tuple[float, ...] | list[float] = ()  # base, then every ARM, 0 for those that did not run
     top: dict[int, float] = field(default_factory=dict)
 
 
-@dataclass
-class Row:
-    """A completion in the making."""
+@dataclass(eq=False)
+class Sequence:
+    """A completion in the making: what it says so far, and where the engine has it.
+
+    weights: of the next token. epoch: counts changes of the weights, so that what was drawn before one is told apart.
+    held: nobody waits for its next token now. slot: its place in the KV cache. cached[m]: how many tokens of prompt and
+    response member m's cache holds. donor: the sequence in `donor_slot` that gives it the first `shared` tokens.
+    """
 
     request: Request
     seed: int
     tokenizer: Any
-    weights: tuple[float, ...]  # of the next token; a stream may change them
+    weights: tuple[float, ...]
+    speculation: Speculation = OFF
+    id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(default_factory=list)
     used_weights: list[tuple[float, ...]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    rewards: list[Sequence[float]] = field(default_factory=list)  # per token, one per ARM
+    rewards: list[tuple[float, ...] | list[float]] = field(default_factory=list)  # per token, one per ARM
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
     text: str = ""
-    rounds: int = 0
+    steps: int = 0
     drafted: int = 0  # tokens proposed, and how many of them were right
     accepted: int = 0
-    # clock readings, seconds
-    arrived: float = 0.0
-    prefilled: float = 0.0
-    finished: float = 0.0
+    # where the engine has it
+    epoch: int = 0
+    held: bool = False
+    slot: int | None = None
+    cached: list[int] = field(default_factory=list)
+    donor: Sequence | None = None
+    donor_slot: int = 0
+    shared: int = 0
+    # clock readings, seconds; None where it did not come so far
+    admitted: float | None = None
+    prefilled: float | None = None
+    advanced: float | None = None
 
     def __post_init__(self) -> None:
         self._detokenizer = Detokenizer(self.tokenizer)
@@ -96,19 +116,50 @@ class Row:
     def ended(self) -> bool:
         return self.error is not None or self.finish_reason is not None
 
-    def settle(self, draw: Draw) -> None:
-        """Append a token and find out whether it ends the text."""
+    @property
+    def needed(self) -> list[int]:
+        """Members whose logits its next token depends on, or that it reports: the base, and ARMs by their index + 1."""
+        rewards = self.request.params.rewards
+        return [0, *(i + 1 for i, weight in enumerate(self.weights) if weight != 0 or rewards)]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest prompt and of the longest response that it may have."""
+        return max(map(len, self.request.token_ids)) + self.request.params.max_new_tokens
+
+    def position(self, member: int) -> int:
+        """Where member sees the last token, which the next step feeds; its cache needs all before that."""
+        return len(self.request.token_ids[member]) - 1 + len(self.tokens)
+
+    def last_token(self, member: int) -> int:
+        """The last token as a member sees it; before the first one of the response, prompts may differ in it."""
+        return self.tokens[-1] if self.tokens else self.request.token_ids[member][-1]
+
+    def text_of(self, member: int, start: int, end: int) -> list[int]:
+        """Tokens of prompt and response from position `start` to before `end`, as member sees them."""
+        prompt = self.request.token_ids[member]
+        if end <= len(prompt):
+            return prompt[start:end]
+        return prompt[start:] + self.tokens[max(0, start - len(prompt)) : end - len(prompt)]
+
+    def steer(self, weights: tuple[float, ...]) -> None:
+        """Draw the next token with other ARM weights."""
+        self.weights = weights
+        self.epoch += 1
+
+    def append(self, sampled: SampledToken, weights: tuple[float, ...]) -> None:
+        """Append a token that was drawn with these weights, and find out whether it ends the text."""
         params = self.request.params
-        self.tokens.append(draw.token)
-        self.used_weights.append(self.weights)
+        self.tokens.append(sampled.token)
+        self.used_weights.append(weights)
         if params.logprobs is not None:
-            self.logprobs.append(TokenLogprob(draw.logprob, draw.top))
+            self.logprobs.append(TokenLogprob(sampled.logprob, sampled.top))
         if params.rewards:
-            self.rewards.append(draw.member_logprobs[1:])
-        if draw.token in self.request.stop_ids:
-            self.finish("stop", draw.token)
+            self.rewards.append(sampled.member_logprobs[1:])
+        if sampled.token in self.request.stop_ids:
+            self.finish("stop", sampled.token)
         else:
-            self._show(self._detokenizer.push(draw.token))
+            self._show(self._detokenizer.push(sampled.token))
             if self.finish_reason is None and len(self.tokens) == params.max_new_tokens:
                 self.finish("length")
 
@@ -124,7 +175,7 @@ class Row:
         if self._stops.found is not None:
             self.finish_reason, self.stop_reason = "stop", self._stops.found
 
-    def completion(self, arm_names: Sequence[str]) -> Completion:
+    def completion(self, arm_names: list[str]) -> Completion:
         """The completion as it stands; "cancelled" where it is not finished."""
         params = self.request.params
         return Completion(
@@ -141,17 +192,25 @@ class Row:
         )
 
 
-def output_of(rows: Sequence[Row], arm_names: Sequence[str]) -> GenerationOutput:
-    """The output of one request, from its rows."""
-    request = rows[0].request
-    tokens = sum(len(row.tokens) for row in rows)
-    prefilled = min(row.prefilled for row in rows)
-    decode_time = max(row.finished for row in rows) - prefilled
+def output_of(sequences: list[Sequence], arm_names: list[str]) -> GenerationOutput:
+    """The output of one request, from its sequences."""
+    request = sequences[0].request
+    tokens = sum(len(sequence.tokens) for sequence in sequences)
+    start = _first(sequence.admitted for sequence in sequences)
+    # A sequence that was closed in mid-prefill, or before it, has spent no time on what comes after.
+    ends = [sequence.advanced for sequence in sequences if sequence.advanced is not None]
+    prefilled = _first(sequence.prefilled for sequence in sequences)
+    prefill = prefilled - start if prefilled is not None and start is not None else 0.0
+    decode = max(ends) - prefilled if ends and prefilled is not None else 0.0
     return GenerationOutput(
         prompt=request.prompt,
         prompt_token_ids=list(request.token_ids[0]),
-        completions=[row.completion(arm_names) for row in rows],
+        completions=[sequence.completion(arm_names) for sequence in sequences],
         usage=Usage(len(request.token_ids[0]), tokens),
-        timing=Timing(prefilled - rows[0].arrived, decode_time, tokens / decode_time if decode_time > 0 else 0.0),
-        rounds=Rounds(*(sum(getattr(row, name) for row in rows) for name in ("rounds", "drafted", "accepted"))),
+        timing=Timing(prefill, decode, tokens / decode if decode > 0 else 0.0),
+        rounds=Rounds(*(sum(getattr(each, name) for each in sequences) for name in ("steps", "drafted", "accepted"))),
     )
+
+
+def _first(times: Iterable[float | None]) -> float | None:
+    return min((time for time in times if time is not None), default=None)

@@ -1,78 +1,98 @@
-"""What a run leaves for the next one: streams, caches and graphs, so that one prompt at a time pays for them once.
-
-What slots still hold does not matter: a row attends to what it has written itself.
-"""
+"""Memory that lives from run to run: the KV caches of all runners, grown when longer or more requests come."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 
-from genarm_fast.device.base import Device, Stream
-from genarm_fast.engine.model_runner import Backbone
-from genarm_fast.models.member import Member
+from genarm_fast.device.base import out_of_memory
+from genarm_fast.engine.allocate import sizes
+from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.selfcheck import entries_of
 
 LEAST = 1 << 26  # bytes of caches that are kept, where the weights take less
 
 
-@dataclass
-class Room:
-    """Where a run takes place: the stream that samples and settles, and a backbone for each of its groups of members.
+class Workspace:
+    """The KV caches of an executor's runners: `slots` slots for sequences, each with `capacity` tokens a member."""
 
-    slots: how many of those that the caches have are for its rows.
-    """
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.slots = self.capacity = 0
+        self.failure: BaseException | None = None  # why the last growth fell short
 
-    device: Device
-    main: Stream
-    backbones: list[Backbone]
-    groups: list[list[Member]]
-    slots: int = 0
+    def holds(self, members: Iterable[int], capacity: int) -> bool:
+        """Whether these members' caches are there, with so many tokens a slot."""
+        groups = self.executor.by_runner(members)
+        lanes = all(
+            set(self.executor.lanes(own)) <= set(self.executor.runners[g].blocks) for g, own in groups.items()
+        )
+        return lanes and self.capacity >= capacity
+
+    def token_bytes(self, members: Iterable[int]) -> int:
+        """What the caches of these members take for one token."""
+        return sum(
+            len(own) * sum(entry.bytes for entry in entries_of(self.executor.runners[g].members) if entry is not None)
+            for g, own in self.executor.by_runner(members).items()
+        )
+
+    def reserve(self, members: set[int], slots: int, capacity: int, in_use: int, cache_bytes: int | None) -> None:
+        """Have so many slots with so many tokens for these members, or as many as memory allows.
+
+        in_use: slots, counted from 0, whose sequences must stay. With none in use, too small caches are freed before
+        larger ones are made. Afterwards `slots` and `capacity` say what there is.
+        """
+        held = {m for m in range(len(self.executor.members)) if self.slots and self.holds([m], 0)}
+        if self.slots >= slots and self.holds(members, capacity) and self._allowed(cache_bytes):
+            return
+        if in_use:
+            members = members | held
+            slots, capacity = max(slots, self.slots), max(capacity, self.capacity)
+        else:
+            self.free()
+        token = self.token_bytes(members)
+        groups = self.executor.by_runner(sorted(members))
+
+        def fits(slots: int, tokens: int) -> bool:
+            return cache_bytes is None or slots * tokens * token <= cache_bytes
+
+        for count, tokens in sizes(slots, max(in_use, 1), capacity, fits):
+            try:
+                for g, own in groups.items():
+                    runner = self.executor.runners[g]
+                    inputs = (entries_of(runner.members), self.executor.lanes(own), count, tokens)
+                    self.executor.launch(runner.stream, "allocate", runner.reserve, *inputs)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self.failure = error.with_traceback(None)  # its frames hold caches
+                if not in_use:
+                    self.free()
+            else:
+                self.slots, self.capacity = count, tokens
+                return
 
     @property
     def bytes(self) -> int:
-        return sum(backbone.bytes for backbone in self.backbones)
+        return sum(runner.bytes for runner in self.executor.runners)
 
-    def serves(self, groups: Sequence[Sequence[Member]], slots: int, capacity: int) -> bool:
-        same = [list(map(id, group)) for group in groups] == [list(map(id, group)) for group in self.groups]
-        return same and all(each.slots >= slots and each.capacity >= capacity for each in self.backbones)
+    def _allowed(self, cache_bytes: int | None) -> bool:
+        return cache_bytes is None or self.bytes <= cache_bytes
 
+    def trim(self) -> None:
+        """A run has ended: keep the caches for the next one, unless they take more than the weights."""
+        if self.bytes > self.most:
+            self.free()
 
-class Rooms:
-    """Keeps the room of the last run, unless its caches take more than the weights of the members.
-
-    A run owns the room that it took, so runs at one time have one each.
-    """
-
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = members
-        self._left: list[Room] = []
-
-    def take(
-        self, groups: Sequence[Sequence[Member]], slots: int, capacity: int, cache_bytes: int | None
-    ) -> Room | None:
-        """The one that was left, if it is large enough; else it is freed."""
-        try:
-            room = self._left.pop()  # at once, so that no other thread takes it too
-        except IndexError:
-            return None
-        if not room.serves(groups, slots, capacity) or (cache_bytes is not None and room.bytes > cache_bytes):
-            return None
-        room.slots = slots
-        room.device.begin()
-        for backbone in room.backbones:
-            backbone.begin()
-        return room
-
-    def leave(self, room: Room) -> None:
-        """After a run that has finished on its device."""
-        if room.backbones and room.bytes <= self.most:
-            self._left[:] = [room]
-
-    def clear(self) -> None:
-        self._left.clear()
+    def free(self) -> None:
+        """Let go of all caches."""
+        for runner in self.executor.runners:
+            runner.free()
+        self.slots = self.capacity = 0
 
     @cached_property
     def most(self) -> int:
-        weights = {p.data_ptr(): p.nbytes for member in self.members for p in member.model.parameters()}
+        """Bytes of caches that are kept while nothing runs."""
+        models = (member.model for member in self.executor.members)
+        weights = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
         return max(sum(weights.values()), LEAST)

@@ -21,6 +21,7 @@ from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.hub import Source, find_file, read_json
 from genarm_fast.models.loader import Backbones, share_weights
 from genarm_fast.models.lora_lanes import share_forwards
+from genarm_fast.models.rebound import WeightWatch
 from genarm_fast.params import check_weights
 from genarm_fast.text.templates import default_template
 
@@ -79,6 +80,7 @@ class Member:
     weight: float = 1.0
     given: bool = False
     chat: bool | None = None
+    watch: WeightWatch | None = None  # of a given model
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -161,6 +163,7 @@ def load_members(
         prompt_template or recorded.get("prompt_template"),
         chat_template or recorded.get("chat_template") or default_template(base_tokenizer),
         given=isinstance(base, nn.Module),
+        watch=watch_of(base),
     )
     members = [first]
     for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
@@ -179,6 +182,7 @@ def load_members(
                 float(spec.weight),
                 isinstance(spec.model, nn.Module),
                 recorded.get("chat"),
+                watch_of(spec.model),
             )
         )
     for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
@@ -189,7 +193,12 @@ def load_members(
         return members, None
     own = None if places[-1] is None else load_tokenizer(places[-1])  # it sees the base's prompts all the same
     model = Backbones(**backbone_kwargs).load("draft_model", draft_model)
-    return members, Member("draft_model", model, own or base_tokenizer)
+    return members, Member("draft_model", model, own or base_tokenizer, watch=watch_of(draft_model))
+
+
+def watch_of(source: Source | nn.Module | None) -> WeightWatch | None:
+    """What notices that the owner of a given model bound its weights to other memory."""
+    return WeightWatch(source) if isinstance(source, nn.Module) else None
 
 
 def context_of(config: Any) -> int | None:

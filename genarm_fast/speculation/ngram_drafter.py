@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from genarm_fast.speculation.drafter import DraftExecutor, Drafts, SequenceBatch, no_drafts
 
 
 class NgramIndex:
@@ -41,3 +48,45 @@ class NgramIndex:
                 period = len(self.tokens) - start
                 return [self.tokens[start + i % period] for i in range(k)]
         return []
+
+
+class NgramDrafter:
+    """Proposes what followed the last tokens when they came before, in the base's prompt or in the response."""
+
+    names = ("ngram",)
+    members: tuple[int, ...] = ()
+
+    def __init__(self, executor: DraftExecutor) -> None:
+        self.executor = executor
+        self.indices: WeakKeyDictionary[Any, NgramIndex] = WeakKeyDictionary()
+
+    def propose(self, batch: SequenceBatch, most: list[int]) -> Drafts:
+        device, main = self.executor.device, self.executor.main
+        start = device.mark(main)
+        tokens = [self._index(each).propose(count) for each, count in zip(batch.sequences, most)]
+        width = max(map(len, tokens))
+        if width == 0:
+            return no_drafts(len(tokens), main)
+        block = torch.tensor([line + [0] * (width - len(line)) for line in tokens])
+        uploaded = self.executor.upload(block)
+        return Drafts(uploaded, [*map(len, tokens)], main, lambda: block, marks=(start, device.mark(main)), steps=width)
+
+    def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
+        return {}
+
+    def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
+        pass
+
+    def guess(self, sequences: list[Any], most: int) -> list[list[int]]:
+        return [self._index(sequence).propose(most) for sequence in sequences]
+
+    def shadow(self, batch: SequenceBatch, logits: dict[int, Tensor]) -> Any:
+        raise NotImplementedError("n-grams are judged by `guess`")
+
+    def _index(self, sequence: Any) -> NgramIndex:
+        prompt = sequence.request.token_ids[0]
+        index = self.indices.get(sequence)
+        if index is None:
+            index = self.indices[sequence] = NgramIndex(prompt)
+        index.extend(sequence.tokens[len(index) - len(prompt) :])
+        return index

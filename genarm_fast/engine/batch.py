@@ -1,0 +1,188 @@
+"""The sequences of a step as the device knows them: row r of every tensor is sequence r.
+
+What a step changes for the next one (last tokens, lengths, who has finished) stays on the device, so that the host may
+launch a step before it has read the one before. Sequences join and leave between steps; then the tensors are made anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genarm_fast.device.base import Stream
+from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.penalties import bias_tensor, bias_version
+from genarm_fast.engine.sequence import Sequence
+from genarm_fast.kernels import Settled, seed_tensor, settle
+
+
+class State(NamedTuple):
+    """int64 but for `finished`. Lengths and limits count tokens of the response."""
+
+    last: Tensor  # [members, R], the last token as each member sees it
+    starts: Tensor  # [members, R], the position of the last token of the prompt
+    lengths: Tensor  # [R]
+    limits: Tensor  # [R]
+    finished: Tensor  # bool [R]
+    stop_ids: Tensor  # [R, S], padded with -1
+
+
+class SamplingTensors(NamedTuple):
+    """What `guided_sample` takes for the rows, on one stream.
+
+    weights: float32 [R, m] of the ARMs that run. parameters: temperature, seeds, and of the filters those that any
+    sequence uses: an unused filter costs a kernel nothing if it is not passed.
+    """
+
+    weights: Tensor
+    parameters: dict[str, Tensor]
+
+
+class Batch:
+    """R sequences and the members that run for them.
+
+    active: indices of these members among the engine's, base first. epochs: of the sequences' weights. extra: tokens
+    that are drawn for each sequence, but that the host has not read.
+    """
+
+    def __init__(self, sequences: list[Sequence], active: tuple[int, ...], executor: Executor, vocab_size: int) -> None:
+        self.sequences, self.active, self.executor, self.vocab_size = sequences, active, executor, vocab_size
+        self.slots = [sequence.slot for sequence in sequences]
+        self.epochs = [sequence.epoch for sequence in sequences]
+        self.extra = [0] * len(sequences)
+        self.state = self._upload()
+        self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
+        most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
+        self.top_logprobs = min(most, vocab_size)
+        self._sampling: dict[Stream, SamplingTensors] = {}
+        self._bias: tuple[Any, Tensor | None] = (None, None)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @classmethod
+    def following(
+        cls,
+        before: Batch | None,
+        in_flight: bool,
+        sequences: list[Sequence],
+        active: tuple[int, ...],
+        executor: Executor,
+        vocab_size: int,
+    ) -> Batch:
+        """The batch of the next step: `before` itself if nothing changed, else one that takes over its device state.
+
+        in_flight: the host has not read the last step of `before`, so the device alone knows where its sequences are.
+        """
+        if before is not None and before.sequences == sequences and before.active == active:
+            if before.epochs == [sequence.epoch for sequence in sequences]:
+                return before
+        batch = cls(sequences, active, executor, vocab_size)
+        if before is not None and in_flight:
+            rows = {id(sequence): row for row, sequence in enumerate(before.sequences)}
+            kept = [
+                (row, rows[id(sequence)])
+                for row, sequence in enumerate(sequences)
+                if id(sequence) in rows and before.epochs[rows[id(sequence)]] == sequence.epoch
+            ]
+            if kept:
+                batch._take(before, *zip(*kept))
+        return batch
+
+    def _take(self, before: Batch, rows: tuple[int, ...], theirs: tuple[int, ...]) -> None:
+        """Take over what only the device knows of these rows of `before`."""
+        target, source = (self.executor.upload(torch.tensor(index)) for index in (rows, theirs))
+        for name in ("last", "lengths", "finished"):
+            mine, other = getattr(self.state, name), getattr(before.state, name)
+            mine.index_copy_(-1, target, other.index_select(-1, source))
+        for row, their in zip(rows, theirs):
+            self.extra[row] = before.extra[their]
+
+    def _upload(self) -> State:
+        """What the host knows of the sequences."""
+        sequences, members = self.sequences, range(len(self.executor.members))
+        stops = [sorted(sequence.request.stop_ids) for sequence in sequences]
+        width = max(1, *map(len, stops))
+        prompts = [[len(each.request.token_ids[m]) - 1 for each in sequences] for m in members]
+        state = State(
+            last=torch.tensor([[each.last_token(m) for each in sequences] for m in members]),
+            starts=torch.tensor(prompts),
+            lengths=torch.tensor([len(each.tokens) for each in sequences]),
+            limits=torch.tensor([each.request.params.max_new_tokens for each in sequences]),
+            finished=torch.zeros(len(sequences), dtype=torch.bool),
+            stop_ids=torch.tensor([each + [-1] * (width - len(each)) for each in stops]),
+        )
+        return State(*map(self.executor.upload, state))
+
+    def tokens(self, members: list[int]) -> Tensor:
+        """The last token of each sequence as these members see it, int64 [L, R, 1] on the main stream."""
+        return torch.stack([self.state.last[m] for m in members])[..., None]
+
+    def positions(self, members: list[int]) -> Tensor:
+        """Where these members see the last tokens, int64 [L, R, 1] on the main stream."""
+        starts = torch.stack([self.state.starts[m] for m in members])
+        return (starts + self.state.lengths)[..., None]
+
+    def kv_bound(self, members: list[int], width: int) -> int:
+        """Above all positions that a forward of `width` tokens from the last one on reads or writes."""
+        longest = max(
+            sequence.position(m) + extra for sequence, extra in zip(self.sequences, self.extra) for m in members
+        )
+        return longest + width
+
+    def response_positions(self, width: int) -> Tensor:
+        """Index in the response of the next `width` tokens, int64 [R, width]."""
+        lengths = self.state.lengths
+        return lengths[:, None] + torch.arange(width, device=lengths.device)
+
+    def accept(self, targets: Tensor, drafts: Tensor, draft_counts: Tensor | None = None) -> Settled:
+        """Accept the drafts [R, q - 1] that equal their targets [R, q] and one target more; the next step's inputs.
+
+        This is the only place where drafts are judged. draft_counts: drafts of each row, int64 [R]; None: q - 1.
+        """
+        state = self.state
+        settled = settle(
+            targets,
+            drafts,
+            lengths=state.lengths,
+            limits=state.limits,
+            finished=state.finished,
+            stop_ids=state.stop_ids,
+            draft_counts=draft_counts,
+        )
+        last = settled.next_tokens.expand(len(state.last), -1)
+        self.state = state._replace(last=last, lengths=settled.lengths, finished=settled.finished)
+        return settled
+
+    def sampling(self, stream: Stream) -> SamplingTensors:
+        """The sequences' parameters for use on `stream`."""
+        if stream not in self._sampling:
+            params = [sequence.request.params for sequence in self.sequences]
+            weights = [[sequence.weights[m - 1] for m in self.active[1:]] for sequence in self.sequences]
+            columns = {
+                "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32),
+                "seeds": seed_tensor([sequence.seed for sequence in self.sequences]),
+            }
+            if any(0 < p.top_k < self.vocab_size for p in params):
+                columns["top_k"] = torch.tensor([min(p.top_k, self.vocab_size) for p in params])
+            if any(p.top_p < 1 for p in params):
+                columns["top_p"] = torch.tensor([p.top_p for p in params], dtype=torch.float32)
+            if any(p.min_p > 0 for p in params):
+                columns["min_p"] = torch.tensor([p.min_p for p in params], dtype=torch.float32)
+            upload = self.executor.device.upload
+            self._sampling[stream] = SamplingTensors(
+                upload(torch.tensor(weights, dtype=torch.float32).view(len(self), -1), stream),
+                {name: upload(column, stream) for name, column in columns.items()},
+            )
+        return self._sampling[stream]
+
+    def bias(self) -> Tensor | None:
+        """logit_bias and banned stop tokens of the sequences, float32 [R, V] on the main stream; None without any."""
+        lengths = [len(sequence.tokens) + extra for sequence, extra in zip(self.sequences, self.extra)]
+        version = bias_version(self.sequences, lengths)
+        if self._bias[0] != version:
+            bias = bias_tensor(self.sequences, lengths, self.vocab_size)
+            self._bias = version, None if bias is None else self.executor.upload(bias)
+        return self._bias[1]

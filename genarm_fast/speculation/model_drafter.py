@@ -1,0 +1,207 @@
+"""Drafts by members, or by a draft model: token by token, sharpened to the weight of all members together.
+
+The members that draft stand for the guided distribution: q ∝ (Π π_i^w_i)^s with s = Σ_all w / Σ_drafting w. So a small
+ARM drafts from π_arm^((1 + w)/T), and its forwards are not wasted: what it says of each token is part of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genarm_fast.device.base import Stream
+from genarm_fast.kernels import guided_sample
+from genarm_fast.speculation.drafter import DraftExecutor, Drafts, SequenceBatch
+
+AHEAD = 0.1  # of the steps must find all drafts right, or nothing is drafted ahead
+MEMORY = 8.0  # steps over which that share is taken
+
+
+def tempered_draft(
+    batch: SequenceBatch, lanes: list[Tensor], members: tuple[int, ...], positions: Tensor, stream: Stream
+) -> Tensor:
+    """A draft for every sequence, int64 [R, 1], drawn with the noise of its target; everything is on `stream`.
+
+    lanes: logits [R, 1, V] of `members`; a draft model is no member of the target, and drafts with weight 1. positions:
+    [R, 1] in the response.
+    """
+    sampling = batch.sampling(stream)
+    weights = torch.cat([torch.ones_like(sampling.parameters["temperature"])[:, None], sampling.weights], dim=1)
+    total = weights.sum(1)
+    parameters = dict(sampling.parameters)
+    lanes = [lane[..., : batch.vocab_size] for lane in lanes]
+    if len(lanes) == 1:
+        parameters["temperature"] = parameters["temperature"] / torch.where(total > 0, total, 1.0)
+        base, weights = lanes[0], weights[:, :0]
+    else:
+        weights = torch.stack([weights[:, batch.active.index(member)] for member in members], dim=1)
+        own = weights.sum(1)
+        weights = weights * torch.where((own > 0) & (total > 0), total / own, 1.0)[:, None]
+        base = lanes[0].new_zeros(lanes[0].shape[-1]).expand(lanes[0].shape)
+    arms = tuple(lanes) if weights.shape[1] else ()
+    return guided_sample(base, arms, weights, positions=positions, **parameters).tokens
+
+
+class DraftChain:
+    """Draft steps of one runner: each feeds what the one before drew. All of them run on the runner's stream.
+
+    Step n feeds the last accepted token, if n = 0, or the draft of step n - 1, and draws the draft of the next position.
+    """
+
+    def __init__(self, executor: DraftExecutor, batch: SequenceBatch, members: tuple[int, ...]) -> None:
+        self.executor, self.members = executor, list(members)
+        self.stream = executor.stream_of(self.members)
+        self.start = [len(sequence.tokens) for sequence in batch.sequences]
+        self.sequences = list(batch.sequences)
+        inputs = [batch.tokens(self.members), batch.positions(self.members), batch.response_positions(1)]
+        self.last, self.positions, self.response = executor.hand_over(inputs, executor.main, self.stream)
+        self.fed = 0  # steps since the positions were taken
+        self.tokens: list[Tensor] = []  # int64 [R, 1] each
+        self.logits: list[list[Tensor]] = []  # of each lane, [R, 1, V]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def stands(self, batch: SequenceBatch) -> bool:
+        """Whether the first step of the chain is the next one of these sequences."""
+        now = [len(sequence.tokens) for sequence in batch.sequences]
+        return self.sequences == list(batch.sequences) and self.start == now
+
+    def extend(self, batch: SequenceBatch, steps: int) -> int:
+        """Have so many steps; returns how many were missing."""
+        missing = steps - len(self)
+        for _ in range(missing):
+            self.step(batch)
+        return max(missing, 0)
+
+    def step(self, batch: SequenceBatch) -> None:
+        executor, stream, members = self.executor, self.stream, tuple(self.members)
+        bound = batch.kv_bound(self.members, len(self) + 1)
+        last = self.tokens[-1].expand(len(members), -1, -1) if self.tokens else self.last
+
+        def place(n: int) -> tuple[Tensor, Tensor]:
+            return (self.positions + n, self.response + n) if n else (self.positions, self.response)
+
+        positions, response = executor.device.launch(stream, "draft", place, self.fed)
+        logits = executor.forward(self.members, [last], positions, batch.slots, bound)
+        inputs = (batch, logits, members, response, stream)
+        self.tokens.append(executor.device.launch(stream, "draft", tempered_draft, *inputs))
+        self.logits.append(logits)
+        self.fed += 1
+
+    def block(self, width: int) -> Tensor:
+        """The first drafts, int64 [R, width]."""
+        return self.executor.device.launch(self.stream, "draft", torch.cat, self.tokens[:width], 1)
+
+    def right(self, drawn: list[list[int]]) -> bool:
+        """Whether all sequences go on after exactly these tokens, which the chain drew for them."""
+        return all(
+            not sequence.ended and sequence.tokens[start:] == line
+            for sequence, start, line in zip(self.sequences, self.start, drawn)
+        )
+
+    def advance(self, steps: int) -> None:
+        """Go on after this many steps, all of whose drafts were right."""
+        self.last = self.tokens[steps - 1].expand(len(self.members), -1, -1)
+        del self.tokens[:steps], self.logits[:steps]
+        self.start = [start + steps for start in self.start]
+
+
+class ModelDrafter:
+    """Drafts by all members of one runner.
+
+    Where the host runs ahead of the device, the drafter goes on from its own last draft while the others verify. If all
+    sequences accept everything, the next block is there, or begun; else it is dropped, as wrong drafts are.
+    """
+
+    def __init__(self, executor: DraftExecutor, group: int, members: tuple[int, ...], names: tuple[str, ...]) -> None:
+        self.executor, self.group, self.members, self.names = executor, group, members, names
+        self.foreign = executor.draft_model in members  # no member of the target
+        self.chain: DraftChain | None = None
+        self.batch: SequenceBatch | None = None
+        self.right: float | None = None  # share of steps without a wrong draft, of late
+        self.fitting = inf  # steps that take no longer than verification, as last measured
+
+    def propose(self, batch: SequenceBatch, most: list[int]) -> Drafts:
+        executor, k = self.executor, max(most)
+        self.batch = batch
+        extra = 0
+        if self.chain is None or not self.chain.stands(batch):
+            if self.foreign:
+                extra = self._catch_up(batch.sequences)
+            self.chain = DraftChain(executor, batch, self.members)
+        if self.right is None:
+            self.right = 1 / len(most)  # for want of anything better
+        stream = self.chain.stream
+        start = executor.device.mark(stream)
+        steps = self.chain.extend(batch, k) + extra
+        marks = start, executor.device.mark(stream)
+        return Drafts(self.chain.block(k), most, stream, marks=marks, steps=steps)
+
+    def _catch_up(self, sequences: Any) -> int:
+        """Show a draft model what was accepted in steps in which it had no part; whether there was anything."""
+        caught = 0
+        for sequence in sequences:
+            for m in self.members:
+                start, end = sequence.cached[m], sequence.position(m)
+                if start < end:
+                    caught = 1
+                    self.executor.prefill([sequence], [m], start, end - start)
+        return caught
+
+    def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
+        executor, chain, batch, k = self.executor, self.chain, self.batch, drafts.width
+        assert chain is not None
+        assert batch is not None
+        if executor.device.lag:
+            chain.extend(batch, k + 1)
+        drafts.fed = k + (len(chain) > k)
+        read = executor.device.read([chain.block(drafts.fed)], chain.stream)
+        drafts.read = lambda: read()[0]
+        known: dict[int, Tensor] = {}
+        if not self.foreign:
+            flat = [lane for logits in chain.logits[: drafts.fed] for lane in logits]
+            steps = executor.hand_over(flat, chain.stream, executor.main)
+            count = len(self.members)
+            known = {member: torch.cat(steps[i::count], dim=1) for i, member in enumerate(self.members)}
+        if executor.device.lag:  # after what the main stream waits for
+            chain.extend(batch, self.ahead(k))
+        return known
+
+    def ahead(self, k: int) -> int:
+        """Draft steps to have before a verification ends: up to the last draft of the next block, as many as fit."""
+        assert self.chain is not None
+        assert self.right is not None
+        if self.right < AHEAD:
+            return k + 1
+        left = min(sequence.remaining for sequence in self.chain.sequences)
+        return min(2 * k + 1, left, k + max(1, int(min(self.fitting, k + 1))))
+
+    def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
+        chain, k = self.chain, drafts.width
+        assert chain is not None
+        assert self.right is not None
+        if drafts.steps and drafting > 0:
+            self.fitting = verifying / (drafting / drafts.steps)
+        self.right += (all(right == k for right in accepted) - self.right) / MEMORY
+        if drafts.fed > k and chain.right(drafts.host):
+            chain.advance(k + 1)
+        else:
+            self.chain = None
+        self.batch = None
+
+    def guess(self, sequences: list[Any], most: int) -> list[list[int]] | None:
+        return None
+
+    def shadow(self, batch: SequenceBatch, logits: dict[int, Tensor]) -> Callable[[], tuple[list[list[int]], float]]:
+        device, main = self.executor.device, self.executor.main
+        start = device.mark(main)
+        lanes = [logits[member][:, :1] for member in self.members]
+        tokens = tempered_draft(batch, lanes, self.members, batch.response_positions(1), main)
+        spent = [self.executor.spent[self.group], (start, device.mark(main))]
+        read = device.read([tokens], main)
+        return lambda: (read()[0].tolist(), sum(device.elapsed(*marks) for marks in spent))

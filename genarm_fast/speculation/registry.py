@@ -1,0 +1,21 @@
+"""The drafters that there are. A new one is a file with a class as in drafter.py, and a line here."""
+
+from __future__ import annotations
+
+from genarm_fast.speculation.drafter import DraftExecutor, Drafter
+from genarm_fast.speculation.model_drafter import ModelDrafter
+from genarm_fast.speculation.ngram_drafter import NgramDrafter
+
+
+def make_drafters(executor: DraftExecutor, groups: list[list[int]], names: list[str]) -> list[Drafter]:
+    """One of each kind; without a wish of the user, the earlier ones are preferred.
+
+    groups: members by runner, the base's first. names: of the members, "draft_model" included.
+    """
+    models: list[Drafter] = [
+        ModelDrafter(executor, g, tuple(group), tuple(names[m] for m in group)) for g, group in enumerate(groups)
+    ]
+    own = models if len([g for g in groups if executor.draft_model not in g]) > 1 else []
+    foreign = [model for model in models if executor.draft_model in model.members]
+    first = [model for model in own[1:] if model not in foreign]
+    return [*first, *foreign, NgramDrafter(executor), *own[:1]]
