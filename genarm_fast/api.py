@@ -20,7 +20,8 @@ from genarm_fast.errors import GenerationError
 from genarm_fast.models.member import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_members
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams, check_integer, check_weights
-from genarm_fast.speculation.config import Controllers, Speculation, as_speculation
+from genarm_fast.speculation.config import Speculation, as_speculation
+from genarm_fast.speculation.policy import Tuners
 from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt
 from genarm_fast.utils.progress import progress_bar
 
@@ -49,7 +50,7 @@ class GenARM:
         self.tokenizer = self.base.tokenizer
         self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
-        self.controllers = Controllers()
+        self.tuners = Tuners()
         self.rooms = Rooms([*self.members, *([] if draft_model is None else [draft_model])])
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
@@ -259,7 +260,7 @@ class GenARM:
             slots=slots,
             steered=steered,
             speculation=plan,
-            controllers=self.controllers,
+            tuners=self.tuners,
             rooms=self.rooms,
             draft_model=self.draft_model,
             cache_bytes=cache_bytes,

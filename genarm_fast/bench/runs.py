@@ -154,10 +154,10 @@ def _drafts(
 
 
 def _chosen(model: GenARM) -> Counter[str]:
-    """Rounds so far by what was chosen for them; none where speculation is off."""
+    """Steps so far by what was chosen for them; none where speculation is off."""
     found: Counter[str] = Counter()
-    for stats in model.controllers.stats():
-        found.update(stats["rounds"])
+    for stats in model.tuners.stats():
+        found.update(stats["steps"])
     return found
 
 

@@ -25,8 +25,10 @@ from genarm_fast.engine.scheduler import Seat, Slots
 from genarm_fast.engine.sequence import Row
 from genarm_fast.engine.workspace import Rooms
 from genarm_fast.models.member import Member
-from genarm_fast.speculation.config import Controllers, Plan, Speculation
+from genarm_fast.speculation.config import Speculation
 from genarm_fast.speculation.drafter import BackboneDrafter, NgramDrafter
+from genarm_fast.speculation.observations import StepObservation
+from genarm_fast.speculation.policy import DraftPolicy, Tuners
 
 
 class Engine:
@@ -44,7 +46,7 @@ class Engine:
         slots: int,
         steered: bool = False,
         speculation: Speculation,
-        controllers: Controllers,
+        tuners: Tuners,
         rooms: Rooms,
         draft_model: Member | None = None,
         cache_bytes: int | None = None,
@@ -84,7 +86,7 @@ class Engine:
             self.drafters = [*own[1:], *self.drafters, own[0]]  # without a wish, an ARM comes before the base
         self.most = speculation.most
         names = [drafter.names for drafter in self.drafters]
-        self.plan = Plan(speculation, names, controllers, ahead=self.device.lag > 0)
+        self.policy = DraftPolicy(speculation, names, tuners, ahead=self.device.lag > 0)
 
     @torch.inference_mode()
     def run(self) -> Iterator[list[Row]]:
@@ -130,14 +132,15 @@ class Engine:
         """One more token at least for every running row. Returns the rows that the host has new tokens of."""
         start = time.perf_counter()
         seats = list(self.slots.running)
-        drafter, k = self.plan.choose(len(seats))
+        drafter, k = self.policy.choose(len(seats))
         k = min(k, max(seat.row.remaining for seat in seats) - 1)
         if self.device.lag and not k and not self.steered and not any(adjusts(seat.row) for seat in seats):
             with self.watched(seats, None):
                 advanced = self.flight.round(seats)
             if advanced:  # else it was the first, whose end nobody waited for
                 nothing = [0] * len(advanced)
-                self.plan.observe(None, len(advanced), 0, nothing, nothing, 0.0, time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                self.policy.observe(StepObservation(None, len(advanced), 0, nothing, nothing, 0.0, seconds))
             self.advanced(advanced)
             return [seat.row for seat in advanced]
         landed = self.flight.land()
@@ -152,13 +155,13 @@ class Engine:
     @contextmanager
     def watched(self, seats: Sequence[Seat], drafter: int | None) -> Iterator[None]:
         """Judge drafters that cost nothing by the tokens settled inside, as if it was their turn."""
-        drafters = {i: self.drafters[i] for i in self.plan.adaptive if i != drafter}
+        drafters = {i: self.drafters[i] for i in self.policy.candidates if i != drafter}
         lengths = [len(seat.row.tokens) for seat in seats]
         most = [self.most] * len(seats)
         guesses = {i: each.guess(seats, most) for i, each in drafters.items() if isinstance(each, NgramDrafter)}
         yield
         for i, guess in guesses.items():
-            self.plan.watch(i, guess, [seat.row.tokens[length:] for seat, length in zip(seats, lengths)])
+            self.policy.observe_shadow(i, guess, [seat.row.tokens[length:] for seat, length in zip(seats, lengths)])
 
     def look(
         self, rows: Sequence[Row], logits: Sequence[Tensor], drafter: int | None = None, positions: Tensor | None = None
@@ -169,7 +172,7 @@ class Engine:
         were settled then.
         """
         looks = []
-        for i in self.plan.curious():
+        for i in self.policy.shadow_due():
             each = self.drafters[i]
             if i != drafter and isinstance(each, BackboneDrafter) and each.group != self.draft_model:
                 positions = self.sampler.positions(rows, 0, 1) if positions is None else positions
@@ -178,7 +181,8 @@ class Engine:
         def judge(settled: Sequence[Sequence[int]]) -> None:
             for i, found in looks:
                 guesses, seconds = found()
-                self.plan.watch(i, guesses, settled, seconds if drafter is None else None)  # else of several tokens
+                # A forward that verified drafts took several tokens: its time tells nothing of drafting one.
+                self.policy.observe_shadow(i, guesses, settled, seconds if drafter is None else None)
 
         return judge
 
@@ -247,7 +251,7 @@ class Engine:
         def forward() -> Sequence[Tensor]:
             return backbone.forward(torch.cat([*tokens], dim=-1), positions, slots, limit)
 
-        start = self.device.mark(backbone.stream) if self.plan.adaptive else None
+        start = self.device.mark(backbone.stream) if self.policy.candidates else None
         logits = self.device.launch(backbone.stream, self.labels[g], forward)
         if start is not None:
             self.spent[g] = start, self.device.mark(backbone.stream)

@@ -15,6 +15,7 @@ from genarm_fast.device.base import span
 from genarm_fast.engine.scheduler import Seat
 from genarm_fast.engine.sequence import Row
 from genarm_fast.speculation.drafter import Drafts, no_drafts
+from genarm_fast.speculation.observations import StepObservation
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine
@@ -60,7 +61,10 @@ class HostRounds:
         if drafts.drafter is not None:
             drafts.drafter.settled(drafts, accepted, drafting, verifying)
         drafting += engine.device.elapsed(verified, ended)
-        engine.plan.observe(drafter, len(rows), max(most), drafts.counts, accepted, drafting, verifying, drafts.steps)
+        seen = StepObservation(
+            drafter, len(rows), max(most), drafts.counts, accepted, drafting, verifying, drafts.steps
+        )
+        engine.policy.observe(seen)
 
     def verify(self, seats: Sequence[Seat], drafts: Drafts) -> list[Tensor]:
         """Each member's logits after the last token and after every draft; of a drafting one, see `join`."""

@@ -1,15 +1,15 @@
-"""What a caller may say about speculation. It changes how fast a text comes, never the text (docs/speculation.md)."""
+"""What a caller may ask of speculation, and the numbers by which the tuner decides (docs/speculation.md).
+
+Speculation changes how fast a text comes, never the text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from threading import Lock
-from typing import Any
 
 from genarm_fast.params import check_integer
-from genarm_fast.speculation.tuner import Controller
+
+MAX_K = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Speculation:
         drafter: who drafts: the name of a member that has a forward of its own (an ARM, or "base"; lanes of one
             forward draft together under any of their names), "ngram" (what followed the last few tokens when they
             came before, in the prompt or the output), or "draft_model". None: whichever pays best.
-        k: drafts per round; 0 turns drafting off; None: as many as pay, by measured cost and acceptance.
-        max_k: most drafts per round, if k is None.
+        k: drafts per step; 0 turns drafting off; None: as many as pay, by measured cost and acceptance.
+        max_k: most drafts per step, if k is None.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
@@ -43,16 +43,15 @@ class Speculation:
 
     @property
     def most(self) -> int:
-        """Most drafts of a round."""
+        """Most drafts of a step."""
         return self.max_k if self.k is None else self.k
 
 
-MAX_K = 32
 OFF = Speculation(k=0)
 
 
 def as_speculation(value: object) -> Speculation:
-    """From "auto", "off" or a `Speculation`."""
+    """A `Speculation` from "auto", "off" or a `Speculation`; raises ValueError for anything else."""
     if isinstance(value, Speculation):
         return value
     if not isinstance(value, str) or value not in ("auto", "off"):
@@ -60,75 +59,52 @@ def as_speculation(value: object) -> Speculation:
     return Speculation() if value == "auto" else OFF
 
 
-class Controllers:
-    """What a model has learnt about speculation, for all its runs, which may be in several threads."""
+@dataclass(frozen=True, slots=True)
+class TunerConfig:
+    """The numbers by which a `Tuner` measures, predicts, switches and tries. Nobody has to change them.
 
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self.known: dict[tuple[tuple[str, ...], int, bool], Controller] = {}
-
-    def of(self, drafters: Sequence[str], max_k: int, ahead: bool) -> Controller:
-        key = tuple(drafters), max_k, ahead
-        with self.lock:
-            return self.known.setdefault(key, Controller(drafters, max_k, ahead=ahead))
-
-    def stats(self) -> list[dict[str, Any]]:
-        with self.lock:
-            return [controller.stats() for controller in self.known.values()]
-
-
-class Plan:
-    """Who drafts how much in each round: what was asked for or, without a k, what the controller chooses.
-
-    names: of each drafter there is. Without the one that was asked for, nobody drafts. ahead: whether members draft the
-    next block while one is verified.
+    Time shares are of decoding time. "In vain" means that a trial cost more time per token than the best choice.
     """
 
-    def __init__(
-        self, speculation: Speculation, names: Sequence[Sequence[str]], controllers: Controllers, ahead: bool
-    ) -> None:
-        name = speculation.drafter
-        self.fitting = [i for i, own in enumerate(names) if name is None or name in own]
-        self.k = speculation.k if self.fitting else 0
-        self.lock = controllers.lock
-        if self.k is None:
-            self.controller = controllers.of(["+".join(names[i]) for i in self.fitting], speculation.max_k, ahead)
+    # Measuring.
+    # Timings kept per forward size: their lower quartile ignores one forward in twenty that the machine held up.
+    timings: int = 7
+    # Rows after which evidence on acceptance counts half: a text changes its kind within some 32 tokens.
+    half_life: float = 32.0
+    # The same for the short memory that looks for a sudden change: 4 rows, so a jump shows within a few steps.
+    jump_half_life: float = 4.0
+    # A forward of n tokens costs 16 + n where nothing was measured: below 16 tokens reading weights dominates.
+    free_tokens: int = 16
+    # Steps between shadow evaluations of members that need a draw for it, up to `few_rows` rows; a draw is cheap there.
+    shadow_interval: int = 4
+    # The same for more rows, where the draw takes 0.4 % of a step of 32 rows.
+    shadow_interval_many_rows: int = 8
+    # Batches up to this many rows are small: long trials are cheap there, since weights are read once for all tokens.
+    few_rows: int = 8
 
-    def choose(self, rows: int) -> tuple[int | None, int]:
-        """Index of a drafter, and how many drafts; (None, 0) for none."""
-        if self.k is not None:
-            return (self.fitting[0], self.k) if self.k else (None, 0)
-        with self.lock:
-            choice, k = self.controller.choose(rows)
-        return (None, 0) if choice is None else (self.fitting[choice], k)
+    # Switching.
+    # Steps between two reckonings while decoding is plain: each takes 0.1 to 0.4 ms of the host.
+    plain_interval: int = 4
+    # A new choice needs at most this share of the old one's time, so that noise of 2 % does not switch back and forth.
+    switch_margin: float = 0.98
+    # The same to leave plain decoding: rows that get ahead by drafts end early and leave smaller, dearer batches.
+    leave_plain_margin: float = 0.95
 
-    @property
-    def adaptive(self) -> list[int]:
-        """Drafters between which the controller chooses."""
-        return self.fitting if self.k is None else []
+    # Trying what is not known.
+    # Share of the time that trials may lose: 1 % is what nobody notices.
+    exploration: float = 0.01
+    # Share of the time saved by drafts that trials may lose on top: whoever gains much can pay for finding more.
+    exploration_of_savings: float = 0.02
+    # Steps before a choice is tried again, at first and after a success.
+    retry_steps: int = 16
+    # Most steps before a choice is tried again; each trial in vain doubles them, from `retry_steps` on.
+    max_retry_steps: int = 128
+    # A trial that lost much is repeated only when its loss is this share of the time since then.
+    retry_loss_share: float = 0.01
+    # A drafter that would need more than this share of the best time, even with free verification, is hopeless.
+    hopeless_ratio: float = 0.9
+    # Steps before a hopeless drafter is tried: seldom, yet not never, since costs may have changed.
+    hopeless_retry_steps: int = 512
 
-    def curious(self) -> list[int]:
-        """Drafters that a draw would tell something about now."""
-        if self.k is not None:
-            return []
-        with self.lock:
-            return self.fitting if self.controller.curious() else []
 
-    def watch(
-        self,
-        drafter: int,
-        guesses: Sequence[Sequence[int]],
-        settled: Sequence[Sequence[int]],
-        seconds: float | None = None,
-    ) -> None:
-        """Let the controller know what a drafter whose turn it was not guessed of the tokens that were settled."""
-        pairs = [list(zip(guess, tokens)) for guess, tokens in zip(guesses, settled) if tokens]
-        right = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs]
-        with self.lock:
-            self.controller.watch(self.fitting.index(drafter), [len(pair) for pair in pairs], right, seconds)
-
-    def observe(self, drafter: int | None, *seen: Any) -> None:
-        """As `Controller.observe`."""
-        if self.k is None:
-            with self.lock:
-                self.controller.observe(None if drafter is None else self.fitting.index(drafter), *seen)
+DEFAULT_TUNER_CONFIG = TunerConfig()

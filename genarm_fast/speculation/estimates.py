@@ -1,4 +1,4 @@
-"""What rounds cost and settle: estimates from noisy measurements, and what they promise."""
+"""What steps cost and yield: estimates from noisy measurements, and what they promise."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import log2
 
-FREE = 16  # tokens: where nothing is known, a forward of n takes as long as FREE + n
-HALF_LIFE = 32.0  # rounds, and rows with a draft, in which evidence on acceptance loses half of its weight
-QUICK = 4.0  # the same where a sudden change is looked for
-SAMPLES = 7  # timings of each size that are kept
+from genarm_fast.speculation.config import TunerConfig
 
 
 def expected_tokens(acceptance: Sequence[float]) -> float:
-    """Tokens that a round settles: 1 + a₁ + a₁a₂ + ..., aⱼ the chance that draft j is right if those before it are."""
+    """Tokens of a step: 1 + a₁ + a₁a₂ + ..., where aⱼ is the chance that draft j is right if those before it are."""
     total = all_right = 1.0
     for each in acceptance:
         all_right *= each
@@ -24,10 +21,10 @@ def expected_tokens(acceptance: Sequence[float]) -> float:
 
 
 def expected_speedup(cost: float, acceptance: float, k: int, *, verify: float = 1.0) -> float:
-    """Speed of rounds with k drafts by an ARM relative to plain decoding, for one row (docs/speculation.md).
+    """Speed of steps with k drafts by an ARM relative to plain decoding, for one row (docs/speculation.md).
 
     S = (1 + c) E / (c (k + a^k) + v), E = 1 + a + ... + a^k. If all k drafts are right, the ARM runs once more on the
-    last one, so that what follows it can be settled too.
+    last one, so that the token after it is generated in the same step.
 
     Args:
         cost: c, an ARM forward in units of a forward of everything else.
@@ -42,31 +39,38 @@ def best_k(cost: float, acceptance: float, max_k: int) -> int:
     return max(range(max_k + 1), key=lambda k: expected_speedup(cost, acceptance, k))
 
 
-class Costs:
-    """Seconds of a forward over its number of tokens: lower quartiles of the last ones, sizes within 12 % together."""
+class ForwardCosts:
+    """Seconds of a forward over its number of tokens, as lower quartiles of the latest timings.
 
-    def __init__(self) -> None:
-        self.times: dict[int, deque[float]] = {}
+    Sizes within 12 % of each other are taken together: a sixth of an octave.
+    """
+
+    def __init__(self, config: TunerConfig) -> None:
+        self.config = config
+        self.timings: dict[int, deque[float]] = {}  # by 6 · log2(tokens)
         self.points: list[tuple[float, float]] = []  # tokens, seconds
 
     def add(self, tokens: float, seconds: float) -> None:
-        self.times.setdefault(round(6 * log2(tokens)), deque(maxlen=SAMPLES)).append(max(seconds, 1e-9))
-        sizes = sorted(self.times)
-        # What else runs on the machine only ever adds to a time. And a size that was seldom measured was held up if it
-        # took more than a larger one, or more per token than a smaller one.
-        found = {size: sorted(self.times[size])[(len(self.times[size]) - 1) // 4] for size in sizes}
+        """Learn from one forward."""
+        self.timings.setdefault(round(6 * log2(tokens)), deque(maxlen=self.config.timings)).append(max(seconds, 1e-9))
+        sizes = sorted(self.timings)
+        # What else runs on the machine only ever adds to a time. A size with fewer than three timings was held up if it
+        # took more than a larger size, or more per token than a smaller one.
+        found = {size: sorted(self.timings[size])[(len(self.timings[size]) - 1) // 4] for size in sizes}
         for small, large in reversed([*pairwise(sizes)]):
-            if len(self.times[small]) < 3:
+            if len(self.timings[small]) < 3:
                 found[small] = min(found[small], found[large])
         for small, large in pairwise(sizes):
-            if len(self.times[large]) < 3:
+            if len(self.timings[large]) < 3:
                 found[large] = min(found[large], found[small] * 2 ** ((large - small) / 6))
         self.points = [(2 ** (size / 6), found[size]) for size in sizes]
 
     def at(self, tokens: float, known: tuple[float, float] | None = None) -> float:
-        """Interpolated, or extended along the last two, or as `FREE` says.
+        """Seconds of a forward of so many tokens: interpolated, or extended along the last two sizes.
 
-        `known`: a point below all measured ones, if there is none.
+        With a single size, n tokens cost `free_tokens` + n. At least one size was measured or is `known`.
+
+        known: tokens and seconds of a forward smaller than all that were measured.
         """
         points = self.points
         if known is not None and (not points or known[0] < 0.9 * points[0][0]):
@@ -75,36 +79,43 @@ class Costs:
         if i == 0:
             return points[0][1]
         if len(points) == 1:
-            return points[0][1] * (FREE + tokens) / (FREE + points[0][0])
+            return points[0][1] * (self.config.free_tokens + tokens) / (self.config.free_tokens + points[0][0])
         (x0, y0), (x1, y1) = points[min(i, len(points) - 1) - 1 :][:2]
         slope = (y1 - y0) / (x1 - x0)
         return y1 + max(slope, 0.0) * (tokens - x1) if i == len(points) else y0 + slope * (tokens - x0)
 
     def near(self, tokens: float, factor: float, times: int = 1) -> bool:
-        """Whether sizes within this factor were measured so many times."""
-        return sum(len(t) for size, t in self.times.items() if abs(log2(tokens) - size / 6) <= log2(factor)) >= times
+        """Whether sizes within this factor were timed so many times."""
+        found = (len(each) for size, each in self.timings.items() if abs(log2(tokens) - size / 6) <= log2(factor))
+        return sum(found) >= times
+
+    def table(self) -> dict[str, float]:
+        """{tokens: seconds} for JSON."""
+        return {f"{tokens:.3g}": seconds for tokens, seconds in self.points}
 
 
-class Rate:
+class DriftingRate:
     """A frequency that drifts or jumps, with how much evidence there is for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: TunerConfig) -> None:
+        self.config = config
         self.mean = self.weight = self.recent = 0.0
         self.last = 0
 
     def add(self, hits: float, trials: int, now: int) -> bool:
-        """Whether it has jumped."""
+        """Learn from some trials in step `now`; whether the frequency has jumped."""
         if not trials:
             return False
-        faded = self.weight * 0.5 ** (max(trials, now - self.last) / HALF_LIFE)
-        self.mean = (self.mean * faded + hits) / (faded + trials)
-        self.weight, self.last = faded + trials, now
-        keep = 0.5 ** (trials / QUICK) if self.weight > trials else 0.0
-        self.recent = self.recent * keep + hits / trials * (1 - keep)
+        kept = self.weight * 0.5 ** (max(trials, now - self.last) / self.config.half_life)
+        self.mean = (self.mean * kept + hits) / (kept + trials)
+        self.weight, self.last = kept + trials, now
+        short = 0.5 ** (trials / self.config.jump_half_life) if self.weight > trials else 0.0
+        self.recent = self.recent * short + hits / trials * (1 - short)
         jumped = abs(self.recent - self.mean) > 0.5  # over three standard deviations of chance
         if jumped:
-            self.mean, self.weight = self.recent, QUICK
+            self.mean, self.weight = self.recent, self.config.jump_half_life
         return jumped
 
     def value(self, prior: float) -> float:
+        """The frequency, where the prior counts as one trial."""
         return (self.mean * self.weight + prior) / (self.weight + 1)

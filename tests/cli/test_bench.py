@@ -15,7 +15,8 @@ from transformers import GenerationMixin
 from genarm_fast import GenARM
 from genarm_fast.cli.bench import LABELS
 from genarm_fast.kernels import _native
-from genarm_fast.speculation.tuner import Controller
+from genarm_fast.speculation.observations import PLAIN, Choice
+from genarm_fast.speculation.tuner import Tuner
 
 QUICK = ["--batch", "1", "2", "--new-tokens", "6", "--rounds", "2"]
 SECONDS = {"hugging_face": 8.0, "base": 4.0, "guided": 5.0, "guided_drafts": 2.0}
@@ -135,7 +136,7 @@ def test_drafts_of_the_timed_rounds_are_counted(
     cli: Callable, models: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*models.options, "--batch", "1", "--new-tokens", "12", "--rounds", "2"]
-    monkeypatch.setattr(Controller, "choose", lambda self, rows: (0, 1))  # whatever would pay
+    monkeypatch.setattr(Tuner, "choose", lambda self, rows: Choice(0, 1))  # whatever would pay
     found = json.loads(cli("bench", *options, "--json").out)["results"][0]["drafts"]
     rounds = sum(found["chosen"].values())
     assert set(found["chosen"]) <= {"one, k=1", "one, k=0"}  # 0 where only one token is left
@@ -146,7 +147,7 @@ def test_drafts_of_the_timed_rounds_are_counted(
     text = " ".join(cli("bench", *options).out.split())
     assert f"drafts: {found['drafted']}, {found['accepted'] / found['drafted']:.0%} right" in text
     assert f"one {rounds}, nobody 0; {24 / rounds:.2f} tokens a round" in text
-    monkeypatch.setattr(Controller, "choose", lambda self, rows: (None, 0))
+    monkeypatch.setattr(Tuner, "choose", lambda self, rows: PLAIN)
     assert "drafts: none in 24 rounds" in " ".join(cli("bench", *options).out.split())
 
 

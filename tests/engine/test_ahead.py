@@ -88,7 +88,7 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case):
     with engines_on(device):
         outputs = model.generate(prompts, requests, speculation="auto")
     assert results(outputs) == results(model.generate(prompts, requests))
-    assert len(model.controllers.stats()[0]["rounds"]) > 1
+    assert len(model.tuners.stats()[0]["steps"]) > 1
 
 
 def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):

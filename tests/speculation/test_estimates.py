@@ -1,12 +1,12 @@
-"""What drafting is expected to gain, against the design's figures and simulated rounds."""
+"""What drafting is expected to gain, against the design's figures and simulated steps."""
 
 from __future__ import annotations
 
 import pytest
-from simulated_rounds import Draft, World
+from simulated_steps import Draft, World
 
 from genarm_fast.speculation.estimates import best_k, expected_speedup, expected_tokens
-from genarm_fast.speculation.tuner import PLAIN
+from genarm_fast.speculation.observations import PLAIN, Choice
 
 
 @pytest.mark.parametrize(("cost", "acceptance", "k", "expected"), [(0.1, 0.8, 0, 1.0), (1.0, 0.0, 1, 1.0)])
@@ -21,8 +21,10 @@ def test_model_of_the_design() -> None:
     assert best_k(0.3, 0.0, 16) == 0
 
 
-def test_model_is_what_simulated_rounds_cost() -> None:
+def test_model_is_what_simulated_steps_cost() -> None:
     world = World([Draft(0.8, cost=0.15, member=True)], slope=0.0)
     for k in range(6):
-        choice = (0, k) if k else PLAIN
-        assert world.pace(PLAIN, 1) / world.pace(choice, 1) == pytest.approx(expected_speedup(0.15, 0.8, k))
+        choice = Choice(0, k) if k else PLAIN
+        assert world.seconds_per_token(PLAIN, 1) / world.seconds_per_token(choice, 1) == pytest.approx(
+            expected_speedup(0.15, 0.8, k)
+        )

@@ -19,10 +19,12 @@ from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.host_rounds import HostRounds
 from genarm_fast.engine.model_runner import Backbone
 from genarm_fast.kernels import guided_sample
-from genarm_fast.speculation.config import Plan, Speculation
+from genarm_fast.speculation.config import Speculation
 from genarm_fast.speculation.drafter import BackboneDrafter
 from genarm_fast.speculation.ngram_drafter import NgramIndex
-from genarm_fast.speculation.tuner import Controller
+from genarm_fast.speculation.observations import PLAIN
+from genarm_fast.speculation.policy import DraftPolicy
+from genarm_fast.speculation.tuner import Tuner
 
 
 def tokens_of(outputs):
@@ -92,7 +94,7 @@ def test_an_extra_draft_model(tiny_model, tokenizer, case):
 def test_a_draft_model_catches_up(tiny_model, tokenizer, monkeypatch):
     """One that is the base is right about every token, also after rounds in which others drafted or nobody did."""
     turns = cycle([(None, 0), (0, 3), (1, 2), (None, 0), (1, 1), (0, 2)])  # the draft model is drafter 1
-    monkeypatch.setattr(Plan, "choose", lambda self, rows: next(turns))
+    monkeypatch.setattr(DraftPolicy, "choose", lambda self, rows: next(turns))
     model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
     seen, settle = [], HostRounds.settle
 
@@ -229,15 +231,15 @@ def test_a_cancelled_stream_leaves_nothing_behind(tiny_model, tokenizer, drafter
 @pytest.mark.parametrize("device", [Device, Lagging])
 def test_members_are_judged_in_plain_rounds(tiny_model, tokenizer, monkeypatch, device):
     """By every token of every row, a round late or not; an ARM like the base would have been right about all."""
-    monkeypatch.setattr(Controller, "choose", lambda *_: (None, 0))
-    monkeypatch.setattr(Controller, "curious", lambda _: True)
+    monkeypatch.setattr(Tuner, "choose", lambda *_: PLAIN)
+    monkeypatch.setattr(Tuner, "shadow_due", lambda _: True)
     params = {"temperature": 6.0, "max_new_tokens": 30, "ignore_eos": True, "seed": 1}
 
     def judged():
         model = GenARM.from_pretrained(tiny_model(), build_model("llama", 0), tokenizer=tokenizer, max_batch_size=2)
         with engines_on(device()):
             model.generate([[5, 6, 7], [8, 9], [4]], speculation="auto", **params)
-        return model.controllers.stats()[0]["drafters"]
+        return model.tuners.stats()[0]["drafters"]
 
     for found in (judged()[name] for name in ("base", "arm")):
         assert found["drafted"] == found["accepted"] == [90, *[0] * 7]
@@ -249,7 +251,7 @@ def test_members_are_judged_in_plain_rounds(tiny_model, tokenizer, monkeypatch, 
 
 def test_ngrams_are_judged_in_rounds_of_others(tiny_model, tokenizer, monkeypatch):
     """In plain rounds, by the one token that each settles."""
-    monkeypatch.setattr(Controller, "choose", lambda *_: (None, 0))
+    monkeypatch.setattr(Tuner, "choose", lambda *_: PLAIN)
     model = GenARM.from_pretrained(tiny_model(seed=0), tiny_model(seed=1), tokenizer=tokenizer)
     prompts = [[5, 6, 7, 5, 6], [8, 9] * 6]
     outputs = model.generate(prompts, temperature=0, max_new_tokens=120, ignore_eos=True, speculation="auto")
@@ -260,7 +262,7 @@ def test_ngrams_are_judged_in_rounds_of_others(tiny_model, tokenizer, monkeypatc
             guess = index.propose(1)
             drafted, right = drafted + len(guess), right + (guess == [token])
             index.extend([token])
-    found = model.controllers.stats()[0]["drafters"]["ngram"]
+    found = model.tuners.stats()[0]["drafters"]["ngram"]
     assert found["drafted"] == [drafted, *[0] * 7]
     assert found["accepted"] == [right, *[0] * 7]
     assert 0 < right < drafted

@@ -1,4 +1,4 @@
-"""The controller on simulated rounds."""
+"""The tuner on simulated steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import random
 import time
 
 import pytest
-from simulated_rounds import MAX_K, Ahead, Draft, World, controller_for, simulate
+from simulated_steps import MAX_K, Ahead, Draft, World, simulate, tuner_for
 
-from genarm_fast.speculation.tuner import PLAIN, Choice, Controller
+from genarm_fast.speculation.config import TunerConfig
+from genarm_fast.speculation.observations import PLAIN, Choice, StepObservation
+from genarm_fast.speculation.tuner import Tuner
 
 PAIR = Draft(0.7, cost=0.1, member=True)
 WORLDS = {
@@ -33,10 +35,10 @@ def test_near_the_best_choice_and_never_much_slower_than_plain(name: str, rows: 
     found = []
     for seed in range(3):
         world.random = random.Random(seed)
-        controller = controller_for(world)
-        simulate(world, controller, rows, 60)
-        found.append(simulate(world, controller, rows, 400))
-    best = world.pace(world.best(rows), rows) / world.pace(PLAIN, rows)
+        tuner = tuner_for(world)
+        simulate(world, tuner, rows, 60)
+        found.append(simulate(world, tuner, rows, 400))
+    best = world.seconds_per_token(world.best(rows), rows) / world.seconds_per_token(PLAIN, rows)
     assert best * max(found) < 1.03
     assert sum(found) / len(found) < 1.06
 
@@ -45,12 +47,12 @@ REAL = [Draft(0.5, cost=0.1, member=True), Draft(0.3, active=0.1), Draft(0.5, co
 
 
 def loss_of_a_new_model(rows: int, slope: float) -> float:
-    """Seconds per token over plain decoding's, of a small ARM, n-grams and their base from the first round on."""
+    """Seconds per token over plain decoding's, of a small ARM, n-grams and their base from the first step on."""
     found = []
     for seed in range(5):
         world = World(REAL, slope=slope, rest=0.05, random=random.Random(seed))
-        found.append(simulate(world, controller_for(world), rows, 64) * world.pace(world.best(rows), rows))
-    return sum(found) / len(found) / world.pace(PLAIN, rows)
+        found.append(simulate(world, tuner_for(world), rows, 64) * world.seconds_per_token(world.best(rows), rows))
+    return sum(found) / len(found) / world.seconds_per_token(PLAIN, rows)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32])
@@ -60,29 +62,28 @@ def test_drafts_that_lose_are_hardly_tried(rows: int) -> None:
         assert loss_of_a_new_model(rows, slope) < 1.03
 
 
-def test_drafts_are_tried_where_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Controller, "watch", lambda *_: None)
+def test_without_shadow_evaluation_drafts_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tuner, "observe_shadow", lambda *_: None)
     assert loss_of_a_new_model(32, 0.06) > 1.04
 
 
-def test_what_could_not_win_with_free_verification_is_hardly_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tries() -> int:
+def test_what_could_not_win_with_free_verification_is_hardly_tried() -> None:
+    def tries(config: TunerConfig) -> int:
         world = World([Draft(0.1, cost=0.5, member=True)])
-        controller = controller_for(world)
-        simulate(world, controller, 8, 1500)
-        return controller.drafters[0].tries
+        tuner = tuner_for(world, config)
+        simulate(world, tuner, 8, 1500)
+        return tuner.drafters[0].steps
 
-    assert tries() <= 3
-    monkeypatch.setattr("genarm_fast.speculation.tuner.HOPE", 100.0)
-    assert tries() > 8
+    assert tries(TunerConfig()) <= 3
+    assert tries(TunerConfig(hopeless_ratio=100.0)) > 8
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_warm_up_is_short(rows: int) -> None:
     world = World([Draft(0.9, cost=0.05, member=True), Draft(0.1, cost=0.5)])
-    controller = controller_for(world)
-    simulate(world, controller, rows, 15)
-    assert simulate(world, controller, rows, 30) < 1.2
+    tuner = tuner_for(world)
+    simulate(world, tuner, rows, 15)
+    assert simulate(world, tuner, rows, 30) < 1.2
 
 
 REPEATS = {False: Draft(0.2, active=0.05), True: Draft(0.95, active=0.95)}
@@ -92,57 +93,55 @@ REPEATS = {False: Draft(0.2, active=0.05), True: Draft(0.95, active=0.95)}
 def test_a_text_that_starts_and_stops_to_repeat_its_prompt(alone: bool) -> None:
     others = [] if alone else [PAIR]
     worlds = {repeats: World([draft, *others]) for repeats, draft in REPEATS.items()}
-    controller = controller_for(worlds[False])
-    simulate(worlds[False], controller, 1, 300)
-    assert simulate(worlds[False], controller, 1, 100) < 1.15
-    simulate(worlds[True], controller, 1, 80)
-    assert simulate(worlds[True], controller, 1, 100) < 1.2
-    simulate(worlds[False], controller, 1, 30)
-    assert simulate(worlds[False], controller, 1, 100) < 1.15
+    tuner = tuner_for(worlds[False])
+    simulate(worlds[False], tuner, 1, 300)
+    assert simulate(worlds[False], tuner, 1, 100) < 1.15
+    simulate(worlds[True], tuner, 1, 80)
+    assert simulate(worlds[True], tuner, 1, 100) < 1.2
+    simulate(worlds[False], tuner, 1, 30)
+    assert simulate(worlds[False], tuner, 1, 100) < 1.15
 
 
 def test_without_trials_the_change_goes_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm_fast.speculation.tuner.EXPLORATION", 0.0)
-    monkeypatch.setattr("genarm_fast.speculation.tuner.REINVESTED", 0.0)
-    monkeypatch.setattr(Controller, "watch", lambda *_: None)
-    controller = controller_for(World([REPEATS[False], PAIR]))
-    simulate(World([REPEATS[False], PAIR]), controller, 1, 300)
-    simulate(World([REPEATS[True], PAIR]), controller, 1, 80)
-    assert simulate(World([REPEATS[True], PAIR]), controller, 1, 100) > 1.5
+    monkeypatch.setattr(Tuner, "observe_shadow", lambda *_: None)
+    config = TunerConfig(exploration=0.0, exploration_of_savings=0.0)
+    tuner = tuner_for(World([REPEATS[False], PAIR]), config)
+    simulate(World([REPEATS[False], PAIR]), tuner, 1, 300)
+    simulate(World([REPEATS[True], PAIR]), tuner, 1, 80)
+    assert simulate(World([REPEATS[True], PAIR]), tuner, 1, 100) > 1.5
 
 
 def test_a_machine_that_slows_down_for_a_while() -> None:
     world = World([Draft(0.6, cost=0.2, member=True)])
-    controller = controller_for(world)
-    simulate(world, controller, 1, 200)
+    tuner = tuner_for(world)
+    simulate(world, tuner, 1, 200)
     slow = World(world.drafts)
     slow.timed = lambda seconds: 2 * world.timed(seconds)  # type: ignore[method-assign]
-    assert simulate(slow, controller, 1, 60) < 1.1
-    assert simulate(world, controller, 1, 60) < 1.1
+    assert simulate(slow, tuner, 1, 60) < 1.1
+    assert simulate(world, tuner, 1, 60) < 1.1
 
 
-def test_forwards_that_are_held_up_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_that_are_held_up_do_no_harm() -> None:
     """Unlike with the latest timing alone."""
 
-    def regret() -> float:
+    def regret(config: TunerConfig) -> float:
         found = []
         for seed in range(5):
             world = World([PAIR], noise=0.3, random=random.Random(seed))
-            controller = controller_for(world)
-            simulate(world, controller, 8, 60)
-            found.append(simulate(world, controller, 8, 200) - 1)
+            tuner = tuner_for(world, config)
+            simulate(world, tuner, 8, 60)
+            found.append(simulate(world, tuner, 8, 200) - 1)
         return sum(found) / len(found)
 
-    robust = regret()
+    robust = regret(TunerConfig())
     assert robust < 0.06
-    monkeypatch.setattr("genarm_fast.speculation.estimates.SAMPLES", 1)
-    assert regret() > 1.5 * robust
+    assert regret(TunerConfig(timings=1)) > 1.5 * robust
 
 
 def test_rows_that_end_one_by_one() -> None:
     world = World([PAIR], slope=0.1)
-    controller = controller_for(world)
-    lost = {rows: simulate(world, controller, rows, 20) for rows in (*range(32, 0, -1), *range(32, 0, -1))}
+    tuner = tuner_for(world)
+    lost = {rows: simulate(world, tuner, rows, 20) for rows in (*range(32, 0, -1), *range(32, 0, -1))}
     assert max(lost.values()) < 1.3
     assert sum(lost.values()) / len(lost) < 1.06
 
@@ -153,21 +152,21 @@ def test_drafts_ahead_are_reckoned_with(rows: int) -> None:
     for ahead in lost:
         for seed in range(3):
             world = Ahead([Draft(0.8, cost=0.5, member=True)], random=random.Random(seed))
-            controller = Controller(["d0"], MAX_K, ahead=ahead)
-            simulate(world, controller, rows, 60)
-            lost[ahead] += simulate(world, controller, rows, 300) / 3
+            tuner = Tuner(["d0"], MAX_K, ahead=ahead)
+            simulate(world, tuner, rows, 60)
+            lost[ahead] += simulate(world, tuner, rows, 300) / 3
     assert lost[True] < 1.06
     assert lost[True] < lost[False] - 0.01
 
 
-def test_the_same_rounds_give_the_same_choices() -> None:
+def test_the_same_steps_give_the_same_choices() -> None:
     def choices() -> list[Choice]:
         world = World([PAIR, Draft(0.5, active=0.5)], random=random.Random(3))
-        controller = controller_for(world)
+        tuner = tuner_for(world)
         made = []
         for _ in range(200):
-            made.append(controller.choose(2))
-            world.round(controller, made[-1], 2)
+            made.append(tuner.choose(2))
+            world.step(tuner, made[-1], 2)
         return made
 
     assert choices() == choices()
@@ -176,29 +175,30 @@ def test_the_same_rounds_give_the_same_choices() -> None:
 
 def test_without_drafters_it_is_plain_decoding() -> None:
     world = World([])
-    controller = controller_for(world)
-    assert simulate(world, controller, 3, 20) == pytest.approx(1.0)
-    assert controller.stats()["rounds"] == {"plain": 20}
+    tuner = tuner_for(world)
+    assert simulate(world, tuner, 3, 20) == pytest.approx(1.0)
+    assert tuner.stats()["steps"] == {"plain": 20}
 
 
 def test_drafts_cut_short_by_the_end_of_the_text() -> None:
-    controller = Controller(["d"], 4)
+    tuner = Tuner(["d"], 4)
     for proposed in ([4, 0], [1, 2], [0, 0], [0, 3]):
-        controller.choose(2)
-        controller.observe(0, 2, 4, proposed, [min(p, 1) for p in proposed], 0.1, 1.0)
-    stats = controller.stats()["drafters"]["d"]
+        tuner.choose(2)
+        accepted = [min(p, 1) for p in proposed]
+        tuner.observe(StepObservation(0, 2, 4, proposed, accepted, 0.1, 1.0))
+    stats = tuner.stats()["drafters"]["d"]
     assert stats["drafted"] == [4, 3, 0, 0]
     assert stats["accepted"] == [4, 0, 0, 0]
     assert stats["acceptance"] == [1.0, 0.0, None, None]
-    assert controller.stats()["plain_seconds"] == {"2": 1.1}
+    assert tuner.stats()["plain_seconds"] == {"2": 1.1}
 
 
 def test_stats_are_json() -> None:
     world = World([PAIR, Draft(0.5, active=0.0)], noise=0.0)
-    controller = controller_for(world)
-    simulate(world, controller, 2, 100)
-    stats = json.loads(json.dumps(controller.stats()))
-    assert sum(stats["rounds"].values()) == 100
+    tuner = tuner_for(world)
+    simulate(world, tuner, 2, 100)
+    stats = json.loads(json.dumps(tuner.stats()))
+    assert sum(stats["steps"].values()) == 100
     assert stats["plain_seconds"]["2"] == pytest.approx(world.plain(2))
     assert stats["drafters"]["d0"]["draft_seconds"]["2"] == pytest.approx(0.1 * world.forward(2))
     assert stats["drafters"]["d0"]["verify_seconds"]["4"] == pytest.approx(world.forward(4))
@@ -206,17 +206,17 @@ def test_stats_are_json() -> None:
     assert stats["drafters"]["d1"]["acceptance"][0] is None
 
 
-def test_a_round_costs_microseconds() -> None:
+def test_a_step_costs_microseconds() -> None:
     world = World([PAIR, Draft(0.5, active=0.5)])
-    controller = controller_for(world)
-    simulate(world, controller, 4, 50)
+    tuner = tuner_for(world)
+    simulate(world, tuner, 4, 50)
     start = time.process_time()
     for _ in range(200):
-        choice = controller.choose(4)
-        controller.observe(*choice[:1], 4, choice[1], [choice[1]] * 4, [0] * 4, 0.1, 1.0)
+        choice = tuner.choose(4)
+        tuner.observe(StepObservation(choice.drafter, 4, choice.k, [choice.k] * 4, [0] * 4, 0.1, 1.0))
     assert (time.process_time() - start) / 200 < 1e-3
 
 
 def test_max_k_is_checked() -> None:
     with pytest.raises(ValueError, match="max_k=0"):
-        Controller(["d"], 0)
+        Tuner(["d"], 0)

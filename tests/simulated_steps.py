@@ -1,12 +1,14 @@
-"""Rounds whose costs and acceptance are known, for the controller to choose and to learn from."""
+"""Steps whose costs and acceptance are known, for a tuner to choose and to learn from."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
 
+from genarm_fast.speculation.config import DEFAULT_TUNER_CONFIG, TunerConfig
 from genarm_fast.speculation.estimates import expected_tokens
-from genarm_fast.speculation.tuner import PLAIN, Choice, Controller
+from genarm_fast.speculation.observations import PLAIN, Choice, ShadowObservation, StepObservation
+from genarm_fast.speculation.tuner import Tuner
 
 MAX_K = 8
 SPIKE = 0.05  # share of forwards that something else on the machine holds up
@@ -62,18 +64,19 @@ class World:
             accepted.append(right)
         return proposed, accepted
 
-    def round(self, controller: Controller, choice: Choice, rows: int) -> None:
-        """One round, observed."""
+    def step(self, tuner: Tuner, choice: Choice, rows: int) -> None:
+        """Run one step and let the tuner observe it."""
         i, k = choice
         proposed, accepted = self.drafts_of(i or 0, [k] * rows) if self.drafts else ([0] * rows, [0] * rows)
         for j, draft in enumerate(self.drafts):
             if j != i and not draft.cost:
-                controller.watch(j, *self.drafts_of(j, [1 + a for a in accepted]))
-            elif j != i and draft.member and controller.curious():
+                tuner.observe_shadow(ShadowObservation(j, *self.drafts_of(j, [1 + a for a in accepted])))
+            elif j != i and draft.member and tuner.shadow_due():
                 forward = self.timed(self.drafting(j, rows)) if i is None else None
-                controller.watch(j, *self.drafts_of(j, [1] * rows), forward)
+                tuner.observe_shadow(ShadowObservation(j, *self.drafts_of(j, [1] * rows), forward))
         if i is None:
-            controller.observe(None, rows, 0, proposed, accepted, 0.0, self.timed(self.plain(rows)))
+            seconds = self.timed(self.plain(rows))
+            tuner.observe(StepObservation(None, rows, 0, proposed, accepted, 0.0, seconds))
             return
         width = max(proposed)
         bonus = any(a == width for a in accepted)
@@ -81,17 +84,18 @@ class World:
         verifying = self.verifying(rows * (1 + width), i)
         if not width:
             drafting, verifying = 0.0, self.plain(rows)
-        controller.observe(i, rows, k, proposed, accepted, self.timed(drafting), self.timed(verifying))
+        seconds = self.timed(drafting), self.timed(verifying)
+        tuner.observe(StepObservation(i, rows, k, proposed, accepted, *seconds))
 
     def gain(self, choice: Choice) -> float:
-        """Expected tokens per row of a round."""
+        """Expected tokens per row of a step."""
         i, k = choice
         if i is None:
             return 1.0
         draft = self.drafts[i]
         return 1 + draft.active * (expected_tokens([draft.acceptance] * k) - 1)
 
-    def pace(self, choice: Choice, rows: int) -> float:
+    def seconds_per_token(self, choice: Choice, rows: int) -> float:
         """Expected seconds per token."""
         i, k = choice
         if i is None:
@@ -103,44 +107,45 @@ class World:
         return (idle * self.plain(rows) + (1 - idle) * busy) / self.gain(choice)
 
     def best(self, rows: int) -> Choice:
-        choices = [PLAIN, *((i, k) for i in range(len(self.drafts)) for k in range(1, MAX_K + 1))]
-        return min(choices, key=lambda choice: self.pace(choice, rows))
+        choices = [PLAIN, *(Choice(i, k) for i in range(len(self.drafts)) for k in range(1, MAX_K + 1))]
+        return min(choices, key=lambda choice: self.seconds_per_token(choice, rows))
 
 
 @dataclass
 class Ahead(World):
-    """The next block is there if all drafts of a round were right, and the guess of the token after them."""
+    """The next block is there if all drafts of a step were right, and the guess of the token after them."""
 
     there: bool = False
 
-    def round(self, controller: Controller, choice: Choice, rows: int) -> None:
+    def step(self, tuner: Tuner, choice: Choice, rows: int) -> None:
         i, k = choice
         if i is None:
-            return super().round(controller, choice, rows)
+            return super().step(tuner, choice, rows)
         accepted = self.drafts_of(i, [k + 1] * rows)[1]
         steps, self.there = 0 if self.there else k, min(accepted) > k
         drafting, verifying = steps * self.drafting(i, rows), self.verifying(rows * (k + 1), i)
         found = [min(each, k) for each in accepted]
-        controller.observe(i, rows, k, [k] * rows, found, self.timed(drafting), self.timed(verifying), steps)
+        seconds = self.timed(drafting), self.timed(verifying)
+        tuner.observe(StepObservation(i, rows, k, [k] * rows, found, *seconds, steps))
 
-    def pace(self, choice: Choice, rows: int) -> float:
+    def seconds_per_token(self, choice: Choice, rows: int) -> float:
         i, k = choice
         if i is None:
-            return super().pace(choice, rows)
+            return super().seconds_per_token(choice, rows)
         missing = k * (1 - self.drafts[i].acceptance ** ((k + 1) * rows))
         return (self.drafting(i, rows) * missing + self.verifying(rows * (k + 1), i)) / self.gain(choice)
 
 
-def controller_for(world: World) -> Controller:
-    return Controller([f"d{i}" for i in range(len(world.drafts))], MAX_K)
+def tuner_for(world: World, config: TunerConfig = DEFAULT_TUNER_CONFIG) -> Tuner:
+    return Tuner([f"d{i}" for i in range(len(world.drafts))], MAX_K, config=config)
 
 
-def simulate(world: World, controller: Controller, rows: int, rounds: int) -> float:
-    """What the rounds' choices cost per token, relative to the best choice: 1.0 is perfect."""
+def simulate(world: World, tuner: Tuner, rows: int, steps: int) -> float:
+    """Seconds per token of the steps' choices, relative to the best choice: 1.0 is perfect."""
     seconds = tokens = 0.0
-    for _ in range(rounds):
-        choice = controller.choose(rows)
-        world.round(controller, choice, rows)
+    for _ in range(steps):
+        choice = tuner.choose(rows)
+        world.step(tuner, choice, rows)
         tokens += world.gain(choice)
-        seconds += world.gain(choice) * world.pace(choice, rows)
-    return seconds / tokens / world.pace(world.best(rows), rows)
+        seconds += world.gain(choice) * world.seconds_per_token(choice, rows)
+    return seconds / tokens / world.seconds_per_token(world.best(rows), rows)

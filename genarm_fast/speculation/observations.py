@@ -1,0 +1,59 @@
+"""What the tuner says before a step, and what it is told afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Choice(NamedTuple):
+    """Who drafts in a step, as an index of the drafters, and how many tokens for each row; (None, 0) for nobody."""
+
+    drafter: int | None
+    k: int
+
+
+PLAIN = Choice(None, 0)  # plain decoding: one token a step and row
+
+
+@dataclass(frozen=True, slots=True)
+class StepObservation:
+    """What one step proposed, accepted and cost.
+
+    Args:
+        drafter, k: as chosen for the step; None and 0 for plain decoding.
+        rows: sequences that the step advanced.
+        proposed: drafts of each row, at most k. If no row has any, the step tells the cost of plain decoding.
+        accepted: how many of these drafts were right, for each row.
+        draft_seconds: time in the drafter, also where it runs once more because all drafts of a row were right.
+        verify_seconds: time in everything else.
+        drafter_steps: forwards of the drafter in `draft_seconds`. None: one for each draft of the longest row, and one
+            more where all drafts of such a row were right.
+    """
+
+    drafter: int | None
+    rows: int
+    k: int
+    proposed: Sequence[int]
+    accepted: Sequence[int]
+    draft_seconds: float
+    verify_seconds: float
+    drafter_steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowObservation:
+    """What a drafter would have been worth in a step in which another one drafted, or nobody.
+
+    Args:
+        drafter: whose drafts were evaluated.
+        proposed: drafts of each row that can be judged: no more than tokens were generated for the row.
+        accepted: how many of these drafts were right, for each row.
+        seconds: time of one draft for all rows, with the forward that the step needed anyway; None: not measured.
+    """
+
+    drafter: int
+    proposed: Sequence[int]
+    accepted: Sequence[int]
+    seconds: float | None = None
