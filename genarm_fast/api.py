@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.engine.engine import Engine
+from genarm_fast.engine.engine import Engine, EngineConfig
 from genarm_fast.engine.model_runner import in_one_forward
 from genarm_fast.engine.scoring import score_responses
-from genarm_fast.engine.sequence import Request, Row, output_of
-from genarm_fast.engine.stream import Stream
-from genarm_fast.engine.workspace import Rooms
-from genarm_fast.errors import GenerationError
+from genarm_fast.engine.sequence import Request, output_of
+from genarm_fast.engine.stream import Stream, failure
 from genarm_fast.models.member import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_members
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams, check_integer, check_weights
@@ -51,7 +50,8 @@ class GenARM:
         self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
         self.tuners = Tuners()
-        self.rooms = Rooms([*self.members, *([] if draft_model is None else [draft_model])])
+        self._engine: Engine | None = None
+        self._making = Lock()
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
             raise ValueError(
@@ -152,18 +152,17 @@ class GenARM:
             TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.
             GenerationError: after all other requests finished, if some failed; has their outputs.
         """
+        plan = self._speculation(speculation)
         requests = self.prepare(prompts, sampling_params, **overrides)
-        rows = [request.rows(self.tokenizer) for request in requests]
-        waiting = [row for group in rows for row in group]
-        with progress_bar(len(waiting), progress) as advance:
-            if waiting:
-                for advanced in self.engine(waiting, speculation).run():
-                    advance(sum(row.ended for row in advanced))
-        failed = [row for group in rows for row in group if row.error is not None]
-        outputs = [None if any(row.error for row in group) else output_of(group, self.arm_names) for group in rows]
+        groups = [request.sequences(self.tokenizer, plan) for request in requests]
+        sequences = [sequence for group in groups for sequence in group]
+        with progress_bar(len(sequences), progress) as advance, self.engine().run(sequences) as run:
+            for advanced in run:
+                advance(sum(sequence.ended for sequence in advanced))
+        failed = [sequence for sequence in sequences if sequence.error is not None]
+        outputs = [None if any(each.error for each in group) else output_of(group, self.arm_names) for group in groups]
         if failed:
-            message = "; ".join(f"prompts[{row.request.index}]: {row.error}" for row in failed)
-            raise GenerationError(message, outputs) from failed[0].error
+            raise failure(failed, outputs) from failed[0].error
         return [output for output in outputs if output is not None]
 
     def stream(
@@ -175,12 +174,13 @@ class GenARM:
         **overrides: Any,
     ) -> Stream:
         """One prompt or several, as their tokens come. Arguments and errors as in `generate`, with n = 1."""
+        plan = self._speculation(speculation)
         requests = self.prepare(prompts, sampling_params, **overrides)
         for request in requests:
             if request.params.n != 1:
                 raise ValueError(f"n={request.params.n}: expected 1 in a stream")
-        rows = [row for request in requests for row in request.rows(self.tokenizer)]
-        return Stream(self, rows, self.engine(rows, speculation, steered=True).run())
+        sequences = [sequence for request in requests for sequence in request.sequences(self.tokenizer, plan)]
+        return Stream(self.engine(), sequences, self.arm_names)
 
     def score(self, prompts: Any, responses: Any, *, append_eos: bool = True) -> list[ScoreOutput]:
         """Base log-probabilities and ARM rewards of given responses, token by token.
@@ -194,12 +194,23 @@ class GenARM:
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
             MemoryError: likewise, of one whose caches take more than cache_bytes alone.
         """
-        _limits(self.max_batch_size, self.cache_bytes)
-        return score_responses(self, as_prompts(prompts), responses, append_eos)
+        max_batch_size, cache_bytes = _limits(self.max_batch_size, self.cache_bytes)
+        return score_responses(
+            self.members,
+            as_prompts(prompts),
+            responses,
+            append_eos=append_eos,
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+            max_batch_size=max_batch_size,
+            cache_bytes=cache_bytes,
+        )
 
     def release(self) -> None:
         """Free the caches and graphs that calls leave for the next one, which take at most as much as the weights."""
-        self.rooms.clear()
+        if self._engine is not None:
+            with self._engine.turns.take():
+                self._engine.release()
 
     def prepare(
         self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **overrides: Any
@@ -236,6 +247,8 @@ class GenARM:
         except ValueError as error:
             raise ValueError(f"prompts[{index}]: {error}") from None
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        if self.draft_model is not None:
+            ids.append(ids[0])  # it reads the base's prompt
         return Request(index, prompt, ids, params, weights, stop_ids)
 
     @property
@@ -244,27 +257,27 @@ class GenARM:
         names = [member.name for member in self.members] if len(in_one_forward(self.members)) > 1 else []
         return [*names, "ngram", *(["draft_model"] if self.draft_model is not None else [])]
 
-    def engine(
-        self, rows: Sequence[Row], speculation: str | Speculation | None = None, *, steered: bool = False
-    ) -> Engine:
-        """A run over these rows."""
-        slots, cache_bytes = _limits(self.max_batch_size, self.cache_bytes)  # may have been set since
-        plan = self.speculation if speculation is None else as_speculation(speculation)
+    def engine(self) -> Engine:
+        """The engine, which all calls of all threads share; one of its own for a call from inside a step."""
+        config = EngineConfig(*_limits(self.max_batch_size, self.cache_bytes))  # may have been set since
+        with self._making:
+            if self._engine is None:
+                self._engine = self._new_engine(config)
+        if self._engine.turns.mine:  # a logits processor that generates
+            return self._new_engine(config)
+        self._engine.config = config
+        return self._engine
+
+    def _new_engine(self, config: EngineConfig) -> Engine:
+        return Engine(self.members, self.vocab_size, config, self.tuners, self.draft_model)
+
+    def _speculation(self, speculation: str | Speculation | None) -> Speculation:
+        """What a call asks for, else the model's. Raises ValueError for a drafter that is not here."""
+        plan = as_speculation(self.speculation if speculation is None else speculation)
         if plan.drafter is not None and plan.drafter not in self.drafters:
             known = ", ".join(map(repr, self.drafters))
             raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {known}")
-        return Engine(
-            self.members,
-            rows,
-            self.vocab_size,
-            slots=slots,
-            steered=steered,
-            speculation=plan,
-            tuners=self.tuners,
-            rooms=self.rooms,
-            draft_model=self.draft_model,
-            cache_bytes=cache_bytes,
-        )
+        return plan
 
     def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:
         """One weight per ARM."""

@@ -43,15 +43,13 @@ class SamplingTensors(NamedTuple):
 class Batch:
     """R sequences and the members that run for them.
 
-    active: indices of these members among the engine's, base first. epochs: of the sequences' weights. extra: tokens
-    that are drawn for each sequence, but that the host has not read.
+    active: indices of these members among the engine's, base first. epochs: of the sequences' weights.
     """
 
     def __init__(self, sequences: list[Sequence], active: tuple[int, ...], executor: Executor, vocab_size: int) -> None:
         self.sequences, self.active, self.executor, self.vocab_size = sequences, active, executor, vocab_size
         self.slots = [sequence.slot for sequence in sequences]
         self.epochs = [sequence.epoch for sequence in sequences]
-        self.extra = [0] * len(sequences)
         self.state = self._upload()
         self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
@@ -76,9 +74,10 @@ class Batch:
 
         in_flight: the host has not read the last step of `before`, so the device alone knows where its sequences are.
         """
-        if before is not None and before.sequences == sequences and before.active == active:
-            if before.epochs == [sequence.epoch for sequence in sequences]:
-                return before
+        now = [sequence.slot for sequence in sequences], [sequence.epoch for sequence in sequences]
+        same = before is not None and before.sequences == sequences and before.active == active
+        if before is not None and same and (before.slots, before.epochs) == now:
+            return before
         batch = cls(sequences, active, executor, vocab_size)
         if before is not None and in_flight:
             rows = {id(sequence): row for row, sequence in enumerate(before.sequences)}
@@ -97,8 +96,6 @@ class Batch:
         for name in ("last", "lengths", "finished"):
             mine, other = getattr(self.state, name), getattr(before.state, name)
             mine.index_copy_(-1, target, other.index_select(-1, source))
-        for row, their in zip(rows, theirs):
-            self.extra[row] = before.extra[their]
 
     def _upload(self) -> State:
         """What the host knows of the sequences."""
@@ -127,10 +124,7 @@ class Batch:
 
     def kv_bound(self, members: list[int], width: int) -> int:
         """Above all positions that a forward of `width` tokens from the last one on reads or writes."""
-        longest = max(
-            sequence.position(m) + extra for sequence, extra in zip(self.sequences, self.extra) for m in members
-        )
-        return longest + width
+        return max(sequence.position(m) + sequence.unread for sequence in self.sequences for m in members) + width
 
     def response_positions(self, width: int) -> Tensor:
         """Index in the response of the next `width` tokens, int64 [R, width]."""
@@ -180,7 +174,7 @@ class Batch:
 
     def bias(self) -> Tensor | None:
         """logit_bias and banned stop tokens of the sequences, float32 [R, V] on the main stream; None without any."""
-        lengths = [len(sequence.tokens) + extra for sequence, extra in zip(self.sequences, self.extra)]
+        lengths = [len(sequence.tokens) + sequence.unread for sequence in self.sequences]
         version = bias_version(self.sequences, lengths)
         if self._bias[0] != version:
             bias = bias_tensor(self.sequences, lengths, self.vocab_size)

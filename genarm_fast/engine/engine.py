@@ -1,271 +1,265 @@
-"""The decode loop: prompts are prefilled in chunks, and running rows advance in rounds.
-
-Between rounds every backbone has seen all but the last token of each running row. A round feeds that token and the
-drafts that follow it, draws the target of each of these positions, and settles targets up to the first one that was
-not foretold. Without drafts this is plain decoding. Drafts change how many rounds a text takes, never the text:
-drafter and target draw a position with the same noise (docs/design.md).
-"""
+"""Requests in, tokens out: sequences join and leave while the engine runs, and threads may share its steps."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
 
 import torch
-from torch import Tensor
 
-from genarm_fast.engine.allocate import make_room
-from genarm_fast.engine.flight import Flight
-from genarm_fast.engine.host_rounds import HostRounds
-from genarm_fast.engine.model_runner import in_one_forward, padded
-from genarm_fast.engine.sampler import Sampler, adjusts
-from genarm_fast.engine.scheduler import Seat, Slots
-from genarm_fast.engine.sequence import Row
-from genarm_fast.engine.workspace import Rooms
+from genarm_fast.engine.admission import Admission
+from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.penalties import needs_host
+from genarm_fast.engine.sampler import Sampler
+from genarm_fast.engine.scheduler import Scheduler
+from genarm_fast.engine.sequence import Request, Sequence
+from genarm_fast.engine.step import Steps
+from genarm_fast.engine.turns import Turns
+from genarm_fast.engine.workspace import Workspace
 from genarm_fast.models.member import Member
-from genarm_fast.speculation.config import Speculation
-from genarm_fast.speculation.drafter import BackboneDrafter, NgramDrafter
-from genarm_fast.speculation.observations import StepObservation
+from genarm_fast.speculation.config import OFF, Speculation
+from genarm_fast.speculation.observations import PLAIN, StepObservation
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
+from genarm_fast.speculation.registry import make_drafters
+from genarm_fast.speculation.shadow import TextShadows
+
+
+@dataclass
+class EngineConfig:
+    """max_batch_size: sequences that are decoded together. cache_bytes: most that all KV caches may take together; None
+    for as much as there is."""
+
+    max_batch_size: int = 16
+    cache_bytes: int | None = None
 
 
 class Engine:
-    """One run over some rows. Rows are changed in place; one that fails gets its `error` set and ends alone.
+    """Decodes the sequences of requests, all members together.
 
-    ARMs that no row weighs or reports are left out, unless `steered`: then weights may change between rounds.
+    `add`, `abort` and `steer` may be called from any thread at any time; they take effect before the next step. Threads
+    that step share one engine through `run`. Whoever calls `step` directly must be the only one who does.
     """
 
     def __init__(
         self,
-        members: Sequence[Member],
-        rows: Sequence[Row],
+        members: list[Member],
         vocab_size: int,
-        *,
-        slots: int,
-        steered: bool = False,
-        speculation: Speculation,
+        config: EngineConfig,
         tuners: Tuners,
-        rooms: Rooms,
         draft_model: Member | None = None,
-        cache_bytes: int | None = None,
     ) -> None:
-        self.steered = steered
-        arms = [
-            i
-            for i in range(len(members) - 1)
-            if steered or any(row.weights[i] != 0 or row.request.params.rewards for row in rows)
-        ]
-        indices = [0, *(i + 1 for i in arms)]
-        running = [members[i] for i in indices]
-        self.groups = in_one_forward(running)  # of positions in `indices`
-        self.draft_model = None if draft_model is None else len(self.groups)
-        if draft_model is not None:  # sees the base's prompt
-            self.groups.append([len(running)])
-            running, indices = [*running, draft_model], [*indices, 0]
-        prompts = [max(len(row.request.token_ids[i]) for i in indices) for row in rows]
-        needs = [  # tokens; a row near its end may be padded as far as drafts go
-            length + row.request.params.max_new_tokens + speculation.most for length, row in zip(prompts, rows)
-        ]
-        together = [[running[i] for i in group] for group in self.groups]
-        self.rooms, self.room = rooms, make_room(together, rows, needs, slots, cache_bytes, rooms)
-        self.device, self.backbones = self.room.device, self.room.backbones
-        self.main = self.room.main  # samples and settles; each backbone has a stream of its own
-        self.sampler = Sampler(running[: 1 + len(arms)], arms, vocab_size, self.device, self.main)
-        self.refused = [row for row in rows if row.error is not None]
-        fitting = [row for row in rows if row.error is None]
-        self.slots = Slots(self.room.slots, fitting, indices)
-        labels = ["base", *(f"arm[{i}]" for i in arms), "draft_model"]
-        self.labels = ["+".join(labels[i] for i in group) + ".forward" for group in self.groups]
-        self.flight, self.host_rounds = Flight(self, rows), HostRounds(self)
-        self.spent: dict[int, tuple[Any, Any]] = {}  # marks around each backbone's latest forward
-        self.drafters: list[BackboneDrafter | NgramDrafter] = [NgramDrafter(self)]
-        if len(self.groups) > 1:
-            own = [BackboneDrafter(self, g, [running[i].name for i in group]) for g, group in enumerate(self.groups)]
-            self.drafters = [*own[1:], *self.drafters, own[0]]  # without a wish, an ARM comes before the base
-        self.most = speculation.most
-        names = [drafter.names for drafter in self.drafters]
-        self.policy = DraftPolicy(speculation, names, tuners, ahead=self.device.lag > 0)
+        everyone = [*members, *([] if draft_model is None else [draft_model])]
+        self.executor = Executor(everyone, None if draft_model is None else len(members))
+        self.scheduler, self.workspace = Scheduler(), Workspace(self.executor)
+        self.admission = Admission(self.executor, self.scheduler, self.workspace)
+        self.drafters = make_drafters(self.executor, self.executor.groups, [member.name for member in everyone])
+        self.steps = Steps(self.executor, Sampler(self.executor, vocab_size), self.drafters)
+        self.config, self.tuners, self.turns = config, tuners, Turns()
+        self.tokenizer = members[0].tokenizer
+        self._policies: dict[tuple[Speculation, tuple[int, ...]], DraftPolicy] = {}
+        self._news: dict[int, deque[Sequence]] = {}  # by sequence, where its run looks for what steps advanced
+
+    def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
+        """Queue a request; returns its sequences, which grow in place while the engine steps."""
+        sequences = request.sequences(self.tokenizer, speculation)
+        self.turns.ask(lambda: self.scheduler.waiting.extend(sequences))
+        return sequences
+
+    def abort(self, sequences: list[Sequence]) -> None:
+        """Take sequences out; their slots are free before the next step."""
+        self.turns.ask(lambda: self._leave(sequences))
+
+    def steer(self, sequence: Sequence, weights: tuple[float, ...]) -> None:
+        """Draw a sequence's next token with other ARM weights; one that is in flight is drawn again."""
+
+        def change() -> None:
+            if not sequence.ended and sequence.weights != weights:
+                sequence.steer(weights)
+                self.scheduler.catch_up(sequence)
+
+        self.turns.ask(change)
+
+    def run(self, sequences: list[Sequence], *, stepwise: bool = False) -> Run:
+        """Decode sequences that are new to the engine. stepwise: none goes on before its last news were taken.
+
+        Raises:
+            RuntimeError: weights lie elsewhere in memory than when they were loaded.
+        """
+        with self.turns.take():
+            self._begin()
+        return Run(self, sequences, stepwise)
 
     @torch.inference_mode()
-    def run(self) -> Iterator[list[Row]]:
-        """Decode all rows, yielding after each round those that it advanced; before the first, those without room."""
-        reusable = False
+    def _begin(self) -> None:
+        """Weights may have been changed in place since the last run, and limits set."""
+        self.executor.refresh()
+        self.scheduler.forget_prompts()
+        if not self.scheduler and not self.workspace.allowed(self.config.cache_bytes):
+            self.workspace.free()
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Admit waiting sequences, prefill a chunk of prompts, advance every running sequence by a token at least.
+
+        Returns the sequences that have news: tokens, or an error; those with `ended` have left. If the step itself
+        fails, all sequences that have a slot fail with it, and the engine can go on.
+        """
         try:
-            if self.refused:
-                yield self.refused
-            while self.slots:
-                self.slots.admit()
-                self.prefill()
-                if self.slots.running and (rows := self.device.launch(self.main, "round", self.round)):
-                    yield rows
-            reusable = True
-        except GeneratorExit:
-            reusable = True
+            advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
+            self._prefill()
+            if due := self.scheduler.due(self.config.max_batch_size):
+                advanced += self.executor.launch(self.executor.main, "step", self._decode, due)
+        except BaseException as error:
+            self._fail(error)
             raise
-        finally:
-            self.device.finish()  # what is still running uses tensors that are about to be freed
-            if reusable:
-                self.rooms.leave(self.room)
-            del self.room, self.backbones  # the engine itself may stay for a while
+        self._deliver(advanced)
+        return advanced
 
-    def prefill(self) -> None:
-        """One chunk; then seats whose prompts are complete join the running ones."""
-        seats, width = self.slots.chunk()
-        if seats:
-            start = seats[0].done
-            for group, backbone in zip(self.groups, self.backbones):
-                tokens = [[padded(seat.prompts[i][start : start + width], width) for seat in seats] for i in group]
-                positions = torch.arange(start, start + width).expand(len(group), len(seats), width)
-                slots = [seat.slot for seat in seats]
-                inputs = (torch.tensor(tokens), positions, slots, start + width)
-                self.device.launch(backbone.stream, "prefill", backbone.prefill, *inputs)
-            for seat in seats:
-                seat.done = min(start + width, seat.needed)
-        for donor, seat in self.slots.copies():
-            for backbone in self.backbones:
-                self.device.launch(backbone.stream, "prefill", backbone.copy, donor.slot, seat.slot, seat.common)
-        self.slots.start()
+    def _prefill(self) -> None:
+        """One chunk of prompts; then sequences whose prompts are complete join the running ones."""
+        if chunk := self.scheduler.next_chunk():
+            self.executor.prefill(*chunk)
+        for donor_slot, sequence in self.scheduler.copies():
+            assert sequence.slot is not None
+            self.executor.copy(donor_slot, sequence.slot, sequence.shared, sequence.needed)
+        self.scheduler.start_ready()
 
-    def round(self) -> list[Row]:
-        """One more token at least for every running row. Returns the rows that the host has new tokens of."""
-        start = time.perf_counter()
-        seats = list(self.slots.running)
-        drafter, k = self.policy.choose(len(seats))
-        k = min(k, max(seat.row.remaining for seat in seats) - 1)
-        if self.device.lag and not k and not self.steered and not any(adjusts(seat.row) for seat in seats):
-            with self.watched(seats, None):
-                advanced = self.flight.round(seats)
-            if advanced:  # else it was the first, whose end nobody waited for
+    def _decode(self, due: list[Sequence]) -> list[Sequence]:
+        """One step of the sequences that are due; returns those that the host has new tokens of."""
+        start, steps = time.perf_counter(), self.steps
+        policy = self._policy(due)
+        choice = policy.choose(len(due))
+        choice = choice._replace(k=min(choice.k, max(each.remaining for each in due) - 1))
+        if choice.k <= 0:
+            choice = PLAIN
+        wait = not self.executor.device.lag or choice.k or any(needs_host(each) for each in due)
+        if not wait:
+            shadows = TextShadows(policy, self.drafters, due, None)
+            advanced = steps.run_ahead(due, policy)
+            shadows.judge()
+            if advanced:  # the first step of a row of them is not waited for
                 nothing = [0] * len(advanced)
                 seconds = time.perf_counter() - start
-                self.policy.observe(StepObservation(None, len(advanced), 0, nothing, nothing, 0.0, seconds))
-            self.advanced(advanced)
-            return [seat.row for seat in advanced]
-        landed = self.flight.land()
-        self.advanced(landed)
-        seats = list(self.slots.running)
-        if seats:
-            with self.watched(seats, drafter):
-                self.host_rounds.round(seats, drafter, k)
-            self.advanced(seats)
-        return [seat.row for seat in dict.fromkeys([*landed, *seats])]
+                policy.observe(StepObservation(None, len(advanced), 0, nothing, nothing, 0.0, seconds))
+            return advanced
+        advanced = steps.drain()
+        due = [sequence for sequence in due if not sequence.ended]
+        if due:
+            shadows = TextShadows(policy, self.drafters, due, choice.drafter)
+            steps.run(due, policy, choice)
+            shadows.judge()
+        return list(dict.fromkeys([*advanced, *due]))
 
-    @contextmanager
-    def watched(self, seats: Sequence[Seat], drafter: int | None) -> Iterator[None]:
-        """Judge drafters that cost nothing by the tokens settled inside, as if it was their turn."""
-        drafters = {i: self.drafters[i] for i in self.policy.candidates if i != drafter}
-        lengths = [len(seat.row.tokens) for seat in seats]
-        most = [self.most] * len(seats)
-        guesses = {i: each.guess(seats, most) for i, each in drafters.items() if isinstance(each, NgramDrafter)}
-        yield
-        for i, guess in guesses.items():
-            self.policy.observe_shadow(i, guess, [seat.row.tokens[length:] for seat, length in zip(seats, lengths)])
+    def _policy(self, due: list[Sequence]) -> DraftPolicy:
+        """Who may draft: what the sequence that runs longest asks for, as far as the members run."""
+        active = {m for sequence in due for m in sequence.needed}
+        foreign = self.executor.draft_model
+        able = tuple(i for i, each in enumerate(self.drafters) if set(each.members) <= active | {foreign})
+        key = due[0].speculation, able
+        if key not in self._policies:
+            names = [each.names if i in able else () for i, each in enumerate(self.drafters)]
+            self._policies[key] = DraftPolicy(key[0], names, self.tuners, ahead=self.executor.device.lag > 0)
+        return self._policies[key]
 
-    def look(
-        self, rows: Sequence[Row], logits: Sequence[Tensor], drafter: int | None = None, positions: Tensor | None = None
-    ) -> Callable[[Sequence[Sequence[int]]], None]:
-        """Let members whose turn to draft it is not propose the next token from logits at hand.
-
-        positions: [R, 1] of it in the response, where the host does not know them. Call the result with the tokens that
-        were settled then.
-        """
-        looks = []
-        for i in self.policy.shadow_due():
-            each = self.drafters[i]
-            if i != drafter and isinstance(each, BackboneDrafter) and each.group != self.draft_model:
-                positions = self.sampler.positions(rows, 0, 1) if positions is None else positions
-                looks.append((i, each.look(rows, logits, positions)))
-
-        def judge(settled: Sequence[Sequence[int]]) -> None:
-            for i, found in looks:
-                guesses, seconds = found()
-                # A forward that verified drafts took several tokens: its time tells nothing of drafting one.
-                self.policy.observe_shadow(i, guesses, settled, seconds if drafter is None else None)
-
-        return judge
-
-    def advanced(self, seats: Sequence[Seat]) -> None:
-        """Count a round, and free the slots of rows that ended in it."""
+    def _deliver(self, advanced: list[Sequence]) -> None:
+        """Count a step, free the slots of sequences that ended in it, and tell their runs."""
         now = time.perf_counter()
-        for seat in seats:
-            seat.row.finished = now
-            seat.row.rounds += 1
-        ended = [seat for seat in seats if seat.row.ended]
-        for seat in ended:
-            if seat.row.error is not None:
-                for backbone in self.backbones:
-                    self.device.launch(backbone.stream, "prefill", backbone.clear, seat.slot)
-        self.slots.leave(ended)
+        for sequence in advanced:
+            sequence.advanced = now
+            sequence.steps += 1
+            sequence.held = sequence.stepwise
+            if sequence.ended and sequence.slot is not None and sequence.error is not None:
+                self.executor.clear(sequence.slot)
+            if sequence.id in self._news:
+                self._news[sequence.id].append(sequence)
+        self._leave([sequence for sequence in advanced if sequence.ended])
 
-    def feed(self, g: int, seats: Sequence[Seat], drafts: Tensor | None = None, first: int = 0) -> Sequence[Tensor]:
-        """Launch backbone g on each seat's last token and its drafts [R, n]; if first > 0, on drafts from there on.
+    def _leave(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.scheduler.leave(sequence)
+            self._news.pop(sequence.id, None)
+        self.admission.left()
+        if sequences and not self.scheduler:
+            self.executor.device.finish()  # what is still running uses tensors that are about to be freed
+            self.steps.forget()
+            self.workspace.trim()
 
-        They are on its stream, as the logits that it returns are. `collect` these before use on the main one.
-        """
-        group, backbone = self.groups[g], self.backbones[g]
-        pieces = []
-        if first == 0:
-            last = [[[self.last_token(seat, i)] for seat in seats] for i in group]
-            pieces.append(self.device.upload(torch.tensor(last), backbone.stream))
-        if drafts is not None:
-            pieces.append(drafts.expand(len(group), -1, -1))
-        width = sum(piece.shape[-1] for piece in pieces)
-        starts = [[len(seat.prompts[i]) + len(seat.row.tokens) + first for seat in seats] for i in group]
-        positions = self.device.upload(torch.tensor(starts)[..., None] + torch.arange(width), backbone.stream)
-        return self.launch(g, pieces, positions, [seat.slot for seat in seats], max(map(max, starts)) + width)
+    def _fail(self, error: BaseException) -> None:
+        """A step was cut short: nobody knows what the caches hold, so all that have a slot fail."""
+        failed = self.scheduler.placed
+        for sequence in failed:
+            if not sequence.ended:
+                sequence.error = RuntimeError(f"the step that decoded it failed: {type(error).__name__}: {error}")
+                sequence.error.__cause__ = error
+            if sequence.id in self._news:
+                self._news[sequence.id].append(sequence)
+        self._leave(failed)
+        self.steps.forget()
+        self.scheduler.forget_prompts()
+        if not self.scheduler.waiting:
+            self.release()
 
-    def catch_up(self, seats: Sequence[Seat]) -> None:
-        """Show the draft model what was settled in rounds in which it had no part, but for the last token."""
-        g = self.draft_model
-        assert g is not None
-        (i,) = self.groups[g]
-        for seat in seats:
-            missing = [seat.row.request.token_ids[0][-1], *seat.row.tokens][seat.drafted : -1]
-            if missing:
-                start = len(seat.prompts[i]) + seat.drafted
-                positions = torch.arange(start, start + len(missing)).view(1, 1, -1)
-                inputs = (torch.tensor([[missing]]), positions, [seat.slot], start + len(missing))
-                self.device.launch(self.backbones[g].stream, "prefill", self.backbones[g].prefill, *inputs)
-                seat.drafted += len(missing)
+    def release(self) -> None:
+        """Free the KV caches, unless sequences are in them."""
+        if not self.scheduler.placed:
+            self.workspace.free()
+            self.scheduler.resize(0)
+            self.admission.left()
 
-    def last_token(self, seat: Seat, i: int) -> int:
-        """As member i sees it; its prompt may end in another token than the base's."""
-        return seat.row.tokens[-1] if seat.row.tokens else seat.row.request.token_ids[self.slots.members[i]][-1]
 
-    def upload(self, tensor: Tensor) -> Tensor:
-        return self.device.upload(tensor, self.main)
+class Run:
+    """Iterator over the news of one caller's sequences: each item lists those that a step advanced.
 
-    def forward(self, g: int, tokens: Tensor, positions: Tensor, slots: Sequence[int], limit: int) -> Sequence[Tensor]:
-        """Launch backbone g on tokens and positions [L, R, q] of the main stream. `collect` the logits before use."""
-        tokens, positions = self.device.hand_over((tokens, positions), self.main, self.backbones[g].stream)
-        return self.launch(g, [tokens], positions, slots, limit)
+    Closing it takes unfinished sequences out of the engine, in mid-step after the step.
+    """
 
-    def launch(
-        self, g: int, tokens: Sequence[Tensor], positions: Tensor, slots: Sequence[int], limit: int
-    ) -> Sequence[Tensor]:
-        """The same on tensors of its own stream, the tokens in pieces."""
-        backbone = self.backbones[g]
+    def __init__(self, engine: Engine, sequences: list[Sequence], stepwise: bool) -> None:
+        self.engine, self.sequences = engine, sequences
+        self._news: deque[Sequence] = deque()
+        self._closed = False
+        for sequence in sequences:
+            sequence.stepwise = stepwise
+            engine._news[sequence.id] = self._news
+        engine.turns.ask(lambda: engine.scheduler.waiting.extend(sequences))
 
-        def forward() -> Sequence[Tensor]:
-            return backbone.forward(torch.cat([*tokens], dim=-1), positions, slots, limit)
+    def __iter__(self) -> Run:
+        return self
 
-        start = self.device.mark(backbone.stream) if self.policy.candidates else None
-        logits = self.device.launch(backbone.stream, self.labels[g], forward)
-        if start is not None:
-            self.spent[g] = start, self.device.mark(backbone.stream)
-        return logits
+    def __next__(self) -> list[Sequence]:
+        """Step until there are news, or wait for them while another thread steps. Raises what a step raises."""
+        if not self._news and (self._closed or all(sequence.ended for sequence in self.sequences)):
+            raise StopIteration
+        if not self._news:
+            for sequence in self.sequences:
+                sequence.held = False
+        try:
+            while not self._news and not self._closed:
+                with self.engine.turns.take(unless=lambda: bool(self._news) or self._closed) as taken:
+                    if taken:
+                        self.engine.step()
+        except BaseException:
+            self.close()
+            raise
+        found = []
+        while self._news:
+            found.append(self._news.popleft())
+        return found
 
-    def collect(self, g: int, logits: Sequence[Tensor]) -> list[Tensor]:
-        """Logits of backbone g for use on the main stream."""
-        return self.device.hand_over(logits, self.backbones[g].stream, self.main)
+    def close(self) -> None:
+        """Take unfinished sequences out of the engine."""
+        if not self._closed:
+            self._closed = True
+            self.engine.abort([sequence for sequence in self.sequences if not sequence.ended])
 
-    def by_member(
-        self, forwards: Mapping[int, Sequence[Tensor]], known: Mapping[int, Tensor] | None = None
-    ) -> list[Tensor]:
-        """Each member's logits from forwards by backbone, all launched by now; `known` ones are at hand, by member."""
-        logits = dict(known or {})
-        for g, lanes in forwards.items():
-            logits |= zip(self.groups[g], self.collect(g, lanes))
-        return [logits[i] for i in range(len(logits))]
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()

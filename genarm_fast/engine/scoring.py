@@ -3,65 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from genarm_fast.engine.allocate import token_bytes
-from genarm_fast.engine.model_runner import Backbone, in_one_forward, padded
+from genarm_fast.engine.model_runner import ModelRunner, in_one_forward, padded
 from genarm_fast.engine.scheduler import CHUNK_TOKENS
-from genarm_fast.engine.selfcheck import entries_of
+from genarm_fast.engine.selfcheck import entries_of, token_bytes
 from genarm_fast.models.member import Member
 from genarm_fast.outputs import ArmRewards, ScoreOutput
 from genarm_fast.text.prompts import Prompt, as_responses, check_context, encode_prompt, encode_response
 
-if TYPE_CHECKING:
-    from genarm_fast.api import GenARM
-
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
 
 
-def score_responses(model: GenARM, prompts: Sequence[Prompt], responses: Any, append_eos: bool) -> list[ScoreOutput]:
-    """As `GenARM.score` has it."""
+def score_responses(
+    members: Sequence[Member],
+    prompts: Sequence[Prompt],
+    responses: Any,
+    *,
+    append_eos: bool,
+    vocab_size: int,
+    eos_token_ids: frozenset[int],
+    max_batch_size: int,
+    cache_bytes: int | None,
+) -> list[ScoreOutput]:
+    """As `GenARM.score`, for members with the base first."""
     answers = as_responses(responses, len(prompts))
-    targets = [_encode(model, i, prompts[i], answer, append_eos) for i, answer in enumerate(answers)]
-    encoded = [[encode_prompt(m, p, i, model.vocab_size) for m in model.members] for i, p in enumerate(prompts)]
-    for i, (ids, target) in enumerate(zip(encoded, targets)):
-        for member, prompt_ids in zip(model.members, ids):
-            check_context(member, len(prompt_ids), len(target), i)
+    targets = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        ids = _encode(members[0], prompt, answer, eos_token_ids if append_eos else None)
+        check_response_ids(i, answer, ids, vocab_size)
+        targets.append(ids)
+    encoded = [[encode_prompt(member, prompt, i, vocab_size) for member in members] for i, prompt in enumerate(prompts)]
+    for i, (prompt_ids, target) in enumerate(zip(encoded, targets)):
+        for member, ids in zip(members, prompt_ids):
+            check_context(member, len(ids), len(target), i)
     logprobs: list[list[list[float]]] = [[] for _ in prompts]
     lengths = [max(map(len, ids)) for ids in encoded], [*map(len, targets)]
-    for batch in list(batches(model.members, *lengths, model.max_batch_size, model.cache_bytes)):
-        lines = response_logprobs(
-            model.members, [encoded[i] for i in batch], [targets[i] for i in batch], model.vocab_size
-        )
+    for batch in list(batches(members, *lengths, max_batch_size, cache_bytes)):
+        lines = response_logprobs(members, [encoded[i] for i in batch], [targets[i] for i in batch], vocab_size)
         for i, line in zip(batch, lines):
             logprobs[i] = line
+    names = [member.name for member in members[1:]]
     return [
-        ScoreOutput(
-            prompts[i],
-            answers[i],
-            targets[i],
-            logprobs[i][0],
-            {name: ArmRewards(line) for name, line in zip(model.arm_names, logprobs[i][1:])},
-        )
-        for i in range(len(prompts))
+        ScoreOutput(prompt, answer, target, line[0], {name: ArmRewards(own) for name, own in zip(names, line[1:])})
+        for prompt, answer, target, line in zip(prompts, answers, targets, logprobs)
     ]
 
 
-def _encode(model: GenARM, index: int, prompt: Prompt, response: str | list[int], append_eos: bool) -> list[int]:
-    if isinstance(response, str) and append_eos:
-        ids = encode_response(model.base, prompt, response, model.eos_token_ids)
-    elif isinstance(response, str):
-        ids = list(model.tokenizer(response, add_special_tokens=False)["input_ids"])
-    else:
-        ids = response
+def _encode(base: Member, prompt: Prompt, response: str | list[int], stop_ids: frozenset[int] | None) -> list[int]:
+    """Token ids of a response; stop_ids: None where no end of sequence is to follow."""
+    if not isinstance(response, str):
+        return response
+    if stop_ids is not None:
+        return encode_response(base, prompt, response, stop_ids)
+    return list(base.tokenizer(response, add_special_tokens=False)["input_ids"])
+
+
+def check_response_ids(index: int, response: str | list[int], ids: list[int], vocab_size: int) -> None:
+    """Raises ValueError for a response without tokens, or with ids outside the vocabulary."""
     if not ids:
         raise ValueError(f"responses[{index}]={response!r}: expected at least one token")
-    if min(ids) < 0 or max(ids) >= model.vocab_size:
-        raise ValueError(f"responses[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{model.vocab_size - 1}")
-    return ids
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(f"responses[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{vocab_size - 1}")
 
 
 def batches(
@@ -129,27 +135,29 @@ def _lanes(
     longest = max(map(len, responses))
     lengths = torch.tensor([[len(prompt) for prompt in lane] for lane in prompts])
     rows = range(len(responses))
-    backbone = Backbone(members, len(rows), int(lengths.max()) + longest)
-    backbone.allocate(entries_of(members))
+    lanes = range(len(members))
+    runner = ModelRunner(members)
+    runner.refresh()
+    runner.reserve(entries_of(members), lanes, len(rows), int(lengths.max()) + longest)
     step = max(1, CHUNK_TOKENS // len(rows))
     for start in range(0, int(lengths.max()) - 1, step):
         width = min(step, int(lengths.max()) - 1 - start)
         tokens = [[padded(prompt[:-1][start : start + width], width) for prompt in lane] for lane in prompts]
         positions = torch.arange(start, start + width).expand(*lengths.shape, width)
-        backbone.prefill(torch.tensor(tokens), positions, rows, start + width)
+        runner.prefill(torch.tensor(tokens), positions, rows, start + width, lanes)
 
     targets = torch.tensor([padded(response, longest) for response in responses])
     last = torch.tensor([[[prompt[-1]] for prompt in lane] for lane in prompts])
     inputs = torch.cat([last, targets[:, :-1].expand(len(members), -1, -1)], dim=-1)
-    limit = CHUNK_ELEMENTS.get(backbone.stream.type, CHUNK_ELEMENTS["cuda"])
+    limit = CHUNK_ELEMENTS.get(runner.stream.type, CHUNK_ELEMENTS["cuda"])
     step = max(1, limit // (lengths.numel() * members[0].vocab_size))
     pieces = []
     for start in range(0, longest, step):
         piece = inputs[..., start : start + step]
         positions = lengths[..., None] - 1 + start + torch.arange(piece.shape[-1])
         bound = int(positions.max()) + 1
-        piece, positions = (each.to(backbone.stream) for each in (piece, positions))
-        logits = torch.stack(backbone.forward(piece, positions, rows, bound))
+        piece, positions = (each.to(runner.stream) for each in (piece, positions))
+        logits = torch.stack(runner.forward(piece, positions, rows, bound, lanes))
         logits = logits[..., :vocab_size].float()
         labels = targets[:, start : start + step].to(logits.device).expand(len(members), -1, -1)[..., None]
         pieces.append((logits.gather(-1, labels)[..., 0] - logits.logsumexp(-1)).cpu())

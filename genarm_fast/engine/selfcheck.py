@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from genarm_fast.device.base import no_autocast, out_of_memory
-from genarm_fast.engine.model_runner import Backbone, model_of
+from genarm_fast.engine.model_runner import ModelRunner, model_of
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.loader import share_weights
 from genarm_fast.models.member import Member
@@ -40,10 +40,12 @@ def entries_of(members: Sequence[Member]) -> list[Entry | None]:
     found = _found.setdefault(model_of(members), {})
     lanes = tuple(member.lane for member in members)
     if lanes not in found:
-        backbone = Backbone(members, 3, LENGTH)
+        runner = ModelRunner(members)
+        runner.refresh()
+        runner.discover(3, LENGTH)
         wrong: dict[int, float] = dict.fromkeys(range(len(members)), 0.0)
         for seed in range(TRIES):
-            errors = deviations(members, backbone, seed)
+            errors = deviations(members, runner, seed)
             wrong = {i: errors[i] for i in wrong if not errors[i] <= allowed(members[i], errors[i], seed)}
             if not wrong:
                 break
@@ -52,8 +54,13 @@ def entries_of(members: Sequence[Member]) -> list[Entry | None]:
             raise ValueError(
                 f"{refusal(members[i])} (they are {error:.2g} standard deviations off), so that it can't be run"
             )
-        found[lanes] = [layer.entry for layer in backbone.layers]
+        found[lanes] = [layer.entry for layer in runner.layers]
     return found[lanes]
+
+
+def token_bytes(members: Sequence[Member]) -> int:
+    """What the caches of members of one forward take for one token."""
+    return len(members) * sum(entry.bytes for entry in entries_of(members) if entry is not None)
 
 
 def refusal(member: Member) -> str:
@@ -92,13 +99,13 @@ def sensitivity(member: Member, seed: int) -> float:
     return max(_deviation(other, plain) for others in (together, nudged) for other, plain in zip(others, alone))
 
 
-def deviations(members: Sequence[Member], backbone: Backbone, seed: int) -> list[float]:
+def deviations(members: Sequence[Member], runner: ModelRunner, seed: int) -> list[float]:
     """The largest root mean square difference of each member at any position, in standard deviations there."""
     vocab_size = min(member.vocab_size for member in members)
     tokens = _random(vocab_size, (len(members), 2, LENGTH), seed).to(members[0].device)
     expected = [_plain(member, own) for member, own in zip(members, tokens)]
     try:
-        found = _in_pieces(backbone, tokens, vocab_size)
+        found = _in_pieces(runner, tokens, vocab_size)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -119,7 +126,7 @@ def _plain(member: Member, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
-def _in_pieces(backbone: Backbone, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:
+def _in_pieces(runner: ModelRunner, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:
     """(row, position, logits [V]) of each lane, from tokens [L, 2, 8] fed as decoding feeds them."""
     slots = [2, 0]
     wrong = (tokens + 1) % vocab_size
@@ -127,12 +134,12 @@ def _in_pieces(backbone: Backbone, tokens: Tensor, vocab_size: int) -> list[list
     padded[:, 1, 3] = wrong[:, 1, 3]  # the second prompt is shorter
     drafted[:, 0, 5:7] = wrong[:, 0, 5:7]  # the first row's drafts are not accepted
     positions = torch.arange(4, device=tokens.device).expand(*tokens.shape[:2], 4)
-    backbone.prefill(padded[..., :4], positions, slots, 4)
-    seen: list[list[tuple[int, int, Tensor]]] = [[] for _ in backbone.lanes]
+    runner.prefill(padded[..., :4], positions, slots, 4, range(len(tokens)))
+    seen: list[list[tuple[int, int, Tensor]]] = [[] for _ in runner.lanes]
     for block, starts, right in ((drafted, (4, 3), (1, 3)), (tokens, (5, 5), (3, 3))):
         positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(3, device=tokens.device)
         positions = positions.expand(len(tokens), -1, -1)
-        logits = backbone.forward(block.gather(-1, positions), positions, slots, LENGTH)
+        logits = runner.forward(block.gather(-1, positions), positions, slots, LENGTH, range(len(tokens)))
         for pieces, lane in zip(seen, logits):
             pieces += [(row, starts[row] + j, lane[row, j]) for row in range(2) for j in range(right[row])]
     return seen

@@ -65,7 +65,8 @@ class Sequence:
     """A completion in the making: what it says so far, and where the engine has it.
 
     weights: of the next token. epoch: counts changes of the weights, so that what was drawn before one is told apart.
-    held: nobody waits for its next token now. slot: its place in the KV cache. cached[m]: how many tokens of prompt and
+    unread: tokens of this epoch that are drawn on the device, but that the host has not read.
+    stepwise: its reader takes one step at a time; held: the reader has not asked for the next one yet. slot: its place in the KV cache. cached[m]: how many tokens of prompt and
     response member m's cache holds. donor: the sequence in `donor_slot` that gives it the first `shared` tokens.
     """
 
@@ -88,6 +89,8 @@ class Sequence:
     accepted: int = 0
     # where the engine has it
     epoch: int = 0
+    unread: int = 0
+    stepwise: bool = False
     held: bool = False
     slot: int | None = None
     cached: list[int] = field(default_factory=list)
@@ -146,6 +149,7 @@ class Sequence:
         """Draw the next token with other ARM weights."""
         self.weights = weights
         self.epoch += 1
+        self.unread = 0  # what is in flight is dropped
 
     def append(self, sampled: SampledToken, weights: tuple[float, ...]) -> None:
         """Append a token that was drawn with these weights, and find out whether it ends the text."""

@@ -1,28 +1,29 @@
-"""Requests as they are generated, with weights that may change on the way."""
+"""Streaming: chunks of text as they come, with weights that may change on the way."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from genarm_fast.engine.sequence import Row, output_of
+from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import check_weights
 
 if TYPE_CHECKING:
-    from genarm_fast.api import GenARM
+    from genarm_fast.engine.engine import Engine
 
 
 @dataclass(slots=True)
 class StreamChunk:
-    """What one round added to one request. text: may be empty while a character or a possible stop string is open.
+    """What one step added to one request.
 
-    token_ids: the tokens settled in this round, more than one where drafts were right. weights: the ARM weights that
-    each of them was drawn with. index: of the prompt. finish_reason: None before the end.
+    text: may be empty while a character or a possible stop string is open. token_ids: the tokens of this step, more than
+    one where drafts were right. weights: the ARM weights that each of them was drawn with. index: of the prompt.
+    finish_reason: None before the end.
     """
 
     text: str
@@ -35,16 +36,16 @@ class StreamChunk:
 class Stream:
     """Iterator over `StreamChunk`s; a request's texts joined are its output's text. Made by `GenARM.stream`.
 
-    Leaving it (`close`, or the end of a `with` block) frees its caches, or leaves them to the next call, at once.
+    No prompt goes on before its last chunk was taken. Leaving the stream (`close`, or the end of a `with` block) frees
+    its slots at once.
     """
 
-    def __init__(self, model: GenARM, rows: Sequence[Row], rounds: Iterator[list[Row]]) -> None:
-        self._model = model
-        self._rows = list(rows)
-        self._rounds: Any = rounds
+    def __init__(self, engine: Engine, sequences: list[Sequence], arm_names: list[str]) -> None:
+        self._engine, self._arm_names = engine, arm_names
+        self._sequences = list(sequences)
+        self._run = engine.run(self._sequences, stepwise=True)
         self._chunks: deque[StreamChunk] = deque()
-        self._shown = [(0, 0)] * len(self._rows)  # characters and tokens
-        self._weights: dict[int, tuple[float, ...]] = {}  # set since the last round, by row
+        self._shown = [(0, 0)] * len(self._sequences)  # characters and tokens
         self._closed = False
 
     def __iter__(self) -> Stream:
@@ -53,41 +54,43 @@ class Stream:
     def __next__(self) -> StreamChunk:
         """Raises GenerationError once all others ended if requests failed, with what there is in its outputs."""
         while not self._chunks:
-            while self._weights:  # between rounds: all of a round's drafts and targets are drawn with the same
-                index, weights = self._weights.popitem()
-                self._rows[index].weights = weights
             try:
-                advanced = next(self._rounds)
+                advanced = next(self._run)
             except StopIteration:
-                failed = [] if self._closed else [row for row in self._rows if row.error is not None]
+                failed = [] if self._closed else [each for each in self._sequences if each.error is not None]
                 self.close()
                 if failed:
-                    message = "; ".join(f"prompts[{row.request.index}]: {row.error}" for row in failed)
-                    raise GenerationError(message, list(self.outputs)) from failed[0].error
+                    raise failure(failed, list(self.outputs)) from failed[0].error
                 raise
-            for row in advanced:
-                index = row.request.index
-                characters, tokens = self._shown[index]
-                self._shown[index] = len(row.text), len(row.tokens)
-                if row.error is None:
-                    news = row.text[characters:], row.tokens[tokens:], row.used_weights[tokens:]
-                    self._chunks.append(StreamChunk(*news, index, row.finish_reason))
-            if self._closed:  # during the round
-                self._rounds.close()
+            for sequence in advanced:
+                self._show(sequence)
         return self._chunks.popleft()
 
-    def set_weights(self, weights: float | Sequence[float], index: int | None = None) -> None:
-        """Use other ARM weights from the next round on, for one prompt or for all of them; from any thread.
+    def _show(self, sequence: Sequence) -> None:
+        index = sequence.request.index
+        characters, tokens = self._shown[index]
+        self._shown[index] = len(sequence.text), len(sequence.tokens)
+        if sequence.error is None:
+            news = sequence.text[characters:], sequence.tokens[tokens:], sequence.used_weights[tokens:]
+            self._chunks.append(StreamChunk(*news, index, sequence.finish_reason))
+
+    def set_weights(self, weights: float | Many[float], index: int | None = None) -> None:
+        """Use other ARM weights from the next token on, for one prompt or for all of them; from any thread.
+
+        In the middle of a step they count from the step after it; each chunk says what its tokens were drawn with.
 
         Raises:
             ValueError, TypeError: not one finite number per ARM (or one for all).
             IndexError: no such prompt.
         """
-        expanded = self._model.expand_weights(check_weights(weights, len(self._model.arms)))
-        count = len(self._rows)
+        arms = len(self._arm_names)
+        checked = check_weights(weights, arms)
+        expanded = checked if isinstance(checked, tuple) else (checked,) * arms
+        count = len(self._sequences)
         if index is not None and not 0 <= index < count:
             raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
-        self._weights |= dict.fromkeys(range(count) if index is None else [index], expanded)
+        for sequence in self._sequences if index is None else [self._sequences[index]]:
+            self._engine.steer(sequence, expanded)
 
     @property
     def outputs(self) -> list[GenerationOutput]:
@@ -96,9 +99,9 @@ class Stream:
         Raises:
             RuntimeError: before the end. After `close` in mid-generation, finish_reason is "cancelled".
         """
-        if not self._closed and not all(row.ended for row in self._rows):
+        if not self._closed and not all(sequence.ended for sequence in self._sequences):
             raise RuntimeError("output: expected the stream to be at its end, or closed")
-        return [output_of([row], self._model.arm_names) for row in self._rows]
+        return [output_of([sequence], self._arm_names) for sequence in self._sequences]
 
     @property
     def output(self) -> GenerationOutput:
@@ -106,11 +109,9 @@ class Stream:
         return self.outputs[0]
 
     def close(self) -> None:
-        """Stop here, in mid-generation too, and let go of the caches. In mid-round (from another thread, or a logits
-        processor): when that ends."""
+        """Stop here, in mid-generation too; in mid-step (from another thread, or a logits processor): after it."""
         self._closed = True
-        if not self._rounds.gi_running:
-            self._rounds.close()
+        self._run.close()
 
     def __enter__(self) -> Stream:
         return self
@@ -119,3 +120,9 @@ class Stream:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def failure(failed: list[Sequence], outputs: list[GenerationOutput | None]) -> GenerationError:
+    """The error that names all requests that failed."""
+    message = "; ".join(f"prompts[{sequence.request.index}]: {sequence.error}" for sequence in failed)
+    return GenerationError(message, outputs)

@@ -8,7 +8,7 @@ from functools import cached_property
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.engine.allocate import sizes
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.selfcheck import entries_of
+from genarm_fast.engine.selfcheck import entries_of, token_bytes
 
 LEAST = 1 << 26  # bytes of caches that are kept, where the weights take less
 
@@ -24,17 +24,14 @@ class Workspace:
     def holds(self, members: Iterable[int], capacity: int) -> bool:
         """Whether these members' caches are there, with so many tokens a slot."""
         groups = self.executor.by_runner(members)
-        lanes = all(
-            set(self.executor.lanes(own)) <= set(self.executor.runners[g].blocks) for g, own in groups.items()
-        )
+        lanes = all(set(self.executor.lanes(own)) <= set(self.executor.runners[g].blocks) for g, own in groups.items())
         return lanes and self.capacity >= capacity
 
     def token_bytes(self, members: Iterable[int]) -> int:
         """What the caches of these members take for one token."""
-        return sum(
-            len(own) * sum(entry.bytes for entry in entries_of(self.executor.runners[g].members) if entry is not None)
-            for g, own in self.executor.by_runner(members).items()
-        )
+        groups = self.executor.by_runner(members).items()
+        hosts = [(self.executor.runners[g].members, len(own)) for g, own in groups]
+        return sum(token_bytes(host) // len(host) * count for host, count in hosts)
 
     def reserve(self, members: set[int], slots: int, capacity: int, in_use: int, cache_bytes: int | None) -> None:
         """Have so many slots with so many tokens for these members, or as many as memory allows.
@@ -43,7 +40,7 @@ class Workspace:
         larger ones are made. Afterwards `slots` and `capacity` say what there is.
         """
         held = {m for m in range(len(self.executor.members)) if self.slots and self.holds([m], 0)}
-        if self.slots >= slots and self.holds(members, capacity) and self._allowed(cache_bytes):
+        if self.slots >= slots and self.holds(members, capacity) and self.allowed(cache_bytes):
             return
         if in_use:
             members = members | held
@@ -76,7 +73,8 @@ class Workspace:
     def bytes(self) -> int:
         return sum(runner.bytes for runner in self.executor.runners)
 
-    def _allowed(self, cache_bytes: int | None) -> bool:
+    def allowed(self, cache_bytes: int | None) -> bool:
+        """Whether the caches take no more than this."""
         return cache_bytes is None or self.bytes <= cache_bytes
 
     def trim(self) -> None:

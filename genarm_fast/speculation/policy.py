@@ -41,15 +41,17 @@ class DraftPolicy:
 
     Args:
         speculation: what the caller asked for. With a k the policy is fixed; without, a tuner chooses.
-        names: the names that each drafter answers to. If none has the one that was asked for, nobody drafts.
+        names: the names that each drafter answers to, none for one that can't draft now. If no drafter has the one that
+            was asked for, nobody drafts.
         tuners: of the model.
         ahead: whether members draft the next block while one is verified.
     """
 
     def __init__(self, speculation: Speculation, names: Sequence[Sequence[str]], tuners: Tuners, ahead: bool) -> None:
         name = speculation.drafter
-        self._allowed = [i for i, own in enumerate(names) if name is None or name in own]
+        self._allowed = [i for i, own in enumerate(names) if own and (name is None or name in own)]
         self._k = speculation.k if self._allowed else 0
+        self.most = speculation.most
         self._lock = tuners.lock
         if self._k is None:
             self._tuner = tuners.get(["+".join(names[i]) for i in self._allowed], speculation.max_k, ahead)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from genarm_fast.speculation.drafter import DraftExecutor, Drafter
+from genarm_fast.speculation.drafter import Drafter, DraftExecutor
 from genarm_fast.speculation.model_drafter import ModelDrafter
 from genarm_fast.speculation.ngram_drafter import NgramDrafter
 

@@ -15,13 +15,13 @@ Judge = Callable[[Sequence[Sequence[int]]], None]
 class TextShadows:
     """What drafters that read text alone would have proposed, until `judge` is told what came instead."""
 
-    def __init__(self, policy: Any, drafters: list[Drafter], sequences: list[Any], turn: int | None, most: int) -> None:
+    def __init__(self, policy: Any, drafters: list[Drafter], sequences: list[Any], turn: int | None) -> None:
         self.policy, self.sequences = policy, list(sequences)
         self.lengths = [len(sequence.tokens) for sequence in sequences]
         self.guesses = {
             i: guess
             for i in policy.candidates
-            if i != turn and (guess := drafters[i].guess(self.sequences, most)) is not None
+            if i != turn and (guess := drafters[i].guess(self.sequences, policy.most)) is not None
         }
 
     def judge(self) -> None:

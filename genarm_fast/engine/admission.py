@@ -1,0 +1,89 @@
+"""Which waiting sequence gets a slot, and what happens where the KV caches are too small for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.scheduler import Scheduler
+from genarm_fast.engine.sequence import Sequence
+from genarm_fast.engine.workspace import Workspace
+
+
+class Admission:
+    """Fills slots from the queue in order. Caches grow with what waits; out of memory, fewer sequences run together."""
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, workspace: Workspace) -> None:
+        self.executor, self.scheduler, self.workspace = executor, scheduler, workspace
+        self._attempted: Any = None  # the last growth that was tried: the same one again would fail again
+
+    def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
+        """Give slots to waiting sequences; returns those that can never have one, with their `error` set."""
+        scheduler, failed = self.scheduler, []
+        while scheduler.waiting and len(scheduler.active) < max_batch_size:
+            sequence = scheduler.waiting[0]
+            if cache_bytes is not None and self._bytes(sequence) > cache_bytes:
+                limit = f"expected at most cache_bytes={cache_bytes:,}"
+                failed.append(self._refuse(sequence, limit, None))
+                continue
+            if not self._fits(sequence):
+                self._grow(max_batch_size, cache_bytes)
+            if self._fits(sequence):
+                scheduler.place(scheduler.waiting.popleft(), len(self.executor.members))
+            elif held := [each for each in scheduler.placed if each.held]:
+                scheduler.preempt(held[-1])
+                scheduler.waiting.rotate(-1)  # behind those who are waited for
+                self._attempted = None
+            elif scheduler.placed:
+                break  # until others have left
+            else:
+                longest = max(scheduler.waiting, key=lambda each: each.most_tokens)
+                failed.append(self._refuse(longest, "out of memory", self.workspace.failure))
+        return failed
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether there is a free slot now, long enough for every sequence with the drafts of all."""
+        together = [*self.scheduler.placed, sequence]
+        members = {*sequence.needed, *self._drafting(together)}
+        return bool(self.scheduler.free_slots()) and self.workspace.holds(members, self._capacity(together))
+
+    def _grow(self, max_batch_size: int, cache_bytes: int | None) -> None:
+        scheduler, workspace = self.scheduler, self.workspace
+        placed = scheduler.placed
+        waiting = [each for each in scheduler.waiting if cache_bytes is None or self._bytes(each) <= cache_bytes]
+        together = [*placed, *waiting]
+        slots = len(placed) + min(len(waiting), max_batch_size - len(scheduler.active))
+        in_use = max((each.slot + 1 for each in placed if each.slot is not None), default=0)
+        if in_use:  # those who come later pay for few growths
+            slots = max(slots, min(2 * workspace.slots, max_batch_size))
+        members = {m for each in together for m in each.needed} | self._drafting(together)
+        attempt = members, slots, self._capacity(together), in_use
+        if attempt != self._attempted:
+            self._attempted = attempt
+            workspace.reserve(*attempt, cache_bytes)
+            scheduler.resize(workspace.slots)
+
+    def left(self) -> None:
+        """Sequences have left, so that memory may be had again."""
+        self._attempted = None
+
+    def _capacity(self, sequences: list[Sequence]) -> int:
+        """Tokens of a slot for these sequences; near its end, one may be padded as far as the others' drafts go."""
+        return max(each.most_tokens for each in sequences) + max(each.speculation.most for each in sequences)
+
+    def _drafting(self, sequences: list[Sequence]) -> set[int]:
+        draft_model = self.executor.draft_model
+        drafts = any(each.speculation.most for each in sequences)
+        return {draft_model} if draft_model is not None and drafts else set()
+
+    def _bytes(self, sequence: Sequence) -> int:
+        members = {*sequence.needed, *self._drafting([sequence])}
+        return self._capacity([sequence]) * self.workspace.token_bytes(members)
+
+    def _refuse(self, sequence: Sequence, why: str, cause: BaseException | None) -> Sequence:
+        tokens, taken = self._capacity([sequence]), self._bytes(sequence)
+        sequence.error = MemoryError(f"{tokens} tokens take {taken:,} bytes of cache: {why}")
+        sequence.error.__cause__ = cause
+        self.scheduler.leave(sequence)
+        self.left()
+        return sequence

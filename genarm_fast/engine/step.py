@@ -1,0 +1,277 @@
+"""One step of the decode loop: propose → verify → sample → accept → next inputs.
+
+Before a step every running member's cache holds all but the last token of each sequence. A step feeds that token and
+the drafts that follow it, draws the target of each of these positions, and accepts targets up to the first that is not
+the draft. Without drafts this is plain decoding. Drafts change how many steps a text takes, never the text: drafter and
+target draw a position with the same noise (docs/design.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genarm_fast.device.base import span
+from genarm_fast.engine.batch import Batch
+from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.penalties import bans_stop
+from genarm_fast.engine.sampler import HostSample, Sampler
+from genarm_fast.engine.sequence import Sequence
+from genarm_fast.kernels import GuidedSample
+from genarm_fast.speculation.drafter import Drafter, Drafts, no_drafts
+from genarm_fast.speculation.observations import PLAIN, Choice, StepObservation
+from genarm_fast.speculation.policy import DraftPolicy
+from genarm_fast.speculation.shadow import Judge, model_shadows
+
+
+@dataclass
+class InFlight:
+    """A step that was launched, and that the host has not read.
+
+    read: waits for the targets and for how many of them were accepted. weights, epochs: of each sequence, as the step
+    was launched. lasting: logits that a bonus token may be drawn from, by member.
+    """
+
+    batch: Batch
+    sequences: list[Sequence]
+    weights: list[tuple[float, ...]]
+    epochs: list[int]
+    drafts: Drafts
+    read: Callable[[], tuple[HostSample, list[int]]]
+    judge: Judge
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    right: list[int] = field(default_factory=list)  # accepted drafts of each sequence, once it is finished
+    judged: list[int] = field(default_factory=list)  # drafts whose target is known: no more than was generated
+
+
+class Steps:
+    """Launches steps and finishes them; `before` is the batch of the latest one."""
+
+    def __init__(self, executor: Executor, sampler: Sampler, drafters: list[Drafter]) -> None:
+        self.executor, self.sampler, self.drafters = executor, sampler, drafters
+        self.before: Batch | None = None
+        self.in_flight: InFlight | None = None
+
+    def forget(self) -> None:
+        """Drop what the device knows of sequences; the next step begins from what the host knows."""
+        self.before = self.in_flight = None
+
+    def batch(self, sequences: list[Sequence]) -> Batch:
+        """The batch of a next step with these sequences, and with the members that any of them needs."""
+        active = tuple(sorted({m for sequence in sequences for m in sequence.needed}))
+        flying = self.in_flight is not None
+        self.before = Batch.following(self.before, flying, sequences, active, self.executor, self.sampler.vocab_size)
+        return self.before
+
+    def run_ahead(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Sequence]:
+        """Launch a plain step before the one before it is read, and finish that one; returns what it advanced."""
+        before = self.in_flight
+        going = [each for each in sequences if each.remaining > each.unread]
+        self.executor.timed = bool(policy.candidates)
+        self.in_flight = self.launch(self.batch(going), policy, PLAIN) if going else None
+        return self.finish(before) if before is not None else []
+
+    def drain(self) -> list[Sequence]:
+        """Finish what is in flight: afterwards the host knows all that the device knows. Returns what it advanced."""
+        before, self.in_flight = self.in_flight, None
+        return self.finish(before) if before is not None else []
+
+    def run(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> list[Sequence]:
+        """A step that the host waits for, because it has to see each token or because there are drafts."""
+        executor = self.executor
+        mark, elapsed = executor.device.mark, executor.device.elapsed
+        drafter = None if choice.drafter is None else self.drafters[choice.drafter]
+        executor.timed = bool(policy.candidates)
+        start = mark(executor.main)
+        batch = self.batch(sequences)
+        step = self.launch(batch, policy, choice)
+        finished = self.finish(step)
+        verified = mark(executor.main)
+        drafts = step.drafts
+        if drafter is not None and drafts.width and self._bonus(step, drafter):
+            drafts.steps += 1
+        ended = mark(executor.main)
+        for sequence, count, right in zip(step.sequences, drafts.counts, step.right):
+            sequence.drafted += count
+            sequence.accepted += right
+        drafting = elapsed(*drafts.marks) if drafts.marks else 0.0
+        verifying = elapsed(start, verified) - drafting
+        if drafter is not None and drafts.width:
+            drafter.accepted(drafts, step.right, drafting, verifying)
+        drafting += elapsed(verified, ended)
+        policy.observe(
+            StepObservation(
+                choice.drafter,
+                len(sequences),
+                choice.k,
+                step.judged,
+                step.right,
+                drafting,
+                verifying,
+                drafts.steps,
+            )
+        )
+        return finished
+
+    def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
+        """Everything that the device has to do for a step; nothing is read."""
+        sequences, executor = batch.sequences, self.executor
+        drafts = self._propose(batch, choice)
+        drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
+        logits = self._verify(batch, drafter, drafts)
+        known = min(each.shape[1] for each in logits.values())  # one less where the drafter has not fed its last draft
+        members = [logits[m][:, :known] for m in batch.active]
+        with span("sample"):
+            result = self.sampler.sample(batch, members, drafts)
+        judge = model_shadows(policy, self.drafters, batch, logits, choice.drafter if drafter is not None else None)
+        with span("accept"):
+            block, counts = self._draft_block(drafts, known - 1, result.tokens)
+            settled = batch.accept(result.tokens, block, counts)
+        read = self._read(result, settled.counts, batch.active)
+        weights = [sequence.weights for sequence in sequences]
+        for sequence in sequences:
+            sequence.unread += 1  # plain steps alone are in flight while the next one is launched
+        return InFlight(batch, sequences, weights, list(batch.epochs), drafts, read, judge, logits)
+
+    def _propose(self, batch: Batch, choice: Choice) -> Drafts:
+        most = [self._most_drafts(sequence, choice.k) for sequence in batch.sequences]
+        if choice.drafter is None or max(most) <= 0:
+            return no_drafts(len(most), self.executor.main)
+        with span("draft"):
+            return self.drafters[choice.drafter].propose(batch, most)
+
+    def _most_drafts(self, sequence: Sequence, k: int) -> int:
+        """Within the limit; and while stop tokens are banned, since all positions of a step have one bias."""
+        length = len(sequence.tokens)
+        if bans_stop(sequence, length):
+            k = min(k, sequence.request.params.min_new_tokens - length - 1)
+        if sequence.speculation.k is not None:
+            k = min(k, sequence.speculation.k)
+        return min(k, sequence.remaining - 1)
+
+    def _verify(self, batch: Batch, drafter: Drafter | None, drafts: Drafts) -> dict[int, Tensor]:
+        """Each running member's logits after the last token and after every draft, [R, q, V]."""
+        executor = self.executor
+        launched = []
+        for members in executor.by_runner(batch.active).values():
+            if drafter is not None and set(members) <= set(drafter.members):
+                continue
+            stream = executor.stream_of(members)
+            width = 1 + drafts.width
+            tokens, positions = executor.hand_over(
+                [batch.tokens(members), batch.positions(members)], executor.main, stream
+            )
+            pieces = [tokens]
+            if drafts.width:
+                (block,) = executor.hand_over([drafts.tensor], drafts.stream, stream)
+                pieces.append(block.expand(len(members), -1, -1))
+                positions = executor.launch(stream, "draft", _following, positions, width)
+            bound = batch.kv_bound(members, width)
+            launched.append((members, executor.forward(members, pieces, positions, batch.slots, bound)))
+        logits = drafter.target_logits(drafts) if drafter is not None else {}
+        for members, lanes in launched:
+            logits |= executor.collect(members, lanes)
+        return logits
+
+    def _draft_block(self, drafts: Drafts, width: int, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The drafts [R, width] that targets are compared with, on the main stream, and how many each sequence has."""
+        executor = self.executor
+        if not drafts.width:
+            return targets[:, :0], None
+        (block,) = executor.hand_over([drafts.tensor], drafts.stream, executor.main)
+        counts = None
+        if min(drafts.counts) < width:
+            counts = executor.upload(torch.tensor([min(count, width) for count in drafts.counts]))
+        return block[:, :width], counts
+
+    def _read(
+        self, result: GuidedSample, counts: Tensor, active: tuple[int, ...]
+    ) -> Callable[[], tuple[HostSample, list[int]]]:
+        """Begin to copy a result to the host; call the result to wait for it."""
+        fields = {name: value for name, value in result._asdict().items() if value is not None}
+        read = self.executor.read([*fields.values(), counts])
+        names = [self.executor.members[m].name for m in active]
+
+        def wait() -> tuple[HostSample, list[int]]:
+            *values, accepted = read()
+            return HostSample(result._replace(**dict(zip(fields, values))), names), accepted.tolist()
+
+        return wait
+
+    def finish(self, step: InFlight) -> list[Sequence]:
+        """Wait for a step and give its sequences their tokens.
+
+        Returns the sequences that it advanced: not those that had ended before, or whose weights were changed since.
+        """
+        host, counts = step.read()
+        advanced, news = [], []
+        for r, sequence in enumerate(step.sequences):
+            drafted = step.drafts.tokens[r]
+            stale = sequence.ended or sequence.epoch != step.epochs[r] or sequence.slot != step.batch.slots[r]
+            sequence.unread = 0 if stale else max(sequence.unread - 1, 0)
+            drawn = [] if stale else host.of(r, sequence, counts[r])
+            right = sum(each.token == token for each, token in zip(drawn, drafted))
+            step.right.append(right)
+            step.judged.append(right if right == len(drawn) else len(drafted))
+            news.append([each.token for each in drawn])
+            if not stale:
+                advanced.append(sequence)
+                self._append(step, sequence, r, drawn)
+        step.judge(news)
+        return advanced
+
+    def _append(self, step: InFlight, sequence: Sequence, r: int, drawn: list[Any]) -> None:
+        current = [m for m in range(len(sequence.cached)) if sequence.cached[m] == sequence.position(m)]
+        before = len(sequence.tokens)
+        for each in drawn:
+            if sequence.finish_reason is None:
+                sequence.append(each, step.weights[r])
+        count = len(sequence.tokens) - before
+        for m in current:  # caches of members that were behind stay behind
+            if m in step.batch.active:
+                sequence.cached[m] += count
+            elif m == self.executor.draft_model:
+                sequence.cached[m] += min(count, step.drafts.fed)
+
+    def _bonus(self, step: InFlight, drafter: Drafter) -> bool:
+        """One more token for sequences whose every draft was right, where the drafter had not fed its last draft yet.
+
+        All other members have fed it, so the drafter's forward alone is missing. Returns whether there were any.
+        """
+        executor, width = self.executor, step.drafts.width
+        members = [m for m in drafter.members if m in step.batch.active]
+        if not members or step.drafts.fed > width:
+            return False
+        rows = [
+            r
+            for r, sequence in enumerate(step.sequences)
+            if step.right[r] == width and not sequence.ended and sequence.epoch == step.epochs[r]
+        ]
+        if not rows:
+            return False
+        batch = Batch([step.sequences[r] for r in rows], step.batch.active, executor, self.sampler.vocab_size)
+        stream = executor.stream_of(members)
+        inputs = executor.hand_over([batch.tokens(members), batch.positions(members)], executor.main, stream)
+        bound = batch.kv_bound(members, 1)
+        own = executor.collect(members, executor.forward(members, [inputs[0]], inputs[1], batch.slots, bound))
+        index = executor.upload(torch.tensor(rows))
+        logits = [own[m] if m in own else step.logits[m][index, width:] for m in batch.active]
+        nothing = no_drafts(len(rows), executor.main)
+        with span("sample"):
+            result = self.sampler.sample(batch, logits, nothing)
+        settled = batch.accept(result.tokens, result.tokens[:, :0])
+        read = self._read(result, settled.counts, batch.active)
+        weights = [step.weights[r] for r in rows]
+        again = InFlight(batch, batch.sequences, weights, list(batch.epochs), nothing, read, lambda _: None)
+        self.finish(again)
+        self.before = None  # the device's state of the step does not know of these tokens
+        return True
+
+
+def _following(positions: Tensor, width: int) -> Tensor:
+    """Positions [L, R, 1] of the last tokens → of them and what follows, [L, R, width]."""
+    return positions + torch.arange(width, device=positions.device)

@@ -1,0 +1,60 @@
+"""One thread steps an engine at a time, on behalf of all; the others wait for their sequences, or for their turn."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Turns:
+    """Who steps now, and what has to be done before the next step.
+
+    `ask` never waits for a step: what is asked in mid-step is done after it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._stepper: int | None = None
+        self._inbox: deque[Callable[[], None]] = deque()
+
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread is in the middle of a step."""
+        return self._stepper == threading.get_ident()
+
+    def ask(self, what: Callable[[], None]) -> None:
+        """Do it between two steps: at once if nobody steps."""
+        with self._changed:
+            self._inbox.append(what)
+            if self._stepper is None:
+                self._answer()
+
+    @contextmanager
+    def take(self, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Wait for the turn, and have it inside; or not, once `unless` says that there is no need any more.
+
+        Gives whether the turn was taken. Raises RuntimeError in the middle of the thread's own step.
+        """
+        if self.mine:
+            raise RuntimeError("the engine is in the middle of a step of this thread: expected a call after it")
+        with self._changed:
+            while self._stepper is not None and not unless():
+                self._changed.wait()
+            taken = not unless()
+            if taken:
+                self._stepper = threading.get_ident()
+                self._answer()
+        try:
+            yield taken
+        finally:
+            if taken:
+                with self._changed:
+                    self._stepper = None
+                    self._answer()
+                    self._changed.notify_all()
+
+    def _answer(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
