@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM, generate
     from genarm_fast.errors import GenerationError
-    from genarm_fast.models.member import ARM
+    from genarm_fast.models.arm import ARM
     from genarm_fast.outputs import GenerationOutput
     from genarm_fast.params import SamplingParams
 
@@ -17,7 +17,7 @@ __all__ = ["ARM", "GenARM", "GenerationError", "GenerationOutput", "SamplingPara
 
 # Imported on first use: transformers takes seconds.
 _MODULES = {
-    "ARM": "models.member",
+    "ARM": "models.arm",
     "GenARM": "api",
     "GenerationError": "errors",
     "GenerationOutput": "outputs",

@@ -16,7 +16,10 @@ from genarm_fast.engine.model_runner import in_one_forward
 from genarm_fast.engine.scoring import score_responses
 from genarm_fast.engine.sequence import Request, output_of
 from genarm_fast.engine.stream import Stream, failure
-from genarm_fast.models.member import ARM, Member, as_arms, common_vocabulary, end_of_sequence, load_members
+from genarm_fast.models.arm import ARM, as_arms
+from genarm_fast.models.loader import load_members
+from genarm_fast.models.member import Member
+from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams, check_integer, check_weights
 from genarm_fast.speculation.config import Speculation, as_speculation

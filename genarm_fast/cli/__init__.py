@@ -18,7 +18,7 @@ COMMANDS = {
     "chat": ("genarm_fast.cli.chat", "talk to the guided model, changing weights as you go"),
     "score": ("genarm_fast.cli.score", "rewards of given responses, and accuracy on preference pairs"),
     "bench": ("genarm_fast.cli.bench", "what guidance costs here, beside the unguided base"),
-    "train": ("genarm_fast.train.cli", "train an ARM from preference pairs"),
+    "train": ("genarm_fast.cli.train", "train an ARM from preference pairs"),
 }
 EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 bad arguments or input, 130 interrupted"
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)

@@ -146,7 +146,7 @@ def load(args: argparse.Namespace) -> GenARM:
         import transformers
 
         from genarm_fast.api import GenARM
-        from genarm_fast.models.member import ARM
+        from genarm_fast.models.arm import ARM
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.progress import track
 from rich.table import Table
 
 from genarm_fast.cli.display import console, reward_table, token_table
-from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load
+from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted
+from genarm_fast.cli.scoring import load_to_score, score_all
 from genarm_fast.utils.jsonlines import dumps, located, read_objects
-
-if TYPE_CHECKING:
-    from genarm_fast.api import GenARM
-    from genarm_fast.outputs import ScoreOutput
 
 EXPECTED = (("prompt", (str, list), "text, chat messages or token ids"), ("response", str, "text"))
 
@@ -48,38 +43,9 @@ def run(args: argparse.Namespace) -> int:
     _, first = next(read_objects(args.input))
     if "response" in first:
         return _responses(args)
-    from genarm_fast.cli.pairs import score_pairs
+    from genarm_fast.cli.pairs import score_pairs  # imports torch and transformers
 
     return score_pairs(args)
-
-
-def load_to_score(args: argparse.Namespace) -> GenARM:
-    """The models. Text prompts stay texts where an ARM was trained on such, unless the options say otherwise."""
-    model = load(args)
-    if args.chat is None and any(member.chat is False for member in model.members[1:]):
-        args.chat = False
-    return model
-
-
-def score_all(
-    model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
-) -> list[ScoreOutput]:
-    """`model.score` with a progress bar. Checks everything first; errors name the input line."""
-    from genarm_fast.text.prompts import check_text  # imports transformers
-
-    for line, prompt, response in zip(lines, prompts, responses):
-        with located(path, line):
-            if isinstance(response, str):
-                check_text("response", response)
-                length = len(model.tokenizer(response, add_special_tokens=False)["input_ids"]) + 1  # end of sequence
-            else:
-                length = len(response)
-            model.prepare([prompt], max_new_tokens=length)
-    outputs: list[ScoreOutput] = []
-    size = 4 * model.max_batch_size  # within such a group, texts of similar length share a batch
-    for at in track(range(0, len(lines), size), "scoring", console=console(stderr=True), transient=True):
-        outputs += model.score(prompts[at : at + size], responses[at : at + size])
-    return outputs
 
 
 def _one(args: argparse.Namespace) -> int:

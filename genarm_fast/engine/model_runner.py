@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import Cache
 
 from genarm_fast.device.base import Device
-from genarm_fast.models.kv_cache import Entry, Ragged, RaggedLayer, placed
-from genarm_fast.models.lora_lanes import linears_of, reread, running
+from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.kv_cache import Entry, RaggedLayer
+from genarm_fast.models.lora_lanes import linears_of, reread
 from genarm_fast.models.member import Member
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from genarm_fast.device.base import no_autocast, out_of_memory
 from genarm_fast.engine.model_runner import ModelRunner, model_of
 from genarm_fast.models.kv_cache import Entry
-from genarm_fast.models.loader import share_weights
 from genarm_fast.models.member import Member
+from genarm_fast.models.weights import share_weights
 
 LENGTH = 8
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}  # in standard deviations of the logits

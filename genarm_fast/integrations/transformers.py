@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 
-from genarm_fast.models.member import ARM, Member, as_arms, common_vocabulary, load_members
+from genarm_fast.models.arm import ARM, as_arms
+from genarm_fast.models.loader import load_members
+from genarm_fast.models.member import Member
+from genarm_fast.models.vocabulary import common_vocabulary
 from genarm_fast.params import check_integer, check_weights
 from genarm_fast.text.prompts import as_prompts, encode_prompt, left_padded
 

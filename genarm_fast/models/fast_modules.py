@@ -19,8 +19,8 @@ from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
-from genarm_fast.models import flash_attention, kv_cache
-from genarm_fast.models.fused_decoder import lean_forward
+from genarm_fast.models import attention, flash_attention
+from genarm_fast.models.fused_decoder import fused_forward
 
 GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # what the forward of Llama's MLP names, and no more
 
@@ -29,13 +29,13 @@ GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # what the forward of L
 def as_runner(model: Any) -> Any:
     """Change a tree, whose config and modules no other model shares, and return it."""
     wants_flash = model.config._attn_implementation == "flash_attention_2"
-    model.config._attn_implementation = (flash_attention if wants_flash else kv_cache).IMPLEMENTATION
+    model.config._attn_implementation = (flash_attention if wants_flash else attention).IMPLEMENTATION
     if _native.core is not None:
         fast = {module: found for module in model.modules() if (found := _fast(module)) is not None}
         for module, forward in fast.items():
             module.forward = forward
-        if (lean := lean_forward(model.base_model, fast)) is not None:
-            model.base_model.forward = lean
+        if (fused := fused_forward(model.base_model, fast)) is not None:
+            model.base_model.forward = fused
     return model
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from genarm_fast.models.kv_cache import UNSUPPORTED, attend, place
+from genarm_fast.models.attention import UNSUPPORTED, attend
+from genarm_fast.models.forward_context import place
 
 IMPLEMENTATION = "genarm_fast_flash"
 DTYPES = (torch.float16, torch.bfloat16)

@@ -19,8 +19,9 @@ from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SiblingLinears, SmallLinear, Span
-from genarm_fast.models.kv_cache import Ragged, RaggedLayer, place, placed
-from genarm_fast.models.lora_lanes import LaneLinear, running, spans_of
+from genarm_fast.models.forward_context import Ragged, place, placed, running, spans_of
+from genarm_fast.models.kv_cache import RaggedLayer
+from genarm_fast.models.lora_lanes import LaneLinear
 
 WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a family hands on
     "Llama": lambda attention: None,
@@ -44,13 +45,13 @@ Spans = Mapping[tuple[int, ...], Sequence[Span]]  # of the rows of a forward, fo
 
 
 @torch.inference_mode()
-def lean_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
+def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
     """The forward of a model without its head, over our cache; None where its own is needed."""
     family = type(decoder).__name__.removesuffix("Model")
     if family not in WINDOWS or not _known(decoder, family, fast):
         return None
-    lean = _Decoder(decoder, fast, WINDOWS[family])
-    return lean if lean.agrees(decoder) else None
+    fused = _Decoder(decoder, fast, WINDOWS[family])
+    return fused if fused.agrees(decoder) else None
 
 
 def _known(decoder: Any, family: str, fast: Fast) -> bool:

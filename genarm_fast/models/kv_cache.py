@@ -1,4 +1,4 @@
-"""Attention over a static cache in which every row writes where it stands: transformers' cache layer and attention.
+"""A static key-value cache in which every row writes where it stands: transformers' cache layer.
 
 A row's entry j of the cache is its token at position j, so a query at position p attends 0..p, and what lies beyond is
 left-over or padding that the row will overwrite before it gets there. Rolling back is stepping back: nothing is moved.
@@ -6,54 +6,14 @@ left-over or padding that the row will overwrite before it gets there. Rolling b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from genarm_fast.kernels.ragged_attention import ragged_append, ragged_attention
-
-IMPLEMENTATION = "genarm_fast_ragged"  # has no mask function, so transformers makes no mask
-UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks and biases would be lost
-
-
-class Ragged(NamedTuple):
-    """Where the tokens of a forward go. slots: int64 [N], rows of the cache. positions: int64 [N, q].
-
-    limit: above all positions, known without reading them.
-    """
-
-    slots: Tensor
-    positions: Tensor
-    limit: int
-
-    def to(self, device: torch.device) -> Ragged:
-        if self.slots.device == device:
-            return self
-        return Ragged(self.slots.to(device), self.positions.to(device), self.limit)
-
-
-_active: ContextVar[Ragged] = ContextVar("rows of the running forward")  # threads have their own
-
-
-@contextmanager
-def placed(ragged: Ragged) -> Iterator[None]:
-    """Forwards inside write and attend here."""
-    token = _active.set(ragged)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-def place(device: torch.device) -> Ragged:
-    """Of the running forward, for a layer on this device."""
-    return _active.get().to(device)
+from genarm_fast.kernels.ragged_attention import ragged_append
+from genarm_fast.models.forward_context import place
 
 
 class Entry(NamedTuple):
@@ -131,38 +91,3 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.capacity, 0
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function. query: [N, heads, q, dim] → [N, q, heads, dim]."""
-    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED):
-        raise NotImplementedError(f"{type(module).__name__} asks for more than causal attention")
-    where = place(query.device)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return (
-        ragged_attention(
-            query,
-            key,
-            value,
-            where.slots,
-            where.positions,
-            scale=scale,
-            window=sliding_window,
-            softcap=softcap,
-            limit=where.limit,
-        ),
-        None,
-    )
-
-
-AttentionInterface.register(IMPLEMENTATION, attend)

@@ -1,159 +1,112 @@
-"""Loading models: from the hub, a folder, a PEFT adapter, or as they are. Weights are in memory once."""
+"""Loading the members of a guided decoder: their models, tokenizers and prompt templates."""
 
 from __future__ import annotations
 
-import copy
-import os
-import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from genarm_fast.models.fingerprint import fingerprint
-from genarm_fast.models.hub import Source, find_file, locate, read_json
+from genarm_fast.models.arm import ARM, arm_names
+from genarm_fast.models.checkpoint import ModelLoader
+from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.hub import Source, find_file, read_json
+from genarm_fast.models.lora_lanes import share_forwards
+from genarm_fast.models.member import Member
+from genarm_fast.models.rebound import WeightWatch
+from genarm_fast.text.templates import default_template
 
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of the module tree in eval mode over the same weights: adapters put into it leave `model` as it was."""
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter  # quantised ones carry state that only they know
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
-    return copy.deepcopy(model, memo).eval()
-
-
-def _causal_lm(role: str, model: Any) -> Any:
-    """What is inside a PEFT model or a compiled one; others are taken as they are."""
-    model = getattr(model, "_orig_mod", model)
-    if not hasattr(model, "config") or model.get_output_embeddings() is None:
-        raise TypeError(f"{role}: expected a causal LM of transformers, got {type(model).__name__}")
-    if hasattr(model, "get_base_model"):
-        for config in model.peft_config.values():
-            _check_peft(role, config)
-        return model.get_base_model()
-    return model
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
-def _check_peft(what: str, config: Any) -> None:
-    if config.is_prompt_learning:
-        raise ValueError(f"{what}: {config.peft_type.value} adapters add virtual tokens; expected LoRA-like")
+def load_members(
+    base: Source | nn.Module,
+    specs: Sequence[ARM],
+    draft_model: Source | nn.Module | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt_template: str | None = None,
+    chat_template: str | None = None,
+    **loading: Any,
+) -> tuple[list[Member], Member | None]:
+    """Base first, then the ARMs in order; and the model that only proposes tokens.
 
-
-def _own_saved(model: nn.Module, adapter: str) -> nn.Module:
-    """Give `model` its own tensors where PEFT will load others into them: biases or embeddings trained with a LoRA."""
-    from peft import load_peft_weights
-
-    own: dict[int, nn.Parameter] = {}
-    parameters = dict(model.named_parameters())
-    for name, saved in load_peft_weights(adapter, device="cpu").items():
-        old = parameters.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
-        if old is not None and not torch.equal(old, saved.to(old)):
-            own[id(old)] = nn.Parameter(old.clone(), requires_grad=False)
-    for module in model.modules():
-        module._parameters.update({k: own[id(p)] for k, p in module._parameters.items() if id(p) in own})
-    return model
-
-
-def check_device(device: Any) -> torch.device:
-    """As torch has it; None: CUDA if there is any, else the CPU. Raises ValueError for one that is not here."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    here = ", ".join(["cpu", *(f"{accelerator}:{index}" for index in range(count))])
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: expected one that is here: {here}") from error
-    if found.type != "cpu" and (accelerator is None or found.type != accelerator.type or (found.index or 0) >= count):
-        raise ValueError(f"device={device!r}: expected one that is here: {here}")
-    return found
-
-
-def _key(source: Source) -> str:
-    return os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
-
-
-class Backbones:
-    """Models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
-
-    def __init__(self, *, dtype: Any, device: Any, device_map: Any, quantization_config: Any, **kwargs: Any) -> None:
-        device = check_device(device)
-        if device_map is None and quantization_config is not None:
-            device_map = {"": device}  # quantised weights cannot be moved afterwards
-        self.device = device if device_map is None else None
-        self.kwargs = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config, **kwargs}
-        self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
-        self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
-        self.places: dict[str, Source] = {}
-
-    def locate(self, role: str, source: Source) -> Source:
-        """Where to read its files; each source is looked for once. Raises FileNotFoundError if there are none."""
-        if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
-        key = _key(source)
-        if key not in self.places:
-            options = {name: self.kwargs[name] for name in ("revision", "cache_dir", "token") if name in self.kwargs}
-            self.places[key] = locate(role, source, **options)
-        return self.places[key]
-
-    def load(self, role: str, source: Source | nn.Module) -> nn.Module:
-        """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
-        if isinstance(source, nn.Module):
-            model = _causal_lm(role, source)
-            return share_weights(model) if model.training else model
-        place = self.locate(role, source)
-        if find_file(place, "adapter_config.json"):
-            return self._load_adapter(role, os.fspath(place))
-        return self._load_bare(role, source)
-
-    def adopt(self, name: str, model: nn.Module) -> None:
-        """Let adapters share the weights of a model that was given, not loaded."""
-        self.loaded[_key(name)] = model
-
-    def _load_bare(self, role: str, source: Source) -> Any:
-        key = _key(source)
-        if key not in self.loaded:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(self.locate(role, source), **self.kwargs)
-            except OSError as error:
-                raise OSError(f"{role}={key!r}: expected a folder or a hub id that can be loaded") from error
-            self.loaded[key] = (model if self.device is None else model.to(self.device)).eval()
-        return self.loaded[key]
-
-    def _load_adapter(self, role: str, source: str) -> nn.Module:
-        from peft import PeftConfig, PeftModel
-
-        config = PeftConfig.from_pretrained(source)
-        _check_peft(f"{role}={source!r}", config)
-        base = self._adapter_base(role, source, config.base_model_name_or_path)
-        # The adapter computes in the base's dtype, as it will when several share one forward.
-        tree = _own_saved(share_weights(base), source)
-        adapted = PeftModel.from_pretrained(tree, source, autocast_adapter_dtype=False)
-        return adapted.get_base_model().eval()
-
-    def _adapter_base(self, role: str, source: str, base: str | None) -> Any:
-        """The loaded model that the adapter was trained on, else its own base, checked by fingerprint."""
-        expected = read_json(source, "genarm.json").get("base_fingerprint")
-        for model in self.loaded.values():
-            if expected is not None and fingerprint(model) == expected:
-                return model
-        loaded = ", ".join(map(repr, self.loaded)) or "none"
-        wanted = f"{role}={source!r} is an adapter of {base!r}"
-        try:
-            model = self._load_bare(role, base or "")
-        except OSError as error:
-            raise ValueError(
-                f"{wanted}, which can't be loaded; expected an adapter of a loaded model ({loaded})"
-            ) from error
-        found = fingerprint(model)
-        if expected is None or found is None:
-            warnings.warn(f"{wanted}: no fingerprint to check that against, so it is believed", stacklevel=2)
-        elif found != expected:
-            raise ValueError(
-                f"{wanted} with fingerprint {expected}; expected one of the loaded models ({loaded}), but their weights"
-                f" differ from those it was trained on (fingerprint {found})"
+    Raises:
+        ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a model without a
+            key-value cache, a template without {prompt}, a name given twice, a device that is not here.
+        FileNotFoundError: one of them is nowhere; before any is loaded.
+    """
+    names = arm_names(specs)
+    models = ModelLoader(**loading)
+    roles = ["base", *(f"arms[{index}]" for index in range(len(specs))), "draft_model"]
+    places = [
+        None if source is None or isinstance(source, nn.Module) else models.locate(role, source)
+        for role, source in zip(roles, [base, *(spec.model for spec in specs), draft_model])
+    ]
+    model = models.load("base", base)
+    source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
+    if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
+        models.adopt(str(source) or "the given base", model)
+    recorded = {} if places[0] is None else read_json(places[0], "genarm.json")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
+    base_tokenizer = tokenizer
+    if tokenizer is None and source:
+        with suppress(FileNotFoundError):  # a given model may come from anywhere
+            base_tokenizer = load_tokenizer(models.locate("base", source))
+    if base_tokenizer is None:
+        raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
+    first = Member(
+        "base",
+        model,
+        base_tokenizer,
+        prompt_template or recorded.get("prompt_template"),
+        chat_template or recorded.get("chat_template") or default_template(base_tokenizer),
+        given=isinstance(base, nn.Module),
+    )
+    members = [first]
+    for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
+        recorded = {} if place is None else read_json(place, "genarm.json")
+        own = None if place is None else load_tokenizer(place)
+        members.append(
+            Member(
+                name,
+                models.load(role, spec.model),
+                own or base_tokenizer,
+                spec.prompt_template or recorded.get("prompt_template"),
+                spec.chat_template
+                or recorded.get("chat_template")
+                or (default_template(own) if own else None)
+                or first.chat_template,
+                float(spec.weight),
+                isinstance(spec.model, nn.Module),
+                recorded.get("chat"),
             )
-        return model
+        )
+    for member, given in zip(members, [base, *(spec.model for spec in specs)]):
+        member.watch = WeightWatch(given) if isinstance(given, nn.Module) else None
+    for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
+        member.lane = lane
+        if shared is not member.model:
+            member.shared = as_runner(shared)
+    if draft_model is None:
+        return members, None
+    own = None if places[-1] is None else load_tokenizer(places[-1])  # it sees the base's prompts all the same
+    model = ModelLoader(**loading).load("draft_model", draft_model)
+    return members, Member("draft_model", model, own or base_tokenizer)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub repository, None where it has no tokenizer files."""
+    if any(find_file(source, name) for name in TOKENIZER_FILES):
+        return AutoTokenizer.from_pretrained(source)
+    return None

@@ -7,19 +7,15 @@ Every other member (DoRA, saved modules, adapted embeddings, quantised linears, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genarm_fast.device.base import no_autocast
-from genarm_fast.kernels.small_linear import Lora, SmallLinear, Span
-from genarm_fast.models.loader import share_weights
-
-_running: ContextVar[tuple[Sequence[int], int]] = ContextVar("running lanes, rows of each")  # threads have their own
+from genarm_fast.kernels.small_linear import Lora, SmallLinear
+from genarm_fast.models.forward_context import running, running_lanes, spans_of
+from genarm_fast.models.weights import share_weights
 
 
 class LaneLinear(nn.Module):
@@ -33,7 +29,7 @@ class LaneLinear(nn.Module):
         self.run = SmallLinear(linear.weight, linear.bias, self.loras)
 
     def forward(self, x: Tensor) -> Tensor:
-        lanes, rows = _running.get()
+        lanes, rows = running_lanes()
         if x.dim() != 3 or x.shape[0] != len(lanes) * rows:
             raise _RegroupedRows
         return self.run(x, spans_of(self.index, x.shape[1]))
@@ -58,27 +54,9 @@ class _RegroupedRows(Exception):
     """A model hands its linears something else than all rows in order, as mixtures of experts do."""
 
 
-@contextmanager
-def running(lanes: Sequence[int], rows: int) -> Iterator[None]:
-    """Forwards inside run these lanes, each with so many rows, one lane after the other."""
-    token = _running.set((lanes, rows))
-    try:
-        with no_autocast():
-            yield
-    finally:
-        _running.reset(token)
-
-
-def spans_of(index: Mapping[int, int], block: int) -> tuple[Span, ...]:
-    """Rows of each running lane that has one of the adapters, with blocks of so many tokens: the flattened ones."""
-    lanes, rows = _running.get()
-    size = rows * block
-    return tuple((i * size, (i + 1) * size, index[lane]) for i, lane in enumerate(lanes) if lane in index)
-
-
 @torch.inference_mode()
 def share_forwards(models: Sequence[Any]) -> list[Any]:
-    """For each model the one to run it with: common to all lanes of a backbone, else the model itself.
+    """For each model the one to run it with: common to all lanes over the same weights, else the model itself.
 
     In a common one, lane i is `models[i]`. The models are not changed, and no weight is copied.
     """

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.models.member import Member
 from genarm_fast.text.templates import chat_ids, end_of_answer, ended, text_ids
 
 Prompt = str | list[dict[str, str]] | list[int]
+
+
+class Reader(Protocol):
+    """Who reads prompts: a member of a guided decoder, as far as text is concerned.
+
+    vocab_size: width of its logits. context: tokens that prompt and response may have together, None without a bound.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    prompt_template: str | None
+    chat_template: str | None
+    vocab_size: int
+    context: int | None
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:
@@ -94,53 +108,53 @@ def _as_response(index: int, response: Any) -> str | list[int]:
     raise TypeError(f"responses[{index}]={response!r}: expected a string or token ids")
 
 
-def encode_prompt(member: Member, prompt: Prompt, index: int, vocab_size: int) -> list[int]:
-    """Token ids of a prompt as one member sees it, beginning-of-sequence included where its tokenizer adds it.
+def encode_prompt(reader: Reader, prompt: Prompt, index: int, vocab_size: int) -> list[int]:
+    """Token ids of a prompt as one member reads it, beginning-of-sequence included where its tokenizer adds it.
 
     Raises:
         ValueError: no chat template, no token left, or ids outside the vocabulary.
     """
     if isinstance(prompt, str):
-        ids = text_ids(member.tokenizer, prompt, member.prompt_template)
+        ids = text_ids(reader.tokenizer, prompt, reader.prompt_template)
     elif isinstance(prompt[0], dict):
-        if member.chat_template is None:
+        if reader.chat_template is None:
             raise ValueError(
-                f"prompts[{index}]: {member.name} has no chat template: pass chat_template, or a string as prompt"
+                f"prompts[{index}]: {reader.name} has no chat template: pass chat_template, or a string as prompt"
             )
         try:
-            ids = chat_ids(member.tokenizer, prompt, member.chat_template)
+            ids = chat_ids(reader.tokenizer, prompt, reader.chat_template)
         except TemplateError as error:  # wrong itself, or it refuses these roles
-            raise ValueError(f"prompts[{index}]: {member.name}'s chat template can't render it: {error}") from error
+            raise ValueError(f"prompts[{index}]: {reader.name}'s chat template can't render it: {error}") from error
     else:
         ids = prompt
         if not all(0 <= token_id < vocab_size for token_id in ids):
             raise ValueError(f"prompts[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{vocab_size - 1}")
     if not ids:
-        raise ValueError(f"prompts[{index}]={prompt!r}: {member.name}'s tokenizer makes no token of it")
-    check_ids(member, ids, index)
+        raise ValueError(f"prompts[{index}]={prompt!r}: {reader.name}'s tokenizer makes no token of it")
+    check_ids(reader, ids, index)
     return list(ids)
 
 
-def check_ids(member: Member, ids: Sequence[int], index: int) -> None:
+def check_ids(reader: Reader, ids: Sequence[int], index: int) -> None:
     """Raises ValueError where a member has no embedding of a prompt's token."""
-    if max(ids) >= member.vocab_size:
+    if max(ids) >= reader.vocab_size:
         raise ValueError(
-            f"prompts[{index}]: token id {max(ids)}: expected less than {member.vocab_size}, {member.name}'s vocabulary"
+            f"prompts[{index}]: token id {max(ids)}: expected less than {reader.vocab_size}, {reader.name}'s vocabulary"
         )
 
 
-def encode_response(member: Member, prompt: Prompt, response: str, eos_token_ids: frozenset[int]) -> list[int]:
+def encode_response(reader: Reader, prompt: Prompt, response: str, eos_token_ids: frozenset[int]) -> list[int]:
     """Token ids of a whole response to a prompt, with the token that ends it, as in training."""
-    end = end_of_answer(member.tokenizer, member.chat_template if isinstance(prompt[0], dict) else None, eos_token_ids)
-    return ended(list(member.tokenizer(response, add_special_tokens=False)["input_ids"]), end)
+    end = end_of_answer(reader.tokenizer, reader.chat_template if isinstance(prompt[0], dict) else None, eos_token_ids)
+    return ended(list(reader.tokenizer(response, add_special_tokens=False)["input_ids"]), end)
 
 
-def check_context(member: Member, prompt_tokens: int, new_tokens: int, index: int) -> None:
+def check_context(reader: Reader, prompt_tokens: int, new_tokens: int, index: int) -> None:
     """Raises ValueError where prompt and response do not fit into a member's context."""
-    if member.context is not None and prompt_tokens + new_tokens > member.context:
+    if reader.context is not None and prompt_tokens + new_tokens > reader.context:
         raise ValueError(
             f"prompts[{index}]: {prompt_tokens} prompt tokens + {new_tokens} new tokens: expected at most"
-            f" {member.context}, the context of {member.name}"
+            f" {reader.context}, the context of {reader.name}"
         )
 
 

@@ -190,7 +190,7 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
 
 
 def stop_ids(base: Source) -> frozenset[int]:
-    """The tokens that end a response in decoding, too (`members.end_of_sequence`)."""
+    """The tokens that end a response in decoding, too (`models.vocabulary.end_of_sequence`)."""
     try:
         eos = GenerationConfig.from_pretrained(base).eos_token_id
     except OSError:  # the model has no generation config

@@ -12,7 +12,7 @@ from genarm_fast import GenARM
 from genarm_fast.kernels import _native
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.fast_modules import _fast
-from genarm_fast.models.loader import share_weights
+from genarm_fast.models.weights import share_weights
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
 REPLACED = {  # kinds of modules per layer, and outside of layers

@@ -13,7 +13,8 @@ from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM
 from genarm_fast.kernels import _native
-from genarm_fast.models.loader import check_device, share_weights
+from genarm_fast.models.checkpoint import check_device
+from genarm_fast.models.weights import share_weights
 
 PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": True}
 
@@ -192,7 +193,7 @@ def test_weights_are_not_read_where_they_were(tokenizer, adapted):
 
 @pytest.mark.parametrize("role", ["arms", "draft_model"])
 def test_a_misspelt_folder_fails_before_any_model_is_read(folders, monkeypatch, role):
-    monkeypatch.setattr("genarm_fast.models.loader.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
     with pytest.raises(FileNotFoundError, match=rf"{role}.*nowhere': no such folder"):
         GenARM.from_pretrained(folders / "base", **{role: folders / "nowhere"})
 
@@ -210,7 +211,8 @@ def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
     monkeypatch.setattr("genarm_fast.models.hub.get_hf_file_metadata", lambda url, token: None)
     monkeypatch.setattr("genarm_fast.models.hub.hf_hub_download", download)
     monkeypatch.setattr(
-        "genarm_fast.models.loader.AutoModelForCausalLM.from_pretrained", lambda source, **_: build_model("llama", 1)
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        lambda source, **_: build_model("llama", 1),
     )
     model = GenARM.from_pretrained(folders / "base", "someone/arm", tokenizer=tokenizer)
     assert model.arm_names == ["arm"]
@@ -223,8 +225,8 @@ def test_a_repository_that_is_no_model(monkeypatch):
         raise OSError("no config.json")
 
     monkeypatch.setattr("genarm_fast.models.hub.get_hf_file_metadata", lambda url, token: None)
-    monkeypatch.setattr("genarm_fast.models.loader.find_file", lambda source, name: None)
-    monkeypatch.setattr("genarm_fast.models.loader.AutoModelForCausalLM.from_pretrained", fail)
+    monkeypatch.setattr("genarm_fast.models.checkpoint.find_file", lambda source, name: None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(OSError, match="base='no/model': expected a folder or a hub id that can be loaded"):
         GenARM.from_pretrained("no/model")
 
@@ -232,7 +234,7 @@ def test_a_repository_that_is_no_model(monkeypatch):
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "meta", "cdua", "", 3.5, torch.device("cuda")])
 def test_devices_that_are_not_here(monkeypatch, folders, device):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
-    monkeypatch.setattr("genarm_fast.models.loader.Backbones.load", lambda *_: pytest.fail("loads"))
+    monkeypatch.setattr("genarm_fast.models.checkpoint.ModelLoader.load", lambda *_: pytest.fail("loads"))
     with pytest.raises(ValueError, match=re.escape(f"device={device!r}: expected one that is here: cpu")):
         GenARM.from_pretrained(folders / "base", device=device)
 

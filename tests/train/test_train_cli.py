@@ -14,8 +14,8 @@ from toy_pairs import toy_rows
 from transformers import AutoTokenizer
 
 from genarm_fast.cli import main
+from genarm_fast.cli.train import add_arguments
 from genarm_fast.train import TrainConfig, train
-from genarm_fast.train.cli import add_arguments
 
 RUN = ["--dtype", "float32", "--batch-size", "8", "--holdout-every", "4"]
 

@@ -13,8 +13,9 @@ from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
 from genarm_fast.engine.model_runner import Backbone
-from genarm_fast.models.loader import share_weights
-from genarm_fast.models.lora_lanes import LaneLinear, running, share_forwards
+from genarm_fast.models.forward_context import running
+from genarm_fast.models.lora_lanes import LaneLinear, share_forwards
+from genarm_fast.models.weights import share_weights
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LORAS = {

@@ -10,8 +10,9 @@ import torch
 from tiny_models import build_model
 
 from genarm_fast.models import flash_attention as flash
+from genarm_fast.models.attention import attend
 from genarm_fast.models.fast_modules import as_runner
-from genarm_fast.models.kv_cache import Ragged, attend, placed
+from genarm_fast.models.forward_context import Ragged, placed
 
 
 class OnCuda(torch.Tensor):

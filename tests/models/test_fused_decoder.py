@@ -1,4 +1,4 @@
-"""The lean decoder gives the bits of transformers' own, where it is used."""
+"""The fused decoder gives the bits of transformers' own, where it is used."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from genarm_fast.kernels import _native
 from genarm_fast.models import fast_modules
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.fused_decoder import WINDOWS
-from genarm_fast.models.loader import share_weights
 from genarm_fast.models.member import Member
+from genarm_fast.models.weights import share_weights
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
 SLOTS, CAPACITY = 3, 24
 
 
-def is_lean(model) -> bool:
+def is_fused(model) -> bool:
     return "forward" in vars(model.base_model)
 
 
@@ -43,7 +43,7 @@ def logits_of(members):
 
 
 def plainly(monkeypatch):
-    monkeypatch.setattr(fast_modules, "lean_forward", lambda *_: None)
+    monkeypatch.setattr(fast_modules, "fused_forward", lambda *_: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,13 +51,13 @@ def plainly(monkeypatch):
 @torch.inference_mode()
 def test_bits_of_families(tokenizer, monkeypatch, family, dtype):
     model = build_model(family, 0).to(dtype)
-    lean = Member("base", model, tokenizer)
+    fused = Member("base", model, tokenizer)
     expected = {name.lower() for name in WINDOWS}
-    assert is_lean(lean.runner) == (family in expected)
+    assert is_fused(fused.runner) == (family in expected)
     plainly(monkeypatch)
     plain = Member("base", model, tokenizer)
-    assert not is_lean(plain.runner)
-    assert all(torch.equal(*pair) for pair in zip(logits_of([lean]), logits_of([plain]), strict=True))
+    assert not is_fused(plain.runner)
+    assert all(torch.equal(*pair) for pair in zip(logits_of([fused]), logits_of([plain]), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -73,14 +73,14 @@ def test_bits_of_lanes(tmp_path, tokenizer, monkeypatch, dtype):
     def members(*arms):
         return GenARM.from_pretrained(base, [tmp_path / arm for arm in arms], dtype=dtype).members
 
-    lean = members("one", "two")
-    assert is_lean(lean[0].shared)
-    assert is_lean(lean[1].runner)  # alone, over PEFT's modules
+    fused = members("one", "two")
+    assert is_fused(fused[0].shared)
+    assert is_fused(fused[1].runner)  # alone, over PEFT's modules
     plainly(monkeypatch)
     plain = members("one", "two")
-    assert not is_lean(plain[0].shared)
+    assert not is_fused(plain[0].shared)
     for lanes in ([0, 1, 2], [0, 2], [1, 2], [1]):
-        pairs = zip(logits_of([lean[i] for i in lanes]), logits_of([plain[i] for i in lanes]), strict=True)
+        pairs = zip(logits_of([fused[i] for i in lanes]), logits_of([plain[i] for i in lanes]), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
 
 
@@ -118,7 +118,7 @@ def shorter(model):
 def test_what_is_unusual_keeps_its_own(change):
     model = share_weights(build_model("llama", 0))
     change(model)
-    assert not is_lean(as_runner(model))
+    assert not is_fused(as_runner(model))
 
 
 def test_a_class_that_was_changed_keeps_its_own(monkeypatch):
@@ -127,4 +127,4 @@ def test_a_class_that_was_changed_keeps_its_own(monkeypatch):
     monkeypatch.setattr(
         modeling_llama.LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: 1.01 * forward(self, *args, **kwargs)
     )
-    assert not is_lean(as_runner(share_weights(build_model("llama", 0))))
+    assert not is_fused(as_runner(share_weights(build_model("llama", 0))))

@@ -48,7 +48,7 @@ def put_in_cache(folder, cache, name):
 def test_a_name_of_nothing_fails_at_once(monkeypatch, tmp_path, tries):
     """Before the base is loaded."""
     (tmp_path / "base").mkdir()
-    monkeypatch.setattr("genarm_fast.models.loader.Backbones.load", lambda *_: pytest.fail("loads"))
+    monkeypatch.setattr("genarm_fast.models.checkpoint.ModelLoader.load", lambda *_: pytest.fail("loads"))
     message = r"arms\[1\]='positve': .* neither a folder here nor in the hub's cache, and the hub can't be reached: "
     with pytest.raises(FileNotFoundError, match=message):
         GenARM.from_pretrained(tmp_path / "base", [tmp_path / "base", "positve"])

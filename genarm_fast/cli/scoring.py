@@ -1,0 +1,47 @@
+"""What scoring responses and scoring pairs share: loading, checks and progress."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import track
+
+from genarm_fast.cli.display import console
+from genarm_fast.cli.loading import load
+from genarm_fast.utils.jsonlines import located
+
+if TYPE_CHECKING:
+    from genarm_fast.api import GenARM
+    from genarm_fast.outputs import ScoreOutput
+
+
+def load_to_score(args: argparse.Namespace) -> GenARM:
+    """The models. Text prompts stay texts where an ARM was trained on such, unless the options say otherwise."""
+    model = load(args)
+    if args.chat is None and any(member.chat is False for member in model.members[1:]):
+        args.chat = False
+    return model
+
+
+def score_all(
+    model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
+) -> list[ScoreOutput]:
+    """`model.score` with a progress bar. Checks everything first; errors name the input line."""
+    from genarm_fast.text.prompts import check_text  # imports transformers
+
+    for line, prompt, response in zip(lines, prompts, responses):
+        with located(path, line):
+            if isinstance(response, str):
+                check_text("response", response)
+                length = len(model.tokenizer(response, add_special_tokens=False)["input_ids"]) + 1  # end of sequence
+            else:
+                length = len(response)
+            model.prepare([prompt], max_new_tokens=length)
+    outputs: list[ScoreOutput] = []
+    size = 4 * model.max_batch_size  # within such a group, texts of similar length share a batch
+    for at in track(range(0, len(lines), size), "scoring", console=console(stderr=True), transient=True):
+        outputs += model.score(prompts[at : at + size], responses[at : at + size])
+    return outputs

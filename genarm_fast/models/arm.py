@@ -1,0 +1,73 @@
+"""What a caller says of an ARM: where its model is, its weight, its name, its templates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from genarm_fast.models.hub import Source
+from genarm_fast.params import check_weights
+
+RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
+
+
+@dataclass(frozen=True)
+class ARM:
+    """An autoregressive reward model: a causal LM whose log-probability of a token is the token's reward.
+
+    Args:
+        model: hub id, local folder, folder of a PEFT adapter, or a loaded model (never modified; used in eval mode).
+        weight: default weight, the paper's 1/β; any finite real. A request's `weights` override it.
+        name: key of its rewards; default: the last part of its path.
+        prompt_template: wraps raw string prompts, e.g. "<|user|>\\n{prompt}\\n<|assistant|>\\n".
+        chat_template: Jinja template for chat messages; default: the one of its tokenizer.
+
+    Templates default to those that training recorded in the folder's genarm.json. An ARM without tokenizer files takes
+    the base's tokenizer and chat template.
+    """
+
+    model: Source | nn.Module
+    weight: float = field(default=1.0, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+    prompt_template: str | None = field(default=None, kw_only=True)
+    chat_template: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike, nn.Module)):
+            raise TypeError(f"model={self.model!r}: expected a hub id, a folder or a loaded model")
+        if not isinstance(check_weights(self.weight), float):
+            raise TypeError(f"weight={self.weight!r}: expected one number")
+        if self.name is not None and not isinstance(self.name, str):
+            raise TypeError(f"name={self.name!r}: expected a string")
+
+
+def as_arms(arms: Any) -> list[ARM]:
+    """ARM specifications from one or several specifications, paths or models."""
+    if isinstance(arms, (ARM, str, os.PathLike, nn.Module)):
+        arms = [arms]
+    if not isinstance(arms, Sequence):
+        raise TypeError(f"arms={arms!r}: expected an ARM, a hub id, a folder, a loaded model, or a list of such")
+    return [arm if isinstance(arm, ARM) else ARM(arm) for arm in arms]
+
+
+def arm_names(specs: Sequence[ARM]) -> list[str]:
+    """Unique names: given ones as they are, default ones numbered where they repeat."""
+    given = [spec.name for spec in specs if spec.name is not None]
+    for name in given:
+        if given.count(name) > 1 or not name:
+            raise ValueError(f"name={name!r}: expected a non-empty name for each ARM, none twice")
+        if name in RESERVED:
+            raise ValueError(f"name={name!r}: expected another one than {', '.join(RESERVED)}, which name drafters")
+    names: list[str] = []
+    for spec in specs:
+        stem = "arm" if isinstance(spec.model, nn.Module) else Path(spec.model).name or "arm"
+        name, number = spec.name or stem, 2
+        while spec.name is None and name in (*names, *given, *RESERVED):
+            name, number = f"{stem}{number}", number + 1
+        names.append(name)
+    return names

@@ -1,0 +1,41 @@
+"""Which models the engine can decode with, and how long their sequences may be."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from math import inf
+from typing import Any
+
+CACHED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_supported(role: str, model: Any) -> None:
+    """Raises ValueError for a transformers model whose attention cannot read our key-value cache."""
+    config = model.config
+    unsupported = set(getattr(config.get_text_config(), "layer_types", None) or ()) - CACHED_LAYERS
+    if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or unsupported:
+        what = ", ".join(sorted(unsupported)) or "recurrent or encoder-decoder"
+    elif not getattr(model, "_supports_attention_backend", False) or not takes_positions(model):
+        what = "with attention code of their own"
+    else:
+        return
+    raise ValueError(f"{role}: {config.model_type} models ({what}) are not supported: expected plain attention")
+
+
+def takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def context_of(config: Any) -> int | None:
+    """Positions that a text config gives a sense to. LongRoPE turns all of a sequence otherwise once it is longer than
+    the original context, what is cached of it too, so it ends there."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    originals = [
+        rope["original_max_position_embeddings"]
+        for rope in (ropes, *ropes.values())  # of all layers, or of each kind
+        if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
+    ]
+    return min(
+        [getattr(config, "max_position_embeddings", None), *originals], default=None, key=lambda each: each or inf
+    )

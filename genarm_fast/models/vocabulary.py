@@ -1,0 +1,45 @@
+"""Token ids that all members share, and those that end a response."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from genarm_fast.models.member import Member
+
+
+def common_vocabulary(members: Sequence[Member]) -> int:
+    """Number of token ids that all members share: narrower of all logits and tokenizers.
+
+    Raises:
+        ValueError: two tokenizers disagree on one of them.
+    """
+    tokenizers = {id(member.tokenizer): member for member in members}
+    tokens = {
+        key: {i: token for token, i in member.tokenizer.get_vocab().items()} for key, member in tokenizers.items()
+    }
+    size = min(*(member.vocab_size for member in members), *(max(table) + 1 for table in tokens.values()))
+    expected = tokens[id(members[0].tokenizer)]
+    for key, member in tokenizers.items():
+        for i in range(size):
+            if tokens[key].get(i) != expected.get(i):
+                raise ValueError(
+                    f"{member.name}: its tokenizer disagrees with the base's at token id {i} of the {size} in common:"
+                    f" got {tokens[key].get(i)!r}, expected {expected.get(i)!r}"
+                )
+    return size
+
+
+def end_of_sequence(base: Member, vocab_size: int) -> frozenset[int]:
+    """Token ids that end a response: the base's generation config, else its config, else its tokenizer."""
+    generation_config = getattr(base.model, "generation_config", None)
+    candidates: tuple[int | list[int] | None, ...] = (
+        getattr(generation_config, "eos_token_id", None),
+        base.model.config.get_text_config().eos_token_id,
+        base.tokenizer.eos_token_id,
+    )
+    eos = next((value for value in candidates if value is not None), [])
+    ids = frozenset([eos] if isinstance(eos, int) else eos)
+    if not any(token_id < vocab_size for token_id in ids):
+        warnings.warn(f"end-of-sequence ids {sorted(ids)} of the base: expected one below {vocab_size}", stacklevel=2)
+    return ids
