@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genarm_fast import GenARM, GenerationOutput, SamplingParams, demo
 from genarm_fast.cli.bench import QUESTIONS
-from genarm_fast.engine.model_runner import Backbone
+from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation.config import Speculation
 from genarm_fast.speculation.estimates import best_k, expected_speedup
@@ -121,13 +121,15 @@ class Case:
 
     def forward_seconds(self, member: int, tokens: int, calls: int = 7) -> float:
         """Median of one forward of so many tokens at a context of 64."""
-        backbone = Backbone([self.model.members[member]], 1, 128)
+        runner = ModelRunner([self.model.members[member]])
+        runner.refresh()
+        runner.discover(1, 128)
         ids, positions = torch.full((1, 1, tokens), 100), torch.arange(64, 64 + tokens).view(1, 1, -1)
         seconds = []
         for _ in range(calls + 2):
             start = time.process_time()
             with torch.inference_mode():
-                backbone.forward(ids, positions, [0], 64 + tokens)
+                runner.forward(ids, positions, [0], 64 + tokens, [0])
             seconds.append(time.process_time() - start)
         return statistics.median(seconds[2:])
 

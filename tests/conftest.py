@@ -71,9 +71,7 @@ def undrafted() -> Iterator[None]:
 @pytest.fixture
 def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault: what a row draws depends on whether it has neighbours."""
-    from genarm_fast.engine.sampler import Sampler
+    from genarm_fast.engine.batch import Batch
 
-    positions = Sampler.positions
-    monkeypatch.setattr(
-        Sampler, "positions", lambda self, rows, offset, width: positions(self, rows, offset + (len(rows) > 1), width)
-    )
+    positions = Batch.response_positions
+    monkeypatch.setattr(Batch, "response_positions", lambda self, width: positions(self, width) + (len(self) > 1))

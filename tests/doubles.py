@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from genarm_fast import GenARM
 from genarm_fast.device.base import Device
 from genarm_fast.device.cuda import Cuda
-from genarm_fast.engine.workspace import Rooms
+from genarm_fast.engine.engine import Engine
 from genarm_fast.kernels import _native
 
 
@@ -162,12 +162,12 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 def engines_on(device: Device):
     """Engines made inside run on it, and with operations that a dispatch mode sees: the C++ core is none.
 
-    What runs leave for the next one stays inside.
+    Models get another engine inside, which they lose at the end.
     """
-    rooms: dict[int, Rooms] = {}
+    engines: dict[int, Engine] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genarm_fast.engine.allocate.device_for", lambda _: device)
-        own = property(lambda self: rooms.setdefault(id(self), Rooms(self.members)), lambda *_: None)
-        patch.setattr(GenARM, "rooms", own, raising=False)
+        patch.setattr("genarm_fast.engine.executor.device_for", lambda _: device)
+        own = property(lambda self: engines.get(id(self)), lambda self, engine: engines.update({id(self): engine}))
+        patch.setattr(GenARM, "_engine", own, raising=False)
         patch.setattr(_native, "core", None)
         yield device

@@ -19,7 +19,7 @@ class Admission:
 
     def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Give slots to waiting sequences; returns those that can never have one, with their `error` set."""
-        scheduler, failed = self.scheduler, []
+        scheduler, failed = self.scheduler, self._keep_up(max_batch_size, cache_bytes)
         while scheduler.waiting and len(scheduler.active) < max_batch_size:
             sequence = scheduler.waiting[0]
             if cache_bytes is not None and self._bytes(sequence) > cache_bytes:
@@ -40,6 +40,14 @@ class Admission:
                 longest = max(scheduler.waiting, key=lambda each: each.most_tokens)
                 failed.append(self._refuse(longest, "out of memory", self.workspace.failure))
         return failed
+
+    def _keep_up(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
+        """Make caches for members that sequences came to need when their weights changed."""
+        lacking = [each for each in self.scheduler.placed if not self.workspace.holds(each.needed, 0)]
+        if lacking:
+            self._grow(max_batch_size, cache_bytes)
+        without = [each for each in lacking if not self.workspace.holds(each.needed, 0)]
+        return [self._refuse(each, "out of memory", self.workspace.failure) for each in without]
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether there is a free slot now, long enough for every sequence with the drafts of all."""

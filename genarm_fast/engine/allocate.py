@@ -1,4 +1,4 @@
-"""How large the KV cache is: as many slots as asked for, unless they take more memory than allowed, or than there is."""
+"""How large the KV cache is: as many slots as asked for, unless that is more memory than allowed, or than there is."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class Sampler:
     def sample(self, batch: Batch, logits: list[Tensor], drafts: Drafts) -> GuidedSample:
         """Targets [R, q] from each running member's logits [R, q, V]; position j follows the j first drafts.
 
-        Sequences with penalties or processors need the host, and get targets up to the first that is no draft; -1 stands
-        at the positions after it.
+        Sequences with penalties or processors need the host. They get targets up to the first that is not the draft; -1
+        stands at the positions after it.
         """
         base, *arms = (each[..., : self.vocab_size] for each in logits)
         sampling = batch.sampling(self.executor.main)

@@ -65,9 +65,10 @@ class Sequence:
     """A completion in the making: what it says so far, and where the engine has it.
 
     weights: of the next token. epoch: counts changes of the weights, so that what was drawn before one is told apart.
-    unread: tokens of this epoch that are drawn on the device, but that the host has not read.
-    stepwise: its reader takes one step at a time; held: the reader has not asked for the next one yet. slot: its place in the KV cache. cached[m]: how many tokens of prompt and
-    response member m's cache holds. donor: the sequence in `donor_slot` that gives it the first `shared` tokens.
+    unread: tokens of this epoch that are drawn on the device, but not read. stepwise: its reader takes
+    one step at a time; held: the reader has not asked for the next step yet. slot: its place in the KV cache.
+    cached[m]: how many tokens of prompt and response member m's cache holds. donor: the sequence in `donor_slot` that
+    gives it the first `shared` tokens of its prompt.
     """
 
     request: Request

@@ -119,7 +119,7 @@ class Steps:
 
     def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
         """Everything that the device has to do for a step; nothing is read."""
-        sequences, executor = batch.sequences, self.executor
+        sequences = batch.sequences
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
         logits = self._verify(batch, drafter, drafts)
@@ -179,14 +179,12 @@ class Steps:
 
     def _draft_block(self, drafts: Drafts, width: int, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The drafts [R, width] that targets are compared with, on the main stream, and how many each sequence has."""
-        executor = self.executor
         if not drafts.width:
             return targets[:, :0], None
-        (block,) = executor.hand_over([drafts.tensor], drafts.stream, executor.main)
         counts = None
         if min(drafts.counts) < width:
-            counts = executor.upload(torch.tensor([min(count, width) for count in drafts.counts]))
-        return block[:, :width], counts
+            counts = self.executor.upload(torch.tensor([min(count, width) for count in drafts.counts]))
+        return drafts.on_main[:, :width], counts
 
     def _read(
         self, result: GuidedSample, counts: Tensor, active: tuple[int, ...]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class StreamChunk:
     """What one step added to one request.
 
-    text: may be empty while a character or a possible stop string is open. token_ids: the tokens of this step, more than
-    one where drafts were right. weights: the ARM weights that each of them was drawn with. index: of the prompt.
+    text: may be empty while a character or a possible stop string is open. token_ids: the tokens of this step, more
+    than one where drafts were right. weights: the ARM weights that each of them was drawn with. index: of the prompt.
     finish_reason: None before the end.
     """
 

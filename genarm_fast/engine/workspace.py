@@ -54,20 +54,25 @@ class Workspace:
             return cache_bytes is None or slots * tokens * token <= cache_bytes
 
         for count, tokens in sizes(slots, max(in_use, 1), capacity, fits):
-            try:
-                for g, own in groups.items():
-                    runner = self.executor.runners[g]
-                    inputs = (entries_of(runner.members), self.executor.lanes(own), count, tokens)
-                    self.executor.launch(runner.stream, "allocate", runner.reserve, *inputs)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                self.failure = error.with_traceback(None)  # its frames hold caches
-                if not in_use:
-                    self.free()
-            else:
+            if self._grow(groups, count, tokens):
                 self.slots, self.capacity = count, tokens
                 return
+            if not in_use:
+                self.free()
+
+    def _grow(self, groups: dict[int, list[int]], slots: int, tokens: int) -> bool:
+        """Have so much for these members by runner; whether there was memory."""
+        try:
+            for g, own in groups.items():
+                runner = self.executor.runners[g]
+                inputs = (entries_of(runner.members), self.executor.lanes(own), slots, tokens)
+                self.executor.launch(runner.stream, "allocate", runner.reserve, *inputs)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self.failure = error.with_traceback(None)  # its frames hold caches
+            return False
+        return True
 
     @property
     def bytes(self) -> int:

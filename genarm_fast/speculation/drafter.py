@@ -78,8 +78,9 @@ class DraftExecutor(Protocol):
 class Drafts:
     """The drafts of a step: of sequence r the first counts[r] of `tensor`, int64 [R, k] on `stream`.
 
-    read: gives the tensor, or a wider one, on the host. marks, steps: times around so many forwards of the drafter, for
-    which the step had to wait. fed: how many of the last token and the drafts the drafter's own cache holds.
+    on_main: the same for use on the main stream, once `target_logits` was called. read: gives the tensor, or a wider
+    one, on the host. marks, steps: times around so many forwards of the drafter, for which the step had to wait. fed:
+    how many of the last token and the drafts the drafter's own cache holds.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Drafts:
         steps: int = 0,
     ) -> None:
         self.tensor, self.counts, self.stream, self.read = tensor[:, : max(counts)], list(counts), stream, read
-        self.marks, self.steps, self.fed = marks, steps, 0
+        self.marks, self.steps, self.fed, self.on_main = marks, steps, 0, self.tensor
 
     @property
     def width(self) -> int:
@@ -133,7 +134,8 @@ class Drafter(Protocol):
     def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
         """What its members say of the drafted positions, [R, q, V] by member, for the main stream; {} without members.
 
-        Called when all that others verify is launched. It sets `drafts.read`, and `drafts.fed` to q.
+        Called when all that others verify is launched. Drafts of another stream get their `on_main` and `read` here,
+        and their `fed`, which is q.
         """
 
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:

@@ -49,7 +49,7 @@ def tempered_draft(
 class DraftChain:
     """Draft steps of one runner: each feeds what the one before drew. All of them run on the runner's stream.
 
-    Step n feeds the last accepted token, if n = 0, or the draft of step n - 1, and draws the draft of the next position.
+    Step 0 feeds the last accepted token, step n the draft of step n - 1; each draws the draft of the next position.
     """
 
     def __init__(self, executor: DraftExecutor, batch: SequenceBatch, members: tuple[int, ...]) -> None:
@@ -163,9 +163,9 @@ class ModelDrafter:
         read = executor.device.read([chain.block(drafts.fed)], chain.stream)
         drafts.read = lambda: read()[0]
         known: dict[int, Tensor] = {}
-        if not self.foreign:
-            flat = [lane for logits in chain.logits[: drafts.fed] for lane in logits]
-            steps = executor.hand_over(flat, chain.stream, executor.main)
+        flat = [] if self.foreign else [lane for logits in chain.logits[: drafts.fed] for lane in logits]
+        drafts.on_main, *steps = executor.hand_over([drafts.tensor, *flat], chain.stream, executor.main)
+        if steps:
             count = len(self.members)
             known = {member: torch.cat(steps[i::count], dim=1) for i, member in enumerate(self.members)}
         if executor.device.lag:  # after what the main stream waits for

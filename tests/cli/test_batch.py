@@ -112,16 +112,16 @@ def test_failed_requests_are_reported_and_tried_again(
     command, folder = job
     command = [*command, "--output", str(folder / "out.jsonl")]
     with monkeypatch.context() as patch:
-        from genarm_fast.engine.sequence import Row
+        from genarm_fast.engine.sequence import Sequence
 
-        settle = Row.settle
+        append = Sequence.append
 
-        def failing(self: Row, draw: Any) -> None:
+        def failing(self: Sequence, *drawn: Any) -> None:
             if self.request.prompt == [40, 41, 42]:
                 raise RuntimeError("a fault in the middle")
-            settle(self, draw)
+            append(self, *drawn)
 
-        patch.setattr(Row, "settle", failing)
+        patch.setattr(Sequence, "append", failing)
         result = cli(*command)
     assert result.code == 1
     assert "id 10: RuntimeError: a fault in the middle" in result.err

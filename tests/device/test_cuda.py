@@ -55,7 +55,7 @@ def test_replays_run_where_they_were_captured(model):
     assert all(entry[-1] is where[entry[1]] for entry in log.of("replay"))
     pools = {(entry[-1], entry[2]) for entry in log.of("capture")}
     assert len({pool for _, pool in pools}) == len(pools) == 2
-    waits = [entry[1:3] for entry in log.of("wait")][3:]  # three streams wait for the one that loaded the weights
+    waits = [entry[1:3] for entry in log.of("wait")][6:]  # three streams wait for what was done to weights before
     assert Counter(waits) == Counter({pair: len(waits) // 4 for s in streams for pair in ((s, main), (main, s))})
 
 
@@ -95,7 +95,7 @@ def test_what_is_handed_over_is_kept_for_its_reader(model):
     with cuda_driver() as log, engines_on(OnCpuTensors()):
         run(model, count=2)
     kept = Counter(entry[2] for entry in log.of("keep"))
-    waits = [entry[1:3] for entry in log.of("wait")][3:]
+    waits = [entry[1:3] for entry in log.of("wait")][6:]
     main = log.of("stream")[0][1]
     to_main = sum(target is main for target, _ in waits)
     assert kept[main] == to_main  # one tensor of logits each
@@ -137,11 +137,11 @@ def test_ranges_that_a_profiler_shows(model, monkeypatch):
         names[name] += 1
         yield
 
-    for module in ("device.base", "device.cuda", "engine.host_rounds", "engine.flight"):
+    for module in ("device.base", "device.cuda", "engine.step"):
         monkeypatch.setattr(f"genarm_fast.{module}.span", span)
     forwards = {"base.forward", "arm[0].forward"}
     with cuda_driver(), engines_on(OnCpuTensors()):
         run(model, count=2)
-        assert set(names) == {"allocate", "prefill", "round", *forwards, "sample", "settle", "readback"}
+        assert set(names) == {"allocate", "prefill", "step", *forwards, "sample", "accept", "readback"}
         run(model, speculation=Speculation("arm", 2), count=2)
-        assert set(names) == {"allocate", "prefill", "round", "draft", *forwards, "sample", "settle", "readback"}
+        assert set(names) == {"allocate", "prefill", "step", "draft", *forwards, "sample", "accept", "readback"}

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from genarm_fast import GenARM, SamplingParams
-from genarm_fast.engine.flight import Flight
+from genarm_fast.engine.batch import Batch
+from genarm_fast.engine.step import Steps
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation.config import Speculation
 
@@ -132,7 +133,7 @@ def test_forwards_of_a_round_may_overlap(model):
     """And a round may be launched before the host has read the one before it."""
     recorder, _ = record(model, count=2)
     forwards = [launch for launch in recorder.launches if launch[0].endswith(".forward")]
-    names = {"allocate", "prefill", "round", "base.forward", "arm[0].forward"}
+    names = {"allocate", "prefill", "step", "base.forward", "arm[0].forward"}
     assert {name for name, *_ in recorder.launches} == names
     for (_, first, _, end), (_, second, behind, _) in zip(forwards[::2], forwards[1::2]):
         assert first != second
@@ -175,17 +176,16 @@ class Trace(TorchDispatchMode):
 def traced_rounds():
     """Rows and operations of plain rounds in which no row came or went. Not looked into: `guided_sample`, a kernel."""
     traces = []
-    launch = Flight.launch
+    launch, batches = Steps.launch, []
 
-    def traced(self, seats):
-        steady = [seat.slot for seat in seats] == self._index[0] and all(
-            self.aboard.get(seat.slot) is seat for seat in seats
-        )
+    def traced(self, batch, *rest):
+        steady = bool(batches) and batches[-1] is batch
+        batches.append(batch)
         if not steady:
-            return launch(self, seats)
+            return launch(self, batch, *rest)
         with NoWaiting(), Trace() as trace:
-            result = launch(self, seats)
-        traces.append((len(seats), trace.operations))
+            result = launch(self, batch, *rest)
+        traces.append((len(batch), trace.operations))
         return result
 
     def kernel(*args, **options):
@@ -193,7 +193,7 @@ def traced_rounds():
             return guided_sample(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Flight, "launch", traced)
+        patch.setattr(Steps, "launch", traced)
         patch.setattr("genarm_fast.engine.sampler.guided_sample", kernel)
         ragged = sys.modules["genarm_fast.kernels.ragged_attention"]
         patch.setattr(ragged, "check_cache", lambda *_: None)  # looks at numbers on the CPU alone
@@ -216,8 +216,8 @@ def test_a_round_never_waits_and_its_shapes_repeat(tiny_model, tokenizer, family
 
 def test_waiting_is_noticed(model, monkeypatch):
     """Control: something in a round that looks at a tensor."""
-    advance = Flight.advance
+    accept = Batch.accept
     for look in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: bool(t.any())):
-        monkeypatch.setattr(Flight, "advance", lambda *args, look=look: (look(args[2][0]), advance(*args)))
+        monkeypatch.setattr(Batch, "accept", lambda *args, look=look: (look(args[1][0]), accept(*args))[1])
         with engines_on(Lagging()), traced_rounds(), pytest.raises(AssertionError, match=r"wait|mask"):
             model.generate(prompts(2), PLAIN, speculation="off", ignore_eos=True)

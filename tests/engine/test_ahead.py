@@ -12,9 +12,10 @@ from doubles import Accesses, Lagging, Recorder, engines_on
 from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams, reference
-from genarm_fast.engine.sampler import Sampler
+from genarm_fast.engine.step import Steps
 from genarm_fast.speculation.config import Speculation
-from genarm_fast.speculation.drafter import BackboneDrafter, Chain, Drafts
+from genarm_fast.speculation.drafter import Drafts
+from genarm_fast.speculation.model_drafter import DraftChain, ModelDrafter
 
 FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
 
@@ -31,13 +32,13 @@ def similar(seed: int = 0, noise: float = 0.02):
 @pytest.fixture
 def advances(monkeypatch):
     """Steps that were drafted ahead and used, one entry a block."""
-    used, advance = [], Chain.advance
+    used, advance = [], DraftChain.advance
 
     def counted(self, steps):
         advance(self, steps)
         used.append(len(self))
 
-    monkeypatch.setattr(Chain, "advance", counted)
+    monkeypatch.setattr(DraftChain, "advance", counted)
     return used
 
 
@@ -145,20 +146,20 @@ def test_nothing_is_drafted_twice(tiny_model, tokenizer):
 def test_the_next_block_is_drafted_while_one_is_verified(tiny_model, tokenizer, monkeypatch):
     """Neither waits for the other, nor does the host for what was drafted ahead."""
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
-    waits, read = [], Sampler.read
+    waits, read = [], Steps._read
 
-    def checked(self, result):
-        clocks = self.device.clocks
-        (arm,) = {stream for name, stream, *_ in self.device.launches if name == "arm[0].forward"}
-        waits.append(clocks[self.stream][arm] < clocks[arm][arm])
-        return read(self, result)
+    def checked(self, *rest):
+        device, main = self.executor.device, self.executor.main
+        (arm,) = {stream for name, stream, *_ in device.launches if name == "arm[0].forward"}
+        waits.append(device.clocks[main][arm] < device.clocks[arm][arm])
+        return read(self, *rest)
 
-    monkeypatch.setattr(Sampler, "read", checked)
+    monkeypatch.setattr(Steps, "_read", checked)
     rounds = [[]]
     for launch in launched(model).launches:
         if launch[0].endswith(".forward"):
             rounds[-1].append(launch)
-        elif launch[0] == "round":
+        elif launch[0] == "step":
             rounds.append([])
     for forwards in rounds[1:5]:  # the first has nothing ahead yet, the last no further one
         (_, stream, behind, end), *ahead = forwards
@@ -185,11 +186,11 @@ def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, mon
     expected = results(model.generate([5, 6, 7], FREE))
 
     def kept(self, drafts, *_):
-        self.chain.advance(drafts.most + 1)
-        self.chain.start = [len(seat.row.tokens) for seat in self.chain.seats]
+        self.chain.advance(drafts.width + 1)
+        self.chain.start = [len(sequence.tokens) for sequence in self.chain.sequences]
 
     if broken:
-        monkeypatch.setattr(BackboneDrafter, "settled", kept)
+        monkeypatch.setattr(ModelDrafter, "accepted", kept)
     with engines_on(Lagging()):
         found = results(model.generate([5, 6, 7], FREE, speculation=Speculation("arm", 2)))
     assert (found == expected) != broken
@@ -197,29 +198,29 @@ def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, mon
 
 def test_how_far_ahead():
     """As far as fits into verification, no further than the next block or the text; not where drafts are wrong."""
-    drafter = BackboneDrafter(SimpleNamespace(), 1, ["arm"])
+    drafter = ModelDrafter(SimpleNamespace(draft_model=None), 1, (1,), ("arm",))
     drafter.right = 1.0
-    row = SimpleNamespace(remaining=20)
+    sequence = SimpleNamespace(remaining=20)
 
     def steps():
-        drafter.chain = SimpleNamespace(seats=[SimpleNamespace(row=row)])
+        drafter.chain = SimpleNamespace(sequences=[sequence])
         return drafter.ahead(3)
 
     assert steps() == 3 + 4
-    drafts = Drafts(torch.zeros(1, 3), [3], None, drafter=drafter, steps=3)
-    drafter.settled(drafts, [3], 3.0, 2.5)  # a step takes 1 s
+    drafts = Drafts(torch.zeros(1, 3), [3], None, steps=3)
+    drafter.accepted(drafts, [3], 3.0, 2.5)  # a step takes 1 s
     assert steps() == 3 + 2
-    drafter.settled(drafts, [3], 3.0, 0.1)
+    drafter.accepted(drafts, [3], 3.0, 0.1)
     assert steps() == 3 + 1  # what the targets need
-    drafter.settled(drafts, [3], 3.0, 30.0)
-    row.remaining = 6
+    drafter.accepted(drafts, [3], 3.0, 30.0)
+    sequence.remaining = 6
     assert steps() == 6
-    row.remaining = 20
+    sequence.remaining = 20
     for _ in range(30):
         steps()
-        drafter.settled(drafts, [2], 3.0, 30.0)
+        drafter.accepted(drafts, [2], 3.0, 30.0)
     assert steps() == 3 + 1
     for _ in range(3):
         steps()
-        drafter.settled(drafts, [3], 3.0, 30.0)
+        drafter.accepted(drafts, [3], 3.0, 30.0)
     assert steps() == 3 + 4

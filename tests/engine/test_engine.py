@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, build_model
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.engine import scheduler
-from genarm_fast.engine.model_runner import Backbone
+from genarm_fast.engine.model_runner import ModelRunner
 
 
 @pytest.mark.parametrize("case", range(24))
@@ -89,9 +89,9 @@ def test_completions_of_one_prompt(tiny_model, tokenizer):
 def prefilled(monkeypatch):
     """Tokens of every prefill, padding included, rows times width."""
     seen = []
-    prefill = Backbone.prefill
+    prefill = ModelRunner.prefill
     monkeypatch.setattr(
-        Backbone, "prefill", lambda self, tokens, *rest: seen.append(tokens.numel()) or prefill(self, tokens, *rest)
+        ModelRunner, "prefill", lambda self, tokens, *rest: seen.append(tokens.numel()) or prefill(self, tokens, *rest)
     )
     return seen
 

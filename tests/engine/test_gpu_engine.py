@@ -13,8 +13,7 @@ from tiny_models import FAMILIES, MIXTURES, build_model, save_adapter
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.device.base import Device
 from genarm_fast.device.cuda import Cuda
-from genarm_fast.engine.flight import Flight
-from genarm_fast.engine.host_rounds import HostRounds
+from genarm_fast.engine.step import Steps
 from genarm_fast.speculation.config import Speculation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -113,39 +112,40 @@ def test_streams_and_graphs_change_nothing(pair):
 def test_a_round_never_waits(pair, monkeypatch):
     """Launching one: after the warm-up of its shapes, PyTorch finds nothing that blocks the host."""
     _, cuda = pair(arms=2)
-    rounds = []
-    launch = Flight.launch
+    steps, batches = [], []
+    launch = Steps.launch
 
-    def strict(self, seats):
-        known = [seat.slot for seat in seats] == self._index[0] and len(self.engine.device.graphs) == 3
-        if not known or not all(self.aboard.get(seat.slot) is seat for seat in seats):
-            return launch(self, seats)
+    def strict(self, batch, *rest):
+        steady = bool(batches) and batches[-1] is batch and len(self.executor.device.graphs) == 3
+        batches.append(batch)
+        if not steady:
+            return launch(self, batch, *rest)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            rounds.append(launch(self, seats))
+            steps.append(launch(self, batch, *rest))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        return rounds[-1]
+        return steps[-1]
 
-    monkeypatch.setattr(Flight, "launch", strict)
+    monkeypatch.setattr(Steps, "launch", strict)
     params = {"max_new_tokens": 40, "ignore_eos": True, "rewards": True, "top_p": 0.9, "seed": 1}
     cuda.generate(random_prompts(random.Random(1), 3), speculation="off", **params)
-    assert len(rounds) > 30
+    assert len(steps) > 30
 
 
 def test_drafting_waits_once_a_round(pair, monkeypatch):
     """Drafts, their verification and the draw are launched without waiting; the read-back then waits for all."""
     _, cuda = pair()
-    verify = HostRounds.verify
+    verify = Steps._verify
 
     def strict(self, *given):
-        torch.cuda.set_sync_debug_mode("error" if len(self.engine.device.graphs) >= 2 else "default")
+        torch.cuda.set_sync_debug_mode("error" if len(self.executor.device.graphs) >= 2 else "default")
         try:
             return verify(self, *given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(HostRounds, "verify", strict)
+    monkeypatch.setattr(Steps, "_verify", strict)
     output = cuda.generate([5, 6, 7], max_new_tokens=60, ignore_eos=True, speculation=Speculation("arm", 2), seed=1)[0]
     assert len(output.token_ids) == 60
 

@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from genarm_fast import GenARM
 from genarm_fast.engine import selfcheck
+from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import _native
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.lora_lanes import share_forwards
@@ -22,13 +23,21 @@ def member(model, tokenizer) -> Member:
     return Member("base", model, tokenizer)
 
 
+def probe_of(members):
+    """A runner as the self-check makes it."""
+    runner = ModelRunner(members)
+    runner.refresh()
+    runner.discover(3, selfcheck.LENGTH)
+    return runner
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 @torch.inference_mode()
 def test_supported_families_pass(tokenizer, family, dtype):
     """And well inside of the tolerance."""
     one = member(build_model(family, 0).to(dtype), tokenizer)
-    (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+    (error,) = selfcheck.deviations([one], probe_of([one]), 0)
     assert error < 0.5 * selfcheck.tolerance(one)
     assert selfcheck.entries_of([one])[0].dtype == dtype
 
@@ -108,7 +117,7 @@ def test_rounding_by_the_whole_batch_is_no_fault(tokenizer):
             module.__class__ = Rounded
     one = member(model, tokenizer)
     with torch.inference_mode():
-        (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+        (error,) = selfcheck.deviations([one], probe_of([one]), 0)
     assert error > selfcheck.tolerance(one)
     assert selfcheck.entries_of([one])
 
@@ -122,7 +131,7 @@ def test_a_deep_model_that_magnifies_rounding_passes(tokenizer, monkeypatch):
             parameter.data *= 2
     one = member(model, tokenizer)
     with torch.inference_mode():
-        (error,) = selfcheck.deviations([one], selfcheck.Backbone([one], 3, selfcheck.LENGTH), 0)
+        (error,) = selfcheck.deviations([one], probe_of([one]), 0)
     assert error > selfcheck.tolerance(one)
     monkeypatch.setattr(selfcheck, "TRIES", 1)
     assert selfcheck.entries_of([one])

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, MIXTURES, VOCAB_SIZE, build_model, save_adapte
 from transformers.models.llama import modeling_llama
 
 from genarm_fast import GenARM
-from genarm_fast.engine.model_runner import Backbone
+from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import _native
 from genarm_fast.models import fast_modules
 from genarm_fast.models.fast_modules import as_runner
@@ -29,16 +29,18 @@ def is_fused(model) -> bool:
 
 def logits_of(members):
     """Rows of unequal length, prefilled, fed blocks and rolled back, beyond a window of 8."""
-    backbone = Backbone(members, SLOTS, CAPACITY)
+    runner, lanes = ModelRunner(members), range(len(members))
+    runner.refresh()
+    runner.discover(SLOTS, CAPACITY)
     tokens = torch.arange(len(members) * 2 * CAPACITY).view(len(members), 2, CAPACITY) * 7 % VOCAB_SIZE
     found = []
     for start, width, rows in ((0, 6, 2), (6, 1, 2), (7, 5, 2), (9, 3, 1), (12, 10, 2), (22, 1, 1)):
         where = torch.arange(start, start + width).expand(len(members), rows, width)
         block = tokens[:, :rows, start : start + width]
         if start == 0:
-            backbone.prefill(block, where, [2, 0], width)
+            runner.prefill(block, where, [2, 0], width, lanes)
         else:
-            found += backbone.forward(block, where, [2, 0][:rows], start + width)
+            found += runner.forward(block, where, [2, 0][:rows], start + width, lanes)
     return found
 
 

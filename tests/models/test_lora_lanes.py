@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
-from genarm_fast.engine.model_runner import Backbone
+from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.models.forward_context import running
 from genarm_fast.models.lora_lanes import LaneLinear, share_forwards
 from genarm_fast.models.weights import share_weights
@@ -182,15 +182,15 @@ def test_only_weighted_lanes_run(folders, merged, monkeypatch):
         )
     rows.clear()
     model.generate([5, 6, 7], weights=0, max_new_tokens=3)
-    assert rows == []  # the base alone, without lanes
+    assert rows == [1, 1, 1]  # the base's lane alone
 
 
 def test_prefill_is_shared_by_completions(folders, merged, monkeypatch):
     model = GenARM.from_pretrained(folders / "base", folders / "few")
     model.generate([5], max_new_tokens=1)  # checks itself first
-    sizes, prefill = [], Backbone.prefill
+    sizes, prefill = [], ModelRunner.prefill
     monkeypatch.setattr(
-        Backbone, "prefill", lambda self, ids, *rest: sizes.append(tuple(ids.shape)) or prefill(self, ids, *rest)
+        ModelRunner, "prefill", lambda self, ids, *rest: sizes.append(tuple(ids.shape)) or prefill(self, ids, *rest)
     )
     rows = lane_rows(model, monkeypatch)
     model.generate(list(range(5, 15)), n=3, max_new_tokens=2, ignore_eos=True)

@@ -71,16 +71,15 @@ def test_texts_drafted_ahead_follow_the_law(model):
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_drafts_settled_without_verification_are_noticed(model, monkeypatch, share):
     """Where the law gives them any chance, and not always: the texts are possible, but too many are the drafter's."""
-    rng, draw = random.Random(0), Sampler.draw
+    rng, sample = random.Random(0), Sampler.sample
     possible = {text[: n + 1] for text in law(model) for n in range(LENGTH)}
 
-    def faulty(self, rows, logits, drafts):
-        lines = draw(self, rows, logits, drafts)
-        for row, line, tokens in zip(rows, lines, drafts.tokens):
-            if tokens and (*row.tokens, tokens[0]) in possible and rng.random() < share:
-                line[:] = [line[0]]
-                line[0].token = tokens[0]
-        return lines
+    def faulty(self, batch, logits, drafts):
+        result = sample(self, batch, logits, drafts)
+        for row, (sequence, tokens) in enumerate(zip(batch.sequences, drafts.tokens)):
+            if tokens and (*sequence.tokens, tokens[0]) in possible and rng.random() < share:
+                result.tokens[row, 0] = tokens[0]
+        return result
 
-    monkeypatch.setattr(Sampler, "draw", faulty)
+    monkeypatch.setattr(Sampler, "sample", faulty)
     assert surprise(model, "arm") > 1

@@ -15,14 +15,14 @@ from tiny_models import build_model
 from genarm_fast import GenARM, SamplingParams, reference
 from genarm_fast.device.base import Device
 from genarm_fast.engine import sampler
-from genarm_fast.engine.engine import Engine
-from genarm_fast.engine.host_rounds import HostRounds
-from genarm_fast.engine.model_runner import Backbone
+from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import guided_sample
+from genarm_fast.speculation import model_drafter
 from genarm_fast.speculation.config import Speculation
-from genarm_fast.speculation.drafter import BackboneDrafter
+from genarm_fast.speculation.model_drafter import ModelDrafter
 from genarm_fast.speculation.ngram_drafter import NgramIndex
-from genarm_fast.speculation.observations import PLAIN
+from genarm_fast.speculation.observations import PLAIN, Choice
 from genarm_fast.speculation.policy import DraftPolicy
 from genarm_fast.speculation.tuner import Tuner
 
@@ -93,18 +93,17 @@ def test_an_extra_draft_model(tiny_model, tokenizer, case):
 
 def test_a_draft_model_catches_up(tiny_model, tokenizer, monkeypatch):
     """One that is the base is right about every token, also after rounds in which others drafted or nobody did."""
-    turns = cycle([(None, 0), (0, 3), (1, 2), (None, 0), (1, 1), (0, 2)])  # the draft model is drafter 1
+    # without ARMs there are two drafters: the draft model, then n-grams
+    turns = cycle(Choice(*turn) for turn in [(None, 0), (1, 3), (0, 2), (None, 0), (0, 1), (1, 2)])
     monkeypatch.setattr(DraftPolicy, "choose", lambda self, rows: next(turns))
     model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
-    seen, settle = [], HostRounds.settle
+    seen, accepted = [], ModelDrafter.accepted
 
-    def counted(self, rows, logits, drafts):
-        accepted = settle(self, rows, logits, drafts)
-        if drafts.group is not None:
-            seen.extend(zip(accepted, drafts.counts))
-        return accepted
+    def counted(self, drafts, right, *seconds):
+        seen.extend(zip(right, drafts.counts))
+        return accepted(self, drafts, right, *seconds)
 
-    monkeypatch.setattr(HostRounds, "settle", counted)
+    monkeypatch.setattr(ModelDrafter, "accepted", counted)
     params = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.7}
     outputs = model.generate(random_prompts(random.Random(3), 3), seed=1, speculation="auto", **params)
     assert sum(count for _, count in seen) > 40
@@ -132,36 +131,36 @@ def test_refusals(tiny_model, tokenizer):
 
 
 def off_by_one(monkeypatch):
-    forward = Backbone.forward
+    forward = ModelRunner.forward
 
-    def shifted(self, tokens, positions, slots, limit):
+    def shifted(self, tokens, positions, slots, kv_bound, lanes):
         shift = int(tokens.shape[-1] > 1)  # blocks that verify drafts
-        return forward(self, tokens, positions + shift, slots, limit + shift)
+        return forward(self, tokens, positions + shift, slots, kv_bound + shift, lanes)
 
-    monkeypatch.setattr(Backbone, "forward", shifted)
+    monkeypatch.setattr(ModelRunner, "forward", shifted)
 
 
 def no_roll_back(monkeypatch):
     """The base goes on behind rejected drafts."""
-    feed, behind = Engine.feed, WeakKeyDictionary()
+    feed, behind = Executor.forward, WeakKeyDictionary()
 
-    def forward(self, tokens, positions, slots, limit):
+    def forward(self, tokens, positions, slots, kv_bound, lanes):
         ends = behind.setdefault(self, {})
         starts = positions[0, :, 0].tolist()
         moved = torch.tensor([max(ends.get(slot, start) - start, 0) for slot, start in zip(slots, starts)])
         positions = (positions + moved[:, None]).clamp_max(self.capacity - 1)
         ends.update(zip(slots, (positions[0, :, -1] + 1).tolist()))
-        return original(self, tokens, positions, slots, self.capacity)
+        return original(self, tokens, positions, slots, self.capacity, lanes)
 
-    original = Backbone.forward
+    original = ModelRunner.forward
 
-    def chosen(self, g, *rest, **named):
+    def chosen(self, members, *rest):
         with monkeypatch.context() as patch:
-            if g == 0:
-                patch.setattr(Backbone, "forward", forward)
-            return feed(self, g, *rest, **named)
+            if members == [0]:
+                patch.setattr(ModelRunner, "forward", forward)
+            return feed(self, members, *rest)
 
-    monkeypatch.setattr(Engine, "feed", chosen)
+    monkeypatch.setattr(Executor, "forward", chosen)
 
 
 def filters_on_drafts_only(monkeypatch):
@@ -174,21 +173,21 @@ def filters_on_drafts_only(monkeypatch):
 
 
 def stale_logits(monkeypatch):
-    join = BackboneDrafter.join
+    target_logits = ModelDrafter.target_logits
 
     def stale(self, drafts):
-        return {member: each.roll(1, dims=1) for member, each in join(self, drafts).items()}
+        return {member: each.roll(1, dims=1) for member, each in target_logits(self, drafts).items()}
 
-    monkeypatch.setattr(BackboneDrafter, "join", stale)
+    monkeypatch.setattr(ModelDrafter, "target_logits", stale)
 
 
 def other_noise(monkeypatch):
     """Not wrong, but slow: drafts with noise of their own are hardly ever right."""
-    propose = sampler.Sampler.propose
+    draft = model_drafter.tempered_draft
     monkeypatch.setattr(
-        sampler.Sampler,
-        "propose",
-        lambda self, rows, lanes, members, positions, *rest: propose(self, rows, lanes, members, positions + 99, *rest),
+        model_drafter,
+        "tempered_draft",
+        lambda batch, lanes, members, positions, stream: draft(batch, lanes, members, positions + 99, stream),
     )
 
 
