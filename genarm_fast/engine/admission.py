@@ -16,10 +16,13 @@ class Admission:
     def __init__(self, executor: Executor, scheduler: Scheduler, workspace: Workspace) -> None:
         self.executor, self.scheduler, self.workspace = executor, scheduler, workspace
         self._attempted: Any = None  # the last growth that was tried: the same one again would fail again
+        self._denied = False  # memory gave fewer slots than were wanted
 
     def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Give slots to waiting sequences; returns those that can never have one, with their `error` set."""
         scheduler, failed = self.scheduler, self._keep_up(max_batch_size, cache_bytes)
+        if scheduler.waiting and not scheduler.placed:
+            self._grow(max_batch_size, cache_bytes)  # at once for all that wait, since nothing has to stay
         while scheduler.waiting and len(scheduler.active) < max_batch_size:
             sequence = scheduler.waiting[0]
             if cache_bytes is not None and self._bytes(sequence) > cache_bytes:
@@ -33,7 +36,6 @@ class Admission:
             elif held := [each for each in scheduler.placed if each.held]:
                 scheduler.preempt(held[-1])
                 scheduler.waiting.rotate(-1)  # behind those who are waited for
-                self._attempted = None
             elif scheduler.placed:
                 break  # until others have left
             else:
@@ -60,20 +62,26 @@ class Admission:
         placed = scheduler.placed
         waiting = [each for each in scheduler.waiting if cache_bytes is None or self._bytes(each) <= cache_bytes]
         together = [*placed, *waiting]
+        if not together:
+            return
         slots = len(placed) + min(len(waiting), max_batch_size - len(scheduler.active))
         in_use = max((each.slot + 1 for each in placed if each.slot is not None), default=0)
         if in_use:  # those who come later pay for few growths
             slots = max(slots, min(2 * workspace.slots, max_batch_size))
         members = {m for each in together for m in each.needed} | self._drafting(together)
-        attempt = members, slots, self._capacity(together), in_use
+        capacity = self._capacity(together)
+        if self._denied and workspace.holds(members, capacity):
+            return  # more slots are all that growing could give
+        attempt = members, slots, capacity, in_use
         if attempt != self._attempted:
             self._attempted = attempt
             workspace.reserve(*attempt, cache_bytes)
+            self._denied = workspace.slots < slots
             scheduler.resize(workspace.slots)
 
-    def left(self) -> None:
-        """Sequences have left, so that memory may be had again."""
-        self._attempted = None
+    def begin(self) -> None:
+        """A run begins: there may be more memory than before, or a higher limit."""
+        self._attempted, self._denied = None, False
 
     def _capacity(self, sequences: list[Sequence]) -> int:
         """Tokens of a slot for these sequences; near its end, one may be padded as far as the others' drafts go."""
@@ -93,5 +101,5 @@ class Admission:
         sequence.error = MemoryError(f"{tokens} tokens take {taken:,} bytes of cache: {why}")
         sequence.error.__cause__ = cause
         self.scheduler.leave(sequence)
-        self.left()
+        self.begin()
         return sequence

@@ -96,6 +96,7 @@ class Engine:
         """Weights may have been changed in place since the last run, and limits set."""
         self.executor.refresh()
         self.scheduler.forget_prompts()
+        self.admission.begin()
         if not self.scheduler and not self.workspace.allowed(self.config.cache_bytes):
             self.workspace.free()
 
@@ -180,7 +181,6 @@ class Engine:
         for sequence in sequences:
             self.scheduler.leave(sequence)
             self._news.pop(sequence.id, None)
-        self.admission.left()
         if sequences and not self.scheduler:
             self.executor.device.finish()  # what is still running uses tensors that are about to be freed
             self.steps.forget()
@@ -206,7 +206,6 @@ class Engine:
         if not self.scheduler.placed:
             self.workspace.free()
             self.scheduler.resize(0)
-            self.admission.left()
 
 
 class Run:

@@ -17,6 +17,7 @@ from tiny_models import build_model
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine import workspace
 from genarm_fast.engine.allocate import roomy
+from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.speculation.config import Speculation
 
 PARAMS = SamplingParams(max_new_tokens=8, seed=1, ignore_eos=True)
@@ -38,7 +39,11 @@ def tokens(model, texts, params=PARAMS, **options):
 
 def left(model):
     """The caches that it keeps, by their memory."""
-    return [layer.keys.data_ptr() for room in model.rooms._left for each in room.backbones for layer in each.layers]
+    return [states.data_ptr() for states in caches(model)]
+
+
+def caches(model):
+    return [states for runner in model.engine().executor.runners for states in runner._states()]
 
 
 @pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3), Speculation("ngram", 2)])
@@ -63,8 +68,18 @@ def test_the_next_call_takes_what_the_last_one_left(fresh):
     before = left(model)
     tokens(model, prompts(1, count=1, longest=5), max_new_tokens=100)  # longer ones
     assert left(model) != before
+    tokens(model, prompts(1))
+    before = left(model)
     tokens(model, prompts(1), weights=0.0)  # without the ARM
-    assert len(left(model)) == len(before) // 2
+    assert left(model) == before
+
+
+def test_an_arm_that_nobody_asks_for_takes_no_memory(fresh):
+    model = fresh()
+    tokens(model, prompts(0), weights=0.0)
+    alone = len(left(model))
+    tokens(model, prompts(0), weights=1.0)
+    assert len(left(model)) == 2 * alone
 
 
 def test_no_more_rows_at_a_time_than_asked_for(fresh):
@@ -81,37 +96,34 @@ def test_no_more_rows_at_a_time_than_asked_for(fresh):
 def test_what_is_left_holds_to_cache_bytes(fresh):
     model = fresh()
     tokens(model, prompts(0, count=4))
-    (room,) = model.rooms._left
-    model.cache_bytes = room.bytes - 1
+    taken = model.engine().workspace.bytes
+    model.cache_bytes = taken - 1
     tokens(model, prompts(0, count=1))
-    (smaller,) = model.rooms._left
-    assert smaller.bytes < room.bytes
+    assert 0 < model.engine().workspace.bytes < taken
 
 
 def test_whatever_is_left_in_the_caches(fresh):
     model = fresh(max_batch_size=2)
     texts = prompts(0, count=5)
     expected = tokens(model, texts)
-    (room,) = model.rooms._left
     with torch.inference_mode():
-        for states in (states for backbone in room.backbones for states in backbone._states()):
+        for states in caches(model):
             states.fill_(torch.nan)
     before = left(model)
     assert tokens(model, texts) == expected
     assert left(model) == before
 
 
-def test_runs_at_one_time_have_a_room_each(fresh):
+def test_runs_at_one_time_share_the_caches(fresh):
     model = fresh()
     texts = prompts(0)
     expected = tokens(model, texts)
     with model.stream(texts, PARAMS) as one, model.stream(texts, PARAMS) as other:
-        assert not left(model)
+        next(one)
         assert tokens(model, texts) == expected
-        for _ in range(PARAMS.max_new_tokens * len(texts)):
-            next(one), next(other)
+        assert len(list(one)) == len(list(other)) - 1 == PARAMS.max_new_tokens * len(texts) - 1
     assert [output.token_ids for output in one.outputs] == [output.token_ids for output in other.outputs] == expected
-    assert len(model.rooms._left) == 1
+    assert len({states.shape[0] for states in caches(model)}) == 1
 
 
 def test_threads(fresh):
@@ -142,7 +154,7 @@ def test_an_error_leaves_nothing(fresh, monkeypatch):
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr("genarm_fast.engine.model_runner.Backbone.forward", fail)
+        patch.setattr("genarm_fast.engine.model_runner.ModelRunner.forward", fail)
         with pytest.raises(RuntimeError, match="device lost"):
             tokens(model, texts)
     assert not left(model)
@@ -158,8 +170,7 @@ def test_a_failed_row_leaves_nothing_to_the_next(tokenizer):
     expected = tokens(model, [[5, 6, 7]])
     with pytest.raises(Exception, match="NaN"):
         model.generate([[5, 42, 7, 8, 9]], PARAMS)
-    (room,) = model.rooms._left
-    assert all(states.isfinite().all() for states in room.backbones[0]._states())
+    assert all(states.isfinite().all() for states in caches(model))
     assert tokens(model, [[5, 6, 7]]) == expected
 
 
@@ -175,15 +186,15 @@ def test_what_is_large_is_not_kept(fresh, monkeypatch):
 def test_release_and_the_end_of_a_model_free_it(fresh):
     model = fresh()
 
-    def caches(model):
+    def watched(model):
         tokens(model, prompts(0))
-        return [weakref.ref(each) for room in model.rooms._left for each in room.backbones]
+        return [weakref.ref(states) for states in caches(model)]
 
-    held = caches(model)
+    held = watched(model)
     assert all(cache() is not None for cache in held)
     model.release()
     assert all(cache() is None for cache in held)
-    held = caches(model)
+    held = watched(model)
     del model
     gc.collect()
     assert all(cache() is None for cache in held)
@@ -192,10 +203,9 @@ def test_release_and_the_end_of_a_model_free_it(fresh):
 def test_what_is_too_small_is_freed_before_more_is_made(fresh, monkeypatch):
     model = fresh()
     tokens(model, prompts(0, count=1))
-    (cache,) = [weakref.ref(room.backbones[0]) for room in model.rooms._left]
-    make = workspace.Backbone.allocate
-    alive = []
-    monkeypatch.setattr(workspace.Backbone, "allocate", lambda *args: alive.append(cache() is not None) or make(*args))
+    cache = weakref.ref(caches(model)[0])
+    reserve, alive = ModelRunner.reserve, []
+    monkeypatch.setattr(ModelRunner, "reserve", lambda *args: alive.append(cache() is not None) or reserve(*args))
     tokens(model, prompts(0, count=4))
     assert alive == [False, False]
 
