@@ -23,7 +23,7 @@ def name_of(result: dict[str, Any]) -> str:
 
 
 def by_k(result: dict[str, Any], value: str) -> tuple[list[int], list[float]]:
-    """Of one row with so many drafts per round."""
+    """Every K, and the value of one row with so many drafts per step."""
     lines = [line for line in result["lines"] if line["batch"] == 1 and line["contender"].startswith("K = ")]
     points = [(int(line["contender"][4:]), line[value]) for line in lines if line.get(value) is not None]
     return [k for k, _ in points], [found for _, found in points]
@@ -55,8 +55,8 @@ def main() -> None:
         auto = [line for line in result["lines"] if line["contender"] == "auto"]
         if len(auto) > 1:
             axes[3].plot([a["batch"] for a in auto], [a[f"x {PLAIN}"] for a in auto], "o-", color=colour, label=label)
-    axes[0].set(title="speed-up over K = 0 (dashed: model)", xlabel="drafts per round, K")
-    axes[1].set(title="acceptance (right drafts / drafts)", xlabel="drafts per round, K", ylim=(0, 1))
+    axes[0].set(title="speed-up over K = 0 (dashed: model)", xlabel="drafts per step, K")
+    axes[1].set(title="acceptance (right drafts / drafts)", xlabel="drafts per step, K", ylim=(0, 1))
     axes[2].set(title="best speed-up over K = 0", xlabel="cost ratio, ARM forward / base forward", xlim=(0, None))
     axes[3].set(title="auto over K = 0", xlabel="batch size")
     for axis in (axes[0], axes[2], axes[3]):

@@ -1,4 +1,4 @@
-"""Speculative guided decoding on a CPU: tokens per second over drafts per round, against plain decoding and others.
+"""Speculative guided decoding on a CPU: tokens per second over drafts per step, against plain decoding and others.
 
     OMP_NUM_THREADS=1 python benchmarks/speculation.py pair [--base BASE] [--arm ARM]     a small ARM drafts for a base
     OMP_NUM_THREADS=1 python benchmarks/speculation.py lookup [--base BASE] [--arm LORA]  lanes; text repeats its prompt
@@ -167,7 +167,7 @@ def measure(case: Case, batch: int) -> list[dict[str, Any]]:
             rounds = [output.rounds for output in outputs[name]]
             drafted = sum(each.drafted for each in rounds)
             line["acceptance"] = sum(each.accepted for each in rounds) / drafted if drafted else None
-            line["tokens/round"] = len(rounds) * args.tokens / sum(each.rounds for each in rounds)
+            line["tokens/step"] = len(rounds) * args.tokens / sum(each.rounds for each in rounds)
             line["same text"] = sum(o.token_ids == p for o, p in zip(outputs[name], plain)) / len(plain)
         lines.append(line)
     return lines

@@ -25,13 +25,13 @@ TRUSTED = 0.1  # figures of a larger spread say little
 class Drafts:
     """What "auto" did in the timed rounds, and whether it changed a text, the warm-up's included.
 
-    chosen: turns of the decode loop by what was chosen for them, such as "plain" or "small, k=3".
+    chosen: steps of the decode loop by what was chosen for them, such as "plain" or "small, k=3".
     """
 
     chosen: dict[str, int]
     drafted: int
     accepted: int
-    tokens_per_round: float  # of a text; 1 without drafts
+    tokens_per_step: float  # of a text; 1 without drafts
     texts: int
     same_texts: int  # of them, token for token what they are without drafts
 
@@ -147,7 +147,7 @@ def _drafts(
         chosen=chosen,
         drafted=sum(output.rounds.drafted for output in timed),
         accepted=sum(output.rounds.accepted for output in timed),
-        tokens_per_round=sum(len(output.token_ids) for output in timed) / sum(o.rounds.rounds for o in timed),
+        tokens_per_step=sum(len(output.token_ids) for output in timed) / sum(o.rounds.rounds for o in timed),
         texts=len(plain),
         same_texts=sum(off.token_ids == auto.token_ids for off, auto in zip(plain, drafted)),
     )

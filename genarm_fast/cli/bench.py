@@ -196,11 +196,11 @@ def _drafts_line(drafts: Drafts) -> str:
     for choice, count in drafts.chosen.items():
         turns[choice.rpartition(", k=")[0]] += count
     nobody = turns.pop("", 0)
-    what = f"drafts: none in {nobody} rounds, since they would not pay"
+    what = f"drafts: none in {nobody} steps, since they would not pay"
     if turns:
         right = f"{drafts.drafted}, {drafts.accepted / drafts.drafted:.0%} right" if drafts.drafted else "none"
         whose = ", ".join(f"{name} {count}" for name, count in [*turns.most_common(), ("nobody", nobody)])
-        what = f"drafts: {right}; whose turn it was: {whose}; {drafts.tokens_per_round:.2f} tokens a round and text"
+        what = f"drafts: {right}; whose turn it was: {whose}; {drafts.tokens_per_step:.2f} tokens a step and text"
     if drafts.same_texts == drafts.texts:
         return f"{what}; all {drafts.texts} texts are the same tokens with drafts as without"
     changed = drafts.texts - drafts.same_texts

@@ -61,50 +61,32 @@ def as_speculation(value: object) -> Speculation:
 
 @dataclass(frozen=True, slots=True)
 class TunerConfig:
-    """The numbers by which a `Tuner` measures, predicts, switches and tries. Nobody has to change them.
+    """The numbers by which a `Tuner` measures, predicts, switches and tries. Nobody has to change them."""
 
-    Time shares are of decoding time. "In vain" means that a trial cost more time per token than the best choice.
-    """
-
-    # Measuring.
-    # Timings kept per forward size: their lower quartile ignores one forward in twenty that the machine held up.
+    # Timings kept for each size of a forward. Their lower quartile ignores the one in twenty that the machine held up.
     timings: int = 7
-    # Rows after which evidence on acceptance counts half: a text changes its kind within some 32 tokens.
+    # Rows after which evidence on acceptance counts half, since a text changes its kind within some 32 tokens.
     half_life: float = 32.0
-    # The same for the short memory that looks for a sudden change: 4 rows, so a jump shows within a few steps.
+    # The half-life of a second, short memory: 4 rows show a sudden change within a few steps.
     jump_half_life: float = 4.0
-    # A forward of n tokens costs 16 + n where nothing was measured: below 16 tokens reading weights dominates.
+    # Where one size was measured, n tokens cost in proportion to 16 + n: reading the weights dominates few tokens.
     free_tokens: int = 16
-    # Steps between shadow evaluations of members that need a draw for it, up to `few_rows` rows; a draw is cheap there.
+    # Steps between two predictions, each of which takes 0.1 to 0.4 ms of the host; steps between them do the same.
+    update_interval: int = 4
+    # Steps between shadow evaluations that take a draw: 0.4 % of a step with 32 rows, so 0.1 % of the time.
     shadow_interval: int = 4
-    # The same for more rows, where the draw takes 0.4 % of a step of 32 rows.
-    shadow_interval_many_rows: int = 8
-    # Batches up to this many rows are small: long trials are cheap there, since weights are read once for all tokens.
-    few_rows: int = 8
-
-    # Switching.
-    # Steps between two reckonings while decoding is plain: each takes 0.1 to 0.4 ms of the host.
-    plain_interval: int = 4
     # A new choice needs at most this share of the old one's time, so that noise of 2 % does not switch back and forth.
     switch_margin: float = 0.98
     # The same to leave plain decoding: rows that get ahead by drafts end early and leave smaller, dearer batches.
     leave_plain_margin: float = 0.95
-
-    # Trying what is not known.
     # Share of the time that trials may lose: 1 % is what nobody notices.
     exploration: float = 0.01
     # Share of the time saved by drafts that trials may lose on top: whoever gains much can pay for finding more.
     exploration_of_savings: float = 0.02
     # Steps before a choice is tried again, at first and after a success.
     retry_steps: int = 16
-    # Most steps before a choice is tried again; each trial in vain doubles them, from `retry_steps` on.
-    max_retry_steps: int = 128
-    # A trial that lost much is repeated only when its loss is this share of the time since then.
-    retry_loss_share: float = 0.01
-    # A drafter that would need more than this share of the best time, even with free verification, is hopeless.
-    hopeless_ratio: float = 0.9
-    # Steps before a hopeless drafter is tried: seldom, yet not never, since costs may have changed.
-    hopeless_retry_steps: int = 512
+    # Most steps before a drafter is tried again: each trial in vain doubles them, so a poor one has 7 in 1500 steps.
+    max_retry_steps: int = 512
 
 
 DEFAULT_TUNER_CONFIG = TunerConfig()

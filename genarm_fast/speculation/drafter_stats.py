@@ -21,7 +21,7 @@ class DrafterStats:
         self.rates = [DriftingRate(config) for _ in range(max_k)]  # draft j is right, if all before it are
         self.steps = 0  # in which it drafted
         self.shadow_steps = 0  # in which it was evaluated without drafting
-        self.retry_steps: float = config.retry_steps
+        self.retry_steps = config.retry_steps  # before it is tried again
         self.drafted = [0] * max_k  # drafts at each position after right ones, and how many of them were right
         self.accepted = [0] * max_k
 
@@ -45,10 +45,8 @@ class DrafterStats:
             found.append(last)
         return found
 
-    def seconds_per_token(self, rows: int, plain_costs: ForwardCosts, ahead: bool) -> tuple[list[float], float]:
-        """Expected seconds per token and row with 1, 2, ... drafts, up to twice the size that was measured.
-
-        Second, the least that any number of drafts could need by what is known.
+    def seconds_per_token(self, rows: int, plain_costs: ForwardCosts, ahead: bool) -> list[float]:
+        """Expected seconds per token and row with 1, 2, ... drafts, up to twice the tokens that were measured.
 
         Args:
             rows: of the step.
@@ -66,27 +64,20 @@ class DrafterStats:
         active = self.activity.value(1.0)
         idle = (1 - active) ** rows  # chance that nothing is proposed to any row
         expected: list[float] = []
-        least = plain
-        sure = False
         all_right = gain = 1.0
         rates = self.acceptance()
         for k, acceptance in enumerate(rates, 1):
             tokens = rows * (k + 1)
+            if tokens > 2.1 * largest:
+                break
             all_right *= acceptance
             gain += active * all_right
             forwards = k * (1 - (all_right * rates[0]) ** rows) if ahead else k + 1 - (1 - all_right) ** rows
             verify = min(self.verify_costs.at(tokens, known), (k + 1) * known[1])  # more was held up
-            if not self.verify_costs.near(tokens, 1.5) and plain_costs.near(tokens, 1.2):  # as so many rows
+            if not self.verify_costs.near(tokens) and plain_costs.near(tokens):  # as so many rows
                 verify = max(plain_costs.at(tokens) * (1 - draft / plain), known[1])
-            sure = sure or self.verify_costs.near(tokens, 1.3, 2)  # longer ones do not get cheaper by the token
-            seconds, bound = (
-                (idle * plain + (1 - idle) * (draft * forwards + each)) / gain
-                for each in (verify, verify if sure else known[1])
-            )
-            least = min(least, bound)
-            if tokens <= 2.1 * largest:
-                expected.append(seconds)
-        return expected, least
+            expected.append((idle * plain + (1 - idle) * (draft * forwards + verify)) / gain)
+        return expected
 
     def summary(self) -> dict[str, Any]:
         """For JSON; costs are {tokens in the forward: seconds}."""

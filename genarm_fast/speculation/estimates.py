@@ -84,10 +84,9 @@ class ForwardCosts:
         slope = (y1 - y0) / (x1 - x0)
         return y1 + max(slope, 0.0) * (tokens - x1) if i == len(points) else y0 + slope * (tokens - x0)
 
-    def near(self, tokens: float, factor: float, times: int = 1) -> bool:
-        """Whether sizes within this factor were timed so many times."""
-        found = (len(each) for size, each in self.timings.items() if abs(log2(tokens) - size / 6) <= log2(factor))
-        return sum(found) >= times
+    def near(self, tokens: float) -> bool:
+        """Whether a size within a factor of 1.5 was measured."""
+        return any(tokens / 1.5 <= measured <= tokens * 1.5 for measured, _ in self.points)
 
     def table(self) -> dict[str, float]:
         """{tokens: seconds} for JSON."""
@@ -103,7 +102,7 @@ class DriftingRate:
         self.last = 0
 
     def add(self, hits: float, trials: int, now: int) -> bool:
-        """Learn from some trials in step `now`; whether the frequency has jumped."""
+        """Learn from some trials in step number `now`; whether the frequency has jumped."""
         if not trials:
             return False
         kept = self.weight * 0.5 ** (max(trials, now - self.last) / self.config.half_life)

@@ -52,28 +52,24 @@ class Tuner:
         self.now += 1
         same_rows, self._rows = rows == self._rows, rows
         again, self.trial = self.trial if same_rows else None, None
-        if same_rows and again is None and self.best == PLAIN and self.now % self.config.plain_interval:
+        if not self.drafters or self.steps[PLAIN] < 2 or not self.plain_costs.near(rows):
             return PLAIN
-        if not self.drafters or self.steps[PLAIN] < 2 or not self.plain_costs.near(rows, 1.5):
-            return PLAIN
+        if same_rows and again is None and self.steps[PLAIN] > 2 and self.now % self.config.update_interval:
+            return self.best
         seconds = {PLAIN: self.plain_costs.at(rows)}  # per token
-        bounds = []
         for i, drafter in enumerate(self.drafters):
             if drafter.steps < 2 and not drafter.shadow_steps:
                 return Choice(i, 1)
-            expected, least = drafter.seconds_per_token(rows, self.plain_costs, self.ahead)
+            expected = drafter.seconds_per_token(rows, self.plain_costs, self.ahead)
             seconds |= {Choice(i, k): each for k, each in enumerate(expected, 1)}
-            bounds.append(least)
         self._update_best(seconds)
         self._best_seconds = seconds[self.best]
-        self.trial = again if again in seconds and again != self.best else self._next_trial(seconds, bounds)
+        self.trial = again if again in seconds and again != self.best else self._next_trial(seconds)
         return self.trial or self.best
 
     def shadow_due(self) -> bool:
         """Whether drafters for which a shadow evaluation takes a draw should have one in this step."""
-        few = self._rows <= self.config.few_rows
-        interval = self.config.shadow_interval if few else self.config.shadow_interval_many_rows
-        return self.now % interval == 0 or self.steps[PLAIN] < 2
+        return self.now % self.config.shadow_interval == 0 or self.steps[PLAIN] < 2
 
     def observe(self, step: StepObservation) -> None:
         """Learn from a step."""
@@ -100,7 +96,13 @@ class Tuner:
         saved = max(tokens * plain - seconds, 0.0)
         self.budget += self.config.exploration * seconds + self.config.exploration_of_savings * saved
         if self.trial is not None:
-            self._end_trial(drafter, min(seconds - tokens * self._best_seconds, plain), plain)
+            lost = min(seconds - tokens * self._best_seconds, plain)  # more than that is the machine's doing
+            self.budget -= lost
+            if drafter is not None:
+                longer = min(2 * drafter.retry_steps, self.config.max_retry_steps)
+                drafter.retry_steps = longer if lost > 0 else self.config.retry_steps
+            if lost > 0:  # else the next step tries it again
+                self.trial = None
 
     def observe_shadow(self, shadow: ShadowObservation) -> None:
         """Learn from drafts that were not used, in a step of another drafter or of none.
@@ -134,11 +136,11 @@ class Tuner:
         if self.best not in seconds or fastest == PLAIN or seconds[fastest] < margin * seconds[self.best]:
             self.best = fastest
 
-    def _next_trial(self, seconds: dict[Choice, float], bounds: Sequence[float]) -> Choice | None:
+    def _next_trial(self, seconds: dict[Choice, float]) -> Choice | None:
         """What to try instead of the best choice, if something is due and the budget allows it."""
         best_drafter, k = self.best
         near = (PLAIN, Choice(best_drafter, k - 1), Choice(best_drafter, k + 1))
-        due: dict[Choice, float] = {
+        due = {
             choice: self.last_steps.get(choice, 0) + self.config.retry_steps
             for choice in near
             if choice in seconds and choice != self.best
@@ -146,27 +148,11 @@ class Tuner:
         for i, drafter in enumerate(self.drafters):
             if i != best_drafter:
                 own = [choice for choice in seconds if choice.drafter == i]
-                factor = 1.2 if self._rows <= self.config.few_rows else 1.0
-                bound = factor * min(seconds[choice] for choice in own)
-                longest = max(choice for choice in own if seconds[choice] <= bound)  # tells most
-                hopeless = drafter.shadow_steps and bounds[i] > self.config.hopeless_ratio * self._best_seconds
-                own_steps = (when for choice, when in self.last_steps.items() if choice.drafter == i)
-                last = max(own_steps, default=-drafter.retry_steps)
-                due[longest] = last + (self.config.hopeless_retry_steps if hopeless else drafter.retry_steps)
-        for choice, when in sorted(due.items(), key=lambda item: item[1]):
-            if self.now >= when and seconds[choice] - self._best_seconds <= self.budget:
+                bound = 1.2 * min(seconds[choice] for choice in own)
+                longest = max(choice for choice in own if seconds[choice] <= bound)  # it tells most
+                own_steps = (step for choice, step in self.last_steps.items() if choice.drafter == i)
+                due[longest] = max(own_steps, default=-drafter.retry_steps) + drafter.retry_steps
+        for choice, step in sorted(due.items(), key=lambda item: item[1]):
+            if self.now >= step and seconds[choice] - self._best_seconds <= self.budget:
                 return choice
         return None
-
-    def _end_trial(self, drafter: DrafterStats | None, lost: float, plain: float) -> None:
-        """Pay for a trial that lost this many seconds; one that lost nothing is repeated at once.
-
-        plain: seconds of a plain step. A loss of more than that is the machine's doing and was cut off.
-        """
-        self.budget -= lost
-        if drafter is not None:
-            longer = min(2 * drafter.retry_steps, self.config.max_retry_steps)
-            longer = max(longer, lost / (self.config.retry_loss_share * plain))
-            drafter.retry_steps = longer if lost > 0 else self.config.retry_steps
-        if lost > 0:
-            self.trial = None

@@ -138,17 +138,17 @@ def test_drafts_of_the_timed_rounds_are_counted(
     options = [*models.options, "--batch", "1", "--new-tokens", "12", "--rounds", "2"]
     monkeypatch.setattr(Tuner, "choose", lambda self, rows: Choice(0, 1))  # whatever would pay
     found = json.loads(cli("bench", *options, "--json").out)["results"][0]["drafts"]
-    rounds = sum(found["chosen"].values())
+    steps = sum(found["chosen"].values())
     assert set(found["chosen"]) <= {"one, k=1", "one, k=0"}  # 0 where only one token is left
-    assert 12 <= rounds < 24
-    assert found["tokens_per_round"] == 24 / rounds
-    assert found["accepted"] == 24 - rounds
+    assert 12 <= steps < 24
+    assert found["tokens_per_step"] == 24 / steps
+    assert found["accepted"] == 24 - steps
     assert found["drafted"] == found["chosen"]["one, k=1"]
     text = " ".join(cli("bench", *options).out.split())
     assert f"drafts: {found['drafted']}, {found['accepted'] / found['drafted']:.0%} right" in text
-    assert f"one {rounds}, nobody 0; {24 / rounds:.2f} tokens a round" in text
+    assert f"one {steps}, nobody 0; {24 / steps:.2f} tokens a step" in text
     monkeypatch.setattr(Tuner, "choose", lambda self, rows: PLAIN)
-    assert "drafts: none in 24 rounds" in " ".join(cli("bench", *options).out.split())
+    assert "drafts: none in 24 steps" in " ".join(cli("bench", *options).out.split())
 
 
 def test_table(cli: Callable, models: Any) -> None:
