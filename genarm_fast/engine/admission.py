@@ -65,7 +65,7 @@ class Admission:
         if not together:
             return
         slots = len(placed) + min(len(waiting), max_batch_size - len(scheduler.active))
-        in_use = max((each.slot + 1 for each in placed if each.slot is not None), default=0)
+        in_use = max((each.slot + 1 for each in placed if each.slot >= 0), default=0)
         if in_use:  # those who come later pay for few growths
             slots = max(slots, min(2 * workspace.slots, max_batch_size))
         members = {m for each in together for m in each.needed} | self._drafting(together)

@@ -123,7 +123,6 @@ class Engine:
         if chunk := self.scheduler.next_chunk():
             self.executor.prefill(*chunk)
         for donor_slot, sequence in self.scheduler.copies():
-            assert sequence.slot is not None
             self.executor.copy(donor_slot, sequence.slot, sequence.shared, sequence.needed)
         self.scheduler.start_ready()
 
@@ -171,7 +170,7 @@ class Engine:
             sequence.advanced = now
             sequence.steps += 1
             sequence.held = sequence.stepwise
-            if sequence.ended and sequence.slot is not None and sequence.error is not None:
+            if sequence.ended and sequence.slot >= 0 and sequence.error is not None:
                 self.executor.clear(sequence.slot)
             if sequence.id in self._news:
                 self._news[sequence.id].append(sequence)

@@ -108,7 +108,7 @@ class Scheduler:
                 yield sequence.donor_slot, sequence
                 for m in sequence.needed:
                     sequence.cached[m] = sequence.shared
-            elif self.residents[sequence.donor_slot] is donor and donor.slot is not None:
+            elif self.residents[sequence.donor_slot] is donor and donor.slot >= 0:
                 continue  # still on its way
             sequence.donor = None
 
@@ -138,9 +138,9 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's slot away; it waits first in the queue, and its text so far is prefilled again."""
-        slot = sequence.slot
+        slot, sequence.unread = sequence.slot, 0
         self.leave(sequence)
-        if slot is not None:
+        if slot >= 0:
             self.residents[slot] = None
         self.waiting.appendleft(sequence)
 
@@ -149,9 +149,9 @@ class Scheduler:
         for queue in (self.waiting, self.prefilling, self.running):
             if sequence in queue:
                 queue.remove(sequence)
-        if sequence.error is not None and sequence.slot is not None:
+        if sequence.error is not None and sequence.slot >= 0:
             self.residents[sequence.slot] = None
-        sequence.slot = sequence.donor = None
+        sequence.slot, sequence.donor = -1, None
 
 
 def behind(sequence: Sequence) -> tuple[int, list[int]]:

@@ -93,7 +93,7 @@ class Sequence:
     unread: int = 0
     stepwise: bool = False
     held: bool = False
-    slot: int | None = None
+    slot: int = -1  # none
     cached: list[int] = field(default_factory=list)
     donor: Sequence | None = None
     donor_slot: int = 0

@@ -210,7 +210,8 @@ class Steps:
         for r, sequence in enumerate(step.sequences):
             drafted = step.drafts.tokens[r]
             stale = sequence.ended or sequence.epoch != step.epochs[r] or sequence.slot != step.batch.slots[r]
-            sequence.unread = 0 if stale else max(sequence.unread - 1, 0)
+            if not stale:  # what is unread of a changed sequence was launched after the change
+                sequence.unread -= 1
             drawn = [] if stale else host.of(r, sequence, counts[r])
             right = sum(each.token == token for each, token in zip(drawn, drafted))
             step.right.append(right)

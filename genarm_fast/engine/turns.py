@@ -17,6 +17,7 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._stepper: int | None = None
+        self._queue: deque[object] = deque()  # tickets of those who wait for the turn, so that nobody is passed over
         self._inbox: deque[Callable[[], None]] = deque()
 
     @property
@@ -39,13 +40,19 @@ class Turns:
         """
         if self.mine:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected a call after it")
+        ticket = object()
         with self._changed:
-            while self._stepper is not None and not unless():
-                self._changed.wait()
-            taken = not unless()
-            if taken:
-                self._stepper = threading.get_ident()
-                self._answer()
+            self._queue.append(ticket)
+            try:
+                while (self._stepper is not None or self._queue[0] is not ticket) and not unless():
+                    self._changed.wait()
+                taken = not unless()
+                if taken:
+                    self._stepper = threading.get_ident()
+                    self._answer()
+            finally:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
         try:
             yield taken
         finally:

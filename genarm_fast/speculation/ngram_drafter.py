@@ -53,7 +53,7 @@ class NgramIndex:
 class NgramDrafter:
     """Proposes what followed the last tokens when they came before, in the base's prompt or in the response."""
 
-    names = ("ngram",)
+    names: tuple[str, ...] = ("ngram",)
     members: tuple[int, ...] = ()
 
     def __init__(self, executor: DraftExecutor) -> None:
