@@ -71,7 +71,7 @@ class TunerConfig:
     jump_half_life: float = 4.0
     # Where one size was measured, n tokens cost in proportion to 16 + n: reading the weights dominates few tokens.
     free_tokens: int = 16
-    # Steps between two predictions, each of which takes 0.1 to 0.4 ms of the host; steps between them do the same.
+    # Steps between two predictions, each of which takes 0.1 to 0.2 ms of the host; steps between do the same.
     update_interval: int = 4
     # Steps between shadow evaluations that take a draw: 0.4 % of a step with 32 rows, so 0.1 % of the time.
     shadow_interval: int = 4
@@ -85,7 +85,7 @@ class TunerConfig:
     exploration_of_savings: float = 0.02
     # Steps before a choice is tried again, at first and after a success.
     retry_steps: int = 16
-    # Most steps before a drafter is tried again: each trial in vain doubles them, so a poor one has 7 in 1500 steps.
+    # Most steps before a drafter is tried again: each trial in vain doubles them, so a poor one has 6 in 1500 steps.
     max_retry_steps: int = 512
 
 

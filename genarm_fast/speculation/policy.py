@@ -95,9 +95,7 @@ class DraftPolicy:
         accepted = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs]
         proposed = [len(pair) for pair in pairs]
         with self._lock:
-            self._tuner.observe_shadow(
-                ShadowObservation(self._allowed.index(drafter), proposed, accepted, seconds),
-            )
+            self._tuner.observe_shadow(ShadowObservation(self._allowed.index(drafter), proposed, accepted, seconds))
 
     def observe(self, observation: StepObservation) -> None:
         """Learn from a step; nothing where the policy is fixed."""
