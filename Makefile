@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)
 
-$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*)
+$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -c constraints.txt -e '.[$*]'
 	touch $@

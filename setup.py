@@ -19,7 +19,9 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
-LOOPS = glob("kernels/csrc/*_loops.cpp")  # compiled once per instruction set
+CSRC = "kernels/csrc"
+LOOPS = glob(f"{CSRC}/*/loops.cpp")  # compiled once per instruction set
+KERNELS = ["genarm_fast.kernels", *(f"genarm_fast.kernels.{op}" for op in find_packages("kernels/ops"))]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARMS = find_namespace_packages(include=["genarm_fast.demo.arms.*"])  # folders of data alone
 INSTRUCTION_SETS = {"baseline": []}
@@ -38,6 +40,7 @@ class BuildCore(build_ext):
             ext.extra_objects += self.compiler.compile(
                 LOOPS,
                 output_dir=f"{self.build_temp}/{name}",
+                include_dirs=ext.include_dirs,
                 macros=[*ext.define_macros, ("ISA", name)],
                 extra_postargs=[*ext.extra_compile_args, *flags, "-fopenmp-simd"],
             )
@@ -45,14 +48,15 @@ class BuildCore(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["genarm_fast", "genarm_fast.*"]), "genarm_fast.kernels", *ARMS],
+    packages=[*find_packages(include=["genarm_fast", "genarm_fast.*"]), *KERNELS, *ARMS],
     package_dir={"genarm_fast": "genarm_fast", "genarm_fast.kernels": "kernels/ops"},
     package_data={"genarm_fast": ["py.typed"], **{arm: ["*"] for arm in ARMS}},
     ext_modules=[
         Extension(
             "genarm_fast.kernels._C",
-            sorted(set(glob("kernels/csrc/*.cpp")) - set(LOOPS)),
-            depends=glob("kernels/csrc/*"),
+            sorted(set(glob(f"{CSRC}/**/*.cpp", recursive=True)) - set(LOOPS)),
+            depends=glob(f"{CSRC}/**/*.h", recursive=True) + LOOPS,
+            include_dirs=[CSRC],
             define_macros=[("GENARM_X86", "1")] if X86 else [],
             extra_compile_args=FLAGS,
             extra_link_args=["-pthread"],

@@ -28,7 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from genarm_fast.kernels import guided_sample_triton, settle_triton
+from genarm_fast.kernels.guided_sample.arguments import SamplingArguments
+from genarm_fast.kernels.guided_sample.triton import launch as launch_sample
+from genarm_fast.kernels.settle.triton import launch as launch_settle
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -88,26 +90,15 @@ def sample(
 ) -> None:
     """One launch of guided_sample, with rows whose start is 16-byte aligned wherever V allows."""
     members = [torch.zeros(2, vocab, dtype=dtype) for _ in range(arms + 1)]
-    parameters = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | {
-        name: options.pop(name) for name in ("top_k", "top_p", "min_p") if name in options
-    }
-    guided_sample_triton.guided_sample(
-        members[0],
-        members[1:],
-        [1.0] * arms,
-        vocab,
-        torch.zeros(vocab) if logit_bias else None,
-        options.get("return_logprobs", False),
-        options.get("top_logprobs", 0),
-        **parameters,
-        seeds=torch.zeros(2, dtype=torch.int64),
-        positions=torch.zeros(2, dtype=torch.int64),
-    )
+    row = torch.zeros(2, dtype=torch.int64)
+    bias = torch.zeros(vocab) if logit_bias else None
+    arguments = SamplingArguments(members[0], members[1:], [1.0] * arms, row, row, logit_bias=bias, **options)
+    launch_sample(arguments)
 
 
 def settle(drafts: int) -> None:
     rows = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
-    settle_triton.settle(
+    launch_settle(
         torch.zeros(2, drafts + 1, dtype=torch.int64),
         torch.zeros(2, drafts, dtype=torch.int64),
         lengths=rows[0],

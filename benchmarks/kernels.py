@@ -31,8 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.kernels import _native, guided_sample, guided_sample_reference, settle
-from genarm_fast.kernels.settle import settle_reference
+from genarm_fast.kernels import _native, guided_sample, guided_sample_reference, settle, settle_reference
 
 TEMPERATURE, TOP_P = 0.8, 0.9
 MODES: dict[str, dict[str, Any]] = {"draw": {}, "log-probs": {"return_logprobs": True}, "top-p": {"top_p": TOP_P}}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.kernels.guided_sample import TILE
+from genarm_fast.kernels.guided_sample.reference import TILE
 from genarm_fast.kernels.philox import TILE_LEVEL, TOKEN_LEVEL, gumbel, seed_tensor
 
 

@@ -12,7 +12,7 @@ from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.penalties import SeenTokens, adjusted_scores, needs_host
 from genarm_fast.engine.sequence import SampledToken, Sequence
 from genarm_fast.kernels import GuidedSample, guided_sample
-from genarm_fast.kernels.guided_sample import ALL_MASKED, combine, member_logprob
+from genarm_fast.kernels.guided_sample.reference import ALL_MASKED, combine, member_logprob
 from genarm_fast.speculation.drafter import Drafts
 
 

@@ -1,8 +1,9 @@
 // The Python module: what it has, and which instruction set runs.
 #include <cstring>
 
-#include "bindings.h"
-#include "tensors.h"
+#include "common/bindings.h"
+#include "common/tensors.h"
+#include "guided_sample/loops.h"
 
 namespace {
 
@@ -26,6 +27,7 @@ bool runs_here(const genarm::TileLoops& loops) {
 }
 
 const genarm::TileLoops* active = nullptr;
+PyObject* number_of_threads = nullptr;  // torch.get_num_threads
 
 void activate(const genarm::TileLoops& loops) {
   active = &loops;
@@ -61,6 +63,29 @@ PyObject* guided_sample(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   return genarm::guided_sample_binding(*active, arguments, count);
 }
 
+}  // namespace
+
+namespace genarm {
+
+PyObject* use_threads(PyObject*, PyObject* get_num_threads) {
+  Py_INCREF(get_num_threads);
+  Py_XDECREF(number_of_threads);
+  number_of_threads = get_num_threads;
+  Py_RETURN_NONE;
+}
+
+int threads() {
+  PyObject* found = number_of_threads ? PyObject_CallNoArgs(number_of_threads) : nullptr;
+  const long count = found ? PyLong_AsLong(found) : 1;
+  Py_XDECREF(found);
+  PyErr_Clear();
+  return count > 1 ? static_cast<int>(count) : 1;
+}
+
+}  // namespace genarm
+
+namespace {
+
 using Fast = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
 PyMethodDef method(const char* name, Fast function, const char* doc) {
@@ -68,15 +93,16 @@ PyMethodDef method(const char* name, Fast function, const char* doc) {
 }
 
 PyMethodDef kMethods[] = {
-    method("guided_sample", guided_sample, "Arguments by position → fields of GuidedSample, or None: see _native.py."),
-    method("settle", genarm::settle_binding, "Arguments by position → fields of Settled, or None: see settle.py."),
+    method("guided_sample", guided_sample, "By position → fields of GuidedSample, or None."),
+    method("settle", genarm::settle_binding, "By position → fields of Settled, or None."),
     {"use_tensors", genarm::use_tensors, METH_O, "Give the class of tensors, before any other call."},
+    {"use_threads", genarm::use_threads, METH_O, "Give the function that tells how many threads a call may use."},
     method("ragged_attention", genarm::ragged_attention_binding, "By position → the output, or None."),
     method("ragged_append", genarm::ragged_append_binding, "By position → True, or None."),
     method("rms_norm", genarm::rms_norm_binding, "By position → the output, or None."),
     method("rotary", genarm::rotary_binding, "By position → (query, key), or None."),
     method("silu_mul", genarm::silu_mul_binding, "By position → the output, or None."),
-    {"linears", genarm::linears, METH_O, "Linears of one width: see small_linear.py, the only caller."},
+    {"linears", genarm::linears, METH_O, "Linears of one width: see ops/small_linear/cpu.py, the only caller."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},
     {"use", use, METH_O, "Choose an instruction set by name."},
     {nullptr, nullptr, 0, nullptr}};

@@ -1,4 +1,8 @@
-"""Kernels of guided decoding, usable alone: tensors in, tensors out (one op per file)."""
+"""Kernels of guided decoding, usable alone: tensors in, tensors out; a folder an op.
+
+In each folder: reference.py is the specification, triton*.py the kernels of GPUs, cpu.py the call into the C++ core,
+custom_op.py the node of torch.compile, __init__.py the public function. `_dispatch` chooses among them.
+"""
 
 from .arm_logps import arm_logps, arm_logps_reference
 from .guided_sample import GuidedSample, guided_sample, guided_sample_reference

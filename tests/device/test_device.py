@@ -195,7 +195,7 @@ def traced_rounds():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Steps, "launch", traced)
         patch.setattr("genarm_fast.engine.sampler.guided_sample", kernel)
-        ragged = sys.modules["genarm_fast.kernels.ragged_attention"]
+        ragged = sys.modules["genarm_fast.kernels.ragged_attention.arguments"]
         patch.setattr(ragged, "check_cache", lambda *_: None)  # looks at numbers on the CPU alone
         yield traces
 

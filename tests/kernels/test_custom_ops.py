@@ -31,8 +31,10 @@ def logits(*shape, members=2):
 def test_guided_sample_is_a_sound_op(shape, logprobs, top):
     base, *arms = logits(*shape)
     ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int64)
-    parameters = (ones, zeros, ones, 0 * ones, zeros, zeros.view(3, 1).expand(shape[:-1]) if len(shape) == 3 else zeros)
-    opcheck(ops.guided_sample, (base, arms, torch.ones(1), *parameters, 50, None, logprobs, top))
+    positions = zeros.view(3, 1).expand(shape[:-1]) if len(shape) == 3 else zeros
+    for filters in ((zeros, ones, 0 * ones), (None, None, None)):
+        parameters = (zeros, positions, ones, *filters)
+        opcheck(ops.guided_sample, (base, arms, torch.ones(1), *parameters, 50, None, logprobs, top))
 
 
 def block(rows=5):

@@ -11,7 +11,13 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "kernels/csrc"
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-FLAGS += ["-fno-sanitize-recover=all", "-ffp-contract=off", "-DGENARM_X86", f"-I{sysconfig.get_path('include')}"]
+FLAGS += [
+    "-fno-sanitize-recover=all",
+    "-ffp-contract=off",
+    "-DGENARM_X86",
+    f"-I{CSRC}",
+    f"-I{sysconfig.get_path('include')}",
+]
 LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
 CHECK = """
 import importlib.machinery, importlib.util, sys, torch
@@ -20,6 +26,7 @@ from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, silu_mul, sma
 loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
 core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
 core.use_tensors(torch.Tensor)
+core.use_threads(torch.get_num_threads)
 torch.manual_seed(0)
 dtypes = [torch.float32, torch.bfloat16, torch.float16]
 for isa in core.instruction_sets():
@@ -85,9 +92,10 @@ def test_sanitized_core(tmp_path):
     if compiler is None or not os.path.isabs(runtime):
         pytest.skip("no g++ with AddressSanitizer")
     core = tmp_path / "_C.abi3.so"
-    loops = list(CSRC.glob("*_loops.cpp"))
-    jobs = {f"{file.stem}-{name}": [file, f"-DISA={name}", *flags] for file in loops for name, flags in LOOPS.items()}
-    jobs |= {file.stem: [file] for file in CSRC.glob("*.cpp") if file not in loops}
+    names = {file: "-".join(file.relative_to(CSRC).with_suffix("").parts) for file in CSRC.rglob("*.cpp")}
+    loops = [file for file in names if file.stem == "loops"]
+    jobs = {f"{names[file]}-{isa}": [file, f"-DISA={isa}", *flags] for file in loops for isa, flags in LOOPS.items()}
+    jobs |= {name: [file] for file, name in names.items() if file not in loops}
     compiling = [
         subprocess.Popen([compiler, *FLAGS, *arguments, "-c", "-o", tmp_path / f"{name}.o"])
         for name, arguments in jobs.items()

@@ -26,8 +26,10 @@ def run(*command, **environment):
     Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
     reason="the interpreter of triton 3.6 makes a number of a one-element array, which numpy 2.4 refuses",
 )
-def test_interpreted():
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("op", ["guided_sample", "settle"])
+def test_interpreted(op):
+    tests = f"tests/kernels/{op}/interpreted_{op}.py"
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
 
 
 TYPICAL = ["1 ARM", "1 ARM, filters, top-5", "5 drafts"]

@@ -1,0 +1,35 @@
+// Entries of the Python module that are defined outside of module.cpp.
+#pragma once
+
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+namespace genarm {
+
+struct TileLoops;
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+// (torch.get_num_threads) → None: the core asks it at every call that may share its work.
+PyObject* use_threads(PyObject*, PyObject* get_num_threads);
+int threads();  // that a call may use; needs the GIL
+
+PyObject* guided_sample_binding(const TileLoops& loops, PyObject* const* arguments, Py_ssize_t count);
+PyObject* settle_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+void use_ragged_loops(const char* instruction_set);
+PyObject* ragged_attention_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* ragged_append_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+void use_norm_loops(const char* instruction_set);
+PyObject* rms_norm_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+void use_silu_loops(const char* instruction_set);
+PyObject* silu_mul_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+void use_rotary_loops(const char* instruction_set);
+PyObject* rotary_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+void use_linear_loops(const char* instruction_set);
+PyObject* linears(PyObject*, PyObject* all);
+
+}  // namespace genarm

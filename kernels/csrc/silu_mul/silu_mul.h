@@ -1,0 +1,18 @@
+// silu_mul on the CPU; kernels/ops/silu_mul/reference.py is the specification.
+#pragma once
+
+#include <cstdint>
+
+namespace genarm {
+
+struct SiluLoops {
+  void (*float32)(const void* gate, const void* up, int64_t n, void* out);
+  void (*bfloat16)(const void* gate, const void* up, int64_t n, void* out);
+};
+
+extern const SiluLoops silu_baseline;
+#ifdef GENARM_X86
+extern const SiluLoops silu_avx2, silu_avx512;
+#endif
+
+}  // namespace genarm

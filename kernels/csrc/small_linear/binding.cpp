@@ -1,0 +1,163 @@
+// Python arguments → small_linear. The tensors of a `Linears` were checked in Python, those of a call are here.
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/tensors.h"
+#include "small_linear.h"
+
+namespace genarm {
+namespace {
+
+constexpr int kMaxDimensions = 8;
+
+const LinearLoops* loops = nullptr;
+
+// Linears of one width, in the object itself: one miss of the caches less on the way to the weights.
+struct Linears {
+  PyVarObject head;
+  Linear linear[1];
+};
+
+void destroy(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  for (Py_ssize_t i = 0; i < Py_SIZE(self); ++i) reinterpret_cast<Linears*>(self)->linear[i].~Linear();
+  reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+  Py_DECREF(type);
+}
+
+const uint16_t* address(PyObject* number) { return static_cast<const uint16_t*>(PyLong_AsVoidPtr(number)); }
+
+// (address of weight, of bias (0: none), out, in, ((address of a, of b, rank, scale), ...)), or a Python error set.
+void fill(PyObject* tuple, Linear* linear) {
+  PyObject *weight, *bias, *loras, *a, *b;
+  long long out, in, rank;
+  float scale;
+  if (!PyArg_ParseTuple(tuple, "OOLLO!", &weight, &bias, &out, &in, &PyTuple_Type, &loras)) return;
+  linear->loops = loops;
+  linear->weight = address(weight), linear->bias = address(bias), linear->out = out, linear->in = in;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(loras); ++i) {
+    if (!PyArg_ParseTuple(PyTuple_GetItem(loras, i), "OOLf", &a, &b, &rank, &scale)) return;
+    linear->loras.push_back({address(a), address(b), rank, scale});
+  }
+}
+
+// Rows of x if they lie one after the other, or have one stride; the widths are checked.
+bool rows_of(const DLTensor& x, int64_t in, int64_t* rows, int64_t* stride) {
+  if (!(type_of(x) == kBfloat16) || x.ndim < 1 || x.ndim > kMaxDimensions || x.shape[x.ndim - 1] != in) return false;
+  if (in > 1 && x.strides[x.ndim - 1] != 1) return false;
+  *rows = 1, *stride = in;
+  for (int i = x.ndim - 2; i >= 0; --i) {
+    if (x.shape[i] != 1 && *rows != 0) {
+      if (*rows == 1) *stride = x.strides[i];
+      if (x.strides[i] != *rows * *stride) return false;
+    }
+    *rows *= x.shape[i];
+  }
+  return true;
+}
+
+// A sequence of (first row, last row, index of LoRA); false with a Python error set.
+bool spans_of(PyObject* sequence, const Linear& linear, int64_t rows, std::vector<Span>* out) {
+  const Py_ssize_t count = PySequence_Size(sequence);
+  if (count < 0) PyErr_Format(PyExc_TypeError, "spans=%R: expected a sequence of (first row, last row, LoRA)", sequence);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const int64_t loras = static_cast<int64_t>(linear.loras.size());
+    long long first, last, lora;
+    PyObject* span = PySequence_GetItem(sequence, i);
+    if (!span) return false;
+    const bool parsed = PyTuple_Check(span) && PyArg_ParseTuple(span, "LLL", &first, &last, &lora);
+    if (!parsed) PyErr_Format(PyExc_TypeError, "span %R: expected (first row, last row, LoRA), three ints", span);
+    Py_DECREF(span);
+    if (!parsed) return false;
+    if (first < 0 || first > last || last > rows || lora < 0 || lora >= loras) {
+      PyErr_Format(PyExc_ValueError, "span (%lld, %lld, %lld): expected rows within 0..%lld, one of %lld LoRAs", first,
+                   last, lora, static_cast<long long>(rows), static_cast<long long>(loras));
+      return false;
+    }
+    out->push_back({first, last, lora});
+  }
+  return count >= 0;
+}
+
+// Linears.run(x, spans of each...) → (y of each), or None for an x that they do not take.
+PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  const Linear* const linears = reinterpret_cast<Linears*>(self)->linear;
+  const Py_ssize_t n = Py_SIZE(self);
+  if (count != 1 + n) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, 1 + n);
+  DLTensor x;
+  int64_t rows = 0, stride = 0, shape[kMaxDimensions];
+  if (!borrow(arguments[0], &x) || !rows_of(x, linears[0].in, &rows, &stride)) Py_RETURN_NONE;
+  const int wanted = threads();
+  PyObject* results = PyTuple_New(n);
+  if (!results) return nullptr;
+  try {
+    std::vector<Product> products(n);
+    std::memcpy(shape, x.shape, x.ndim * sizeof *shape);
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      void* data = nullptr;
+      products[i].linear = &linears[i];
+      shape[x.ndim - 1] = linears[i].out;
+      PyObject* y = nullptr;
+      if (!spans_of(arguments[1 + i], linears[i], rows, &products[i].spans) ||
+          !(y = new_tensor(kBfloat16, x.ndim, shape, &data))) {
+        Py_DECREF(results);
+        return nullptr;
+      }
+      PyTuple_SetItem(results, i, y);
+      products[i].y = static_cast<uint16_t*>(data);
+    }
+
+    const WithoutGil without_gil;
+    small_linear(products, x.at<const uint16_t>(), stride, rows, wanted);
+  } catch (const std::bad_alloc&) {
+    Py_DECREF(results);
+    return PyErr_NoMemory();
+  }
+  return results;
+}
+
+PyObject* linears_type() {
+  static PyMethodDef methods[] = {{"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)),
+                                   METH_FASTCALL, "By position → a tuple of outputs, or None."},
+                                  {nullptr, nullptr, 0, nullptr}};
+  static PyType_Slot slots[] = {
+      {Py_tp_dealloc, reinterpret_cast<void*>(destroy)}, {Py_tp_methods, methods}, {0, nullptr}};
+  static PyType_Spec spec{"genarm_fast.kernels._C.Linears", offsetof(Linears, linear), sizeof(Linear),
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  static PyObject* type = nullptr;  // no guard of C++ while Python may switch threads: the GIL is one
+  if (!type) type = PyType_FromSpec(&spec);
+  return type;
+}
+
+}  // namespace
+
+void use_linear_loops(const char* instruction_set) {
+  loops = nullptr;
+#ifdef GENARM_X86
+  if (!std::strcmp(instruction_set, "avx2")) loops = &linear_avx2;
+  if (!std::strcmp(instruction_set, "avx512")) loops = &linear_avx512;
+#endif
+  (void)instruction_set;
+}
+
+// (what `fill` takes, ...) of one width → Linears that keep the instruction set of now; None where that has no loops.
+PyObject* linears(PyObject*, PyObject* all) {
+  if (!loops) Py_RETURN_NONE;
+  const Py_ssize_t n = PyTuple_Size(all);
+  if (n < 1) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "expected one linear or more");
+  PyObject* type = linears_type();
+  PyObject* self = type ? PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(type), n) : nullptr;
+  if (!self) return nullptr;
+  Linear* const made = reinterpret_cast<Linears*>(self)->linear;
+  for (Py_ssize_t i = 0; i < n; ++i) new (made + i) Linear{};
+  try {
+    for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); ++i) fill(PyTuple_GetItem(all, i), made + i);
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  if (PyErr_Occurred()) Py_CLEAR(self);
+  return self;
+}
+
+}  // namespace genarm

@@ -1,0 +1,40 @@
+"""Log-probabilities of labelled tokens, from hidden states.
+
+For hidden states h, output weight W and labels y, with u = s · (h Wᵀ + b) and z = c · tanh(u / c), or u without a cap,
+
+    logp_t = z_t[y_t] − log Σ_v exp z_t[v]            and            R = Σ_t logp_t
+
+is the reward that an autoregressive reward model gives a response (arXiv 2410.08193).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label of positions that do not count
+
+
+def arm_logps_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    return_tokens: bool = False,
+) -> Tensor:
+    """The specification of `arm_logps`: full logits, plain autograd."""
+    logits = (hidden @ weight.to(hidden.dtype).T).to(accumulator(hidden.dtype))
+    logits = (logits if bias is None else logits + bias) * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    picked = labels.clamp(min=0).unsqueeze(-1)
+    logps = torch.log_softmax(logits, -1).gather(-1, picked).squeeze(-1).where(labels != IGNORE, 0.0)
+    return logps if return_tokens else logps.sum(-1)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over values of a dtype: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

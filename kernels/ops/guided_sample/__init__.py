@@ -1,0 +1,85 @@
+"""guided_sample: draw tokens from the guided distribution, straight from the members' logits (maths: reference.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._dispatch import dispatcher
+from . import cpu, custom_op
+from .arguments import SamplingArguments, check, unpacked
+from .reference import GuidedSample, specification
+
+
+def _on_gpu(*arguments: Any) -> GuidedSample | None:
+    from . import triton  # the package triton takes half a second to import, and is not on every platform
+
+    return triton.launch(SamplingArguments(*arguments))
+
+
+_run = dispatcher(
+    unpacked(specification),
+    check=unpacked(check),
+    cpu=cpu.run,
+    convert=unpacked(cpu.convert),
+    triton=_on_gpu,
+    custom_op=unpacked(custom_op.call),
+)
+custom_op.implement(_run)
+
+
+def guided_sample(
+    base_logits: Tensor,  # [R, V] or [R, q, V], any float dtype
+    arm_logits: Sequence[Tensor],  # m tensors alike; widths and dtypes may differ
+    weights: Tensor | Sequence[float],  # [m] or [R, m]
+    *,
+    temperature: Tensor | float = 1.0,  # scalar or [R]; 0 is greedy
+    top_k: Tensor | int | None = None,  # None and 0 keep all tokens
+    top_p: Tensor | float | None = None,  # None and 1 keep all tokens
+    min_p: Tensor | float | None = None,  # None and 0 keep all tokens
+    seeds: Tensor | int,  # int64, scalar or [R]; see philox.seed_tensor
+    positions: Tensor | int,  # int64, scalar, [R] or [R, q]: index of the token in the response
+    vocab_size: int | None = None,
+    logit_bias: Tensor | None = None,  # [V] or [R, V], added to the combined scores; -inf masks a token
+    return_logprobs: bool = False,
+    top_logprobs: int = 0,
+) -> GuidedSample:
+    """Draw one token per position from the guided distribution.
+
+    Only the first `vocab_size` tokens count (default: the narrowest member). Parameters are scalars or [R] tensors.
+    Runs in Triton on CUDA, ROCm and XPU, in C++ on the CPU, and in `guided_sample_reference` where neither is there or
+    for other dtypes than float32, bfloat16 and float16. Among equals, `top_tokens` has the lowest ids (Triton: any).
+
+    Raises:
+        TypeError: logits that are not floating point, fractions where integers are expected.
+        ValueError: shapes that do not fit together, a vocab_size wider than a member, a number out of its range.
+    """
+    return _run(
+        base_logits,
+        arm_logits,
+        weights,
+        seeds,
+        positions,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        vocab_size,
+        logit_bias,
+        return_logprobs,
+        top_logprobs,
+    )
+
+
+def guided_sample_reference(
+    base_logits: Tensor, arm_logits: Sequence[Tensor], weights: Tensor | Sequence[float], **options: Any
+) -> GuidedSample:
+    """The specification of `guided_sample`, in plain PyTorch, with the same arguments.
+
+    It computes in float32, or in float64 throughout for a base in float64.
+    """
+    arguments = SamplingArguments(base_logits, arm_logits, weights, **options)
+    check(arguments)
+    return specification(arguments)

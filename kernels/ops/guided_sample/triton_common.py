@@ -1,0 +1,60 @@
+"""What the kernels of guided_sample share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..philox import TILE_LEVEL, TOKEN_LEVEL
+
+TILE = tl.constexpr(1024)  # part of the random-number contract
+GROUPS = tl.constexpr(32)  # of a tile, whose maxima bound the k-th score from below
+COLDEST = tl.constexpr(1e-30)
+INF = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+_TILE_LEVEL, _TOKEN_LEVEL = tl.constexpr(TILE_LEVEL), tl.constexpr(TOKEN_LEVEL)
+# positions of the per-row parameters in their tuple
+TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED, POSITION = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def gumbel(seed, level: tl.constexpr, position, index):
+    """philox.gumbel; `index` is int32."""
+    bits, _, _, _ = tl.philox(seed, index, position.to(tl.uint32), level, 0)
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-08)  # 2^-32, 1 - 2^-24
+    w = 1 - u
+    exponential = tl.where(w == 1, u, -tl.log(w) * u / tl.where(w == 1, 1.0, 1 - w))
+    return -tl.log(exponential)
+
+
+@triton.jit
+def parameter(p_parameters, s_rows, s_blocks, which: tl.constexpr, i_row, i_block):
+    return tl.load(p_parameters[which] + i_row * s_rows[which] + i_block * s_blocks[which])
+
+
+@triton.jit
+def coldness_of(temperature):
+    return tl.where(temperature == 0, 1.0, 1 / tl.maximum(temperature, COLDEST))
+
+
+@triton.jit
+def load_member(p_members, s_rows, s_blocks, i: tl.constexpr, i_row, i_block, offset, mask):
+    return tl.load(p_members[i] + i_row * s_rows[i] + i_block * s_blocks[i] + offset, mask=mask, other=-INF).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def add_member(b_scores, b_arm, weight):
+    return b_scores + tl.where(b_arm == -INF, tl.where(weight == 0, 0.0, -INF), weight * b_arm)
+
+
+@triton.jit
+def faulty(b_values):
+    """1 where any value is NaN or +inf."""
+    return tl.max(((b_values != b_values) | (b_values == INF)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def exp_sum(b_values, peak, scale):
+    return tl.sum(tl.where(b_values == -INF, 0.0, tl.exp2((b_values - peak) * scale)), axis=0)

@@ -1,0 +1,78 @@
+"""Attention over a static cache whose rows have slots and positions of their own (maths: reference.py)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._dispatch import checked_reference, dispatcher
+from . import cpu, custom_op
+from .arguments import check_append, check_attention
+from .reference import append_specification, attention_specification
+
+ragged_attention_reference = checked_reference(check_attention, attention_specification)
+ragged_append_reference = checked_reference(check_append, append_specification)
+_attention = dispatcher(
+    attention_specification,
+    check=check_attention,
+    cpu=cpu.attention,
+    convert=cpu.converted_attention,
+    custom_op=custom_op.attention,
+    differentiable=3,
+)
+_append = dispatcher(
+    append_specification,
+    check=check_append,
+    cpu=cpu.append,
+    convert=cpu.converted_append,
+    custom_op=custom_op.append,
+    differentiable=4,
+)
+custom_op.implement(_attention, _append)
+
+
+def ragged_attention(
+    query: Tensor,  # [N, Hq, q, D], any strides
+    keys: Tensor,  # [S, Hkv, C, D], Hq a multiple of Hkv
+    values: Tensor,  # [S, Hkv, C, Dv]
+    slots: Tensor,  # int64 [N]: the slot in which a row lives
+    positions: Tensor,  # int64 [N, q]: where each query stands; it sees the entries up to there
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    limit: int | None = None,
+) -> Tensor:
+    """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
+
+    In C++ on the CPU for float32 and bfloat16, with sums in float32, where no gradient is needed; otherwise
+    `ragged_attention_reference`, which reads the whole capacity unless `limit`, a bound on positions + 1 known to the
+    host, says less. Entries beyond a position may hold anything, NaN too, and change nothing (the reference: beyond the
+    row's furthest position).
+
+    Raises:
+        TypeError: dtypes that differ; slots or positions that are not int64.
+        ValueError: shapes that do not fit together, a window, softcap or limit out of range; on the CPU, a slot or
+            position that the cache does not have.
+    """
+    return _attention(query, keys, values, slots, positions, scale, window, softcap, limit)
+
+
+def ragged_append(
+    keys: Tensor,  # [S, Hkv, C, D], written in place
+    values: Tensor,  # [S, Hkv, C, Dv], written in place
+    new_keys: Tensor,  # [N, Hkv, q, D], any strides
+    new_values: Tensor,  # [N, Hkv, q, Dv], any strides
+    slots: Tensor,  # int64 [N]
+    positions: Tensor,  # int64 [N, q]
+) -> None:
+    """Write row n's new token i to entry positions[n, i] of slot slots[n]; rows must not share a slot.
+
+    In C++ on the CPU, for every dtype, if the cache is contiguous in its last dimension and no gradient is needed;
+    otherwise by `ragged_append_reference`. Nothing is written if anything is wrong. On CUDA slots and positions are not
+    looked at: a check would have to wait for the device, whose own assertion misses negative ones.
+
+    Raises:
+        TypeError: dtypes that differ; slots or positions that are not int64.
+        ValueError: shapes that do not fit together; on the CPU, a slot or position that the cache does not have.
+    """
+    _append(keys, values, new_keys, new_values, slots, positions)

@@ -1,0 +1,36 @@
+"""ragged_attention and ragged_append in C++ on the CPU (kernels/csrc/ragged_attention)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import _native
+
+
+def attention(*arguments: Any) -> Tensor | None:
+    """The result for float32 or bfloat16 tensors on the CPU, contiguous in their last dimension; None for others.
+
+    Raises ValueError for slots or positions that the cache does not have.
+    """
+    return _native.core.ragged_attention(*arguments)
+
+
+def converted_attention(*arguments: Any) -> tuple[Any, ...] | None:
+    """The arguments as `attention` takes them; None for other devices."""
+    tensors, options = arguments[:5], arguments[5:]
+    return (*map(_native.plain, tensors), *options) if all(tensor.is_cpu for tensor in tensors) else None
+
+
+def append(*tensors: Tensor) -> bool | None:
+    """True once the caches are written to; None for caches or new entries that the core does not take.
+
+    Raises ValueError for slots or positions that the cache does not have, before anything is written.
+    """
+    return _native.core.ragged_append(*tensors)
+
+
+def converted_append(keys: Tensor, values: Tensor, *new: Tensor) -> tuple[Tensor, ...] | None:
+    """The arguments as `append` takes them; None for other devices. The caches must be written to as they are."""
+    return (keys, values, *map(_native.plain, new)) if all(tensor.is_cpu for tensor in new) else None
