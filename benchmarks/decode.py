@@ -82,7 +82,9 @@ def variants(
     for member in separate.members:
         member.shared = member.model
     bare = lanes.base.model  # which the engine leaves as it is: it runs modules of its own over these weights
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), arms[0])
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False), arms[0]
+    )
     merged = adapted.merge_and_unload().eval().requires_grad_()  # without, PyTorch copies its head in a prefill
     two_models = [bare, merged]
     ids = lanes.tokenizer(TEXT)["input_ids"]
@@ -119,7 +121,7 @@ def variants(
 @contextmanager
 def random_models(base: str, billions: float) -> Iterator[tuple[str, list[str]]]:
     """Folders of a Llama of the shape of TinyLlama-1.1B, of as many layers as it takes, and two adapters of rank 8."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
     layer = 2048 * (2 * 2048 + 2 * 4 * 64 + 3 * 5632)
     layers = round((billions * 1e9 - 2048 * len(tokenizer)) / layer)

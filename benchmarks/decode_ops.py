@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16, trust_remote_code=False).eval()
     switch, prompt = Switch(model), torch.arange(100)[None]
     print(f"| tokens | {' | '.join(f'{op}, ms' for op in OPS)} | same logits |\n|{'---|' * (len(OPS) + 2)}")
     for tokens in (1, 5):

@@ -57,7 +57,7 @@ def layers_for(model: PreTrainedModel, parameters: float) -> int:
 def inflate(source: Path, folder: Path, parameters: float) -> Path:
     """Save a deepened copy of the model in `source`, with its tokenizer; nothing is done if it is there."""
     if not (folder / "config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
         _save(deepen(model, layers_for(model, parameters)), source, folder)
     return folder
 
@@ -67,9 +67,9 @@ def merge_adapter(adapter: Path, source: Path, folder: Path) -> Path:
     if not (folder / "config.json").exists():
         from peft import PeftModel
 
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-        _save(merged.to(AutoConfig.from_pretrained(source).dtype), source, folder)
+        _save(merged.to(AutoConfig.from_pretrained(source, trust_remote_code=False).dtype), source, folder)
     return folder
 
 
@@ -92,7 +92,7 @@ def fit_adapter(adapter: Path, model: Path, folder: Path) -> Path:
     config |= {"layers_to_transform": list(range(last + 1)), "base_model_name_or_path": str(model)}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     info = json.loads((folder / "genarm.json").read_text())
-    found = fingerprint(AutoModelForCausalLM.from_pretrained(model, dtype="auto"))
+    found = fingerprint(AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False))
     info |= {"base": str(model), "base_fingerprint": found, "cost_inflated": True}
     (folder / "genarm.json").write_text(json.dumps(info, indent=1))
     return folder

@@ -64,8 +64,8 @@ class Case:
     def __init__(self, args: argparse.Namespace) -> None:
         dtype = DTYPES[args.dtype]
         self.args = args
-        self.tokenizer = AutoTokenizer.from_pretrained(args.base)
-        self.base = AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
+        self.base = AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, trust_remote_code=False).eval()
         self.model = GenARM.from_pretrained(
             self.base, str(args.arm), tokenizer=self.tokenizer, dtype=dtype, max_batch_size=max(args.batch)
         )

@@ -24,7 +24,7 @@ from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams, check_integer, check_weights
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.speculation.policy import Tuners
-from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt
+from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt, special_stops
 from genarm_fast.utils.progress import progress_bar
 
 Source = str | os.PathLike[str] | nn.Module
@@ -249,7 +249,13 @@ class GenARM:
             weights = self.expand_weights(check_weights(weights, len(self.arms)))
         except ValueError as error:
             raise ValueError(f"prompts[{index}]: {error}") from None
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        try:
+            special = special_stops(self.tokenizer, params.stop)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"prompts[{index}]: {error}") from None
+        stop_ids = (
+            frozenset(params.stop_token_ids) | special | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        )
         if self.draft_model is not None:
             ids.append(ids[0])  # it reads the base's prompt
         return Request(index, prompt, ids, params, weights, stop_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,7 +18,7 @@ class SamplingParams:
 
     Order of effects, as in Hugging Face and vLLM: combine members, repetition penalty, logit bias, `min_new_tokens`,
     `logits_processors`, temperature, top-k, top-p, min-p, sample. All of them act on the normalised log-probabilities
-    of the combination.
+    of the combination. None means the default, for every parameter.
 
     Args:
         weights: one weight per ARM (the paper's 1/β), any finite real; a number stands for every ARM; None takes each
@@ -65,6 +65,9 @@ class SamplingParams:
     logits_processors: Sequence[Callable[..., Any]] = field(default=())
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            if getattr(self, each.name) is None:  # as Hugging Face and vLLM take it
+                object.__setattr__(self, each.name, each.default)
         checked: dict[str, Any] = {
             "weights": None if self.weights is None else check_weights(self.weights),
             "temperature": _real("temperature", self.temperature, "a finite number >= 0", 0.0),

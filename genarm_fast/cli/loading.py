@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from genarm_fast.cli.options import unescaped
 from genarm_fast.params import check_weights
 
 if TYPE_CHECKING:
@@ -71,6 +72,16 @@ def add_loading_arguments(
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is any)")
     group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the base's folder or repository brings"
+    )
+    group.add_argument(
+        "--arm-trust-remote-code",
+        action="append",
+        default=[],
+        metavar="ARM",
+        help="the same for an ARM, by its name or model; repeat for several",
+    )
     if generates:
         group.add_argument(
             "--speculation",
@@ -86,8 +97,12 @@ def add_loading_arguments(
     if in_chat:
         parser.set_defaults(prompt_template=None, arm_prompt_template=None, max_batch_size=1, cache_bytes=None)
         return
-    group.add_argument("--prompt-template", metavar="TEXT", help="'...{prompt}...': the base's, around raw prompts")
-    group.add_argument("--arm-prompt-template", metavar="TEXT", help="the ARMs' (default: what training recorded)")
+    group.add_argument(
+        "--prompt-template", type=unescaped, metavar="TEXT", help="'...{prompt}...': the base's, around raw prompts"
+    )
+    group.add_argument(
+        "--arm-prompt-template", type=unescaped, metavar="TEXT", help="the ARMs' (default: what training recorded)"
+    )
     if batches:
         group.add_argument("--max-batch-size", type=int, default=16, metavar="N", help="decoded together (default: 16)")
     group.add_argument("--cache-bytes", type=int, metavar="N", help="most for key-value caches (default: no limit)")
@@ -111,7 +126,8 @@ def is_chat(args: argparse.Namespace, model: GenARM) -> bool:
     """Whether text prompts are users' messages."""
     if args.chat is not None:
         return args.chat
-    return all(member.chat_template and member.prompt_template is None for member in model.members)
+    free = [member for member in model.members if member.prompt_format is None]  # others read what they were trained on
+    return all(member.chat_template and member.prompt_template is None for member in free)
 
 
 def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt:
@@ -140,6 +156,9 @@ def load(args: argparse.Namespace) -> GenARM:
     """The base and ARMs that the options name. Raises FileNotFoundError for those that are nowhere."""
     base = resolve(args.base)
     arms = [(spec, resolve(spec.model)) for spec in args.arm]
+    trusted = set(args.arm_trust_remote_code)
+    if unknown := trusted - {name for spec in args.arm for name in (spec.name, spec.model, Path(spec.model).name)}:
+        raise ValueError(f"--arm-trust-remote-code {min(unknown)}: expected the name or the model of an --arm")
     chat_template = read_text(args.chat_template) if args.chat_template else None
     console = Console(stderr=True)
     with console.status("loading torch and transformers ..."):
@@ -154,9 +173,16 @@ def load(args: argparse.Namespace) -> GenARM:
         return GenARM.from_pretrained(
             base,
             [
-                ARM(model, weight=spec.weight, name=spec.name, prompt_template=args.arm_prompt_template)
+                ARM(
+                    model,
+                    weight=spec.weight,
+                    name=spec.name,
+                    prompt_template=args.arm_prompt_template,
+                    trust_remote_code=bool(trusted & {spec.name, spec.model, Path(spec.model).name}),
+                )
                 for spec, model in arms
             ],
+            trust_remote_code=args.trust_remote_code,
             prompt_template=args.prompt_template,
             chat_template=chat_template,
             dtype=args.dtype,

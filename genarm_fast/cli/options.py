@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import math
 import re
@@ -11,6 +12,8 @@ from dataclasses import Field, fields
 from typing import Any
 
 from genarm_fast.params import SamplingParams, check_weights
+
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[str] = (), **defaults: Any) -> None:
@@ -59,7 +62,7 @@ def parse_field(field: Field[Any], text: str) -> Any:
         if option.get("action") == "store_true":
             return {"on": True, "off": False}[text]
         if field.name == "stop":
-            return (text,)
+            return (unescaped(text),)
         if option.get("action") == "append":
             values = [convert(part) for part in text.split()]
             return dict(values) if field.name == "logit_bias" else tuple(values)
@@ -80,6 +83,11 @@ def numbers(text: str) -> float | tuple[float, ...]:
     return values if len(values) > 1 else values[0]
 
 
+def unescaped(text: str) -> str:
+    r"""Text as typed between a shell's quotes, with \n, \t, \r and \\ for what they stand for elsewhere."""
+    return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
+
+
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
     try:
@@ -94,7 +102,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "int | None": {"type": int, "metavar": "N"},
     "float": {"type": float, "metavar": "X"},
     "float | Sequence[float] | None": {"type": numbers, "metavar": "W[,W...]"},
-    "str | Sequence[str]": {"action": "append", "metavar": "TEXT"},
+    "str | Sequence[str]": {"action": "append", "type": unescaped, "metavar": "TEXT"},
     "Sequence[int]": {"action": "append", "type": int, "metavar": "ID"},
     "Mapping[int, float] | None": {"action": "append", "type": _bias, "metavar": "ID=BIAS"},
 }
@@ -102,6 +110,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def _field_docs() -> dict[str, str]:
     """The `Args:` section of SamplingParams' docstring, by field."""
-    section = (inspect.getdoc(SamplingParams) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    # Read off the source: PYTHONOPTIMIZE=2 strips docstrings.
+    (definition,) = ast.parse(inspect.getsource(SamplingParams)).body
+    assert isinstance(definition, ast.ClassDef)
+    section = (ast.get_docstring(definition) or "").partition("Args:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}

@@ -13,8 +13,8 @@ from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, is_chat
 from genarm_fast.cli.scoring import load_to_score, score_all
 from genarm_fast.text.prompts import Prompt, encode_response
+from genarm_fast.text.transcripts import transcript_messages
 from genarm_fast.train.data import Pair, load_pairs
-from genarm_fast.train.encode import transcript_messages
 from genarm_fast.train.metrics import PairStats
 from genarm_fast.utils.jsonlines import dumps, located
 
@@ -64,14 +64,16 @@ def score_pairs(args: argparse.Namespace) -> int:
 def _encoded(args: argparse.Namespace, model: GenARM, pair: Pair) -> tuple[Prompt, list[int], list[int]]:
     """Prompt and token ids of both responses. Those cut on purpose get no token that ends them, as in training."""
     prompt: Prompt = pair.prompt
-    texts = [pair.chosen, pair.rejected]
+    texts = []
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not isinstance(side, str) or pair.options:
+            raise ValueError(f"field {name!r}: expected text to score; messages with more, and tools, are for training")
+        texts.append(side)
     if isinstance(prompt, str) and is_chat(args, model) and (messages := transcript_messages(prompt)):
         prompt, texts = messages, [text.strip() for text in texts]
     prompt = formatted(args, model, prompt)
     chosen, rejected = (
-        encode_response(model.base, prompt, text, model.eos_token_ids)
-        if complete
-        else list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+        encode_response(model.base, prompt, text, model.eos_token_ids, append_end=complete)
         for text, complete in zip(texts, (pair.chosen_complete, pair.rejected_complete))
     )
     return prompt, chosen, rejected

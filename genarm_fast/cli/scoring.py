@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def load_to_score(args: argparse.Namespace) -> GenARM:
     """The models. Text prompts stay texts where an ARM was trained on such, unless the options say otherwise."""
     model = load(args)
-    if args.chat is None and any(member.chat is False for member in model.members[1:]):
+    if args.chat is None and any(member.prompt_format in ("text", "transcript") for member in model.arms):
         args.chat = False
     return model
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from genarm_fast.cli.loading import read_text
+from genarm_fast.cli.options import unescaped
 from genarm_fast.train.config import TrainConfig, hints, scalar_type
 
 
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             kind = scalar_type(hint)
             options |= {"type": kind, "metavar": kind.__name__.upper()}
+        if f.name == "prompt_template":
+            options["type"] = unescaped
         if f.name == "chat_template":  # a file, as in the other commands
             options["metavar"] = "FILE"
         parser.add_argument("--" + f.name.replace("_", "-"), **options)

@@ -33,7 +33,10 @@ def score_responses(
     answers = as_responses(responses, len(prompts))
     targets = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        ids = _encode(members[0], prompt, answer, eos_token_ids if append_eos else None)
+        if isinstance(answer, str):
+            ids = encode_response(members[0], prompt, answer, eos_token_ids, append_end=append_eos)
+        else:
+            ids = answer
         check_response_ids(i, answer, ids, vocab_size)
         targets.append(ids)
     encoded = [[encode_prompt(member, prompt, i, vocab_size) for member in members] for i, prompt in enumerate(prompts)]
@@ -51,15 +54,6 @@ def score_responses(
         ScoreOutput(prompt, answer, target, line[0], {name: ArmRewards(own) for name, own in zip(names, line[1:])})
         for prompt, answer, target, line in zip(prompts, answers, targets, logprobs)
     ]
-
-
-def _encode(base: Member, prompt: Prompt, response: str | list[int], stop_ids: frozenset[int] | None) -> list[int]:
-    """Token ids of a response; stop_ids: None where no end of sequence is to follow."""
-    if not isinstance(response, str):
-        return response
-    if stop_ids is not None:
-        return encode_response(base, prompt, response, stop_ids)
-    return list(base.tokenizer(response, add_special_tokens=False)["input_ids"])
 
 
 def check_response_ids(index: int, response: str | list[int], ids: list[int], vocab_size: int) -> None:

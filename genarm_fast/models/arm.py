@@ -26,6 +26,7 @@ class ARM:
         name: key of its rewards; default: the last part of its path.
         prompt_template: wraps raw string prompts, e.g. "<|user|>\\n{prompt}\\n<|assistant|>\\n".
         chat_template: Jinja template for chat messages; default: the one of its tokenizer.
+        trust_remote_code: run Python code that its folder or repository brings along; never otherwise.
 
     Templates default to those that training recorded in the folder's genarm.json. An ARM without tokenizer files takes
     the base's tokenizer and chat template.
@@ -36,6 +37,9 @@ class ARM:
     name: str | None = field(default=None, kw_only=True)
     prompt_template: str | None = field(default=None, kw_only=True)
     chat_template: str | None = field(default=None, kw_only=True)
+    trust_remote_code: bool = field(default=False, kw_only=True)
+    # Adapters that were active in a given PeftModel when this was made: one that is switched later is not meant.
+    active: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, (str, os.PathLike, nn.Module)):
@@ -44,6 +48,14 @@ class ARM:
             raise TypeError(f"weight={self.weight!r}: expected one number")
         if self.name is not None and not isinstance(self.name, str):
             raise TypeError(f"name={self.name!r}: expected a string")
+        if not isinstance(self.trust_remote_code, bool):
+            raise TypeError(f"trust_remote_code={self.trust_remote_code!r}: expected True or False")
+        object.__setattr__(self, "active", active_adapters(self.model))
+
+
+def active_adapters(model: object) -> tuple[str, ...]:
+    """Names of a PeftModel's active adapters; () for all else."""
+    return tuple(model.active_adapters) if hasattr(model, "get_base_model") else ()  # type: ignore[attr-defined]
 
 
 def as_arms(arms: Any) -> list[ARM]:

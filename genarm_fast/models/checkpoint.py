@@ -4,47 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
+from genarm_fast.models.adapter import check_forward, check_kind, is_adapted, load_adapter, shown
+from genarm_fast.models.files import check_files, read_object, refusing
 from genarm_fast.models.fingerprint import fingerprint
-from genarm_fast.models.hub import Source, find_file, locate, read_json
+from genarm_fast.models.hub import Source, locate
 from genarm_fast.models.weights import share_weights
-
-
-def _causal_lm(role: str, model: Any) -> Any:
-    """What is inside a PEFT model or a compiled one; others are taken as they are."""
-    model = getattr(model, "_orig_mod", model)
-    if not hasattr(model, "config") or model.get_output_embeddings() is None:
-        raise TypeError(f"{role}: expected a causal LM of transformers, got {type(model).__name__}")
-    if hasattr(model, "get_base_model"):
-        for config in model.peft_config.values():
-            _check_peft(role, config)
-        return model.get_base_model()
-    return model
-
-
-def _check_peft(what: str, config: Any) -> None:
-    if config.is_prompt_learning:
-        raise ValueError(f"{what}: {config.peft_type.value} adapters add virtual tokens; expected LoRA-like")
-
-
-def _own_saved(model: nn.Module, adapter: str) -> nn.Module:
-    """Give `model` its own tensors where PEFT will load others into them: biases or embeddings trained with a LoRA."""
-    from peft import load_peft_weights
-
-    own: dict[int, nn.Parameter] = {}
-    parameters = dict(model.named_parameters())
-    for name, saved in load_peft_weights(adapter, device="cpu").items():
-        old = parameters.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
-        if old is not None and not torch.equal(old, saved.to(old)):
-            own[id(old)] = nn.Parameter(old.clone(), requires_grad=False)
-    for module in model.modules():
-        module._parameters.update({k: own[id(p)] for k, p in module._parameters.items() if id(p) in own})
-    return model
 
 
 def check_device(device: Any) -> torch.device:
@@ -67,6 +40,51 @@ def _key(source: Source) -> str:
     return os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
 
 
+def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+    """transformers' causal LM of a folder or hub repository, if that holds all of its weights and nothing else.
+
+    member: its role in errors. kwargs: to transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: files that cannot be read, code of the folder's own without `trust_remote_code`, and weights that
+            are missing, that have no place in the model, or that have another shape.
+    """
+    check_files(member, source)
+    what = f"{member}={os.fspath(source)!r}"
+    with refusing(what, "a folder or a hub id that can be loaded"), _quietly():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **kwargs,
+        )
+    unexpected = () if getattr(model, "hf_quantizer", None) is not None else found["unexpected_keys"]
+    problems = (
+        ("lacks", found["missing_keys"]),
+        ("has other shapes for", {name for name, *_ in found["mismatched_keys"]}),
+        ("has no place for", unexpected),
+    )
+    said = "; ".join(f"{problem} {shown(names)}" for problem, names in problems if names)
+    if said:
+        kinds = ", ".join(model.config.architectures or ())
+        raise ValueError(
+            f"{what}: expected all weights of {type(model).__name__} and no others, it {said} (saved: {kinds})"
+        )
+    return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers' table of what did not fit is not for users here: the errors say it."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 class ModelLoader:
     """Models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
 
@@ -79,6 +97,7 @@ class ModelLoader:
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
         self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
         self.places: dict[str, Source] = {}
+        self.adapted: dict[int, str] = {}  # id of a given model with an adapter → its role
 
     def locate(self, role: str, source: Source) -> Source:
         """Where to read its files; each source is looked for once. Raises FileNotFoundError if there are none."""
@@ -90,54 +109,75 @@ class ModelLoader:
             self.places[key] = locate(role, source, **options)
         return self.places[key]
 
-    def load(self, role: str, source: Source | nn.Module) -> nn.Module:
+    def load(self, role: str, source: Source | nn.Module, *, trust_remote_code: bool = False) -> nn.Module:
         """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
         if isinstance(source, nn.Module):
-            model = _causal_lm(role, source)
+            model = self._given(role, source)
             return share_weights(model) if model.training else model
         place = self.locate(role, source)
-        if find_file(place, "adapter_config.json"):
-            return self._load_adapter(role, os.fspath(place))
-        return self._load_bare(role, source)
+        if read_object(role, place, "adapter_config.json"):
+            return self._load_adapter(role, os.fspath(place), trust_remote_code)
+        return self._load_bare(role, source, trust_remote_code)
+
+    def _given(self, role: str, model: Any) -> Any:
+        """What is inside a PEFT model or a compiled one; others are taken as they are.
+
+        Raises:
+            TypeError: no causal LM.
+            ValueError: an adapter that is not supported, or a model of which it is not clear which adapter is meant.
+        """
+        model = getattr(model, "_orig_mod", model)
+        if not hasattr(model, "config") or model.get_output_embeddings() is None:
+            raise TypeError(f"{role}: expected a causal LM of transformers, got {type(model).__name__}")
+        inside = model
+        if hasattr(model, "get_base_model"):
+            for config in model.peft_config.values():
+                check_kind(role, config)
+            check_forward(role, model)
+            inside = model.get_base_model()
+        elif is_adapted(model) and not getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{role}: PEFT has put an adapter into this model: expected one without, loaded anew, or the PeftModel"
+            )
+        other = self.adapted.setdefault(id(inside), role) if is_adapted(inside) else role
+        if other != role:
+            raise ValueError(
+                f"{role}: the same adapted model as {other}, with the same active adapter: expected another object for"
+                " each, or the adapters' folders"
+            )
+        return inside
 
     def adopt(self, name: str, model: nn.Module) -> None:
         """Let adapters share the weights of a model that was given, not loaded."""
         self.loaded[_key(name)] = model
 
-    def _load_bare(self, role: str, source: Source) -> Any:
+    def _load_bare(self, role: str, source: Source, trust_remote_code: bool) -> Any:
         key = _key(source)
         if key not in self.loaded:
-            try:
-                model = AutoModelForCausalLM.from_pretrained(self.locate(role, source), **self.kwargs)
-            except OSError as error:
-                raise OSError(f"{role}={key!r}: expected a folder or a hub id that can be loaded") from error
+            place = self.locate(role, source)
+            model = load_causal_lm(role, place, trust_remote_code=trust_remote_code, **self.kwargs)
             self.loaded[key] = (model if self.device is None else model.to(self.device)).eval()
         return self.loaded[key]
 
-    def _load_adapter(self, role: str, source: str) -> nn.Module:
-        from peft import PeftConfig, PeftModel
+    def _load_adapter(self, role: str, source: str, trust_remote_code: bool) -> nn.Module:
+        check_files(role, source)
+        what = f"{role}={source!r}"
+        recorded = read_object(role, source, "adapter_config.json").get("base_model_name_or_path")
+        return load_adapter(what, source, self._adapter_base(role, source, recorded, trust_remote_code))
 
-        config = PeftConfig.from_pretrained(source)
-        _check_peft(f"{role}={source!r}", config)
-        base = self._adapter_base(role, source, config.base_model_name_or_path)
-        # The adapter computes in the base's dtype, as it will when several share one forward.
-        tree = _own_saved(share_weights(base), source)
-        adapted = PeftModel.from_pretrained(tree, source, autocast_adapter_dtype=False)
-        return adapted.get_base_model().eval()
-
-    def _adapter_base(self, role: str, source: str, base: str | None) -> Any:
+    def _adapter_base(self, role: str, source: str, base: Any, trust_remote_code: bool) -> Any:
         """The loaded model that the adapter was trained on, else its own base, checked by fingerprint."""
-        expected = read_json(source, "genarm.json").get("base_fingerprint")
+        expected = read_object(role, source, "genarm.json").get("base_fingerprint")
         for model in self.loaded.values():
             if expected is not None and fingerprint(model) == expected:
                 return model
         loaded = ", ".join(map(repr, self.loaded)) or "none"
         wanted = f"{role}={source!r} is an adapter of {base!r}"
         try:
-            model = self._load_bare(role, base or "")
-        except OSError as error:
+            model = self._load_bare(role, base or "", trust_remote_code)
+        except (OSError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{wanted}, which can't be loaded; expected an adapter of a loaded model ({loaded})"
+                f"{wanted}, which can't be loaded; expected an adapter of a loaded model ({loaded}): {error}"
             ) from error
         found = fingerprint(model)
         if expected is None or found is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -71,9 +70,3 @@ def find_file(source: Source, name: str) -> Path | None:
         return Path(hf_hub_download(os.fspath(source), name))
     except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
-
-
-def read_json(source: Source, name: str) -> dict[str, Any]:
-    """A JSON file of a folder or hub repository, {} where it has none."""
-    path = find_file(source, name)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}

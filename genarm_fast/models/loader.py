@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from genarm_fast.models.arm import ARM, arm_names
+from genarm_fast.models.arm import ARM, active_adapters, arm_names
 from genarm_fast.models.checkpoint import ModelLoader
 from genarm_fast.models.fast_modules import as_runner
-from genarm_fast.models.hub import Source, find_file, read_json
+from genarm_fast.models.files import check_files, read_object, refusing
+from genarm_fast.models.hub import Source, find_file
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
 from genarm_fast.models.rebound import WeightWatch
+from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
 TOKENIZER_FILES = (
@@ -26,6 +30,12 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+RECORDED = {
+    "prompt_template": (str, type(None)),
+    "chat_template": (str, type(None)),
+    "prompt_format": (str, type(None)),
+    "end_token_id": (int, type(None)),
+}
 
 
 def load_members(
@@ -36,13 +46,17 @@ def load_members(
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompt_template: str | None = None,
     chat_template: str | None = None,
+    trust_remote_code: bool = False,
     **loading: Any,
 ) -> tuple[list[Member], Member | None]:
     """Base first, then the ARMs in order; and the model that only proposes tokens.
 
+    trust_remote_code: of base and draft model; each ARM has its own. loading: to `ModelLoader`.
+
     Raises:
-        ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a model without a
-            key-value cache, a template without {prompt}, a name given twice, a device that is not here.
+        ValueError: a folder or adapter that is not whole or not supported, an adapter of another base, a model without
+            a key-value cache, tokenizers that disagree on the common vocabulary, a template without {prompt}, a name
+            given twice, a device that is not here, one adapted model in two roles.
         FileNotFoundError: one of them is nowhere; before any is loaded.
     """
     names = arm_names(specs)
@@ -52,17 +66,26 @@ def load_members(
         None if source is None or isinstance(source, nn.Module) else models.locate(role, source)
         for role, source in zip(roles, [base, *(spec.model for spec in specs), draft_model])
     ]
-    model = models.load("base", base)
+    if not isinstance(trust_remote_code, bool):
+        raise TypeError(f"trust_remote_code={trust_remote_code!r}: expected True or False")
+    for role, spec in zip(roles[1:], specs):
+        if (now := active_adapters(spec.model)) != spec.active:
+            raise ValueError(
+                f"{role}: its active adapter was {', '.join(spec.active)} when the ARM was made and is {', '.join(now)}"
+                " now: expected a model of its own for each adapter, or the adapters' folders"
+            )
+    model = models.load("base", base, trust_remote_code=trust_remote_code)
     source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
     if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
         models.adopt(str(source) or "the given base", model)
-    recorded = {} if places[0] is None else read_json(places[0], "genarm.json")
+    recorded = _recorded("base", places[0])
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
     base_tokenizer = tokenizer
     if tokenizer is None and source:
         with suppress(FileNotFoundError):  # a given model may come from anywhere
-            base_tokenizer = load_tokenizer(models.locate("base", source))
+            place = models.locate("base", source)
+            base_tokenizer = load_tokenizer("base", place, trust_remote_code=trust_remote_code)
     if base_tokenizer is None:
         raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
     first = Member(
@@ -75,12 +98,13 @@ def load_members(
     )
     members = [first]
     for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
-        recorded = {} if place is None else read_json(place, "genarm.json")
-        own = None if place is None else load_tokenizer(place)
+        recorded = _recorded(role, place)
+        _check_format(role, spec, recorded.get("prompt_format"))
+        own = None if place is None else load_tokenizer(role, place, trust_remote_code=spec.trust_remote_code)
         members.append(
             Member(
                 name,
-                models.load(role, spec.model),
+                models.load(role, spec.model, trust_remote_code=spec.trust_remote_code),
                 own or base_tokenizer,
                 spec.prompt_template or recorded.get("prompt_template"),
                 spec.chat_template
@@ -89,9 +113,11 @@ def load_members(
                 or first.chat_template,
                 float(spec.weight),
                 isinstance(spec.model, nn.Module),
-                recorded.get("chat"),
+                recorded.get("prompt_format"),
             )
         )
+        if (end := recorded.get("end_token_id")) is not None:
+            first.stop_ids |= {end}
     for member, given in zip(members, [base, *(spec.model for spec in specs)]):
         member.watch = WeightWatch(given) if isinstance(given, nn.Module) else None
     for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
@@ -100,13 +126,41 @@ def load_members(
             member.shared = as_runner(shared)
     if draft_model is None:
         return members, None
-    own = None if places[-1] is None else load_tokenizer(places[-1])  # it sees the base's prompts all the same
-    model = ModelLoader(**loading).load("draft_model", draft_model)
+    own = None  # it reads the base's prompts all the same
+    if (place := places[-1]) is not None:
+        own = load_tokenizer("draft_model", place, trust_remote_code=trust_remote_code)
+    model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
     return members, Member("draft_model", model, own or base_tokenizer)
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or hub repository, None where it has no tokenizer files."""
-    if any(find_file(source, name) for name in TOKENIZER_FILES):
-        return AutoTokenizer.from_pretrained(source)
-    return None
+def _recorded(member: str, place: Source | None) -> dict[str, Any]:
+    """What training recorded in genarm.json, {} where there is none. Raises ValueError for what it never writes."""
+    recorded = {} if place is None else read_object(member, place, "genarm.json")
+    for name, kinds in RECORDED.items():
+        value = recorded.get(name)
+        if not isinstance(value, kinds) or (name == "prompt_format" and value not in (None, *get_args(PromptFormat))):
+            file = Path(place or "", "genarm.json")
+            raise ValueError(f"{member}: {file}: {name}={recorded[name]!r:.60}: expected what training records")
+    return recorded
+
+
+def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub repository, None where it has no tokenizer files.
+
+    Raises:
+        ValueError: files that hold no tokenizer, or one that needs code of the folder's own.
+    """
+    if not any(find_file(source, name) for name in TOKENIZER_FILES):
+        return None
+    check_files(member, source)
+    with refusing(f"{member}={os.fspath(source)!r}", "a tokenizer that can be loaded"):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _check_format(member: str, spec: ARM, trained_on: str | None) -> None:
+    """Raises ValueError for a template that an ARM was not trained with."""
+    for name, formats in (("prompt_template", ("transcript", "chat")), ("chat_template", ("transcript", "text"))):
+        if getattr(spec, name) is not None and trained_on in formats:
+            raise ValueError(
+                f"{member}: {name}={getattr(spec, name)!r:.60}: expected none, it was trained on {trained_on}s"
+            )

@@ -13,12 +13,13 @@ from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.rebound import WeightWatch
 from genarm_fast.models.support import check_supported, context_of
 from genarm_fast.models.weights import share_weights
+from genarm_fast.text.prompts import PromptFormat
 
 
 @dataclass
 class Member:
     """A loaded member. `weight` is the ARM's default weight. given: somebody else has its model, and may change it.
-    chat: whether it was trained on chat messages; None: nobody recorded that."""
+    prompt_format: what it was trained on; None: nobody recorded that. stop_ids: tokens that end its answers, too."""
 
     name: str
     model: Any  # a transformers causal LM in eval mode
@@ -27,11 +28,12 @@ class Member:
     chat_template: str | None = None
     weight: float = 1.0
     given: bool = False
-    chat: bool | None = None
+    prompt_format: PromptFormat | None = None
+    stop_ids: frozenset[int] = frozenset()
     watch: WeightWatch | None = None  # of a given model
 
     def __post_init__(self) -> None:
-        check_supported(self.name, self.model)
+        check_supported(self.name, type(self.model), self.model.config)
         for name, template in (("prompt_template", self.prompt_template), ("chat_template", self.chat_template)):
             if template is not None and not isinstance(template, str):
                 raise TypeError(f"{self.name}: {name}={template!r}: expected a string")

@@ -10,21 +10,21 @@ from typing import Any
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
-def check_supported(role: str, model: Any) -> None:
-    """Raises ValueError for a transformers model whose attention cannot read our key-value cache."""
-    config = model.config
+def check_supported(role: str, kind: type, config: Any) -> None:
+    """Raises ValueError for a class of transformers whose attention cannot read our key-value cache."""
     unsupported = set(getattr(config.get_text_config(), "layer_types", None) or ()) - CACHED_LAYERS
-    if config.is_encoder_decoder or getattr(model, "_is_stateful", False) or unsupported:
+    if config.is_encoder_decoder or getattr(kind, "_is_stateful", False) or unsupported:
         what = ", ".join(sorted(unsupported)) or "recurrent or encoder-decoder"
-    elif not getattr(model, "_supports_attention_backend", False) or not takes_positions(model):
+    elif not getattr(kind, "_supports_attention_backend", False) or not takes_positions(kind):
         what = "with attention code of their own"
     else:
         return
     raise ValueError(f"{role}: {config.model_type} models ({what}) are not supported: expected plain attention")
 
 
-def takes_positions(model: Any) -> bool:
-    return "position_ids" in inspect.signature(type(model).forward).parameters
+def takes_positions(kind: Any) -> bool:
+    """Whether its forward can be told where tokens stand."""
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def context_of(config: Any) -> int | None:

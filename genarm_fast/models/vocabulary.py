@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from genarm_fast.models.member import Member
+from genarm_fast.text.templates import end_of_answer
 
 
 def common_vocabulary(members: Sequence[Member]) -> int:
@@ -31,15 +32,20 @@ def common_vocabulary(members: Sequence[Member]) -> int:
 
 
 def end_of_sequence(base: Member, vocab_size: int) -> frozenset[int]:
-    """Token ids that end a response: the base's generation config, else its config, else its tokenizer."""
+    """Token ids that end a response.
+
+    Those of the base's generation config, else its config; the EOS of its tokenizer; what its chat template puts
+    behind an answer; and what ARMs were trained to end with.
+    """
     generation_config = getattr(base.model, "generation_config", None)
     candidates: tuple[int | list[int] | None, ...] = (
         getattr(generation_config, "eos_token_id", None),
         base.model.config.get_text_config().eos_token_id,
-        base.tokenizer.eos_token_id,
     )
     eos = next((value for value in candidates if value is not None), [])
-    ids = frozenset([eos] if isinstance(eos, int) else eos)
+    configured = frozenset([eos] if isinstance(eos, int) else eos)
+    ends = (base.tokenizer.eos_token_id, end_of_answer(base.tokenizer, base.chat_template, configured))
+    ids = configured | base.stop_ids | {end for end in ends if end is not None}
     if not any(token_id < vocab_size for token_id in ids):
         warnings.warn(f"end-of-sequence ids {sorted(ids)} of the base: expected one below {vocab_size}", stacklevel=2)
     return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -15,3 +16,10 @@ def share_weights(model: nn.Module) -> nn.Module:
         plain = type(parameter) is nn.Parameter  # quantised ones carry state that only they know
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
     return copy.deepcopy(model, memo).eval()
+
+
+def own_weights(model: nn.Module, shared: Collection[int]) -> None:
+    """Give a module tree copies of these of its parameters, named by their ids, so that they can be written to."""
+    own = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters() if id(p) in shared}
+    for module in model.modules():
+        module._parameters.update({k: own[id(p)] for k, p in module._parameters.items() if id(p) in own})

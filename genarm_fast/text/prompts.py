@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.text.templates import chat_ids, end_of_answer, ended, text_ids
+from genarm_fast.text.messages import Message, as_message, check_text
+from genarm_fast.text.templates import (
+    Rendered,
+    end_of_answer,
+    ended,
+    rendered_chat,
+    rendered_text,
+    response_ids,
+    special_tokens,
+    token_ids,
+)
+from genarm_fast.text.transcripts import as_transcript, transcript_messages
 
-Prompt = str | list[dict[str, str]] | list[int]
+Prompt = str | list[Message] | list[int]
+PromptFormat = Literal["text", "transcript", "chat"]  # what an ARM was trained on
 
 
 class Reader(Protocol):
     """Who reads prompts: a member of a guided decoder, as far as text is concerned.
 
+    prompt_format: what it was trained on; None where nobody recorded that, and texts stay texts, messages messages.
     vocab_size: width of its logits. context: tokens that prompt and response may have together, None without a bound.
     """
 
@@ -26,6 +38,7 @@ class Reader(Protocol):
     tokenizer: PreTrainedTokenizerBase
     prompt_template: str | None
     chat_template: str | None
+    prompt_format: PromptFormat | None
     vocab_size: int
     context: int | None
 
@@ -36,20 +49,18 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     Raises:
         TypeError, ValueError: something that is no prompt, named by its index.
     """
-    if hasattr(prompts, "tolist"):
-        prompts = prompts.tolist()
-    if isinstance(prompts, str) or (_is_sequence(prompts) and prompts and isinstance(prompts[0], (Mapping, Integral))):
+    prompts = _unwrapped(prompts)
+    if isinstance(prompts, str) or (_is_sequence(prompts) and prompts and _begins_a_prompt(prompts[0])):
         prompts = [prompts]
     if not _is_sequence(prompts):
-        raise TypeError(f"prompts={prompts!r}: expected a string, chat messages, token ids, or a list of such")
+        raise TypeError(f"prompts={prompts!r:.80}: expected a string, chat messages, token ids, or a list of such")
     if not prompts:
         raise ValueError("prompts=[]: expected at least one prompt")
     return [_as_prompt(index, prompt) for index, prompt in enumerate(prompts)]
 
 
 def _as_prompt(index: int, prompt: Any) -> Prompt:
-    if hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
+    prompt = _unwrapped(prompt)
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(
@@ -58,27 +69,37 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
         return check_text(f"prompts[{index}]", prompt)
     if _is_sequence(prompt) and not prompt:
         raise ValueError(f"prompts[{index}]=[]: expected at least one token id or chat message")
+    if _is_sequence(prompt) and len(prompt) == 1 and _is_sequence(prompt[0]) and _are_ids(prompt[0]):
+        prompt = prompt[0]  # of one row, as tokenizers return tensors
     if _is_sequence(prompt) and all(isinstance(item, Mapping) for item in prompt):
-        for message in prompt:
-            if "role" not in message or "content" not in message:
-                raise ValueError(f"prompts[{index}]: message {message!r}: expected the keys 'role' and 'content'")
-            for key in ("role", "content"):
-                if not isinstance(message[key], str):  # which templates would spell out
-                    raise TypeError(f"prompts[{index}]: message {message!r}: expected a string as {key!r}")
-                check_text(f"prompts[{index}]", message[key])
-        return [dict(message) for message in prompt]
+        try:
+            return [as_message(message) for message in prompt]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompts[{index}]: {error}") from None
     if _are_ids(prompt):
         return [int(item) for item in prompt]
-    raise TypeError(f"prompts[{index}]={prompt!r}: expected a string, chat messages or token ids")
+    raise TypeError(f"prompts[{index}]={prompt!r:.80}: expected a string, chat messages or token ids")
 
 
-def check_text(name: str, text: str) -> str:
-    """The text. Raises ValueError for half a surrogate pair, which no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={text!r}: expected Unicode text, got {text[error.start]!r} in it") from None
-    return text
+def _unwrapped(value: Any) -> Any:
+    """Lists in place of tensors, arrays and what a tokenizer returns; tokens that its mask hides are left out."""
+    if isinstance(value, Mapping) and "input_ids" in value:
+        ids, mask = (_unwrapped(value.get(name)) for name in ("input_ids", "attention_mask"))
+        if mask is None:
+            return ids
+        if ids and _is_sequence(ids[0]):
+            return [_unmasked(row, shown) for row, shown in zip(ids, mask)]
+        return _unmasked(ids, mask)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _unmasked(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    return [token for token, shown in zip(ids, mask) if shown]
+
+
+def _begins_a_prompt(first: Any) -> bool:
+    """Whether a list that begins so is one prompt: a chat, or token ids."""
+    return isinstance(first, Integral) or (isinstance(first, Mapping) and "input_ids" not in first)
 
 
 def as_responses(responses: Any, count: int) -> list[str | list[int]]:
@@ -92,7 +113,7 @@ def as_responses(responses: Any, count: int) -> list[str | list[int]]:
     if isinstance(responses, str) or (_is_sequence(responses) and responses and isinstance(responses[0], Integral)):
         responses = [responses]
     if not _is_sequence(responses):
-        raise TypeError(f"responses={responses!r}: expected a string, token ids, or a list of such")
+        raise TypeError(f"responses={responses!r:.80}: expected a string, token ids, or a list of such")
     if len(responses) != count:
         raise ValueError(f"responses: expected {count}, one per prompt, got {len(responses)}")
     return [_as_response(index, response) for index, response in enumerate(responses)]
@@ -105,34 +126,60 @@ def _as_response(index: int, response: Any) -> str | list[int]:
         return check_text(f"responses[{index}]", response)
     if _are_ids(response):
         return [int(item) for item in response]
-    raise TypeError(f"responses[{index}]={response!r}: expected a string or token ids")
+    raise TypeError(f"responses[{index}]={response!r:.80}: expected a string or token ids")
 
 
 def encode_prompt(reader: Reader, prompt: Prompt, index: int, vocab_size: int) -> list[int]:
     """Token ids of a prompt as one member reads it, beginning-of-sequence included where its tokenizer adds it.
 
     Raises:
-        ValueError: no chat template, no token left, or ids outside the vocabulary.
+        ValueError: no chat template, a prompt that is not of the format it was trained on, no token left, or ids
+            outside the vocabulary.
     """
-    if isinstance(prompt, str):
-        ids = text_ids(reader.tokenizer, prompt, reader.prompt_template)
-    elif isinstance(prompt[0], dict):
-        if reader.chat_template is None:
-            raise ValueError(
-                f"prompts[{index}]: {reader.name} has no chat template: pass chat_template, or a string as prompt"
-            )
-        try:
-            ids = chat_ids(reader.tokenizer, prompt, reader.chat_template)
-        except TemplateError as error:  # wrong itself, or it refuses these roles
-            raise ValueError(f"prompts[{index}]: {reader.name}'s chat template can't render it: {error}") from error
+    rendered = _rendered(reader, prompt, index)
+    if rendered is not None:
+        ids = token_ids(reader.tokenizer, rendered)
     else:
-        ids = prompt
+        ids = [int(token) for token in prompt]  # type: ignore[call-overload]
         if not all(0 <= token_id < vocab_size for token_id in ids):
             raise ValueError(f"prompts[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{vocab_size - 1}")
     if not ids:
-        raise ValueError(f"prompts[{index}]={prompt!r}: {reader.name}'s tokenizer makes no token of it")
+        raise ValueError(f"prompts[{index}]={prompt!r:.80}: {reader.name}'s tokenizer makes no token of it")
     check_ids(reader, ids, index)
-    return list(ids)
+    return ids
+
+
+def _rendered(reader: Reader, prompt: Prompt, index: int = 0) -> Rendered | None:
+    """A prompt in the format that its reader was trained on; None for token ids, which are what they are."""
+    if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
+        return None
+    given: Any = prompt
+    messages: list[Message] = (transcript_messages(given) or _as_chat(given)) if isinstance(given, str) else given
+    if reader.prompt_format == "transcript":
+        try:
+            return rendered_text(reader.tokenizer, as_transcript(given), None)
+        except ValueError as error:
+            raise ValueError(f"prompts[{index}]: {reader.name} was trained on transcripts; {error}") from None
+    if isinstance(prompt, str) and reader.prompt_format != "chat":
+        return rendered_text(reader.tokenizer, prompt, reader.prompt_template)
+    if reader.prompt_format == "text":
+        if messages != _as_chat(str(messages[-1]["content"])):
+            raise ValueError(
+                f"prompts[{index}]: {reader.name} was trained on plain texts: expected one, or one user message alone"
+            )
+        return rendered_text(reader.tokenizer, messages[0]["content"], reader.prompt_template)
+    if reader.chat_template is None:
+        raise ValueError(
+            f"prompts[{index}]: {reader.name} has no chat template: pass chat_template, or a string as prompt"
+        )
+    try:
+        return rendered_chat(reader.tokenizer, messages, reader.chat_template)
+    except ValueError as error:
+        raise ValueError(f"prompts[{index}]: {reader.name}'s chat template can't render it: {error}") from error
+
+
+def _as_chat(prompt: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}]
 
 
 def check_ids(reader: Reader, ids: Sequence[int], index: int) -> None:
@@ -143,10 +190,32 @@ def check_ids(reader: Reader, ids: Sequence[int], index: int) -> None:
         )
 
 
-def encode_response(reader: Reader, prompt: Prompt, response: str, eos_token_ids: frozenset[int]) -> list[int]:
-    """Token ids of a whole response to a prompt, with the token that ends it, as in training."""
-    end = end_of_answer(reader.tokenizer, reader.chat_template if isinstance(prompt[0], dict) else None, eos_token_ids)
-    return ended(list(reader.tokenizer(response, add_special_tokens=False)["input_ids"]), end)
+def encode_response(
+    reader: Reader, prompt: Prompt, response: str, eos_token_ids: frozenset[int], *, append_end: bool = True
+) -> list[int]:
+    """Token ids of a response to a prompt, with the token that ends a whole one, as in training."""
+    rendered, given = _rendered(reader, prompt), list(prompt)
+    before: Any = given if rendered is None else token_ids(reader.tokenizer, rendered)
+    ids = response_ids(reader.tokenizer, rendered, before, response)
+    if not append_end:
+        return ids
+    chat = isinstance(given[0], dict) or (rendered is not None and reader.prompt_format == "chat")
+    return ended(ids, end_of_answer(reader.tokenizer, reader.chat_template if chat else None, eos_token_ids))
+
+
+def special_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> frozenset[int]:
+    """Ids of the stop strings that are special tokens, which never show in a text.
+
+    Raises:
+        ValueError: a stop string with a special token and more, which could not fire.
+    """
+    special = {text: i for i, text in special_tokens(tokenizer).items()}
+    for stop in stops:
+        inside = [text for text in special if text in stop]
+        if stop not in special and inside:
+            found = max(inside, key=len)
+            raise ValueError(f"stop={stop!r}: expected the special token {found!r} by itself, or none in it")
+    return frozenset(special[stop] for stop in stops if stop in special)
 
 
 def check_context(reader: Reader, prompt_tokens: int, new_tokens: int, index: int) -> None:

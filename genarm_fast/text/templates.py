@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from genarm_fast.text.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_CHARACTERS = 1 << 24  # of a rendered chat; the longest contexts hold a quarter of that
+ANCHORS = ("\n", ".", "a", "0")  # texts that a response may follow without joining them
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_template: str | None) -> list[int]:
+
+class Rendered(NamedTuple):
+    """A prompt as its tokenizer gets it. special: whether the tokenizer adds its own special tokens, such as BOS."""
+
+    text: str
+    special: bool
+
+
+def rendered_text(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_template: str | None) -> Rendered:
     """A text prompt, inside its template "...{prompt}..." if it has one."""
     text = prompt if prompt_template is None else prompt_template.replace("{prompt}", prompt)
     # A template may spell out the beginning-of-sequence token; the tokenizer must not add it twice.
     bos = tokenizer.bos_token
-    return list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
+    return Rendered(text, not (bos and text.startswith(bos)))
+
+
+def rendered_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str, **options: Any
+) -> Rendered:
+    """Chat messages up to where the assistant's answer begins, or goes on if the last message begins it.
+
+    options: what else the template takes, such as `tools`.
+    """
+    ahead = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
+    return Rendered(render(tokenizer, messages, chat_template, **{ahead: True}, **options), False)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Rendered) -> list[int]:
+    """Token ids of a prompt. An EOS that the tokenizer would put behind it is left out: the response follows."""
+    ids = list(tokenizer(prompt.text, add_special_tokens=prompt.special)["input_ids"])
+    eos = tokenizer.eos_token
+    if prompt.special and eos and ids[-1:] == [tokenizer.eos_token_id] and not prompt.text.endswith(eos):
+        ids.pop()
+    return ids
+
+
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Rendered | None, prompt_ids: Sequence[int], response: str
+) -> list[int]:
+    """Token ids of a response behind its prompt: those of the joined text, where that begins with the prompt's own.
+
+    SentencePiece puts a space before every text, and so would take " great" by itself for two of them. prompt: None
+    where only its ids are known.
+    """
+    if prompt is not None:
+        joined = token_ids(tokenizer, Rendered(prompt.text + response, prompt.special))
+        if joined[: len(prompt_ids)] == list(prompt_ids):
+            return joined[len(prompt_ids) :]
+    for anchor in ANCHORS:
+        before, joined = (
+            list(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (anchor, anchor + response)
+        )
+        if joined[: len(before)] == before:
+            return joined[len(before) :]
+    return list(tokenizer(response, add_special_tokens=False)["input_ids"])
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -23,27 +76,33 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], chat_template: str) -> list[int]:
-    """Chat messages up to the point where the assistant's answer begins."""
-    text = _render(tokenizer, messages, chat_template, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
 def end_of_answer(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, stop_ids: Collection[int]
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, stop_ids: Collection[int] = ()
 ) -> int | None:
-    """The token that ends a response: the stop token that the chat template puts after an answer, else the EOS.
+    """The token that ends a response: the stop or special token that the chat template puts after an answer, else EOS.
 
     They differ for Llama 3, say. `chat_template` None: not a chat.
     """
-    if chat_template is not None:
-        answer = "ANSWER"
-        messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
-        after = _render(tokenizer, messages, chat_template).rpartition(answer)[2]
+    if chat_template is not None and (after := after_answer(tokenizer, chat_template)):
         ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] in stop_ids:
+        if ids and (ids[0] in stop_ids or ids[0] in special_tokens(tokenizer)):
             return ids[0]
     return tokenizer.eos_token_id
+
+
+def after_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
+    """What a chat template puts behind the text of an answer; "" where it can't render a plain one."""
+    answer = "ANSWER"
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
+    try:
+        return render(tokenizer, messages, chat_template).rpartition(answer)[2]
+    except ValueError:
+        return ""
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Tokens that decoding leaves out of a text, by id."""
+    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def ended(response: list[int], end: int | None) -> list[int]:
@@ -51,5 +110,18 @@ def ended(response: list[int], end: int | None) -> list[int]:
     return response if end is None or response[-1:] == [end] else [*response, end]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Any, chat_template: str, **options: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options))
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str, **options: Any) -> str:
+    """What a chat template makes of messages. A template is a program, and may fail in any way.
+
+    Raises:
+        ValueError: naming what the template raised.
+    """
+    try:
+        text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options))
+    except (RecursionError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # of Jinja: wrong itself, or it refuses these roles
+        raise ValueError(str(error) or type(error).__name__) from error
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it makes {len(text)} characters: expected at most {MOST_CHARACTERS}")
+    return text

@@ -64,12 +64,14 @@ def genarm_info(config: TrainConfig, report: dict[str, Any]) -> dict[str, Any]:
         "base_fingerprint": report["base_fingerprint"] if config.method == "lora" else None,
         "beta": config.beta,
         "data": report["config"]["data"],
-        "chat": trained_as_chat(report),
+        "prompt_format": report["data"]["prompt_format"],
         "prompt_template": config.prompt_template,
-        "chat_template": config.chat_template,
+        "chat_template": report["data"]["chat_template"],
+        "end_token_id": report["data"]["end_token_id"],
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_response_tokens": config.max_response_tokens,
         "dtype": report["dtype"],
+        "trust_remote_code": config.trust_remote_code,
         "versions": {
             "genarm_fast": __version__,
             "torch": torch.__version__,
@@ -109,7 +111,7 @@ def model_card(info: dict[str, Any], report: dict[str, Any]) -> str:
         "base": f"`{info['base']}`, fingerprint `{report['base_fingerprint']}`",
         "β_r": f"{info['beta']:g}",
         "data": f"`{info['data']}`: {data['train_pairs']:,} pairs, {data['train_tokens']:,} tokens",
-        "prompts": _prompts(config, trained_as_chat(report)),
+        "prompts": _prompts(config, data["prompt_format"]),
         "lengths": f"at most {config['max_prompt_tokens']} prompt and {config['max_response_tokens']} response tokens",
         "trained": f"{report['method']} ({report['trained_parameters']:,} parameters), {report['steps']} steps, "
         f"{report['dtype']}",
@@ -134,13 +136,8 @@ def model_card(info: dict[str, Any], report: dict[str, Any]) -> str:
     )
 
 
-def trained_as_chat(report: dict[str, Any]) -> bool:
-    """Whether prompts were chat messages; else they were texts."""
-    return report["data"]["format"] == "messages" or report["config"]["as_chat"]
-
-
-def _prompts(config: dict[str, Any], chat: bool) -> str:
-    if chat:
+def _prompts(config: dict[str, Any], prompt_format: str) -> str:
+    if prompt_format == "chat":
         return "chat messages, " + (
             "chat template in genarm.json" if config["chat_template"] else "the base's chat template"
         )

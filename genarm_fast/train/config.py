@@ -21,6 +21,7 @@ OPERATIONAL = frozenset(
         "log_every",
         "resume",
         "save_dtype",
+        "trust_remote_code",
     }
 )
 AT_LEAST = {  # smallest value of the integers
@@ -54,6 +55,8 @@ class TrainConfig:
     data_id: str | None = option(None, "name of the data to record in the ARM")
     dataset_split: str = option("train", "split, if `data` is a `datasets` id")
     dataset_dir: str | None = option(None, "folder in it, e.g. harmless-base of Anthropic/hh-rlhf")
+
+    trust_remote_code: bool = option(False, "run Python code that the base's folder or repository brings along")
 
     as_chat: bool = option(False, "turn text prompts and HH transcripts into chat messages")
     prompt_template: str | None = option(None, "wraps text prompts, e.g. '<|user|>\\n{prompt}\\n<|assistant|>\\n'")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from genarm_fast.text.messages import Message, UnsupportedContent, as_message
+from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standard
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.utils.jsonlines import located, read_objects
 
-Message = dict[str, str]
-TURN = "\n\nAssistant:"
+CUT = "human turn at the end cut, kept"
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # files of these are no JSON lines
 
 
@@ -22,21 +23,31 @@ TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # files of these are n
 class Pair:
     """One comparison. An incomplete response was cut on purpose and gets no EOS.
 
+    chosen, rejected: texts, or whole messages where they hold more than a text. options: what the chat template takes
+    besides messages, such as `tools`. trimmed: whether a human turn was cut off the end.
     `row` counts rows from 0; `line`, for errors, the lines of the file from 1, blank ones too.
     """
 
     row: int
     prompt: str | list[Message]
-    chosen: str
-    rejected: str
+    chosen: str | Message
+    rejected: str | Message
     chosen_complete: bool = True
     rejected_complete: bool = True
     line: int = field(default=0, compare=False)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    trimmed: bool = field(default=False, compare=False)
 
     @property
     def key(self) -> str:
         """The prompt as text: what the held-out split is drawn by."""
         return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
+
+    @property
+    def identity(self) -> bytes:
+        """A hash of the prompt and both responses."""
+        parts = (self.key, *(json.dumps(side, sort_keys=True) for side in (self.chosen, self.rejected)))
+        return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).digest()
 
 
 @dataclass
@@ -47,6 +58,11 @@ class Pairs:
     pairs: list[Pair]
     dropped: Counter[str]
     rows: int
+
+    @property
+    def transcripts(self) -> bool:
+        """Whether all prompts are transcripts."""
+        return all(isinstance(pair.prompt, str) and is_transcript(pair.prompt) for pair in self.pairs)
 
 
 class Dropped(Exception):
@@ -76,10 +92,10 @@ def load_pairs(
                 raise ValueError(f"expected the format {format!r} of the first line, got {found!r}")
             try:
                 pair = _PARSERS[format](rows, row)
-                identity = hashlib.sha256("\0".join((pair.key, pair.chosen, pair.rejected)).encode()).digest()
-                if identity in seen:
+                if pair.identity in seen:
                     raise Dropped("duplicate")
-                seen.add(identity)
+                seen.add(pair.identity)
+                dropped.update([CUT] * pair.trimmed)
                 pairs.append(replace(pair, line=number))
             except Dropped as reason:
                 dropped[str(reason)] += 1
@@ -147,45 +163,75 @@ def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
     value = row[name]
     if not isinstance(value, list) or not value:
         raise ValueError(f"field {name!r}: expected a list of messages, got {value!r:.60}")
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(
-                f"field {name!r}: expected messages with 'role' and 'content' strings, got {message!r:.60}"
-            )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    try:
+        return [as_message(message) for message in value]
+    except UnsupportedContent as error:
+        raise Dropped(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"field {name!r}: {error}") from error
 
 
-def _pair(index: int, row: Mapping[str, Any], prompt: str | list[Message], chosen: str, rejected: str) -> Pair:
+def _options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row wants its chat template to be given."""
+    tools, options = row.get("tools"), row.get("chat_template_kwargs")
+    for name, value, kind in (("tools", tools, list), ("chat_template_kwargs", options, Mapping)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"field {name!r}: expected a {'list' if kind is list else 'mapping'}, got {value!r:.60}")
+    return {**(options or {}), **({"tools": tools} if tools else {})}
+
+
+def _pair(
+    index: int,
+    row: Mapping[str, Any],
+    prompt: str | list[Message],
+    sides: Sequence[str | Message],
+    *,
+    trimmed: bool = False,
+) -> Pair:
     complete = []
     for name in ("chosen_complete", "rejected_complete"):
         value = row.get(name)  # None: `datasets` fills up columns that some rows lack
         if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
         complete.append(value is not False)
+    options = _options(row)
+    if options and isinstance(prompt, str):
+        raise ValueError(f"field {min(options)!r}: expected messages with it")
+    # The text of a message with nothing else in it.
+    chosen, rejected = (side["content"] if isinstance(side, dict) and len(side) == 2 else side for side in sides)
     if chosen == rejected:
         raise Dropped("chosen equals rejected")
-    if not chosen.strip() or not rejected.strip():
+    if any(isinstance(side, str) and not side.strip() for side in (chosen, rejected)):
         raise Dropped("empty response")
-    return Pair(index, prompt, chosen, rejected, *complete)
+    return Pair(index, prompt, chosen, rejected, *complete, options=options, trimmed=trimmed)
 
 
 def _parse_text(index: int, row: Mapping[str, Any]) -> Pair:
-    prompt, chosen, rejected = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
-    if prompt.rstrip().endswith(TURN) and chosen.startswith(prompt) and rejected.startswith(prompt):
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]  # whole transcripts beside their beginning
-    return _pair(index, row, prompt, chosen, rejected)
+    prompt, *sides = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
+    if not is_transcript(prompt):
+        return _pair(index, row, prompt, sides)
+    if all(side.startswith(prompt) for side in sides):  # whole transcripts beside their beginning
+        sides = [side[len(prompt) :] for side in sides]
+    answers = [side.partition(HUMAN)[0] for side in sides]
+    return _pair(index, row, standard(prompt), answers, trimmed=answers != sides)
 
 
 def _parse_transcript(index: int, row: Mapping[str, Any]) -> Pair:
-    texts = [_text(row, name) for name in ("chosen", "rejected")]
-    cuts = [text.rfind(TURN) for text in texts]
-    for name, cut in zip(("chosen", "rejected"), cuts):
-        if cut < 0:
-            raise ValueError(f"field {name!r}: expected a transcript with {TURN!r}, or a 'prompt' field")
-    prompts = [text[: cut + len(TURN)] for text, cut in zip(texts, cuts)]
+    prompts, sides, trimmed = [], [], False
+    for name in ("chosen", "rejected"):
+        text = standard(_text(row, name))
+        before, begin, answer = text.rpartition(ASSISTANT)
+        if not begin and HUMAN in text:
+            raise Dropped("transcript without an assistant's turn")
+        if not begin:
+            raise ValueError(f"field {name!r}: expected a transcript with {ASSISTANT!r}, or a 'prompt' field")
+        answer, human, _ = answer.partition(HUMAN)
+        trimmed |= bool(human)
+        prompts.append(before + begin)
+        sides.append(answer)
     if prompts[0] != prompts[1]:
         raise Dropped("transcripts differ before the last turn")
-    return _pair(index, row, prompts[0], texts[0][len(prompts[0]) :], texts[1][len(prompts[1]) :])
+    return _pair(index, row, prompts[0], sides, trimmed=trimmed)
 
 
 def _joined(prompt: list[Message], common: list[Message]) -> list[Message]:
@@ -223,7 +269,7 @@ def _parse_messages(index: int, row: Mapping[str, Any]) -> Pair:
             raise ValueError(
                 f"field {name!r}: expected one assistant message after the prompt, got {len(side)} messages"
             )
-    return _pair(index, row, prefix, sides[0][0]["content"], sides[1][0]["content"])
+    return _pair(index, row, prefix, [sides[0][0], sides[1][0]])
 
 
 _PARSERS = {"text": _parse_text, "messages": _parse_messages, "transcript": _parse_transcript}

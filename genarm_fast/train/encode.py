@@ -5,13 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.text.templates import chat_ids, default_template, end_of_answer, ended, text_ids
+from genarm_fast.text.messages import PAYLOAD, Message
+from genarm_fast.text.templates import (
+    Rendered,
+    after_answer,
+    default_template,
+    end_of_answer,
+    ended,
+    render,
+    rendered_chat,
+    rendered_text,
+    response_ids,
+    token_ids,
+)
+from genarm_fast.text.transcripts import ASSISTANT, HUMAN, transcript_messages
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.data import TURN, Message, Pair
+from genarm_fast.train.data import Dropped, Pair
 from genarm_fast.utils.jsonlines import located
 
 
@@ -48,8 +61,12 @@ class Encoder:
         kept: list[Encoded] = []
         dropped: Counter[str] = Counter()
         for pair in pairs:
-            with located(source, pair.line):
-                prompt, chosen, rejected = self.encode(pair)
+            try:
+                with located(source, pair.line):
+                    prompt, chosen, rejected = self.encode(pair)
+            except Dropped as reason:
+                dropped[str(reason)] += 1
+                continue
             if max(len(chosen), len(rejected)) > config.max_response_tokens:
                 dropped["response too long"] += 1
                 continue
@@ -64,42 +81,74 @@ class Encoder:
         return kept, dropped
 
     def encode(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
-        """Prompt, chosen and rejected token ids, without limits."""
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        """Prompt, chosen and rejected token ids, without limits.
+
+        Raises:
+            Dropped: a pair that a template or a transcript loses something of.
+            ValueError: no chat template, or one that fails; a prompt without tokens.
+        """
+        prompt, sides = pair.prompt, [pair.chosen, pair.rejected]
         if isinstance(prompt, str) and self.config.as_chat:
             messages = transcript_messages(prompt)
             if messages:
-                chosen, rejected = chosen.strip(), rejected.strip()
+                sides = [side.strip() if isinstance(side, str) else side for side in sides]
+            elif HUMAN in prompt or ASSISTANT in prompt:
+                raise Dropped("transcript that does not end where the assistant begins")
             prompt = messages or [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
-            ids, end = text_ids(self.tokenizer, prompt, self.config.prompt_template), self.tokenizer.eos_token_id
+            rendered = rendered_text(self.tokenizer, prompt, self.config.prompt_template)
+            texts, end = [str(side) for side in sides], self.tokenizer.eos_token_id
         elif self.chat_template is None:
             raise ValueError("the data has chat messages: expected a tokenizer with a chat template, or chat_template")
         else:
             try:
-                ids, end = chat_ids(self.tokenizer, prompt, self.chat_template), self._end_of_chat_answer
-            except TemplateError as error:  # wrong itself, or it refuses these roles
+                rendered = rendered_chat(self.tokenizer, prompt, self.chat_template, **pair.options)
+                texts = [self._answer(prompt, side, rendered, pair.options) for side in sides]
+            except Dropped:
+                raise
+            except ValueError as error:
                 raise ValueError(f"the chat template can't render the prompt: {error}") from error
+            end = self.end_of_chat_answer
+        ids = token_ids(self.tokenizer, rendered)
         if not ids:
             raise ValueError("the prompt has no tokens and the tokenizer adds none: nothing predicts the response")
-        sides = []
-        for text, complete in ((chosen, pair.chosen_complete), (rejected, pair.rejected_complete)):
-            response = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            sides.append(ended(response, end) if complete else response)
-        return ids, sides[0], sides[1]
+        if texts[0] == texts[1]:
+            raise Dropped("chosen equals rejected")
+        responses = []
+        for text, complete in zip(texts, (pair.chosen_complete, pair.rejected_complete)):
+            response = response_ids(self.tokenizer, rendered, ids, text)
+            responses.append(ended(response, end) if complete else response)
+        return ids, responses[0], responses[1]
+
+    def _answer(self, prompt: list[Message], side: str | Message, rendered: Rendered, options: Any) -> str:
+        """An answer as the chat template renders it behind the prompt, without what ends it."""
+        message = {"role": "assistant", "content": side} if isinstance(side, str) else side
+        template = str(self.chat_template)
+        chat = [*prompt, message]
+        whole = render(self.tokenizer, chat, template, **options)
+        for place, each in enumerate(chat):
+            for name in set(PAYLOAD) & set(each):
+                without = [*chat[:place], {**each, name: None}, *chat[place + 1 :]]
+                if render(self.tokenizer, without, template, **options) == whole:
+                    raise Dropped(f"the chat template leaves out {name!r}")
+        rest, end = whole.removeprefix(rendered.text), self._after_answer
+        if whole.startswith(rendered.text) and end and rest.endswith(end):
+            text = rest.removesuffix(end)
+        elif set(message) == {"role", "content"}:  # a template that begins answers with more than it renders of them
+            text = message["content"]
+        elif whole.startswith(rendered.text):
+            text = rest
+        else:
+            raise Dropped("the chat template does not continue the prompt with the answer")
+        if not text.strip():
+            raise Dropped("empty response")
+        return text
 
     @cached_property
-    def _end_of_chat_answer(self) -> int | None:
+    def end_of_chat_answer(self) -> int | None:
+        """The token that ends an answer in a chat."""
         return end_of_answer(self.tokenizer, self.chat_template, self.stop_ids)
 
-
-def transcript_messages(prompt: str) -> list[Message]:
-    """Chat messages of an HH transcript that ends with an open assistant turn; [] for any other text."""
-    if not prompt.endswith(TURN) or not prompt.startswith("\n\nHuman:"):
-        return []
-    messages: list[Message] = []
-    for turn in prompt.removesuffix(TURN).split("\n\nHuman:")[1:]:
-        human, *answers = turn.split(TURN)
-        messages.append({"role": "user", "content": human.strip()})
-        messages.extend({"role": "assistant", "content": answer.strip()} for answer in answers)
-    return messages
+    @cached_property
+    def _after_answer(self) -> str:
+        return after_answer(self.tokenizer, str(self.chat_template))

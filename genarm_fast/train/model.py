@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from genarm_fast.kernels.arm_logps import IGNORE, arm_logps
+from genarm_fast.models.checkpoint import load_causal_lm
 from genarm_fast.train.batches import Layout, rows, shared
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
@@ -63,8 +64,10 @@ class PairModel(nn.Module):
 
 def load_base(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The base in the precision that it is served in; full fine-tuning keeps float32 master weights."""
-    return AutoModelForCausalLM.from_pretrained(
+    return load_causal_lm(
+        "base",
         config.base,
+        trust_remote_code=config.trust_remote_code,
         dtype=torch.float32 if config.method == "full" else dtype,
         attn_implementation=config.attn_implementation,
     )

@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 from transformers.training_args import OptimizerNames
 
+from genarm_fast.models.files import check_files, refusing
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source, find_file, locate
+from genarm_fast.models.loader import load_tokenizer
+from genarm_fast.models.support import check_supported
 from genarm_fast.train.artifacts import save_artifacts
 from genarm_fast.train.batches import Collator
+from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.data import load_pairs, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
@@ -27,7 +31,7 @@ from genarm_fast.train.files import locked
 from genarm_fast.train.folder import RunFolder, check_folder
 from genarm_fast.train.model import PairModel, add_lora, choose_dtype, choose_paths, load_base
 from genarm_fast.train.progress import progress_bar
-from genarm_fast.train.trainer import ArmTrainer, checkpoints, last_checkpoint, sample
+from genarm_fast.train.trainer import ArmTrainer, sample
 
 PROBE = 2  # pairs that the fast paths are proved on
 
@@ -77,13 +81,13 @@ def _train(
     config: TrainConfig, progress: bool, auxiliary_loss: Callable[[nn.Module, int], Tensor] | None
 ) -> TrainReport:
     place = locate("base", config.base)
+    check_files("base", place)
     if find_file(place, "adapter_config.json"):
         raise ValueError(f"base={config.base!r}: expected a whole model, got an adapter: merge it into its base first")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        expected = "expected a folder or a hub id with a model and its tokenizer"
-        raise ValueError(f"base={config.base!r}: {expected}: {error}") from error
+    tokenizer = load_tokenizer("base", place, trust_remote_code=config.trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(f"base={config.base!r}: expected a folder or a hub id with a model and its tokenizer")
+    check_servable(config, place)
     data = _read(config, tokenizer, place)
     run = RunFolder(config, data.training, data.held_out)
     if (finished := run.report()) is not None:
@@ -142,7 +146,7 @@ class _Data:
 
 
 def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
-    encoder = Encoder(tokenizer, config, stop_ids(place))
+    encoder = Encoder(tokenizer, config, stop_ids(config, place))
     source = load_pairs(config.data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir)
     train_pairs, held_out_pairs = split_pairs(source.pairs, config)
     training, dropped = encoder(train_pairs, config.data)
@@ -152,8 +156,13 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
         raise ValueError(
             f"data={config.data!r}: expected training pairs, all of {source.rows} rows dropped: {dict(dropped)}"
         )
+    chat = source.format == "messages" or config.as_chat
+    transcripts = source.transcripts and config.prompt_template is None
     summary = {
         "format": source.format,
+        "prompt_format": "chat" if chat else "transcript" if transcripts else "text",
+        "chat_template": encoder.chat_template if chat else None,
+        "end_token_id": encoder.end_of_chat_answer if chat else tokenizer.eos_token_id,
         "rows": source.rows,
         "train_pairs": len(training),
         "train_tokens": sum(pair.tokens for pair in training),
@@ -170,6 +179,7 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
 def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairModel, str | None]:
     """The model to train, and the fingerprint of its base."""
     lm: Any = load_base(config, dtype)
+    check_supported("base", type(lm), lm.config)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in data.training + data.held_out)
     if context is not None and longest > context:
@@ -189,14 +199,25 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
     return PairModel(lm), base_fingerprint
 
 
-def stop_ids(base: Source) -> frozenset[int]:
+def check_servable(config: TrainConfig, place: Source) -> None:
+    """Raises ValueError for a kind of model that the engine refuses to decode with; before any weights are read."""
+    with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
+        found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    if kind is not None:  # else code of its own, which is looked at once it is loaded
+        check_supported("base", kind, found)
+
+
+def stop_ids(config: TrainConfig, place: Source) -> frozenset[int]:
     """The tokens that end a response in decoding, too (`models.vocabulary.end_of_sequence`)."""
     try:
-        eos = GenerationConfig.from_pretrained(base).eos_token_id
+        eos = GenerationConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).eos_token_id
     except OSError:  # the model has no generation config
         eos = None
     if eos is None:
-        eos = AutoConfig.from_pretrained(base).get_text_config().eos_token_id
+        eos = (
+            AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).get_text_config().eos_token_id
+        )
     return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 

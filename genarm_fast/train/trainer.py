@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,14 +17,13 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from genarm_fast.train.batches import Collator, PairBatches
+from genarm_fast.train.checkpoints import checkpoints, seal
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
-from genarm_fast.train.files import write_json
 from genarm_fast.train.metrics import PairStats, pair_losses
 from genarm_fast.train.model import PairModel
 from genarm_fast.train.progress import Narrator
 
-COMPLETE = "complete.json"  # written last: a checkpoint without it was cut off by a kill
 WEIGHTS = "trained.safetensors"
 
 DIVERGED = "expected a finite number; a lower learning_rate, or dtype='float32', may help"
@@ -179,7 +177,7 @@ class ArmTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = checkpoints(self.config) / f"checkpoint-{self.state.global_step}"
-        write_json(folder / COMPLETE, {"step": self.state.global_step})
+        seal(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or checkpoints(self.config))
@@ -201,19 +199,3 @@ def sample(pairs: list[Encoded], n: int | None, seed: int) -> list[Encoded]:
         return pairs
     drawn = sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed}\0{pair.row}".encode()).digest())[:n]
     return sorted(drawn, key=lambda pair: pair.row)
-
-
-def checkpoints(config: TrainConfig) -> Path:
-    """Holds checkpoint-N folders and nothing else."""
-    return config.folder / "checkpoints"
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; those that a kill cut off are removed."""
-    complete = {}
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).is_file():
-            complete[int(path.name.removeprefix("checkpoint-"))] = path
-        else:
-            shutil.rmtree(path)
-    return complete[max(complete)] if complete else None

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -14,17 +15,18 @@ from typing import IO, Any, cast
 def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) for every line that is not blank; `.gz` files are unpacked.
 
-    Raises ValueError for a line that is no JSON object, or if the file holds none.
+    Raises ValueError for a line that is no JSON object, a compressed file that is cut off or damaged, or if the file
+    holds no object.
     """
     empty = True
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in _lines(path, file):
             if not line.strip():
                 continue
             with located(path, number):
                 try:
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows marks files so
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"expected a JSON object, got {line.strip()[:40]!r}: {error}") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, got {line.strip()[:40]!r}")
@@ -32,6 +34,16 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
             empty = False
     if empty:
         raise ValueError(f"{path}: expected one JSON object a line, found none")
+
+
+def _lines(path: str | Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, from 1."""
+    number = 0
+    try:
+        for number, line in enumerate(file, 1):
+            yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} line {number + 1}: expected whole gzip data: {error}") from error
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def measure(model: Path, base: Path | str, held_out: Path, before: Path | None =
     """
 
     def load(folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
     responses, small = load_responses(held_out), load(model, torch.float32)
     report: dict[str, Any] = {"responses": len(responses), "positions": sum(len(r["tokens"]) for r in responses)}
@@ -150,7 +150,10 @@ def main() -> None:
         args.base = base()
     report = measure(args.model, args.base, args.held_out, args.before) if args.held_out else {}
     torch.set_num_threads(1)
-    members = [AutoModelForCausalLM.from_pretrained(m, dtype=torch.bfloat16).eval() for m in (args.base, args.model)]
+    members = [
+        AutoModelForCausalLM.from_pretrained(m, dtype=torch.bfloat16, trust_remote_code=False).eval()
+        for m in (args.base, args.model)
+    ]
     print(json.dumps({**report, "decode, bfloat16, one thread": decode_cost(*members)}, indent=1))
 
 

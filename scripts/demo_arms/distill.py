@@ -189,7 +189,7 @@ def save_model(student: LlamaForCausalLM, base_folder: str, output: Path) -> Non
     """The student in bf16 and its generation config; the tokenizer is the base's."""
     shipped = LlamaForCausalLM(student.config).to(torch.bfloat16)
     shipped.load_state_dict(student.state_dict())
-    shipped.generation_config = GenerationConfig.from_pretrained(base_folder)
+    shipped.generation_config = GenerationConfig.from_pretrained(base_folder, trust_remote_code=False)
     shipped.save_pretrained(output)
 
 
@@ -226,7 +226,7 @@ def main() -> None:
         args.base = base()
 
     args.output.mkdir(parents=True, exist_ok=True)
-    teacher = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32, trust_remote_code=False).eval()
     student = new_student(teacher)
     add_dropout(student, args.dropout)
     quick = Agreement(teacher, load_responses(args.held_out)[::8])

@@ -24,8 +24,8 @@ from transformers import AutoTokenizer
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.demo import arm, arm_names, base
+from genarm_fast.text.transcripts import transcript_messages
 from genarm_fast.train.data import load_pairs
-from genarm_fast.train.encode import transcript_messages
 from genarm_fast.utils.jsonlines import dumps
 
 Chat = list[dict[str, str]]
@@ -123,7 +123,7 @@ def main() -> None:
     if todo:
         prompts = {"chat": [[{"role": "user", "content": prompt}] for prompt in held_out_prompts()[: args.prompts]]}
         if args.hh:
-            tokenizer = AutoTokenizer.from_pretrained(base())
+            tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
             prompts["hh"] = hh_prompts(args.hh, tokenizer)[: args.prompts]
         needed = {name for _, _, condition in todo for name in condition.weights}
         arms = [ARM(arm(name), name=name) for name in shipped if name in needed]

@@ -64,7 +64,7 @@ def main() -> None:
 
         args.base = base()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
     found = [
         to_record(prompt, *texts)
         for prompt, answers in read_samples(args.samples, tokenizer).items()

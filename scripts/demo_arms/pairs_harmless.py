@@ -24,8 +24,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 
+from genarm_fast.text.transcripts import transcript_messages
 from genarm_fast.train.data import Message, load_pairs
-from genarm_fast.train.encode import transcript_messages
 
 HOLD_OUT_EVERY = 5
 MAX_PROMPT_TOKENS = 96
@@ -96,7 +96,7 @@ def main() -> None:
 
         args.base = base()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
 
     training, held_out = split(args.hh, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
     clear = clearest(training, args.pairs)

@@ -121,7 +121,7 @@ def main() -> None:
 
         args.base = base()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
     reviews = [r for r in load(args.reviews) if r.half == "arm" and r.source == "imdb"]
     rng = random.Random(SEED)
     found = sorted(passages(reviews, tokenizer, args.min_tokens, args.max_tokens), key=lambda p: -p.confidence)

@@ -160,9 +160,11 @@ def main() -> None:
 
         args.base = base()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
     # float32: for batches its matrix products are faster than bfloat16's on a CPU without AMX
-    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32, attn_implementation="grouped").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.base, dtype=torch.float32, attn_implementation="grouped", trust_remote_code=False
+    ).eval()
     eos = tokenizer.eos_token_id
     prompts = held_out_prompts() if args.held_out else training_prompts(args.hh)
     shards = plan(prompts, args.batch_size, 1 if args.held_out else args.samples)[: args.max_shards]

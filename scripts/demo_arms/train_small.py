@@ -75,7 +75,7 @@ def main() -> None:
 
     start = args.work / "start"  # a loadable model: distilled weights, the base's tokenizer
     shutil.copytree(args.distilled / "model", start, dirs_exist_ok=True)
-    AutoTokenizer.from_pretrained(base()).save_pretrained(start)
+    AutoTokenizer.from_pretrained(base(), trust_remote_code=False).save_pretrained(start)
     result = train(
         TrainConfig(
             base=str(start),

@@ -212,7 +212,10 @@ def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
     monkeypatch.setattr("genarm_fast.models.hub.hf_hub_download", download)
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained",
-        lambda source, **_: build_model("llama", 1),
+        lambda source, **_: (
+            build_model("llama", 1),
+            {"missing_keys": (), "unexpected_keys": (), "mismatched_keys": ()},
+        ),
     )
     model = GenARM.from_pretrained(folders / "base", "someone/arm", tokenizer=tokenizer)
     assert model.arm_names == ["arm"]
@@ -225,9 +228,9 @@ def test_a_repository_that_is_no_model(monkeypatch):
         raise OSError("no config.json")
 
     monkeypatch.setattr("genarm_fast.models.hub.get_hf_file_metadata", lambda url, token: None)
-    monkeypatch.setattr("genarm_fast.models.checkpoint.find_file", lambda source, name: None)
+    monkeypatch.setattr("genarm_fast.models.files.find_file", lambda source, name: None)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
-    with pytest.raises(OSError, match="base='no/model': expected a folder or a hub id that can be loaded"):
+    with pytest.raises(ValueError, match="base='no/model': expected a folder or a hub id that can be loaded: no conf"):
         GenARM.from_pretrained("no/model")
 
 

@@ -110,7 +110,10 @@ def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[s
             {"prompt": "hi ", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             "field 'chosen': expected the messages of 'prompt' first, or the response alone",
         ),
-        ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, "field 'prompt': expected messages with"),
+        (
+            {"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]},
+            "field 'prompt': message .*expected the keys",
+        ),
     ],
 )
 def test_malformed_first_rows(write_jsonl: Write, row: dict[str, Any], message: str) -> None:

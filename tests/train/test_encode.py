@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from genarm_fast.text.transcripts import transcript_messages
 from genarm_fast.train import TrainConfig
 from genarm_fast.train.data import Pair
-from genarm_fast.train.encode import Encoder, transcript_messages
+from genarm_fast.train.encode import Encoder
 
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: why\n\nAssistant:"
 

@@ -238,13 +238,14 @@ def test_an_adapter_is_no_base(make_config: Config, toy: Path, arm: Path, base: 
 
 def test_stop_tokens_are_those_of_decoding(tmp_path: Path, base: Path) -> None:
     """From the generation config, else from the model's."""
+    config = TrainConfig(base=str(base), data="d", output="o")
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
-    assert stop_ids(tmp_path / "base") == {1, 7}
+    assert stop_ids(config, tmp_path / "base") == {1, 7}
     (tmp_path / "base" / "generation_config.json").unlink()
-    config = json.loads((base / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 9]}))
-    assert stop_ids(tmp_path / "base") == {1, 9}
+    values = json.loads((base / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**values, "eos_token_id": [1, 9]}))
+    assert stop_ids(config, tmp_path / "base") == {1, 9}
 
 
 def test_held_out_prompts_that_are_trained_on_are_counted(make_config: Config, toy: Path) -> None:

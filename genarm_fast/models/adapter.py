@@ -1,0 +1,168 @@
+"""PEFT adapters: which are supported, and putting one on a base whose weights stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from genarm_fast.models.files import read_object, refusing
+from genarm_fast.models.fingerprint import fingerprint
+from genarm_fast.models.hub import Source
+from genarm_fast.models.weights import own_weights, share_weights
+
+TASKS = (None, "CAUSAL_LM")
+# Fields of LoRA that the modules themselves compute, or that say how it was trained. Others want what only PEFT's own
+# forward does, or name code to import.
+LORA_FIELDS = {
+    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "lora_bias",
+    "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters", "ensure_weight_tying",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # initialisations of LoRA that leave the base's weights alone
+SHARING = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "LN_TUNING")  # kinds that do, too
+SHOWN = 3  # names of tensors in an error
+
+
+def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
+    """The base's module tree with an adapter in it, over the base's weights.
+
+    The adapter computes in the base's dtype, as it will when several share one forward. `what` names it in errors.
+
+    Raises:
+        ValueError: an adapter of a kind that is not supported, or one that lacks matrices, has others, or has matrices
+            of other shapes than the base wants.
+    """
+    from peft import PeftModel, load_peft_weights
+
+    config = _config(what, source)
+    check_kind(what, config)
+    with refusing(what, "an adapter with weights that can be read"):
+        saved = load_peft_weights(source, device="cpu")
+    _check_vocabulary(what, base, saved)
+    before = fingerprint(base)
+    tree = share_weights(base)
+    own_weights(tree, _rewritten(tree, config, saved))
+    with refusing(what, "an adapter that PEFT can put on its base"):
+        adapted = PeftModel(tree, config, autocast_adapter_dtype=False)
+        renamed = getattr(tree, "_checkpoint_conversion_mapping", {})
+        result = adapted.load_adapter(source, "default", autocast_adapter_dtype=False, key_mapping=renamed)
+    for problem, names in (("lacks", result.missing_keys), ("has no place for", result.unexpected_keys)):
+        if names:
+            raise ValueError(f"{what}: expected the matrices of its adapter_config.json, {problem} {shown(names)}")
+    if fingerprint(base) != before:
+        raise RuntimeError(f"{what}: loading it changed the weights of its base")
+    check_forward(what, adapted)
+    return adapted.get_base_model().eval()
+
+
+def check_kind(what: str, config: Any) -> None:
+    """Raises ValueError for an adapter whose effect is not all in the modules that it adapts."""
+    kind = _plain(config.peft_type)
+    if config.is_prompt_learning:
+        raise ValueError(f"{what}: {kind} adapters add virtual tokens; expected LoRA-like")
+    if _plain(config.task_type) not in TASKS:
+        raise ValueError(
+            f"{what}: task_type={_plain(config.task_type)!r}: expected an adapter of a causal LM, CAUSAL_LM"
+        )
+    if kind == "LORA":
+        default = type(config)()
+        for field in fields(config):
+            value = getattr(config, field.name)
+            if field.name not in LORA_FIELDS and value and value != getattr(default, field.name):
+                raise ValueError(
+                    f"{what}: {field.name}={value!r:.60}: expected a LoRA without it, which isn't supported"
+                )
+
+
+@torch.inference_mode()
+def check_forward(what: str, adapted: Any) -> None:
+    """Raises ValueError where PEFT's forward does more than the modules inside: it is they that run here."""
+    if all(_plain(config.peft_type) == "LORA" for config in adapted.peft_config.values()):
+        return  # by its fields
+    inside = adapted.get_base_model().eval()
+    tokens = torch.arange(1, 9, device=inside.get_input_embeddings().weight.device)[None]
+    tokens = tokens % inside.config.get_text_config().vocab_size
+    with refusing(what, "an adapter that runs"):
+        theirs, ours = (model.eval()(input_ids=tokens, use_cache=False).logits.float() for model in (adapted, inside))
+    if not torch.allclose(theirs, ours, atol=1e-2 * float(ours.std())):
+        kinds = ", ".join(sorted({_plain(config.peft_type) for config in adapted.peft_config.values()}))
+        raise ValueError(f"{what}: expected an adapter whose modules do all of its work, as LoRA's do, got {kinds}")
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has put layers of its own into a model."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few names of many."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
+
+
+def _config(what: str, source: Source) -> Any:
+    """The adapter's PEFT config. Raises ValueError for a kind or a setting that this version of PEFT does not know."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    values = read_object(what, source, "adapter_config.json")
+    kinds = {_plain(kind): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = values.get("peft_type")
+    if kind not in kinds:
+        raise ValueError(f"{what}: peft_type={kind!r}: expected one that PEFT knows: {', '.join(sorted(kinds))}")
+    known = {field.name for field in fields(kinds[kind])}
+    for name, value in values.items():
+        if name not in known and value:
+            raise ValueError(f"{what}: {name}={value!r:.60}: expected no such setting; a newer PEFT may know it")
+    with refusing(what, f"an adapter_config.json of {kind}"):
+        return kinds[kind](**{name: value for name, value in values.items() if name in known})
+
+
+def _check_vocabulary(what: str, base: Any, saved: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError for embeddings of more tokens than the base has, as of an adapter trained with added ones."""
+    vocabularies = [
+        module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None
+    ]
+    ends = {name.rpartition(".")[2]: module for name, module in base.named_modules() if module in vocabularies}
+    for name, tensor in saved.items():
+        parts = name.split(".")
+        module = next((ends[part] for part in parts if part in ends), None)
+        if module is None or parts[-1] != "weight" or tensor.dim() != 2 or any("lora" in part for part in parts):
+            continue
+        if len(tensor) != (rows := len(module.weight)):
+            raise ValueError(
+                f"{what}: {name} has {len(tensor)} rows, the base {rows}: expected the same. If it was trained with"
+                " added tokens, resize the base's embeddings as then, save it with that tokenizer, and use that base"
+            )
+
+
+def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) -> set[int]:
+    """Ids of the parameters that PEFT will write to: biases or embeddings trained along, or all that its
+    initialisation changes."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    written: set[int] = set()
+    parameters = dict(tree.named_parameters())
+    for name, value in saved.items():
+        old = parameters.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+        if old is not None and not (old.shape == value.shape and torch.equal(old, value.to(old))):
+            written.add(id(old))
+    kind = _plain(config.peft_type)
+    if kind not in SHARING:
+        return {id(parameter) for parameter in tree.parameters()}
+    if kind == "LORA" and config.init_lora_weights not in KEEPS_BASE:
+        for name, module in tree.named_modules():
+            if check_target_module_exists(config, name):
+                written.update(id(parameter) for parameter in module.parameters())
+    return written
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value

@@ -1,0 +1,89 @@
+"""Checkpoints of a run: sealed once they are on the disk, and trusted only while the seal holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+from genarm_fast.train.config import TrainConfig
+from genarm_fast.train.files import read_json, write_json
+
+COMPLETE = "complete.json"  # written last: a checkpoint without it was cut off by a kill
+BLOCK = 1 << 20
+
+
+def checkpoints(config: TrainConfig) -> Path:
+    """Holds checkpoint-N folders and nothing else."""
+    return config.folder / "checkpoints"
+
+
+def seal(folder: Path) -> None:
+    """Record the size and the SHA-256 of each file of a checkpoint, after all of them are on the disk."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+    write_json(folder / COMPLETE, {"files": _digests(folder)})
+    _sync(folder / COMPLETE)
+    _sync(folder)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written, None where there never was one.
+
+    Those that a kill cut off are removed, and damaged ones are passed over with a warning.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged: to begin anew would give other weights without a word.
+    """
+    sealed = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file():
+            sealed[int(path.name.removeprefix("checkpoint-"))] = path
+        else:
+            shutil.rmtree(path)
+    for number in sorted(sealed, reverse=True):
+        damage = _damage(sealed[number])
+        if damage is None:
+            return sealed[number]
+        warnings.warn(f"{sealed[number]}: {damage}: passed over", stacklevel=2)
+    if sealed:
+        raise ValueError(f"{folder}: expected a whole checkpoint, all are damaged: remove the folder to train anew")
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a sealed checkpoint."""
+    try:
+        expected = read_json(folder / COMPLETE)["files"]
+        found = _digests(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{COMPLETE} can't be read ({error})"
+    if found == expected:
+        return None
+    names = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    return f"{', '.join(names)} changed since it was written"
+
+
+def _digests(folder: Path) -> dict[str, list[int | str]]:
+    """Size and SHA-256 of each file, by its path in the folder."""
+    found: dict[str, list[int | str]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != COMPLETE:
+            with open(path, "rb") as file:
+                state = hashlib.sha256()
+                for block in iter(lambda: file.read(BLOCK), b""):
+                    state.update(block)
+            found[str(path.relative_to(folder))] = [path.stat().st_size, state.hexdigest()]
+    return found
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

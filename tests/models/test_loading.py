@@ -1,0 +1,269 @@
+"""A folder is whole or refused, nothing of it runs, and a given model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import build_model, build_tokenizer, save_adapter
+from transformers import AutoModelForCausalLM
+
+from genarm_fast import ARM, GenARM
+from genarm_fast.models.adapter import check_kind
+from genarm_fast.models.files import check_sizes
+from genarm_fast.train import TrainConfig, train
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ["q_proj", "down_proj"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    build_model("llama", 0).save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(tmp_path, base):
+    save_adapter(tmp_path / "adapter", base=base, seed=1)
+    return tmp_path / "adapter"
+
+
+def edit(file, change):
+    """Rewrites a safetensors file with other tensors."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def lose(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, *shape):
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
+
+
+def train_on(base, tmp_path):
+    """A run of one pair."""
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    options = {"data": str(tmp_path / "d.jsonl"), "output": str(tmp_path / "out"), "holdout_fraction": 0.0}
+    train(TrainConfig(base=str(base), **options), progress=False)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+FAULTS = [
+    (lose(UP), f"lacks {UP}"),
+    (lose("lm_head.weight"), "lacks lm_head.weight"),
+    (put("score.weight", 1, 32), "has no place for score.weight"),
+    (put(UP, 3, 3), f"has other shapes for {UP}"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), FAULTS)
+@pytest.mark.parametrize("role", ["base", "arms[0]", "draft_model", "training"])
+def test_a_checkpoint_is_whole_or_refused(base, tmp_path, role, change, said):
+    build_model("llama", 1).save_pretrained(tmp_path / "cut")
+    build_tokenizer().save_pretrained(tmp_path / "cut")
+    edit(tmp_path / "cut" / "model.safetensors", change)
+    cut = tmp_path / "cut"
+    loads = {
+        "base": lambda: GenARM.from_pretrained(cut),
+        "arms[0]": lambda: GenARM.from_pretrained(base, cut),
+        "draft_model": lambda: GenARM.from_pretrained(base, draft_model=cut),
+        "training": lambda: train_on(cut, tmp_path),
+    }
+    name = "base" if role == "training" else role
+    with pytest.raises(ValueError, match=re.escape(f"{name}='{cut}'") + f".*{said}"):
+        loads[role]()
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+ADAPTER_FAULTS = [
+    (lose(A), "lacks .*layers.0.self_attn.q_proj.lora_A"),
+    (put(A.replace("q_proj", "v_proj"), 4, 32), "has no place for .*v_proj"),
+    (put(A, 4, 5), "adapter that PEFT can put on its base.*size mismatch"),
+    (put(A.replace(".layers.", ".language_model.layers."), 4, 32), "has no place for .*language_model"),
+    (put("base_model.model.lm_head.weight", 302, 32), "302 rows, the base 300: .*added tokens"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), ADAPTER_FAULTS)
+def test_an_adapter_is_whole_or_refused(base, adapter, change, said):
+    edit(adapter / "adapter_model.safetensors", change)
+    with pytest.raises(ValueError, match=rf"arms\[0\]='.*adapter': .*{said}"):
+        GenARM.from_pretrained(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS': expected an adapter of a causal LM"),
+        ({"peft_type": "LORB"}, "peft_type='LORB': expected one that PEFT knows: "),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"megatron_config": {"x": 1}, "megatron_core": "antigravity"}, "megatron_"),
+        ({"use_future_idea": True}, "use_future_idea=True: expected no such setting"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(base, adapter, setting, said):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(ValueError, match=rf"arms\[0\]='.*adapter': .*{said}"):
+        GenARM.from_pretrained(base, adapter)
+
+
+def test_kinds_that_train_only_lora_fields_pass():
+    check_kind("arm", LoraConfig(r=3, use_dora=True, rank_pattern={"q_proj": 2}, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="add virtual tokens"):
+        check_kind("arm", PromptTuningConfig(num_virtual_tokens=3))
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+def test_initialisations_that_rewrite_the_base_spare_a_given_one(base, tmp_path, init):
+    given = AutoModelForCausalLM.from_pretrained(base)
+    before = copy.deepcopy(given.state_dict())
+    adapted = get_peft_model(copy.deepcopy(given), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init))
+    adapted.save_pretrained(tmp_path / "arm")
+    expected = PeftModel.from_pretrained(copy.deepcopy(given), tmp_path / "arm").eval()
+    with pytest.warns(UserWarning, match="no fingerprint"):
+        model = GenARM.from_pretrained(given, tmp_path / "arm", tokenizer=build_tokenizer())
+    assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+    tokens = torch.tensor([[3, 4, 5]])
+    assert torch.allclose(model.arms[0].model(tokens).logits, expected(tokens).logits, atol=1e-4)
+
+
+def test_one_adapted_model_in_two_roles(tokenizer):
+    base = build_model("llama", 0)
+    adapted = get_peft_model(build_model("llama", 0), LoraConfig(r=2, target_modules=TARGETS))
+    with pytest.raises(ValueError, match=r"arms\[1\]: the same adapted model as arms\[0\]"):
+        GenARM.from_pretrained(base, [adapted, adapted], tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"base: PEFT has put an adapter into this model"):
+        GenARM.from_pretrained(adapted.get_base_model(), adapted, tokenizer=tokenizer)
+    adapted.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS))
+    arm = ARM(adapted)
+    adapted.set_adapter("other")
+    with pytest.raises(
+        ValueError, match=r"arms\[0\]: its active adapter was default when the ARM was made and is other"
+    ):
+        GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
+
+
+def write(text):
+    return lambda path: path.write_text(text)
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def dangling(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (write("[1]"), "expected a JSON object in UTF-8 without a byte order mark, got list"),
+        (write("{"), "expected a JSON object .*Expecting property name"),
+        (write("[" * 200000), "expected a JSON object"),
+        (write('{"a": "' + "x" * (17 << 20) + '"}'), "expected a JSON object of at most 16777216 bytes"),
+        (lambda path: path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()), "without a byte order mark"),
+        (pipe, "expected a file, got a pipe"),
+        (folder, "expected a file, got a folder"),
+        (dangling, "expected a file, got a link to nothing"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "genarm.json"])
+def test_files_that_are_no_files(base, adapter, name, damage, said):
+    place = base if name == "config.json" else adapter
+    damage(place / name)
+    with pytest.raises(ValueError, match=f"{re.escape(str(place / name))}: .*{said}"):
+        GenARM.from_pretrained(base, adapter)
+
+
+def test_other_files_that_are_damaged(base, adapter):
+    whole = {path: path.read_bytes() for path in (*base.iterdir(), *adapter.iterdir())}
+    config = json.loads(whole[base / "config.json"])
+    for path, content, said in (
+        (base / "model.safetensors", whole[base / "model.safetensors"][:-9], "expected a whole safetensors file"),
+        (base / "tokenizer.json", b'{"model": 5}', "base='.*': expected a tokenizer that can be loaded"),
+        (adapter / "adapter_model.safetensors", b"x" * 40, "expected a whole safetensors file"),
+        (adapter / "genarm.json", b'{"prompt_template": 5}', "genarm.json: prompt_template=5: expected what"),
+        (base / "config.json", json.dumps(config | {"num_hidden_layers": 10**9}).encode(), "num_hidden_layers=10000"),
+        (base / "model.safetensors.index.json", b'{"weight_map": {"a": "../b"}}', "expected the file '../b' beside it"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            GenARM.from_pretrained(base, adapter)
+        path.unlink()
+        for each, bytes in whole.items():
+            each.write_bytes(bytes)
+    GenARM.from_pretrained(base, adapter)
+
+
+def test_sizes_within_settings():
+    check_sizes("config", {"vocab_size": 10, "eos_token_id": 10**6, "text_config": {"hidden_size": 9}}, 100)
+    with pytest.raises(ValueError, match="config: text_config: n_layer=101: expected at most 100"):
+        check_sizes("config", {"text_config": {"n_layer": 101}}, 100)
+
+
+CODE = (
+    "open({mark!r}, 'w').write('ran')\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+    "class C(LlamaConfig):\n    model_type = 'own'\nclass M(LlamaForCausalLM):\n    config_class = C\n"
+)
+
+
+@pytest.fixture
+def foreign(tmp_path, base, monkeypatch):
+    """A model that brings code of its own, which leaves a mark; and somebody says yes to everything."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    (base / "own.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (base / "config.json").write_text(json.dumps(config))
+    return base
+
+
+def test_code_of_a_folder_runs_only_when_asked_for(foreign, tmp_path, tokenizer):
+    mark, bare = tmp_path / "ran", build_model("llama", 1)
+    with pytest.raises(ValueError, match=r"base='.*trust_remote_code"):
+        GenARM.from_pretrained(foreign)
+    with pytest.raises(ValueError, match=r"arms\[0\]='.*trust_remote_code"):
+        GenARM.from_pretrained(bare, foreign, tokenizer=tokenizer, trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"base='.*trust_remote_code"):
+        train_on(foreign, tmp_path)
+    assert not mark.exists()
+    GenARM.from_pretrained(bare, ARM(foreign, trust_remote_code=True), tokenizer=tokenizer)
+    assert mark.exists()
+    mark.unlink()
+    GenARM.from_pretrained(foreign, trust_remote_code=True, device="cpu")
+    with pytest.raises(TypeError, match="trust_remote_code='yes': expected True or False"):
+        GenARM.from_pretrained(foreign, trust_remote_code="yes")
+
+
+def test_every_load_says_whose_code_may_run():
+    """`None`, transformers' default, asks on stdin."""
+    files = subprocess.check_output(["git", "ls-files", "genarm_fast", "scripts", "benchmarks"], cwd=ROOT, text=True)
+    call = re.compile(r"\b(?:Auto|Generation)\w+\.from_pretrained\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
+    calls = [
+        match[0] for name in files.split() if name.endswith(".py") for match in call.finditer((ROOT / name).read_text())
+    ]
+    assert len(calls) > 10
+    assert [each for each in calls if "trust_remote_code=" not in each] == []
