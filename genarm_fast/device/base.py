@@ -16,7 +16,7 @@ from torch import Tensor
 
 HOST = torch.device("cpu")
 T = TypeVar("T")
-Stream = Any  # a torch.device, or a torch.cuda.Stream
+WorkStream = Any  # a torch.device, or a torch.cuda.Stream
 
 try:
     from nvtx import annotate as span  # what a profiler shows, named
@@ -34,28 +34,28 @@ class Device:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
 
-    def stream(self, device: torch.device) -> Stream:
+    def stream(self, device: torch.device) -> WorkStream:
         """A queue of work."""
         return device
 
-    def launch(self, stream: Stream, name: str, function: Callable[..., T], *args: Any) -> T:
+    def launch(self, stream: WorkStream, name: str, function: Callable[..., T], *args: Any) -> T:
         """function(*args) with what it asks of the device put on `stream`, in a profiler's range `name`."""
         with span(name):
             return function(*args)
 
-    def hand_over(self, tensors: Sequence[Tensor], source: Stream, target: Stream) -> list[Tensor]:
+    def hand_over(self, tensors: Sequence[Tensor], source: WorkStream, target: WorkStream) -> list[Tensor]:
         """Give tensors of one stream to another, which waits for all that the first was given before this."""
         return list(tensors) if source == target else [tensor.to(target) for tensor in tensors]
 
-    def upload(self, tensor: Tensor, stream: Stream) -> Tensor:
+    def upload(self, tensor: Tensor, stream: WorkStream) -> Tensor:
         """A tensor of the host's, for work on `stream`."""
         return tensor if stream == HOST else tensor.to(stream)
 
-    def read(self, tensors: Sequence[Tensor], stream: Stream) -> Callable[[], list[Tensor]]:
+    def read(self, tensors: Sequence[Tensor], stream: WorkStream) -> Callable[[], list[Tensor]]:
         """Begin to copy tensors of `stream` to the host; call the result to wait for them."""
         return lambda: list(tensors)
 
-    def repeat(self, stream: Stream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
+    def repeat(self, stream: WorkStream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
         """function(*inputs), launched on `stream`. With one key, only the numbers in the inputs ever differ."""
         return function(*inputs)
 
@@ -63,10 +63,10 @@ class Device:
         """Rows, at most `slots`, and KV bound, at most `capacity`, raised so that few shapes exist where that pays."""
         return rows, kv_bound
 
-    def forget(self, stream: Stream) -> None:
+    def forget(self, stream: WorkStream) -> None:
         """Drop what `repeat` keeps of a stream, since it holds addresses of memory that is freed."""
 
-    def mark(self, stream: Stream) -> Any:
+    def mark(self, stream: WorkStream) -> Any:
         """A point in time, when all that `stream` was given before is done."""
         return self.clock()
 

@@ -1,4 +1,4 @@
-"""CUDA: a stream for every backbone, graphs of what repeats, read-back through pinned memory."""
+"""CUDA: a stream for every model runner, graphs of what repeats, read-back through pinned memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.device.base import Device, Stream, T, span
+from genarm_fast.device.base import Device, T, WorkStream, span
 
 WARM_UP = 2  # calls of a shape before it is captured: libraries make their plans, caches are allocated
 SHORTEST = 128  # KV bounds are powers of two from here on
@@ -26,12 +26,12 @@ class Cuda(Device):
     def __init__(self) -> None:
         super().__init__()
         self.streams: list[torch.cuda.Stream] = []
-        self.pools: dict[Stream, Any] = {}
+        self.pools: dict[WorkStream, Any] = {}
         self.calls: Counter[Any] = Counter()
         self.graphs: dict[Any, Graph] = {}
-        self.eager: set[Stream] = set()  # what cannot be captured
+        self.eager: set[WorkStream] = set()  # what cannot be captured
 
-    def stream(self, device: torch.device) -> Stream:
+    def stream(self, device: torch.device) -> WorkStream:
         if device.type != "cuda":
             return device
         stream = torch.cuda.Stream(device)
@@ -43,11 +43,11 @@ class Cuda(Device):
         for stream in self.streams:
             follow(stream)
 
-    def launch(self, stream: Stream, name: str, function: Callable[..., T], *args: Any) -> T:
+    def launch(self, stream: WorkStream, name: str, function: Callable[..., T], *args: Any) -> T:
         with span(name), on(stream):
             return function(*args)
 
-    def hand_over(self, tensors: Sequence[Tensor], source: Stream, target: Stream) -> list[Tensor]:
+    def hand_over(self, tensors: Sequence[Tensor], source: WorkStream, target: WorkStream) -> list[Tensor]:
         if isinstance(target, torch.device):
             with on(source):
                 return [tensor.to(target) for tensor in tensors]
@@ -61,13 +61,13 @@ class Cuda(Device):
         with on(source), on(target):  # a copy between devices is ordered with the current streams of both
             return [tensor.to(target.device, non_blocking=True) for tensor in tensors]
 
-    def upload(self, tensor: Tensor, stream: Stream) -> Tensor:
+    def upload(self, tensor: Tensor, stream: WorkStream) -> Tensor:
         if isinstance(stream, torch.device):
             return tensor.to(stream)
         with on(stream):  # pinned memory is not used again before the copy is over: its allocator sees to that
             return tensor.pin_memory().to(stream.device, non_blocking=True)
 
-    def read(self, tensors: Sequence[Tensor], stream: Stream) -> Callable[[], list[Tensor]]:
+    def read(self, tensors: Sequence[Tensor], stream: WorkStream) -> Callable[[], list[Tensor]]:
         if isinstance(stream, torch.device):
             return super().read(tensors, stream)
         with span("readback"), on(stream):
@@ -81,7 +81,7 @@ class Cuda(Device):
 
         return result
 
-    def repeat(self, stream: Stream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
+    def repeat(self, stream: WorkStream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
         key = (stream, key)
         if key not in self.graphs:
             self.calls[key] += 1
@@ -97,14 +97,14 @@ class Cuda(Device):
         self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
         return graph(*inputs)
 
-    def forget(self, stream: Stream) -> None:
+    def forget(self, stream: WorkStream) -> None:
         for key in [key for key in self.graphs if key[0] == stream]:
             del self.graphs[key]
 
     def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
         return min(power_of_two(rows), slots), min(power_of_two(max(kv_bound, SHORTEST)), capacity)
 
-    def mark(self, stream: Stream) -> Any:
+    def mark(self, stream: WorkStream) -> Any:
         if isinstance(stream, torch.device):
             return super().mark(stream)
         event = torch.cuda.Event(enable_timing=True)
@@ -127,7 +127,7 @@ class Cuda(Device):
 class Graph:
     """A function's kernels, launched as one. What it returns is a copy: the next launch overwrites the original."""
 
-    def __init__(self, stream: Stream, pool: Any, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, stream: WorkStream, pool: Any, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may go on: "global" would fail at what they ask of the device meanwhile.
@@ -141,7 +141,7 @@ class Graph:
         return tuple(output.clone() for output in self.outputs)
 
 
-def on(stream: Stream) -> AbstractContextManager[Any]:
+def on(stream: WorkStream) -> AbstractContextManager[Any]:
     """Make it the current one."""
     return nullcontext() if isinstance(stream, torch.device) else torch.cuda.stream(stream)
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from genarm_fast.device.base import Stream
+from genarm_fast.device.base import WorkStream
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.penalties import bias_tensor, bias_version
 from genarm_fast.engine.sequence import Sequence
@@ -54,7 +54,7 @@ class Batch:
         self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
-        self._sampling: dict[Stream, SamplingTensors] = {}
+        self._sampling: dict[WorkStream, SamplingTensors] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class Batch:
         self.state = state._replace(last=last, lengths=settled.lengths, finished=settled.finished)
         return settled
 
-    def sampling(self, stream: Stream) -> SamplingTensors:
+    def sampling(self, stream: WorkStream) -> SamplingTensors:
         """The sequences' parameters for use on `stream`."""
         if stream not in self._sampling:
             params = [sequence.request.params for sequence in self.sequences]

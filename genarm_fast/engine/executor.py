@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genarm_fast.device import device_for
-from genarm_fast.device.base import Stream
+from genarm_fast.device.base import WorkStream
 from genarm_fast.engine.model_runner import ModelRunner, in_one_forward, padded
 from genarm_fast.engine.sequence import Sequence
 from genarm_fast.models.member import Member
@@ -32,7 +32,7 @@ class Executor:
             self.groups.append([draft_model])
         devices = [member.device for member in members]
         self.device = device_for(devices)
-        self.main: Stream = self.device.stream(devices[0])
+        self.main: WorkStream = self.device.stream(devices[0])
         self.runners = [ModelRunner([members[i] for i in group], self.device) for group in self.groups]
         self._place = {i: (g, lane) for g, group in enumerate(self.groups) for lane, i in enumerate(group)}
         self.timed = False
@@ -58,11 +58,11 @@ class Executor:
         """A tensor of the host's, for the main stream."""
         return self.device.upload(tensor, self.main)
 
-    def read(self, tensors: list[Tensor], stream: Stream | None = None) -> Callable[[], list[Tensor]]:
+    def read(self, tensors: list[Tensor], stream: WorkStream | None = None) -> Callable[[], list[Tensor]]:
         """Begin to copy tensors of the main stream, or of `stream`, to the host; call the result to wait for them."""
         return self.device.read(tensors, self.main if stream is None else stream)
 
-    def launch(self, stream: Stream, name: str, function: Callable[..., T], *args: Any) -> T:
+    def launch(self, stream: WorkStream, name: str, function: Callable[..., T], *args: Any) -> T:
         """function(*args), with what it asks of the device on `stream`."""
         return self.device.launch(stream, name, function, *args)
 
@@ -87,7 +87,7 @@ class Executor:
             self.spent[g] = start, self.device.mark(runner.stream)
         return list(logits)
 
-    def hand_over(self, tensors: list[Tensor], source: Stream, target: Stream) -> list[Tensor]:
+    def hand_over(self, tensors: list[Tensor], source: WorkStream, target: WorkStream) -> list[Tensor]:
         """Give tensors of one stream to another."""
         return self.device.hand_over(tensors, source, target)
 
@@ -96,7 +96,7 @@ class Executor:
         g = self._place[members[0]][0]
         return dict(zip(members, self.device.hand_over(logits, self.runners[g].stream, self.main)))
 
-    def stream_of(self, members: list[int]) -> Stream:
+    def stream_of(self, members: list[int]) -> WorkStream:
         """The stream of the runner that hosts these members."""
         return self.runners[self._place[members[0]][0]].stream
 

@@ -74,7 +74,7 @@ def batches(
     """Indices of at most so many responses that are scored together, alike in length.
 
     prompts: tokens of each, for the member that sees most of them; responses: tokens of each. The caches of a batch
-    take at most `cache_bytes`, those of one backbone at a time.
+    take at most `cache_bytes`, those of one model runner at a time.
 
     Raises:
         MemoryError: one does not fit alone.

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from genarm_fast.device.base import Device, Stream
+from genarm_fast.device.base import Device, WorkStream
 
 
 class TextSequence(Protocol):
@@ -49,18 +49,18 @@ class SequenceBatch(Protocol):
 
     def kv_bound(self, members: list[int], width: int) -> int: ...
 
-    def sampling(self, stream: Stream) -> Any: ...
+    def sampling(self, stream: WorkStream) -> Any: ...
 
 
 class DraftExecutor(Protocol):
     """What drafters may ask for; see `genarm_fast.engine.executor.Executor`."""
 
     device: Device
-    main: Stream
+    main: WorkStream
     draft_model: int | None
     spent: dict[int, tuple[Any, Any]]
 
-    def stream_of(self, members: list[int]) -> Stream: ...
+    def stream_of(self, members: list[int]) -> WorkStream: ...
 
     def forward(
         self, members: list[int], tokens: list[Tensor], positions: Tensor, slots: list[int], kv_bound: int
@@ -68,7 +68,7 @@ class DraftExecutor(Protocol):
 
     def collect(self, members: list[int], logits: list[Tensor]) -> dict[int, Tensor]: ...
 
-    def hand_over(self, tensors: list[Tensor], source: Stream, target: Stream) -> list[Tensor]: ...
+    def hand_over(self, tensors: list[Tensor], source: WorkStream, target: WorkStream) -> list[Tensor]: ...
 
     def upload(self, tensor: Tensor) -> Tensor: ...
 
@@ -87,7 +87,7 @@ class Drafts:
         self,
         tensor: Tensor,
         counts: Sequence[int],
-        stream: Stream,
+        stream: WorkStream,
         read: Callable[[], Tensor] | None = None,
         *,
         marks: tuple[Any, Any] | None = None,
@@ -113,7 +113,7 @@ class Drafts:
         return [line[:count] for line, count in zip(self.host, self.counts)]
 
 
-def no_drafts(rows: int, stream: Stream) -> Drafts:
+def no_drafts(rows: int, stream: WorkStream) -> Drafts:
     """None for any of `rows` sequences."""
     nothing = torch.empty(rows, 0, dtype=torch.int64)
     return Drafts(nothing, [0] * rows, stream, lambda: nothing)

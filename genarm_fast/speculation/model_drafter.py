@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.device.base import Stream
+from genarm_fast.device.base import WorkStream
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation.drafter import DraftExecutor, Drafts, SequenceBatch
 
@@ -22,7 +22,7 @@ MEMORY = 8.0  # steps over which that share is taken
 
 
 def tempered_draft(
-    batch: SequenceBatch, lanes: list[Tensor], members: tuple[int, ...], positions: Tensor, stream: Stream
+    batch: SequenceBatch, lanes: list[Tensor], members: tuple[int, ...], positions: Tensor, stream: WorkStream
 ) -> Tensor:
     """A draft for every sequence, int64 [R, 1], drawn with the noise of its target; everything is on `stream`.
 
@@ -46,7 +46,7 @@ def tempered_draft(
     return guided_sample(base, arms, weights, positions=positions, **parameters).tokens
 
 
-class DraftChain:
+class DraftRollout:
     """Draft steps of one runner: each feeds what the one before drew. All of them run on the runner's stream.
 
     Step 0 feeds the last accepted token, step n the draft of step n - 1; each draws the draft of the next position.
@@ -67,7 +67,7 @@ class DraftChain:
         return len(self.tokens)
 
     def stands(self, batch: SequenceBatch) -> bool:
-        """Whether the first step of the chain is the next one of these sequences."""
+        """Whether the first step of the rollout is the next one of these sequences."""
         now = [len(sequence.tokens) for sequence in batch.sequences]
         return self.sequences == list(batch.sequences) and self.start == now
 
@@ -98,7 +98,7 @@ class DraftChain:
         return self.executor.device.launch(self.stream, "draft", torch.cat, self.tokens[:width], 1)
 
     def right(self, drawn: list[list[int]]) -> bool:
-        """Whether all sequences go on after exactly these tokens, which the chain drew for them."""
+        """Whether all sequences go on after exactly these tokens, which the rollout drew for them."""
         return all(
             not sequence.ended and sequence.tokens[start:] == line
             for sequence, start, line in zip(self.sequences, self.start, drawn)
@@ -121,7 +121,7 @@ class ModelDrafter:
     def __init__(self, executor: DraftExecutor, group: int, members: tuple[int, ...], names: tuple[str, ...]) -> None:
         self.executor, self.group, self.members, self.names = executor, group, members, names
         self.foreign = executor.draft_model in members  # no member of the target
-        self.chain: DraftChain | None = None
+        self.rollout: DraftRollout | None = None
         self.batch: SequenceBatch | None = None
         self.right: float | None = None  # share of steps without a wrong draft, of late
         self.fitting = inf  # steps that take no longer than verification, as last measured
@@ -130,17 +130,17 @@ class ModelDrafter:
         executor, k = self.executor, max(most)
         self.batch = batch
         extra = 0
-        if self.chain is None or not self.chain.stands(batch):
+        if self.rollout is None or not self.rollout.stands(batch):
             if self.foreign:
                 extra = self._catch_up(batch.sequences)
-            self.chain = DraftChain(executor, batch, self.members)
+            self.rollout = DraftRollout(executor, batch, self.members)
         if self.right is None:
             self.right = 1 / len(most)  # for want of anything better
-        stream = self.chain.stream
+        stream = self.rollout.stream
         start = executor.device.mark(stream)
-        steps = self.chain.extend(batch, k) + extra
+        steps = self.rollout.extend(batch, k) + extra
         marks = start, executor.device.mark(stream)
-        return Drafts(self.chain.block(k), most, stream, marks=marks, steps=steps)
+        return Drafts(self.rollout.block(k), most, stream, marks=marks, steps=steps)
 
     def _catch_up(self, sequences: Any) -> int:
         """Show a draft model what was accepted in steps in which it had no part; whether there was anything."""
@@ -154,44 +154,44 @@ class ModelDrafter:
         return caught
 
     def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
-        executor, chain, batch, k = self.executor, self.chain, self.batch, drafts.width
-        assert chain is not None
+        executor, rollout, batch, k = self.executor, self.rollout, self.batch, drafts.width
+        assert rollout is not None
         assert batch is not None
         if executor.device.lag:
-            chain.extend(batch, k + 1)
-        drafts.fed = k + (len(chain) > k)
-        read = executor.device.read([chain.block(drafts.fed)], chain.stream)
+            rollout.extend(batch, k + 1)
+        drafts.fed = k + (len(rollout) > k)
+        read = executor.device.read([rollout.block(drafts.fed)], rollout.stream)
         drafts.read = lambda: read()[0]
         known: dict[int, Tensor] = {}
-        flat = [] if self.foreign else [lane for logits in chain.logits[: drafts.fed] for lane in logits]
-        drafts.on_main, *steps = executor.hand_over([drafts.tensor, *flat], chain.stream, executor.main)
+        flat = [] if self.foreign else [lane for logits in rollout.logits[: drafts.fed] for lane in logits]
+        drafts.on_main, *steps = executor.hand_over([drafts.tensor, *flat], rollout.stream, executor.main)
         if steps:
             count = len(self.members)
             known = {member: torch.cat(steps[i::count], dim=1) for i, member in enumerate(self.members)}
         if executor.device.lag:  # after what the main stream waits for
-            chain.extend(batch, self.ahead(k))
+            rollout.extend(batch, self.ahead(k))
         return known
 
     def ahead(self, k: int) -> int:
         """Draft steps to have before a verification ends: up to the last draft of the next block, as many as fit."""
-        assert self.chain is not None
+        assert self.rollout is not None
         assert self.right is not None
         if self.right < AHEAD:
             return k + 1
-        left = min(sequence.remaining for sequence in self.chain.sequences)
+        left = min(sequence.remaining for sequence in self.rollout.sequences)
         return min(2 * k + 1, left, k + max(1, int(min(self.fitting, k + 1))))
 
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
-        chain, k = self.chain, drafts.width
-        assert chain is not None
+        rollout, k = self.rollout, drafts.width
+        assert rollout is not None
         assert self.right is not None
         if drafts.steps and drafting > 0:
             self.fitting = verifying / (drafting / drafts.steps)
         self.right += (all(right == k for right in accepted) - self.right) / MEMORY
-        if drafts.fed > k and chain.right(drafts.host):
-            chain.advance(k + 1)
+        if drafts.fed > k and rollout.right(drafts.host):
+            rollout.advance(k + 1)
         else:
-            self.chain = None
+            self.rollout = None
         self.batch = None
 
     def guess(self, sequences: list[Any], most: int) -> list[list[int]] | None:

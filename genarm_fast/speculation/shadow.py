@@ -39,14 +39,14 @@ def model_shadows(
     logits: of every member that runs, [R, q, V]. turn: the drafter of this step, whose members' forwards say nothing of
     what one draft takes, as they are of several tokens.
     """
-    looks = [
+    shadows = [
         (i, drafters[i].shadow(batch, logits))
         for i in policy.shadow_due()
         if i != turn and drafters[i].members and set(drafters[i].members) <= set(logits)
     ]
 
     def judge(accepted: Sequence[Sequence[int]]) -> None:
-        for i, found in looks:
+        for i, found in shadows:
             guesses, seconds = found()
             policy.observe_shadow(i, guesses, accepted, seconds if turn is None else None)
 

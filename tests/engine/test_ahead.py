@@ -15,7 +15,7 @@ from genarm_fast import GenARM, SamplingParams, reference
 from genarm_fast.engine.step import Steps
 from genarm_fast.speculation.config import Speculation
 from genarm_fast.speculation.drafter import Drafts
-from genarm_fast.speculation.model_drafter import DraftChain, ModelDrafter
+from genarm_fast.speculation.model_drafter import DraftRollout, ModelDrafter
 
 FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
 
@@ -32,13 +32,13 @@ def similar(seed: int = 0, noise: float = 0.02):
 @pytest.fixture
 def advances(monkeypatch):
     """Steps that were drafted ahead and used, one entry a block."""
-    used, advance = [], DraftChain.advance
+    used, advance = [], DraftRollout.advance
 
     def counted(self, steps):
         advance(self, steps)
         used.append(len(self))
 
-    monkeypatch.setattr(DraftChain, "advance", counted)
+    monkeypatch.setattr(DraftRollout, "advance", counted)
     return used
 
 
@@ -186,8 +186,8 @@ def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, mon
     expected = results(model.generate([5, 6, 7], FREE))
 
     def kept(self, drafts, *_):
-        self.chain.advance(drafts.width + 1)
-        self.chain.start = [len(sequence.tokens) for sequence in self.chain.sequences]
+        self.rollout.advance(drafts.width + 1)
+        self.rollout.start = [len(sequence.tokens) for sequence in self.rollout.sequences]
 
     if broken:
         monkeypatch.setattr(ModelDrafter, "accepted", kept)
@@ -203,7 +203,7 @@ def test_how_far_ahead():
     sequence = SimpleNamespace(remaining=20)
 
     def steps():
-        drafter.chain = SimpleNamespace(sequences=[sequence])
+        drafter.rollout = SimpleNamespace(sequences=[sequence])
         return drafter.ahead(3)
 
     assert steps() == 3 + 4
