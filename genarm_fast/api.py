@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from genarm_fast.engine.engine import Engine, EngineConfig
-from genarm_fast.engine.model_runner import in_one_forward
 from genarm_fast.engine.scoring import score_responses
 from genarm_fast.engine.sequence import Request, output_of
 from genarm_fast.engine.stream import Stream, failure
@@ -263,8 +262,8 @@ class GenARM:
     @property
     def drafters(self) -> list[str]:
         """Names for `Speculation`: members, if not all of them run in one forward, n-grams, the draft model."""
-        names = [member.name for member in self.members] if len(in_one_forward(self.members)) > 1 else []
-        return [*names, "ngram", *(["draft_model"] if self.draft_model is not None else [])]
+        names = (name for drafter in self.engine().drafters for name in drafter.names)
+        return sorted(names, key=lambda name: name != "base")
 
     def engine(self) -> Engine:
         """The engine, which all calls of all threads share; one of its own for a call from inside a step."""
