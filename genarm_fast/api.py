@@ -116,7 +116,7 @@ class GenARM:
             "attn_implementation": attn_implementation,
             **model_kwargs,
         }
-        templates = {"prompt_template": prompt_template, "chat_template": chat_template}
+        templates: dict[str, Any] = {"prompt_template": prompt_template, "chat_template": chat_template}
         members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
         return cls(
             members,
@@ -249,7 +249,7 @@ class GenARM:
         except ValueError as error:
             raise ValueError(f"prompts[{index}]: {error}") from None
         try:
-            special = special_stops(self.tokenizer, params.stop)  # type: ignore[arg-type]
+            special = special_stops(self.tokenizer, params.stop)
         except ValueError as error:
             raise ValueError(f"prompts[{index}]: {error}") from None
         stop_ids = (

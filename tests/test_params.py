@@ -44,7 +44,6 @@ from genarm_fast.params import SamplingParams, check_weights
         ("logit_bias", {0: 1e39}, ValueError),  # infinite in float32
         ("weights", 1e39, ValueError),
         ("temperature", 10**400, ValueError),
-        ("stop", None, TypeError),
         ("stop_token_ids", 5, TypeError),
         ("stop_token_ids", "12", TypeError),
         ("ignore_eos", "no", TypeError),
@@ -92,3 +91,8 @@ def test_weights_are_counted():
         check_weights([1, 2], 3)
     with pytest.raises(ValueError, match="expected 1 number, one per ARM, got 2"):
         check_weights([1, 2], 1)
+
+
+def test_none_is_the_default_of_every_parameter():
+    assert SamplingParams(**dict.fromkeys(SamplingParams.__slots__)) == SamplingParams()
+    assert SamplingParams(top_k=5, stop="a").override(top_k=None, stop=None) == SamplingParams()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from enum import Enum
@@ -44,7 +45,7 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
     config = _config(what, source)
     check_kind(what, config)
     with refusing(what, "an adapter with weights that can be read"):
-        saved = load_peft_weights(source, device="cpu")
+        saved = load_peft_weights(os.fspath(source), device="cpu")
     _check_vocabulary(what, base, saved)
     before = fingerprint(base)
     tree = share_weights(base)

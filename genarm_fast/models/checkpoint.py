@@ -52,13 +52,14 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
     check_files(member, source)
     what = f"{member}={os.fspath(source)!r}"
     with refusing(what, "a folder or a hub id that can be loaded"), _quietly():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             **kwargs,
         )
+    model, found = loaded
     unexpected = () if getattr(model, "hf_quantizer", None) is not None else found["unexpected_keys"]
     problems = (
         ("lacks", found["missing_keys"]),

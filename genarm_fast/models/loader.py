@@ -84,8 +84,8 @@ def load_members(
     base_tokenizer = tokenizer
     if tokenizer is None and source:
         with suppress(FileNotFoundError):  # a given model may come from anywhere
-            place = models.locate("base", source)
-            base_tokenizer = load_tokenizer("base", place, trust_remote_code=trust_remote_code)
+            found = models.locate("base", source)
+            base_tokenizer = load_tokenizer("base", found, trust_remote_code=trust_remote_code)
     if base_tokenizer is None:
         raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
     first = Member(
@@ -127,8 +127,8 @@ def load_members(
     if draft_model is None:
         return members, None
     own = None  # it reads the base's prompts all the same
-    if (place := places[-1]) is not None:
-        own = load_tokenizer("draft_model", place, trust_remote_code=trust_remote_code)
+    if (drafter := places[-1]) is not None:
+        own = load_tokenizer("draft_model", drafter, trust_remote_code=trust_remote_code)
     model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
     return members, Member("draft_model", model, own or base_tokenizer)
 

@@ -140,7 +140,8 @@ def encode_prompt(reader: Reader, prompt: Prompt, index: int, vocab_size: int) -
     if rendered is not None:
         ids = token_ids(reader.tokenizer, rendered)
     else:
-        ids = [int(token) for token in prompt]  # type: ignore[call-overload]
+        given: Any = prompt
+        ids = list(given)
         if not all(0 <= token_id < vocab_size for token_id in ids):
             raise ValueError(f"prompts[{index}]: token ids {min(ids)}..{max(ids)}: expected 0..{vocab_size - 1}")
     if not ids:

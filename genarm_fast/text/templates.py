@@ -116,8 +116,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     Raises:
         ValueError: naming what the template raised.
     """
+    chat: Any = messages
     try:
-        text = str(tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **options))
+        text = str(tokenizer.apply_chat_template(chat, chat_template=chat_template, tokenize=False, **options))
     except (RecursionError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     except Exception as error:  # of Jinja: wrong itself, or it refuses these roles

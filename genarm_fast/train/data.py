@@ -188,12 +188,12 @@ def _pair(
     *,
     trimmed: bool = False,
 ) -> Pair:
-    complete = []
+    complete: dict[str, bool] = {}
     for name in ("chosen_complete", "rejected_complete"):
         value = row.get(name)  # None: `datasets` fills up columns that some rows lack
         if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
-        complete.append(value is not False)
+        complete[name] = value is not False
     options = _options(row)
     if options and isinstance(prompt, str):
         raise ValueError(f"field {min(options)!r}: expected messages with it")
@@ -203,7 +203,7 @@ def _pair(
         raise Dropped("chosen equals rejected")
     if any(isinstance(side, str) and not side.strip() for side in (chosen, rejected)):
         raise Dropped("empty response")
-    return Pair(index, prompt, chosen, rejected, *complete, options=options, trimmed=trimmed)
+    return Pair(index, prompt, chosen, rejected, **complete, options=options, trimmed=trimmed)
 
 
 def _parse_text(index: int, row: Mapping[str, Any]) -> Pair:

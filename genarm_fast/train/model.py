@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from genarm_fast.kernels.arm_logps import IGNORE, arm_logps
 from genarm_fast.models.checkpoint import load_causal_lm
+from genarm_fast.models.files import refusing
 from genarm_fast.train.batches import Layout, rows, shared
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
@@ -74,14 +75,13 @@ def load_base(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
-    """LoRA on every linear layer but the output, or on the named ones.
+    """LoRA on the named linear layers, or on `default_targets`.
 
     Raises:
-        ValueError: a name that no linear module of the model has, with those that there are.
+        ValueError: a name that no linear module of the model has, with those that there are; targets that PEFT refuses.
     """
     from peft import LoraConfig, get_peft_model
 
-    head = lm.get_output_embeddings()
     linear = {name: module for name, module in lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     available = sorted({name.rpartition(".")[2] for name in linear})
     for target in config.lora_targets:
@@ -90,17 +90,39 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
                 f"lora_targets={config.lora_targets!r}: {config.base} has no linear module {target!r}: "
                 f"expected some of {', '.join(available)}"
             )
-    default = {name.rpartition(".")[2] for name, module in linear.items() if module is not head}
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
-        target_modules=sorted(config.lora_targets or default),
+        target_modules=sorted(config.lora_targets or default_targets(lm)),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
-    return get_peft_model(lm, lora)
+    with refusing(
+        f"lora_targets={config.lora_targets!r}, lora_dropout={config.lora_dropout}", "a LoRA that PEFT can make"
+    ):
+        return get_peft_model(lm, lora)
+
+
+def default_targets(lm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that LoRA trains by default: all but the output layer.
+
+    Of a mixture of experts, only those outside of its feed-forward parts: routers stay as they are, experts are no
+    linear layers, and PEFT takes the names of dense feed-forward layers in it for the experts'.
+    """
+    experts = [name.split(".") for name, parameter in lm.named_parameters() if parameter.dim() == 3]
+    experts += [name.split(".") for name, _ in lm.named_modules() if name.endswith(".experts")]
+    # "mlp" of "model.layers.3.mlp.experts.down_proj": the part of a layer, which stands behind its number.
+    parts = {parts[i + 1] for parts in experts for i, part in enumerate(parts[:-2]) if part.isdecimal()}
+    head = lm.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in lm.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not parts & set(name.split("."))
+        }
+    )
 
 
 def choose_paths(model: PairModel, probe: list[Encoded]) -> tuple[Layout, bool]:

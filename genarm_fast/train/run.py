@@ -115,6 +115,7 @@ def _train(
             "config": _shown(config),
             "base_fingerprint": base_fingerprint,
             "method": f"LoRA of rank {config.lora_rank}" if config.method == "lora" else "full fine-tuning",
+            "lora_targets": lora_targets(model),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "dtype": _name(dtype),
             "layout": layout,
@@ -199,11 +200,17 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
     return PairModel(lm), base_fingerprint
 
 
+def lora_targets(model: PairModel) -> list[str]:
+    """Names of the linear layers that the run trained a LoRA on; [] without LoRA."""
+    configs = getattr(model.lm, "peft_config", {})
+    return sorted({name for config in configs.values() for name in config.target_modules})
+
+
 def check_servable(config: TrainConfig, place: Source) -> None:
     """Raises ValueError for a kind of model that the engine refuses to decode with; before any weights are read."""
     with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
         found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
     if kind is not None:  # else code of its own, which is looked at once it is loaded
         check_supported("base", kind, found)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from genarm_fast import ARM, GenARM, SamplingParams
+from genarm_fast.cli.options import add_sampling_arguments
 
 CHAT = [{"role": "user", "content": "the cat"}]
 
@@ -114,3 +118,21 @@ def test_too_long_a_prompt_is_a_usage_error(cli: Callable, options: list[str]) -
     result = cli("generate", "the cat " * 600, *options)
     assert result.code == 2
     assert "expected at most 512, the context of base" in result.err
+
+
+def test_escapes_in_text_options() -> None:
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    assert parser.parse_args(["--stop", r"\n\t", "--stop", r"a\\n\d"]).stop == ["\n\t", "a\\n\\d"]
+
+
+def test_help_without_docstrings() -> None:
+    """PYTHONOPTIMIZE=2 strips them; the options' help is read off the source."""
+    code = "import sys; from genarm_fast.cli import main; sys.exit(main(['generate', '--help']))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "keep the k most probable tokens" in " ".join(done.stdout.split())) == (0, True)
+
+
+def test_foreign_code_is_asked_for_by_name(cli: Callable, models: Any) -> None:
+    result = cli("generate", *models.options, "--arm-trust-remote-code", "three", "Hi")
+    assert (result.code, "--arm-trust-remote-code three: expected the name or the model" in result.err) == (2, True)

@@ -205,3 +205,37 @@ def test_split_by_prompt() -> None:
 def test_split_by_file(write_jsonl: Write) -> None:
     held = write_jsonl([TEXT], "held.jsonl")
     assert split([Pair(0, "q", "a", "b")], eval_data=str(held)) == ([0], [0])
+
+
+def test_transcripts_that_are_almost_right(write_jsonl: Callable[..., Path]) -> None:
+    """Stripped, with a preamble, ending with the human: read as what they are. Without an answer: dropped, counted."""
+    good = {side: f"\n\nHuman: hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    rows = [
+        {side: text.lstrip() for side, text in good.items()},
+        {side: "Be kind." + text for side, text in good.items()},
+        {"chosen": good["chosen"] + "s\n\nHuman: thanks", "rejected": good["rejected"]},
+        dict.fromkeys(good, "\n\nHuman: hi"),
+    ]
+    data = load_pairs(str(write_jsonl(rows)))
+    turn = "\n\nHuman: hi\n\nAssistant:"
+    assert [pair.prompt for pair in data.pairs] == [turn, "Be kind." + turn, turn]
+    assert [pair.chosen for pair in data.pairs] == [" chosen", " chosen", " chosens"]
+    assert data.dropped == {"human turn at the end cut, kept": 1, "transcript without an assistant's turn": 1}
+    assert data.transcripts
+
+
+def test_messages_with_more_than_text(write_jsonl: Callable[..., Path]) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}], "name": None}
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    rows = [
+        {"prompt": prompt, "chosen": [call], "rejected": "no", "tools": [{"name": "f"}]},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
+    ]
+    data = load_pairs(str(write_jsonl(rows)))
+    (pair,) = data.pairs
+    assert pair.prompt == [{"role": "user", "content": "hi"}]
+    assert pair.chosen == {key: value for key, value in call.items() if value is not None or key == "content"}
+    assert (pair.rejected, pair.options) == ("no", {"tools": [{"name": "f"}]})
+    assert data.dropped == {"a content part of type 'image': expected text parts": 1}
+    with pytest.raises(ValueError, match="line 1: field 'tools': expected messages with it"):
+        load_pairs(str(write_jsonl([{"prompt": "a", "chosen": "b", "rejected": "c", "tools": [1]}])))

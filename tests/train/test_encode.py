@@ -119,3 +119,46 @@ def test_errors(tokenizer: PreTrainedTokenizerFast) -> None:
     bare.eos_token = None
     with pytest.raises(ValueError, match="expected a tokenizer with an EOS token"):
         encoder(bare)
+
+
+TOOLS = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}<t>{{ m.reasoning_content }}</t>{% endif %}"
+    "{{ m.content or '' }}{% for call in m.tool_calls or [] %}<c>{{ call.function.name }}</c>{% endfor %}</s>"
+    "{% endfor %}{% if tools %}{{ tools | length }}{% endif %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "look"}}
+
+
+def test_all_of_a_message_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    prompt.append({"role": "tool", "content": "cat"})
+    thought = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    found = texts(tokenizer, Pair(0, prompt, thought, call), chat_template=TOOLS)
+    assert found == [
+        "[user]hi</s>[assistant]<c>look</c></s>[tool]cat</s>[assistant]",
+        "<t>hm</t>yes</s>",
+        "<c>look</c></s>",
+    ]
+    # The test tokenizer's own template renders neither.
+    kept, dropped = encoder(tokenizer)([Pair(0, prompt, "yes", "no"), Pair(1, prompt[:1], thought, "no")], "d")
+    assert not kept
+    assert dropped == {
+        "the chat template leaves out 'tool_calls'": 1,
+        "the chat template leaves out 'reasoning_content'": 1,
+    }
+
+
+def test_what_a_template_changes_of_an_answer_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
+    trims = TOOLS.replace("m.content or ''", "(m.content or '') | trim")
+    pair = Pair(0, [{"role": "user", "content": "hi"}], " yes ", "no", rejected_complete=False)
+    assert texts(tokenizer, pair, chat_template=trims)[1:] == ["yes</s>", "no"]
+    kept, dropped = encoder(tokenizer, chat_template=trims)([Pair(0, pair.prompt, " yes", "yes ")], "d")
+    assert (kept, dropped) == ([], {"chosen equals rejected": 1})
+
+
+def test_transcripts_that_cannot_be_read_are_dropped_from_chats(tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [Pair(0, "\n\nHuman: hi", "a", "b"), Pair(1, "x\n\nAssistant: y", "a", "b"), Pair(2, "hi", "a", "b")]
+    kept, dropped = encoder(tokenizer, as_chat=True)(pairs, "d")
+    assert [pair.row for pair in kept] == [2]
+    assert dropped == {"transcript that does not end where the assistant begins": 2}

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.files import locked
 from genarm_fast.train.model import load_base
 from genarm_fast.train.progress import Narrator
-from genarm_fast.train.trainer import checkpoints, last_checkpoint
 
 Config = Callable[..., TrainConfig]
 KillAt = Callable[[int | None], None]
@@ -281,3 +281,36 @@ def test_resume_never_and_foreign_folders(make_config: Config, toy: Path, tmp_pa
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="expected a new or empty folder, or one with a run to continue"):
         train(make_config(toy, output=str(tmp_path / "full")), progress=False)
+
+
+@pytest.mark.parametrize("damage", ["lost", "bit", "seal"])
+def test_damaged_checkpoints_are_passed_over(
+    make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt, damage: str
+) -> None:
+    """For the one before, with the same weights in the end; where none is whole, an error."""
+    config = make_config(toy, **LONG)
+    kill_at(10)
+    with pytest.raises(Killed):
+        train(config, progress=False)
+    kill_at(None)
+    older, newer = sorted(checkpoints(config).iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    for folder in (newer, older):
+        if damage == "lost":
+            (folder / "optimizer.pt").unlink()
+        elif damage == "seal":
+            (folder / "complete.json").write_text("{}")
+        else:
+            content = bytearray((folder / "trained.safetensors").read_bytes())
+            content[-1] ^= 4
+            (folder / "trained.safetensors").write_bytes(content)
+        if folder == newer:
+            with pytest.warns(UserWarning, match=f"{newer.name}: .*: passed over"):
+                assert last_checkpoint(checkpoints(config)) == older
+            shutil.copytree(config.folder, tmp_path / "other")
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ValueError, match="all are damaged"):
+        train(config, progress=False)
+    shutil.rmtree(config.folder)
+    shutil.move(tmp_path / "other", config.folder)
+    with pytest.warns(UserWarning, match="passed over"):
+        resumed = train(config, progress=False)
+    assert_same(resumed.folder, train(make_config(toy, **LONG, output=str(tmp_path / "alone")), progress=False).folder)

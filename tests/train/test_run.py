@@ -7,18 +7,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from toy_pairs import toy_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from genarm_fast import GenARM
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.artifacts import curve
 from genarm_fast.train.data import load_pairs, split_pairs
+from genarm_fast.train.model import default_targets
 from genarm_fast.train.run import stop_ids
 
 Config = Callable[..., TrainConfig]
@@ -257,3 +259,53 @@ def test_several_processes_are_refused(make_config: Config, toy: Path, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE=2: expected one process"):
         train(make_config(toy), progress=False)
+
+
+def test_what_cannot_be_served_is_refused_before_any_weights(
+    make_config: Config, toy: Path, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "falcon", "vocab_size": 300}')
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    with pytest.raises(ValueError, match=r"base: falcon models .* are not supported"):
+        train(dataclasses.replace(make_config(toy), base=str(tmp_path / "base")), progress=False)
+
+
+def test_the_defaults_leave_routers_and_experts_alone() -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "mlp_only_layers": [0]}
+    for kind, more in (("qwen3_moe", {"num_key_value_heads": 2, "head_dim": 8, **experts}), ("llama", {})):
+        config = AutoConfig.for_model(kind, vocab_size=50, **small, **more)
+        names = set(default_targets(AutoModelForCausalLM.from_config(config)))
+        attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+        assert names == (attention if more else attention | {"gate_proj", "up_proj", "down_proj"})
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ({"prompt": "the cat", "chosen": " sat", "rejected": " on"}, {}, ("text", None)),
+        ({"prompt": "the cat", "chosen": " sat", "rejected": " on"}, {"as_chat": True}, ("chat", "kept")),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+            {},
+            ("transcript", None),
+        ),
+    ],
+)
+def test_the_format_of_prompts_is_recorded(
+    make_config: Config, write_jsonl: Callable[..., Path], row: dict[str, str], options: dict[str, bool], expected: Any
+) -> None:
+    result = train(make_config(write_jsonl([row]), holdout_every=None, holdout_fraction=0.0, **options), progress=False)
+    info = json.loads((result.folder / "genarm.json").read_text())
+    assert (info["prompt_format"], info["chat_template"] and "kept") == expected
+    assert (info["end_token_id"], info["trust_remote_code"]) == (1, False)
+    assert result.report["lora_targets"] == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]

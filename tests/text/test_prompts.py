@@ -1,0 +1,183 @@
+"""Prompts in every shape that people hand over, in the format that an ARM was trained on, joined to their responses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import build_model, build_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from genarm_fast import ARM, GenARM
+from genarm_fast.text.messages import UnsupportedContent, as_message
+from genarm_fast.text.prompts import as_prompts
+from genarm_fast.text.templates import Rendered, end_of_answer, render, response_ids, token_ids
+from genarm_fast.text.transcripts import as_transcript, transcript_messages
+
+CHAT = [{"role": "user", "content": "the cat"}]
+OPEN = "\n\nHuman: the cat\n\nAssistant:"
+
+
+def pieces_tokenizer():
+    """SentencePiece's manners: every text begins with "▁"."""
+    pieces = [("<s>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
+    pieces += [(each, -8.0) for each in "▁abcdefghijklmnopqrstuvwxyz"] + [
+        ("▁the", -2.0),
+        ("▁cat", -2.0),
+        ("▁sat", -2.0),
+    ]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_what_a_tokenizer_returns_is_a_prompt(tokenizer):
+    ids = tokenizer("the cat")["input_ids"]
+    for given in (tokenizer("the cat"), tokenizer("the cat", return_tensors="pt"), {"input_ids": torch.tensor(ids)}):
+        assert as_prompts(given) == [ids]
+        assert as_prompts([given, given]) == [ids, ids]
+    padded = {"input_ids": [[0, 0, 7], [5, 6, 7]], "attention_mask": [[0, 0, 1], [1, 1, 1]]}
+    assert as_prompts(padded) == [[7], [5, 6, 7]]
+
+
+def test_messages_are_kept_whole():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+    assert as_message(message) == {"role": "assistant", "content": None, "tool_calls": [call]}
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+    assert as_message({"role": "user", "content": parts, "id": 3}) == {"role": "user", "content": "the cat", "id": 3}
+    with pytest.raises(UnsupportedContent, match="a content part of type 'image_url': expected text parts"):
+        as_message({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]})
+    with pytest.raises(TypeError, match="expected a string as 'content'"):
+        as_message({"role": "user", "content": None})
+
+
+def test_errors_show_little_of_long_prompts(model):
+    for prompts in ([[1.5] * 10_000], {"x": list(range(10_000))}):
+        with pytest.raises(TypeError) as caught:
+            model.generate(prompts)
+        assert len(str(caught.value)) < 250
+
+
+def test_a_begun_answer_is_continued(model, tokenizer):
+    begun = [*CHAT, {"role": "assistant", "content": "I am"}]
+    text = tokenizer.decode(model.prepare([begun])[0].token_ids[0])
+    assert text == "<s>[user] the cat</s>[assistant] I am"
+
+
+@pytest.mark.parametrize("response", [" sat", " sat the", "xy", "\n sat"])
+def test_a_response_has_the_tokens_of_the_joined_text(response):
+    tokenizer = pieces_tokenizer()
+    prompt = Rendered("the cat", True)
+    ids = token_ids(tokenizer, prompt)
+    joined = [*ids, *response_ids(tokenizer, prompt, ids, response)]
+    assert joined == tokenizer("the cat" + response)["input_ids"]
+    assert response_ids(tokenizer, None, ids, response) == joined[len(ids) :]  # where only its ids are known
+
+
+def test_a_border_inside_a_token(tokenizer):
+    """ "the" and "re" join to other tokens, which the prompt has not: the response is spelled by itself."""
+    ids = token_ids(tokenizer, Rendered("the ma", True))
+    assert tokenizer.decode(response_ids(tokenizer, Rendered("the ma", True), ids, "t")) == "t"
+
+
+def test_transcripts():
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "o"},
+    ]
+    whole = "\n\nHuman: hi\n\nAssistant: yes\n\nHuman: o\n\nAssistant:"
+    assert as_transcript(turns) == whole
+    for text in (whole, whole.lstrip(), whole + " "):
+        assert transcript_messages(text) == turns
+    assert transcript_messages("Be kind." + whole) == [{"role": "system", "content": "Be kind."}, *turns]
+    assert transcript_messages("\n\nHuman: hi") == transcript_messages("Assistant: hi") == []
+    assert as_transcript("hi") == "\n\nHuman: hi\n\nAssistant:"
+    with pytest.raises(ValueError, match="role 'system': expected user and assistant"):
+        as_transcript([{"role": "system", "content": "x"}, *turns])
+
+
+FORMATS = [
+    ("text", "the cat", "the cat"),
+    ("text", CHAT, "the cat"),
+    ("transcript", "the cat", OPEN),
+    ("transcript", CHAT, OPEN),
+    ("transcript", OPEN, OPEN),
+    ("chat", "the cat", "<s>[user] the cat</s>[assistant] "),
+    ("chat", OPEN, "<s>[user] the cat</s>[assistant] "),
+    (None, "the cat", "the cat"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base, and a folder with what training recorded beside weights, by format."""
+    root = tmp_path_factory.mktemp("trained")
+    for seed, name in enumerate(("base", "text", "transcript", "chat")):
+        build_model("llama", seed).save_pretrained(root / name)
+        (root / name / "genarm.json").write_text(json.dumps({"prompt_format": name, "end_token_id": 40 + seed}))
+    build_tokenizer().save_pretrained(root / "base")
+    (root / "base" / "genarm.json").unlink()
+    return root
+
+
+@pytest.mark.parametrize(("prompt_format", "prompt", "expected"), FORMATS)
+def test_an_arm_reads_the_format_it_was_trained_on(trained, tokenizer, prompt_format, prompt, expected):
+    arm = build_model("llama", 3) if prompt_format is None else trained / prompt_format
+    model = GenARM.from_pretrained(trained / "base", arm)
+    assert tokenizer.decode(model.prepare([prompt])[0].token_ids[1]) == expected
+
+
+def test_conflicts_of_formats_are_errors(trained):
+    chat = [{"role": "system", "content": "x"}, *CHAT]
+    for name, said in (("text", "trained on plain texts"), ("transcript", "trained on transcripts; a message of the")):
+        with pytest.raises(ValueError, match=rf"prompts\[0\]: {name} was {said}"):
+            GenARM.from_pretrained(trained / "base", trained / name).prepare([chat])
+    with pytest.raises(ValueError, match=r"arms\[0\]: chat_template='x': expected none, it was trained on texts"):
+        GenARM.from_pretrained(trained / "base", ARM(trained / "text", chat_template="x"))
+    with pytest.raises(
+        ValueError, match=r"arms\[0\]: prompt_template='{prompt}!': expected none, it was trained on chats"
+    ):
+        GenARM.from_pretrained(trained / "base", ARM(trained / "chat", prompt_template="{prompt}!"))
+
+
+def test_what_ends_trained_answers_stops_the_text(trained):
+    assert {1, 41} <= GenARM.from_pretrained(trained / "base", trained / "text").eos_token_ids
+    assert 41 not in GenARM.from_pretrained(trained / "base").eos_token_ids
+
+
+def test_the_token_that_a_template_puts_behind_an_answer():
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<end>")
+    assert end_of_answer(tokenizer, tokenizer.chat_template) == 300
+    assert end_of_answer(tokenizer, None) == end_of_answer(tokenizer, "{{ 1 / 0 }}") == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[7].content }}", "(UndefinedError|has no element|undefined)"),
+        ("{{ oops", "unexpected end of template"),
+        ("{{ raise_exception('no tools here') }}", "no tools here"),
+        ("{{ 'x' * 20000000 }}", "20000000 characters: expected at most 16777216"),
+    ],
+)
+def test_templates_that_fail(tokenizer, template, said):
+    with pytest.raises(ValueError, match=said):
+        render(tokenizer, CHAT, template)
+
+
+def test_stop_strings_that_are_special_tokens(model):
+    only_end = {"logit_bias": {1: 100.0}, "ignore_eos": True, "temperature": 0.0, "max_new_tokens": 5}
+    output = model.generate("the", stop="</s>", **only_end)[0]
+    assert (output.finish_reason, output.text, output.token_ids) == ("stop", "", [1])
+    assert "".join(chunk.text for chunk in model.stream("the", stop=["x", "</s>"], **only_end)) == ""
+    with pytest.raises(ValueError, match=r"prompts\[0\]: stop='a</s>': expected the special token '</s>' by itself"):
+        model.generate("the", stop="a</s>")

@@ -1,0 +1,34 @@
+"""Files of JSON lines that are damaged are named with the line."""
+
+from __future__ import annotations
+
+import gzip
+import re
+
+import pytest
+
+from genarm_fast.utils.jsonlines import read_objects
+
+WHOLE = gzip.compress(b"".join(b'{"a": "%d"}\n' % i for i in range(20_000)), mtime=0)
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("content", [WHOLE[:-200], WHOLE[:-4], flipped(WHOLE), b'{"a": 1}\n', WHOLE[:1]])
+def test_compressed_files_that_are_no_whole_ones(tmp_path, content):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path)) + r" line \d+: expected (whole gzip data|a JSON object)"):
+        list(read_objects(path))
+
+
+def test_compressed_data_under_another_name_and_deep_json(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(WHOLE)
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 1: expected a JSON object"):
+        list(read_objects(tmp_path / "rows.jsonl"))
+    (tmp_path / "deep.jsonl").write_text('{"a": 1}\n{"a": ' + "[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match=r"deep\.jsonl line 2: expected a JSON object"):
+        list(read_objects(tmp_path / "deep.jsonl"))
