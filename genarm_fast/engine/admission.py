@@ -17,14 +17,19 @@ class Admission:
         self.executor, self.scheduler, self.workspace = executor, scheduler, workspace
         self._attempted: Any = None  # the last growth that was tried: the same one again would fail again
         self._denied = False  # memory gave fewer slots than were wanted
+        self._generation = workspace.generation
 
     def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Give slots to waiting sequences; returns those that can never have one, with their `error` set."""
-        scheduler, failed = self.scheduler, self._keep_up(max_batch_size, cache_bytes)
+        scheduler = self.scheduler
+        self._follow()
+        failed = self._keep_up(max_batch_size, cache_bytes)
         if scheduler.waiting and not scheduler.placed:
             self._grow(max_batch_size, cache_bytes)  # at once for all that wait, since nothing has to stay
-        while scheduler.waiting and len(scheduler.active) < max_batch_size:
-            sequence = scheduler.waiting[0]
+        while len(scheduler.active) < max_batch_size:
+            sequence = next((each for each in scheduler.waiting if not each.held), None)
+            if sequence is None:
+                break
             if cache_bytes is not None and self._bytes(sequence) > cache_bytes:
                 limit = f"expected at most cache_bytes={cache_bytes:,}"
                 failed.append(self._refuse(sequence, limit, None))
@@ -32,10 +37,10 @@ class Admission:
             if not self._fits(sequence):
                 self._grow(max_batch_size, cache_bytes)
             if self._fits(sequence):
-                scheduler.place(scheduler.waiting.popleft(), len(self.executor.members))
+                scheduler.waiting.remove(sequence)
+                scheduler.place(sequence, len(self.executor.members))
             elif held := [each for each in scheduler.placed if each.held]:
                 scheduler.preempt(held[-1])
-                scheduler.waiting.rotate(-1)  # behind those who are waited for
             elif scheduler.placed:
                 break  # until others have left
             else:
@@ -77,7 +82,14 @@ class Admission:
             self._attempted = attempt
             workspace.reserve(*attempt, cache_bytes)
             self._denied = workspace.slots < slots
-            scheduler.resize(workspace.slots)
+            self._follow()
+
+    def _follow(self) -> None:
+        """Let the scheduler have the slots that the caches have, and nothing of what was dropped with older caches."""
+        if self._generation != self.workspace.generation:
+            self._generation = self.workspace.generation
+            self.scheduler.forget_prompts()
+        self.scheduler.resize(self.workspace.slots)
 
     def begin(self) -> None:
         """A run begins: there may be more memory than before, or a higher limit."""

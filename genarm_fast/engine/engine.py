@@ -38,8 +38,8 @@ class EngineConfig:
 class Engine:
     """Decodes the sequences of requests, all members together.
 
-    `add`, `abort` and `steer` may be called from any thread at any time; they take effect before the next step. Threads
-    that step share one engine through `run`. Whoever calls `step` directly must be the only one who does.
+    All methods may be called from any thread at any time. What `add`, `abort` and `steer` ask for takes effect between
+    two steps; `run` and `step` take turns.
     """
 
     def __init__(
@@ -100,13 +100,18 @@ class Engine:
         if not self.scheduler and not self.workspace.allowed(self.config.cache_bytes):
             self.workspace.free()
 
-    @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """Admit waiting sequences, prefill a chunk of prompts, advance every running sequence by a token at least.
 
         Returns the sequences that have news: tokens, or an error; those with `ended` have left. If the step itself
-        fails, all sequences that have a slot fail with it, and the engine can go on.
+        fails, all sequences that have a slot fail with it, and the engine can go on. Waits while another thread steps.
         """
+        with self.turns.take():
+            return self.step_in_turn()
+
+    @torch.inference_mode()
+    def step_in_turn(self) -> list[Sequence]:
+        """`step`, for a thread that has the turn."""
         try:
             advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
             self._prefill()
@@ -236,7 +241,7 @@ class Run:
             while not self._news and not self._closed:
                 with self.engine.turns.take(unless=lambda: bool(self._news) or self._closed) as taken:
                     if taken:
-                        self.engine.step()
+                        self.engine.step_in_turn()
         except BaseException:
             self.close()
             raise

@@ -137,7 +137,7 @@ class Scheduler:
         return (ready[start:] + ready[:start])[:most]
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's slot away; it waits first in the queue, and its text so far is prefilled again."""
+        """Take a slot away; the sequence waits first in the queue, and its text so far is prefilled again later."""
         slot, sequence.unread = sequence.slot, 0
         self.leave(sequence)
         if slot >= 0:

@@ -33,7 +33,8 @@ class InFlight:
     """A step that was launched, and that the host has not read.
 
     read: waits for the targets and for how many of them were accepted. weights, epochs: of each sequence, as the step
-    was launched. lasting: logits that a bonus token may be drawn from, by member.
+    was launched. judge: tells shadow evaluation what was accepted. logits: of the running members, by member, from
+    which a bonus token may be drawn.
     """
 
     batch: Batch
@@ -42,7 +43,7 @@ class InFlight:
     epochs: list[int]
     drafts: Drafts
     read: Callable[[], tuple[HostSample, list[int]]]
-    judge: Judge
+    judge: Judge = lambda _: None
     logits: dict[int, Tensor] = field(default_factory=dict)
     right: list[int] = field(default_factory=list)  # accepted drafts of each sequence, once it is finished
     judged: list[int] = field(default_factory=list)  # drafts whose target is known: no more than was generated
@@ -119,23 +120,27 @@ class Steps:
 
     def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
         """Everything that the device has to do for a step; nothing is read."""
-        sequences = batch.sequences
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
         logits = self._verify(batch, drafter, drafts)
         known = min(each.shape[1] for each in logits.values())  # one less where the drafter has not fed its last draft
-        members = [logits[m][:, :known] for m in batch.active]
-        with span("sample"):
-            result = self.sampler.sample(batch, members, drafts)
         judge = model_shadows(policy, self.drafters, batch, logits, choice.drafter if drafter is not None else None)
+        step = self._targets(batch, [logits[m][:, :known] for m in batch.active], drafts)
+        step.judge, step.logits = judge, logits
+        return step
+
+    def _targets(self, batch: Batch, logits: list[Tensor], drafts: Drafts) -> InFlight:
+        """Sample the targets of logits [R, q, V] of each running member, and accept drafts by them."""
+        with span("sample"):
+            result = self.sampler.sample(batch, logits, drafts)
         with span("accept"):
-            block, counts = self._draft_block(drafts, known - 1, result.tokens)
+            block, counts = self._draft_block(drafts, result.tokens.shape[1] - 1, result.tokens)
             settled = batch.accept(result.tokens, block, counts)
         read = self._read(result, settled.counts, batch.active)
-        weights = [sequence.weights for sequence in sequences]
-        for sequence in sequences:
+        weights = [sequence.weights for sequence in batch.sequences]
+        for sequence in batch.sequences:
             sequence.unread += 1  # plain steps alone are in flight while the next one is launched
-        return InFlight(batch, sequences, weights, list(batch.epochs), drafts, read, judge, logits)
+        return InFlight(batch, batch.sequences, weights, list(batch.epochs), drafts, read)
 
     def _propose(self, batch: Batch, choice: Choice) -> Drafts:
         most = [self._most_drafts(sequence, choice.k) for sequence in batch.sequences]
@@ -259,14 +264,7 @@ class Steps:
         own = executor.collect(members, executor.forward(members, [inputs[0]], inputs[1], batch.slots, bound))
         index = executor.upload(torch.tensor(rows))
         logits = [own[m] if m in own else step.logits[m][index, width:] for m in batch.active]
-        nothing = no_drafts(len(rows), executor.main)
-        with span("sample"):
-            result = self.sampler.sample(batch, logits, nothing)
-        settled = batch.accept(result.tokens, result.tokens[:, :0])
-        read = self._read(result, settled.counts, batch.active)
-        weights = [step.weights[r] for r in rows]
-        again = InFlight(batch, batch.sequences, weights, list(batch.epochs), nothing, read, lambda _: None)
-        self.finish(again)
+        self.finish(self._targets(batch, logits, no_drafts(len(rows), executor.main)))
         self.before = None  # the device's state of the step does not know of these tokens
         return True
 

@@ -41,26 +41,26 @@ class Turns:
         if self.mine:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected a call after it")
         ticket = object()
-        with self._changed:
-            self._queue.append(ticket)
-            try:
-                while (self._stepper is not None or self._queue[0] is not ticket) and not unless():
-                    self._changed.wait()
-                taken = not unless()
-                if taken:
-                    self._stepper = threading.get_ident()
-                    self._answer()
-            finally:
-                self._queue.remove(ticket)
-                self._changed.notify_all()
         try:
-            yield taken
+            with self._changed:
+                self._queue.append(ticket)
+                try:
+                    while (self._stepper is not None or self._queue[0] is not ticket) and not unless():
+                        self._changed.wait()
+                    if not unless():
+                        self._stepper = threading.get_ident()
+                finally:
+                    self._queue.remove(ticket)
+                    self._changed.notify_all()
+                if self.mine:
+                    self._answer()
+            yield self.mine
         finally:
-            if taken:
+            if self.mine:
                 with self._changed:
                     self._stepper = None
-                    self._answer()
                     self._changed.notify_all()
+                    self._answer()
 
     def _answer(self) -> None:
         while self._inbox:

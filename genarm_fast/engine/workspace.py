@@ -19,6 +19,7 @@ class Workspace:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.slots = self.capacity = 0
+        self.generation = 0  # counts how often everything in the caches was dropped
         self.failure: BaseException | None = None  # why the last growth fell short
 
     def holds(self, members: Iterable[int], capacity: int) -> bool:
@@ -92,6 +93,7 @@ class Workspace:
         for runner in self.executor.runners:
             runner.free()
         self.slots = self.capacity = 0
+        self.generation += 1
 
     @cached_property
     def most(self) -> int:
