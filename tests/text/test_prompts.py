@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tiny_models import build_model, build_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from genarm_fast import ARM, GenARM
@@ -181,3 +181,14 @@ def test_stop_strings_that_are_special_tokens(model):
     assert "".join(chunk.text for chunk in model.stream("the", stop=["x", "</s>"], **only_end)) == ""
     with pytest.raises(ValueError, match=r"prompts\[0\]: stop='a</s>': expected the special token '</s>' by itself"):
         model.generate("the", stop="a</s>")
+
+
+def test_a_response_that_goes_on_with_a_word():
+    """WordPiece writes the rest of a word otherwise than a word of its own; only the joined text tells which it is."""
+    vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##cat": 3, ".": 4}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    prompt = Rendered("the", True)
+    assert response_ids(tokenizer, prompt, [1], "cat") == [3]
+    assert response_ids(tokenizer, prompt, [1], " cat") == [2]
