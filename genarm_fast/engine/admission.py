@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from genarm_fast.engine.executor import Executor
@@ -25,7 +26,9 @@ class Admission:
         self._follow()
         failed = self._keep_up(max_batch_size, cache_bytes)
         if scheduler.waiting and not scheduler.placed:
-            self._grow(max_batch_size, cache_bytes)  # at once for all that wait, since nothing has to stay
+            self._grow(
+                max_batch_size, cache_bytes, scheduler.waiting
+            )  # at once for all that wait, since nothing has to stay
         while len(scheduler.active) < max_batch_size:
             sequence = next((each for each in scheduler.waiting if not each.held), None)
             if sequence is None:
@@ -35,7 +38,7 @@ class Admission:
                 failed.append(self._refuse(sequence, limit, None))
                 continue
             if not self._fits(sequence):
-                self._grow(max_batch_size, cache_bytes)
+                self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             if self._fits(sequence):
                 scheduler.waiting.remove(sequence)
                 scheduler.place(sequence, len(self.executor.members))
@@ -52,7 +55,7 @@ class Admission:
         """Make caches for members that sequences came to need when their weights changed."""
         lacking = [each for each in self.scheduler.placed if not self.workspace.holds(each.needed, 0)]
         if lacking:
-            self._grow(max_batch_size, cache_bytes)
+            self._grow(max_batch_size, cache_bytes, [])
         without = [each for each in lacking if not self.workspace.holds(each.needed, 0)]
         return [self._refuse(each, "out of memory", self.workspace.failure) for each in without]
 
@@ -62,10 +65,11 @@ class Admission:
         members = {*sequence.needed, *self._drafting(together)}
         return bool(self.scheduler.free_slots()) and self.workspace.holds(members, self._capacity(together))
 
-    def _grow(self, max_batch_size: int, cache_bytes: int | None) -> None:
+    def _grow(self, max_batch_size: int, cache_bytes: int | None, queue: Iterable[Sequence]) -> None:
+        """Have caches for all that have a slot and, as far as memory goes, for those of a queue."""
         scheduler, workspace = self.scheduler, self.workspace
         placed = scheduler.placed
-        waiting = [each for each in scheduler.waiting if cache_bytes is None or self._bytes(each) <= cache_bytes]
+        waiting = [each for each in queue if cache_bytes is None or self._bytes(each) <= cache_bytes]
         together = [*placed, *waiting]
         if not together:
             return

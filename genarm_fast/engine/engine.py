@@ -69,7 +69,14 @@ class Engine:
 
     def abort(self, sequences: list[Sequence]) -> None:
         """Take sequences out; their slots are free before the next step."""
-        self.turns.ask(lambda: self._leave(sequences))
+
+        def cancel() -> None:
+            for sequence in sequences:
+                if not sequence.ended:
+                    sequence.finish_reason = "cancelled"
+            self._leave(sequences)
+
+        self.turns.ask(cancel)
 
     def steer(self, sequence: Sequence, weights: tuple[float, ...]) -> None:
         """Draw a sequence's next token with other ARM weights; one that is in flight is drawn again."""
@@ -117,10 +124,10 @@ class Engine:
             self._prefill()
             if due := self.scheduler.due(self.config.max_batch_size):
                 advanced += self.executor.launch(self.executor.main, "step", self._decode, due)
+            self._deliver(advanced)
         except BaseException as error:
             self._fail(error)
             raise
-        self._deliver(advanced)
         return advanced
 
     def _prefill(self) -> None:
@@ -149,13 +156,12 @@ class Engine:
                 seconds = time.perf_counter() - start
                 policy.observe(StepObservation(None, len(advanced), 0, nothing, nothing, 0.0, seconds))
             return advanced
-        advanced = steps.drain()
-        due = [sequence for sequence in due if not sequence.ended]
-        if due:
-            shadows = TextShadows(policy, self.drafters, due, choice.drafter)
-            steps.run(due, policy, choice)
-            shadows.judge()
-        return list(dict.fromkeys([*advanced, *due]))
+        if steps.in_flight is not None:  # who is due, and who may draft, is only known after it
+            return steps.drain()
+        shadows = TextShadows(policy, self.drafters, due, choice.drafter)
+        steps.run(due, policy, choice)
+        shadows.judge()
+        return due
 
     def _policy(self, due: list[Sequence]) -> DraftPolicy:
         """Who may draft: what the sequence that runs longest asks for, as far as the members run."""
@@ -232,23 +238,24 @@ class Run:
 
     def __next__(self) -> list[Sequence]:
         """Step until there are news, or wait for them while another thread steps. Raises what a step raises."""
-        if not self._news and (self._closed or all(sequence.ended for sequence in self.sequences)):
-            raise StopIteration
         if not self._news:
             for sequence in self.sequences:
                 sequence.held = False
         try:
-            while not self._news and not self._closed:
-                with self.engine.turns.take(unless=lambda: bool(self._news) or self._closed) as taken:
+            while not self._over():
+                with self.engine.turns.take(unless=self._over) as taken:
                     if taken:
                         self.engine.step_in_turn()
         except BaseException:
             self.close()
             raise
-        found = []
-        while self._news:
-            found.append(self._news.popleft())
-        return found
+        if not self._news:
+            raise StopIteration
+        return [self._news.popleft() for _ in range(len(self._news))]
+
+    def _over(self) -> bool:
+        """Whether there is something to tell, or nothing to wait for."""
+        return bool(self._news or self._closed or all(sequence.ended for sequence in self.sequences))
 
     def close(self) -> None:
         """Take unfinished sequences out of the engine."""

@@ -62,8 +62,8 @@ class ModelRunner:
     def reserve(self, entries: Sequence[Entry | None], lanes: Sequence[int], slots: int, capacity: int) -> None:
         """Make the cache hold these lanes with at least so many slots and tokens. What it holds already stays.
 
-        entries: what each layer caches of one token. Layers grow one after the other, so that the old and the new
-        tensors of one layer alone are in memory together.
+        entries: what each layer caches of one token. The old tensors go when all new ones are there, so that running
+        out of memory changes nothing.
         """
         blocks = dict(self.blocks)
         for lane in lanes:
@@ -71,9 +71,9 @@ class ModelRunner:
         slots, capacity = max(slots, self.slots), max(capacity, self.capacity)
         old = len(self.blocks), self.slots
         new = len(blocks), slots
-        for layer, entry in zip(self.layers, entries):
-            if entry is not None and (layer.capacity < capacity or layer.slots < new[0] * new[1]):
-                layer.grow(entry, old, new, capacity)
+        pairs = zip(self.layers, entries)
+        self.layers = [layer if entry is None else layer.grown(entry, old, new, capacity) for layer, entry in pairs]
+        self.cache = Cache(layers=list(self.layers))
         self.blocks, self.slots, self.capacity = blocks, slots, capacity
         self.generation += 1
         self._rows.clear()

@@ -122,7 +122,8 @@ class Scheduler:
                 self.running.append(sequence)
 
     def catch_up(self, sequence: Sequence) -> None:
-        """Prefill members that a running sequence did not need before."""
+        """Prefill members that a sequence did not need before; what it shares with a donor was found without them."""
+        sequence.donor = None
         if sequence in self.running and behind(sequence)[1]:
             self.running.remove(sequence)
             self.prefilling.append(sequence)

@@ -49,21 +49,16 @@ class RaggedLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def grow(self, entry: Entry, old: tuple[int, int], new: tuple[int, int], capacity: int) -> None:
-        """Take more (lanes, slots) and tokens; what each lane's slot holds stays in that lane's slot."""
-        kept = (self.keys, self.values), self.capacity
-        self.slots, self.capacity = new[0] * new[1], capacity
-        try:
-            self.allocate(entry)
-        except BaseException:
-            (self.keys, self.values), self.capacity = kept
-            self.slots = old[0] * old[1]
-            raise
-        for before, after in zip(kept[0], (self.keys, self.values)):
+    def grown(self, entry: Entry, old: tuple[int, int], new: tuple[int, int], capacity: int) -> RaggedLayer:
+        """A layer of more (lanes, slots) and tokens; what each lane's slot holds is in the same slot there."""
+        layer = RaggedLayer(new[0] * new[1], capacity)
+        layer.allocate(entry)
+        for before, after in zip((self.keys, self.values), (layer.keys, layer.values)):
             if before is not None and after is not None:
                 (lanes, slots), shape = old, before.shape
                 whole = after.view(*new, *after.shape[1:])
                 whole[:lanes, :slots, :, : shape[2]] = before.view(lanes, slots, *shape[1:])
+        return layer
 
     @property
     def entry(self) -> Entry | None:

@@ -119,7 +119,7 @@ def test_an_interrupt_keeps_the_beginning_of_the_answer(
     advance = Stream.__next__
 
     def interrupted(self: Stream) -> Any:
-        if len(self._rows[0].tokens) == 4:
+        if len(self._sequences[0].tokens) == 4:
             raise KeyboardInterrupt
         return advance(self)
 

@@ -84,7 +84,7 @@ def test_abort_frees_the_slot_before_the_next_step(guided, device):
         assert first.tokens == expected[0][: len(first.tokens)]
         assert len(first.tokens) < 6
         assert second.tokens == expected[1]
-        assert first.finish_reason is None
+        assert first.finish_reason == "cancelled"
 
     if device is None:
         decode()
