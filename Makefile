@@ -1,4 +1,5 @@
 # make demo    a real model, steered by real reward models; ARGS="--quick" and the like are passed on
+# make check   style, types and fast tests, for the loop of edit and run
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
 # make lint    style and types
 # make bench   speed of the kernels on this machine
@@ -12,11 +13,21 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint bench
+.PHONY: demo check test lint bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
 	@$(RUN) genarm_fast.demo $(ARGS)
+
+# 24 s of CPU time, of which tests/speculation/test_tuner.py takes 8 and tests/models/test_members.py 6. That is without
+# tests/test_docs.py, tests/text/test_prompt_formats.py and tests/utils, which are newer.
+FAST := tests/test_api.py tests/test_docs.py tests/test_layers.py tests/test_params.py tests/text tests/utils tests/jobs \
+	tests/cli/test_main.py tests/cli/test_command_line_docs.py tests/models/test_members.py \
+	tests/models/test_fused_decoder.py tests/models/test_fast_modules.py tests/speculation/test_tuner.py \
+	tests/speculation/test_policy.py tests/speculation/test_estimates.py tests/speculation/test_ngram.py
+
+check: lint
+	OMP_NUM_THREADS=1 $(RUN) pytest -x -n logical --maxprocesses 4 $(FAST) $(ARGS)
 
 # A process per core, up to 4, with one thread each.
 test: $(VENV)/.installed-dev
