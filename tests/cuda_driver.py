@@ -88,6 +88,13 @@ class FakeGraph:
         self.tape.replay()
 
 
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """As CUDA has it: an expanded tensor, several of whose elements lie in one place, is refused."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+        raise RuntimeError("cannot pin an expanded tensor: more than one element refers to a single memory location")
+    return tensor
+
+
 @contextmanager
 def cuda_driver(*, captures: bool = True):
     """torch.cuda with a log, for CPU tensors, and without the C++ core, which no dispatch mode sees."""
@@ -120,7 +127,7 @@ def cuda_driver(*, captures: bool = True):
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "graph_pool_handle", lambda: len(log))
         patch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
-        patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+        patch.setattr(torch.Tensor, "pin_memory", pinned)
         patch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.add("keep", storage(self), stream))
         patch.setattr(_native, "core", None)
         yield log

@@ -65,7 +65,8 @@ class Cuda(Device):
         if isinstance(stream, torch.device):
             return tensor.to(stream)
         with on(stream):  # pinned memory is not used again before the copy is over: its allocator sees to that
-            return tensor.pin_memory().to(stream.device, non_blocking=True)
+            # CUDA pins no expanded tensor, such as the positions of several rows that begin alike.
+            return tensor.contiguous().pin_memory().to(stream.device, non_blocking=True)
 
     def read(self, tensors: Sequence[Tensor], stream: WorkStream) -> Callable[[], list[Tensor]]:
         if isinstance(stream, torch.device):

@@ -33,10 +33,7 @@ class ModelRunner:
         self.on_one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
         self.context = first.context
         self.lanes = [member.lane for member in members]
-<<<<<<< HEAD
         self.layers: list[RaggedLayer] = []
-=======
->>>>>>> docs
         self.slots = self.capacity = self.generation = 0
         self.blocks: dict[int, int] = {}  # lane (an index of `members`) -> its block of slots in the cache
         self._rows: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}

@@ -50,7 +50,7 @@ def attention_specification(
         scores = folded.to(precise) @ keys.to(precise).mT
         scores = softcap * torch.tanh(scores * (scale / softcap))
         out = (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values.to(precise)).to(query.dtype)
-    return out.view(rows, heads, block, values.shape[3]).transpose(1, 2).contiguous()
+    return out.reshape(rows, heads, block, values.shape[3]).transpose(1, 2).contiguous()
 
 
 def append_specification(

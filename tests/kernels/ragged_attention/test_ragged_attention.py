@@ -326,3 +326,17 @@ def test_arguments_are_checked():
         ragged_append(keys, values, new, new[..., :63], slots, positions)
     with pytest.raises(TypeError, match=r"new_keys of dtype torch.float16: expected torch.float32"):
         ragged_append(keys, values, new.half(), new, slots, positions)
+
+
+def test_attention_of_pytorch_need_not_be_contiguous(monkeypatch):
+    """CUDA's implementation returns heads inside positions."""
+    query, keys, values = (torch.randn(2, heads, n, 8) for heads, n in ((4, 3), (2, 6), (2, 6)))
+    slots, positions = torch.tensor([0, 1]), torch.tensor([[0, 1, 2], [3, 4, 5]])
+    expected = ragged_attention_reference(query, keys, values, slots, positions, scale=0.3)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert torch.equal(ragged_attention_reference(query, keys, values, slots, positions, scale=0.3), expected)
