@@ -251,7 +251,7 @@ class Run:
             raise
         if not self._news:
             raise StopIteration
-        return [self._news.popleft() for _ in range(len(self._news))]
+        return list(dict.fromkeys(self._news.popleft() for _ in range(len(self._news))))
 
     def _over(self) -> bool:
         """Whether there is something to tell, or nothing to wait for."""

@@ -108,8 +108,9 @@ class Scheduler:
                 yield sequence.donor_slot, sequence
                 for m in sequence.needed:
                     sequence.cached[m] = sequence.shared
-            elif self.residents[sequence.donor_slot] is donor and donor.slot >= 0:
-                continue  # still on its way
+            elif self.residents[sequence.donor_slot] is donor and donor in self.prefilling:
+                if set(sequence.needed) <= set(donor.needed):
+                    continue  # still on its way
             sequence.donor = None
 
     def start_ready(self) -> None:
@@ -140,6 +141,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a slot away; the sequence waits first in the queue, and its text so far is prefilled again later."""
         slot, sequence.unread = sequence.slot, 0
+        sequence.epoch += 1  # what was launched, or drafted ahead, for the old slot counts no more
         self.leave(sequence)
         if slot >= 0:
             self.residents[slot] = None

@@ -238,7 +238,7 @@ class Steps:
         for m in current:  # caches of members that were behind stay behind
             if m in step.batch.active:
                 sequence.cached[m] += count
-            elif m == self.executor.draft_model:
+            elif m in step.drafts.members:  # a draft model that drafted this step
                 sequence.cached[m] += min(count, step.drafts.fed)
 
     def _bonus(self, step: InFlight, drafter: Drafter) -> bool:

@@ -39,6 +39,7 @@ class SequenceBatch(Protocol):
     sequences: Any
     active: tuple[int, ...]
     slots: Any
+    epochs: list[int]
     vocab_size: int
 
     def tokens(self, members: list[int]) -> Tensor: ...
@@ -95,6 +96,7 @@ class Drafts:
     ) -> None:
         self.tensor, self.counts, self.stream, self.read = tensor[:, : max(counts)], list(counts), stream, read
         self.marks, self.steps, self.fed, self.on_main = marks, steps, 0, self.tensor
+        self.members: tuple[int, ...] = ()  # of the drafter, if it runs any
 
     @property
     def width(self) -> int:

@@ -56,7 +56,7 @@ class DraftRollout:
         self.executor, self.members = executor, list(members)
         self.stream = executor.stream_of(self.members)
         self.start = [len(sequence.tokens) for sequence in batch.sequences]
-        self.sequences = list(batch.sequences)
+        self.sequences, self.epochs = list(batch.sequences), list(batch.epochs)
         inputs = [batch.tokens(self.members), batch.positions(self.members), batch.response_positions(1)]
         self.last, self.positions, self.response = executor.hand_over(inputs, executor.main, self.stream)
         self.fed = 0  # steps since the positions were taken
@@ -69,7 +69,8 @@ class DraftRollout:
     def stands(self, batch: SequenceBatch) -> bool:
         """Whether the first step of the rollout is the next one of these sequences."""
         now = [len(sequence.tokens) for sequence in batch.sequences]
-        return self.sequences == list(batch.sequences) and self.start == now
+        same = self.sequences == list(batch.sequences) and self.epochs == list(batch.epochs)
+        return same and self.start == now
 
     def extend(self, batch: SequenceBatch, steps: int) -> int:
         """Have so many steps; returns how many were missing."""
@@ -159,7 +160,7 @@ class ModelDrafter:
         assert batch is not None
         if executor.device.lag:
             rollout.extend(batch, k + 1)
-        drafts.fed = k + (len(rollout) > k)
+        drafts.fed, drafts.members = k + (len(rollout) > k), self.members
         read = executor.device.read([rollout.block(drafts.fed)], rollout.stream)
         drafts.read = lambda: read()[0]
         known: dict[int, Tensor] = {}
