@@ -108,9 +108,12 @@ class Scheduler:
                 yield sequence.donor_slot, sequence
                 for m in sequence.needed:
                     sequence.cached[m] = sequence.shared
-            elif self.residents[sequence.donor_slot] is donor and donor in self.prefilling:
-                if set(sequence.needed) <= set(donor.needed):
-                    continue  # still on its way
+            elif (
+                self.residents[sequence.donor_slot] is donor
+                and donor in self.prefilling
+                and set(sequence.needed) <= set(donor.needed)
+            ):
+                continue  # still on its way
             sequence.donor = None
 
     def start_ready(self) -> None:
