@@ -15,24 +15,6 @@ from torch import Tensor
 from genarm_fast.device.base import Device, WorkStream
 
 
-class TextSequence(Protocol):
-    """What drafters read of a sequence."""
-
-    tokens: list[int]
-    cached: list[int]
-
-    @property
-    def request(self) -> Any: ...
-
-    @property
-    def ended(self) -> bool: ...
-
-    @property
-    def remaining(self) -> int: ...
-
-    def position(self, member: int) -> int: ...
-
-
 class SequenceBatch(Protocol):
     """What drafters read of the sequences of a step; see `genarm_fast.engine.batch.Batch`."""
 
