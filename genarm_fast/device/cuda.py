@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.device.base import Device, T, WorkStream, span
+from genarm_fast.device.base import Device, T, WorkStream, out_of_memory, span
 
 WARM_UP = 2  # calls of a shape before it is captured: libraries make their plans, caches are allocated
 SHORTEST = 128  # KV bounds are powers of two from here on
-MOST_GRAPHS = 64  # kept from one run to the next: each has its outputs
+MOST_GRAPHS = 64  # each keeps its outputs
 
 
 class Cuda(Device):
@@ -92,15 +92,21 @@ class Cuda(Device):
             try:
                 self.graphs[key] = Graph(stream, pool, function, inputs)
             except RuntimeError as error:  # experts that count their rows, say
+                if out_of_memory(error):
+                    raise  # the engine runs fewer sequences, or fails; the next capture may have room
                 warnings.warn(f"a forward runs without a CUDA graph, since it can't be captured: {error}", stacklevel=2)
                 self.eager.add(stream)
                 return function(*inputs)
+            for old in list(self.graphs)[:-MOST_GRAPHS]:  # none of them runs: a capture waits for the device
+                del self.graphs[old]
         self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
         return graph(*inputs)
 
     def forget(self, stream: WorkStream) -> None:
         for key in [key for key in self.graphs if key[0] == stream]:
             del self.graphs[key]
+        for key in [key for key in self.calls if key[0] == stream]:
+            del self.calls[key]
 
     def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
         return min(power_of_two(rows), slots), min(power_of_two(max(kv_bound, SHORTEST)), capacity)
@@ -121,8 +127,6 @@ class Cuda(Device):
     def finish(self) -> None:
         for stream in self.streams:
             stream.synchronize()
-        for key in list(self.graphs)[:-MOST_GRAPHS]:
-            del self.graphs[key]
 
 
 class Graph:

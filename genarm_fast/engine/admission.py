@@ -26,9 +26,8 @@ class Admission:
         self._follow()
         failed = self._keep_up(max_batch_size, cache_bytes)
         if scheduler.waiting and not scheduler.placed:
-            self._grow(
-                max_batch_size, cache_bytes, scheduler.waiting
-            )  # at once for all that wait, since nothing has to stay
+            # At once for all that wait, since nothing has to stay.
+            self._grow(max_batch_size, cache_bytes, scheduler.waiting)
         while len(scheduler.active) < max_batch_size:
             sequence = next((each for each in scheduler.waiting if not each.held), None)
             if sequence is None:
@@ -70,15 +69,17 @@ class Admission:
         scheduler, workspace = self.scheduler, self.workspace
         placed = scheduler.placed
         waiting = [each for each in queue if cache_bytes is None or self._bytes(each) <= cache_bytes]
+        places = min(len(waiting), max_batch_size - len(scheduler.active))
+        if cache_bytes is not None and self._cost(len(placed) + places, [*placed, *waiting]) > cache_bytes:
+            waiting = waiting[:places]  # a long one far back would take slots from the short ones before it
         together = [*placed, *waiting]
         if not together:
             return
-        slots = len(placed) + min(len(waiting), max_batch_size - len(scheduler.active))
+        slots = len(placed) + places
         in_use = max((each.slot + 1 for each in placed if each.slot >= 0), default=0)
         if in_use:  # those who come later pay for few growths
             slots = max(slots, min(2 * workspace.slots, max_batch_size))
-        members = {m for each in together for m in each.needed} | self._drafting(together)
-        capacity = self._capacity(together)
+        members, capacity = self._members(together), self._capacity(together)
         if self._denied and workspace.holds(members, capacity):
             return  # more slots are all that growing could give
         attempt = members, slots, capacity, in_use
@@ -108,9 +109,18 @@ class Admission:
         drafts = any(each.speculation.most for each in sequences)
         return {draft_model} if draft_model is not None and drafts else set()
 
+    def _members(self, sequences: list[Sequence]) -> set[int]:
+        """Members that need caches for these sequences, a draft model too."""
+        return {m for each in sequences for m in each.needed} | self._drafting(sequences)
+
+    def _cost(self, slots: int, sequences: list[Sequence]) -> int:
+        """Bytes of so many slots, each long enough for every one of these sequences."""
+        if not sequences:
+            return 0
+        return slots * self._capacity(sequences) * self.workspace.token_bytes(self._members(sequences))
+
     def _bytes(self, sequence: Sequence) -> int:
-        members = {*sequence.needed, *self._drafting([sequence])}
-        return self._capacity([sequence]) * self.workspace.token_bytes(members)
+        return self._cost(1, [sequence])
 
     def _refuse(self, sequence: Sequence, why: str, cause: BaseException | None) -> Sequence:
         tokens, taken = self._capacity([sequence]), self._bytes(sequence)

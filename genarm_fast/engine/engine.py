@@ -60,6 +60,7 @@ class Engine:
         self.tokenizer = members[0].tokenizer
         self._policies: dict[tuple[Speculation, tuple[int, ...]], DraftPolicy] = {}
         self._news: dict[int, deque[Sequence]] = {}  # by sequence, where its run looks for what steps advanced
+        self._idle = True  # no sequence is here, and nobody looked at weights and limits since
 
     def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
         """Queue a request; returns its sequences, which grow in place while the engine steps."""
@@ -68,7 +69,10 @@ class Engine:
         return sequences
 
     def abort(self, sequences: list[Sequence]) -> None:
-        """Take sequences out; their slots are free before the next step."""
+        """Take sequences out; their slots are free before the next step.
+
+        Their text stays as it is: characters held back for a stop string, or for want of their last byte, are dropped.
+        """
 
         def cancel() -> None:
             for sequence in sequences:
@@ -104,6 +108,7 @@ class Engine:
         self.executor.refresh()
         self.scheduler.forget_prompts()
         self.admission.begin()
+        self._idle = False
         if not self.scheduler and not self.workspace.allowed(self.config.cache_bytes):
             self.workspace.free()
 
@@ -119,14 +124,17 @@ class Engine:
     @torch.inference_mode()
     def step_in_turn(self) -> list[Sequence]:
         """`step`, for a thread that has the turn."""
+        advanced: list[Sequence] = []
         try:
+            if self._idle and self.scheduler:
+                self._begin()
             advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
             self._prefill()
             if due := self.scheduler.due(self.config.max_batch_size):
                 advanced += self.executor.launch(self.executor.main, "step", self._decode, due)
             self._deliver(advanced)
         except BaseException as error:
-            self._fail(error)
+            self._fail(error, [each for each in advanced if each.error is not None])
             raise
         return advanced
 
@@ -194,11 +202,16 @@ class Engine:
         if sequences and not self.scheduler:
             self.executor.device.finish()  # what is still running uses tensors that are about to be freed
             self.steps.forget()
+            self.scheduler.forget_prompts()  # which would keep finished requests alive
             self.workspace.trim()
+            self._idle = True
 
-    def _fail(self, error: BaseException) -> None:
-        """A step was cut short: nobody knows what the caches hold, so all that have a slot fail."""
-        failed = self.scheduler.placed
+    def _fail(self, error: BaseException, refused: list[Sequence]) -> None:
+        """A step was cut short: nobody knows what the caches hold, so all that have a slot fail.
+
+        refused: sequences to which the same step gave an error before, so that their runs hear of it.
+        """
+        failed = [*refused, *self.scheduler.placed]
         for sequence in failed:
             if not sequence.ended:
                 sequence.error = RuntimeError(f"the step that decoded it failed: {type(error).__name__}: {error}")
@@ -260,8 +273,8 @@ class Run:
     def close(self) -> None:
         """Take unfinished sequences out of the engine."""
         if not self._closed:
-            self._closed = True
             self.engine.abort([sequence for sequence in self.sequences if not sequence.ended])
+            self._closed = True  # only now: interrupted before, it can be closed again
 
     def __enter__(self) -> Run:
         return self

@@ -103,18 +103,14 @@ class Scheduler:
             donor = sequence.donor
             if donor is None:
                 continue
-            complete = all(donor.cached[m] >= sequence.shared for m in sequence.needed)
-            if self.residents[sequence.donor_slot] is donor and complete:
+            there = self.residents[sequence.donor_slot] is donor
+            if there and all(donor.cached[m] >= sequence.shared for m in sequence.needed):
                 yield sequence.donor_slot, sequence
                 for m in sequence.needed:
                     sequence.cached[m] = sequence.shared
-            elif (
-                self.residents[sequence.donor_slot] is donor
-                and donor in self.prefilling
-                and set(sequence.needed) <= set(donor.needed)
-            ):
+            elif there and donor in self.prefilling:
                 continue  # still on its way
-            sequence.donor = None
+            sequence.donor = None  # it has left, say: the prompt is computed
 
     def start_ready(self) -> None:
         """Let sequences run whose prompts are in the caches of all members that they need."""

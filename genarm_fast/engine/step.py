@@ -60,6 +60,8 @@ class Steps:
     def forget(self) -> None:
         """Drop what the device knows of sequences; the next step begins from what the host knows."""
         self.before = self.in_flight = None
+        for drafter in self.drafters:
+            drafter.forget()
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """The batch of a next step with these sequences, and with the members that any of them needs."""

@@ -125,6 +125,9 @@ class Drafter(Protocol):
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
         """Learn how many drafts of each sequence were right, and the seconds that drafting and verifying took."""
 
+    def forget(self) -> None:
+        """Drop what is kept from one step to the next: the sequences have left, or a step failed."""
+
     def guess(self, sequences: list[Any], most: int) -> list[list[int]] | None:
         """For shadow evaluation: what it would propose from the text alone; None if that takes a model."""
 

@@ -19,6 +19,7 @@ from genarm_fast.speculation.drafter import DraftExecutor, Drafts, SequenceBatch
 
 AHEAD = 0.1  # of the steps must find all drafts right, or nothing is drafted ahead
 MEMORY = 8.0  # steps over which that share is taken
+CATCH_UP = 512  # tokens that a draft model is shown at a time, so that a long prompt takes no more memory than that
 
 
 def tempered_draft(
@@ -148,10 +149,10 @@ class ModelDrafter:
         caught = 0
         for sequence in sequences:
             for m in self.members:
-                start, end = sequence.cached[m], sequence.position(m)
-                if start < end:
+                end = sequence.position(m)
+                for start in range(sequence.cached[m], end, CATCH_UP):
                     caught = 1
-                    self.executor.prefill([sequence], [m], start, end - start)
+                    self.executor.prefill([sequence], [m], start, min(end - start, CATCH_UP))
         return caught
 
     def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
@@ -194,6 +195,9 @@ class ModelDrafter:
         else:
             self.rollout = None
         self.batch = None
+
+    def forget(self) -> None:
+        self.rollout = self.batch = None
 
     def guess(self, sequences: list[Any], most: int) -> list[list[int]] | None:
         return None

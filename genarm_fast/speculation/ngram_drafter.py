@@ -77,6 +77,9 @@ class NgramDrafter:
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
         pass
 
+    def forget(self) -> None:
+        self.indices.clear()
+
     def guess(self, sequences: list[Any], most: int) -> list[list[int]]:
         return [self._index(sequence).propose(most) for sequence in sequences]
 

@@ -1,0 +1,213 @@
+"""Threads that share one engine: who steps, what is done between steps, and what an interrupt leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+
+import pytest
+from doubles import Lagging, engines_on
+from tiny_models import build_model
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine.turns import Turns
+from genarm_fast.speculation.config import OFF, Speculation
+
+SEEDED = {"max_new_tokens": 6, "ignore_eos": True, "seed": 1}
+
+
+@pytest.fixture
+def model(tokenizer):
+    return GenARM.from_pretrained(build_model("llama", 0), build_model("llama", 1), tokenizer=tokenizer)
+
+
+def sequences_of(model, prompt, **params):
+    (request,) = model.prepare([prompt], SamplingParams(**{**SEEDED, **params}))
+    return request.sequences(model.tokenizer, OFF)
+
+
+def within_seconds(function, seconds=20):
+    """What it gives in another thread; fails instead of hanging."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(function).result(seconds)
+    except Late:
+        pytest.fail(f"it did not end within {seconds} s")
+    finally:
+        pool.shutdown(wait=False)
+
+
+def test_turns_come_in_the_order_of_asking():
+    """Also before the thread that has just stepped, and wants to again at once."""
+    turns, order = Turns(), []
+
+    def wait(name):
+        with turns.take():
+            order.append(name)
+
+    threads = [threading.Thread(target=wait, args=(i,)) for i in range(3)]
+    with turns.take():
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            while len(turns._queue) < count:
+                pass
+    wait("again")
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, "again"]
+
+
+def test_what_is_asked_in_mid_step_is_done_after_it():
+    turns, done = Turns(), []
+    with turns.take():
+        within_seconds(lambda: turns.ask(lambda: done.append("abort")))
+        assert not done
+    assert done == ["abort"]
+    turns.ask(lambda: done.append("at once"))
+    assert done == ["abort", "at once"]
+
+
+def test_a_step_within_a_step_is_refused():
+    turns = Turns()
+    with turns.take(), pytest.raises(RuntimeError, match="in the middle of a step of this thread"), turns.take():
+        pass
+
+
+def test_an_interrupt_while_taking_the_turn_gives_it_back(model):
+    """Ctrl-C may come while something that was asked for is done."""
+    turns = model.engine().turns
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    turns._inbox.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([5, 6], **SEEDED)
+    assert within_seconds(lambda: model.generate([5, 6], **SEEDED)[0].token_ids)
+
+
+def test_an_abort_in_mid_step_waits_for_its_end(model):
+    """Also of an engine that its user steps by hand."""
+    engine, seen = model.engine(), []
+
+    def abort(input_ids, scores):
+        if not seen:
+            within_seconds(lambda: engine.abort([other]))
+            seen.append((other.slot, other in engine.scheduler.running))
+        return scores
+
+    engine.add(model.prepare([[5, 6, 7]], SamplingParams(**SEEDED, logits_processors=[abort]))[0])
+    (other,) = engine.add(model.prepare([[5, 6, 8]], SamplingParams(**SEEDED))[0])
+    while engine.scheduler:
+        engine.step()
+    assert seen == [(1, True)]
+    assert (other.slot, other.finish_reason, len(other.tokens)) == (-1, "cancelled", 1)
+
+
+def test_a_run_whose_sequence_is_aborted_ends(model):
+    engine = model.engine()
+    run = engine.run(sequences_of(model, [5, 6, 7], n=2))
+    next(run)
+    engine.abort([run.sequences[1]])
+    within_seconds(lambda: list(run))
+    assert [sequence.finish_reason for sequence in run.sequences] == ["length", "cancelled"]
+
+
+def test_an_interrupted_step_leaves_nobody_waiting(model, monkeypatch):
+    """Ctrl-C reaches the thread that steps for others too, just when it would tell them of their tokens."""
+    engine = model.engine()
+    other = engine.run(sequences_of(model, [5, 6, 7], max_new_tokens=3))
+    deliver, calls = engine._deliver, []
+
+    def interrupted(advanced):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        deliver(advanced)
+
+    monkeypatch.setattr(engine, "_deliver", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate([8, 9], **SEEDED)
+    within_seconds(lambda: list(other))
+    assert other.sequences[0].ended
+    assert not engine.scheduler
+
+
+def test_a_close_that_is_interrupted_can_be_repeated(model, monkeypatch):
+    engine = model.engine()
+    run = engine.run(sequences_of(model, [5, 6, 7]))
+    next(run)
+    abort = engine.abort
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "abort", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.close()
+    monkeypatch.setattr(engine, "abort", abort)
+    run.close()
+    assert not engine.scheduler
+
+
+def test_a_late_reader_gets_each_token_once(model):
+    """Several steps went by; their news are one."""
+    with engines_on(Lagging()):
+        stream = model.stream([5, 6, 7], **{**SEEDED, "max_new_tokens": 2})
+        engine = model.engine()
+        run = engine.run(sequences_of(model, [8, 9], max_new_tokens=9))
+        for _ in range(5):
+            engine.step()
+        chunks = list(stream)
+        run.close()
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 2
+    assert [chunk.finish_reason for chunk in chunks][-1:] == ["length"]
+    assert all(chunk.token_ids for chunk in chunks)
+
+
+def test_nothing_of_a_call_is_kept(model):
+    """Neither what its requests hold, nor drafts of a stream that was closed."""
+
+    class Processor:
+        def __call__(self, input_ids, scores):
+            return scores
+
+    processor = Processor()
+    alive = weakref.ref(processor)
+    model.generate([5, 6, 7], **SEEDED, logits_processors=[processor])
+    del processor
+    gc.collect()
+    assert alive() is None
+    sure = GenARM.from_pretrained(build_model("llama", 0), build_model("llama", 0), tokenizer=model.tokenizer)
+    with engines_on(Lagging()):
+        stream = sure.stream([5, 6, 7], **SEEDED, temperature=0.0, speculation=Speculation("arm", 2))
+        next(stream)
+        drafter = sure.engine().drafters[0]
+        assert drafter.rollout is not None  # ahead, since all drafts are right
+        stream.close()
+        assert drafter.rollout is None
+
+
+def test_limits_and_weights_are_looked_at_by_steps_alone(tokenizer):
+    """An engine that is never asked for a run looks at them whenever it has nothing to do before a request comes."""
+    base = build_model("llama", 0)
+    model = GenARM.from_pretrained(base, build_model("llama", 1), tokenizer=tokenizer)
+
+    def decode():
+        engine = model.engine()
+        (sequence,) = engine.add(model.prepare([[5, 6, 7]], SamplingParams(**SEEDED))[0])
+        while engine.scheduler:
+            engine.step()
+        return sequence.tokens
+
+    before = decode()
+    base.model.layers[0].mlp.up_proj.weight.data.mul_(-2.0)
+    fresh = GenARM.from_pretrained(base, build_model("llama", 1), tokenizer=tokenizer)
+    assert decode() == fresh.generate([5, 6, 7], **SEEDED)[0].token_ids != before
+    weight = base.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.clone()
+    with pytest.raises(RuntimeError, match="was moved"):
+        decode()
