@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from genarm_fast.engine.engine import Engine, EngineConfig
+from genarm_fast.engine.requests import RequestMaker
 from genarm_fast.engine.scoring import score_responses
 from genarm_fast.engine.sequence import Request, output_of
 from genarm_fast.engine.stream import Stream, failure
@@ -20,13 +21,13 @@ from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
 from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
-from genarm_fast.params import SamplingParams, check_integer, check_weights
+from genarm_fast.params import SamplingParams, check_integer
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.speculation.policy import Tuners
-from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt, special_stops
+from genarm_fast.text.prompts import as_prompts
 from genarm_fast.utils.progress import progress_bar
 
-Source = str | os.PathLike[str] | nn.Module
+ModelSource = str | os.PathLike[str] | nn.Module
 
 
 class GenARM:
@@ -60,12 +61,13 @@ class GenARM:
                 f"draft_model: expected a vocabulary of at least {self.vocab_size} tokens, as the members have"
             )
         self.eos_token_ids = end_of_sequence(self.base, self.vocab_size)
+        self._requests = RequestMaker(self.members, self.vocab_size, self.eos_token_ids, draft_model)
 
     @classmethod
     def from_pretrained(
         cls,
-        base: Source,
-        arms: Source | ARM | Sequence[Source | ARM] = (),
+        base: ModelSource,
+        arms: ModelSource | ARM | Sequence[ModelSource | ARM] = (),
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         prompt_template: str | None = None,
@@ -75,10 +77,11 @@ class GenARM:
         device_map: Any = None,
         quantization_config: Any = None,
         attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
         max_batch_size: int = 16,
         cache_bytes: int | None = None,
         speculation: str | Speculation = "auto",
-        draft_model: Source | None = None,
+        draft_model: ModelSource | None = None,
         **model_kwargs: Any,
     ) -> GenARM:
         """Load the members. Adapters of a model that is loaded already share its weights.
@@ -89,6 +92,8 @@ class GenARM:
             tokenizer, prompt_template, chat_template: the base's, instead of those in its folder.
             dtype, device_map, quantization_config, attn_implementation, model_kwargs: to transformers'
                 `from_pretrained`, for every member that is not loaded yet. Load one yourself to treat it differently.
+            trust_remote_code: run Python code that the folder or repository of base or draft model brings along; never
+                otherwise. Each `ARM` has its own.
             device: where to put such members; default: CUDA if there is any, else the CPU.
             max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
             cache_bytes: most that the key-value caches of a run may take, of all members together. Fewer rows are
@@ -114,6 +119,7 @@ class GenARM:
             "device_map": device_map,
             "quantization_config": quantization_config,
             "attn_implementation": attn_implementation,
+            "trust_remote_code": trust_remote_code,
             **model_kwargs,
         }
         templates: dict[str, Any] = {"prompt_template": prompt_template, "chat_template": chat_template}
@@ -218,46 +224,7 @@ class GenARM:
         self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **overrides: Any
     ) -> list[Request]:
         """Checked and tokenised requests; raises before any work. See `generate`."""
-        parsed = as_prompts(prompts)
-        each = _one_per_prompt(sampling_params, len(parsed))
-        if overrides:
-            each = [params.override(**overrides) for params in each]
-        return [self._request(index, prompt, params) for index, (prompt, params) in enumerate(zip(parsed, each))]
-
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = [encode_prompt(member, prompt, index, self.vocab_size) for member in self.members]
-        for member, token_ids in zip(self.members, ids):
-            check_context(member, len(token_ids), params.max_new_tokens, index)
-        if self.draft_model is not None:
-            check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
-            check_ids(self.draft_model, ids[0], index)
-        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
-            for token in tokens:
-                if token >= self.vocab_size:
-                    raise ValueError(
-                        f"prompts[{index}]: {name}: token id {token}: expected less than {self.vocab_size}"
-                    )
-        if (params.logprobs or 0) > self.vocab_size:
-            raise ValueError(
-                f"prompts[{index}]: logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary"
-            )
-        weights = params.weights
-        if weights is None:
-            weights = tuple(arm.weight for arm in self.arms)
-        try:
-            weights = self.expand_weights(check_weights(weights, len(self.arms)))
-        except ValueError as error:
-            raise ValueError(f"prompts[{index}]: {error}") from None
-        try:
-            special = special_stops(self.tokenizer, params.stop)
-        except ValueError as error:
-            raise ValueError(f"prompts[{index}]: {error}") from None
-        stop_ids = (
-            frozenset(params.stop_token_ids) | special | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        )
-        if self.draft_model is not None:
-            ids.append(ids[0])  # it reads the base's prompt
-        return Request(index, prompt, ids, params, weights, stop_ids)
+        return self._requests.make(prompts, sampling_params, **overrides)
 
     @property
     def drafters(self) -> list[str]:
@@ -287,9 +254,9 @@ class GenARM:
             raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {known}")
         return plan
 
-    def expand_weights(self, weights: float | tuple[float, ...]) -> tuple[float, ...]:
-        """One weight per ARM."""
-        return weights if isinstance(weights, tuple) else (weights,) * len(self.arms)
+    def expand_weights(self, weights: float | Sequence[float] | None) -> tuple[float, ...]:
+        """One weight per ARM; None for their defaults. Raises as `SamplingParams` does for wrong ones."""
+        return self._requests.expand_weights(weights)
 
 
 def _limits(max_batch_size: int, cache_bytes: int | None) -> tuple[int, int | None]:
@@ -299,20 +266,9 @@ def _limits(max_batch_size: int, cache_bytes: int | None) -> tuple[int, int | No
     return rows, cache_bytes
 
 
-def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    expected = f"expected a SamplingParams, or {count}, one per prompt"
-    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
-        raise TypeError(f"sampling_params={params!r}: {expected}")
-    if len(params) != count:
-        raise ValueError(f"sampling_params: {expected}, got {len(params)}")
-    return list(params)
-
-
 def generate(
-    base: Source,
-    arms: Source | ARM | Sequence[Source | ARM],
+    base: ModelSource,
+    arms: ModelSource | ARM | Sequence[ModelSource | ARM],
     prompts: Any,
     sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     **overrides: Any,

@@ -131,6 +131,16 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[fl
     return tuple(float(value) for value in values)
 
 
+def weights_per_arm(weights: object, arms: int) -> tuple[float, ...]:
+    """One finite weight for each ARM; a single number stands for all of them.
+
+    Raises:
+        ValueError, TypeError: naming the weights and what was expected.
+    """
+    checked = check_weights(weights, arms)
+    return checked if isinstance(checked, tuple) else (checked,) * arms
+
+
 def check_integer(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int:
     """As a Python int; numpy's overflow. Raises TypeError, ValueError."""
     if not isinstance(value, Integral) or isinstance(value, bool):

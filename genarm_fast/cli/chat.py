@@ -129,8 +129,6 @@ class Chat:
             return f"{name}: {'on' if value else 'off'}"
         if name != "weights":
             return f"{name}: {value}"
-        if value is None:
-            value = tuple(arm.weight for arm in self.model.arms)
         weights = zip(self.model.arm_names, self.model.expand_weights(value))
         return "weights: " + (", ".join(f"{arm}={weight:g}" for arm, weight in weights) or "no ARM")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import check_weights
+from genarm_fast.params import weights_per_arm
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine
@@ -83,9 +83,7 @@ class Stream:
             ValueError, TypeError: not one finite number per ARM (or one for all).
             IndexError: no such prompt.
         """
-        arms = len(self._arm_names)
-        checked = check_weights(weights, arms)
-        expanded = checked if isinstance(checked, tuple) else (checked,) * arms
+        expanded = weights_per_arm(weights, len(self._arm_names))
         count = len(self._sequences)
         if index is not None and not 0 <= index < count:
             raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")

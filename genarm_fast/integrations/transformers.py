@@ -19,7 +19,7 @@ from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
 from genarm_fast.models.vocabulary import common_vocabulary
-from genarm_fast.params import check_integer, check_weights
+from genarm_fast.params import check_integer, weights_per_arm
 from genarm_fast.text.prompts import as_prompts, encode_prompt, left_padded
 
 PADDING = -1  # in place of a token that is masked
@@ -59,7 +59,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if not isinstance(base, nn.Module):
             raise TypeError(f"base={base!r}: expected the loaded model that generates")
         specs = as_arms(arms)
-        self._weights = _per_arm([spec.weight for spec in specs] if weights is None else weights, len(specs))
+        self._weights = weights_per_arm([spec.weight for spec in specs] if weights is None else weights, len(specs))
         if pad_token_id is not None:
             pad_token_id = check_integer("pad_token_id", pad_token_id, "a token id >= 0", 0)
         self._pad_token_id = pad_token_id
@@ -76,7 +76,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @weights.setter
     def weights(self, weights: float | Sequence[float]) -> None:
-        self._weights = _per_arm(weights, len(self._readers))
+        self._weights = weights_per_arm(weights, len(self._readers))
 
     @property
     def pad_token_id(self) -> int | None:
@@ -229,8 +229,3 @@ def parents_of(tokens: Tensor, rows: Tensor) -> tuple[list[int], int]:
     common = torch.stack([(row == rows).cumprod(-1).sum(-1) for row in tokens])
     most = common.max(-1)
     return most.indices.tolist(), int(most.values.min())
-
-
-def _per_arm(weights: float | Sequence[float], count: int) -> tuple[float, ...]:
-    checked = check_weights(weights, count)
-    return checked if isinstance(checked, tuple) else (checked,) * count

@@ -1,0 +1,83 @@
+"""From what a caller passes to requests: checked, tokenised for every member, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from genarm_fast.engine.sequence import Request
+from genarm_fast.models.member import Member
+from genarm_fast.params import SamplingParams, weights_per_arm
+from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt, special_stops
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Makes requests to these members, base first. No token from `vocab_size` on is in any of them."""
+
+    members: Sequence[Member]
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    draft_model: Member | None = None
+
+    def make(
+        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **overrides: Any
+    ) -> list[Request]:
+        """One request per prompt, in order. Arguments as in `GenARM.generate`.
+
+        Raises:
+            TypeError, ValueError: naming the prompt, the argument and what was expected.
+        """
+        parsed = as_prompts(prompts)
+        each = _one_per_prompt(sampling_params, len(parsed))
+        if overrides:
+            each = [params.override(**overrides) for params in each]
+        return [self._request(index, prompt, params) for index, (prompt, params) in enumerate(zip(parsed, each))]
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = [encode_prompt(member, prompt, index, self.vocab_size) for member in self.members]
+        for member, token_ids in zip(self.members, ids):
+            check_context(member, len(token_ids), params.max_new_tokens, index)
+        if self.draft_model is not None:  # it reads the base's prompt
+            check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
+            check_ids(self.draft_model, ids[0], index)
+            ids.append(ids[0])
+        try:
+            self._check_tokens(params)
+            weights = self.expand_weights(params.weights)
+            special = special_stops(self.members[0].tokenizer, params.stop)
+        except ValueError as error:
+            raise ValueError(f"prompts[{index}]: {error}") from None
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        return Request(index, prompt, ids, params, weights, frozenset(params.stop_token_ids) | special | eos)
+
+    def _check_tokens(self, params: SamplingParams) -> None:
+        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+            for token in tokens:
+                if token >= self.vocab_size:
+                    raise ValueError(f"{name}: token id {token}: expected less than {self.vocab_size}")
+        if (params.logprobs or 0) > self.vocab_size:
+            raise ValueError(f"logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary")
+
+    def expand_weights(self, weights: float | Sequence[float] | None) -> tuple[float, ...]:
+        """One weight per ARM: None for their defaults, one number for all of them.
+
+        Raises:
+            ValueError, TypeError: not one finite number per ARM (or one for all).
+        """
+        arms = self.members[1:]
+        if weights is None:
+            return tuple(arm.weight for arm in arms)
+        return weights_per_arm(weights, len(arms))
+
+
+def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    expected = f"expected a SamplingParams, or {count}, one per prompt"
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise TypeError(f"sampling_params={params!r}: {expected}")
+    if len(params) != count:
+        raise ValueError(f"sampling_params: {expected}, got {len(params)}")
+    return list(params)
