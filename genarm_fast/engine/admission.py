@@ -12,7 +12,12 @@ from genarm_fast.engine.workspace import Workspace
 
 
 class Admission:
-    """Fills slots from the queue in order. Caches grow with what waits; out of memory, fewer sequences run together."""
+    """Fills slots from the queue in order. Caches grow with what waits; out of memory, fewer sequences run together.
+
+    All slots are equally long, so one long request makes all of them long. Where slots are in use, growing copies what
+    they hold, and needs memory for the old and the new caches at once; without it, what waits has to wait until others
+    have left.
+    """
 
     def __init__(self, executor: Executor, scheduler: Scheduler, workspace: Workspace) -> None:
         self.executor, self.scheduler, self.workspace = executor, scheduler, workspace
@@ -65,7 +70,11 @@ class Admission:
         return bool(self.scheduler.free_slots()) and self.workspace.holds(members, self._capacity(together))
 
     def _grow(self, max_batch_size: int, cache_bytes: int | None, queue: Iterable[Sequence]) -> None:
-        """Have caches for all that have a slot and, as far as memory goes, for those of a queue."""
+        """Have caches for all that have a slot and, as far as memory goes, for those of a queue.
+
+        Slots up to the highest one in use (`in_use`) keep what they hold. An attempt that was made before
+        (`_attempted`) is not repeated: it would fail again.
+        """
         scheduler, workspace = self.scheduler, self.workspace
         placed = scheduler.placed
         waiting = [each for each in queue if cache_bytes is None or self._bytes(each) <= cache_bytes]

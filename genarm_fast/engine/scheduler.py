@@ -64,7 +64,11 @@ class Scheduler:
         self.residents = [None] * len(self.residents)
 
     def place(self, sequence: Sequence, members: int) -> None:
-        """Give a sequence a free slot; a beginning that any slot holds will not be prefilled again."""
+        """Give a sequence a free slot; a beginning that any slot holds will not be prefilled again.
+
+        Of all slots the one that shares most tokens is the donor. If it is free, the sequence takes it as it is. Else
+        the tokens are copied from it: at once, or when the donor's own prefill has come that far (`copies`).
+        """
         free = self.free_slots()
         sequence.admitted = time.perf_counter() if sequence.admitted is None else sequence.admitted
         sequence.slot, sequence.cached = free[-1], [0] * members

@@ -128,7 +128,7 @@ class Sequence:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of the longest prompt and of the longest response that it may have."""
+        """Tokens that its slot must hold: of its longest prompt, as the members see it, and its longest response."""
         return max(map(len, self.request.token_ids)) + self.request.params.max_new_tokens
 
     def position(self, member: int) -> int:

@@ -46,7 +46,7 @@ class InFlight:
     judge: Judge = lambda _: None
     logits: dict[int, Tensor] = field(default_factory=dict)
     right: list[int] = field(default_factory=list)  # accepted drafts of each sequence, once it is finished
-    judged: list[int] = field(default_factory=list)  # drafts whose target is known: no more than was generated
+    judged: list[int] = field(default_factory=list)  # drafts of each that count as tried; see `finish`
 
 
 class Steps:
@@ -125,7 +125,9 @@ class Steps:
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
         logits = self._verify(batch, drafter, drafts)
-        known = min(each.shape[1] for each in logits.values())  # one less where the drafter has not fed its last draft
+        # Of k drafts a member that feeds them all gives k + 1 targets. A drafter that has not fed its last draft gives
+        # k: then the bonus target is drawn later, by `_bonus`, if it is needed at all.
+        known = min(each.shape[1] for each in logits.values())
         judge = model_shadows(policy, self.drafters, batch, logits, choice.drafter if drafter is not None else None)
         step = self._targets(batch, [logits[m][:, :known] for m in batch.active], drafts)
         step.judge, step.logits = judge, logits
@@ -208,16 +210,20 @@ class Steps:
         return wait
 
     def finish(self, step: InFlight) -> list[Sequence]:
-        """Wait for a step and give its sequences their tokens.
+        """Wait for a step and give its sequences their tokens. Returns the sequences that it advanced.
 
-        Returns the sequences that it advanced: not those that had ended before, or whose weights were changed since.
+        A sequence is stale if it has ended, was steered, or has lost its slot since the launch: its tokens are dropped.
+
+        `step.right` counts its drafts that were accepted, `step.judged` those that count as tried. After a wrong draft
+        that is all of them. Without one, the text may have ended before the last draft's turn: of 4 drafts, a text that
+        ends with the second token has tried 2.
         """
         host, counts = step.read()
         advanced, news = [], []
         for r, sequence in enumerate(step.sequences):
             drafted = step.drafts.tokens[r]
             stale = sequence.ended or sequence.epoch != step.epochs[r] or sequence.slot != step.batch.slots[r]
-            if not stale:  # what is unread of a changed sequence was launched after the change
+            if not stale:  # steering set `unread` to 0, so it counts launches after that alone
                 sequence.unread -= 1
             drawn = [] if stale else host.of(r, sequence, counts[r])
             right = sum(each.token == token for each, token in zip(drawn, drafted))
@@ -231,13 +237,19 @@ class Steps:
         return advanced
 
     def _append(self, step: InFlight, sequence: Sequence, r: int, drawn: list[Any]) -> None:
+        """Append tokens to a sequence, and count what the members' caches hold of it now.
+
+        A member that ran fed the last token and all accepted drafts, so its cache again lacks the new last token alone:
+        `cached` grows by as much as the text. A draft model may have fed fewer, `drafts.fed`. A member whose cache was
+        behind before the step did not run, and stays behind until it is prefilled.
+        """
         current = [m for m in range(len(sequence.cached)) if sequence.cached[m] == sequence.position(m)]
         before = len(sequence.tokens)
         for each in drawn:
             if sequence.finish_reason is None:
                 sequence.append(each, step.weights[r])
         count = len(sequence.tokens) - before
-        for m in current:  # caches of members that were behind stay behind
+        for m in current:
             if m in step.batch.active:
                 sequence.cached[m] += count
             elif m in step.drafts.members:  # a draft model that drafted this step
@@ -246,7 +258,9 @@ class Steps:
     def _bonus(self, step: InFlight, drafter: Drafter) -> bool:
         """One more token for sequences whose every draft was right, where the drafter had not fed its last draft yet.
 
-        All other members have fed it, so the drafter's forward alone is missing. Returns whether there were any.
+        With drafts a, b of an ARM: the ARM has fed the last token and a, the base the last token, a and b. If both are
+        right, the base's logits after b are at hand, and the ARM's forward on b alone is missing: it is made up here.
+        Returns whether there was such a sequence.
         """
         executor, width = self.executor, step.drafts.width
         members = [m for m in drafter.members if m in step.batch.active]

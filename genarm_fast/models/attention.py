@@ -40,7 +40,7 @@ def attend(
             scale=scale,
             window=sliding_window,
             softcap=softcap,
-            limit=where.limit,
+            limit=where.kv_bound,
         ),
         None,
     )

@@ -20,17 +20,17 @@ from genarm_fast.kernels.small_linear import Span
 class Ragged(NamedTuple):
     """Where the tokens of a forward go. slots: int64 [N], rows of the cache. positions: int64 [N, q].
 
-    limit: above all positions, known without reading them.
+    kv_bound: above all positions, known without reading them.
     """
 
     slots: Tensor
     positions: Tensor
-    limit: int
+    kv_bound: int
 
     def to(self, device: torch.device) -> Ragged:
         if self.slots.device == device:
             return self
-        return Ragged(self.slots.to(device), self.positions.to(device), self.limit)
+        return Ragged(self.slots.to(device), self.positions.to(device), self.kv_bound)
 
 
 # Threads have their own.

@@ -129,7 +129,14 @@ class _Layer:
         query, key = rotary(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
         keys, values = cache.update(key, value.transpose(1, 2))
         x = ragged_attention(
-            query, keys, values, where.slots, where.positions, scale=self.scale, window=self.window, limit=where.limit
+            query,
+            keys,
+            values,
+            where.slots,
+            where.positions,
+            scale=self.scale,
+            window=self.window,
+            limit=where.kv_bound,
         )
         hidden = hidden + self.o(x.view(rows, block, -1), spans)
         gate, up = self.gate_up(self.second_norm(hidden), spans)

@@ -63,7 +63,8 @@ class Drafts:
 
     on_main: the same for use on the main stream, once `target_logits` was called. read: gives the tensor, or a wider
     one, on the host. marks, steps: times around so many forwards of the drafter, for which the step had to wait. fed:
-    how many of the last token and the drafts the drafter's own cache holds.
+    how many tokens the drafter itself has fed in this step. The last token and all drafts but the last one are k; a
+    drafter that runs ahead has fed k + 1.
     """
 
     def __init__(
