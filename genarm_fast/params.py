@@ -166,7 +166,7 @@ def _real(
 
 
 def _finite(value: Any) -> bool:
-    """In float32, which it becomes."""
+    """Whether a number is finite once it is a float32."""
     return bool(abs(value) <= LARGEST)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from genarm_fast import GenARM, reference
+from genarm_fast import GenARM, SamplingParams, reference
 from genarm_fast.outputs import Completion, GenerationOutput
 
 
@@ -42,6 +42,16 @@ def assert_equals_reference(model: GenARM, output: GenerationOutput, **params: A
 
 def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[list[int]]:
     return [[rng.randrange(2, 300) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def random_batch(rng: random.Random, tiny_model: Any, tokenizer: Any, arms: int, most: int):
+    """A model of so many ARMs, at most `most` prompts, what the reference takes for each, and their requests."""
+    models = [tiny_model(seed=i + 1) for i in range(arms)]
+    model = GenARM.from_pretrained(tiny_model(seed=0), models, tokenizer=tokenizer, max_batch_size=rng.randint(1, 4))
+    prompts = random_prompts(rng, rng.randint(1, most))
+    params = [random_params(rng, arms) for _ in prompts]
+    shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3]), "n": rng.randint(1, 2)}
+    return model, prompts, params, [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params]
 
 
 def random_params(rng: random.Random, arms: int) -> dict[str, Any]:

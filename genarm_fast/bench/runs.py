@@ -66,8 +66,8 @@ def measure(
 ) -> Measured:
     """Time all contenders on `batch` prompts a round, each time the next ones, sampled at T = 1 with the ARMs' weights.
 
-    Each contender has a `GenARM` of its own over the weights of `model`, so that what one keeps from call to call
-    (caches, graphs, what "auto" has learnt) is not lost to another. ran: called after every call, 4 · (rounds + 1).
+    Each contender has a `GenARM` of its own over the weights of `model`: what one keeps from call to call (caches,
+    graphs, what "auto" has learnt) is not lost to another. ran: called after every call, 4 · (rounds + 1).
     """
     make = partial(GenARM, max_batch_size=batch, cache_bytes=model.cache_bytes)
     alone = make(model.members[:1], speculation="off")

@@ -123,7 +123,7 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_chat(args: argparse.Namespace, model: GenARM) -> bool:
-    """Whether text prompts are users' messages."""
+    """Whether a text prompt is taken as a user's message (--chat), not as text to be continued (--raw)."""
     if args.chat is not None:
         return args.chat
     free = [member for member in model.members if member.prompt_format is None]  # others read what they were trained on

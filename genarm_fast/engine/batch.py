@@ -1,7 +1,7 @@
 """The sequences of a step as the device knows them: row r of every tensor is sequence r.
 
-What a step changes for the next one (last tokens, lengths, who has finished) stays on the device, so that the host may
-launch a step before it has read the one before. Sequences join and leave between steps; then the tensors are made anew.
+What a step changes for the next one (last tokens, lengths, who has finished) stays on the device. So the host may
+launch a step before it has read the one before. When sequences join or leave, the tensors are made anew.
 """
 
 from __future__ import annotations

@@ -82,8 +82,11 @@ def allowed(member: Member, error: float, seed: int) -> float:
 
 
 def sensitivity(member: Member, seed: int) -> float:
-    """How far off a first row is made by a second, as where activations are quantised by the largest of all, or by
-    embeddings that are rounded otherwise, as where deep models of few digits magnify what they are given."""
+    """How far a sequence's logits move, in standard deviations, by what should not matter; the larger of two trials.
+
+    A second sequence runs beside it: it matters where activations are quantised by the largest of all. Embeddings are
+    rounded otherwise: that matters in deep models of low precision.
+    """
     tokens = _random(member.vocab_size, (2, LENGTH), seed).to(member.device)
     together, alone = _plain(member, tokens)[0], _plain(member, tokens[:1])[0]
 

@@ -1,9 +1,9 @@
 """One step of the decode loop: propose → verify → sample → accept → next inputs.
 
 Before a step every running member's cache holds all but the last token of each sequence. A step feeds that token and
-the drafts that follow it, draws the target of each of these positions, and accepts targets up to the first that is not
-the draft. Without drafts this is plain decoding. Drafts change how many steps a text takes, never the text: drafter and
-target draw a position with the same noise (docs/design.md).
+the drafts that follow it, and draws the target of each of these positions. It accepts targets up to the first one that
+differs from the draft. Without drafts this is plain decoding. Drafts change how many steps a text takes, never the
+text: drafter and target draw a position with the same noise (docs/design.md).
 """
 
 from __future__ import annotations

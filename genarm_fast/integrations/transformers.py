@@ -218,8 +218,11 @@ class _Reader:
 
 
 def parents_of(tokens: Tensor, rows: Tensor) -> tuple[list[int], int]:
-    """For each of tokens [R, t] the one of rows [R', t'] that begins most like it, and how many tokens all have in
-    common with theirs: at most t - 1, since the last one has to be fed."""
+    """For each sequence of tokens [R, t], the one of rows [R', t'] that begins most like it: its parent.
+
+    Returns the parents, and how many tokens every sequence has in common with its own: at most t - 1, since the last
+    token has to be fed.
+    """
     width = min(tokens.shape[1] - 1, rows.shape[1])
     tokens, rows = tokens[:, :width], rows[:, :width]
     if tokens.shape == rows.shape and torch.equal(tokens, rows):

@@ -1,7 +1,7 @@
 """Batch jobs: requests in a JSON-lines file, answers in another, in the same order; killed jobs resume.
 
-The same input, setup and batch size give the same bytes: a request without a seed takes one from the job's seed and
-its line number (see `inputs`), and requests are decoded in the same groups whether or not a kill came between.
+The same input, setup and batch size give the same bytes. A request without a seed takes one from the job's seed and its
+line number (see `inputs`). Requests are decoded in the same groups whether or not a kill came between.
 """
 
 from __future__ import annotations

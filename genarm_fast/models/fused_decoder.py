@@ -55,7 +55,7 @@ def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
 
 
 def _known(decoder: Any, family: str, fast: Fast) -> bool:
-    """Whether it is built of the classes of its family's file, whose calls nothing watches or changes."""
+    """Whether the decoder is built of the classes of its family's file, and nothing hooks or replaces their calls."""
     file = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
     if type(decoder).__module__ != file:
         return False
@@ -149,7 +149,7 @@ def _part(module: nn.Module, fast: Fast) -> Callable[..., Any]:
 
 
 def _linear(module: nn.Module, fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
-    """Of [N, q, in], and the spans of the forward."""
+    """A function that applies the linear to [N, q, in], with the lanes' adapters in the forward's spans."""
     if isinstance(module, LaneLinear):
         run, lanes = module.run, tuple(module.index)
         return lambda x, spans: run(x, spans[lanes])
@@ -158,7 +158,7 @@ def _linear(module: nn.Module, fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
 
 
 def _siblings(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spans], Iterable[Tensor]]:
-    """Of one input, each."""
+    """A function that applies all these linears to one input [N, q, in]; in one C++ call where each allows it."""
     runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
     lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
     if all(isinstance(run, SmallLinear) for run in runs):

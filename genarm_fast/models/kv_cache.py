@@ -1,7 +1,7 @@
 """A static key-value cache in which every row writes where it stands: transformers' cache layer.
 
-A row's entry j of the cache is its token at position j, so a query at position p attends 0..p, and what lies beyond is
-left-over or padding that the row will overwrite before it gets there. Rolling back is stepping back: nothing is moved.
+A row's entry j of the cache is its token at position j, so a query at position p attends 0..p. What lies beyond is
+left-over or padding, which the row overwrites before it gets there. A roll-back lowers a position and moves nothing.
 """
 
 from __future__ import annotations

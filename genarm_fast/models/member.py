@@ -54,5 +54,5 @@ class Member:
 
     @property
     def device(self) -> torch.device:
-        """Where its token ids go."""
+        """The device that its token ids have to be on."""
         return self.model.get_input_embeddings().weight.device

@@ -13,7 +13,7 @@ from genarm_fast.speculation.drafter import DraftExecutor, Drafts, SequenceBatch
 
 
 class NgramIndex:
-    """The tokens of one row, prompt first, and where each of their n-grams was last followed by something.
+    """The tokens of one sequence, prompt first, and where each of their n-grams was last followed by something.
 
     Args:
         tokens: int ids that are there already.
@@ -32,7 +32,7 @@ class NgramIndex:
         return len(self.tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append settled tokens."""
+        """Append accepted tokens."""
         for token in tokens:
             end = len(self.tokens)
             for n in self.lengths:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 
 class Choice(NamedTuple):
-    """Who drafts in a step, as an index of the drafters, and how many tokens for each row; (None, 0) for nobody."""
+    """Who drafts in a step, as an index of the drafters, and how many tokens a sequence; (None, 0) for nobody."""
 
     drafter: int | None
     k: int
 
 
-PLAIN = Choice(None, 0)  # plain decoding: one token a step and row
+PLAIN = Choice(None, 0)  # plain decoding: one token a step and sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,12 @@ class StepObservation:
     Args:
         drafter, k: as chosen for the step; None and 0 for plain decoding.
         rows: sequences that the step advanced.
-        proposed: drafts of each row, at most k. If no row has any, the step tells the cost of plain decoding.
-        accepted: how many of these drafts were right, for each row.
-        draft_seconds: time in the drafter, also where it runs once more because all drafts of a row were right.
+        proposed: drafts of each sequence, at most k. If no sequence has any, the step tells the cost of plain decoding.
+        accepted: how many of these drafts were right, for each sequence.
+        draft_seconds: time in the drafter, also where it runs once more because all drafts of a sequence were right.
         verify_seconds: time in everything else.
-        drafter_steps: forwards of the drafter in `draft_seconds`. None: one for each draft of the longest row, and one
-            more where all drafts of such a row were right.
+        drafter_steps: forwards of the drafter in `draft_seconds`. None: one for each draft of the sequence with
+            most, and one more where all of them were right.
     """
 
     drafter: int | None
@@ -48,9 +48,9 @@ class ShadowObservation:
 
     Args:
         drafter: whose drafts were evaluated.
-        proposed: drafts of each row that can be judged: no more than tokens were generated for the row.
-        accepted: how many of these drafts were right, for each row.
-        seconds: time of one draft for all rows, with the forward that the step needed anyway; None: not measured.
+        proposed: drafts of each sequence that can be judged: no more than tokens were generated for the sequence.
+        accepted: how many of these drafts were right, for each sequence.
+        seconds: time of one draft for all sequences, with the forward that the step needed anyway; None: not measured.
     """
 
     drafter: int

@@ -57,7 +57,7 @@ class DraftPolicy:
             self._tuner = tuners.get(["+".join(names[i]) for i in self._allowed], speculation.max_k, ahead)
 
     def choose(self, rows: int) -> Choice:
-        """The choice for the next step, with this many rows."""
+        """The choice for the next step, with this many sequences."""
         if self._k is not None:
             return Choice(self._allowed[0], self._k) if self._k else PLAIN
         with self._lock:
@@ -80,18 +80,18 @@ class DraftPolicy:
         self,
         drafter: int,
         guesses: Sequence[Sequence[int]],
-        settled: Sequence[Sequence[int]],
+        generated: Sequence[Sequence[int]],
         seconds: float | None = None,
     ) -> None:
         """Learn from what a candidate would have drafted in a step of another one, or of none.
 
         Args:
             drafter: whose guesses they are.
-            guesses: token ids that it would have drafted, for each row.
-            settled: token ids that the step generated, for each row; rows without any tell nothing.
+            guesses: token ids that it would have drafted, for each sequence.
+            generated: token ids that the step generated, for each sequence; sequences without any tell nothing.
             seconds: as in `ShadowObservation`.
         """
-        pairs = [list(zip(guess, tokens)) for guess, tokens in zip(guesses, settled) if tokens]
+        pairs = [list(zip(guess, tokens)) for guess, tokens in zip(guesses, generated) if tokens]
         accepted = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs]
         proposed = [len(pair) for pair in pairs]
         with self._lock:

@@ -48,7 +48,7 @@ class Tuner:
         self._rows = 0  # of the current step
 
     def choose(self, rows: int) -> Choice:
-        """The choice for the next step, with this many rows."""
+        """The choice for the next step, with this many sequences."""
         self.now += 1
         same_rows, self._rows = rows == self._rows, rows
         again, self.trial = self.trial if same_rows else None, None

@@ -18,16 +18,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
 
 
 class Detokenizer:
-    """Incremental `decode`.
+    """Turns tokens into text one by one, with the same result as the tokenizer's `decode` of all of them.
 
-    A token's text depends on its neighbours (spaces, bytes of one character), so the last settled piece is decoded
-    again together with the new tokens, and what they add is the new text; held back while it ends inside a character.
+    A token's text depends on its neighbours (spaces, bytes of one character). So the last piece is decoded again
+    together with the new tokens, and what they add is the new text. It is held back while it ends inside a character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.start = self.read = 0  # ids[start:read] is the settled piece that gives the context
+        self.start = self.read = 0  # ids[start:read] is the piece before, which gives the context
 
     def push(self, token_id: int) -> str:
         """New text, "" while a character is unfinished."""

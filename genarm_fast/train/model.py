@@ -108,8 +108,8 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
 def default_targets(lm: PreTrainedModel) -> list[str]:
     """Names of the linear layers that LoRA trains by default: all but the output layer.
 
-    Of a mixture of experts, only those outside of its feed-forward parts: routers stay as they are, experts are no
-    linear layers, and PEFT takes the names of dense feed-forward layers in it for the experts'.
+    Of a mixture of experts, only those outside of its feed-forward parts. Routers stay as they are. Experts are no
+    linear layers. PEFT would take the names of dense feed-forward layers for those of the experts.
     """
     experts = [name.split(".") for name, parameter in lm.named_parameters() if parameter.dim() == 3]
     experts += [name.split(".") for name, _ in lm.named_modules() if name.endswith(".experts")]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from against_reference import assert_equals_reference, random_params, random_prompts
+from against_reference import assert_equals_reference, random_batch, random_prompts
 from tiny_models import FAMILIES, build_model
 
 from genarm_fast import ARM, GenARM, SamplingParams
@@ -18,12 +18,8 @@ from genarm_fast.engine.model_runner import ModelRunner
 def test_equals_the_reference(tiny_model, tokenizer, case):
     """Batches of unequal prompts with different parameters each, for 0 to 3 ARMs."""
     rng = random.Random(case)
-    arms = [tiny_model(seed=i + 1) for i in range(case % 4)]
-    model = GenARM.from_pretrained(tiny_model(seed=0), arms, tokenizer=tokenizer, max_batch_size=rng.randint(1, 4))
-    prompts = random_prompts(rng, rng.randint(1, 4))
-    params = [random_params(rng, len(arms)) for _ in prompts]
-    shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3]), "n": rng.randint(1, 2)}
-    outputs = model.generate(prompts, [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params])
+    model, prompts, params, requests = random_batch(rng, tiny_model, tokenizer, case % 4, 4)
+    outputs = model.generate(prompts, requests)
     for prompt, output, each in zip(prompts, outputs, params):
         assert output.prompt_token_ids == prompt
         assert_equals_reference(model, output, **each)

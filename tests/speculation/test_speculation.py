@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from against_reference import assert_equals_reference, random_params, random_prompts
+from against_reference import assert_equals_reference, random_batch, random_params, random_prompts
 from doubles import Lagging, engines_on
 from tiny_models import build_model
 
@@ -35,14 +35,9 @@ def tokens_of(outputs):
 def test_equals_plain_decoding(tiny_model, tokenizer, case):
     """Every drafter, any K, ragged batches with parameters of their own, slots used again."""
     rng = random.Random(case)
-    arms = [tiny_model(seed=i + 1) for i in range(case % 3)]
-    model = GenARM.from_pretrained(tiny_model(seed=0), arms, tokenizer=tokenizer, max_batch_size=rng.randint(1, 4))
-    prompts = random_prompts(rng, rng.randint(1, 6))
-    params = [random_params(rng, len(arms)) for _ in prompts]
-    shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3]), "n": rng.randint(1, 2)}
-    requests = [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params]
+    model, prompts, params, requests = random_batch(rng, tiny_model, tokenizer, case % 3, 6)
     plain = tokens_of(model.generate(prompts, requests, speculation="off"))
-    names = ["ngram", "base", *model.arm_names] if arms else ["ngram"]
+    names = ["ngram", "base", *model.arm_names] if model.arms else ["ngram"]
     for name in names:
         outputs = model.generate(prompts, requests, speculation=Speculation(name, rng.randint(1, 8)))
         assert tokens_of(outputs) == plain
