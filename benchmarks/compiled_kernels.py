@@ -14,23 +14,19 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import triton
+from compiled_cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-from genarm_fast.kernels.guided_sample.arguments import SamplingArguments
-from genarm_fast.kernels.guided_sample.triton import launch as launch_sample
-from genarm_fast.kernels.settle.triton import launch as launch_settle
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +46,7 @@ class Compiled:
     wide_loads: int  # 128-bit global loads in the code
     loads: int  # all global loads in the code
     instructions: int  # in the code: for scores_kernel, which has no loop, those that one warp issues for a tile
+    shared: int  # bytes of shared memory a program
 
 
 class StubDriver:
@@ -85,42 +82,6 @@ def compiling_for(target: str) -> Iterator[list[tuple[str, Any]]]:
         yield compiled
 
 
-def sample(
-    *, arms: int = 1, vocab: int = 128256, dtype: torch.dtype = torch.bfloat16, logit_bias: bool = False, **options: Any
-) -> None:
-    """One launch of guided_sample, with rows whose start is 16-byte aligned wherever V allows."""
-    members = [torch.zeros(2, vocab, dtype=dtype) for _ in range(arms + 1)]
-    row = torch.zeros(2, dtype=torch.int64)
-    bias = torch.zeros(vocab) if logit_bias else None
-    arguments = SamplingArguments(members[0], members[1:], [1.0] * arms, row, row, logit_bias=bias, **options)
-    launch_sample(arguments)
-
-
-def settle(drafts: int) -> None:
-    rows = [torch.zeros(2, dtype=torch.int64) for _ in range(2)]
-    launch_settle(
-        torch.zeros(2, drafts + 1, dtype=torch.int64),
-        torch.zeros(2, drafts, dtype=torch.int64),
-        lengths=rows[0],
-        limits=rows[1],
-        finished=torch.zeros(2, dtype=torch.bool),
-        stop_ids=torch.zeros(2, 4, dtype=torch.int64),
-        draft_counts=torch.zeros(2, dtype=torch.int64),
-    )
-
-
-CASES: dict[str, Callable[[], None]] = {
-    "base only": partial(sample, arms=0),
-    "1 ARM": sample,
-    "1 ARM, log-probs": partial(sample, return_logprobs=True),
-    "1 ARM, float32": partial(sample, dtype=torch.float32),
-    "1 ARM, V = 50257": partial(sample, vocab=50257),
-    "3 ARMs, log-probs, bias": partial(sample, arms=3, return_logprobs=True, logit_bias=True),
-    "1 ARM, filters, top-5": partial(sample, top_k=50, top_p=0.9, min_p=0.01, top_logprobs=5),
-    "5 drafts": partial(settle, 5),
-}
-
-
 def cuobjdump(*options: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([str(tool), *options], capture_output=True, text=True, check=True).stdout
@@ -140,6 +101,7 @@ def inspect(target: str, case: str, name: str, kernel: Any) -> Compiled:
             wide_loads=sum(load.startswith("dwordx4") for load in loads),
             loads=len(loads),
             instructions=len(re.findall(r"^\s+[sv]_\w+|^\s+(?:global|buffer|ds)_\w+", body, re.M)),
+            shared=kernel.metadata.shared,
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -157,6 +119,7 @@ def inspect(target: str, case: str, name: str, kernel: Any) -> Compiled:
         wide_loads=sum(".128" in load for load in loads),
         loads=len(loads),
         instructions=sum(operation != "NOP" for operation in operations),
+        shared=kernel.metadata.shared,
     )
 
 
@@ -200,11 +163,13 @@ def main() -> None:
         print(json.dumps([asdict(kernel) for kernel in found], indent=1))
         return
     print(
-        "| target | case | kernel | registers | stack | 128-bit loads | instructions |\n|---|---|---|---|---|---|---|"
+        "| target | case | kernel | registers | stack | 128-bit loads | instructions | shared |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for kernel in found:
-        cells = (kernel.target, kernel.case, kernel.kernel, kernel.registers, kernel.stack)
-        print("|", *(f"{cell} |" for cell in (*cells, f"{kernel.wide_loads} of {kernel.loads}", kernel.instructions)))
+        wide = f"{kernel.wide_loads} of {kernel.loads}"
+        cells = (kernel.target, kernel.case, kernel.kernel, kernel.registers, kernel.stack, wide)
+        print("|", *(f"{cell} |" for cell in (*cells, kernel.instructions, kernel.shared)))
     if "sm_90" in arguments.targets:
         print(f"\n{h100_model(found)}")
 

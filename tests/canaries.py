@@ -25,6 +25,9 @@ class Canaries:
         self.buffers.append(torch.full((inner + 2 * MARGIN,), value, dtype=dtype))
         return self.buffers[-1][MARGIN : MARGIN + inner].view(size)
 
+    def allocate_like(self, tensor, dtype=None):
+        return self.allocate(tensor.shape, dtype=dtype or tensor.dtype)
+
     def embed(self, tensor):
         return self.allocate(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 

@@ -26,14 +26,25 @@ def run(*command, **environment):
     Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
     reason="the interpreter of triton 3.6 makes a number of a one-element array, which numpy 2.4 refuses",
 )
-@pytest.mark.parametrize("op", ["guided_sample", "settle"])
+@pytest.mark.parametrize("op", ["guided_sample", "settle", "ragged_attention"])
 def test_interpreted(op):
     tests = f"tests/kernels/{op}/interpreted_{op}.py"
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
 
 
-TYPICAL = ["1 ARM", "1 ARM, filters, top-5", "5 drafts"]
+SAMPLING = ["1 ARM", "1 ARM, filters, top-5", "5 drafts"]
+ATTENTION = [
+    "8B",
+    "8B, q = 4",
+    "8B, q = 512",
+    "8B, float32, q = 16",
+    "D = 80, float16",
+    "D = 256, window, softcap, q = 5",
+]
+TYPICAL = [*SAMPLING, *ATTENTION]
 KERNELS = {"scores_kernel", "gather_kernel", "threshold_kernel", "kept_kernel", "draw_kernel", "settle_kernel"}
+KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
+SHARED = {"gfx942": 65536}  # bytes that a program may have; on NVIDIA what the least of them has, sm_86 and sm_89
 
 
 @pytest.mark.parametrize(
@@ -46,8 +57,11 @@ def test_compiled(target, cases):
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
-        assert kernel["registers"] <= 200, kernel
+        assert kernel["shared"] <= SHARED.get(target, 101376), kernel
+        assert kernel["registers"] <= (256 if kernel["kernel"] == "attend_kernel" else 200), kernel
         if kernel["kernel"] == "scores_kernel" and "50257" not in kernel["case"]:
             assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the others are weights and temperature
         if kernel["kernel"] == "scores_kernel" and kernel["case"] == "1 ARM":
             assert kernel["registers"] <= 80, kernel  # 24 warps an SM or more: enough loads in flight
+        if kernel["kernel"] == "attend_kernel" and "q = 512" not in kernel["case"]:
+            assert kernel["wide_loads"] >= kernel["loads"] - 14, kernel  # the others are positions, a few for each warp

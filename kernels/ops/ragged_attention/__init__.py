@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from .._dispatch import checked_reference, dispatcher
 from . import cpu, custom_op
 from .arguments import check_append, check_attention
 from .reference import append_specification, attention_specification
+
+
+def _attention_on_gpu(*arguments: Any) -> Tensor | None:
+    from . import triton  # the package triton takes half a second to import, and is not on every platform
+
+    return triton.attention(*arguments)
+
+
+def _append_on_gpu(*tensors: Tensor) -> bool | None:
+    from . import triton
+
+    return triton.append(*tensors)
+
 
 ragged_attention_reference = checked_reference(check_attention, attention_specification)
 ragged_append_reference = checked_reference(check_append, append_specification)
@@ -16,6 +31,7 @@ _attention = dispatcher(
     check=check_attention,
     cpu=cpu.attention,
     convert=cpu.converted_attention,
+    triton=_attention_on_gpu,
     custom_op=custom_op.attention,
     differentiable=3,
 )
@@ -24,6 +40,7 @@ _append = dispatcher(
     check=check_append,
     cpu=cpu.append,
     convert=cpu.converted_append,
+    triton=_append_on_gpu,
     custom_op=custom_op.append,
     differentiable=4,
 )
@@ -44,10 +61,11 @@ def ragged_attention(
 ) -> Tensor:
     """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
 
-    In C++ on the CPU for float32 and bfloat16, with sums in float32, where no gradient is needed; otherwise
-    `ragged_attention_reference`, which reads the whole capacity unless `limit`, a bound on positions + 1 known to the
-    host, says less. Entries beyond a position may hold anything, NaN too, and change nothing (the reference: beyond the
-    row's furthest position).
+    In C++ on the CPU for float32 and bfloat16; in Triton on CUDA, ROCm and XPU for these and float16, from caches of
+    any strides; with sums in float32, where no gradient is needed. Otherwise `ragged_attention_reference`. `limit`, a
+    bound on positions + 1 that the host knows, says how much the reference reads (the whole capacity without it), and
+    how many programs share a row on a GPU. Entries beyond a position may hold anything, NaN too, and change nothing
+    (the reference: beyond the row's furthest position).
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.
@@ -67,9 +85,10 @@ def ragged_append(
 ) -> None:
     """Write row n's new token i to entry positions[n, i] of slot slots[n]; rows must not share a slot.
 
-    In C++ on the CPU, for every dtype, if the cache is contiguous in its last dimension and no gradient is needed;
-    otherwise by `ragged_append_reference`. Nothing is written if anything is wrong. On CUDA slots and positions are not
-    looked at: a check would have to wait for the device, whose own assertion misses negative ones.
+    In C++ on the CPU, for every dtype, if the cache is contiguous in its last dimension; in Triton on CUDA, ROCm and
+    XPU for float32, bfloat16 and float16; where no gradient is needed. Otherwise by `ragged_append_reference`. Nothing
+    is written if anything is wrong. On a GPU slots and positions are not looked at, since a check would have to wait
+    for it: they must be right, or other memory is written.
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.

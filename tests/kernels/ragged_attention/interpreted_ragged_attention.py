@@ -1,0 +1,147 @@
+"""The Triton kernels of attention under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
+
+import sys
+
+import pytest
+import torch
+from interpreter import between_canaries, bfloat16_products
+
+from genarm_fast.kernels import ragged_append_reference, ragged_attention_reference
+from genarm_fast.kernels.ragged_attention.triton import append, attention
+
+plans = sys.modules["genarm_fast.kernels.ragged_attention.plan"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Splits of 16 entries and more than one turn of each loop, in caches of some 100 entries."""
+    monkeypatch.setattr(plans, "CHUNK", 16)
+    monkeypatch.setattr(plans, "TILE_BYTES", 1024)
+
+
+def problem(block=1, heads=(4, 2), widths=(16, 16), lengths=(7, 75), capacity=80, dtype=torch.float32, seed=0):
+    """query, keys, values, slots, positions; row n's last query sees lengths[n] entries."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, slots = len(lengths), len(lengths) + 1
+    query = torch.randn(rows, block, heads[0], widths[0], generator=generator).to(dtype).transpose(1, 2)
+    keys, values = (torch.randn(slots, heads[1], capacity, w, generator=generator).to(dtype) for w in widths)
+    positions = torch.tensor(lengths)[:, None] - block + torch.arange(block)
+    return query, keys, values, torch.arange(slots).flip(0)[:rows], positions
+
+
+def interpreted(query, keys, values, slots, positions, *, scale=0.3, window=None, softcap=None, limit=None):
+    with between_canaries() as canaries, bfloat16_products():
+        keys, values = canaries.embed(keys), canaries.embed(values)
+        slots, positions = canaries.embed(slots), canaries.embed(positions)
+        return attention(query, keys, values, slots, positions, scale, window, softcap, limit)
+
+
+def assert_same(arguments, **options):
+    got = interpreted(*arguments, **options)
+    exact = (tensor.double() if tensor.is_floating_point() else tensor for tensor in arguments)
+    expected = ragged_attention_reference(*exact, **{"scale": 0.3, **options})
+    assert got.is_contiguous()
+    assert got.dtype == arguments[0].dtype
+    # bfloat16: the interpreter truncates where a GPU rounds, weights as well as results.
+    tolerance = 1e-5 if got.dtype == torch.float32 else 4 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+    return got
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"window": 37, "softcap": 5.0}, {"limit": 77}])
+@pytest.mark.parametrize(("block", "heads"), [(1, (4, 2)), (4, (4, 2)), (16, (2, 1))])
+def test_decode(block, heads, options):
+    assert_same(problem(block, heads, lengths=(block, 77)), **options)
+
+
+def test_more_splits_than_are_combined_at_once():
+    assert_same(problem(lengths=(140, 3), capacity=144))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"window": 37, "softcap": 5.0}, {"limit": 77}])
+@pytest.mark.parametrize("chunk", [16, 256])
+def test_prefill(options, chunk, monkeypatch):
+    """Entries that no query, some queries and all queries of a tile see; a tile that ends within the block."""
+    monkeypatch.setattr(plans, "CHUNK", chunk)
+    assert_same(problem(37, (2, 1), lengths=(37, 77) if chunk > 16 else (77,)), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [2, 20])
+def test_dtypes(block, dtype):
+    assert_same(problem(block, lengths=(20, 60), dtype=dtype))
+
+
+@pytest.mark.parametrize("widths", [(80, 96), (96, 80), (5, 3), (32, 300)])
+def test_widths(widths):
+    assert_same(problem(2, widths=widths, lengths=(2, 40)))
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (9, 3), (20, 1)])
+def test_heads(heads):
+    assert_same(problem(3, heads=heads, lengths=(3, 40)))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_positions_in_any_order(window):
+    """A block whose tokens do not stand one after the other, farther apart than the plan expects."""
+    query, keys, values, slots, _ = problem(3)
+    positions = torch.tensor([[5, 71, 30], [0, 0, 44]])
+    assert_same((query, keys, values, slots, positions), window=window)
+
+
+def test_strides():
+    """Caches of [S, C, H, D], of every second entry, and a query of which only a part is read."""
+    query, keys, values, slots, positions = problem(2)
+    keys, values = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (keys, values))
+    wide = torch.cat([query, query], -1)[..., 5:21]
+    expected = attention(wide.contiguous(), keys.contiguous(), values, slots, positions, 0.3, None, None, None)
+    spread = torch.stack([keys, keys * 0 + torch.nan], 3).flatten(2, 3)[:, :, ::2]
+    got = attention(wide, spread, values, slots, positions, 0.3, None, None, None)
+    assert torch.equal(got, expected)
+    assert_same((wide.contiguous(), keys.contiguous(), values, slots, positions))
+
+
+@pytest.mark.parametrize("block", [1, 5, 20])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("cache", "garbage"), [("keys", torch.nan), ("values", torch.nan), ("values", torch.inf)])
+def test_garbage_that_a_query_does_not_see(block, window, cache, garbage):
+    """It changes no bit, not even where a neighbour in the block sees it, and the neighbour does."""
+    query, keys, values, slots, positions = problem(block, (2, 1), lengths=(60,) if block > 1 else (1, 60))
+    clean = interpreted(query, keys, values, slots, positions, window=window)
+    token = block // 2
+    for n, slot in enumerate(slots.tolist()):
+        last = int(positions[n, token])
+        unseen = torch.arange(80) > last
+        if window is not None:
+            unseen |= torch.arange(80) <= last - window
+        (keys if cache == "keys" else values)[slot, :, unseen] = garbage
+    dirty = interpreted(query, keys, values, slots, positions, window=window)
+    assert torch.equal(dirty[:, token], clean[:, token])
+    assert not dirty[:, token + 1 :].isfinite().any()
+
+
+def test_no_rows_and_no_queries():
+    query, keys, values, slots, positions = problem(2)
+    assert interpreted(query[:0], keys, values, slots[:0], positions[:0]).shape == (0, 2, 4, 16)
+    assert interpreted(query[:, :, :0], keys, values, slots, positions[:, :0]).shape == (2, 0, 4, 16)
+
+
+def test_other_dtypes_are_left_to_the_reference():
+    arguments = problem()
+    doubles = [tensor.double() for tensor in arguments[:3]]
+    assert attention(*doubles, *arguments[3:], 0.3, None, None, None) is None
+    assert append(*doubles[1:], doubles[1][:2, :, :1], doubles[2][:2, :, :1], *arguments[3:]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block", "widths"), [(1, (16, 16)), (3, (80, 5))])
+def test_append(block, widths, dtype):
+    _, keys, values, slots, positions = problem(block, widths=widths, dtype=dtype)
+    new = [torch.randn(2, block, 2, width).to(dtype).transpose(1, 2) for width in widths]
+    wanted = [keys.clone(), values.clone()]
+    ragged_append_reference(*wanted, *new, slots, positions)
+    with between_canaries() as canaries:
+        caches = [canaries.embed(keys).transpose(1, 2).contiguous().transpose(1, 2), canaries.embed(values)]
+        assert append(*caches, *new, slots, positions)
+    assert all(torch.equal(found, expected) for found, expected in zip(caches, wanted, strict=True))
