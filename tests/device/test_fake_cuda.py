@@ -1,0 +1,94 @@
+"""Whole steps on CUDA tensors without a GPU: nothing is left on the CPU, and the host reads nothing in a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from tiny_models import build_model, save_adapter
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine.batch import Batch
+from genarm_fast.engine.executor import Executor
+from genarm_fast.kernels import _native
+from genarm_fast.speculation.config import OFF, Speculation
+
+
+@pytest.fixture(autouse=True)
+def without_core(monkeypatch):
+    """The C++ core replaces modules by its own, which are of the CPU."""
+    monkeypatch.setattr(_native, "core", None)
+
+
+@pytest.fixture
+def two_models(tokenizer):
+    return lambda family="llama": GenARM.from_pretrained(
+        build_model(family, 0), [build_model(family, 1)], tokenizer=tokenizer
+    )
+
+
+@pytest.fixture
+def lanes(tmp_path, tokenizer):
+    build_model("llama", 0).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for seed in (1, 2):
+        save_adapter(tmp_path / f"arm{seed}", base=tmp_path / "base", seed=seed)
+    arms = [tmp_path / "arm1", tmp_path / "arm2"]
+    return lambda: GenARM.from_pretrained(tmp_path / "base", arms, dtype=torch.float32, device="cpu")
+
+
+def decode(model, speculation=OFF, prompts=((5, 6, 7), (8, 9)), **params):
+    """Decodes on the fake device; returns the kernels launched."""
+    params = SamplingParams(**{"max_new_tokens": 5, "ignore_eos": True, "seed": 1, **params})
+    requests = model.prepare([list(prompt) for prompt in prompts], params)
+    fake = FakeCuda()
+    with fake.model(model), fake:
+        engine = model.engine()
+        for request in requests:
+            engine.add(request, speculation)
+        while engine.scheduler:
+            engine.step()
+    return fake.launched
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_two_models(two_models, family):
+    launched = decode(two_models(family))
+    assert {"scores_kernel", "draw_kernel", "settle_kernel", "attend_kernel", "append_kernel"} <= set(launched)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 3, "rewards": True, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+        {"logit_bias": {7: -2.0}, "min_new_tokens": 3, "stop_token_ids": [9], "weights": 0.0},
+    ],
+)
+def test_parameters(two_models, params):
+    decode(two_models(), **params)
+
+
+@pytest.mark.parametrize("drafter", ["arm", "base"])
+def test_drafts(two_models, drafter):
+    decode(two_models(), Speculation(drafter, 2))
+
+
+def test_lanes(lanes):
+    decode(lanes())
+
+
+def test_a_tensor_that_stays_on_the_cpu_is_noticed(two_models, monkeypatch):
+    monkeypatch.setattr(Executor, "upload", lambda self, tensor: tensor)
+    with pytest.raises(Exception, match=r"cpu"):
+        decode(two_models())
+
+
+def test_a_host_read_is_noticed(two_models, monkeypatch):
+    bound = Batch.kv_bound
+
+    def reads(self, members, width):
+        return max(bound(self, members, width), int(self.state.lengths.max()))
+
+    monkeypatch.setattr(Batch, "kv_bound", reads)
+    with pytest.raises(Exception, match="the host reads a tensor on the device"):
+        decode(two_models())

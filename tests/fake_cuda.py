@@ -1,0 +1,163 @@
+"""CUDA tensors without CUDA: PyTorch's fake ones, which have a device and a shape, but no numbers.
+
+What runs among them runs on any GPU as far as devices go: mixing them with a tensor left on the CPU raises, and so does
+reading one on the host.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from cuda_driver import cuda_driver, pinned
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from triton.runtime.jit import JITFunction
+
+from genarm_fast import GenARM
+from genarm_fast.device.cuda import Cuda
+from genarm_fast.engine import selfcheck, workspace
+from genarm_fast.engine.step import Steps
+
+CUDA = torch.device("cuda", 0)
+READS = [getattr(Tensor, name) for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "cpu")]
+
+
+class Indexing(TorchFunctionMode):
+    """x[...] of fake CUDA tensors by other operations: Python's own asks for the driver. Reads on the host raise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_device = bool(args) and isinstance(args[0], Tensor) and args[0].is_cuda
+        assert not (on_device and func in READS), f"the host reads a tensor on the device: {func.__name__}"
+        if on_device and func is Tensor.copy_:
+            return torch.ops.aten.copy_.default(*args)
+        if not on_device or func not in (Tensor.__getitem__, Tensor.__setitem__):
+            return func(*args, **(kwargs or {}))
+        tensor, key, *value = args
+        key = key if isinstance(key, tuple) else (key,)
+        view, indices = basic(tensor, key)
+        if not value:
+            return torch.ops.aten.index(view, indices) if any(i is not None for i in indices) else view
+        new = value[0] if isinstance(value[0], Tensor) else torch.full((), value[0], dtype=view.dtype, device=CUDA)
+        if any(i is not None for i in indices):
+            view.index_put_(indices, new)
+        else:
+            torch.ops.aten.copy_.default(view, new)
+        return None
+
+
+def basic(tensor: Tensor, key: tuple[Any, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """The view that slices and integers of a key give, and the tensors by which it is indexed then."""
+    plain = tuple(slice(None) if isinstance(each, Tensor) else each for each in key)
+    with torch._C.DisableTorchFunction():
+        like = torch.empty_strided(tensor.shape, tensor.stride(), device="meta", dtype=tensor.dtype)[plain]
+    view = torch.as_strided(tensor, like.shape, like.stride(), tensor.storage_offset() + like.storage_offset())
+    named = sum(each is not Ellipsis and not isinstance(each, int) for each in key)
+    indices: list[Tensor | None] = []
+    for each in key:
+        if each is Ellipsis:
+            indices += [None] * (view.dim() - named)
+        elif not isinstance(each, int):
+            indices.append(each if isinstance(each, Tensor) else None)
+    return view, indices
+
+
+def read(tensors: Any) -> Any:
+    """What the host reads of a step: tokens are fives, statuses zeros, and one token was accepted (the last tensor)."""
+    with unset_fake_temporarily():
+        host = [torch.full(each.shape, 0 if each.dtype == torch.int32 else 5).to(each.dtype) for each in tensors]
+        host[-1] = torch.ones_like(host[-1])
+    return lambda: host
+
+
+class FakeCuda:
+    """`with FakeCuda() as fake`: CUDA as far as streams, launches, pinned memory and fake tensors go.
+
+    launched: names of the Triton kernels launched, every tensor of which was on the device.
+    """
+
+    def __init__(self) -> None:
+        self.launched: list[str] = []
+        self.mode = FakeTensorMode()
+        self._made: dict[int, Any] = {}
+
+    def __enter__(self) -> FakeCuda:
+        self._stack = ExitStack()
+        enter = self._stack.enter_context
+        enter(cuda_driver())
+        enter(patch.object(JITFunction, "run", lambda kernel, *args, **options: self._launch(kernel, args, options)))
+        enter(patch.object(Cuda, "read", lambda _, tensors, stream: read(tensors)))
+        enter(patch.object(Steps, "finish", _outside(Steps.finish)))
+        # A copy of another tensor, as pinned memory is: a fake tensor of known numbers would be computed for real.
+        enter(patch.object(Tensor, "pin_memory", lambda t: torch.empty(tuple(pinned(t).shape), dtype=t.dtype)))
+        enter(patch.object(torch.cuda, "device", lambda _: nullcontext()))
+        for mode in (torch.inference_mode(), self.mode, Indexing()):
+            enter(mode)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _launch(self, kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        for value in (*args, *options.values()):
+            for each in value if isinstance(value, tuple) else (value,):
+                assert not isinstance(each, Tensor) or each.device == CUDA, f"{kernel.__name__}: {each.device}"
+        self.launched.append(kernel.__name__)
+
+    def fake(self, value: Any) -> Any:
+        """The tensor, or all tensors of modules and containers, on the fake device; the same ones for the same."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._made:
+                with self.mode:
+                    made = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+                self._made[id(value)] = (nn.Parameter(made, False) if isinstance(value, nn.Parameter) else made), value
+            return self._made[id(value)][0]
+        if isinstance(value, nn.Module):
+            for module in value.modules():
+                for name, each in vars(module).items():
+                    if name != "_modules":
+                        vars(module)[name] = self.fake(each)
+            return value
+        if isinstance(value, dict):
+            return type(value)((key, self.fake(each)) for key, each in value.items())
+        if isinstance(value, (list, tuple)):
+            made = [self.fake(each) for each in value]
+            return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+        if type(value).__module__.startswith("genarm_fast.kernels"):  # a prepared linear, say
+            for name in getattr(type(value), "__slots__", None) or list(vars(value)):
+                setattr(value, name, self.fake(getattr(value, name)))
+        return value
+
+    @contextmanager
+    def model(self, model: GenARM):
+        """The model with all weights on the fake device; it is not to be used on the CPU afterwards."""
+        found = {tuple(map(id, members)): selfcheck.entries_of(members) for members in _groups(model)}
+        for member in model.members:
+            member.watch, member.given = None, False
+            for each in {id(m): m for m in (member.model, member.shared, member.runner)}.values():
+                self.fake(each)
+
+        def entries(members: Any) -> Any:
+            known = found[tuple(map(id, members))]
+            return [entry and entry._replace(device=CUDA) for entry in known]
+
+        model._engine = None
+        with patch.object(selfcheck, "entries_of", entries), patch.object(workspace, "entries_of", entries):
+            yield model
+
+
+def _groups(model: GenARM) -> list[Any]:
+    return [runner.members for runner in model.engine().executor.runners]
+
+
+def _outside(function: Any) -> Any:
+    """The function as the host's own, whose tensors are real."""
+
+    def call(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return call
