@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 if TYPE_CHECKING:
     from genarm_fast import GenARM
 
+CUDA_IS_AVAILABLE, ACCELERATOR_IS_AVAILABLE = torch.cuda.is_available, torch.accelerator.is_available
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("against_reference")
 
@@ -75,3 +76,24 @@ def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
     positions = Batch.response_positions
     monkeypatch.setattr(Batch, "response_positions", lambda self, width: positions(self, width) + (len(self) > 1))
+
+
+@pytest.fixture(scope="session", autouse=True)  # before any module's models are made
+def on_the_cpu() -> Iterator[None]:
+    """Tests mean the CPU unless they name a device, on a machine with a GPU too: nothing finds one by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.accelerator, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked `gpu` find what is there; processes that other tests start find nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("gpu"):
+            patch.setattr(torch.cuda, "is_available", CUDA_IS_AVAILABLE)
+            patch.setattr(torch.accelerator, "is_available", ACCELERATOR_IS_AVAILABLE)
+        else:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
