@@ -260,6 +260,11 @@ class GenARM:
         return Request(index, prompt, ids, params, weights, stop_ids)
 
     @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the caches that calls have left for the next one."""
+        return 0 if self._engine is None else self._engine.workspace.bytes
+
+    @property
     def drafters(self) -> list[str]:
         """Names for `Speculation`: members, if not all of them run in one forward, n-grams, the draft model."""
         names = (name for drafter in self.engine().drafters for name in drafter.names)
@@ -308,14 +313,3 @@ def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
     if len(params) != count:
         raise ValueError(f"sampling_params: {expected}, got {len(params)}")
     return list(params)
-
-
-def generate(
-    base: Source,
-    arms: Source | ARM | Sequence[Source | ARM],
-    prompts: Any,
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    **overrides: Any,
-) -> list[GenerationOutput]:
-    """Load, generate, forget: `GenARM.from_pretrained(base, arms).generate(prompts, sampling_params, **overrides)`."""
-    return GenARM.from_pretrained(base, arms).generate(prompts, sampling_params, **overrides)
