@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from genarm_fast.engine.engine import Engine, EngineConfig
 from genarm_fast.engine.scoring import score_responses
+from genarm_fast.engine.selfcheck import self_check_policy
 from genarm_fast.engine.sequence import Request, output_of
 from genarm_fast.engine.stream import Stream, failure
 from genarm_fast.models.arm import ARM, as_arms
@@ -104,6 +105,7 @@ class GenARM:
         """
         _limits(max_batch_size, cache_bytes)
         as_speculation(speculation)
+        self_check_policy()
         specs = as_arms(arms)
         sources = (base, *(spec.model for spec in specs), draft_model)
         if model_kwargs and not any(isinstance(source, (str, os.PathLike)) for source in sources):
