@@ -39,7 +39,7 @@ def generate(
         base, arms: as in `GenARM.from_pretrained`. Given models are not kept alive.
         prompts, sampling_params, progress: as in `GenARM.generate`; an ARM's own weight counts where these have none.
         keywords: options of `GenARM.from_pretrained`, its `model_kwargs` as a mapping; and fields of `SamplingParams`
-            to replace. `speculation` is the call's. Other options than before need another model in memory.
+            to replace. Other options than before load another model, but for `speculation` and `warm_up`.
 
     Raises:
         TypeError: a keyword that is neither, before any work.

@@ -33,7 +33,7 @@ OPTIONS = {  # of loading, with their defaults
     for name, parameter in inspect.signature(GenARM.from_pretrained).parameters.items()
     if name not in ("base", "arms")
 }
-OF_A_CALL = ("speculation",)  # options that a call may have as well, so that they need no model of their own
+OF_A_CALL = ("speculation", "warm_up")  # options that can be had later, so that they need no model of their own
 VALUES = (str, bytes, int, float, type(None), torch.dtype, torch.device)  # options that are known by their value
 
 
@@ -43,6 +43,7 @@ class Slot:
     def __init__(self, key: Any) -> None:
         self.key, self.lock = key, Lock()
         self.model: GenARM | None = None
+        self.warm = False
         self.weights = 0  # bytes of weights that nobody else holds
         self.given: list[ModelState] = []
         self.folders: dict[str, Any] = {}
@@ -83,12 +84,15 @@ class KeptModels:
         with slot.lock:
             model = None if slot.model is None or slot.changed() else slot.model
             if model is None:
-                slot.model = None  # its memory is free for the new one
+                slot.model, slot.warm = None, False  # its memory is free for the new one
                 try:
                     model = self._load(slot, base, specs, options)
                 except BaseException:
                     self._drop(slot)
                     raise
+            elif options.get("warm_up") and not slot.warm:
+                model.warm_up()
+            slot.warm = slot.warm or bool(options.get("warm_up"))
         return model
 
     def clear(self) -> None:

@@ -22,6 +22,7 @@ class Cuda(Device):
     """Work is queued and the host goes on. Streams of other devices than CUDA's (an ARM on the CPU) block."""
 
     lag = 1
+    launches_to_capture = WARM_UP + 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +31,7 @@ class Cuda(Device):
         self.calls: Counter[Any] = Counter()
         self.graphs: dict[Any, Graph] = {}
         self.eager: set[WorkStream] = set()  # what cannot be captured
+        self.most_graphs = MOST_GRAPHS
 
     def stream(self, device: torch.device) -> WorkStream:
         if device.type != "cuda":
@@ -102,6 +104,9 @@ class Cuda(Device):
         for key in [key for key in self.graphs if key[0] == stream]:
             del self.graphs[key]
 
+    def keep_graphs(self) -> None:
+        self.most_graphs = max(MOST_GRAPHS, len(self.graphs))
+
     def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
         return min(power_of_two(rows), slots), min(power_of_two(max(kv_bound, SHORTEST)), capacity)
 
@@ -121,7 +126,7 @@ class Cuda(Device):
     def finish(self) -> None:
         for stream in self.streams:
             stream.synchronize()
-        for key in list(self.graphs)[:-MOST_GRAPHS]:
+        for key in list(self.graphs)[: -self.most_graphs]:
             del self.graphs[key]
 
 

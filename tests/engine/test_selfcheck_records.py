@@ -75,9 +75,11 @@ def test_lanes_have_a_record_of_their_own(tokenizer, folder, checks):
         for weights in (0.0, 1.0):
             model.generate([5, 6], max_new_tokens=2, weights=weights)
     assert len(checks) == len(list(folder.glob("*.json"))) == 1
-    lane = member(base, tokenizer)
-    assert selfcheck.entries_of([lane])
+    assert selfcheck.entries_of([member(base, tokenizer)])
     assert len(checks) == 2
+    other = GenARM.from_pretrained(base, [adapted(share_weights(base), r=2)], tokenizer=tokenizer)
+    assert selfcheck.entries_of(other.members)
+    assert len(checks) == 3
 
 
 CHANGES = {
@@ -104,7 +106,10 @@ def test_what_the_model_is_made_of_is_in_the_key(tokenizer):
     other.config._attn_implementation = "eager"
     assert key(other, tokenizer) not in (plain, *keys.values())
     other = build_model("llama", 0)
-    other.model.layers[0].self_attn.scaling *= 2
+    other.model.layers[0].self_attn.num_key_value_groups += 1
+    assert key(other, tokenizer) != plain
+    other = build_model("llama", 0)
+    other.config.sliding_window = 5
     assert key(other, tokenizer) != plain
 
 
