@@ -6,14 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genarm_fast.api import GenARM, generate
+    from genarm_fast.api import GenARM
     from genarm_fast.errors import GenerationError
+    from genarm_fast.functional import generate, release, stream
     from genarm_fast.models.arm import ARM
     from genarm_fast.outputs import GenerationOutput
     from genarm_fast.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["ARM", "GenARM", "GenerationError", "GenerationOutput", "SamplingParams", "__version__", "generate"]
+__all__ = [
+    "ARM",
+    "GenARM",
+    "GenerationError",
+    "GenerationOutput",
+    "SamplingParams",
+    "__version__",
+    "generate",
+    "release",
+    "stream",
+]
 
 # Imported on first use: transformers takes seconds.
 _MODULES = {
@@ -22,7 +33,9 @@ _MODULES = {
     "GenerationError": "errors",
     "GenerationOutput": "outputs",
     "SamplingParams": "params",
-    "generate": "api",
+    "generate": "functional",
+    "release": "functional",
+    "stream": "functional",
 }
 
 

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from genarm_fast.engine.engine import Engine, EngineConfig
 from genarm_fast.engine.requests import RequestMaker
 from genarm_fast.engine.scoring import score_responses
+from genarm_fast.engine.selfcheck import self_check_policy
 from genarm_fast.engine.sequence import Request, output_of
 from genarm_fast.engine.stream import Stream, failure
+from genarm_fast.engine.warm_up import warm_up as warm_up_engine
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
@@ -82,6 +84,7 @@ class GenARM:
         cache_bytes: int | None = None,
         speculation: str | Speculation = "auto",
         draft_model: ModelSource | None = None,
+        warm_up: bool = False,
         **model_kwargs: Any,
     ) -> GenARM:
         """Load the members. Adapters of a model that is loaded already share its weights.
@@ -101,6 +104,7 @@ class GenARM:
             speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
                 `Speculation`. It never changes a token.
             draft_model: a small model of the base's kind that only proposes tokens: as base.
+            warm_up: call `warm_up` with its defaults.
 
         Raises:
             ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a kind of model
@@ -109,6 +113,9 @@ class GenARM:
         """
         _limits(max_batch_size, cache_bytes)
         as_speculation(speculation)
+        self_check_policy()
+        if not isinstance(warm_up, bool):
+            raise TypeError(f"warm_up={warm_up!r}: expected True or False")
         specs = as_arms(arms)
         sources = (base, *(spec.model for spec in specs), draft_model)
         if model_kwargs and not any(isinstance(source, (str, os.PathLike)) for source in sources):
@@ -124,13 +131,11 @@ class GenARM:
         }
         templates: dict[str, Any] = {"prompt_template": prompt_template, "chat_template": chat_template}
         members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
-        return cls(
-            members,
-            max_batch_size=max_batch_size,
-            cache_bytes=cache_bytes,
-            speculation=speculation,
-            draft_model=draft,
-        )
+        limits: dict[str, Any] = {"max_batch_size": max_batch_size, "cache_bytes": cache_bytes}
+        model = cls(members, **limits, speculation=speculation, draft_model=draft)
+        if warm_up:
+            model.warm_up()
+        return model
 
     @property
     def arm_names(self) -> list[str]:
@@ -214,6 +219,29 @@ class GenARM:
             cache_bytes=cache_bytes,
         )
 
+    def warm_up(
+        self,
+        *,
+        batch_sizes: int | Sequence[int] = 1,
+        prompt_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        speculation: str | Speculation | None = None,
+    ) -> None:
+        """Do beforehand what a first request would wait for: self-check, caches, memory pages, graphs, kernels.
+
+        Args:
+            batch_sizes: how many requests will be decoded together; one number or several.
+            prompt_tokens, max_new_tokens: of the longest request; None: 128, or what the narrowest context takes.
+            speculation: what requests will ask for, instead of the model's own.
+
+        Raises:
+            TypeError, ValueError: before any work; and for a model that fails the self-check.
+            MemoryError: the caches for such requests take more than there is, or than cache_bytes.
+            RuntimeError: requests are running.
+        """
+        plan = self._speculation(speculation)
+        warm_up_engine(self.engine(), self.prepare, plan, batch_sizes, prompt_tokens, max_new_tokens)
+
     def release(self) -> None:
         """Free the caches and graphs that calls leave for the next one, which take at most as much as the weights."""
         if self._engine is not None:
@@ -225,6 +253,11 @@ class GenARM:
     ) -> list[Request]:
         """Checked and tokenised requests; raises before any work. See `generate`."""
         return self._requests.make(prompts, sampling_params, **overrides)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the caches that calls have left for the next one."""
+        return 0 if self._engine is None else self._engine.workspace.bytes
 
     @property
     def drafters(self) -> list[str]:
@@ -264,14 +297,3 @@ def _limits(max_batch_size: int, cache_bytes: int | None) -> tuple[int, int | No
     if cache_bytes is not None:
         cache_bytes = check_integer("cache_bytes", cache_bytes, "an integer >= 1 or None", 1)
     return rows, cache_bytes
-
-
-def generate(
-    base: ModelSource,
-    arms: ModelSource | ARM | Sequence[ModelSource | ARM],
-    prompts: Any,
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    **overrides: Any,
-) -> list[GenerationOutput]:
-    """Load, generate, forget: `GenARM.from_pretrained(base, arms).generate(prompts, sampling_params, **overrides)`."""
-    return GenARM.from_pretrained(base, arms).generate(prompts, sampling_params, **overrides)

@@ -18,6 +18,8 @@ LAYERS = [  # each may import what stands below it, and itself
     {"cli"},
     {"demo", "jobs", "train", "bench", "integrations"},
     {"__init__"},
+    {"functional"},
+    {"kept"},
     {"api"},
     {"engine"},
     {"models", "speculation"},

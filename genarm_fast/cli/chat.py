@@ -137,7 +137,7 @@ def _typed_lines() -> Iterator[str]:
     """Lines typed at a terminal, with their history from earlier chats."""
     import readline  # gives input() its line editing
 
-    from genarm_fast.demo.assets import cache_dir
+    from genarm_fast.utils.records import cache_dir
 
     history = cache_dir() / "chat_history"
     readline.set_history_length(HISTORY_LINES)

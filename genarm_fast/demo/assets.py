@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from genarm_fast.demo import smollm2
+from genarm_fast.utils.records import cache_dir
 
 NAME = "SmolLM2-135M-Instruct"
 MANIFEST = "genarm_demo.json"  # in the model folder: what it was made from, and the size of each file
@@ -24,11 +25,6 @@ DISK_BYTES = 600 << 20  # wheel 93 MB, GGUF 98 MB, safetensors 271 MB, and some 
 ARMS = Path(__file__).parent / "arms"
 
 _console = Console(stderr=True, highlight=False)
-
-
-def cache_dir() -> Path:
-    """Where the base is kept: $GENARM_FAST_CACHE, or ~/.cache/genarm_fast."""
-    return Path(os.environ.get("GENARM_FAST_CACHE") or "~/.cache/genarm_fast").expanduser()
 
 
 def base(hub_id: str | None = None) -> Path:

@@ -30,6 +30,7 @@ class Device:
     """Every piece of work runs when it is launched. A stream is no more than the device that it is on."""
 
     lag = 0  # steps that the host may read behind
+    launches_to_capture = 0  # of one key, until `repeat` has a graph of it; 0: it never has
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -65,6 +66,11 @@ class Device:
 
     def forget(self, stream: WorkStream) -> None:
         """Drop what `repeat` keeps of a stream, since it holds addresses of memory that is freed."""
+
+    @contextmanager
+    def keeping_graphs(self) -> Iterator[None]:
+        """Graphs of what repeats inside are kept for good: requests will need them."""
+        yield
 
     def mark(self, stream: WorkStream) -> Any:
         """A point in time, when all that `stream` was given before is done."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Cuda(Device):
     """Work is queued and the host goes on. Streams of other devices than CUDA's (an ARM on the CPU) block."""
 
     lag = 1
+    launches_to_capture = WARM_UP + 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +32,7 @@ class Cuda(Device):
         self.calls: Counter[Any] = Counter()
         self.graphs: dict[Any, Graph] = {}
         self.eager: set[WorkStream] = set()  # what cannot be captured
+        self.most_graphs = MOST_GRAPHS
 
     def stream(self, device: torch.device) -> WorkStream:
         if device.type != "cuda":
@@ -97,7 +100,7 @@ class Cuda(Device):
                 warnings.warn(f"a forward runs without a CUDA graph, since it can't be captured: {error}", stacklevel=2)
                 self.eager.add(stream)
                 return function(*inputs)
-            for old in list(self.graphs)[:-MOST_GRAPHS]:  # none of them runs: a capture waits for the device
+            for old in list(self.graphs)[: -self.most_graphs]:  # none of them runs: a capture waits for the device
                 del self.graphs[old]
         self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
         return graph(*inputs)
@@ -107,6 +110,14 @@ class Cuda(Device):
             del self.graphs[key]
         for key in [key for key in self.calls if key[0] == stream]:
             del self.calls[key]
+
+    @contextmanager
+    def keeping_graphs(self) -> Iterator[None]:
+        self.most_graphs = sys.maxsize
+        try:
+            yield
+        finally:
+            self.most_graphs = max(MOST_GRAPHS, len(self.graphs))
 
     def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
         return min(power_of_two(rows), slots), min(power_of_two(max(kv_bound, SHORTEST)), capacity)

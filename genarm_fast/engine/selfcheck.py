@@ -2,11 +2,13 @@
 
 What a model's attention does besides calling transformers' attention function, and where it takes positions from, no
 config says. So rows of unequal length are prefilled, fed a block, rolled back and fed another: 4 forwards of at most
-8 tokens, once for each model and set of lanes. Longer windows than that, and what sets in after them, are not seen.
+8 tokens. Longer windows than that, and what sets in after them, are not seen. The verdict is about code and shapes: a
+model that was found right is not compared again, in this process or, by a record on disk, in a later one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,10 +18,16 @@ from torch import Tensor, nn
 
 from genarm_fast.device.base import no_autocast, out_of_memory
 from genarm_fast.engine.model_runner import ModelRunner, model_of
+from genarm_fast.engine.verdict_key import verdict_key
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.member import Member
 from genarm_fast.models.weights import share_weights
+from genarm_fast.params import check_integer
+from genarm_fast.utils.records import read_record, write_record
 
+SETTING = "GENARM_FAST_SELFCHECK"
+WIDEST = 1 << 20  # heads, or numbers of a head, that a record may speak of
+POLICIES = ("once", "always", "never")  # once: the default
 LENGTH = 8
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}  # in standard deviations of the logits
 COARSE = 0.15  # bfloat16; and quantised models, which may round by what else is in the batch
@@ -40,22 +48,78 @@ def entries_of(members: Sequence[Member]) -> list[Entry | None]:
     found = _found.setdefault(model_of(members), {})
     lanes = tuple(member.lane for member in members)
     if lanes not in found:
-        runner = ModelRunner(members)
-        runner.refresh()
-        runner.discover(3, LENGTH)
-        wrong: dict[int, float] = dict.fromkeys(range(len(members)), 0.0)
-        for seed in range(TRIES):
-            errors = deviations(members, runner, seed)
-            wrong = {i: errors[i] for i in wrong if not errors[i] <= allowed(members[i], errors[i], seed)}
-            if not wrong:
-                break
-        else:
-            i, error = next(iter(wrong.items()))
-            raise ValueError(
-                f"{refusal(members[i])} (they are {error:.2g} standard deviations off), so that it can't be run"
-            )
-        found[lanes] = [layer.entry for layer in runner.layers]
+        policy = self_check_policy()
+        key = None if policy == "always" else verdict_key(members)
+        entries = None if key is None else _recorded(key, members[0])
+        if entries is None:
+            entries = _discovered(members) if policy == "never" else _checked(members)
+            if key is not None and policy == "once":
+                _record(key, members[0], entries)
+        found[lanes] = entries
     return found[lanes]
+
+
+def self_check_policy() -> str:
+    """When models are compared, from the environment. Raises ValueError for another word than there are."""
+    policy = os.environ.get(SETTING) or POLICIES[0]
+    if policy not in POLICIES:
+        raise ValueError(f"{SETTING}={policy!r}: expected one of {', '.join(POLICIES)}")
+    return policy
+
+
+def _checked(members: Sequence[Member]) -> list[Entry | None]:
+    """After a comparison of all members."""
+    runner = _runner(members)
+    wrong: dict[int, float] = dict.fromkeys(range(len(members)), 0.0)
+    for seed in range(TRIES):
+        errors = deviations(members, runner, seed)
+        wrong = {i: errors[i] for i in wrong if not errors[i] <= allowed(members[i], errors[i], seed)}
+        if not wrong:
+            return [layer.entry for layer in runner.layers]
+    i, error = next(iter(wrong.items()))
+    raise ValueError(f"{refusal(members[i])} (they are {error:.2g} standard deviations off), so that it can't be run")
+
+
+def _discovered(members: Sequence[Member]) -> list[Entry | None]:
+    """After one token of each, which is compared with nothing."""
+    runner = _runner(members)
+    zeros = torch.zeros(len(members), 1, 1, dtype=torch.long)
+    runner.prefill(zeros, zeros, [0], 1, range(len(members)))
+    return [layer.entry for layer in runner.layers]
+
+
+def _runner(members: Sequence[Member]) -> ModelRunner:
+    """One whose layers find out what they cache when they first run."""
+    runner = ModelRunner(members)
+    runner.refresh()
+    runner.discover(3, LENGTH)
+    return runner
+
+
+def _record(key: str, member: Member, entries: list[Entry | None]) -> None:
+    lines = [None if e is None else [e.heads, *e.widths, str(e.dtype).removeprefix("torch.")] for e in entries]
+    if all(entry is None or entry.device == member.device for entry in entries):
+        write_record("selfcheck", key, {"model": type(member.model).__name__, "layers": lines})
+
+
+def _recorded(key: str, member: Member) -> list[Entry | None] | None:
+    """What a record says, None where there is none that makes sense."""
+    layers = (read_record("selfcheck", key) or {}).get("layers")
+    count = member.model.config.get_text_config().num_hidden_layers
+    if not isinstance(layers, list) or len(layers) != count:
+        return None
+    try:
+        return [None if layer is None else _entry(*layer, device=member.device) for layer in layers]
+    except (TypeError, ValueError):
+        return None
+
+
+def _entry(heads: object, keys: object, values: object, dtype: object, *, device: torch.device) -> Entry:
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: expected a name of torch's")
+    sizes = [check_integer("entry", size, "an integer >= 1", 1, high=WIDEST) for size in (heads, keys, values)]
+    return Entry(sizes[0], (sizes[1], sizes[2]), kind, device)
 
 
 def token_bytes(members: Sequence[Member]) -> int:

@@ -21,6 +21,7 @@ class Workspace:
         self.slots = self.capacity = 0
         self.generation = 0  # counts how often everything in the caches was dropped
         self.failure: BaseException | None = None  # why the last growth fell short
+        self.warm: float = 0  # bytes that are kept in any case, since `warm_up` made them
 
     def holds(self, members: Iterable[int], capacity: int) -> bool:
         """Whether these members' caches are there, with so many tokens a slot."""
@@ -85,7 +86,7 @@ class Workspace:
 
     def trim(self) -> None:
         """A run has ended: keep the caches for the next one, unless they take more than the weights."""
-        if self.bytes > self.most:
+        if self.bytes > max(self.most, self.warm):
             self.free()
 
     def free(self) -> None:

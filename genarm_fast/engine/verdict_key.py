@@ -1,0 +1,146 @@
+"""What the verdict of the self-check depends on, as a hash: code, shapes and settings, but no numbers in weights.
+
+Left out is what no model of transformers does: attention that computes otherwise because of what is in its weights, or
+because of an environment variable that its own code reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import genarm_fast.kernels as kernels
+from genarm_fast.models.member import Member
+
+PACKAGE = Path(__file__).parents[1]
+SOURCES = ("__init__.py", "models/*.py", "device/*.py", "engine/model_runner.py", "engine/selfcheck.py")
+SIMPLE = (bool, int, float, str, type(None))  # attributes of a module that may say how it computes
+PACKAGES = ("transformers", "peft", "flash-attn", "bitsandbytes")
+
+
+def verdict_key(members: Sequence[Member]) -> str | None:
+    """64 hex digits for members of one forward; 20 ms for SmolLM2-135M, next to 1.8 s of the check.
+
+    Returns:
+        None where it is not known what code runs: hooks, a forward of a module's own, a class without a file, weights
+        on several devices. Such a model is checked each time.
+    """
+    parts: list[Any] = [_library(), _machine(members[0].device), [member.lane for member in members]]
+    for member in members:
+        described = _described(member.model)
+        if described is None:
+            return None
+        parts.append(described)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _described(model: Any) -> list[Any] | None:
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    if len({tensor.device for tensor in tensors.values()}) != 1:
+        return None
+    shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()]
+    modules: list[Any] = []
+    kinds: dict[type, None] = {}
+    for name, module in model.named_modules():
+        own = vars(module)
+        if "forward" in own or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        kinds[type(module)] = None
+        simple = {key: value for key, value in own.items() if isinstance(value, SIMPLE) and key != "training"}
+        adapter = [repr(own.get(key)) for key in ("scaling", "merged_adapters", "_active_adapter")]
+        modules.append((name, type(module).__qualname__, simple, adapter))
+    classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if not _known_by_version(base))
+    files = {_file(each.__module__) for each in classes}
+    if None in files:
+        return None
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    attention = model.config._attn_implementation
+    codes = [(each.__module__, each.__qualname__, *_codes(vars(each).values())) for each in classes]
+    return [
+        *(repr(config), attention, _codes([ALL_ATTENTION_FUNCTIONS.get(attention, None)])),
+        *(shapes, modules, codes, sorted(_digest(file) for file in files if file)),
+    ]
+
+
+def _known_by_version(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc")
+
+
+def _file(module: str) -> str | None:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return file if file and Path(file).is_file() else None
+
+
+def _codes(values: Iterable[Any]) -> list[str]:
+    """Hashes of functions and of those that they call by a global name: one may be replaced while its file stays."""
+    found: list[str] = []
+    for value in values:
+        for function in _functions(value):
+            names = function.__code__.co_names
+            called = [function.__globals__[name] for name in names if name in function.__globals__]
+            helpers = [each for other in called for each in _functions(other)]
+            found += [_code(each.__code__) for each in (function, *helpers)]
+    return found
+
+
+def _functions(value: Any) -> Iterator[FunctionType]:
+    """A function, and what it wraps; nothing for any other kind of object."""
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    while isinstance(value, FunctionType):
+        yield value
+        value = vars(value).get("__wrapped__")
+
+
+@cache
+def _code(code: CodeType) -> str:
+    constants = [_code(each) if isinstance(each, CodeType) else _constant(each) for each in code.co_consts]
+    parts = (code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, constants)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _constant(value: Any) -> str:
+    """The same in every process: the order of a set is not."""
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
+@cache
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+@cache
+def _library() -> list[Any]:
+    """Our own code, and the versions of what it runs on."""
+    files = [path for pattern in SOURCES for path in PACKAGE.glob(pattern)]
+    files += [path for pattern in ("**/*.py", "*.so") for path in Path(inspect.getfile(kernels)).parent.glob(pattern)]
+    return [
+        [_digest(str(path)) for path in sorted(files)],
+        *(sys.version, torch.__version__, torch.version.cuda),
+        *(_version(name) for name in PACKAGES),
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine(device: torch.device) -> list[Any]:
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    core = kernels._native.core
+    return [device.type, kind, core is not None, torch.get_float32_matmul_precision()]

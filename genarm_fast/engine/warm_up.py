@@ -1,0 +1,143 @@
+"""What a first request would do besides its own work, done before it: caches, memory pages, graphs, kernels.
+
+Short requests that nobody asked for go the way of all requests. What they do not reach, forwards at other lengths of
+the cache and with other numbers of drafts, is launched by itself on devices that capture graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import Any
+
+import torch
+
+from genarm_fast.engine.engine import Engine
+from genarm_fast.engine.sequence import Request
+from genarm_fast.params import SamplingParams, check_integer
+from genarm_fast.speculation.config import OFF, Speculation
+
+TOKENS = 3  # that a request generates before it is taken out; 128 would take seconds and show nothing new
+DEFAULT_LENGTH = 128  # of prompts and of responses
+# Filters, log-probabilities and rewards have kernels of their own on a GPU.
+VARIED: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1, "rewards": True}
+
+
+def warm_up(
+    engine: Engine,
+    prepare: Callable[..., list[Request]],
+    speculation: Speculation,
+    batch_sizes: int | Sequence[int],
+    prompt_tokens: int | None,
+    max_new_tokens: int | None,
+) -> None:
+    """Make an engine ready for batches up to these sizes, of requests up to this length that weigh every ARM.
+
+    prepare: makes requests of prompts and parameters. speculation: what requests will ask for.
+
+    Raises:
+        TypeError, ValueError: for the limits, before any work; for a model that the engine can't run.
+        MemoryError: caches for them take more than there is, or than cache_bytes.
+        RuntimeError: requests are running.
+    """
+    sizes = _sizes(batch_sizes, engine.config.max_batch_size)
+    prompt, new = _lengths(engine, prompt_tokens, max_new_tokens)
+    params = SamplingParams(weights=1.0, max_new_tokens=new, ignore_eos=True, seed=0)
+    kinds = [(params, OFF)]
+    if engine.executor.device.launches_to_capture:  # kernels are compiled at their first call there
+        kinds.append((params.override(**VARIED), OFF))
+        if speculation.most:
+            kinds += [(params, Speculation(each.names[0], speculation.most)) for each in engine.drafters]
+    vocab_size = engine.steps.sampler.vocab_size
+    prompts = [[(row + i) % vocab_size for i in range(prompt)] for row in range(sizes[0])]
+    requests = {(size, k): prepare(prompts[:size], kinds[k][0]) for size in sizes for k in range(len(kinds))}
+    longest, workspace = prompt + new + speculation.most, engine.workspace
+    kept, workspace.warm = workspace.warm, inf  # what ends meanwhile frees nothing
+    try:
+        with engine.executor.device.keeping_graphs():
+            _reserve(engine, sizes[0], longest, drafting=speculation.most > 0)
+            for (_, k), group in requests.items():
+                _run(engine, group, kinds[k][1])
+            _launch(engine, sizes[0], longest, speculation.most)
+        kept = max(kept, workspace.bytes)
+    finally:
+        workspace.warm = kept
+
+
+def _sizes(batch_sizes: Any, most: int) -> list[int]:
+    """The largest first, so that all others find what they need."""
+    given = batch_sizes if isinstance(batch_sizes, Sequence) else [batch_sizes]
+    expected = f"integers in 1..{most}, which is max_batch_size"
+    sizes = {check_integer("batch_sizes", size, expected, 1, high=most) for size in given}
+    if not sizes:
+        raise ValueError(f"batch_sizes={batch_sizes!r}: expected {expected}, at least one")
+    return sorted(sizes, reverse=True)
+
+
+def _lengths(engine: Engine, prompt_tokens: int | None, max_new_tokens: int | None) -> tuple[int, int]:
+    """Tokens of prompts and of responses; by default as many as the narrowest context takes, up to 128 of each."""
+    context = min((member.context for member in engine.executor.members if member.context), default=2 * DEFAULT_LENGTH)
+    if max_new_tokens is None:
+        max_new_tokens = min(DEFAULT_LENGTH, context // 2)
+    new = check_integer("max_new_tokens", max_new_tokens, "None or an integer >= 1", 1)
+    if prompt_tokens is None:
+        prompt_tokens = max(min(DEFAULT_LENGTH, context - new), 1)
+    prompt = check_integer("prompt_tokens", prompt_tokens, "None or an integer >= 1", 1)
+    if prompt + new > context:
+        raise ValueError(
+            f"prompt_tokens={prompt}, max_new_tokens={new}: expected at most {context} tokens, the context"
+        )
+    return prompt, new
+
+
+@torch.inference_mode()
+def _reserve(engine: Engine, slots: int, capacity: int, *, drafting: bool) -> None:
+    """Have the caches, which also checks models that were not checked before."""
+    executor, workspace = engine.executor, engine.workspace
+    members = {m for m in range(len(executor.members)) if drafting or m != executor.draft_model}
+    with engine.turns.take():
+        if engine.scheduler.placed:
+            raise RuntimeError("warm_up: expected no requests that are running")
+        executor.refresh()
+        workspace.reserve(members, slots, capacity, 0, engine.config.cache_bytes)
+    if workspace.slots < slots or not workspace.holds(members, capacity):
+        limit = engine.config.cache_bytes
+        taken = slots * capacity * workspace.token_bytes(members)
+        why = "out of memory" if limit is None else f"expected at most cache_bytes={limit:,}"
+        raise MemoryError(f"{slots} x {capacity} tokens take {taken:,} bytes of cache: {why}") from workspace.failure
+
+
+def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> None:
+    sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, speculation)]
+    with engine.run(sequences) as run:
+        for _ in run:
+            if all(sequence.ended or len(sequence.tokens) >= TOKENS for sequence in sequences):
+                break
+    for sequence in sequences:
+        if sequence.error is not None:
+            raise sequence.error
+
+
+@torch.inference_mode()
+def _launch(engine: Engine, rows: int, longest: int, drafts: int) -> None:
+    """Write to every page of the caches, and have graphs of every shape that a forward of all lanes may have."""
+    executor, device = engine.executor, engine.executor.device
+    with engine.turns.take():
+        if engine.scheduler.placed:
+            raise RuntimeError("warm_up: expected no requests that are running")
+        engine.scheduler.forget_prompts()
+        for slot in engine.scheduler.free_slots():
+            executor.clear(slot)
+        for g, runner in enumerate(executor.runners):
+            if not (runner.slots and runner.on_one_device and device.launches_to_capture):
+                continue
+            lanes = list(range(len(runner.members)))
+            widths = 1 if executor.draft_model in executor.groups[g] else 1 + drafts
+            counts = {device.shape(n, runner.slots, 1, runner.capacity)[0] for n in range(1, rows + 1)}
+            bounds = {device.shape(1, runner.slots, n, runner.capacity)[1] for n in range(1, longest + 1)}
+            for count, bound, width in ((n, b, w) for n in counts for b in bounds for w in range(1, widths + 1)):
+                positions = torch.arange(width).expand(len(lanes), count, width)
+                inputs = [device.upload(each, runner.stream) for each in (torch.zeros_like(positions), positions)]
+                for _ in range(device.launches_to_capture):
+                    executor.launch(runner.stream, "warm up", runner.forward, *inputs, list(range(count)), bound, lanes)
+        device.finish()

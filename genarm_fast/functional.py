@@ -1,0 +1,110 @@
+"""`genarm_fast.generate` and `genarm_fast.stream`: functions that load a model once and keep it for their next call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from genarm_fast.api import GenARM
+from genarm_fast.engine.stream import Stream
+from genarm_fast.kept import OPTIONS, KeptModels
+from genarm_fast.models.arm import ARM, as_arms
+from genarm_fast.models.hub import Source
+from genarm_fast.outputs import GenerationOutput
+from genarm_fast.params import SamplingParams
+
+_SAMPLING = {field.name: field.default for field in fields(SamplingParams)}
+_kept = KeptModels()
+
+
+def generate(
+    base: Source | nn.Module,
+    arms: Source | nn.Module | ARM | Sequence[Source | nn.Module | ARM],
+    prompts: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    progress: bool = False,
+    **keywords: Any,
+) -> list[GenerationOutput]:
+    """Guided completions, one output per prompt in order. The first call loads the model; later ones find it loaded.
+
+    Numbers of a given model that were changed in place count in the next call. A given model whose modules, adapters
+    or memory changed is taken up anew, and a folder whose files changed is loaded anew. A hub id is looked up once.
+
+    Args:
+        base, arms: as in `GenARM.from_pretrained`. Given models are not kept alive.
+        prompts, sampling_params, progress: as in `GenARM.generate`; an ARM's own weight counts where these have none.
+        keywords: options of `GenARM.from_pretrained`, its `model_kwargs` as a mapping; and fields of `SamplingParams`
+            to replace. Other options than before load another model, but for `speculation` and `warm_up`.
+
+    Raises:
+        TypeError: a keyword that is neither, before any work.
+        TypeError, ValueError, FileNotFoundError, GenerationError: as from the two methods.
+    """
+    model, params, overrides = _prepare(base, arms, sampling_params, keywords)
+    return model.generate(prompts, params, progress=progress, **overrides)
+
+
+def stream(
+    base: Source | nn.Module,
+    arms: Source | nn.Module | ARM | Sequence[Source | nn.Module | ARM],
+    prompts: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    **keywords: Any,
+) -> Stream:
+    """One prompt or several, as their tokens come: see `GenARM.stream`. Arguments and errors as in `generate`."""
+    model, params, overrides = _prepare(base, arms, sampling_params, keywords)
+    return model.stream(prompts, params, **overrides)
+
+
+def release() -> None:
+    """Forget every model that `generate` and `stream` keep. What still runs is freed at its end."""
+    _kept.clear()
+
+
+def _prepare(base: Any, arms: Any, params: Any, keywords: dict[str, Any]) -> tuple[GenARM, Any, dict[str, Any]]:
+    """The model; and the sampling parameters and keywords for its methods."""
+    unknown = sorted(set(keywords) - set(OPTIONS) - set(_SAMPLING))
+    if unknown:
+        raise TypeError(
+            f"unknown argument {unknown[0]!r}: expected an option of loading ({', '.join(OPTIONS)}) or a sampling"
+            f" parameter ({', '.join(_SAMPLING)})"
+        )
+    options = {name: value for name, value in keywords.items() if name in OPTIONS}
+    overrides = {name: value for name, value in keywords.items() if name in _SAMPLING}
+    overrides["speculation"] = options.pop("speculation", None)
+    specs = as_arms(arms)
+    model = _kept.get(base, specs, options)
+    if overrides.get("weights") is None:
+        overrides.pop("weights", None)
+        own = tuple(float(spec.weight) for spec in specs)
+        if own != tuple(arm.weight for arm in model.arms):  # it was loaded with others
+            params = _weighed(params, own)
+    return model, params, overrides
+
+
+def _weighed(params: Any, weights: tuple[float, ...]) -> Any:
+    """Sampling parameters with these weights where they have none; anything else is refused later."""
+    if params is None:
+        return SamplingParams(weights=weights)
+    if isinstance(params, SamplingParams):
+        return params.override(weights=weights) if params.weights is None else params
+    if isinstance(params, Sequence):
+        return [each if each is None else _weighed(each, weights) for each in params]
+    return params
+
+
+def _shown(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature with each keyword by its name, for `help` and editors."""
+    own = list(inspect.signature(function).parameters.values())[:-1]
+    names = OPTIONS | _SAMPLING
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in names.items()]
+    return inspect.Signature([*own, *more], return_annotation=inspect.signature(function).return_annotation)
+
+
+for _function in (generate, stream):
+    vars(_function)["__signature__"] = _shown(_function)

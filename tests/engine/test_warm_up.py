@@ -1,0 +1,186 @@
+"""After `warm_up` a request finds everything there: no check, no caches to make, nothing to capture."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from against_reference import random_prompts
+from cuda_driver import OnCpuTensors, cuda_driver
+from doubles import engines_on
+from tiny_models import build_model
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine import selfcheck
+from genarm_fast.engine.model_runner import ModelRunner
+from genarm_fast.models.kv_cache import RaggedLayer
+from genarm_fast.speculation.config import Speculation
+
+PARAMS = SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True)
+
+
+@pytest.fixture
+def fresh(tokenizer):
+    """A new GenARM each time, whose models no test before has checked."""
+    models = build_model("llama", 0), build_model("llama", 1)
+    return lambda **options: GenARM.from_pretrained(*models, tokenizer=tokenizer, max_batch_size=4, **options)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """How often something was made or checked."""
+    counts: Counter[str] = Counter()
+
+    def count(owner, name):
+        function = getattr(owner, name)
+
+        def counted(*args):
+            counts[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    for owner, name in ((ModelRunner, "reserve"), (RaggedLayer, "allocate"), (selfcheck, "deviations")):
+        count(owner, name)
+    return counts
+
+
+def requests(model, **options):
+    """Of every batch size up to 3, with short and long prompts."""
+    found = []
+    for count in (1, 2, 3, 1):
+        prompts = random_prompts(random.Random(count), count, 40)
+        found.append([output.token_ids for output in model.generate(prompts, PARAMS, **options)])
+    return found
+
+
+@pytest.mark.parametrize("speculation", ["off", "auto", Speculation("arm", 3), Speculation("ngram", 2)])
+def test_no_request_makes_anything(fresh, work, speculation):
+    cold = fresh()
+    expected = requests(cold)
+    assert min(work[name] for name in ("reserve", "allocate", "deviations")) > 0
+    model = fresh()
+    model.warm_up(batch_sizes=[3, 1], prompt_tokens=40, max_new_tokens=60, speculation=speculation)
+    before = work.copy()
+    assert requests(model, speculation=speculation) == expected
+    assert work == before
+    model.generate([5] * 80, PARAMS)  # longer than announced
+    assert work != before
+
+
+def test_at_load(fresh, work):
+    model = fresh(warm_up=True)
+    before = work.copy()
+    assert before["deviations"] > 0
+    model.generate([5] * 100, max_new_tokens=100)
+    assert work == before
+
+
+def test_caches_are_kept_though_they_are_larger_than_the_weights(fresh, work, monkeypatch):
+    monkeypatch.setattr("genarm_fast.engine.workspace.LEAST", 0)
+    model = fresh()
+    model.warm_up(batch_sizes=3, prompt_tokens=100, max_new_tokens=150)
+    workspace = model.engine().workspace
+    assert workspace.bytes > workspace.most
+    before = work.copy()
+    model.generate([[5], [6]], PARAMS)
+    assert work == before
+    assert workspace.bytes == workspace.warm
+    model.generate([[5] * 20 for _ in range(4)], max_new_tokens=200)  # more than that is not kept
+    assert workspace.bytes == 0
+
+
+def test_every_page_of_the_caches_is_written_to(fresh, monkeypatch):
+    allocate = RaggedLayer.allocate
+
+    def untouched(layer, entry):
+        allocate(layer, entry)
+        layer.keys.fill_(7.0)
+        layer.values.fill_(7.0)
+
+    monkeypatch.setattr(RaggedLayer, "allocate", untouched)
+    model = fresh()
+    model.warm_up(batch_sizes=2)
+    states = [each for runner in model.engine().executor.runners for each in runner._states()]
+    assert len(states) == 8
+    assert not any(each.count_nonzero() for each in states)
+
+
+def test_it_teaches_the_tuner_nothing(fresh):
+    """Random tokens say nothing about drafts."""
+    model = fresh(speculation="auto")
+    model.warm_up()
+    assert not any(stats["steps"] for stats in model.tuners.stats())
+
+
+@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 2), Speculation("ngram", 2), "auto"])
+def test_no_request_captures_anything_on_cuda(fresh, work, monkeypatch, speculation):
+    """Also with more graphs than are kept otherwise."""
+    monkeypatch.setattr("genarm_fast.device.cuda.MOST_GRAPHS", 4)
+    expected = requests(fresh())
+    model = fresh()
+    with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
+        model.warm_up(batch_sizes=3, prompt_tokens=40, max_new_tokens=60, speculation=speculation)
+        captures, calls, before = len(log.of("capture")), device.calls.copy(), work.copy()
+        assert captures >= 3 * 2 > 4
+        assert requests(model, speculation=speculation) == expected
+        assert len(log.of("capture")) == captures == len(device.graphs)
+        assert device.calls == calls
+        assert work == before
+        assert log.of("replay")
+
+
+def test_a_draft_model_on_cuda(tokenizer):
+    models = [build_model("llama", seed) for seed in range(3)]
+    options = {"tokenizer": tokenizer, "max_batch_size": 4, "draft_model": models[2]}
+    model = GenARM.from_pretrained(*models[:2], **options)
+    with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
+        plan = Speculation("draft_model", 2)
+        model.warm_up(batch_sizes=3, prompt_tokens=40, max_new_tokens=60, speculation=plan)
+        captures = len(log.of("capture"))
+        requests(model, speculation=plan)
+        assert len(log.of("capture")) == captures == len(device.graphs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_sizes": 5}, ValueError, r"batch_sizes=5: expected integers in 1\.\.4, which is max_batch_size"),
+        ({"batch_sizes": [1, 2.5]}, TypeError, r"batch_sizes=2.5: expected integers in 1\.\.4"),
+        ({"batch_sizes": []}, ValueError, r"batch_sizes=\[\]: expected .*, at least one"),
+        ({"prompt_tokens": 0}, ValueError, "prompt_tokens=0: expected None or an integer >= 1"),
+        ({"max_new_tokens": "9"}, TypeError, "max_new_tokens='9': expected None or an integer >= 1"),
+        ({"prompt_tokens": 200, "max_new_tokens": 57}, ValueError, "expected at most 256 tokens, the context"),
+        ({"speculation": "on"}, ValueError, "speculation='on': expected"),
+    ],
+)
+def test_refused_before_any_work(fresh, work, arguments, error, message):
+    with pytest.raises(error, match=message):
+        fresh().warm_up(**arguments)
+    assert not work["reserve"] + work["deviations"]
+
+
+def test_other_refusals(fresh, monkeypatch):
+    with pytest.raises(TypeError, match="warm_up=1: expected True or False"):
+        fresh(warm_up=1)
+    model = fresh(cache_bytes=100_000)
+    with pytest.raises(MemoryError, match=r"4 x 256 tokens take .* of cache: expected at most cache_bytes=100,000"):
+        model.warm_up(batch_sizes=4)
+    model.cache_bytes = None
+    with model.stream([5, 6], PARAMS) as stream:
+        next(stream)
+        with pytest.raises(RuntimeError, match="warm_up: expected no requests that are running"):
+            model.warm_up()
+        assert len(list(stream)) == 59
+    model.warm_up(batch_sizes=4)
+    monkeypatch.setattr(selfcheck, "deviations", lambda members, *_: [9.0] * len(members))
+    with pytest.raises(ValueError, match="does not give the same logits over a static cache"):
+        fresh().warm_up()
+
+
+def test_narrow_contexts(tiny_model, tokenizer):
+    model = GenARM.from_pretrained(tiny_model(max_position_embeddings=16), tokenizer=tokenizer, warm_up=True)
+    assert len(model.generate([5] * 8, max_new_tokens=8, ignore_eos=True)[0].token_ids) == 8
+    assert torch.is_inference_mode_enabled() is False
