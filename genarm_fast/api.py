@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -287,7 +287,7 @@ class GenARM:
             raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {known}")
         return plan
 
-    def expand_weights(self, weights: float | Sequence[float] | None) -> tuple[float, ...]:
+    def expand_weights(self, weights: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
         """One weight per ARM; None for their defaults. Raises as `SamplingParams` does for wrong ones."""
         return self._requests.expand_weights(weights)
 

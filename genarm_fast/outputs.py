@@ -33,8 +33,8 @@ class Completion:
     """One sampled continuation.
 
     text: decoded, without the stop string that ended it. token_ids: all generated ids, stop token included.
-    finish_reason: "stop" (see stop_reason), "length", or "cancelled" (a stream closed early). stop_reason: the stop
-    string, the stop or end-of-sequence token id, or None.
+    finish_reason: "stop" (see stop_reason), "length", "time" (max_time is over), or "cancelled" (closed early).
+    stop_reason: the stop string, the stop or end-of-sequence token id, or None.
     seed: what reproduces it. weights: the ARM weights that each token was drawn with.
     """
 

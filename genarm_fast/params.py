@@ -16,22 +16,27 @@ LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which all arithmetic on scor
 class SamplingParams:
     """Sampling parameters of one request.
 
-    Order of effects, as in Hugging Face and vLLM: combine members, repetition penalty, logit bias, `min_new_tokens`,
-    `logits_processors`, temperature, top-k, top-p, min-p, sample. All of them act on the normalised log-probabilities
-    of the combination. None means the default, for every parameter.
+    Order of effects, as in Hugging Face and vLLM: combine members, repetition, frequency and presence penalty, logit
+    bias and tokens that are ruled out, `logits_processors`, temperature, top-k, top-p, min-p, sample. All of them act
+    on the normalised log-probabilities of the combination. None means the default, for every parameter.
 
     Args:
-        weights: one weight per ARM (the paper's 1/β), any finite real; a number stands for every ARM; None takes each
-            ARM's own default weight.
+        weights: one weight per ARM (the paper's 1/β), any finite real; a number stands for every ARM; names with
+            numbers set these ARMs' alone; None takes each ARM's own default weight.
         temperature: T in p ∝ exp((log π_base + Σ w_i log π_arm_i)/T); 0 is greedy, ties go to the lowest token id.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: drop tokens below min_p times the largest probability, in [0, 1].
         max_new_tokens: at most so many tokens are generated.
         min_new_tokens: end-of-sequence and stop token ids are impossible before so many tokens.
+        max_time: seconds after which the text ends where it is, with finish_reason "time"; from the call on, with the
+            time that the request waits.
+        priority: requests with a larger one are given slots first; each waiting one is overtaken 64 times at most.
         stop: strings that end the text; they are not part of it, wherever token borders fall.
+        include_stop_str_in_output: the text ends with the stop string, or the text of the stop token, that ended it.
         stop_token_ids: token ids that end the text, besides the model's own end-of-sequence ids.
         ignore_eos: do not stop at the end-of-sequence ids.
+        skip_special_tokens: leave special tokens out of the text; they are in `token_ids` either way.
         seed: 0..2**64-1. The same request with the same seed gives the same tokens in any batch. None draws one, and
             the output reports it.
         n: number of completions of the prompt.
@@ -39,29 +44,41 @@ class SamplingParams:
             guided distribution at this temperature (T = 1 when greedy), after penalties and before top-k/top-p/min-p.
         rewards: report log π_arm of every generated token, per ARM.
         repetition_penalty: the log-probability of a token seen in prompt or output is multiplied by it.
+        frequency_penalty: subtracted from the log-probability of a token for each time that it is in the output.
+        presence_penalty: subtracted once, if it is there at all.
         logit_bias: token id → number added to its combined log-probability; -inf bans it.
+        allowed_token_ids: no other tokens are possible, stop tokens neither; None for all.
+        suppress_tokens: token ids that are impossible.
         logits_processors: Hugging Face `LogitsProcessor`s or callables `(input_ids [1, t], scores [1, V]) -> scores`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
     """
 
-    weights: float | Sequence[float] | None = None
+    weights: float | Sequence[float] | Mapping[str, float] | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     max_new_tokens: int = 128
     min_new_tokens: int = 0
+    max_time: float | None = None
+    priority: int = 0
     stop: str | Sequence[str] = ()
+    include_stop_str_in_output: bool = False
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
     rewards: bool = False
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    suppress_tokens: Sequence[int] = ()
     logits_processors: Sequence[Callable[..., Any]] = field(default=())
 
     def __post_init__(self) -> None:
@@ -76,12 +93,15 @@ class SamplingParams:
             "min_p": _real("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0),
             "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, "an integer >= 1", 1),
             "min_new_tokens": check_integer("min_new_tokens", self.min_new_tokens, "an integer >= 0", 0),
+            "max_time": None
+            if self.max_time is None
+            else _real("max_time", self.max_time, "seconds > 0", 0.0, open_low=True),
+            "priority": check_integer("priority", self.priority, "an integer", -(2**31), high=2**31),
             "stop": _texts("stop", self.stop),
-            "stop_token_ids": tuple(
-                check_integer("stop_token_ids", token, "token ids >= 0", 0)
-                for token in _items("stop_token_ids", self.stop_token_ids, "a list of token ids")
-            ),
+            "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
+            "stop_token_ids": _tokens("stop_token_ids", self.stop_token_ids),
             "ignore_eos": _flag("ignore_eos", self.ignore_eos),
+            "skip_special_tokens": _flag("skip_special_tokens", self.skip_special_tokens),
             "seed": _optional("seed", self.seed, "an integer in 0..2**64-1", 0, high=MAX_SEED),
             "n": check_integer("n", self.n, "an integer >= 1", 1),
             "logprobs": _optional("logprobs", self.logprobs, "None or an integer >= 0", 0),
@@ -89,7 +109,13 @@ class SamplingParams:
             "repetition_penalty": _real(
                 "repetition_penalty", self.repetition_penalty, "a finite number > 0", 0.0, open_low=True
             ),
+            "frequency_penalty": _real("frequency_penalty", self.frequency_penalty, "a finite number", -math.inf),
+            "presence_penalty": _real("presence_penalty", self.presence_penalty, "a finite number", -math.inf),
             "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias),
+            "allowed_token_ids": None
+            if self.allowed_token_ids is None
+            else _tokens("allowed_token_ids", self.allowed_token_ids),
+            "suppress_tokens": _tokens("suppress_tokens", self.suppress_tokens),
             "logits_processors": _items("logits_processors", self.logits_processors, "a list of callables"),
         }
         for name, value in checked.items():
@@ -98,6 +124,8 @@ class SamplingParams:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens}: expected at most max_new_tokens={self.max_new_tokens}"
             )
+        if self.allowed_token_ids == ():
+            raise ValueError("allowed_token_ids=(): expected a token id at least, or None for all")
         for processor in self.logits_processors:
             if not callable(processor):
                 raise TypeError(f"logits_processors: expected callables, got {processor!r}")
@@ -110,8 +138,15 @@ class SamplingParams:
         return replace(self, **overrides)
 
 
-def check_weights(weights: object, count: int | None = None) -> float | tuple[float, ...]:
-    """Finite ARM weights: a number for all ARMs, or one for each of `count` ARMs."""
+Weights = float | tuple[float, ...] | dict[str, float]  # for all ARMs, one for each, or those of some by name
+
+
+def check_weights(weights: object, count: int | None = None) -> Weights:
+    """Finite ARM weights: a number for all ARMs, one for each of `count` ARMs, or numbers by name."""
+    if isinstance(weights, Mapping):
+        if not all(isinstance(name, str) for name in weights):
+            raise TypeError(f"weights={weights!r}: expected names of ARMs as keys")
+        return dict(zip(weights, _weights(weights, weights.values())))
     if isinstance(weights, Real) and not isinstance(weights, bool):
         values: tuple[Any, ...] = (weights,)
     elif isinstance(weights, Sequence) and not isinstance(weights, str):
@@ -119,26 +154,39 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[fl
     elif hasattr(weights, "tolist"):  # tensors and arrays
         return check_weights(weights.tolist(), count)
     else:
-        raise TypeError(f"weights={weights!r}: expected a number or a sequence of numbers")
-    for value in values:
-        if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
-            raise ValueError(f"weights={weights!r}: expected finite numbers, got {value!r}")
+        raise TypeError(f"weights={weights!r}: expected a number, a sequence of numbers, or numbers by name")
+    checked = _weights(weights, values)
     if isinstance(weights, Real):
-        return float(weights)
+        return checked[0]
     if count is not None and len(values) != count:
         expected = f"{count} number{'s' * (count != 1)}, one per ARM"
         raise ValueError(f"weights={weights!r}: expected {expected}, got {len(values)}")
-    return tuple(float(value) for value in values)
+    return checked
 
 
-def weights_per_arm(weights: object, arms: int) -> tuple[float, ...]:
-    """One finite weight for each ARM; a single number stands for all of them.
+def _weights(weights: object, values: Iterable[Any]) -> tuple[float, ...]:
+    checked = tuple(values)
+    for value in checked:
+        if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
+            raise ValueError(f"weights={weights!r}: expected finite numbers, got {value!r}")
+    return tuple(map(float, checked))
+
+
+def weights_per_arm(weights: object, names: Sequence[str], others: Sequence[float]) -> tuple[float, ...]:
+    """One finite weight for each ARM of these names. A single number stands for all of them.
+
+    others: weights of ARMs that weights by name leave out.
 
     Raises:
         ValueError, TypeError: naming the weights and what was expected.
     """
-    checked = check_weights(weights, arms)
-    return checked if isinstance(checked, tuple) else (checked,) * arms
+    checked = check_weights(weights, len(names))
+    if isinstance(checked, dict):
+        if unknown := [name for name in checked if name not in names]:
+            known = ", ".join(map(repr, names)) or "no name, since there is no ARM"
+            raise ValueError(f"weights: {unknown[0]!r}: expected {known}")
+        return tuple(checked.get(name, other) for name, other in zip(names, others))
+    return checked if isinstance(checked, tuple) else (checked,) * len(names)
 
 
 def check_integer(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int:
@@ -181,6 +229,12 @@ def _items(name: str, value: Any, expected: str) -> tuple[Any, ...]:
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
         raise TypeError(f"{name}={value!r}: expected {expected}")
     return tuple(value)
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(
+        check_integer(name, token, "token ids >= 0", 0) for token in _items(name, value, "a list of token ids")
+    )
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

@@ -121,7 +121,11 @@ def generate(
     min_new_tokens: int = 0,
     stop_token_ids: Sequence[int] = (),
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
     logit_bias: Mapping[int, float] | None = None,
+    allowed_token_ids: Sequence[int] | None = None,
+    suppress_tokens: Sequence[int] = (),
     logits_processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
     vocab_size: int | None = None,
 ) -> ReferenceOutput:
@@ -149,8 +153,12 @@ def generate(
         seen = [*prompts[0], *output.tokens]
         penalised = sorted({token for token in seen if token < width})
         scores[penalised] *= repetition_penalty  # log-probabilities are never positive
+        for token in set(output.tokens):
+            scores[token] -= frequency_penalty * output.tokens.count(token) + presence_penalty
         for token, bias in (logit_bias or {}).items():
             scores[token] += bias
+        ruled_out = set() if allowed_token_ids is None else set(range(width)) - set(allowed_token_ids)
+        scores[sorted(ruled_out | set(suppress_tokens))] = -torch.inf
         if position < min_new_tokens:
             scores[list(stop_token_ids)] = -torch.inf
         for processor in logits_processors:

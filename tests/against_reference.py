@@ -71,5 +71,9 @@ def random_params(rng: random.Random, arms: int) -> dict[str, Any]:
         "stop_token_ids": maybe([rng.randrange(2, 300) for _ in range(30)], []),
         "ignore_eos": maybe(True, False),
         "repetition_penalty": maybe(rng.uniform(0.7, 1.8), 1.0),
+        "frequency_penalty": maybe(rng.choice([1.5, -0.5]), 0.0),
+        "presence_penalty": maybe(rng.choice([2.0, -1.0]), 0.0),
         "logit_bias": maybe({rng.randrange(300): rng.choice([3.0, -2.0, -torch.inf]) for _ in range(4)}, None),
+        "allowed_token_ids": maybe(rng.sample(range(2, 300), 120), None),
+        "suppress_tokens": maybe([rng.randrange(2, 300) for _ in range(9)], []),
     }

@@ -72,14 +72,19 @@ def parse_field(field: Field[Any], text: str) -> Any:
         raise ValueError(f"{field.name}={text!r}: expected {expected}") from None
 
 
-def numbers(text: str) -> float | tuple[float, ...]:
-    """`1.5` → 1.5, for every ARM; `1,0.5` or `1 0.5` → one number each."""
+def numbers(text: str) -> float | tuple[float, ...] | dict[str, float]:
+    """`1.5` → 1.5, for every ARM; `1,0.5` or `1 0.5` → one number each; `kind=1,terse=0.5` → these ARMs' numbers."""
+    parts = [part.rpartition("=") for part in text.replace(",", " ").split()]
+    named = [bool(sign) for _, sign, _ in parts]
     try:
-        values = tuple(float(part) for part in text.replace(",", " ").split())
+        values = tuple(float(number) for *_, number in parts)
     except ValueError:
         values = ()
-    if not values or not all(map(math.isfinite, values)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number, or one per ARM separated by commas")
+    if not values or not all(map(math.isfinite, values)) or any(named) != all(named):
+        expected = "a finite number, or one per ARM separated by commas, or NAME=W for some ARMs"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    if all(named):
+        return {name: value for (name, *_), value in zip(parts, values)}
     return values if len(values) > 1 else values[0]
 
 
@@ -101,9 +106,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "int": {"type": int, "metavar": "N"},
     "int | None": {"type": int, "metavar": "N"},
     "float": {"type": float, "metavar": "X"},
-    "float | Sequence[float] | None": {"type": numbers, "metavar": "W[,W...]"},
+    "float | None": {"type": float, "metavar": "X"},
+    "float | Sequence[float] | Mapping[str, float] | None": {"type": numbers, "metavar": "W[,W...]"},
     "str | Sequence[str]": {"action": "append", "type": unescaped, "metavar": "TEXT"},
     "Sequence[int]": {"action": "append", "type": int, "metavar": "ID"},
+    "Sequence[int] | None": {"action": "append", "type": int, "metavar": "ID"},
     "Mapping[int, float] | None": {"action": "append", "type": _bias, "metavar": "ID=BIAS"},
 }
 

@@ -65,7 +65,7 @@ class Engine:
     def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
         """Queue a request; returns its sequences, which grow in place while the engine steps."""
         sequences = request.sequences(self.tokenizer, speculation)
-        self.turns.ask(lambda: self.scheduler.waiting.extend(sequences))
+        self.turns.ask(lambda: self.scheduler.enqueue(sequences))
         return sequences
 
     def abort(self, sequences: list[Sequence]) -> None:
@@ -128,13 +128,17 @@ class Engine:
         try:
             if self._idle and self.scheduler:
                 self._begin()
-            advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
+            expired = self.scheduler.expired()
+            for sequence in expired:
+                sequence.finish("time")
+                self.scheduler.leave(sequence)
+            advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
             self._prefill()
             if due := self.scheduler.due(self.config.max_batch_size):
                 advanced += self.executor.launch(self.executor.main, "step", self._decode, due)
             self._deliver(advanced)
         except BaseException as error:
-            self._fail(error, [each for each in advanced if each.error is not None])
+            self._fail(error, [each for each in advanced if each.ended])
             raise
         return advanced
 
@@ -206,12 +210,12 @@ class Engine:
             self.workspace.trim()
             self._idle = True
 
-    def _fail(self, error: BaseException, refused: list[Sequence]) -> None:
+    def _fail(self, error: BaseException, ended: list[Sequence]) -> None:
         """A step was cut short: nobody knows what the caches hold, so all that have a slot fail.
 
-        refused: sequences to which the same step gave an error before, so that their runs hear of it.
+        ended: sequences that the same step ended before, so that their runs hear of it.
         """
-        failed = [*refused, *self.scheduler.placed]
+        failed = [*ended, *self.scheduler.placed]
         for sequence in failed:
             if not sequence.ended:
                 sequence.error = RuntimeError(f"the step that decoded it failed: {type(error).__name__}: {error}")
@@ -244,7 +248,7 @@ class Run:
         for sequence in sequences:
             sequence.stepwise = stepwise
             engine._news[sequence.id] = self._news
-        engine.turns.ask(lambda: engine.scheduler.waiting.extend(sequences))
+        engine.turns.ask(lambda: engine.scheduler.enqueue(sequences))
 
     def __iter__(self) -> Run:
         return self

@@ -1,7 +1,8 @@
 """What changes scores between the combination of the members and the temperature.
 
-`logit_bias` and `min_new_tokens` are numbers that the kernel adds while it reads the logits. A repetition penalty needs
-normalised log-probabilities, and processors are Python: their sequences take the slower way of `adjusted_scores`.
+`logit_bias`, `min_new_tokens` and tokens that are ruled out are numbers that the kernel adds while it reads the logits.
+Penalties depend on the tokens so far, and processors are Python: their sequences take the slower way of
+`adjusted_scores`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import torch
 from torch import Tensor
 
 from genarm_fast.engine.sequence import Sequence
+from genarm_fast.params import SamplingParams
 
 
 def needs_host(sequence: Sequence) -> bool:
     """Whether its next token depends on tokens that the host has to know first."""
     params = sequence.request.params
-    return bool(params.repetition_penalty != 1.0 or params.logits_processors)
+    return bool(penalised(params) or params.logits_processors)
+
+
+def penalised(params: SamplingParams) -> bool:
+    """Whether tokens that were there before are less likely, or more."""
+    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
 def bans_stop(sequence: Sequence, length: int) -> bool:
@@ -36,55 +43,64 @@ def bias_tensor(sequences: list[Sequence], lengths: list[int], vocab_size: int) 
 
     lengths: tokens of each response so far.
     """
-    rows = [dict(sequence.request.params.logit_bias or {}) for sequence in sequences]
+    each = [sequence.request.params for sequence in sequences]
+    rows = [{**(params.logit_bias or {}), **dict.fromkeys(params.suppress_tokens, -torch.inf)} for params in each]
     for row, sequence, length in zip(rows, sequences, lengths):
         if bans_stop(sequence, length):
             row.update(dict.fromkeys((t for t in sequence.request.stop_ids if t < vocab_size), -torch.inf))
-    if not any(rows):
+    if not any(rows) and all(params.allowed_token_ids is None for params in each):
         return None
     bias = torch.zeros(len(rows), vocab_size)
-    for r, row in enumerate(rows):
-        bias[r, list(row)] = torch.tensor(list(row.values()))
+    for r, (row, params) in enumerate(zip(rows, each)):
+        if params.allowed_token_ids is not None:
+            bias[r] = -torch.inf
+            bias[r, list(params.allowed_token_ids)] = 0.0
+        bias[r, list(row)] += torch.tensor(list(row.values()))
     return bias
 
 
 class SeenTokens:
-    """Which tokens each sequence has in its prompt or response, kept from step to step."""
+    """How often each sequence has a token in its response, and whether in prompt or response; from step to step."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._known: WeakKeyDictionary[Sequence, tuple[Tensor, int]] = WeakKeyDictionary()
 
-    def mask(self, sequence: Sequence, drafted: list[int], device: torch.device) -> Tensor:
-        """bool [V], with `drafted` tokens that may follow."""
-        prompt = sequence.request.token_ids[0]
-        mask, count = self._known.get(sequence, (torch.zeros(self.vocab_size, dtype=torch.bool, device=device), 0))
-        total = len(prompt) + len(sequence.tokens)
-        self._mark(mask, sequence.text_of(0, count, total))
-        self._known[sequence] = mask, total
+    def counts(self, sequence: Sequence, drafted: list[int], device: torch.device) -> Tensor:
+        """float32 [2, V], with `drafted` tokens that may follow: times in the response, and in prompt and response."""
+        if sequence not in self._known:
+            new = torch.zeros(2, self.vocab_size, device=device)
+            self._count(new[1:], sequence.request.token_ids[0])
+            self._known[sequence] = new, 0
+        counts, known = self._known[sequence]
+        self._count(counts, sequence.tokens[known:])
+        self._known[sequence] = counts, len(sequence.tokens)
         if drafted:
-            mask = mask.clone()
-            self._mark(mask, drafted)
-        return mask
+            counts = counts.clone()
+            self._count(counts, drafted)
+        return counts
 
-    def _mark(self, mask: Tensor, tokens: list[int]) -> None:
-        known = [token for token in tokens if token < self.vocab_size]
-        if known:
-            mask[torch.tensor(known).to(mask.device)] = True
+    def _count(self, counts: Tensor, tokens: list[int]) -> None:
+        known = torch.tensor([token for token in tokens if token < self.vocab_size], dtype=torch.int64)
+        if len(known):
+            counts += torch.bincount(known, minlength=self.vocab_size).to(counts.device)
 
 
 def adjusted_scores(
     sequences: list[Sequence], drafted: list[list[int]], scores: Tensor, bias: Tensor | None, seen: SeenTokens
 ) -> Tensor:
-    """Repetition penalty, bias, processors on log-probabilities float32 [R, V] after the drafted tokens.
+    """Penalties, bias, processors on log-probabilities float32 [R, V] after the drafted tokens.
 
     A sequence whose processor fails gets its `error` set; the others go on.
     """
-    penalties = [sequence.request.params.repetition_penalty for sequence in sequences]
-    if any(penalty != 1.0 for penalty in penalties):
-        masks = torch.stack([seen.mask(each, tokens, scores.device) for each, tokens in zip(sequences, drafted)])
-        factors = torch.tensor(penalties, dtype=scores.dtype).to(scores.device)[:, None]
-        scores = torch.where(masks, scores * factors, scores)  # log-probabilities are never positive
+    params = [sequence.request.params for sequence in sequences]
+    if any(map(penalised, params)):
+        counts = [seen.counts(each, tokens, scores.device) for each, tokens in zip(sequences, drafted)]
+        generated, everywhere = torch.stack(counts, dim=1)
+        penalties = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
+        repetition, frequency, presence = torch.tensor(penalties).to(scores).T[..., None]
+        scores = torch.where(everywhere > 0, scores * repetition, scores)  # log-probabilities are never positive
+        scores = scores - frequency * generated - presence * (generated > 0)
     if bias is not None:
         scores = scores + bias
     stages = max(len(sequence.request.params.logits_processors) for sequence in sequences)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +53,15 @@ class RequestMaker:
         return Request(index, prompt, ids, params, weights, frozenset(params.stop_token_ids) | special | eos)
 
     def _check_tokens(self, params: SamplingParams) -> None:
-        for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
-            for token in tokens:
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "suppress_tokens"):
+            for token in getattr(params, name) or ():
                 if token >= self.vocab_size:
                     raise ValueError(f"{name}: token id {token}: expected less than {self.vocab_size}")
         if (params.logprobs or 0) > self.vocab_size:
             raise ValueError(f"logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary")
 
-    def expand_weights(self, weights: float | Sequence[float] | None) -> tuple[float, ...]:
-        """One weight per ARM: None for their defaults, one number for all of them.
+    def expand_weights(self, weights: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
+        """One weight per ARM: None for their defaults, one number for all of them, or numbers by name.
 
         Raises:
             ValueError, TypeError: not one finite number per ARM (or one for all).
@@ -69,7 +69,7 @@ class RequestMaker:
         arms = self.members[1:]
         if weights is None:
             return tuple(arm.weight for arm in arms)
-        return weights_per_arm(weights, len(arms))
+        return weights_per_arm(weights, [arm.name for arm in arms], [arm.weight for arm in arms])
 
 
 def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:

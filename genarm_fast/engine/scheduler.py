@@ -12,6 +12,7 @@ from genarm_fast.engine.sequence import Sequence
 
 CHUNK_TOKENS = 512  # of all sequences together, prefilled between two steps
 WORTH_COPYING = 8  # tokens
+MOST_OVERTAKEN = 64  # sequences of higher priority that may come before one that waits, so that it does not starve
 
 
 class Chunk(NamedTuple):
@@ -49,6 +50,24 @@ class Scheduler:
     def active(self) -> list[Sequence]:
         """Placed sequences that somebody waits for."""
         return [sequence for sequence in self.placed if not sequence.held]
+
+    def enqueue(self, sequences: list[Sequence]) -> None:
+        """Let sequences wait, those of a higher priority before others that were not overtaken too often."""
+        for sequence in sequences:
+            place = len(self.waiting)
+            while place and self._overtakes(sequence, self.waiting[place - 1]):
+                place -= 1
+                self.waiting[place].overtaken += 1
+            self.waiting.insert(place, sequence)
+
+    def _overtakes(self, sequence: Sequence, other: Sequence) -> bool:
+        higher = sequence.request.params.priority > other.request.params.priority
+        return higher and other.overtaken < MOST_OVERTAKEN
+
+    def expired(self) -> list[Sequence]:
+        """Sequences whose time is over."""
+        now = time.perf_counter()
+        return [each for each in (*self.waiting, *self.placed) if each.deadline is not None and now >= each.deadline]
 
     def free_slots(self) -> list[int]:
         """Slots without a sequence, the highest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,7 @@ class Sequence:
     unread: int = 0
     stepwise: bool = False
     held: bool = False
+    overtaken: int = 0  # how many sequences of higher priority have come before it in the queue
     slot: int = -1  # none
     cached: list[int] = field(default_factory=list)
     donor: Sequence | None = None
@@ -104,8 +106,10 @@ class Sequence:
     advanced: float | None = None
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer)
-        self._stops = StopStrings(self.request.params.stop)
+        params = self.request.params
+        self._detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self.deadline = None if params.max_time is None else time.perf_counter() + params.max_time
 
     @property
     def wants_logprobs(self) -> bool:
@@ -162,6 +166,8 @@ class Sequence:
         if params.rewards:
             self.rewards.append(sampled.member_logprobs[1:])
         if sampled.token in self.request.stop_ids:
+            if params.include_stop_str_in_output:
+                self._show(self._detokenizer.push(sampled.token))
             self.finish("stop", sampled.token)
         else:
             self._show(self._detokenizer.push(sampled.token))

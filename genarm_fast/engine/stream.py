@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from types import TracebackType
@@ -74,8 +75,10 @@ class Stream:
             news = sequence.text[characters:], sequence.tokens[tokens:], sequence.used_weights[tokens:]
             self._chunks.append(StreamChunk(*news, index, sequence.finish_reason))
 
-    def set_weights(self, weights: float | Many[float], index: int | None = None) -> None:
+    def set_weights(self, weights: float | Many[float] | Mapping[str, float], index: int | None = None) -> None:
         """Use other ARM weights from the next token on, for one prompt or for all of them; from any thread.
+
+        Weights by name change these ARMs' alone.
 
         In the middle of a step they count from the step after it; each chunk says what its tokens were drawn with.
 
@@ -83,12 +86,13 @@ class Stream:
             ValueError, TypeError: not one finite number per ARM (or one for all).
             IndexError: no such prompt.
         """
-        expanded = weights_per_arm(weights, len(self._arm_names))
         count = len(self._sequences)
         if index is not None and not 0 <= index < count:
             raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
-        for sequence in self._sequences if index is None else [self._sequences[index]]:
-            self._engine.steer(sequence, expanded)
+        chosen = self._sequences if index is None else [self._sequences[index]]
+        expanded = [weights_per_arm(weights, self._arm_names, sequence.weights) for sequence in chosen]
+        for sequence, own in zip(chosen, expanded):
+            self._engine.steer(sequence, own)
 
     @property
     def outputs(self) -> list[GenerationOutput]:

@@ -8,7 +8,7 @@ over the common vocabulary, in float32; Hugging Face's temperature, top-k, top-p
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
 from genarm_fast.models.vocabulary import common_vocabulary
-from genarm_fast.params import check_integer, weights_per_arm
+from genarm_fast.params import check_integer, check_weights, weights_per_arm
 from genarm_fast.text.prompts import as_prompts, encode_prompt, left_padded
 
 PADDING = -1  # in place of a token that is masked
@@ -50,7 +50,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         base: nn.Module,
         arms: str | os.PathLike[str] | nn.Module | ARM | Sequence[str | os.PathLike[str] | nn.Module | ARM],
         *,
-        weights: float | Sequence[float] | None = None,
+        weights: float | Sequence[float] | Mapping[str, float] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_token_id: int | None = None,
         dtype: str | torch.dtype = "auto",
@@ -59,13 +59,17 @@ class GenARMLogitsProcessor(LogitsProcessor):
         if not isinstance(base, nn.Module):
             raise TypeError(f"base={base!r}: expected the loaded model that generates")
         specs = as_arms(arms)
-        self._weights = weights_per_arm([spec.weight for spec in specs] if weights is None else weights, len(specs))
+        if weights is not None:
+            check_weights(weights, len(specs))
         if pad_token_id is not None:
             pad_token_id = check_integer("pad_token_id", pad_token_id, "a token id >= 0", 0)
         self._pad_token_id = pad_token_id
         device = next(base.parameters()).device if device is None else device
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": None, "quantization_config": None}
         self.members, _ = load_members(base, specs, tokenizer=tokenizer, **loading)
+        self._weights = tuple(arm.weight for arm in self.members[1:])
+        if weights is not None:
+            self.weights = weights
         self.vocab_size = common_vocabulary(self.members)
         self._readers = [_Reader(member) for member in self.members[1:]]
         self._prompts: list[tuple[Tensor, Tensor]] | None = None
@@ -75,8 +79,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         return self._weights
 
     @weights.setter
-    def weights(self, weights: float | Sequence[float]) -> None:
-        self._weights = weights_per_arm(weights, len(self._readers))
+    def weights(self, weights: float | Sequence[float] | Mapping[str, float]) -> None:
+        self._weights = weights_per_arm(weights, [arm.name for arm in self.members[1:]], self._weights)
 
     @property
     def pad_token_id(self) -> int | None:

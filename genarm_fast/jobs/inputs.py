@@ -1,7 +1,7 @@
 """The input file of a batch job.
 
 Each line is an object with `prompt` (text, chat messages or token ids), optionally `id` (any JSON value, by default the
-line number) and any field of SamplingParams.
+line number) and any field of SamplingParams but `max_time` and `priority`, by which bytes would depend on the machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from genarm_fast.params import SamplingParams, check_weights
 from genarm_fast.text.prompts import Prompt, as_prompts
 from genarm_fast.utils.jsonlines import dumps, located, read_objects
 
-FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")  # what JSON can express
+# What JSON can express, and what does not make an answer depend on the time of day.
+DEFAULTS = {
+    field.name: field.default
+    for field in fields(SamplingParams)
+    if field.name not in ("logits_processors", "max_time", "priority")
+}
+FIELDS = tuple(DEFAULTS)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,9 @@ class JobRequest:
 
     def head(self, setup: str) -> dict[str, Any]:
         """What its output line begins with: `setup` stands for the models, `request` for prompt and parameters."""
-        parameters = {name: getattr(self.params, name) for name in FIELDS}
+        # Fields at their default do not count, so that a job outlives a version with more fields.
+        values = {name: getattr(self.params, name) for name in FIELDS}
+        parameters = {name: value for name, value in values.items() if value != DEFAULTS[name]}
         return {"id": self.id, "setup": setup, "request": digest([self.prompt, parameters])}
 
 

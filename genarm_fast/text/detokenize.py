@@ -10,9 +10,9 @@ REPLACEMENT = "\ufffd"  # what a decoder makes of an unfinished UTF-8 sequence
 CHARACTER = 4  # bytes of one at most, and so tokens
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """Text of all tokens at once, special tokens left out."""
-    text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    """Text of all tokens at once; special tokens are left out unless asked for."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)  # a list of texts for lists of lists only
     return text
 
@@ -24,8 +24,8 @@ class Detokenizer:
     together with the new tokens, and what they add is the new text. It is held back while it ends inside a character.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.ids: list[int] = []
         self.start = self.read = 0  # ids[start:read] is the piece before, which gives the context
 
@@ -52,19 +52,22 @@ class Detokenizer:
         return text
 
     def _unread(self, end: int | None = None) -> str:
-        context = decode(self.tokenizer, self.ids[self.start : self.read])
-        return decode(self.tokenizer, self.ids[self.start : end])[len(context) :]
+        context = self._decode(self.ids[self.start : self.read])
+        return self._decode(self.ids[self.start : end])[len(context) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return decode(self.tokenizer, ids, skip_special_tokens=self.skip_special_tokens)
 
 
 class StopStrings:
     """Looks for stop strings in text that comes in pieces, whatever the pieces' borders.
 
     The stop string that is complete first ends the text (the longest if several are complete at the same character).
-    Text that may be the beginning of a stop string is held back.
+    Text that may be the beginning of a stop string is held back. include: the stop string is part of the text.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = stops
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self.stops, self.include = stops, include
         self.held = ""
         self.found: str | None = None
 
@@ -73,9 +76,9 @@ class StopStrings:
         text = self.held + piece
         ends = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if ends:
-            _, at, self.found = min(ends)
+            end, at, self.found = min(ends)
             self.held = ""
-            return text[:at]
+            return text[: end if self.include else at]
         keep = max((_overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -47,7 +47,8 @@ def test_the_host_may_be_behind(tiny_model, tokenizer, case):
     params = [random_params(rng, len(arms)) for _ in range(rng.randint(1, 6))]
     if case % 2:  # nothing that needs the host
         for each in params:
-            each |= {"min_new_tokens": 0, "repetition_penalty": 1.0, "logit_bias": None}
+            each |= {"min_new_tokens": 0, "logit_bias": None}
+            each |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     requests = [SamplingParams(**each, seed=rng.getrandbits(64), **shown) for each in params]
     texts = random_prompts(rng, len(params))
     drafter = rng.choice([None, "ngram", *model.arm_names])

@@ -82,7 +82,8 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case):
     prompts = random_prompts(rng, 5)
     params = [random_params(rng, 1) | {"max_new_tokens": rng.randint(1, 60)} for _ in prompts]
     for each in params if case % 2 else ():  # nothing that needs the host
-        each |= {"min_new_tokens": 0, "repetition_penalty": 1.0, "logit_bias": None}
+        each |= {"min_new_tokens": 0, "logit_bias": None}
+        each |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     requests = [SamplingParams(**each, seed=rng.getrandbits(64), rewards=rng.random() < 0.5) for each in params]
     device = Lagging()
     device.clock = rng.random

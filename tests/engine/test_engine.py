@@ -204,3 +204,77 @@ def test_user_model_is_left_as_it_was(tokenizer):
     assert model.training
     assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
     assert guided.base.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_penalties_count_what_was_generated(model):
+    """A large frequency penalty forbids repetition; one for presence alone does not grow with the count."""
+    run = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0}
+    plain, unique = (model.generate([5, 6], **run, frequency_penalty=penalty)[0].token_ids for penalty in (0.0, 50.0))
+    assert len(set(plain)) < len(plain)
+    assert len(set(unique)) == len(unique)
+    again = model.generate([5, 6], **run, presence_penalty=50.0, allowed_token_ids=[7, 8])[0].token_ids
+    assert set(again[:2]) == {7, 8}
+    assert sorted(set(again)) == [7, 8]
+
+
+def test_weights_by_name(model):
+    """ARMs that are not named keep their own weight."""
+    named = model.generate([5, 6, 7], seed=1, weights={"b": 0.3})[0].completions[0]
+    assert set(named.weights) == {(0.5, 0.3)}
+    assert named.token_ids == model.generate([5, 6, 7], seed=1, weights=[0.5, 0.3])[0].token_ids
+    with model.stream([5, 6, 7], seed=1, max_new_tokens=3, ignore_eos=True) as stream:
+        next(stream)
+        stream.set_weights({"a": 2.0})
+        list(stream)
+    assert stream.output.completions[0].weights == [(0.5, -1.0), (2.0, -1.0), (2.0, -1.0)]
+    with pytest.raises(ValueError, match=r"^prompts\[0\]: weights: 'c': expected 'a', 'b'$"):
+        model.generate([5], weights={"c": 1.0})
+
+
+def test_what_a_text_shows_of_its_end(model, tokenizer):
+    """The stop string, the stop token, and special tokens are left out unless asked for."""
+    run = {"seed": 1, "max_new_tokens": 20, "ignore_eos": True, "allowed_token_ids": [*range(60, 80), 1]}
+    run["logit_bias"] = {1: 6.0}
+    special = model.generate([5], **run)[0]
+    assert tokenizer.eos_token_id in special.token_ids
+    assert "</s>" not in special.text
+    shown = model.generate([5], **run, skip_special_tokens=False)[0]
+    assert shown.token_ids == special.token_ids
+    assert shown.text == tokenizer.decode(special.token_ids, clean_up_tokenization_spaces=False)
+    stop = special.text[4:6]
+    for include in (False, True):
+        text = model.generate([5], **run, stop=stop, include_stop_str_in_output=include)[0].text
+        assert text == special.text[: special.text.index(stop) + include * len(stop)]
+    token = special.token_ids[3]
+    ended = model.generate([5], **run, stop_token_ids=[token], include_stop_str_in_output=True)[0]
+    assert ended.text == tokenizer.decode(ended.token_ids, skip_special_tokens=True)
+    assert ended.token_ids[-1] == token
+
+
+def test_max_time_ends_a_text_where_it_is(model, monkeypatch):
+    """Running, waiting, or in the middle of a prompt; the tokens so far are those of the whole text."""
+    clock = iter(range(10**6))
+    whole = model.generate([5, 6], seed=1, max_new_tokens=100, ignore_eos=True)[0].token_ids
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    params = {"seed": 1, "max_new_tokens": 100, "ignore_eos": True}
+    output, waiting = model.generate(
+        [[5, 6], [7, 8]], [SamplingParams(**params, max_time=60.0), SamplingParams(**params, max_time=0.5)]
+    )
+    assert output.finish_reason == waiting.finish_reason == "time"
+    assert 0 < len(output.token_ids) < 100
+    assert output.token_ids == whole[: len(output.token_ids)]
+    assert waiting.token_ids == []
+    assert not model.engine().scheduler
+
+
+def test_priority_comes_first_and_nobody_starves(tiny_model, tokenizer, monkeypatch):
+    monkeypatch.setattr(scheduler, "MOST_OVERTAKEN", 2)
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, max_batch_size=1)
+    priorities = [0, 0, 5, 1, 5, 7, 5]
+    params = [SamplingParams(max_new_tokens=2, ignore_eos=True, priority=p) for p in priorities]
+    engine, left = model.engine(), []
+    sequences = [engine.add(request)[0] for request in model.prepare([[5]] * len(params), params)]
+    assert [sequences.index(each) for each in engine.scheduler.waiting] == [2, 3, 0, 1, 5, 4, 6]
+    while engine.scheduler:
+        left += [sequences.index(each) for each in engine.step() if each.ended]
+    assert left == [2, 3, 0, 1, 5, 4, 6]
