@@ -4,7 +4,8 @@
 
 Each run is a process of its own; contenders take turns. After a first round, which does not count, files are in memory
 and modules are compiled, as after an installation. Shown are medians of CPU time, which others on a shared machine do
-not change; and of the wall clock, in total.
+not change by much; and of the wall clock, in total. Some modules that we import at once, transformers imports as it
+reads: compare the two lines together.
 Without a --base it is the demo's, with its ARMs `small` (a model) and `positive` (a LoRA adapter).
 """
 
@@ -87,7 +88,10 @@ def measure(base: str, arms: dict[str, str], rounds: int) -> dict[str, dict[str,
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in CONTENDERS}
     with tempfile.TemporaryDirectory() as cache:
         for turn in range(rounds + 1):
-            for kind, (names, recorded) in CONTENDERS.items():
+            kinds = list(CONTENDERS)
+            first = turn % len(kinds)
+            for kind in kinds[first:] + kinds[:first]:
+                names, recorded = CONTENDERS[kind]
                 setting = "once" if recorded else "always"
                 variables = {"GENARM_FAST_CACHE": cache, "GENARM_FAST_SELFCHECK": setting, "TQDM_DISABLE": "1"}
                 inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
