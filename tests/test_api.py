@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +24,15 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="nothing"):
         genarm_fast.nothing  # noqa: B018
+
+
+def test_ops_are_registered_before_transformers_is_imported(monkeypatch):
+    """Registering them scans all modules that are loaded."""
+    imported, anything = [], Mock()
+    monkeypatch.setattr(genarm_fast, "import_module", lambda name, package: imported.append(name) or anything)
+    for name in ("GenARM", "generate", "SamplingParams"):
+        genarm_fast.__getattr__(name)
+    assert imported == [".kernels", ".api", ".kernels", ".functional", ".params"]
 
 
 def test_one_call(tiny_model, tmp_path, tokenizer, model):

@@ -34,15 +34,16 @@ def verdict_key(members: Sequence[Member]) -> str | None:
 
     Returns:
         None where it is not known what code runs: hooks, a forward of a module's own, a class without a file, weights
-        on several devices. Such a model is checked each time.
+        on several devices, what can't be described. Such a model is checked each time.
     """
     parts: list[Any] = [_library(), _machine(members[0].device), [member.lane for member in members]]
-    for member in members:
-        described = _described(member.model)
-        if described is None:
-            return None
-        parts.append(described)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
+    try:
+        described = [_described(member.model) for member in members]
+    except (AttributeError, OSError, TypeError, ValueError):  # modules and configurations of somebody's own
+        return None
+    if None in described:
+        return None
+    return hashlib.sha256(json.dumps([parts, described], sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def _described(model: Any) -> list[Any] | None:

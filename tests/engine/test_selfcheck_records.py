@@ -182,7 +182,14 @@ def typed_in(model):
     model.model.norm.__class__ = names["Norm"]
 
 
-@pytest.mark.parametrize("change", [hooked, own_forward, typed_in])
+def undescribed(model):
+    def refuse():
+        raise TypeError("no JSON")
+
+    model.config.to_dict = refuse
+
+
+@pytest.mark.parametrize("change", [hooked, own_forward, typed_in, undescribed])
 def test_code_that_is_not_known_is_checked_each_time(tokenizer, folder, checks, change):
     for count in (1, 2):
         model = build_model("llama", 0)

@@ -18,7 +18,8 @@ from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.speculation.config import Speculation
 
-PARAMS = SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True)
+PARAMS = SamplingParams(max_new_tokens=24, seed=1, ignore_eos=True)
+LENGTHS = {"prompt_tokens": 40, "max_new_tokens": 24}  # exactly 64, of which caches have multiples
 
 
 @pytest.fixture
@@ -47,11 +48,11 @@ def work(monkeypatch):
     return counts
 
 
-def requests(model, **options):
-    """Of every batch size up to 3, with short and long prompts."""
+def requests(model, longest=40, most=3, **options):
+    """Of every batch size up to `most`, with short prompts and the longest."""
     found = []
-    for count in (1, 2, 3, 1):
-        prompts = random_prompts(random.Random(count), count, 40)
+    for count in range(1, most + 1):
+        prompts = [*random_prompts(random.Random(count), count - 1, 30), [5] * longest]
         found.append([output.token_ids for output in model.generate(prompts, PARAMS, **options)])
     return found
 
@@ -62,11 +63,11 @@ def test_no_request_makes_anything(fresh, work, speculation):
     expected = requests(cold)
     assert min(work[name] for name in ("reserve", "allocate", "deviations")) > 0
     model = fresh()
-    model.warm_up(batch_sizes=[3, 1], prompt_tokens=40, max_new_tokens=60, speculation=speculation)
+    model.warm_up(batch_sizes=[3, 1], **LENGTHS, speculation=speculation)
     before = work.copy()
     assert requests(model, speculation=speculation) == expected
     assert work == before
-    model.generate([5] * 80, PARAMS)  # longer than announced
+    model.generate([5] * 120, PARAMS)  # longer than announced
     assert work != before
 
 
@@ -87,7 +88,7 @@ def test_caches_are_kept_though_they_are_larger_than_the_weights(fresh, work, mo
     before = work.copy()
     model.generate([[5], [6]], PARAMS)
     assert work == before
-    assert workspace.bytes == workspace.warm
+    assert workspace.bytes == workspace.warm > workspace.most
     model.generate([[5] * 20 for _ in range(4)], max_new_tokens=200)  # more than that is not kept
     assert workspace.bytes == 0
 
@@ -115,17 +116,17 @@ def test_it_teaches_the_tuner_nothing(fresh):
     assert not any(stats["steps"] for stats in model.tuners.stats())
 
 
-@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 2), Speculation("ngram", 2), "auto"])
+@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 2), Speculation(max_k=3)])
 def test_no_request_captures_anything_on_cuda(fresh, work, monkeypatch, speculation):
     """Also with more graphs than are kept otherwise."""
     monkeypatch.setattr("genarm_fast.device.cuda.MOST_GRAPHS", 4)
-    expected = requests(fresh())
+    expected = requests(fresh(), longest=120)
     model = fresh()
     with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
-        model.warm_up(batch_sizes=3, prompt_tokens=40, max_new_tokens=60, speculation=speculation)
+        model.warm_up(batch_sizes=3, prompt_tokens=120, max_new_tokens=24, speculation=speculation)
         captures, calls, before = len(log.of("capture")), device.calls.copy(), work.copy()
-        assert captures >= 3 * 2 > 4
-        assert requests(model, speculation=speculation) == expected
+        assert captures >= 3 * 2 * 2 > 4  # rows, lengths, members
+        assert requests(model, longest=120, speculation=speculation) == expected
         assert len(log.of("capture")) == captures == len(device.graphs)
         assert device.calls == calls
         assert work == before
@@ -138,9 +139,10 @@ def test_a_draft_model_on_cuda(tokenizer):
     model = GenARM.from_pretrained(*models[:2], **options)
     with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
         plan = Speculation("draft_model", 2)
-        model.warm_up(batch_sizes=3, prompt_tokens=40, max_new_tokens=60, speculation=plan)
+        model.warm_up(batch_sizes=2, **LENGTHS, speculation=plan)
         captures = len(log.of("capture"))
-        requests(model, speculation=plan)
+        assert captures == 2 * (2 * 3 + 1)  # for 1 and 2 rows; a draft model is never given drafts
+        requests(model, most=2, speculation=plan)
         assert len(log.of("capture")) == captures == len(device.graphs)
 
 
@@ -169,11 +171,14 @@ def test_other_refusals(fresh, monkeypatch):
     with pytest.raises(MemoryError, match=r"4 x 256 tokens take .* of cache: expected at most cache_bytes=100,000"):
         model.warm_up(batch_sizes=4)
     model.cache_bytes = None
+    expected = model.generate([5, 6], PARAMS)[0].token_ids
     with model.stream([5, 6], PARAMS) as stream:
         next(stream)
         with pytest.raises(RuntimeError, match="warm_up: expected no requests that are running"):
-            model.warm_up()
-        assert len(list(stream)) == 59
+            model.warm_up(batch_sizes=4)
+        for _ in stream:
+            pass
+    assert stream.output.token_ids == expected
     model.warm_up(batch_sizes=4)
     monkeypatch.setattr(selfcheck, "deviations", lambda members, *_: [9.0] * len(members))
     with pytest.raises(ValueError, match="does not give the same logits over a static cache"):

@@ -1,0 +1,134 @@
+"""From process start to the first token, line by line, next to Hugging Face's load and first token.
+
+    OMP_NUM_THREADS=1 python benchmarks/startup.py [--base FOLDER] [--rounds 3] [--json]
+
+Each run is a process of its own; contenders take turns. After a first round, which does not count, files are in memory
+and modules are compiled, as after an installation. Shown are medians of CPU time, which others on a shared machine do
+not change by much; and of the wall clock, in total. Some modules that we import at once, transformers imports as it
+reads: compare the two lines together.
+Without a --base it is the demo's, with its ARMs `small` (a model) and `positive` (a LoRA adapter).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+PROMPT = "How was the film that you saw last night?"
+LINES = ("python", "import", "read", "place", "check", "first token")
+CONTENDERS = {  # ARMs, and whether the self-check has its record
+    "Hugging Face, base": ([], None),
+    "base": ([], True),
+    "base, no record": ([], False),
+    "base + small": (["small"], True),
+    "base + positive": (["positive"], True),
+}
+
+
+class Clock:
+    """CPU time of each line, which ends when it is named."""
+
+    def __init__(self) -> None:
+        self.last, self.lines = 0.0, dict.fromkeys(LINES, 0.0)
+
+    def end(self, line: str) -> None:
+        now = time.process_time()
+        self.lines[line], self.last = now - self.last, now
+
+
+def hugging_face(base: str, clock: Clock) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    clock.end("import")
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    clock.end("read")
+    with torch.inference_mode():
+        model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=1, do_sample=True, pad_token_id=0)
+    clock.end("first token")
+
+
+def ours(base: str, arms: list[str], clock: Clock) -> None:
+    from genarm_fast import GenARM
+    from genarm_fast.engine.selfcheck import entries_of
+
+    clock.end("import")
+    model = GenARM.from_pretrained(base, arms)
+    clock.end("read")
+    engine = model.engine()
+    clock.end("place")
+    for runner in engine.executor.runners:
+        entries_of(runner.members)
+    clock.end("check")
+    with model.stream(PROMPT, max_new_tokens=1) as stream:
+        next(stream)
+    clock.end("first token")
+
+
+def child(kind: str, base: str, arms: list[str]) -> None:
+    """One run, in this process."""
+    clock = Clock()
+    clock.end("python")
+    if CONTENDERS[kind][1] is None:
+        hugging_face(base, clock)
+    else:
+        ours(base, arms, clock)
+    print(json.dumps(clock.lines))
+
+
+def measure(base: str, arms: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds by contender and line."""
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in CONTENDERS}
+    with tempfile.TemporaryDirectory() as cache:
+        for turn in range(rounds + 1):
+            kinds = list(CONTENDERS)
+            first = turn % len(kinds)
+            for kind in kinds[first:] + kinds[:first]:
+                names, recorded = CONTENDERS[kind]
+                setting = "once" if recorded else "always"
+                variables = {"GENARM_FAST_CACHE": cache, "GENARM_FAST_SELFCHECK": setting, "TQDM_DISABLE": "1"}
+                inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+                command = [sys.executable, __file__, "--child", kind, base, *(arms[name] for name in names)]
+                start = time.perf_counter()
+                result = subprocess.run(
+                    command, env=inherited | variables, check=True, stdout=subprocess.PIPE, text=True
+                )
+                wall = time.perf_counter() - start
+                if turn:  # the first one reads files from the disk, and writes the records
+                    lines = json.loads(result.stdout.splitlines()[-1])
+                    found[kind].append(lines | {"total": sum(lines.values()), "wall, with exit": wall})
+    return {
+        kind: {line: statistics.median(run[line] for run in runs) for line in runs[0]} for kind, runs in found.items()
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[3], sys.argv[4:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="a copy of the demo's model elsewhere")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    from genarm_fast import demo
+
+    arms = {name: str(demo.arm(name)) for names, _ in CONTENDERS.values() for name in names}
+    found = measure(args.base or str(demo.base()), arms, args.rounds)
+    if args.json:
+        print(json.dumps({"rounds": args.rounds, "seconds": found}, indent=1))
+        return
+    print(f"| CPU seconds | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}")
+    for line in (*LINES, "total", "wall, with exit"):
+        print(f"| {line} | {' | '.join(f'{lines[line]:.2f}' for lines in found.values())} |")
+
+
+if __name__ == "__main__":
+    main()
