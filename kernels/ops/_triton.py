@@ -19,12 +19,12 @@ def as_rows(tensor: Tensor) -> Tensor:
 def lane_arguments(y: Tensor, b: Tensor | None, index: Tensor | None, rows: int, block: int, warps: int) -> Any:
     """(B, index, rows of a lane), and the constants of `expanded` for blocks of so many columns.
 
-    A turn of its loop takes so many of the r rows of B that a thread has 32 numbers of them in flight.
+    A turn of its loop takes so many of the r rows of B that a thread has 16 numbers of them in flight.
     """
     if b is None or index is None:
         return (y, y, 1), {"LANES": False, "RANK": 1, "STEP": 1}
     rank = b.shape[1]
-    step = max(1, min(triton.next_power_of_2(rank), 32 * 32 * warps // block))
+    step = max(1, min(triton.next_power_of_2(rank), 16 * 32 * warps // block))
     constants = {"LANES": True, "RANK": rank, "STEP": step}
     return (in_memory(b).contiguous(), in_memory(index).contiguous(), max(1, rows // len(index))), constants
 
