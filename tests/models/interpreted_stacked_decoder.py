@@ -32,8 +32,11 @@ def as_on_a_gpu(monkeypatch):
 
 def adapted(model, adapters):
     """The tree with a LoRA of unequal rank for each of lanes 1, 2, ..., and a model of merged weights for each lane."""
-    tree, merged = copy.deepcopy(model), [copy.deepcopy(model) for _ in range(1 + adapters)]
     generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms of ones and biases of zeros would hide which is used
+            parameter.data += torch.randn(parameter.shape, generator=generator) / 4
+    tree, merged = copy.deepcopy(model), [copy.deepcopy(model) for _ in range(1 + adapters)]
     for depth, layer in enumerate(tree.model.layers):
         for path in sorted({path for targets in TARGETS[:adapters] for path in targets}):
             linear, loras = layer.get_submodule(path), {}
