@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from genarm_fast.kernels.gated_mul import triton as gated_kernels
 from genarm_fast.kernels.guided_sample.arguments import SamplingArguments
 from genarm_fast.kernels.guided_sample.triton import launch as launch_sample
 from genarm_fast.kernels.ragged_attention import triton as attention_kernels
+from genarm_fast.kernels.rms_norm import triton as norm_kernels
+from genarm_fast.kernels.rotary import triton as rotary_kernels
+from genarm_fast.kernels.rotary_append import triton as rotary_append_kernels
 from genarm_fast.kernels.settle.triton import launch as launch_settle
 
 BF16 = torch.bfloat16
@@ -57,6 +61,42 @@ def attend(
         attention_kernels.append(keys, values, keys[:, :, :1], values[:, :, :1], slots, positions)
 
 
+def layer(
+    rank: int = 0,
+    hidden: int = 4096,
+    inner: int = 14336,
+    heads: tuple[int, int] = (32, 8),
+    width: int = 128,
+    dtype: torch.dtype = BF16,
+    activation: str = "silu",
+    norms: bool = False,
+) -> None:
+    """What stands between the products and the attention of a decoder layer, with the B of two adapters or without."""
+
+    def product(out: int, parts: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        y = torch.zeros(3, 1, out + 2 * parts * rank, dtype=dtype)
+        return (
+            (y, torch.zeros(2, rank, out, dtype=dtype), torch.zeros(3, dtype=torch.int64)) if rank else (y, None, None)
+        )
+
+    rows = torch.zeros(3, dtype=torch.int64)
+    cache, weight = torch.zeros(3, heads[1], 16, width, dtype=dtype), torch.zeros(hidden, dtype=dtype)
+    angles, head = torch.zeros(3, 1, width, dtype=dtype), torch.zeros(width, dtype=dtype) if norms else None
+    y, *lanes = product((heads[0] + 2 * heads[1]) * width, 3)
+    bias = torch.zeros((heads[0] + 2 * heads[1]) * width, dtype=dtype) if norms else None
+    norm_kernels.run(torch.zeros(3, 1, hidden, dtype=dtype), None, weight, 1e-5, 0.0)
+    rotary_append_kernels.launch(y, angles, angles, cache, cache, rows, rows[:, None], head, head, 1e-6, bias, *lanes)
+    y, *lanes = product(hidden, 1)
+    norm_kernels.run(torch.zeros(3, 1, hidden, dtype=dtype), y, weight, 1e-5, 0.0, *lanes)
+    y, *lanes = product(2 * inner, 2)
+    gated_kernels.launch(y, activation, *lanes)
+
+
+def rotary() -> None:
+    query, angles = torch.zeros(2, 8, 3, 128, dtype=BF16), torch.zeros(2, 3, 128, dtype=BF16)
+    rotary_kernels.launch(query, query, angles, angles, 1)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "base only": partial(sample, arms=0),
     "1 ARM": sample,
@@ -66,6 +106,13 @@ CASES: dict[str, Callable[[], None]] = {
     "3 ARMs, log-probs, bias": partial(sample, arms=3, return_logprobs=True, logit_bias=True),
     "1 ARM, filters, top-5": partial(sample, top_k=50, top_p=0.9, min_p=0.01, top_logprobs=5),
     "5 drafts": partial(settle, 5),
+    "8B layer": layer,
+    "8B layer, r = 16": partial(layer, 16),
+    "8B layer, r = 64": partial(layer, 64),
+    "8B layer, r = 16, float32": partial(layer, 16, dtype=torch.float32),
+    "0.5B layer, r = 8, norms, gelu": partial(layer, 8, 896, 4864, (14, 2), 64, activation="gelu", norms=True),
+    "70B layer, r = 16, gelu_tanh": partial(layer, 16, 8192, 28672, (64, 8), activation="gelu_tanh"),
+    "rotary": rotary,
     "8B": attend,
     "8B, q = 4": partial(attend, block=4),
     "8B, q = 16": partial(attend, block=16),

@@ -4,7 +4,10 @@ In each folder: reference.py is the specification, triton*.py the kernels of GPU
 custom_op.py the node of torch.compile, __init__.py the public function. `_dispatch` chooses among them.
 """
 
+from ._product import Lanes
+from .add_rms_norm import add_rms_norm
 from .arm_logps import arm_logps, arm_logps_reference
+from .gated_mul import gated_mul
 from .guided_sample import GuidedSample, guided_sample, guided_sample_reference
 from .philox import gumbel, seed_tensor
 from .ragged_attention import (
@@ -15,18 +18,22 @@ from .ragged_attention import (
 )
 from .rms_norm import rms_norm, rms_norm_reference
 from .rotary import rotary, rotary_reference
+from .rotary_append import rotary_append
 from .settle import Settled, settle, settle_reference
 from .silu_mul import silu_mul, silu_mul_reference
 from .small_linear import Lora, SiblingLinears, SmallLinear, small_linear
 
 __all__ = [
     "GuidedSample",
+    "Lanes",
     "Lora",
     "Settled",
     "SiblingLinears",
     "SmallLinear",
+    "add_rms_norm",
     "arm_logps",
     "arm_logps_reference",
+    "gated_mul",
     "guided_sample",
     "guided_sample_reference",
     "gumbel",
@@ -37,6 +44,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_reference",
     "rotary",
+    "rotary_append",
     "rotary_reference",
     "seed_tensor",
     "settle",

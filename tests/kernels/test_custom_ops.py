@@ -142,6 +142,25 @@ def test_ragged_ops_are_sound(window, softcap):
     opcheck(ops.ragged_append, (keys, values, query[:, :2].clone(), new, slots, positions))
 
 
+@pytest.mark.parametrize("index", [None, torch.tensor([1, -1])])
+def test_the_ops_of_a_fused_layer_are_sound(index):
+    def product(out, parts):
+        y = torch.randn(2, 3, out + 2 * parts * 2 * (index is not None))
+        return y, None if index is None else torch.randn(2, 2, out)
+
+    y, b = product(8, 1)
+    opcheck(ops.add_rms_norm, (torch.randn(2, 3, 8), y, torch.randn(8), 1e-5, 0.0, b, index))
+    y, b = product(16, 2)
+    opcheck(ops.gated_mul, (y, "silu", b, index))
+    y, b = product(32, 3)
+    keys, values, cos = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4), torch.randn(1, 3, 4)
+    places = (torch.tensor([1, 0]), torch.tensor([[0, 1, 2], [2, 3, 4]]))
+    norm = torch.randn(4)
+    opcheck(
+        ops.rotary_append, (y, cos, cos + 1, keys, values, *places, norm, norm + 1, 1e-6, torch.randn(32), b, index)
+    )
+
+
 class Layer:
     """A decoder layer of all ops; only its linears' weights are held."""
 

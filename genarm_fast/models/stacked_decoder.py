@@ -1,0 +1,168 @@
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3 in nine or ten launches a layer, for GPUs.
+
+Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows; the kernel that reads
+the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). Nothing of a forward needs the host.
+`as_runner` does not choose it yet: no GPU has run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache
+
+from genarm_fast.kernels import Lanes
+from genarm_fast.kernels.add_rms_norm import add_rms_norm
+from genarm_fast.kernels.gated_mul import gated_mul
+from genarm_fast.kernels.ragged_attention import ragged_attention
+from genarm_fast.kernels.rms_norm import rms_norm
+from genarm_fast.kernels.rotary_append import rotary_append
+from genarm_fast.kernels.small_linear import Lora
+from genarm_fast.models.forward_context import place, running_lanes
+from genarm_fast.models.fused_decoder import WINDOWS, Output
+from genarm_fast.models.kv_cache import Entry
+from genarm_fast.models.lora_lanes import LaneLinear
+
+
+class Norm(NamedTuple):
+    weight: Tensor
+    eps: float
+
+
+class StackedDecoder:
+    """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`.
+
+    The linears' parameters become views of the stacked weights, so that changes in place count; A and B of the lanes
+    are copies, which `reread` takes anew.
+
+    Raises:
+        ValueError: a family that has another layer than these four.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, decoder: Any) -> None:
+        family = type(decoder).__name__.removesuffix("Model")
+        if family not in WINDOWS:
+            raise ValueError(f"{type(decoder).__name__}: expected the decoder of {', '.join(WINDOWS)}")
+        self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
+        lanes = sorted(
+            {lane for module in decoder.modules() if isinstance(module, LaneLinear) for lane in module.index}
+        )
+        self.number = {lane: i for i, lane in enumerate(lanes)}
+        self.layers = [_Layer(layer, self.number, WINDOWS[family]) for layer in decoder.layers]
+        norms = [layer.norm for layer in self.layers[1:]]
+        self.next_norms = [*norms, _norm(decoder.norm)]
+        self._adapters: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
+        """input_ids, position_ids: int64 [N, q]."""
+        hidden = self.embed(input_ids)
+        cos, sin = self.rotary(hidden, position_ids=position_ids)
+        where, adapters = place(hidden.device), self._running(hidden.device)
+        x = rms_norm(hidden, *self.layers[0].norm)
+        for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
+            hidden, x = layer(hidden, x, cos, sin, cache, where, adapters, next_norm)
+        return Output(x, past_key_values)
+
+    def _running(self, device: torch.device) -> Tensor | None:
+        """The adapter of each running lane, uploaded once."""
+        if not self.number:
+            return None
+        lanes = tuple(running_lanes()[0])
+        if lanes not in self._adapters:
+            self._adapters[lanes] = torch.tensor([self.number.get(lane, -1) for lane in lanes], device=device)
+        return self._adapters[lanes]
+
+    @torch.inference_mode()
+    def reread(self) -> None:
+        """Take A and B of the lanes as they are now."""
+        for layer in self.layers:
+            for product in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                product.reread()
+
+
+class _Layer:
+    def __init__(self, layer: Any, number: Mapping[int, int], window: Callable[[Any], int | None]) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.head_norms: dict[str, Any] = {}
+        if hasattr(attention, "q_norm"):
+            (query, eps), (key, _) = _norm(attention.q_norm), _norm(attention.k_norm)
+            self.head_norms = {"query_norm": query, "key_norm": key, "eps": eps}
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], number)
+        self.o, self.down = Product([attention.o_proj], number), Product([mlp.down_proj], number)
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], number)
+        self.width, self.scale, self.window = attention.head_dim, attention.scaling, window(attention)
+        self.kv_heads = self.qkv.widths[1] // self.width
+
+    def __call__(
+        self, hidden: Tensor, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, where: Any, adapters: Tensor | None,
+        next_norm: Norm,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The residual stream after this layer, and the next one's input."""
+        if not cache.is_initialized:
+            cache.allocate(Entry(self.kv_heads, (self.width, self.width), hidden.dtype, hidden.device))
+        keys, values, slots, positions = cache.keys, cache.values, where.slots, where.positions
+        query = rotary_append(
+            self.qkv(x), cos, sin, keys, values, slots, positions, lanes=self.qkv.lanes(adapters), **self.head_norms
+        )
+        y = ragged_attention(
+            query.transpose(1, 2), keys, values, slots, positions,
+            scale=self.scale, window=self.window, limit=where.kv_bound,
+        )  # fmt: skip
+        hidden, x = add_rms_norm(hidden, self.o(y.flatten(2)), *self.second_norm, lanes=self.o.lanes(adapters))
+        y = gated_mul(self.gate_up(x), lanes=self.gate_up.lanes(adapters))
+        return add_rms_norm(hidden, self.down(y), *next_norm, lanes=self.down.lanes(adapters))
+
+
+class Product:
+    """Linears of one input as one, with the LoRAs of each adapted lane; `number` numbers these lanes."""
+
+    def __init__(self, modules: Sequence[nn.Module], number: Mapping[int, int]) -> None:
+        linears: list[Any] = [module.linear if isinstance(module, LaneLinear) else module for module in modules]
+        self.widths = [linear.weight.shape[0] for linear in linears]
+        self.loras: list[tuple[int, int, Lora]] = [
+            (number[lane], part, module.loras[i])
+            for part, module in enumerate(modules)
+            if isinstance(module, LaneLinear)
+            for lane, i in module.index.items()
+        ]
+        self.rank = max((len(lora.a) for _, _, lora in self.loras), default=0)
+        out, parts, first = sum(self.widths), len(linears), linears[0].weight
+        adapters = len(number) if self.rank else 0
+        self.weight = first.new_zeros(out + adapters * parts * self.rank, first.shape[1])
+        self.b = first.new_zeros(adapters, self.rank, out) if self.rank else None
+        biases = [linear.bias for linear in linears]
+        self.bias = None if all(bias is None for bias in biases) else self.weight.new_zeros(len(self.weight))
+        self.columns = list(torch.arange(out).split(self.widths))
+        for linear, columns in zip(linears, self.columns):
+            span = slice(int(columns[0]), int(columns[-1]) + 1)
+            self.weight[span] = linear.weight
+            linear.weight.data = self.weight[span]
+            if self.bias is not None and linear.bias is not None:
+                self.bias[span] = linear.bias
+                linear.bias.data = self.bias[span]
+        self.reread()
+
+    def reread(self) -> None:
+        for adapter, part, (a, b, scale) in self.loras:
+            begin = sum(self.widths) + (adapter * len(self.widths) + part) * self.rank
+            self.weight[begin : begin + len(a)] = a
+            columns = self.columns[part]
+            assert self.b is not None
+            self.b[adapter, : len(a), int(columns[0]) : int(columns[-1]) + 1] = b * scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out, and the shrunk inputs of the adapters]."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def lanes(self, adapters: Tensor | None) -> Lanes | None:
+        return None if self.b is None or adapters is None else Lanes(self.b, adapters)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)

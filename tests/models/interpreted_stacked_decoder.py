@@ -1,0 +1,165 @@
+"""The stacked decoder over Triton's interpreter, run by test_stacked_decoder.py in a process of its own."""
+
+import copy
+import os
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache
+from triton.runtime.interpreter import InterpretedFunction
+
+from genarm_fast.kernels import _dispatch, _native
+from genarm_fast.kernels.ragged_attention import plan
+from genarm_fast.kernels.small_linear import Lora
+from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.kv_cache import RaggedLayer
+from genarm_fast.models.lora_lanes import LaneLinear
+from genarm_fast.models.stacked_decoder import StackedDecoder
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+TARGETS = [["self_attn.q_proj", "mlp.down_proj", "mlp.up_proj"], ["self_attn.v_proj", "self_attn.o_proj"]]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_dispatch, "GPUS", ("cpu",))
+    monkeypatch.setattr(_native, "core", None)
+
+
+def adapted(model, adapters):
+    """The tree with a LoRA of unequal rank for each of lanes 1, 2, ..., and a model of merged weights for each lane."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms of ones and biases of zeros would hide which is used
+            parameter.data += torch.randn(parameter.shape, generator=generator) / 4
+    tree, merged = copy.deepcopy(model), [copy.deepcopy(model) for _ in range(1 + adapters)]
+    for depth, layer in enumerate(tree.model.layers):
+        for path in sorted({path for targets in TARGETS[:adapters] for path in targets}):
+            linear, loras = layer.get_submodule(path), {}
+            for lane in range(1, 1 + adapters):
+                if path in TARGETS[lane - 1]:
+                    out, inputs = linear.weight.shape
+                    a = torch.randn(1 + lane, inputs, generator=generator) / 4
+                    loras[lane] = Lora(a, torch.randn(1 + lane, out, generator=generator) / 4, 0.5)
+                    weight = merged[lane].model.layers[depth].get_submodule(path).weight
+                    weight.data += 0.5 * loras[lane].b.T @ a
+            layer.set_submodule(path, LaneLinear(linear, loras))
+    return tree, merged
+
+
+def hidden_states(decoder, tokens, lanes, blocks):
+    """A row of each lane for each of tokens, in slots in reverse, block after block; [lanes, rows, tokens, width]."""
+    rows, found, start = len(tokens) * len(lanes), [], 0
+    cache = Cache(layers=[RaggedLayer(rows, tokens.shape[1]) for _ in decoder.layers])
+    for block in blocks:
+        where = torch.arange(start, start + block).expand(rows, block)
+        ids = tokens[:, start : start + block].repeat(len(lanes), 1)
+        ragged = Ragged(torch.arange(rows).flip(0), where, start + block)
+        with torch.inference_mode(), running(lanes, len(tokens)), placed(ragged):
+            out = decoder(input_ids=ids, position_ids=where, past_key_values=cache).last_hidden_state
+        found.append(out.view(len(lanes), len(tokens), block, -1))
+        start += block
+    return torch.cat(found, 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "rows", "lanes"),
+    [
+        ("llama", 2, 1, [0]),
+        ("llama", 1, 2, [1]),
+        ("llama", 2, 1, [2, 0, 1]),
+        ("mistral", 1, 1, [0, 1, 2]),
+        ("qwen2", 1, 1, [0, 1, 2]),
+        ("qwen3", 1, 1, [0, 1, 2]),
+    ],
+)
+def test_as_the_model_itself(family, layers, rows, lanes):
+    """Blocks of 4, 1 and 9 tokens; each lane as a model of merged weights, over whole prefixes, beyond the window."""
+    tree, merged = adapted(build_model(family, 0, num_hidden_layers=layers), max(lanes))
+    tokens = torch.arange(rows * 14).view(rows, 14) * 7 % VOCAB_SIZE
+    got = hidden_states(StackedDecoder(tree.model), tokens, lanes, (4, 1, 9))
+    with torch.no_grad():
+        expected = torch.stack([merged[lane].model(tokens, use_cache=False).last_hidden_state for lane in lanes])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert len(lanes) == 1 or not torch.allclose(got[0], got[-1], atol=1e-2)  # the lanes differ
+
+
+def test_weights_changed_in_place_count():
+    tree, _ = adapted(build_model("llama", 0, num_hidden_layers=1), 1)
+    decoder = StackedDecoder(tree.model)
+    tokens = torch.arange(3).view(1, 3)
+    layer = tree.model.layers[0]
+    before = hidden_states(decoder, tokens, [1], (3,))
+    with torch.no_grad():
+        layer.self_attn.k_proj.weight.mul_(2)
+    after = hidden_states(decoder, tokens, [1], (3,))
+    assert not torch.allclose(before, after)
+    layer.mlp.down_proj.loras[0].b.zero_()
+    assert torch.equal(hidden_states(decoder, tokens, [1], (3,)), after)
+    decoder.reread()
+    assert not torch.allclose(hidden_states(decoder, tokens, [1], (3,)), after)
+
+
+def test_other_families_are_refused():
+    with pytest.raises(ValueError, match="Gemma2Model: expected the decoder of Llama, Mistral, Qwen2, Qwen3"):
+        StackedDecoder(build_model("gemma2", 0).model)
+
+
+FREE = {"view", "t", "transpose", "slice", "select", "expand", "detach", "empty", "unsqueeze"}  # views, no kernels
+FREE |= {"reshape", "flatten", "resolve_neg", "resolve_conj"}  # of what is contiguous and plain
+FREE |= {"lt", "ge", "__or__", "any", "is_nonzero"}  # checks of slots, positions and adapters, on the CPU alone
+
+
+class Launches(TorchDispatchMode):
+    """Names of what would be launched on a GPU: PyTorch's operations but for views, and Triton's kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.inside = [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not self.inside and name not in FREE:
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+    @contextmanager
+    def counting(self):
+        run = InterpretedFunction.__getitem__
+
+        def counted(kernel, grid):
+            def launch(*args, **kwargs):
+                self.names.append(kernel.fn.__name__)
+                self.inside = True
+                run(kernel, grid)(*args, **kwargs)
+                self.inside = False
+
+            return launch
+
+        with patch.object(InterpretedFunction, "__getitem__", counted), self:
+            yield
+
+
+@pytest.mark.parametrize(("family", "chunk"), [("llama", 256), ("llama", 16), ("qwen3", 256)])
+def test_launches_of_a_layer(family, chunk, monkeypatch):
+    """Nine where a row's entries are one split, with the LoRAs of two lanes; ten where splits are combined."""
+    monkeypatch.setattr(plan, "CHUNK", chunk)
+    counts = []
+    for layers in (1, 2):
+        tree, _ = adapted(build_model(family, 0, num_hidden_layers=layers), 2)
+        decoder = StackedDecoder(tree.model)
+        cache = Cache(layers=[RaggedLayer(3, 64) for _ in range(layers)])
+        positions = torch.full((3, 1), 40)
+        inputs = {"input_ids": positions, "position_ids": positions, "past_key_values": cache}
+        with torch.inference_mode(), running([0, 1, 2], 1), placed(Ragged(torch.arange(3), positions, 64)):
+            decoder(**inputs)  # makes the caches
+            launches = Launches()
+            with launches.counting():
+                decoder(**inputs)
+        counts.append(launches.names)
+    assert len(counts[1]) - len(counts[0]) == (9 if chunk == 256 else 10), counts[1]
+    assert ("combine_kernel" in counts[1]) == (chunk == 16)
