@@ -30,7 +30,7 @@ PACKAGES = ("transformers", "peft", "flash-attn", "bitsandbytes")
 
 
 def verdict_key(members: Sequence[Member]) -> str | None:
-    """64 hex digits for members of one forward; 20 ms for SmolLM2-135M, next to 1.8 s of the check.
+    """64 hex digits for members of one forward; 50 ms of CPU for SmolLM2-135M, next to 3 s of the check.
 
     Returns:
         None where it is not known what code runs: hooks, a forward of a module's own, a class without a file, weights
