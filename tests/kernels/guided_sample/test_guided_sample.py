@@ -236,7 +236,8 @@ def test_extreme_temperatures_stay_finite(sample, temperature):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_logits": torch.zeros(8)}, r"base_logits of shape \(8,\)"),
+        ({"base_logits": torch.zeros(8)}, r"arm_logits\[0\] of shape \(2, 8\): expected a tensor \[V\]"),
+        ({"base_logits": torch.zeros(2, 2, 2, 8)}, r"base_logits of shape \(2, 2, 2, 8\)"),
         ({"arm_logits": (torch.zeros(3, 8),)}, r"arm_logits\[0\] of shape \(3, 8\): expected \(2, 'V'\)"),
         ({"weights": [1.0, 2.0]}, "weights"),
         ({"weights": torch.ones(3, 1)}, "weights"),
@@ -272,7 +273,7 @@ def test_refusals_name_the_argument(sample, change, message):
         ({"base_logits": torch.zeros(2, 8, dtype=torch.int64)}, "base_logits of dtype torch.int64"),
         ({"base_logits": np.zeros((2, 8))}, "base_logits of <class 'numpy.ndarray'>: expected a tensor"),
         ({"arm_logits": (None,)}, r"arm_logits\[0\] of <class 'NoneType'>: expected a tensor"),
-        ({"weights": 1.0}, "weights=1.0: expected a tensor or a list"),
+        ({"weights": None}, "weights=None: expected a tensor or a list"),
         ({"logit_bias": {3: 1.0}}, "logit_bias of <class 'dict'>: expected a tensor"),
         ({"temperature": "1"}, "temperature='1': expected a number"),
         ({"temperature": [1.0, 1.0]}, r"temperature=\[1.0, 1.0\]: expected a number"),
