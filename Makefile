@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/.installed-demo
 	@$(RUN) genarm_fast.demo $(ARGS)
 
-# The tests of `make check`: 75 s of CPU time on a shared AMD EPYC, so 40 s on two cores that are free. An op's own tests
+# The tests of `make check`: 30 s on two cores of a shared AMD EPYC, and 71 s of CPU time with the linters. An op's own tests
 # are not among them, nor most of the engine's: add those of what you change by ARGS.
 FAST := tests/test_api.py tests/test_docs.py tests/test_layers.py tests/test_params.py tests/text tests/utils tests/jobs \
 	tests/cli/test_main.py tests/cli/test_command_line_docs.py tests/engine/test_turns.py \
