@@ -36,6 +36,7 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
         self.residents: list[Sequence | None] = []
+        self.timed: list[Sequence] = []  # those with a deadline: a step need not look through a long queue for them
         self._served = 0  # where `due` goes on if not all sequences fit into a step
 
     def __bool__(self) -> bool:
@@ -59,6 +60,8 @@ class Scheduler:
                 place -= 1
                 self.waiting[place].overtaken += 1
             self.waiting.insert(place, sequence)
+            if sequence.deadline is not None:
+                self.timed.append(sequence)
 
     def _overtakes(self, sequence: Sequence, other: Sequence) -> bool:
         higher = sequence.request.params.priority > other.request.params.priority
@@ -66,8 +69,8 @@ class Scheduler:
 
     def expired(self) -> list[Sequence]:
         """Sequences whose time is over."""
-        now = time.perf_counter()
-        return [each for each in (*self.waiting, *self.placed) if each.deadline is not None and now >= each.deadline]
+        now = time.perf_counter() if self.timed else 0.0
+        return [each for each in self.timed if each.deadline is not None and now >= each.deadline]
 
     def free_slots(self) -> list[int]:
         """Slots without a sequence, the highest first."""
@@ -174,6 +177,8 @@ class Scheduler:
         for queue in (self.waiting, self.prefilling, self.running):
             if sequence in queue:
                 queue.remove(sequence)
+        if sequence.ended and sequence in self.timed:
+            self.timed.remove(sequence)
         if sequence.error is not None and sequence.slot >= 0:
             self.residents[sequence.slot] = None
         sequence.slot, sequence.donor = -1, None

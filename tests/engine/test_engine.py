@@ -265,6 +265,7 @@ def test_max_time_ends_a_text_where_it_is(model, monkeypatch):
     assert output.token_ids == whole[: len(output.token_ids)]
     assert waiting.token_ids == []
     assert not model.engine().scheduler
+    assert not model.engine().scheduler.timed
 
 
 def test_priority_comes_first_and_nobody_starves(tiny_model, tokenizer, monkeypatch):
