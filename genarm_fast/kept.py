@@ -120,6 +120,8 @@ class KeptModels:
         loading |= {} if draft_model is None else {"draft_model": own(draft_model)}
         loading |= options.get("model_kwargs") or {}  # none of which is an option by itself
         model = GenARM.from_pretrained(own(base), [_over(spec, own(spec.model)) for spec in specs], **loading)
+        for state in slot.given:
+            state.moved_by_us()
         known = {tensor.data_ptr() for module in given.values() for tensor in module.parameters()}
         weights = {tensor.data_ptr(): tensor.nbytes for tree in _models(model) for tensor in tree.parameters()}
         slot.weights = sum(size for address, size in weights.items() if address not in known)

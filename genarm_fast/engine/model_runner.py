@@ -15,6 +15,7 @@ from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.kv_cache import Entry, RaggedLayer
 from genarm_fast.models.lora_lanes import linears_of, reread
 from genarm_fast.models.member import Member
+from genarm_fast.models.stacked_decoder import StackedDecoder
 
 
 class ModelRunner:
@@ -58,6 +59,8 @@ class ModelRunner:
             )
         if self._given:
             self.device.launch(self.stream, "reread", reread, self.model, self._given)
+            if isinstance(decoder := vars(self.model.base_model).get("forward"), StackedDecoder):
+                self.device.launch(self.stream, "reread", decoder.reread)
 
     @torch.inference_mode()
     def reserve(self, entries: Sequence[Entry | None], lanes: Sequence[int], slots: int, capacity: int) -> None:

@@ -5,7 +5,7 @@ Norms and rotations are replaced where ours give the same bits on a trial: names
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType
@@ -14,29 +14,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genarm_fast.kernels import _native
+from genarm_fast.kernels import _dispatch, _native
 from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models import attention, flash_attention
 from genarm_fast.models.fused_decoder import fused_forward
+from genarm_fast.models.stacking import stacked_forward
+from genarm_fast.models.weights import Movable, trees_over
 
 GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # what the forward of Llama's MLP names, and no more
 
 
 @torch.inference_mode()
-def as_runner(model: Any) -> Any:
-    """Change a tree, whose config and modules no other model shares, and return it."""
+def as_runner(model: Any, others: Iterable[nn.Module] = ()) -> Any:
+    """Change a tree, whose config and modules no other model shares, and return it.
+
+    Its `runs_by` says in words which forward it got. others: models some of whose weights are its own as well. On a GPU
+    weights may move, in all trees that `share_weights` made of these; their numbers stay.
+    """
     wants_flash = model.config._attn_implementation == "flash_attention_2"
     model.config._attn_implementation = (flash_attention if wants_flash else attention).IMPLEMENTATION
-    if _native.core is not None:
+    forward, model.runs_by = None, "its own forward"
+    if on_gpu(model):
+        forward, model.runs_by = stacked_forward(model.base_model, Movable(trees_over([model, *others])))
+    if forward is None and _native.core is not None:
         fast = {module: found for module in model.modules() if (found := _fast(module)) is not None}
-        for module, forward in fast.items():
-            module.forward = forward
-        if (fused := fused_forward(model.base_model, fast)) is not None:
-            model.base_model.forward = fused
+        for module, own in fast.items():
+            module.forward = own
+        forward = fused_forward(model.base_model, fast)
+        model.runs_by = model.runs_by if forward is None else "fused, with the bits of its own forward"
+    if forward is not None:
+        model.base_model.forward = forward
     return model
+
+
+def on_gpu(model: Any) -> bool:
+    """Whether the kernels of a GPU serve it."""
+    return model.get_input_embeddings().weight.device.type in _dispatch.GPUS
 
 
 def _fast(module: nn.Module) -> Callable[..., Any] | None:

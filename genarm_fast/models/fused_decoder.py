@@ -7,9 +7,8 @@ is exactly what this file knows, and where a trial gives the bits of the model's
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +18,9 @@ from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SiblingLinears, SmallLinear, Span
-from genarm_fast.models.forward_context import Ragged, place, placed, running, spans_of
-from genarm_fast.models.kv_cache import RaggedLayer
+from genarm_fast.models.forward_context import Ragged, place, spans_of
+from genarm_fast.models.known_decoders import WINDOWS, Output, built_as_known, family_of, trial
 from genarm_fast.models.lora_lanes import LaneLinear
-
-WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a family hands on
-    "Llama": lambda attention: None,
-    "Mistral": lambda attention: getattr(attention.config, "sliding_window", None),
-    "Qwen2": lambda attention: attention.sliding_window,
-    "Qwen3": lambda attention: attention.sliding_window,
-}
-
-
-class Output(NamedTuple):
-    """What heads read of transformers' output, which takes 80 µs to make."""
-
-    last_hidden_state: Tensor
-    past_key_values: Cache
-    hidden_states: None = None
-    attentions: None = None
-
 
 Fast = Mapping[nn.Module, Callable[..., Any]]  # what a runner put in place of forwards
 Spans = Mapping[tuple[int, ...], Sequence[Span]]  # of the rows of a forward, for linears by the lanes they adapt
@@ -47,33 +29,17 @@ Spans = Mapping[tuple[int, ...], Sequence[Span]]  # of the rows of a forward, fo
 @torch.inference_mode()
 def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
     """The forward of a model without its head, over our cache; None where its own is needed."""
-    family = type(decoder).__name__.removesuffix("Model")
-    if family not in WINDOWS or not _known(decoder, family, fast):
+    if not (built_as_known(decoder, fast) and _runs_here(decoder, fast)):
         return None
-    fused = _Decoder(decoder, fast, WINDOWS[family])
-    return fused if fused.agrees(decoder) else None
+    fused = _Decoder(decoder, fast, WINDOWS[family_of(decoder)])
+    pairs = zip(*(trial(decoder, forward, [2]) for forward in (decoder, fused)))
+    return fused if all(torch.equal(theirs, ours) for theirs, ours in pairs) else None
 
 
-def _known(decoder: Any, family: str, fast: Fast) -> bool:
-    """Whether the decoder is built of the classes of its family's file, and nothing hooks or replaces their calls."""
-    file = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
-    if type(decoder).__module__ != file:
-        return False
-    classes = vars(sys.modules[file])
-    for module in decoder.modules():
-        hooks = module._forward_hooks or module._forward_pre_hooks
-        if hooks or ("forward" in vars(module) and module not in fast):
-            return False
-    if not all(parameter.is_cpu for parameter in decoder.parameters()):
-        return False
-    parts = {"": "DecoderLayer", "self_attn": "Attention", "mlp": "MLP"}
-    return all(
-        type(layer.get_submodule(path)) is classes[family + name]
-        and layer.self_attn in fast  # whose rotation is `rotary`
-        and layer.mlp in fast  # silu_mul between linears
-        for layer in decoder.layers
-        for path, name in parts.items()
-    )
+def _runs_here(decoder: Any, fast: Fast) -> bool:
+    """Whether its weights are on the CPU, its rotation is `rotary`, and `silu_mul` stands between its linears."""
+    on_cpu = all(parameter.is_cpu for parameter in decoder.parameters())
+    return on_cpu and all(layer.self_attn in fast and layer.mlp in fast for layer in decoder.layers)
 
 
 class _Decoder:
@@ -92,20 +58,6 @@ class _Decoder:
         for layer, cache in zip(self.layers, past_key_values.layers):
             hidden = layer(hidden, cos, sin, cache, where, spans)
         return Output(self.norm(hidden), past_key_values)
-
-    def agrees(self, decoder: Any) -> bool:
-        """On two tokens of each lane, whether hidden states and caches are those of the decoder, bit for bit."""
-        lanes = sorted({0, *(lane for lanes in self.adapted for lane in lanes)})
-        tokens = torch.arange(2 * len(lanes)).view(-1, 2) % decoder.config.vocab_size
-        positions = torch.arange(2).expand_as(tokens)
-        found = []
-        for forward in (decoder, self):
-            layers = [RaggedLayer(len(lanes), 2) for _ in self.layers]
-            inputs = {"input_ids": tokens, "position_ids": positions, "past_key_values": Cache(layers=list(layers))}
-            with running(lanes, 1), placed(Ragged(torch.arange(len(lanes)), positions, 2)):
-                hidden = forward(**inputs, use_cache=True).last_hidden_state
-            found.append([hidden, *(state for layer in layers for state in (layer.keys, layer.values))])
-        return all(torch.equal(theirs, ours) for theirs, ours in zip(*found))
 
 
 class _Layer:

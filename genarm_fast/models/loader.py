@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from genarm_fast.models.rebound import WeightWatch
 from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
+log = logging.getLogger(__name__)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -118,19 +120,32 @@ def load_members(
         )
         if (end := recorded.get("end_token_id")) is not None:
             first.stop_ids |= {end}
-    for member, given in zip(members, [base, *(spec.model for spec in specs)]):
-        member.watch = WeightWatch(given) if isinstance(given, nn.Module) else None
-    for lane, (member, shared) in enumerate(zip(members, share_forwards([member.model for member in members]))):
-        member.lane = lane
-        if shared is not member.model:
-            member.shared = as_runner(shared)
-    if draft_model is None:
-        return members, None
-    own = None  # it reads the base's prompts all the same
-    if (drafter := places[-1]) is not None:
-        own = load_tokenizer("draft_model", drafter, trust_remote_code=trust_remote_code)
-    model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
-    return members, Member("draft_model", model, own or base_tokenizer)
+    drafter = None
+    if draft_model is not None:
+        place = places[-1]  # it reads the base's prompts, with or without a tokenizer of its own
+        own = None if place is None else load_tokenizer("draft_model", place, trust_remote_code=trust_remote_code)
+        model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
+        drafter = Member("draft_model", model, own or base_tokenizer)
+    _make_runners(members, drafter)
+    everyone = zip([*members, drafter], [base, *(spec.model for spec in specs), draft_model])
+    for member, source in everyone:  # weights lie where they will stay
+        if member is not None and isinstance(source, nn.Module):
+            member.watch = WeightWatch(source)
+    return members, drafter
+
+
+def _make_runners(members: list[Member], drafter: Member | None) -> None:
+    """The module trees that run members, one for those that share a forward."""
+    models = [member.model for member in members]
+    made: dict[int, Any] = {}
+    for lane, (member, shared) in enumerate(zip(members, share_forwards(models))):
+        member.lane, member.shared, member.relatives = lane, shared, models
+        if shared is not member.model and id(shared) not in made:
+            made[id(shared)] = as_runner(shared, models)
+            log.info("%s and those of its weights run by %s", member.name, shared.runs_by)
+    for member in [*members, *([] if drafter is None else [drafter])]:
+        if member.shared is member.model:  # now, since weights may move
+            log.info("%s runs by %s", member.name, member.runner.runs_by)
 
 
 def _recorded(member: str, place: Source | None) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from genarm_fast.models.fast_modules import as_runner
@@ -31,6 +33,7 @@ class Member:
     prompt_format: PromptFormat | None = None
     stop_ids: frozenset[int] = frozenset()
     watch: WeightWatch | None = None  # of a given model
+    relatives: Sequence[nn.Module] = ()  # models some of whose weights are its own as well
 
     def __post_init__(self) -> None:
         check_supported(self.name, type(self.model), self.model.config)
@@ -50,7 +53,7 @@ class Member:
     @cached_property
     def runner(self) -> Any:
         """A copy of the module tree, over the same weights, that runs it alone over our cache."""
-        return as_runner(share_weights(self.model))
+        return as_runner(share_weights(self.model), self.relatives)
 
     @property
     def device(self) -> torch.device:

@@ -2,13 +2,13 @@
 
 Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows; the kernel that reads
 the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). Nothing of a forward needs the host.
-`as_runner` does not choose it yet: no GPU has run it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,14 @@ from genarm_fast.kernels.gated_mul import gated_mul
 from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary_append import rotary_append
-from genarm_fast.kernels.small_linear import Lora
+from genarm_fast.kernels.small_linear import Lora, SmallLinear
 from genarm_fast.models.forward_context import place, running_lanes
-from genarm_fast.models.fused_decoder import WINDOWS, Output
+from genarm_fast.models.known_decoders import WINDOWS, Output, family_of, lanes_of
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
+from genarm_fast.models.weights import Movable
+
+stacked: WeakValueDictionary[int, Product] = WeakValueDictionary()  # by the address of its weight
 
 
 class Norm(NamedTuple):
@@ -37,23 +40,16 @@ class StackedDecoder:
     """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`.
 
     The linears' parameters become views of the stacked weights, so that changes in place count; A and B of the lanes
-    are copies, which `reread` takes anew.
-
-    Raises:
-        ValueError: a family that has another layer than these four.
+    are copies, which `reread` takes anew. movable: the parameters that move with them.
     """
 
-    @torch.inference_mode()
-    def __init__(self, decoder: Any) -> None:
-        family = type(decoder).__name__.removesuffix("Model")
-        if family not in WINDOWS:
-            raise ValueError(f"{type(decoder).__name__}: expected the decoder of {', '.join(WINDOWS)}")
+    @torch.inference_mode(False)  # the owner of a given model may train it
+    @torch.no_grad()
+    def __init__(self, decoder: Any, movable: Movable) -> None:
+        window = WINDOWS[family_of(decoder)]
         self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
-        lanes = sorted(
-            {lane for module in decoder.modules() if isinstance(module, LaneLinear) for lane in module.index}
-        )
-        self.number = {lane: i for i, lane in enumerate(lanes)}
-        self.layers = [_Layer(layer, self.number, WINDOWS[family]) for layer in decoder.layers]
+        self.number = {lane: i for i, lane in enumerate(lanes_of(decoder))}
+        self.layers = [_Layer(layer, self.number, window, movable) for layer in decoder.layers]
         norms = [layer.norm for layer in self.layers[1:]]
         self.next_norms = [*norms, _norm(decoder.norm)]
         self._adapters: dict[tuple[int, ...], Tensor] = {}
@@ -86,16 +82,18 @@ class StackedDecoder:
 
 
 class _Layer:
-    def __init__(self, layer: Any, number: Mapping[int, int], window: Callable[[Any], int | None]) -> None:
+    def __init__(
+        self, layer: Any, number: Mapping[int, int], window: Callable[[Any], int | None], movable: Movable
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.head_norms: dict[str, Any] = {}
         if hasattr(attention, "q_norm"):
             (query, eps), (key, _) = _norm(attention.q_norm), _norm(attention.k_norm)
             self.head_norms = {"query_norm": query, "key_norm": key, "eps": eps}
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], number)
-        self.o, self.down = Product([attention.o_proj], number), Product([mlp.down_proj], number)
-        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], number)
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], number, movable)
+        self.o, self.down = Product([attention.o_proj], number, movable), Product([mlp.down_proj], number, movable)
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], number, movable)
         self.width, self.scale, self.window = attention.head_dim, attention.scaling, window(attention)
         self.kv_heads = self.qkv.widths[1] // self.width
 
@@ -122,7 +120,7 @@ class _Layer:
 class Product:
     """Linears of one input as one, with the LoRAs of each adapted lane; `number` numbers these lanes."""
 
-    def __init__(self, modules: Sequence[nn.Module], number: Mapping[int, int]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], number: Mapping[int, int], movable: Movable) -> None:
         linears: list[Any] = [module.linear if isinstance(module, LaneLinear) else module for module in modules]
         self.widths = [linear.weight.shape[0] for linear in linears]
         self.loras: list[tuple[int, int, Lora]] = [
@@ -141,11 +139,13 @@ class Product:
         self.columns = list(torch.arange(out).split(self.widths))
         for linear, columns in zip(linears, self.columns):
             span = slice(int(columns[0]), int(columns[-1]) + 1)
-            self.weight[span] = linear.weight
-            linear.weight.data = self.weight[span]
+            movable.move(linear.weight, self.weight[span])
             if self.bias is not None and linear.bias is not None:
-                self.bias[span] = linear.bias
-                linear.bias.data = self.bias[span]
+                movable.move(linear.bias, self.bias[span])
+        for module in modules:
+            if isinstance(module, LaneLinear):  # it held the weight where that lay
+                module.run = SmallLinear(module.linear.weight, module.linear.bias, module.loras)
+        stacked[self.weight.untyped_storage().data_ptr()] = self
         self.reread()
 
     def reread(self) -> None:

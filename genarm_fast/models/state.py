@@ -41,6 +41,10 @@ class ModelState:
         same = all(now == then for now, then in self._children) and self._look() == self._seen
         return self.root() is None or not same
 
+    def moved_by_us(self) -> None:
+        """Where the weights lie now is where they belong: loading moved them."""
+        self._seen = (self._look()[0], *self._seen[1:])
+
     def _look(self) -> tuple[Any, ...]:
         tensors = [tensor for group in self._tensors for tensor in group.values() if tensor is not None]
         config = self._attributes[0].get("config")

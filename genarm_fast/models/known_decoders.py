@@ -1,0 +1,82 @@
+"""Which decoders run by a forward of ours, and the trial that it must pass beside the model's own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.kv_cache import RaggedLayer
+from genarm_fast.models.lora_lanes import LaneLinear
+
+WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a family hands on
+    "Llama": lambda attention: None,
+    "Mistral": lambda attention: getattr(attention.config, "sliding_window", None),
+    "Qwen2": lambda attention: attention.sliding_window,
+    "Qwen3": lambda attention: attention.sliding_window,
+}
+
+
+class Output(NamedTuple):
+    """What heads read of transformers' output, which takes 80 µs to make."""
+
+    last_hidden_state: Tensor
+    past_key_values: Cache
+    hidden_states: None = None
+    attentions: None = None
+
+
+def family_of(decoder: Any) -> str:
+    """Its name in `WINDOWS`, if it has one."""
+    return type(decoder).__name__.removesuffix("Model")
+
+
+def built_as_known(decoder: Any, replaced: Collection[nn.Module] = ()) -> bool:
+    """Whether a decoder is built of the classes of its family's file, and nothing hooks or replaces their calls.
+
+    replaced: modules whose forwards we replaced ourselves.
+    """
+    family = family_of(decoder)
+    file = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
+    if family not in WINDOWS or type(decoder).__module__ != file:
+        return False
+    for module in decoder.modules():
+        hooks = module._forward_hooks or module._forward_pre_hooks
+        if hooks or ("forward" in vars(module) and module not in replaced):
+            return False
+    classes = vars(sys.modules[file])
+    parts = {"": "DecoderLayer", "self_attn": "Attention", "mlp": "MLP"}
+    return all(
+        type(layer.get_submodule(path)) is classes[family + name]
+        for layer in decoder.layers
+        for path, name in parts.items()
+    )
+
+
+def lanes_of(decoder: nn.Module) -> list[int]:
+    """Lanes that have an adapter in it."""
+    return sorted({lane for module in decoder.modules() if isinstance(module, LaneLinear) for lane in module.index})
+
+
+@torch.inference_mode()
+def trial(decoder: Any, forward: Callable[..., Any], blocks: Sequence[int]) -> list[Tensor]:
+    """What a forward makes of a short text for each lane, fed block after block: hidden states, then keys and values.
+
+    The first dimension of each tensor is that of the lanes, lane 0 before those that have an adapter.
+    """
+    lanes = [0, *(lane for lane in lanes_of(decoder) if lane)]
+    layers = [RaggedLayer(len(lanes), sum(blocks)) for _ in decoder.layers]
+    cache, device, found = Cache(layers=list(layers)), decoder.embed_tokens.weight.device, []
+    rows = torch.arange(len(lanes), device=device)
+    for start, block in zip((sum(blocks[:i]) for i in range(len(blocks))), blocks):
+        positions = torch.arange(start, start + block, device=device).expand(len(lanes), block)
+        tokens = (31 * positions + 7 * rows[:, None]) % decoder.config.vocab_size
+        with running(lanes, 1), placed(Ragged(rows, positions, start + block)):
+            out = forward(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        found.append(out.last_hidden_state)
+    return [*found, *(states for layer in layers for states in (layer.keys, layer.values) if states is not None)]

@@ -1,0 +1,103 @@
+"""Whether a decoder on a GPU runs as a `StackedDecoder`, which a trial beside its own forward decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from genarm_fast.device.base import out_of_memory
+from genarm_fast.models.known_decoders import WINDOWS, built_as_known, trial
+from genarm_fast.models.lora_lanes import LaneLinear
+from genarm_fast.models.stacked_decoder import StackedDecoder, stacked
+from genarm_fast.models.weights import Movable
+
+UNIT = {
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-11,
+    torch.float32: 2**-18,
+}  # what a product of 4,096 numbers rounds by
+UNIT_OF_PRODUCTS = {"highest": 0.0, "high": 2**-11, "medium": 2**-8}  # in float32, as torch is told to multiply it
+ROUNDINGS = 8  # of a number on its way through a layer
+BLOCKS = (4, 1)  # tokens of the trial's forwards
+
+
+def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | None, str]:
+    """A forward that may take the place of the decoder's own, or None; and in words, which one runs and why.
+
+    The decoder's linears, and all that lies over their weights in `movable`, become views of stacked weights: no number
+    is held twice, and none changes.
+    """
+    if reason := _unfit(decoder):
+        return None, f"its own forward: {reason}"
+    forward = StackedDecoder(decoder, movable)
+    bound = tolerance(decoder)
+    try:
+        far = deviation(decoder, forward)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return None, f"its own forward: the stacked one failed in its trial: {type(error).__name__}: {error}"
+    if not far <= bound:  # NaN, too
+        return None, f"its own forward: the stacked one is {far:.2g} of a hidden state away from it, over {bound:.2g}"
+    return forward, f"stacked: {far:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
+
+
+def tolerance(decoder: Any) -> float:
+    """How far two ways of rounding may be apart, as a share of the hidden states' norm.
+
+    A number that is rounded to units of 2u has an error of u/√3 of it. Two computations of n roundings each, one after
+    the other, are u √(2n/3) apart; four times that is allowed. In bfloat16 it gives 0.2 for 32 layers, where what is
+    wrong is off by 1, and an H100 was off by 0.044 (Llama-3-8B's shape, prototype of 2026-11-27).
+    """
+    dtype, unit = decoder.dtype, UNIT[decoder.dtype]
+    if dtype == torch.float32:
+        unit = max(unit, UNIT_OF_PRODUCTS[torch.get_float32_matmul_precision()])
+    return 4 * unit * math.sqrt(2 * ROUNDINGS * len(decoder.layers) / 3)
+
+
+def deviation(decoder: Any, forward: Callable[..., Any]) -> float:
+    """The largest of any lane, of hidden states, keys or values, as a share of their norm."""
+    pairs = zip(*(trial(decoder, each, BLOCKS) for each in (decoder, forward)))
+    return max(
+        float((torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)).nan_to_num(math.inf))
+        for theirs, ours in pairs
+        for a, b in zip(theirs.float(), ours.float())
+    )
+
+
+def _unfit(decoder: Any) -> str | None:
+    """Why its layers can't run as stacked ones."""
+    if not built_as_known(decoder):
+        return f"{type(decoder).__name__} with its hooks is none of {', '.join(WINDOWS)} as transformers builds them"
+    weights = [linear.weight for layer in decoder.layers for linear in _linears(layer)]
+    if any(type(linear) is not nn.Linear for layer in decoder.layers for linear in _linears(layer)):
+        return "some of its linears are no plain ones"
+    devices = {parameter.device for parameter in decoder.parameters()}
+    dtypes = {parameter.dtype for parameter in decoder.parameters()}
+    if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= UNIT.keys():
+        return f"its weights are on {len(devices)} devices in {len(dtypes)} dtypes"
+    if any(type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for layer in decoder.layers):
+        return "its activation isn't SiLU"
+    if len({weight.data_ptr() for weight in weights}) < len(weights):
+        return "some of its layers share weights"
+    if any(weight.untyped_storage().data_ptr() in stacked for weight in weights):
+        return "its weights are stacked for another model already"
+    return None
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = (
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    )
+    return [module.linear if isinstance(module, LaneLinear) else module for module in modules]
