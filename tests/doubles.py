@@ -19,13 +19,20 @@ from genarm_fast.kernels import _native
 
 
 class Lagging(Device):
-    """The CPU, with the shapes and the lag of CUDA. All work takes no time."""
+    """The CPU, with the shapes and the lag of CUDA. All work takes no time.
+
+    whole_steps: whether it may have plain steps as one launch.
+    """
 
     lag = 1
     shape = Cuda.shape
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole_steps: bool = True) -> None:
         super().__init__(clock=lambda: 0.0)
+        self.whole_steps = whole_steps
+
+    def captures(self, streams: Any) -> bool:
+        return self.whole_steps
 
 
 HOST = "host"
@@ -38,8 +45,8 @@ class Recorder(Lagging):
     before it launched. `without`: the number of a hand-over to leave out.
     """
 
-    def __init__(self, without: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, without: int | None = None, *, whole_steps: bool = True) -> None:
+        super().__init__(whole_steps=whole_steps)
         self.without = without
         self.hand_overs = 0
         self.clocks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))

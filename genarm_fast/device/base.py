@@ -57,15 +57,26 @@ class Device:
         return lambda: list(tensors)
 
     def repeat(self, stream: WorkStream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
-        """function(*inputs), launched on `stream`. With one key, only the numbers in the inputs ever differ."""
+        """function(*inputs), launched on `stream`. With one key, only the numbers in the inputs ever differ.
+
+        An input that the function returns is one that it writes to, and what it leaves there is the next call's, if
+        that gives it back. All others stay as they are, as long as anybody may give them again.
+        """
         return function(*inputs)
+
+    def captures(self, streams: Sequence[WorkStream]) -> bool:
+        """Whether `repeat` may have graphs of work that begins and ends on the first one and visits the others."""
+        return False
 
     def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
         """Rows, at most `slots`, and KV bound, at most `capacity`, raised so that few shapes exist where that pays."""
         return rows, kv_bound
 
     def forget(self, stream: WorkStream) -> None:
-        """Drop what `repeat` keeps of a stream, since it holds addresses of memory that is freed."""
+        """Drop what `repeat` keeps of a stream, since it holds addresses of memory that is freed.
+
+        That is what has the stream in its key, and what names it among the `streams` of its key.
+        """
 
     @contextmanager
     def keeping_graphs(self) -> Iterator[None]:

@@ -105,11 +105,16 @@ class Cuda(Device):
         self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
         return graph(*inputs)
 
+    def captures(self, streams: Sequence[WorkStream]) -> bool:
+        on_one_gpu = (
+            not any(isinstance(each, torch.device) for each in streams) and len({s.device for s in streams}) == 1
+        )
+        return on_one_gpu and not self.eager.intersection(streams)
+
     def forget(self, stream: WorkStream) -> None:
-        for key in [key for key in self.graphs if key[0] == stream]:
-            del self.graphs[key]
-        for key in [key for key in self.calls if key[0] == stream]:
-            del self.calls[key]
+        for kept in (self.graphs, self.calls):
+            for key in [key for key in kept if stream == key[0] or stream in getattr(key[1], "streams", ())]:
+                del kept[key]
 
     @contextmanager
     def keeping_graphs(self) -> Iterator[None]:
@@ -141,20 +146,27 @@ class Cuda(Device):
 
 
 class Graph:
-    """A function's kernels, launched as one. What it returns is a copy: the next launch overwrites the original."""
+    """A function's kernels, launched as one. What it returns is a copy, since the next launch overwrites the original;
+    but an input that it returns is its own one, from which the next launch goes on if it is given back."""
 
     def __init__(self, stream: WorkStream, pool: Any, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
+        self.given: list[Tensor | None] = [None] * len(inputs)  # what was copied to them last, if it still stands there
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may go on: "global" would fail at what they ask of the device meanwhile.
         with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.outputs: tuple[Tensor, ...] = function(*self.inputs)
+        own = {id(tensor) for tensor in self.inputs}
+        self.written = {id(output) for output in self.outputs if id(output) in own}
 
     def __call__(self, *inputs: Tensor) -> Any:
-        for own, given in zip(self.inputs, inputs):
+        for i, (own, given) in enumerate(zip(self.inputs, inputs)):
+            if given is own or given is self.given[i]:
+                continue
             own.copy_(given)
+            self.given[i] = None if id(own) in self.written else given
         self.graph.replay()
-        return tuple(output.clone() for output in self.outputs)
+        return tuple(output if id(output) in self.written else output.clone() for output in self.outputs)
 
 
 def on(stream: WorkStream) -> AbstractContextManager[Any]:

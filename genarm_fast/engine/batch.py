@@ -19,7 +19,10 @@ from genarm_fast.kernels import Settled, seed_tensor, settle
 
 
 class State(NamedTuple):
-    """int64 but for `finished`. Lengths and limits count tokens of the response."""
+    """What a step changes, and what it needs to change it. int64 but for `finished`.
+
+    Lengths and limits count tokens of the response.
+    """
 
     last: Tensor  # [members, R], the last token as each member sees it
     starts: Tensor  # [members, R], the position of the last token of the prompt
@@ -27,6 +30,35 @@ class State(NamedTuple):
     limits: Tensor  # [R]
     finished: Tensor  # bool [R]
     stop_ids: Tensor  # [R, S], padded with -1
+
+    def tokens(self, members: list[int]) -> Tensor:
+        """The last token of each sequence as these members see it, int64 [L, R, 1]."""
+        return torch.stack([self.last[m] for m in members])[..., None]
+
+    def positions(self, members: list[int]) -> Tensor:
+        """Where these members see the last tokens, int64 [L, R, 1]."""
+        return (torch.stack([self.starts[m] for m in members]) + self.lengths)[..., None]
+
+    def response_positions(self, width: int) -> Tensor:
+        """Index in the response of the next `width` tokens, int64 [R, width]."""
+        return self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
+
+    def accept(self, targets: Tensor, drafts: Tensor, draft_counts: Tensor | None = None) -> tuple[State, Settled]:
+        """Accept the drafts [R, q - 1] that equal their targets [R, q] and one target more; the next step's state.
+
+        This is the only place where drafts are judged. draft_counts: drafts of each row, int64 [R]; None: q - 1.
+        """
+        settled = settle(
+            targets,
+            drafts,
+            lengths=self.lengths,
+            limits=self.limits,
+            finished=self.finished,
+            stop_ids=self.stop_ids,
+            draft_counts=draft_counts,
+        )
+        last = settled.next_tokens.expand(len(self.last), -1)
+        return self._replace(last=last, lengths=settled.lengths, finished=settled.finished), settled
 
 
 class SamplingTensors(NamedTuple):
@@ -43,18 +75,23 @@ class SamplingTensors(NamedTuple):
 class Batch:
     """R sequences and the members that run for them.
 
-    active: indices of these members among the engine's, base first. epochs: of the sequences' weights.
+    active: indices of these members among the engine's, base first. epochs: of the sequences' weights. width: rows of
+    all tensors, at least R; those after R repeat the first one, so that few shapes exist, and nobody reads them.
     """
 
-    def __init__(self, sequences: list[Sequence], active: tuple[int, ...], executor: Executor, vocab_size: int) -> None:
+    def __init__(
+        self, sequences: list[Sequence], active: tuple[int, ...], executor: Executor, vocab_size: int, width: int = 0
+    ) -> None:
         self.sequences, self.active, self.executor, self.vocab_size = sequences, active, executor, vocab_size
-        self.slots = [sequence.slot for sequence in sequences]
+        self.rows = sequences + sequences[:1] * (width - len(sequences))
+        self.slots = [sequence.slot for sequence in self.rows]
         self.epochs = [sequence.epoch for sequence in sequences]
         self.state = self._upload()
         self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
         self._sampling: dict[WorkStream, SamplingTensors] = {}
+        self._cache_rows: dict[int, Tensor] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)
 
     def __len__(self) -> int:
@@ -69,21 +106,23 @@ class Batch:
         active: tuple[int, ...],
         executor: Executor,
         vocab_size: int,
+        width: int = 0,
     ) -> Batch:
         """The batch of the next step: `before` itself if nothing changed, else one that takes over its device state.
 
         in_flight: the host has not read the last step of `before`, so the device alone knows where its sequences are.
         """
-        now = [sequence.slot for sequence in sequences], [sequence.epoch for sequence in sequences]
-        same = before is not None and before.sequences == sequences and before.active == active
-        if before is not None and same and (before.slots, before.epochs) == now:
-            return before
-        batch = cls(sequences, active, executor, vocab_size)
+        slots, epochs = [sequence.slot for sequence in sequences], [sequence.epoch for sequence in sequences]
+        if before is not None and before.sequences == sequences and before.active == active:
+            wide = max(width, len(slots))
+            if (before.slots[: len(slots)], before.epochs, len(before.rows)) == (slots, epochs, wide):
+                return before
+        batch = cls(sequences, active, executor, vocab_size, width)
         if before is not None and in_flight:
             rows = {id(sequence): row for row, sequence in enumerate(before.sequences)}
             kept = [
                 (row, rows[id(sequence)])
-                for row, sequence in enumerate(sequences)
+                for row, sequence in enumerate(batch.rows)
                 if id(sequence) in rows and before.epochs[rows[id(sequence)]] == sequence.epoch
             ]
             if kept:
@@ -99,7 +138,7 @@ class Batch:
 
     def _upload(self) -> State:
         """What the host knows of the sequences."""
-        sequences, members = self.sequences, range(len(self.executor.members))
+        sequences, members = self.rows, range(len(self.executor.members))
         stops = [sorted(sequence.request.stop_ids) for sequence in sequences]
         width = max(1, *map(len, stops))
         prompts = [[len(each.request.token_ids[m]) - 1 for each in sequences] for m in members]
@@ -114,50 +153,39 @@ class Batch:
         return State(*map(self.executor.upload, state))
 
     def tokens(self, members: list[int]) -> Tensor:
-        """The last token of each sequence as these members see it, int64 [L, R, 1] on the main stream."""
-        return torch.stack([self.state.last[m] for m in members])[..., None]
+        """As of `State`, on the main stream; so are the next two."""
+        return self.state.tokens(members)
 
     def positions(self, members: list[int]) -> Tensor:
-        """Where these members see the last tokens, int64 [L, R, 1] on the main stream."""
-        starts = torch.stack([self.state.starts[m] for m in members])
-        return (starts + self.state.lengths)[..., None]
+        return self.state.positions(members)
+
+    def response_positions(self, width: int) -> Tensor:
+        return self.state.response_positions(width)
 
     def kv_bound(self, members: list[int], width: int) -> int:
         """Above all positions that a forward of `width` tokens from the last one on reads or writes."""
         return max(sequence.position(m) + sequence.unread for sequence in self.sequences for m in members) + width
 
-    def response_positions(self, width: int) -> Tensor:
-        """Index in the response of the next `width` tokens, int64 [R, width]."""
-        lengths = self.state.lengths
-        return lengths[:, None] + torch.arange(width, device=lengths.device)
-
     def accept(self, targets: Tensor, drafts: Tensor, draft_counts: Tensor | None = None) -> Settled:
-        """Accept the drafts [R, q - 1] that equal their targets [R, q] and one target more; the next step's inputs.
-
-        This is the only place where drafts are judged. draft_counts: drafts of each row, int64 [R]; None: q - 1.
-        """
-        state = self.state
-        settled = settle(
-            targets,
-            drafts,
-            lengths=state.lengths,
-            limits=state.limits,
-            finished=state.finished,
-            stop_ids=state.stop_ids,
-            draft_counts=draft_counts,
-        )
-        last = settled.next_tokens.expand(len(state.last), -1)
-        self.state = state._replace(last=last, lengths=settled.lengths, finished=settled.finished)
+        """As of `State`, which it changes."""
+        self.state, settled = self.state.accept(targets, drafts, draft_counts)
         return settled
+
+    def cache_rows(self, g: int, members: list[int]) -> Tensor:
+        """Rows of runner g's cache for these members of it, int64 [L·R] on the main stream."""
+        if g not in self._cache_rows:
+            index = self.executor.runners[g].row_index(self.slots, self.executor.lanes(members))
+            self._cache_rows[g] = self.executor.upload(torch.tensor(index))
+        return self._cache_rows[g]
 
     def sampling(self, stream: WorkStream) -> SamplingTensors:
         """The sequences' parameters for use on `stream`."""
         if stream not in self._sampling:
-            params = [sequence.request.params for sequence in self.sequences]
-            weights = [[sequence.weights[m - 1] for m in self.active[1:]] for sequence in self.sequences]
+            params = [sequence.request.params for sequence in self.rows]
+            weights = [[sequence.weights[m - 1] for m in self.active[1:]] for sequence in self.rows]
             columns = {
                 "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32),
-                "seeds": seed_tensor([sequence.seed for sequence in self.sequences]),
+                "seeds": seed_tensor([sequence.seed for sequence in self.rows]),
             }
             if any(0 < p.top_k < self.vocab_size for p in params):
                 columns["top_k"] = torch.tensor([min(p.top_k, self.vocab_size) for p in params])
@@ -167,16 +195,16 @@ class Batch:
                 columns["min_p"] = torch.tensor([p.min_p for p in params], dtype=torch.float32)
             upload = self.executor.device.upload
             self._sampling[stream] = SamplingTensors(
-                upload(torch.tensor(weights, dtype=torch.float32).view(len(self), -1), stream),
+                upload(torch.tensor(weights, dtype=torch.float32).view(len(self.rows), -1), stream),
                 {name: upload(column, stream) for name, column in columns.items()},
             )
         return self._sampling[stream]
 
     def bias(self) -> Tensor | None:
         """logit_bias and banned stop tokens of the sequences, float32 [R, V] on the main stream; None without any."""
-        lengths = [len(sequence.tokens) + sequence.unread for sequence in self.sequences]
-        version = bias_version(self.sequences, lengths)
+        lengths = [len(sequence.tokens) + sequence.unread for sequence in self.rows]
+        version = bias_version(self.rows, lengths)
         if self._bias[0] != version:
-            bias = bias_tensor(self.sequences, lengths, self.vocab_size)
+            bias = bias_tensor(self.rows, lengths, self.vocab_size)
             self._bias = version, None if bias is None else self.executor.upload(bias)
         return self._bias[1]

@@ -111,9 +111,12 @@ class ModelRunner:
         if key not in self._rows:
             if len(self._rows) > 64:
                 self._rows.clear()
-            index = [self.blocks[lane] * self.slots + slot for lane in lanes for slot in slots]
-            self._rows[key] = self.device.upload(torch.tensor(index), self.stream)
+            self._rows[key] = self.device.upload(torch.tensor(self.row_index(slots, lanes)), self.stream)
         return self._rows[key]
+
+    def row_index(self, slots: Sequence[int], lanes: Sequence[int]) -> list[int]:
+        """As `rows`, on the host."""
+        return [self.blocks[lane] * self.slots + slot for lane in lanes for slot in slots]
 
     def forward(
         self, tokens: Tensor, positions: Tensor, slots: Sequence[int], kv_bound: int, lanes: Sequence[int]
@@ -124,14 +127,14 @@ class ModelRunner:
         """
         rows = len(slots)
         if not self.on_one_device:
-            return self._logits(kv_bound, lanes, tokens, positions, self.rows(slots, lanes))
+            return self.logits(kv_bound, lanes, tokens, positions, self.rows(slots, lanes))
         wide, kv_bound = self.device.shape(rows, self.slots, kv_bound, self.capacity)
         if wide > rows:  # the first row is repeated: it writes into the cache what it writes anyway
             first = (tokens[:, :1], positions[:, :1])
             more = (each.expand(-1, wide - rows, -1) for each in first)
             tokens, positions = (torch.cat(pair, dim=1) for pair in zip((tokens, positions), more))
             slots = [*slots, *[slots[0]] * (wide - rows)]
-        function = partial(self._logits, kv_bound, lanes)
+        function = partial(self.logits, kv_bound, lanes)
         key = (tokens.shape, kv_bound, tuple(lanes), self.generation)
         logits = self.device.repeat(self.stream, key, function, tokens, positions, self.rows(slots, lanes))
         return logits if wide == rows else tuple(lane[:rows] for lane in logits)
@@ -160,9 +163,10 @@ class ModelRunner:
             if layer.keys is not None and layer.values is not None:
                 yield from (layer.keys, layer.values)
 
-    def _logits(
+    def logits(
         self, kv_bound: int, lanes: Sequence[int], tokens: Tensor, positions: Tensor, rows: Tensor
     ) -> tuple[Tensor, ...]:
+        """As `forward`, for rows of the cache [L·R], and as it stands: no padding, no graph of its own."""
         return self._run(self.model, lanes, tokens, positions, rows, kv_bound).logits.chunk(len(lanes))
 
     def _run(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.engine.batch import Batch
+from genarm_fast.engine.batch import Batch, SamplingTensors, State
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.penalties import SeenTokens, adjusted_scores, needs_host
 from genarm_fast.engine.sequence import SampledToken, Sequence
@@ -29,20 +29,26 @@ class Sampler:
         Sequences with penalties or processors need the host. They get targets up to the first that is not the draft; -1
         stands at the positions after it.
         """
+        result = self.draw(logits, batch, batch.sampling(self.executor.main), batch.state, batch.bias())
+        rows = [r for r, sequence in enumerate(batch.sequences) if needs_host(sequence)]
+        members = [each[..., : self.vocab_size] for each in logits]
+        return self._adjusted(batch, members, drafts, result, rows) if rows else result
+
+    def draw(
+        self, logits: list[Tensor], batch: Batch, sampling: SamplingTensors, state: State, bias: Tensor | None
+    ) -> GuidedSample:
+        """Targets by what the device knows alone; `batch` says which log-probabilities are wanted."""
         base, *arms = (each[..., : self.vocab_size] for each in logits)
-        sampling = batch.sampling(self.executor.main)
-        result = guided_sample(
+        return guided_sample(
             base,
             tuple(arms),
             sampling.weights,
-            positions=batch.response_positions(base.shape[1]),
-            logit_bias=batch.bias(),
+            positions=state.response_positions(base.shape[1]),
+            logit_bias=bias,
             return_logprobs=batch.wants_logprobs,
             top_logprobs=batch.top_logprobs,
             **sampling.parameters,
         )
-        rows = [r for r, sequence in enumerate(batch.sequences) if needs_host(sequence)]
-        return self._adjusted(batch, [base, *arms], drafts, result, rows) if rows else result
 
     def _adjusted(
         self, batch: Batch, members: list[Tensor], drafts: Drafts, result: GuidedSample, rows: list[int]

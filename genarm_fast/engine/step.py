@@ -18,9 +18,10 @@ from torch import Tensor
 from genarm_fast.device.base import span
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.penalties import bans_stop
+from genarm_fast.engine.penalties import bans_stop, needs_host
 from genarm_fast.engine.sampler import HostSample, Sampler
 from genarm_fast.engine.sequence import Sequence
+from genarm_fast.engine.step_graph import StepGraph
 from genarm_fast.kernels import GuidedSample
 from genarm_fast.speculation.drafter import Drafter, Drafts, no_drafts
 from genarm_fast.speculation.observations import PLAIN, Choice, StepObservation
@@ -54,6 +55,7 @@ class Steps:
 
     def __init__(self, executor: Executor, sampler: Sampler, drafters: list[Drafter]) -> None:
         self.executor, self.sampler, self.drafters = executor, sampler, drafters
+        self.graph = StepGraph(executor, sampler)
         self.before: Batch | None = None
         self.in_flight: InFlight | None = None
 
@@ -63,11 +65,18 @@ class Steps:
         for drafter in self.drafters:
             drafter.forget()
 
-    def batch(self, sequences: list[Sequence]) -> Batch:
-        """The batch of a next step with these sequences, and with the members that any of them needs."""
-        active = tuple(sorted({m for sequence in sequences for m in sequence.needed}))
-        flying = self.in_flight is not None
-        self.before = Batch.following(self.before, flying, sequences, active, self.executor, self.sampler.vocab_size)
+    def batch(self, sequences: list[Sequence], *, padded: bool = False) -> Batch:
+        """The batch of a next step with these sequences, and with the members that any of them needs.
+
+        padded: with as many rows as the device likes.
+        """
+        active, executor = tuple(sorted({m for sequence in sequences for m in sequence.needed})), self.executor
+        width, flying = 0, self.in_flight is not None
+        if padded:
+            slots = max(executor.runners[g].slots for g in executor.by_runner(active))
+            width = executor.device.shape(len(sequences), slots, 1, 1)[0]
+        vocab_size = self.sampler.vocab_size
+        self.before = Batch.following(self.before, flying, sequences, active, executor, vocab_size, width)
         return self.before
 
     def run_ahead(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Sequence]:
@@ -75,7 +84,7 @@ class Steps:
         before = self.in_flight
         going = [each for each in sequences if each.remaining > each.unread]
         self.executor.timed = bool(policy.candidates)
-        self.in_flight = self.launch(self.batch(going), policy, PLAIN) if going else None
+        self.in_flight = self.launch(self.batch(going, padded=True), policy, PLAIN) if going else None
         return self.finish(before) if before is not None else []
 
     def drain(self) -> list[Sequence]:
@@ -122,6 +131,9 @@ class Steps:
 
     def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
         """Everything that the device has to do for a step; nothing is read."""
+        if choice == PLAIN and not policy.shadow_due() and self._in_one(batch):
+            result, counts = self.graph.launch(batch)
+            return self._flying(batch, result, counts, no_drafts(len(batch.rows), self.executor.main))
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
         logits = self._verify(batch, drafter, drafts)
@@ -140,7 +152,14 @@ class Steps:
         with span("accept"):
             block, counts = self._draft_block(drafts, result.tokens.shape[1] - 1, result.tokens)
             settled = batch.accept(result.tokens, block, counts)
-        read = self._read(result, settled.counts, batch.active)
+        return self._flying(batch, result, settled.counts, drafts)
+
+    def _in_one(self, batch: Batch) -> bool:
+        """Whether the device can have this step as one launch, and nothing of it is the host's."""
+        return not any(map(needs_host, batch.sequences)) and self.graph.serves(batch.active)
+
+    def _flying(self, batch: Batch, result: GuidedSample, counts: Tensor, drafts: Drafts) -> InFlight:
+        read = self._read(result, counts, batch.active)
         weights = [sequence.weights for sequence in batch.sequences]
         for sequence in batch.sequences:
             sequence.unread += 1  # plain steps alone are in flight while the next one is launched

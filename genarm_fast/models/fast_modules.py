@@ -36,7 +36,8 @@ def as_runner(model: Any, others: Iterable[nn.Module] = ()) -> Any:
     """
     wants_flash = model.config._attn_implementation == "flash_attention_2"
     model.config._attn_implementation = (flash_attention if wants_flash else attention).IMPLEMENTATION
-    forward, model.runs_by = None, "its own forward"
+    forward: Callable[..., Any] | None = None
+    model.runs_by = "its own forward"
     if on_gpu(model):
         forward, model.runs_by = stacked_forward(model.base_model, Movable(trees_over([model, *others])))
     if forward is None and _native.core is not None:

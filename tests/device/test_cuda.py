@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cuda_driver import OnCpuTensors, cuda_driver
 from doubles import engines_on
 
 from genarm_fast import GenARM, SamplingParams
-from genarm_fast.device.cuda import WARM_UP, Cuda
+from genarm_fast.device.cuda import WARM_UP, Cuda, Graph
 from genarm_fast.speculation.config import Speculation
 
 PLAIN = SamplingParams(max_new_tokens=10, seed=1, stop_token_ids=tuple(range(2, 300, 23)))
@@ -44,19 +45,77 @@ def test_tokens_with_replayed_graphs(model, speculation, changes):
     assert all(device.calls[key] == WARM_UP + 1 for key in device.graphs)
 
 
-def test_replays_run_where_they_were_captured(model):
-    """Each backbone's graphs on its own stream, with a pool of memory of their own, after the inputs are ordered."""
+def test_a_plain_step_is_one_launch(model):
+    """Captured on the main stream, from which those of the backbones leave, and to which they come back."""
     with cuda_driver() as log, engines_on(OnCpuTensors()):
         run(model, count=3)
     main, *streams = (entry[1] for entry in log.of("stream"))
     assert len(streams) == 2
+    captures = log.of("capture")
+    assert {entry[-1] for entry in captures} == {entry[-1] for entry in log.of("replay")} == {main}
+    assert len({entry[2] for entry in captures}) == 1  # a pool of memory for all
+    waits = [entry[1:3] for entry in log.of("wait")][6:]  # three streams wait for what was done to weights before
+    assert Counter(waits) == Counter({pair: len(waits) // 4 for s in streams for pair in ((s, main), (main, s))})
+    shapes = len(captures)
+    assert len(waits) // 4 == (WARM_UP + 1) * shapes  # replays need none
+
+
+def test_replays_run_where_they_were_captured(model):
+    """With drafts, each backbone's graphs are on its own stream, with a pool of memory of their own."""
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        run(model, count=3, speculation=Speculation("arm", 2))
+    _, *streams = (entry[1] for entry in log.of("stream"))
     where = {entry[1]: entry[-1] for entry in log.of("capture")}
     assert set(where.values()) == set(streams)
     assert all(entry[-1] is where[entry[1]] for entry in log.of("replay"))
     pools = {(entry[-1], entry[2]) for entry in log.of("capture")}
     assert len({pool for _, pool in pools}) == len(pools) == 2
-    waits = [entry[1:3] for entry in log.of("wait")][6:]  # three streams wait for what was done to weights before
-    assert Counter(waits) == Counter({pair: len(waits) // 4 for s in streams for pair in ((s, main), (main, s))})
+
+
+def test_a_replay_copies_what_changed_and_no_more(model):
+    """The state of the last step and all parameters stand where the next step reads them."""
+    copied, call = [], Graph.__call__
+    with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
+
+        def counted(graph, *inputs):
+            pairs = zip(inputs, graph.inputs, graph.given)
+            copied.append(sum(given is not own and given is not seen for given, own, seen in pairs))
+            return call(graph, *inputs)
+
+        with patch.object(Graph, "__call__", counted):
+            run(model, PLAIN.override(ignore_eos=True, max_new_tokens=20), count=1)
+    assert len(device.graphs) == 1
+    assert copied[0] > 6  # all
+    assert set(copied[1:]) == {0}
+    assert len(copied) == len(log.of("replay")) > 10
+
+
+def test_a_graph_goes_on_from_what_it_wrote():
+    """An input that is returned is the graph's own; others are copied when another tensor is given."""
+    with cuda_driver():
+        device = Cuda()
+        stream = device.stream(SimpleNamespace(type="cuda"))
+
+        def add(total, step):
+            total.add_(step)
+            return total, total * 2
+
+        def call(total, step):
+            return device.repeat(stream, "key", add, total, step)
+
+        for _ in range(WARM_UP):
+            call(torch.tensor(0), torch.tensor(1))
+        given, one = torch.tensor(10), torch.tensor(1)
+        total, twice = call(given, one)
+        assert (int(given), int(total), int(twice)) == (10, 11, 22)
+        again, twice_again = call(total, one)
+        assert again is total
+        assert (int(total), int(twice), int(twice_again)) == (12, 22, 24)
+        one.fill_(100)  # which nobody may do to what is given again
+        assert int(call(total, one)[0]) == 13
+        assert int(call(total, torch.tensor(5))[0]) == 18
+        assert int(call(given, torch.tensor(5))[0]) == 15  # the same tensor as before, where others were written since
+        assert int(call(given, torch.tensor(0))[0]) == 10
 
 
 def test_few_shapes(tiny_model, tokenizer):
@@ -66,7 +125,7 @@ def test_few_shapes(tiny_model, tokenizer):
     params = [SamplingParams(max_new_tokens=5 + 5 * i, seed=i, ignore_eos=True) for i in range(12)]
     with cuda_driver(), engines_on(OnCpuTensors()) as device:
         tokens = [output.token_ids for output in model.generate(prompts, params, speculation="off")]
-    assert {key[1][0][1] for key in device.graphs} <= {1, 2, 4, 6}
+    assert {key[1].shapes[0][1] for key in device.graphs} <= {1, 2, 4, 6}
     assert len(device.graphs) <= 4
     assert tokens == [o.token_ids for o in model.generate(prompts, params, speculation="off")]
 
@@ -87,7 +146,7 @@ def test_a_forward_that_cannot_be_captured_runs_eagerly(model):
     warned = pytest.warns(UserWarning, match="without a CUDA graph")
     with cuda_driver(captures=False) as log, engines_on(OnCpuTensors()) as device, warned:
         assert run(model) == expected
-    assert len(device.eager) == len(log.of("capture")) == 2  # tried once for each backbone
+    assert len(device.eager) == len(log.of("capture")) == 3  # tried once for a step, and for each backbone
     assert not device.graphs
 
 
@@ -99,7 +158,7 @@ def test_what_is_handed_over_is_kept_for_its_reader(model):
     main = log.of("stream")[0][1]
     to_main = sum(target is main for target, _ in waits)
     assert kept[main] == to_main  # one tensor of logits each
-    assert sum(kept.values()) - kept[main] == 2 * (len(waits) - to_main)  # tokens and positions
+    assert sum(kept.values()) - kept[main] == 3 * (len(waits) - to_main)  # tokens, positions, rows of the cache
 
 
 def test_between_two_devices_copies_are_ordered_on_both():
@@ -137,7 +196,7 @@ def test_ranges_that_a_profiler_shows(model, monkeypatch):
         names[name] += 1
         yield
 
-    for module in ("device.base", "device.cuda", "engine.step"):
+    for module in ("device.base", "device.cuda", "engine.step", "engine.step_graph"):
         monkeypatch.setattr(f"genarm_fast.{module}.span", span)
     forwards = {"base.forward", "arm[0].forward"}
     with cuda_driver(), engines_on(OnCpuTensors()):
