@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from doubles import storage, tensors_in
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import InterpretedFunction
 
 from genarm_fast.device.cuda import Cuda
 from genarm_fast.kernels import _native
@@ -60,11 +62,29 @@ class FakeEvent:
 
 
 class Tape(TorchDispatchMode):
-    """Operations, to be done again on the same tensors."""
+    """Operations, to be done again on the same tensors; kernels of Triton's interpreter as well."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, ...]] = []
+
+    @contextmanager
+    def recording(self):
+        getitem = InterpretedFunction.__getitem__
+
+        def recorded(kernel, grid):
+            def launch(*args, **kwargs):
+                def run():
+                    with _disable_current_modes():  # what the interpreter does on its way is none of the graph's
+                        getitem(kernel, grid)(*args, **kwargs)
+
+                run()
+                self.operations.append((run, (), {}, None))
+
+            return launch
+
+        with patch.object(InterpretedFunction, "__getitem__", recorded), self:
+            yield
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -111,7 +131,7 @@ def cuda_driver(*, captures: bool = True):
         assert capture_error_mode == "thread_local"
         log.current.append(stream)
         log.add("capture", graph, pool)
-        with graph.tape:
+        with graph.tape.recording():
             yield
         log.current.pop()
         if not captures:

@@ -57,7 +57,7 @@ class State(NamedTuple):
             stop_ids=self.stop_ids,
             draft_counts=draft_counts,
         )
-        last = settled.next_tokens.expand(len(self.last), -1)
+        last = settled.next_tokens.repeat(len(self.last), 1)
         return self._replace(last=last, lengths=settled.lengths, finished=settled.finished), settled
 
 
@@ -140,7 +140,7 @@ class Batch:
         """What the host knows of the sequences."""
         sequences, members = self.rows, range(len(self.executor.members))
         stops = [sorted(sequence.request.stop_ids) for sequence in sequences]
-        width = max(1, *map(len, stops))
+        width = 1 << max(2, (max(map(len, stops)) - 1).bit_length())  # one of few: graphs are made for it
         prompts = [[len(each.request.token_ids[m]) - 1 for each in sequences] for m in members]
         state = State(
             last=torch.tensor([[each.last_token(m) for each in sequences] for m in members]),

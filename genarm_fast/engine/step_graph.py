@@ -43,20 +43,22 @@ class StepGraph:
         streams = [self.executor.main, *(runner.stream for runner in runners)]
         return self.executor.device.captures(streams) and all(runner.on_one_device for runner in runners)
 
-    def launch(self, batch: Batch) -> tuple[GuidedSample, Tensor]:
-        """The next targets [R, 1], and how many of them each sequence accepts, int64 [R]."""
+    def launch(self, batch: Batch, longest: int = 0) -> tuple[GuidedSample, Tensor]:
+        """The next targets [R, 1], and how many of them each sequence accepts, int64 [R].
+
+        longest: a KV bound to have at least.
+        """
         executor, main = self.executor, self.executor.main
         groups = executor.by_runner(batch.active)
         runners = [executor.runners[g] for g in groups]
         bounds = [
-            executor.device.shape(1, runner.slots, batch.kv_bound(members, 1), runner.capacity)[1]
+            executor.device.shape(1, runner.slots, max(batch.kv_bound(members, 1), longest), runner.capacity)[1]
             for runner, members in zip(runners, groups.values())
         ]
         sampling, bias = batch.sampling(main), batch.bias()
         rows = [batch.cache_rows(g, members) for g, members in groups.items()]
         names = tuple(sampling.parameters)
-        state = [each.contiguous() for each in batch.state]  # the members' last tokens may be one tensor, expanded
-        inputs = [*state, *rows, sampling.weights, *sampling.parameters.values()]
+        inputs = [*batch.state, *rows, sampling.weights, *sampling.parameters.values()]
         inputs += [] if bias is None else [bias]
 
         def step(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
 """What a first request would do besides its own work, done before it: caches, memory pages, graphs, kernels.
 
-Short requests that nobody asked for go the way of all requests. What they do not reach, forwards at other lengths of
-the cache and with other numbers of drafts, is launched by itself on devices that capture graphs.
+Short requests that nobody asked for go the way of all requests. What they do not reach, steps and forwards at other
+lengths of the cache and with other numbers of drafts, is launched by itself on devices that capture graphs. Of plain
+steps these are the ones without filters, bias and log-probabilities: with them, a step is captured when it first comes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Request
 from genarm_fast.params import SamplingParams, check_integer
@@ -59,6 +61,7 @@ def warm_up(
             for (_, k), group in requests.items():
                 _run(engine, group, kinds[k][1])
             _launch(engine, sizes[0], longest, speculation.most)
+            _launch_steps(engine, prepare(prompts, params), longest)
         kept = max(kept, workspace.bytes)
     finally:
         workspace.warm = kept
@@ -140,4 +143,26 @@ def _launch(engine: Engine, rows: int, longest: int, drafts: int) -> None:
                 inputs = [device.upload(each, runner.stream) for each in (torch.zeros_like(positions), positions)]
                 for _ in range(device.launches_to_capture):
                     executor.launch(runner.stream, "warm up", runner.forward, *inputs, list(range(count)), bound, lanes)
+        device.finish()
+
+
+@torch.inference_mode()
+def _launch_steps(engine: Engine, requests: list[Request], longest: int) -> None:
+    """Have graphs of plain steps, for every number of rows and every KV bound."""
+    executor, steps, device = engine.executor, engine.steps, engine.executor.device
+    sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, OFF)]
+    active = tuple(range(len(executor.members) if executor.draft_model is None else executor.draft_model))
+    with engine.turns.take():
+        if not steps.graph.serves(active):
+            return
+        for slot, sequence in enumerate(sequences):
+            sequence.slot = slot
+        runners = [executor.runners[g] for g in executor.by_runner(active)]
+        slots, capacity = min(each.slots for each in runners), min(each.capacity for each in runners)
+        counts = {device.shape(n, slots, 1, capacity)[0] for n in range(1, len(sequences) + 1)}
+        bounds = {device.shape(1, slots, n, capacity)[1] for n in range(1, longest + 1)}
+        for count, bound in ((n, b) for n in counts for b in bounds):
+            batch = Batch(sequences[:count], active, executor, steps.sampler.vocab_size, count)
+            for _ in range(device.launches_to_capture):
+                executor.launch(executor.main, "warm up", steps.graph.launch, batch, bound)
         device.finish()

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from genarm_fast import GenARM, SamplingParams
-from genarm_fast.engine.batch import Batch
+from genarm_fast.engine.batch import State
 from genarm_fast.engine.step import Steps
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation.config import Speculation
@@ -217,8 +217,8 @@ def test_a_round_never_waits_and_its_shapes_repeat(tiny_model, tokenizer, family
 
 def test_waiting_is_noticed(model, monkeypatch):
     """Control: something in a round that looks at a tensor."""
-    accept = Batch.accept
+    accept = State.accept
     for look in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: bool(t.any())):
-        monkeypatch.setattr(Batch, "accept", lambda *args, look=look: (look(args[1][0]), accept(*args))[1])
+        monkeypatch.setattr(State, "accept", lambda *args, look=look: (look(args[1][0]), accept(*args))[1])
         with engines_on(Lagging()), traced_rounds(), pytest.raises(AssertionError, match=r"wait|mask"):
             model.generate(prompts(2), PLAIN, speculation="off", ignore_eos=True)

@@ -11,6 +11,7 @@ from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
 from genarm_fast.kernels import _native
+from genarm_fast.models import fast_modules
 from genarm_fast.speculation.config import OFF, Speculation
 
 
@@ -75,6 +76,25 @@ def test_drafts(two_models, drafter):
 
 def test_lanes(lanes):
     decode(lanes())
+
+
+STACKED = {"norm_kernel", "rotary_append_kernel", "attend_kernel", "gated_kernel"}
+
+
+@pytest.mark.parametrize("speculation", [OFF, Speculation("arm", 2)])
+def test_stacked_decoders(two_models, monkeypatch, speculation):
+    """Of both models, in prompts and steps, with and without drafts."""
+    monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
+    model = two_models("qwen3")
+    launched = decode(model, speculation)
+    assert {"scores_kernel", "draw_kernel", "settle_kernel", *STACKED} <= set(launched)
+    assert "append_kernel" not in launched  # of the models' own forwards
+
+
+def test_stacked_lanes(lanes, monkeypatch):
+    monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
+    launched = decode(lanes())
+    assert {"scores_kernel", "draw_kernel", "settle_kernel", *STACKED} <= set(launched)
 
 
 def test_a_tensor_that_stays_on_the_cpu_is_noticed(two_models, monkeypatch):

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy
 import pytest
-from packaging.version import Version
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+from in_interpreter import NEEDS_NUMPY, run_interpreted
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,16 +25,12 @@ def run(*command, **environment):
 INTERPRETED = ["guided_sample", "settle", "ragged_attention", "add_rms_norm", "gated_mul", "rotary_append"]
 
 
-@pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
-    reason="the interpreter of triton 3.6 makes a number of a one-element array, which numpy 2.4 refuses",
-)
+@NEEDS_NUMPY
 @pytest.mark.parametrize(
     "op", ["guided_sample", "settle", "ragged_attention", "add_rms_norm", "gated_mul", "rotary_append"]
 )
 def test_interpreted(op):
-    tests = f"tests/kernels/{op}/interpreted_{op}.py"
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", tests, TRITON_INTERPRET="1")
+    run_interpreted(f"tests/kernels/{op}/interpreted_{op}.py")
 
 
 SAMPLING = ["1 ARM", "1 ARM, filters, top-5", "5 drafts"]

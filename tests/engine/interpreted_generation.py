@@ -1,0 +1,96 @@
+"""Whole generations as on a GPU, run by test_interpreted_generation.py in a process of its own: Triton's kernels in its
+interpreter, the stacked decoder, and stand-ins for streams and for graphs that replay what they captured."""
+
+import os
+
+import pytest
+import torch
+from against_reference import assert_equals_reference, reference_completion
+from cuda_driver import OnCpuTensors, cuda_driver
+from doubles import engines_on
+from interpreter import NoReads
+from tiny_models import build_model, save_adapter
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine.step_graph import StepGraph
+from genarm_fast.kernels import _dispatch, _native
+from genarm_fast.models.stacked_decoder import StackedDecoder
+from genarm_fast.speculation.config import Speculation
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+PROMPTS = [[5, 6, 7, 8, 9], [9, 3], [40, 41, 42]]
+PARAMS = [
+    {"weights": [1.0, -0.5], "max_new_tokens": 9, "ignore_eos": True},
+    {"weights": [0.0, 2.0], "max_new_tokens": 7, "stop_token_ids": list(range(2, 300, 7)), "top_p": 0.8, "top_k": 30},
+    {"weights": [0.3, 0.3], "max_new_tokens": 5, "temperature": 0.0, "min_new_tokens": 2},
+]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(_dispatch, "GPUS", ("cpu",))
+    monkeypatch.setattr(_native, "core", None)
+    monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # all of the texts are compared
+
+
+@pytest.fixture
+def lanes(tmp_path, tokenizer):
+    build_model("llama", 0).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for seed in (1, 2):
+        save_adapter(tmp_path / f"arm{seed}", base=tmp_path / "base", seed=seed)
+    arms = [tmp_path / "arm1", tmp_path / "arm2"]
+    return GenARM.from_pretrained(tmp_path / "base", arms, dtype=torch.float32, device="cpu", max_batch_size=2)
+
+
+@pytest.fixture
+def two_models(tokenizer):
+    arm = build_model("qwen3", 1, num_hidden_layers=1)
+    return GenARM.from_pretrained(build_model("qwen2", 0), arm, tokenizer=tokenizer, max_batch_size=2)
+
+
+def decode(model, speculation):
+    """Three requests in two slots, compared with the reference; returns the log and the device."""
+    arms = len(model.arms)
+    params = [each | {"weights": each["weights"][:arms]} for each in PARAMS]
+    sampling = [SamplingParams(**each, seed=i) for i, each in enumerate(params)]
+    with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
+        outputs = model.generate(PROMPTS, sampling, speculation=speculation)
+        runners = model.engine().executor.runners
+        assert all(isinstance(vars(each.model.base_model)["forward"], StackedDecoder) for each in runners)
+    for output, each in zip(outputs, params):
+        assert_equals_reference(model, output, **each)
+    return log, device
+
+
+def test_lanes(lanes, monkeypatch):
+    """Every step is one launch, and nothing in it is read on the host."""
+    launch = StepGraph.launch
+
+    def launched(self, batch):
+        with NoReads():
+            return launch(self, batch)
+
+    monkeypatch.setattr(StepGraph, "launch", launched)
+    log, device = decode(lanes, "off")
+    assert len(log.of("replay")) >= 3
+    assert {entry[-1] for entry in log.of("replay")} == {device.streams[0]}
+
+
+def test_two_models_with_drafts(two_models):
+    log, _ = decode(two_models, Speculation("arm", 2))
+    assert len(log.of("replay")) > 3
+
+
+def test_weights_that_change(lanes):
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True, seed=4, weights=[1.0, 0.0])
+    with cuda_driver(), engines_on(OnCpuTensors()), lanes.stream(PROMPTS[0], params) as stream:
+        for chunk in stream:
+            stream.set_weights([1.0 - len(chunk.token_ids), chunk.token_ids[-1] / 100])
+    completion = stream.output.completions[0]
+    used = completion.weights
+    assert len(set(used)) > 3
+    expected = reference_completion(
+        lanes, stream.output, completion, weights=used.__getitem__, max_new_tokens=8, ignore_eos=True
+    )
+    assert completion.token_ids == expected.tokens

@@ -1,0 +1,12 @@
+"""Whole generations over Triton's interpreter."""
+
+import pytest
+
+pytest.importorskip("triton")
+from in_interpreter import NEEDS_NUMPY, run_interpreted
+
+
+@NEEDS_NUMPY
+@pytest.mark.parametrize("name", ["test_lanes", "test_two_models_with_drafts", "test_weights_that_change"])
+def test_interpreted(name):
+    run_interpreted(f"tests/engine/interpreted_generation.py::{name}")
