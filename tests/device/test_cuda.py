@@ -118,6 +118,25 @@ def test_a_graph_goes_on_from_what_it_wrote():
         assert int(call(given, torch.tensor(0))[0]) == 10
 
 
+def test_a_text_that_outgrows_its_graph_gets_another(model):
+    """At a KV bound of 128 a graph would attend to no more than 128 tokens."""
+    prompt = random_prompts(random.Random(3), 1, 1)[0] * 120
+    params = PLAIN.override(ignore_eos=True, max_new_tokens=20)
+    expected = model.generate(prompt, params)[0].token_ids
+    with cuda_driver(), engines_on(OnCpuTensors()) as device:
+        assert model.generate(prompt, params)[0].token_ids == expected
+    assert [key[1].runners[0][0] for key in device.graphs] == [128, 192]  # the second is all that the cache has
+
+
+def test_graphs_go_with_the_caches_that_they_use(model):
+    with cuda_driver(), engines_on(OnCpuTensors()) as device:
+        run(model, count=2)
+        assert device.graphs
+        model.release()
+        assert not device.graphs
+        assert not device.calls
+
+
 def test_few_shapes(tiny_model, tokenizer):
     """Rows come in powers of two, limits too: batches that drain and prompts that grow share their graphs."""
     model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, max_batch_size=6)
