@@ -142,10 +142,8 @@ def _make_runners(members: list[Member], drafter: Member | None) -> None:
         member.lane, member.shared, member.relatives = lane, shared, models
         if shared is not member.model and id(shared) not in made:
             made[id(shared)] = as_runner(shared, models)
-            log.info("%s and those of its weights run by %s", member.name, shared.runs_by)
     for member in [*members, *([] if drafter is None else [drafter])]:
-        if member.shared is member.model:  # now, since weights may move
-            log.info("%s runs by %s", member.name, member.runner.runs_by)
+        log.info("%s: %s", member.name, member.runs_by)  # makes its runner now, since weights may move
 
 
 def _recorded(member: str, place: Source | None) -> dict[str, Any]:

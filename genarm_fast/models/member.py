@@ -56,6 +56,11 @@ class Member:
         return as_runner(share_weights(self.model), self.relatives)
 
     @property
+    def runs_by(self) -> str:
+        """Which forward runs it, and why: "stacked", "fused" or "its own forward"."""
+        return (self.runner if self.shared is self.model else self.shared).runs_by
+
+    @property
     def device(self) -> torch.device:
         """The device that its token ids have to be on."""
         return self.model.get_input_embeddings().weight.device

@@ -64,9 +64,9 @@ def test_a_given_model_is_stacked_and_stays_what_it_is(family, tokenizer):
     logits = base(probe).logits
     model = GenARM.from_pretrained(base, build_model(family, 1), tokenizer=tokenizer)
     for member in (0, 1):
-        forward, how = decoder_of(model, member)
-        assert isinstance(forward, StackedDecoder)
-        assert how.startswith("stacked: ")
+        assert isinstance(decoder_of(model, member)[0], StackedDecoder)
+    assert all(how.startswith("stacked: ") for how in model.forwards.values())
+    assert list(model.forwards) == ["base", *model.arm_names]
     assert_reference(model, [0.7])
     assert in_stacks(base)
     after = base.state_dict()
