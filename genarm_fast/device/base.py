@@ -6,6 +6,7 @@ The engine says what runs on which stream, and which tensors cross from one to a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -82,6 +83,10 @@ class Device:
     def keeping_graphs(self) -> Iterator[None]:
         """Graphs of what repeats inside are kept for good: requests will need them."""
         yield
+
+    def spare_bytes(self, device: torch.device) -> float:
+        """Memory of a device that caches may take; what forwards need for themselves is left out. inf: not known."""
+        return math.inf
 
     def mark(self, stream: WorkStream) -> Any:
         """A point in time, when all that `stream` was given before is done."""

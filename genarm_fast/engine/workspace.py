@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import chain
+
+import torch
 
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.engine.allocate import sizes
@@ -38,6 +42,8 @@ class Workspace:
     def reserve(self, members: set[int], slots: int, capacity: int, in_use: int, cache_bytes: int | None) -> None:
         """Have so many slots with so many tokens for these members, or as many as memory allows.
 
+        That is as many as fit beside what the device keeps for forwards; if that is not one, what fits at all.
+
         in_use: slots, counted from 0, whose sequences must stay. With none in use, too small caches are freed before
         larger ones are made. Afterwards `slots` and `capacity` say what there is.
         """
@@ -49,18 +55,29 @@ class Workspace:
             slots, capacity = max(slots, self.slots), max(capacity, self.capacity)
         else:
             self.free()
-        token = self.token_bytes(members)
+        token, least = self.token_bytes(members), max(in_use, 1)
         groups = self.executor.by_runner(sorted(members))
+        rooms = self._rooms(groups)
 
-        def fits(slots: int, tokens: int) -> bool:
+        def allowed(slots: int, tokens: int) -> bool:
             return cache_bytes is None or slots * tokens * token <= cache_bytes
 
-        for count, tokens in sizes(slots, max(in_use, 1), capacity, fits):
+        def fits(slots: int, tokens: int) -> bool:
+            return allowed(slots, tokens) and all(slots * tokens * each <= room for each, room in rooms)
+
+        for count, tokens in chain(sizes(slots, least, capacity, fits), sizes(least, least, capacity, allowed)):
             if self._grow(groups, count, tokens):
                 self.slots, self.capacity = count, tokens
                 return
             if not in_use:
                 self.free()
+
+    def _rooms(self, groups: dict[int, list[int]]) -> list[tuple[int, float]]:
+        """For each device: bytes that its caches take for one token, and bytes that they may take."""
+        taken: Counter[torch.device] = Counter()
+        for members in groups.values():
+            taken[self.executor.members[members[0]].device] += self.token_bytes(members)
+        return [(each, self.executor.device.spare_bytes(device)) for device, each in taken.items()]
 
     def _grow(self, groups: dict[int, list[int]], slots: int, tokens: int) -> bool:
         """Have so much for these members by runner; whether there was memory."""

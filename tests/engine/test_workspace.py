@@ -11,10 +11,11 @@ import pytest
 import torch
 from against_reference import random_prompts
 from cuda_driver import OnCpuTensors, cuda_driver
-from doubles import Accesses, Recorder, engines_on
+from doubles import Accesses, Lagging, Recorder, engines_on
 from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams
+from genarm_fast.device.cuda import Cuda
 from genarm_fast.engine import workspace
 from genarm_fast.engine.allocate import roomy
 from genarm_fast.engine.model_runner import ModelRunner
@@ -100,6 +101,35 @@ def test_what_is_left_holds_to_cache_bytes(fresh):
     model.cache_bytes = taken - 1
     tokens(model, prompts(0, count=1))
     assert 0 < model.engine().workspace.bytes < taken
+
+
+class Small(Lagging):
+    """A device with so much memory for caches."""
+
+    def __init__(self, spare):
+        super().__init__()
+        self.spare = spare
+
+    def spare_bytes(self, device):
+        return self.spare
+
+
+@pytest.mark.parametrize(("room", "slots"), [(2.5, 2), (0.5, 1)])
+def test_caches_are_planned_from_what_is_free(fresh, room, slots):
+    """Two requests at a time where three ask, one where there is no room for one; none is lost."""
+    texts = [[5 + i] * 20 for i in range(3)]
+    expected = tokens(fresh(), texts)
+    one = fresh().engine().workspace.token_bytes([0, 1]) * (20 + 8)  # prompt and response
+    with engines_on(Small(int(room * one))):
+        model = fresh()
+        assert tokens(model, texts) == expected
+        assert model.engine().workspace.slots == slots
+
+
+def test_what_a_gpu_has_for_caches():
+    """60 GiB are free and 6 cached by PyTorch; a twentieth of all 80 is for forwards."""
+    with cuda_driver():
+        assert Cuda().spare_bytes(torch.device("cuda", 0)) == pytest.approx((60 + 6 - 4) * 2**30)
 
 
 def test_whatever_is_left_in_the_caches(fresh):
