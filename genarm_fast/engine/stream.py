@@ -86,10 +86,7 @@ class Stream:
             ValueError, TypeError: not one finite number per ARM (or one for all).
             IndexError: no such prompt.
         """
-        count = len(self._sequences)
-        if index is not None and not 0 <= index < count:
-            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
-        chosen = self._sequences if index is None else [self._sequences[index]]
+        chosen = self._chosen(index)
         expanded = [weights_per_arm(weights, self._arm_names, sequence.weights) for sequence in chosen]
         for sequence, own in zip(chosen, expanded):
             self._engine.steer(sequence, own)
@@ -110,10 +107,25 @@ class Stream:
         """The output of the first prompt. Raises as `outputs`."""
         return self.outputs[0]
 
-    def close(self) -> None:
-        """Stop here, in mid-generation too; in mid-step (from another thread, or a logits processor): after it."""
+    def close(self, index: int | None = None) -> None:
+        """Stop here, in mid-generation too; in mid-step (from another thread, or a logits processor): after it.
+
+        index: of the prompt whose text ends here, while the others go on; None for all.
+
+        Raises:
+            IndexError: no such prompt.
+        """
+        if index is not None:
+            self._engine.abort(self._chosen(index))
+            return
         self._closed = True
         self._run.close()
+
+    def _chosen(self, index: int | None) -> list[Sequence]:
+        count = len(self._sequences)
+        if index is not None and not 0 <= index < count:
+            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
+        return self._sequences if index is None else [self._sequences[index]]
 
     def __enter__(self) -> Stream:
         return self
