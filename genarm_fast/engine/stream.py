@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import weights_per_arm
+from genarm_fast.params import AnyWeights, weights_per_arm
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine
@@ -75,10 +73,10 @@ class Stream:
             news = sequence.text[characters:], sequence.tokens[tokens:], sequence.used_weights[tokens:]
             self._chunks.append(StreamChunk(*news, index, sequence.finish_reason))
 
-    def set_weights(self, weights: float | Many[float] | Mapping[str, float], index: int | None = None) -> None:
+    def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:
         """Use other ARM weights from the next token on, for one prompt or for all of them; from any thread.
 
-        Weights by name change these ARMs' alone.
+        Weights by name change these ARMs' alone. A list per token counts from the first token of the response.
 
         In the middle of a step they count from the step after it; each chunk says what its tokens were drawn with.
 

@@ -26,6 +26,7 @@ from genarm_fast.params import SamplingParams
 # What transformers has no word for. All else comes from the call of `generate`.
 OWN = (
     "allowed_token_ids",
+    "base_weight",
     "frequency_penalty",
     "logit_bias",
     "logits_processors",
@@ -50,8 +51,8 @@ def guided(arms: Any, *, weights: Any = None, streamer: Any = None, **options: A
         weights: as in `SamplingParams`.
         streamer: gets prompt and tokens of one row as they come. `generate` does not hand its own streamer over.
         options: of `GenARM.from_pretrained` (`tokenizer`, `speculation`, `max_batch_size`, ...), and `SamplingParams`
-            that transformers has no word for: allowed_token_ids, frequency_penalty, logit_bias, logits_processors,
-            presence_penalty, priority, stop, stop_token_ids.
+            that transformers has no word for: allowed_token_ids, base_weight, frequency_penalty, logit_bias,
+            logits_processors, presence_penalty, priority, stop, stop_token_ids.
 
     Raises:
         TypeError, ValueError: an option that is neither, or a value that is not right.

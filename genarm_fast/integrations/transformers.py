@@ -84,7 +84,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @weights.setter
     def weights(self, weights: float | Sequence[float] | Mapping[str, float]) -> None:
-        self._weights = weights_per_arm(weights, [arm.name for arm in self.members[1:]], self._weights)
+        new = weights_per_arm(weights, [arm.name for arm in self.members[1:]], self._weights)
+        if any(isinstance(weight, tuple) for weight in new):
+            raise ValueError(f"weights={weights!r:.200}: expected a number per ARM; guided() takes one for each token")
+        self._weights = tuple(map(float, new))  # type: ignore[arg-type]
 
     @property
     def pad_token_id(self) -> int | None:

@@ -98,6 +98,7 @@ class ModelLoader:
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
         self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
         self.places: dict[str, Source] = {}
+        self.evaluated: dict[int, nn.Module] = {}  # id of a given model in training mode → the same in eval mode
         self.adapted: dict[int, str] = {}  # id of a given model with an adapter → its role
 
     def locate(self, role: str, source: Source) -> Source:
@@ -114,7 +115,9 @@ class ModelLoader:
         """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
         if isinstance(source, nn.Module):
             model = self._given(role, source)
-            return share_weights(model) if model.training else model
+            if model.training and id(model) not in self.evaluated:
+                self.evaluated[id(model)] = share_weights(model)
+            return self.evaluated[id(model)] if model.training else model
         place = self.locate(role, source)
         if read_object(role, place, "adapter_config.json"):
             return self._load_adapter(role, os.fspath(place), trust_remote_code)

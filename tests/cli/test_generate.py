@@ -136,3 +136,16 @@ def test_help_without_docstrings() -> None:
 def test_foreign_code_is_asked_for_by_name(cli: Callable, models: Any) -> None:
     result = cli("generate", *models.options, "--arm-trust-remote-code", "three", "Hi")
     assert (result.code, "--arm-trust-remote-code three: expected the name or the model" in result.err) == (2, True)
+
+
+def test_weights_for_each_token_and_the_text_of_tokens(cli, models):
+    """`W:W:...` in the place of an ARM's number, by place and by name; JSON shows what each token says."""
+    run = ["generate", *models.options, "the cat", "--json", "--logprobs=1", "--seed=1", "--max-new-tokens=4", "--ignore-eos"]
+    by_place = json.loads(cli(*run, "--weights", "2:1:0.5,-1").out)["completions"][0]
+    assert by_place["weights"] == [[2.0, -1.0], [1.0, -1.0], [0.5, -1.0], [0.5, -1.0]]
+    assert all(len(entry["top_tokens"]) == 1 and isinstance(entry["token"], str) for entry in by_place["logprobs"])
+    by_name = json.loads(cli(*run, "--weights", "one=2:1:0.5", "--base-weight", "0.5").out)["completions"][0]
+    assert by_name["weights"] == [[w, -0.25] for w in (2.0, 1.0, 0.5, 0.5)]
+    assert by_name["token_ids"] != by_place["token_ids"]
+    assert "expected a finite number" in cli(*run, "--weights", "2:x").err
+    assert "--keep: expected --input and --output with it" in cli(*run, "--keep", "x").err
