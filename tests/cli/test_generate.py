@@ -140,7 +140,16 @@ def test_foreign_code_is_asked_for_by_name(cli: Callable, models: Any) -> None:
 
 def test_weights_for_each_token_and_the_text_of_tokens(cli, models):
     """`W:W:...` in the place of an ARM's number, by place and by name; JSON shows what each token says."""
-    run = ["generate", *models.options, "the cat", "--json", "--logprobs=1", "--seed=1", "--max-new-tokens=4", "--ignore-eos"]
+    run = [
+        "generate",
+        *models.options,
+        "the cat",
+        "--json",
+        "--logprobs=1",
+        "--seed=1",
+        "--max-new-tokens=4",
+        "--ignore-eos",
+    ]
     by_place = json.loads(cli(*run, "--weights", "2:1:0.5,-1").out)["completions"][0]
     assert by_place["weights"] == [[2.0, -1.0], [1.0, -1.0], [0.5, -1.0], [0.5, -1.0]]
     assert all(len(entry["top_tokens"]) == 1 and isinstance(entry["token"], str) for entry in by_place["logprobs"])
