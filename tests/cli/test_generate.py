@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.cli.options import add_sampling_arguments
+from genarm_fast.text.detokenize import token_text
 
 CHAT = [{"role": "user", "content": "the cat"}]
 
@@ -55,7 +57,8 @@ def test_sampling_options_reach_the_request(cli: Callable, options: list[str], m
     more += " --speculation off"
     result = cli("generate", "the cat", *options, *more.split(), "--logit-bias", "40=2", "--json")
     assert result.code == 0
-    expected = json.loads(json.dumps(model.generate([CHAT], params, speculation="off")[0].to_dict()))
+    text = partial(token_text, model.tokenizer)
+    expected = json.loads(json.dumps(model.generate([CHAT], params, speculation="off")[0].to_dict(text)))
     found = json.loads(result.out)
     del expected["timing"], found["timing"]
     assert found == expected
