@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import weights_per_arm
+from genarm_fast.params import AnyWeights, weights_per_arm
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine
@@ -75,10 +73,10 @@ class Stream:
             news = sequence.text[characters:], sequence.tokens[tokens:], sequence.used_weights[tokens:]
             self._chunks.append(StreamChunk(*news, index, sequence.finish_reason))
 
-    def set_weights(self, weights: float | Many[float] | Mapping[str, float], index: int | None = None) -> None:
+    def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:
         """Use other ARM weights from the next token on, for one prompt or for all of them; from any thread.
 
-        Weights by name change these ARMs' alone.
+        Weights by name change these ARMs' alone. A list per token counts from the first token of the response.
 
         In the middle of a step they count from the step after it; each chunk says what its tokens were drawn with.
 
@@ -86,10 +84,7 @@ class Stream:
             ValueError, TypeError: not one finite number per ARM (or one for all).
             IndexError: no such prompt.
         """
-        count = len(self._sequences)
-        if index is not None and not 0 <= index < count:
-            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
-        chosen = self._sequences if index is None else [self._sequences[index]]
+        chosen = self._chosen(index)
         expanded = [weights_per_arm(weights, self._arm_names, sequence.weights) for sequence in chosen]
         for sequence, own in zip(chosen, expanded):
             self._engine.steer(sequence, own)
@@ -110,10 +105,25 @@ class Stream:
         """The output of the first prompt. Raises as `outputs`."""
         return self.outputs[0]
 
-    def close(self) -> None:
-        """Stop here, in mid-generation too; in mid-step (from another thread, or a logits processor): after it."""
+    def close(self, index: int | None = None) -> None:
+        """Stop here, in mid-generation too; in mid-step (from another thread, or a logits processor): after it.
+
+        index: of the prompt whose text ends here, while the others go on; None for all.
+
+        Raises:
+            IndexError: no such prompt.
+        """
+        if index is not None:
+            self._engine.abort(self._chosen(index))
+            return
         self._closed = True
         self._run.close()
+
+    def _chosen(self, index: int | None) -> list[Sequence]:
+        count = len(self._sequences)
+        if index is not None and not 0 <= index < count:
+            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
+        return self._sequences if index is None else [self._sequences[index]]
 
     def __enter__(self) -> Stream:
         return self
