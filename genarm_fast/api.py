@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from genarm_fast.engine.async_calls import AsyncCalls
 from genarm_fast.engine.engine import Engine, EngineConfig
 from genarm_fast.engine.requests import RequestMaker
 from genarm_fast.engine.scoring import score_responses
 from genarm_fast.engine.selfcheck import self_check_policy
-from genarm_fast.engine.sequence import Request, output_of
-from genarm_fast.engine.stream import Stream, failure
+from genarm_fast.engine.sequence import Request
+from genarm_fast.engine.sequence import Sequence as EngineSequence
+from genarm_fast.engine.stream import Stream, outputs_of
 from genarm_fast.engine.warm_up import warm_up as warm_up_engine
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
@@ -32,7 +34,7 @@ from genarm_fast.utils.progress import progress_bar
 ModelSource = str | os.PathLike[str] | nn.Module
 
 
-class GenARM:
+class GenARM(AsyncCalls):
     """A frozen base model steered by autoregressive reward models (arXiv 2410.08193).
 
     Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other
@@ -48,6 +50,7 @@ class GenARM:
         speculation: str | Speculation = "auto",
         draft_model: Member | None = None,
     ) -> None:
+        super().__init__()
         self.max_batch_size, self.cache_bytes = _limits(max_batch_size, cache_bytes)
         self.members = list(members)
         self.base, self.arms = self.members[0], self.members[1:]
@@ -55,7 +58,6 @@ class GenARM:
         self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
         self.tuners = Tuners()
-        self._engine: Engine | None = None
         self._making = Lock()
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
@@ -170,18 +172,12 @@ class GenARM:
             TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.
             GenerationError: after all other requests finished, if some failed; has their outputs.
         """
-        plan = self._speculation(speculation)
-        requests = self.prepare(prompts, sampling_params, **overrides)
-        groups = [request.sequences(self.tokenizer, plan) for request in requests]
+        engine, groups = self._decoding(prompts, sampling_params, speculation, overrides)
         sequences = [sequence for group in groups for sequence in group]
-        with progress_bar(len(sequences), progress) as advance, self.engine().run(sequences) as run:
+        with progress_bar(len(sequences), progress) as advance, engine.run(sequences) as run:
             for advanced in run:
                 advance(sum(sequence.ended for sequence in advanced))
-        failed = [sequence for sequence in sequences if sequence.error is not None]
-        outputs = [None if any(each.error for each in group) else output_of(group, self.arm_names) for group in groups]
-        if failed:
-            raise failure(failed, outputs) from failed[0].error
-        return [output for output in outputs if output is not None]
+        return outputs_of(groups, self.arm_names)
 
     def stream(
         self,
@@ -192,13 +188,8 @@ class GenARM:
         **overrides: Any,
     ) -> Stream:
         """One prompt or several, as their tokens come. Arguments and errors as in `generate`, with n = 1."""
-        plan = self._speculation(speculation)
-        requests = self.prepare(prompts, sampling_params, **overrides)
-        for request in requests:
-            if request.params.n != 1:
-                raise ValueError(f"n={request.params.n}: expected 1 in a stream")
-        sequences = [sequence for request in requests for sequence in request.sequences(self.tokenizer, plan)]
-        return Stream(self.engine(), sequences, self.arm_names)
+        engine, groups = self._decoding(prompts, sampling_params, speculation, overrides, True)
+        return Stream(engine, [sequence for (sequence,) in groups], self.arm_names)
 
     def score(self, prompts: Any, responses: Any, *, append_eos: bool = True) -> list[ScoreOutput]:
         """Base log-probabilities and ARM rewards of given responses, token by token.
@@ -283,6 +274,14 @@ class GenARM:
 
     def _new_engine(self, config: EngineConfig) -> Engine:
         return Engine(self.members, self.vocab_size, config, self.tuners, self.draft_model)
+
+    def _decoding(
+        self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False
+    ) -> tuple[Engine, list[list[EngineSequence]]]:
+        plan, requests = self._speculation(speculation), self.prepare(prompts, params, **overrides)
+        if streamed and (n := max(request.params.n for request in requests)) != 1:
+            raise ValueError(f"n={n}: expected 1 in a stream")
+        return self.engine(), [request.sequences(self.tokenizer, plan) for request in requests]
 
     def _speculation(self, speculation: str | Speculation | None) -> Speculation:
         """What a call asks for, else the model's. Raises ValueError for a drafter that is not here."""

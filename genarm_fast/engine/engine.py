@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -59,7 +60,7 @@ class Engine:
         self.config, self.tuners, self.turns = config, tuners, Turns()
         self.tokenizer = members[0].tokenizer
         self._policies: dict[tuple[Speculation, tuple[int, ...]], DraftPolicy] = {}
-        self._news: dict[int, deque[Sequence]] = {}  # by sequence, where its run looks for what steps advanced
+        self._news: dict[int, Callable[[Sequence], None]] = {}  # by sequence, who is told that a step advanced it
         self._idle = True  # no sequence is here, and nobody looked at weights and limits since
 
     def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
@@ -67,6 +68,16 @@ class Engine:
         sequences = request.sequences(self.tokenizer, speculation)
         self.turns.ask(lambda: self.scheduler.enqueue(sequences))
         return sequences
+
+    def join(self, sequences: list[Sequence], news: Callable[[Sequence], None], *, stepwise: bool = False) -> None:
+        """Queue new sequences. stepwise: none goes on before its `held` is taken away.
+
+        news: called with each that a step advanced, by the thread that steps; not with those that `abort` takes out.
+        """
+        for sequence in sequences:
+            sequence.stepwise = stepwise
+            self._news[sequence.id] = news
+        self.turns.ask(lambda: self.scheduler.enqueue(sequences))
 
     def abort(self, sequences: list[Sequence]) -> None:
         """Take sequences out; their slots are free before the next step.
@@ -196,7 +207,7 @@ class Engine:
             if sequence.ended and sequence.slot >= 0 and sequence.error is not None:
                 self.executor.clear(sequence.slot)
             if sequence.id in self._news:
-                self._news[sequence.id].append(sequence)
+                self._news[sequence.id](sequence)
         self._leave([sequence for sequence in advanced if sequence.ended])
 
     def _leave(self, sequences: list[Sequence]) -> None:
@@ -221,7 +232,7 @@ class Engine:
                 sequence.error = RuntimeError(f"the step that decoded it failed: {type(error).__name__}: {error}")
                 sequence.error.__cause__ = error
             if sequence.id in self._news:
-                self._news[sequence.id].append(sequence)
+                self._news[sequence.id](sequence)
         self._leave(failed)
         self.steps.forget()
         self.scheduler.forget_prompts()
@@ -245,10 +256,7 @@ class Run:
         self.engine, self.sequences = engine, sequences
         self._news: deque[Sequence] = deque()
         self._closed = False
-        for sequence in sequences:
-            sequence.stepwise = stepwise
-            engine._news[sequence.id] = self._news
-        engine.turns.ask(lambda: engine.scheduler.enqueue(sequences))
+        engine.join(sequences, self._news.append, stepwise=stepwise)
 
     def __iter__(self) -> Run:
         return self

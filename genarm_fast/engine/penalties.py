@@ -127,7 +127,7 @@ def adjusted_scores(
 def _processed(processor: Any, sequence: Sequence, drafted: list[int], scores: Tensor) -> Tensor:
     """What a caller's processor makes of scores [V]."""
     seen = torch.tensor([[*sequence.request.token_ids[0], *sequence.tokens, *drafted]]).to(scores.device)
-    changed = processor(seen, scores[None])
+    changed = sequence.context.run(processor, seen, scores[None])
     if not isinstance(changed, Tensor) or changed.shape != (1, len(scores)):
         shape = tuple(changed.shape) if isinstance(changed, Tensor) else changed
         raise ValueError(
