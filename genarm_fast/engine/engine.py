@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
+from genarm_fast.device.base import span
 from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.penalties import needs_host
+from genarm_fast.engine.run import Run
 from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.scheduler import Scheduler
 from genarm_fast.engine.sequence import Request, Sequence
@@ -132,9 +132,12 @@ class Engine:
         with self.turns.take():
             return self.step_in_turn()
 
-    @torch.inference_mode()
     def step_in_turn(self) -> list[Sequence]:
         """`step`, for a thread that has the turn."""
+        with torch.inference_mode(), span("step"):
+            return self._step()
+
+    def _step(self) -> list[Sequence]:
         advanced: list[Sequence] = []
         try:
             if self._idle and self.scheduler:
@@ -143,11 +146,13 @@ class Engine:
             for sequence in expired:
                 sequence.finish("time")
                 self.scheduler.leave(sequence)
-            advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
+            with span("admit"):
+                advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
             self._prefill()
             if due := self.scheduler.due(self.config.max_batch_size):
-                advanced += self.executor.launch(self.executor.main, "step", self._decode, due)
-            self._deliver(advanced)
+                advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
+            with span("deliver"):
+                self._deliver(advanced)
         except BaseException as error:
             self._fail(error, [each for each in advanced if each.ended])
             raise
@@ -244,57 +249,3 @@ class Engine:
         if not self.scheduler.placed:
             self.workspace.free()
             self.scheduler.resize(0)
-
-
-class Run:
-    """Iterator over the news of one caller's sequences: each item lists those that a step advanced.
-
-    Closing it takes unfinished sequences out of the engine, in mid-step after the step.
-    """
-
-    def __init__(self, engine: Engine, sequences: list[Sequence], stepwise: bool) -> None:
-        self.engine, self.sequences = engine, sequences
-        self._news: deque[Sequence] = deque()
-        self._closed = False
-        engine.join(sequences, self._news.append, stepwise=stepwise)
-
-    def __iter__(self) -> Run:
-        return self
-
-    def __next__(self) -> list[Sequence]:
-        """Step until there are news, or wait for them while another thread steps. Raises what a step raises."""
-        if not self._news:
-            for sequence in self.sequences:
-                sequence.held = False
-        try:
-            while not self._over():
-                with self.engine.turns.take(unless=self._over) as taken:
-                    if taken:
-                        self.engine.step_in_turn()
-        except BaseException:
-            self.close()
-            raise
-        if not self._news:
-            raise StopIteration
-        return list(dict.fromkeys(self._news.popleft() for _ in range(len(self._news))))
-
-    def _over(self) -> bool:
-        """Whether there is something to tell, or nothing to wait for."""
-        return bool(self._news or self._closed or all(sequence.ended for sequence in self.sequences))
-
-    def close(self) -> None:
-        """Take unfinished sequences out of the engine."""
-        if not self._closed:
-            self.engine.abort([sequence for sequence in self.sequences if not sequence.ended])
-            self._closed = True  # only now: interrupted before, it can be closed again
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
