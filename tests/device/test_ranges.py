@@ -51,9 +51,9 @@ def test_a_trace_names_the_parts_of_a_step(model):
     assert {name for name, _ in found} >= set(INSIDE) - {"arm[1].forward"}
     assert {(name, around) for name, around in found if around not in INSIDE[name]} == set()
     names = [name for name, _ in found]
-    last = names[len(names) - names[::-1].index("step") :]
-    parts = ["admit", "decode", "draft", "base.forward", "sample", "accept", "read-back", "deliver"]
-    assert sorted(parts, key=last.index) == parts
+    first = names[: names.index("step", 1)]
+    parts = ["step", "admit", "prefill", "decode", "draft", "base.forward", "sample", "accept", "read-back", "deliver"]
+    assert sorted(parts, key=first.index) == parts
     steps = names.count("step")
     assert names.count("admit") == names.count("deliver") == steps
 
