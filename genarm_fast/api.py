@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from threading import Lock
 from typing import Any
 
@@ -25,7 +26,7 @@ from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
 from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
-from genarm_fast.params import SamplingParams, check_integer
+from genarm_fast.params import SamplingParams
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.speculation.policy import Tuners
 from genarm_fast.text.prompts import as_prompts
@@ -38,7 +39,7 @@ class GenARM(AsyncCalls):
     """A frozen base model steered by autoregressive reward models (arXiv 2410.08193).
 
     Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other
-    is ever drawn), eos_token_ids, max_batch_size, cache_bytes.
+    is ever drawn), eos_token_ids, max_batch_size, cache_bytes, max_step_ms.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class GenARM(AsyncCalls):
         *,
         max_batch_size: int = 16,
         cache_bytes: int | None = None,
+        max_step_ms: float | None = None,
         speculation: str | Speculation = "auto",
         draft_model: Member | None = None,
     ) -> None:
         super().__init__()
-        self.max_batch_size, self.cache_bytes = _limits(max_batch_size, cache_bytes)
+        config = EngineConfig(max_batch_size, cache_bytes, max_step_ms)
+        self.max_batch_size, self.cache_bytes, self.max_step_ms = astuple(config)
         self.members = list(members)
         self.base, self.arms = self.members[0], self.members[1:]
         self.tokenizer = self.base.tokenizer
@@ -84,6 +87,7 @@ class GenARM(AsyncCalls):
         trust_remote_code: bool = False,
         max_batch_size: int = 16,
         cache_bytes: int | None = None,
+        max_step_ms: float | None = None,
         speculation: str | Speculation = "auto",
         draft_model: ModelSource | None = None,
         warm_up: bool = False,
@@ -103,6 +107,8 @@ class GenARM(AsyncCalls):
             max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
             cache_bytes: most that the key-value caches of a run may take, of all members together. Fewer rows are
                 decoded or scored together then; one that does not even fit alone fails. None: as much as there is.
+            max_step_ms: milliseconds that a step should take at most where prompts are prefilled beside requests that
+                generate: chunks of prompts are as large as that allows, of 16 tokens at least. None: 512 tokens.
             speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
                 `Speculation`. It never changes a token.
             draft_model: a small model of the base's kind that only proposes tokens: as base.
@@ -113,7 +119,7 @@ class GenARM(AsyncCalls):
                 without a key-value cache, a template without {prompt}.
             TypeError: arguments of other types, or that nothing takes.
         """
-        _limits(max_batch_size, cache_bytes)
+        EngineConfig(max_batch_size, cache_bytes, max_step_ms)  # checks them
         as_speculation(speculation)
         self_check_policy()
         if not isinstance(warm_up, bool):
@@ -133,7 +139,7 @@ class GenARM(AsyncCalls):
         }
         templates: dict[str, Any] = {"prompt_template": prompt_template, "chat_template": chat_template}
         members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
-        limits: dict[str, Any] = {"max_batch_size": max_batch_size, "cache_bytes": cache_bytes}
+        limits: Any = {"max_batch_size": max_batch_size, "cache_bytes": cache_bytes, "max_step_ms": max_step_ms}
         model = cls(members, **limits, speculation=speculation, draft_model=draft)
         if warm_up:
             model.warm_up()
@@ -203,7 +209,7 @@ class GenARM(AsyncCalls):
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
             MemoryError: likewise, of one whose caches take more than cache_bytes alone.
         """
-        max_batch_size, cache_bytes = _limits(self.max_batch_size, self.cache_bytes)
+        config = self._config()
         return score_responses(
             self.members,
             as_prompts(prompts),
@@ -211,8 +217,8 @@ class GenARM(AsyncCalls):
             append_eos=append_eos,
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
-            max_batch_size=max_batch_size,
-            cache_bytes=cache_bytes,
+            max_batch_size=config.max_batch_size,
+            cache_bytes=config.cache_bytes,
         )
 
     def warm_up(
@@ -263,7 +269,7 @@ class GenARM(AsyncCalls):
 
     def engine(self) -> Engine:
         """The engine, which all calls of all threads share; one of its own for a call from inside a step."""
-        config = EngineConfig(*_limits(self.max_batch_size, self.cache_bytes))  # may have been set since
+        config = self._config()
         with self._making:
             if self._engine is None:
                 self._engine = self._new_engine(config)
@@ -271,6 +277,9 @@ class GenARM(AsyncCalls):
             return self._new_engine(config)
         self._engine.config = config
         return self._engine
+
+    def _config(self) -> EngineConfig:
+        return EngineConfig(self.max_batch_size, self.cache_bytes, self.max_step_ms)  # may have been set since
 
     def _new_engine(self, config: EngineConfig) -> Engine:
         return Engine(self.members, self.vocab_size, config, self.tuners, self.draft_model)
@@ -294,10 +303,3 @@ class GenARM(AsyncCalls):
     def expand_weights(self, weights: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
         """One weight per ARM; None for their defaults. Raises as `SamplingParams` does for wrong ones."""
         return self._requests.expand_weights(weights)
-
-
-def _limits(max_batch_size: int, cache_bytes: int | None) -> tuple[int, int | None]:
-    rows = check_integer("max_batch_size", max_batch_size, "an integer >= 1", 1)
-    if cache_bytes is not None:
-        cache_bytes = check_integer("cache_bytes", cache_bytes, "an integer >= 1 or None", 1)
-    return rows, cache_bytes

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from genarm_fast.device.base import span
+from genarm_fast.engine import pace
 from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.penalties import needs_host
@@ -20,6 +21,7 @@ from genarm_fast.engine.step import Steps
 from genarm_fast.engine.turns import Turns
 from genarm_fast.engine.workspace import Workspace
 from genarm_fast.models.member import Member
+from genarm_fast.params import check_integer, check_real
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.observations import PLAIN, StepObservation
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
@@ -30,10 +32,22 @@ from genarm_fast.speculation.shadow import TextShadows
 @dataclass
 class EngineConfig:
     """max_batch_size: sequences that are decoded together. cache_bytes: most that all KV caches may take together; None
-    for as much as there is."""
+    for as much as there is. max_step_ms: what a step may take with prompts to prefill; None for as long as it takes.
+
+    Raises TypeError, ValueError for anything else.
+    """
 
     max_batch_size: int = 16
     cache_bytes: int | None = None
+    max_step_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        self.max_batch_size = check_integer("max_batch_size", self.max_batch_size, "an integer >= 1", 1)
+        if self.cache_bytes is not None:
+            self.cache_bytes = check_integer("cache_bytes", self.cache_bytes, "an integer >= 1 or None", 1)
+        if self.max_step_ms is not None:
+            expected = "a finite number > 0 or None"
+            self.max_step_ms = check_real("max_step_ms", self.max_step_ms, expected, 0, open_low=True)
 
 
 class Engine:
@@ -57,7 +71,7 @@ class Engine:
         self.admission = Admission(self.executor, self.scheduler, self.workspace)
         self.drafters = make_drafters(self.executor, self.executor.groups, [member.name for member in everyone])
         self.steps = Steps(self.executor, Sampler(self.executor, vocab_size), self.drafters)
-        self.config, self.tuners, self.turns = config, tuners, Turns()
+        self.config, self.tuners, self.turns, self.pace = config, tuners, Turns(), pace.Pace()
         self.tokenizer = members[0].tokenizer
         self._policies: dict[tuple[Speculation, tuple[int, ...]], DraftPolicy] = {}
         self._news: dict[int, Callable[[Sequence], None]] = {}  # by sequence, who is told that a step advanced it
@@ -146,25 +160,29 @@ class Engine:
             for sequence in expired:
                 sequence.finish("time")
                 self.scheduler.leave(sequence)
+            start, rushed = pace.clock(), any(not each.held for each in self.scheduler.running)
             with span("admit"):
                 advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
-            self._prefill()
+            tokens = self._prefill(self.pace.tokens(self.config.max_step_ms) if rushed else None)
             if due := self.scheduler.due(self.config.max_batch_size):
                 advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
             with span("deliver"):
                 self._deliver(advanced)
+            if rushed:
+                self.pace.observe(tokens, pace.clock() - start)
         except BaseException as error:
             self._fail(error, [each for each in advanced if each.ended])
             raise
         return advanced
 
-    def _prefill(self) -> None:
-        """One chunk of prompts; then sequences whose prompts are complete join the running ones."""
-        if chunk := self.scheduler.next_chunk():
+    def _prefill(self, most: int | None) -> int:
+        """One chunk of prompts; then sequences whose prompts are complete join the running ones. Returns its tokens."""
+        if chunk := self.scheduler.next_chunk(most):
             self.executor.prefill(*chunk)
         for donor_slot, sequence in self.scheduler.copies():
             self.executor.copy(donor_slot, sequence.slot, sequence.shared, sequence.needed)
         self.scheduler.start_ready()
+        return len(chunk.sequences) * chunk.width if chunk else 0
 
     def _decode(self, due: list[Sequence]) -> list[Sequence]:
         """One step of the sequences that are due; returns those that the host has new tokens of."""
