@@ -1,13 +1,14 @@
 """Time to the first token, and gaps between tokens: one caller, and many that come as a Poisson process.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency.py [BASE ARM ...] [--callers 8 32] [--loads 0.3 0.6 0.9]
-        [--requests 24] [--prompt 32] [--tokens 16] [--max-step-ms 150] [--plot FILE] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/latency.py [BASE ARM ...] [--parts one callers ticker other] [--callers 8 32]
+        [--loads 0.3 0.6 0.9] [--requests 24] [--prompt 32] [--tokens 16] [--max-step-ms 150] [--plot FILE] [--json]
 
 Without a BASE it is the demo's, with the ARM `small`. Callers are tasks of one event loop that read `astream`. With n
 callers at most n requests are decoded together; capacity is what n give that ask again as soon as they have an answer,
 and the load of a line is a share of it. Hugging Face's `generate` decodes the base alone, one request after another, as
 it is used in a service without an engine; its load is a share of its own capacity. Times are wall-clock milliseconds,
-since a request's arrival. The ticker is a task that sleeps for 1 ms, again and again, while requests decode.
+since a request's arrival. The ticker is a task that sleeps for 1 ms, again and again, while 16 requests decode.
+`other` is Hugging Face's part.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 from genarm_fast import ARM, GenARM, demo
 
 SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
+PARTS = ["one", "callers", "ticker", "other"]
 READ_AHEAD = 1_000_000  # chunks; the reader only notes the time
 Request = Callable[[int, Callable[[], None]], Awaitable[None]]  # number, and what to call at every chunk
 
@@ -157,22 +159,26 @@ async def measure(
 
 
 async def run(model: GenARM, base: Any, args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
-    """All lines. base: a loaded model for Hugging Face's `generate`; None leaves it out."""
+    """All lines. base: a loaded model for Hugging Face's `generate`, if it is one of the parts."""
     shape = args.prompt, args.tokens, model.vocab_size
     request, results = ours(model, *shape), []
-    await closed(request, 1, 2)
-    results += await measure("genarm_fast", request, 1, [], args.requests, log)
-    for callers in args.callers:
+    found: dict[str, Any] = {"results": results}
+    if "one" in args.parts:
+        await closed(request, 1, 2)
+        results += await measure("genarm_fast", request, 1, [], args.requests, log)
+    for callers in args.callers if "callers" in args.parts else []:
         model.max_batch_size = callers
         await closed(request, callers, callers)
         results += await measure("genarm_fast", request, callers, args.loads, args.requests, log)
-    model.max_batch_size = 16
-    late = await ticking(closed(request, 16, 32))
-    if base is not None:
+    if "ticker" in args.parts:
+        model.max_batch_size = 16
+        late = await ticking(closed(request, 16, 32))
+        found["ticker"] = {**percentiles(late), "ticks": len(late)}
+    if "other" in args.parts:
         plain = hugging_face(base, *shape)
         await closed(plain, 1, 2)
         results += await measure("Hugging Face, base", plain, 1, args.loads, args.requests, log)
-    return {"results": results, "ticker": {**percentiles(late), "ticks": len(late)}}
+    return found
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -207,7 +213,7 @@ def show(found: dict[str, Any]) -> None:
         numbers = [f"{line[what][share]:.0f}" for what in ("first", "gap") for share in SHARES]
         table.add_row(line["contender"], str(line["callers"]), line["load"], f"{line['requests/s']:.2f}", *numbers)
     Console(width=180).print(table)
-    ticker = ", ".join(f"{name} {value:.1f}" for name, value in found["ticker"].items())
+    ticker = ", ".join(f"{name} {value:.1f}" for name, value in found.get("ticker", {}).items())
     print(f"A ticker of 1 ms while 16 requests decode is late by, in ms: {ticker}")
 
 
@@ -215,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", help="a model's folder")
     parser.add_argument("arms", nargs="*", metavar="arm", help="folders of ARMs")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--callers", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 0.9])
     parser.add_argument("--requests", type=int, default=24, help="of each line")
@@ -230,7 +237,8 @@ def main() -> None:
     source = args.base or str(demo.base())
     arms = [ARM(arm) for arm in args.arms] if args.base else [ARM(demo.arm("small"))]
     model = GenARM.from_pretrained(source, arms, max_step_ms=args.max_step_ms, speculation=args.speculation)
-    base = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False).eval()
+    other = "other" in args.parts
+    base = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False).eval() if other else None
     console = Console(stderr=True)
     found = asyncio.run(run(model, base, args, console.print))
     found["about"] = {

@@ -21,7 +21,7 @@ def latency(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_lines_of_all_contenders(latency, tiny_model, tokenizer, tmp_path, capsys):
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
-    args = argparse.Namespace(callers=[2], loads=[0.5], requests=4, prompt=5, tokens=3)
+    args = argparse.Namespace(parts=latency.PARTS, callers=[2], loads=[0.5], requests=4, prompt=5, tokens=3)
     found = asyncio.run(latency.run(model, tiny_model(), args, lambda _: None))
     keys = [(line["contender"], line["callers"], line["load"]) for line in found["results"]]
     assert keys == [
