@@ -7,8 +7,8 @@ Without a BASE it is the demo's, with the ARM `small`. Callers are tasks of one 
 callers at most n requests are decoded together; capacity is what n give that ask again as soon as they have an answer,
 and the load of a line is a share of it. Hugging Face's `generate` decodes the base alone, one request after another, as
 it is used in a service without an engine; its load is a share of its own capacity. Times are wall-clock milliseconds,
-since a request's arrival. The ticker is a task that sleeps for 1 ms, again and again, while 16 requests decode.
-`other` is Hugging Face's part.
+since a request's arrival. The ticker is a task that sleeps for 1 ms, again and again, while 16 requests decode,
+and before that alone, which shows what the machine is worth. `other` is Hugging Face's part.
 """
 
 from __future__ import annotations
@@ -172,8 +172,9 @@ async def run(model: GenARM, base: Any, args: argparse.Namespace, log: Callable[
         results += await measure("genarm_fast", request, callers, args.loads, args.requests, log)
     if "ticker" in args.parts:
         model.max_batch_size = 16
-        late = await ticking(closed(request, 16, 32))
-        found["ticker"] = {**percentiles(late), "ticks": len(late)}
+        for name, work in (("ticker alone", asyncio.sleep(args.alone)), ("ticker", closed(request, 16, 32))):
+            late = await ticking(work)
+            found[name] = {**percentiles(late), "ticks": len(late)}
     if "other" in args.parts:
         plain = hugging_face(base, *shape)
         await closed(plain, 1, 2)
@@ -213,8 +214,9 @@ def show(found: dict[str, Any]) -> None:
         numbers = [f"{line[what][share]:.0f}" for what in ("first", "gap") for share in SHARES]
         table.add_row(line["contender"], str(line["callers"]), line["load"], f"{line['requests/s']:.2f}", *numbers)
     Console(width=180).print(table)
-    ticker = ", ".join(f"{name} {value:.1f}" for name, value in found.get("ticker", {}).items())
-    print(f"A ticker of 1 ms while 16 requests decode is late by, in ms: {ticker}")
+    for name in ("ticker alone", "ticker"):
+        late = ", ".join(f"{key} {value:.1f}" for key, value in found.get(name, {}).items())
+        print(f"{name}, late by, in ms: {late}")
 
 
 def main() -> None:
@@ -227,6 +229,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24, help="of each line")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of a request")
+    parser.add_argument("--alone", type=float, default=10.0, help="seconds of the ticker without requests")
     parser.add_argument("--max-step-ms", type=float)
     parser.add_argument("--speculation", default="off")
     parser.add_argument("--plot", type=Path)

@@ -22,7 +22,9 @@ T = TypeVar("T")
 WorkStream = Any  # a torch.device, or a torch.cuda.Stream
 
 try:
-    from nvtx import annotate
+    import nvtx
+
+    annotate: Any = nvtx.annotate
 except ImportError:
     annotate = None
 NVTX = ("NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID", "GENARM_FAST_NVTX")  # set by Nsight, or by hand

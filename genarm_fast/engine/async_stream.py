@@ -113,5 +113,6 @@ class AsyncStream:
         await self.aclose()
 
     def __del__(self) -> None:
-        if getattr(self, "_call", None) is not None:
-            self._call.close()
+        call: Call | None = getattr(self, "_call", None)  # not there if `__init__` failed
+        if call is not None:
+            call.close()

@@ -21,7 +21,7 @@ def latency(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_lines_of_all_contenders(latency, tiny_model, tokenizer, tmp_path, capsys):
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
-    args = argparse.Namespace(parts=latency.PARTS, callers=[2], loads=[0.5], requests=4, prompt=5, tokens=3)
+    args = argparse.Namespace(parts=latency.PARTS, callers=[2], loads=[0.5], requests=4, prompt=5, tokens=3, alone=0.05)
     found = asyncio.run(latency.run(model, tiny_model(), args, lambda _: None))
     keys = [(line["contender"], line["callers"], line["load"]) for line in found["results"]]
     assert keys == [
@@ -37,6 +37,7 @@ def test_lines_of_all_contenders(latency, tiny_model, tokenizer, tmp_path, capsy
             assert values == sorted(values)
             assert values[0] > 0
     assert found["ticker"]["ticks"] > 1
+    assert found["ticker alone"]["ticks"] > 1
     latency.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
     latency.show(found | {"about": {}})
