@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
     from genarm_fast.errors import GenerationError
-    from genarm_fast.functional import generate, release, stream
+    from genarm_fast.functional import agenerate, astream, generate, release, stream
     from genarm_fast.models.arm import ARM
     from genarm_fast.outputs import GenerationOutput
     from genarm_fast.params import SamplingParams
@@ -21,6 +21,8 @@ __all__ = [
     "GenerationOutput",
     "SamplingParams",
     "__version__",
+    "agenerate",
+    "astream",
     "generate",
     "release",
     "stream",
@@ -33,6 +35,8 @@ _MODULES = {
     "GenerationError": "errors",
     "GenerationOutput": "outputs",
     "SamplingParams": "params",
+    "agenerate": "functional",
+    "astream": "functional",
     "generate": "functional",
     "release": "functional",
     "stream": "functional",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from threading import Lock
 from typing import Any
 
@@ -11,19 +12,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from genarm_fast.engine.async_calls import AsyncCalls
 from genarm_fast.engine.engine import Engine, EngineConfig
 from genarm_fast.engine.requests import RequestMaker
 from genarm_fast.engine.scoring import score_responses
 from genarm_fast.engine.selfcheck import self_check_policy
-from genarm_fast.engine.sequence import Request, output_of
-from genarm_fast.engine.stream import Stream, failure
+from genarm_fast.engine.sequence import Request
+from genarm_fast.engine.sequence import Sequence as EngineSequence
+from genarm_fast.engine.stream import Stream, outputs_of
 from genarm_fast.engine.warm_up import warm_up as warm_up_engine
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
 from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
-from genarm_fast.params import AnyWeights, SamplingParams, Weight, check_integer
+from genarm_fast.params import AnyWeights, SamplingParams, Weight
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.speculation.policy import Tuners
 from genarm_fast.text.prompts import as_prompts
@@ -32,11 +35,11 @@ from genarm_fast.utils.progress import progress_bar
 ModelSource = str | os.PathLike[str] | nn.Module
 
 
-class GenARM:
+class GenARM(AsyncCalls):
     """A frozen base model steered by autoregressive reward models (arXiv 2410.08193).
 
     Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other
-    is ever drawn), eos_token_ids, max_batch_size, cache_bytes.
+    is ever drawn), eos_token_ids, max_batch_size, cache_bytes, max_step_ms.
     """
 
     def __init__(
@@ -45,17 +48,19 @@ class GenARM:
         *,
         max_batch_size: int = 16,
         cache_bytes: int | None = None,
+        max_step_ms: float | None = None,
         speculation: str | Speculation = "auto",
         draft_model: Member | None = None,
     ) -> None:
-        self.max_batch_size, self.cache_bytes = _limits(max_batch_size, cache_bytes)
+        super().__init__()
+        config = EngineConfig(max_batch_size, cache_bytes, max_step_ms)
+        self.max_batch_size, self.cache_bytes, self.max_step_ms = astuple(config)
         self.members = list(members)
         self.base, self.arms = self.members[0], self.members[1:]
         self.tokenizer = self.base.tokenizer
         self.draft_model = draft_model
         self.speculation = as_speculation(speculation)
         self.tuners = Tuners()
-        self._engine: Engine | None = None
         self._making = Lock()
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
@@ -82,6 +87,7 @@ class GenARM:
         trust_remote_code: bool = False,
         max_batch_size: int = 16,
         cache_bytes: int | None = None,
+        max_step_ms: float | None = None,
         speculation: str | Speculation = "auto",
         draft_model: ModelSource | None = None,
         warm_up: bool = False,
@@ -101,6 +107,8 @@ class GenARM:
             max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
             cache_bytes: most that the key-value caches of a run may take, of all members together. Fewer rows are
                 decoded or scored together then; one that does not even fit alone fails. None: as much as there is.
+            max_step_ms: milliseconds that a step should take at most where prompts are prefilled beside requests that
+                generate: chunks of prompts are as large as that allows, of 16 tokens at least. None: 512 tokens.
             speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
                 `Speculation`. It never changes a token.
             draft_model: a small model of the base's kind that only proposes tokens: as base.
@@ -111,7 +119,7 @@ class GenARM:
                 without a key-value cache, a template without {prompt}.
             TypeError: arguments of other types, or that nothing takes.
         """
-        _limits(max_batch_size, cache_bytes)
+        EngineConfig(max_batch_size, cache_bytes, max_step_ms)  # checks them
         as_speculation(speculation)
         self_check_policy()
         if not isinstance(warm_up, bool):
@@ -131,7 +139,7 @@ class GenARM:
         }
         templates: dict[str, Any] = {"prompt_template": prompt_template, "chat_template": chat_template}
         members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
-        limits: dict[str, Any] = {"max_batch_size": max_batch_size, "cache_bytes": cache_bytes}
+        limits: Any = {"max_batch_size": max_batch_size, "cache_bytes": cache_bytes, "max_step_ms": max_step_ms}
         model = cls(members, **limits, speculation=speculation, draft_model=draft)
         if warm_up:
             model.warm_up()
@@ -139,7 +147,7 @@ class GenARM:
 
     @property
     def forwards(self) -> dict[str, str]:
-        """Which forward runs each member, and why: a faster one of ours, or transformers' own."""
+        """Which forward runs each member, ours or transformers' own, and why."""
         return {member.name: member.runs_by for member in self.members}
 
     @property
@@ -170,18 +178,12 @@ class GenARM:
             TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.
             GenerationError: after all other requests finished, if some failed; has their outputs.
         """
-        plan = self._speculation(speculation)
-        requests = self.prepare(prompts, sampling_params, **overrides)
-        groups = [request.sequences(self.tokenizer, plan) for request in requests]
+        engine, groups = self._decoding(prompts, sampling_params, speculation, overrides)
         sequences = [sequence for group in groups for sequence in group]
-        with progress_bar(len(sequences), progress) as advance, self.engine().run(sequences) as run:
+        with progress_bar(len(sequences), progress) as advance, engine.run(sequences) as run:
             for advanced in run:
                 advance(sum(sequence.ended for sequence in advanced))
-        failed = [sequence for sequence in sequences if sequence.error is not None]
-        outputs = [None if any(each.error for each in group) else output_of(group, self.arm_names) for group in groups]
-        if failed:
-            raise failure(failed, outputs) from failed[0].error
-        return [output for output in outputs if output is not None]
+        return outputs_of(groups, self.arm_names)
 
     def stream(
         self,
@@ -192,13 +194,8 @@ class GenARM:
         **overrides: Any,
     ) -> Stream:
         """One prompt or several, as their tokens come. Arguments and errors as in `generate`, with n = 1."""
-        plan = self._speculation(speculation)
-        requests = self.prepare(prompts, sampling_params, **overrides)
-        for request in requests:
-            if request.params.n != 1:
-                raise ValueError(f"n={request.params.n}: expected 1 in a stream")
-        sequences = [sequence for request in requests for sequence in request.sequences(self.tokenizer, plan)]
-        return Stream(self.engine(), sequences, self.arm_names)
+        engine, groups = self._decoding(prompts, sampling_params, speculation, overrides, True)
+        return Stream(engine, [sequence for (sequence,) in groups], self.arm_names)
 
     def score(self, prompts: Any, responses: Any, *, append_eos: bool = True) -> list[ScoreOutput]:
         """Base log-probabilities and ARM rewards of given responses, token by token.
@@ -212,7 +209,7 @@ class GenARM:
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
             MemoryError: likewise, of one whose caches take more than cache_bytes alone.
         """
-        max_batch_size, cache_bytes = _limits(self.max_batch_size, self.cache_bytes)
+        config = self._config()
         return score_responses(
             self.members,
             as_prompts(prompts),
@@ -220,8 +217,8 @@ class GenARM:
             append_eos=append_eos,
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
-            max_batch_size=max_batch_size,
-            cache_bytes=cache_bytes,
+            max_batch_size=config.max_batch_size,
+            cache_bytes=config.cache_bytes,
         )
 
     def warm_up(
@@ -272,7 +269,7 @@ class GenARM:
 
     def engine(self) -> Engine:
         """The engine, which all calls of all threads share; one of its own for a call from inside a step."""
-        config = EngineConfig(*_limits(self.max_batch_size, self.cache_bytes))  # may have been set since
+        config = self._config()
         with self._making:
             if self._engine is None:
                 self._engine = self._new_engine(config)
@@ -281,8 +278,19 @@ class GenARM:
         self._engine.config = config
         return self._engine
 
+    def _config(self) -> EngineConfig:
+        return EngineConfig(self.max_batch_size, self.cache_bytes, self.max_step_ms)  # may have been set since
+
     def _new_engine(self, config: EngineConfig) -> Engine:
         return Engine(self.members, self.vocab_size, config, self.tuners, self.draft_model)
+
+    def _decoding(
+        self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False
+    ) -> tuple[Engine, list[list[EngineSequence]]]:
+        plan, requests = self._speculation(speculation), self.prepare(prompts, params, **overrides)
+        if streamed and (n := max(request.params.n for request in requests)) != 1:
+            raise ValueError(f"n={n}: expected 1 in a stream")
+        return self.engine(), [request.sequences(self.tokenizer, plan) for request in requests]
 
     def _speculation(self, speculation: str | Speculation | None) -> Speculation:
         """What a call asks for, else the model's. Raises ValueError for a drafter that is not here."""
@@ -295,10 +303,3 @@ class GenARM:
     def expand_weights(self, weights: AnyWeights | None) -> tuple[Weight, ...]:
         """One weight per ARM, or one for each of its tokens; None for their defaults. Raises as `SamplingParams`."""
         return self._requests.expand_weights(weights)
-
-
-def _limits(max_batch_size: int, cache_bytes: int | None) -> tuple[int, int | None]:
-    rows = check_integer("max_batch_size", max_batch_size, "an integer >= 1", 1)
-    if cache_bytes is not None:
-        cache_bytes = check_integer("cache_bytes", cache_bytes, "an integer >= 1 or None", 1)
-    return rows, cache_bytes

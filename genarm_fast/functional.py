@@ -1,7 +1,8 @@
-"""`genarm_fast.generate` and `genarm_fast.stream`: functions that load a model once and keep it for their next call."""
+"""`genarm_fast.generate`, `stream` and their asynchronous forms: they load a model once and keep it for later calls."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -10,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from genarm_fast.api import GenARM
+from genarm_fast.engine.async_stream import AsyncStream, Parts
 from genarm_fast.engine.stream import Stream
 from genarm_fast.kept import OPTIONS, KeptModels
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.hub import Source
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import SamplingParams, weights_per_arm
+from genarm_fast.params import SamplingParams, check_integer, weights_per_arm
 
 _SAMPLING = {field.name: field.default for field in fields(SamplingParams)}
 _kept = KeptModels()
@@ -61,8 +63,40 @@ def stream(
     return model.stream(prompts, params, **overrides)
 
 
+async def agenerate(
+    base: Source | nn.Module,
+    arms: Source | nn.Module | ARM | Sequence[Source | nn.Module | ARM],
+    prompts: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    progress: bool = False,
+    **keywords: Any,
+) -> list[GenerationOutput]:
+    """`generate` for event loops, which neither loading nor decoding blocks: see `GenARM.agenerate`."""
+    model, params, overrides = await asyncio.to_thread(_prepare, base, arms, sampling_params, keywords)
+    return await model.agenerate(prompts, params, progress=progress, **overrides)
+
+
+def astream(
+    base: Source | nn.Module,
+    arms: Source | nn.Module | ARM | Sequence[Source | nn.Module | ARM],
+    prompts: Any,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    ahead: int = 0,
+    **keywords: Any,
+) -> AsyncStream:
+    """`stream` for event loops: see `GenARM.astream`. Wrong arguments are raised as the stream begins."""
+
+    async def prepare() -> Parts:
+        model, params, overrides = await asyncio.to_thread(_prepare, base, arms, sampling_params, keywords)
+        return await model.parts_of_stream(prompts, params, overrides.pop("speculation"), overrides)
+
+    return AsyncStream(prepare, check_integer("ahead", ahead, "an integer >= 0", 0))
+
+
 def release() -> None:
-    """Forget every model that `generate` and `stream` keep. What still runs is freed at its end."""
+    """Forget every model that these functions keep. What still runs is freed at its end."""
     _kept.clear()
 
 
@@ -89,7 +123,7 @@ def _prepare(base: Any, arms: Any, params: Any, keywords: dict[str, Any]) -> tup
     return model, params, overrides
 
 
-def kept_model(base: Source | nn.Module, specs: list[ARM], options: dict[str, Any]) -> GenARM:
+def kept_model(base: Any, specs: list[ARM], options: dict[str, Any]) -> GenARM:
     """The model that the next call of `generate` with these options of loading would use too.
 
     Its ARMs may have other default weights than the specifications: see `weights_or_own`.
@@ -123,5 +157,5 @@ def _shown(function: Callable[..., Any]) -> inspect.Signature:
     return inspect.Signature([*own, *more], return_annotation=inspect.signature(function).return_annotation)
 
 
-for _function in (generate, stream):
+for _function in (generate, stream, agenerate, astream):
     vars(_function)["__signature__"] = _shown(_function)

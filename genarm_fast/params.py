@@ -93,16 +93,16 @@ class SamplingParams:
                 object.__setattr__(self, each.name, each.default)
         checked: dict[str, Any] = {
             "weights": None if self.weights is None else check_weights(self.weights),
-            "base_weight": _real("base_weight", self.base_weight, "a finite number", -math.inf),
-            "temperature": _real("temperature", self.temperature, "a finite number >= 0", 0.0),
+            "base_weight": check_real("base_weight", self.base_weight, "a finite number", -math.inf),
+            "temperature": check_real("temperature", self.temperature, "a finite number >= 0", 0.0),
             "top_k": check_integer("top_k", self.top_k, "an integer >= 0 (0 keeps all tokens)", 0),
-            "top_p": _real("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, open_low=True),
-            "min_p": _real("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0),
+            "top_p": check_real("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, open_low=True),
+            "min_p": check_real("min_p", self.min_p, "a number in [0, 1]", 0.0, 1.0),
             "max_new_tokens": check_integer("max_new_tokens", self.max_new_tokens, "an integer >= 1", 1),
             "min_new_tokens": check_integer("min_new_tokens", self.min_new_tokens, "an integer >= 0", 0),
             "max_time": None
             if self.max_time is None
-            else _real("max_time", self.max_time, "seconds > 0", 0.0, open_low=True),
+            else check_real("max_time", self.max_time, "seconds > 0", 0.0, open_low=True),
             "priority": check_integer("priority", self.priority, "an integer", -(2**31), high=2**31),
             "stop": _texts("stop", self.stop),
             "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
@@ -113,11 +113,11 @@ class SamplingParams:
             "n": check_integer("n", self.n, "an integer >= 1", 1),
             "logprobs": _optional("logprobs", self.logprobs, "None or an integer >= 0", 0),
             "rewards": _flag("rewards", self.rewards),
-            "repetition_penalty": _real(
+            "repetition_penalty": check_real(
                 "repetition_penalty", self.repetition_penalty, "a finite number > 0", 0.0, open_low=True
             ),
-            "frequency_penalty": _real("frequency_penalty", self.frequency_penalty, "a finite number", -math.inf),
-            "presence_penalty": _real("presence_penalty", self.presence_penalty, "a finite number", -math.inf),
+            "frequency_penalty": check_real("frequency_penalty", self.frequency_penalty, "a finite number", -math.inf),
+            "presence_penalty": check_real("presence_penalty", self.presence_penalty, "a finite number", -math.inf),
             "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias),
             "allowed_token_ids": None
             if self.allowed_token_ids is None
@@ -223,9 +223,10 @@ def _optional(name: str, value: object, expected: str, low: int, *, high: int | 
     return None if value is None else check_integer(name, value, expected, low, high=high)
 
 
-def _real(
+def check_real(
     name: str, value: object, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:
+    """As a Python float, finite as a float32. Raises TypeError, ValueError."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected {expected}")
     if not _finite(value) or not low <= float(value) <= high or (open_low and float(value) == low):

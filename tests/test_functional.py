@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import inspect
 import weakref
@@ -78,14 +79,39 @@ def test_what_a_call_gives(tiny_model, tokenizer, loads):
     assert list(given.rewards) == ["arm"]
 
 
+def test_what_event_loops_get(tiny_model, tokenizer, loads):
+    """The same, of the same kept model; errors as the stream begins."""
+    given = tiny_model(), ARM(tiny_model(seed=1), weight=-0.5), "hi", PARAMS
+    (expected,) = genarm_fast.generate(*given, tokenizer=tokenizer)
+
+    async def asynchronous():
+        outputs = await genarm_fast.agenerate(*given, tokenizer=tokenizer, speculation="off")
+        stream = genarm_fast.astream(*given, tokenizer=tokenizer, ahead=2)
+        chunks = [chunk async for chunk in stream]
+        with pytest.raises(TypeError, match="unknown argument 'temprature'"):
+            await genarm_fast.agenerate(*given, temprature=1)
+        with pytest.raises(TypeError, match="unknown argument 'temprature'"):
+            await genarm_fast.astream(*given, temprature=1).__anext__()
+        return (
+            outputs[0].completions,
+            stream.output.completions,
+            [token for chunk in chunks for token in chunk.token_ids],
+        )
+
+    assert asyncio.run(asynchronous()) == (expected.completions, expected.completions, expected.token_ids)
+    with pytest.raises(ValueError, match="ahead=-1"):
+        genarm_fast.astream(*given, ahead=-1)
+    assert len(loads) == 1
+
+
 def test_options_and_sampling_parameters_are_told_apart():
     options = set(inspect.signature(GenARM.from_pretrained).parameters) - {"base", "arms"}
     sampling = {field.name for field in fields(SamplingParams)}
     assert not options & sampling
-    for function in (genarm_fast.generate, genarm_fast.stream):
-        shown = set(inspect.signature(function).parameters)
-        assert shown - {"base", "arms", "prompts", "sampling_params", "progress"} == options | sampling
-        assert not (options | sampling) & {"base", "arms", "prompts", "sampling_params", "progress"}
+    own = {"base", "arms", "prompts", "sampling_params", "progress", "ahead"}
+    for function in (genarm_fast.generate, genarm_fast.stream, genarm_fast.agenerate, genarm_fast.astream):
+        assert set(inspect.signature(function).parameters) - own == options | sampling
+    assert not (options | sampling) & own
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ The engine says what runs on which stream, and which tensors cross from one to a
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,17 +15,31 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 HOST = torch.device("cpu")
 T = TypeVar("T")
 WorkStream = Any  # a torch.device, or a torch.cuda.Stream
 
 try:
-    from nvtx import annotate as span  # what a profiler shows, named
-except ImportError:
+    import nvtx
 
-    def span(name: str) -> AbstractContextManager[None]:
-        return nullcontext()
+    annotate: Any = nvtx.annotate
+except ImportError:
+    annotate = None
+NVTX = ("NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID", "GENARM_FAST_NVTX")  # set by Nsight, or by hand
+NSIGHT = annotate is not None and any(map(os.environ.get, NVTX))
+_nothing = nullcontext()
+
+
+def span(name: str) -> AbstractContextManager[Any]:
+    """A range that profilers show: torch.profiler's if one is on, NVTX's under Nsight.
+
+    Without either it takes 1 to 2 us; `record_function` takes 77 us where no profiler is on (2 cores of a shared EPYC).
+    """
+    if profiler._is_profiler_enabled:  # process-wide, unlike `torch.autograd._profiler_enabled`
+        return profiler.record_function(name)
+    return annotate(name) if NSIGHT else _nothing
 
 
 class Device:

@@ -75,7 +75,7 @@ class Cuda(Device):
     def read(self, tensors: Sequence[Tensor], stream: WorkStream) -> Callable[[], list[Tensor]]:
         if isinstance(stream, torch.device):
             return super().read(tensors, stream)
-        with span("readback"), on(stream):
+        with span("read-back"), on(stream):
             host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
             done = torch.cuda.Event()
             done.record(stream)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
+from genarm_fast.device.base import span
+from genarm_fast.engine import pace
 from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.penalties import needs_host
+from genarm_fast.engine.run import Run
 from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.scheduler import Scheduler
 from genarm_fast.engine.sequence import Request, Sequence
@@ -19,7 +21,7 @@ from genarm_fast.engine.step import Steps
 from genarm_fast.engine.turns import Turns
 from genarm_fast.engine.workspace import Workspace
 from genarm_fast.models.member import Member
-from genarm_fast.params import Weight
+from genarm_fast.params import Weight, check_integer, check_real
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.observations import PLAIN, StepObservation
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
@@ -30,10 +32,22 @@ from genarm_fast.speculation.shadow import TextShadows
 @dataclass
 class EngineConfig:
     """max_batch_size: sequences that are decoded together. cache_bytes: most that all KV caches may take together; None
-    for as much as there is."""
+    for as much as there is. max_step_ms: what a step may take with prompts to prefill; None for as long as it takes.
+
+    Raises TypeError, ValueError for anything else.
+    """
 
     max_batch_size: int = 16
     cache_bytes: int | None = None
+    max_step_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        self.max_batch_size = check_integer("max_batch_size", self.max_batch_size, "an integer >= 1", 1)
+        if self.cache_bytes is not None:
+            self.cache_bytes = check_integer("cache_bytes", self.cache_bytes, "an integer >= 1 or None", 1)
+        if self.max_step_ms is not None:
+            expected = "a finite number > 0 or None"
+            self.max_step_ms = check_real("max_step_ms", self.max_step_ms, expected, 0, open_low=True)
 
 
 class Engine:
@@ -57,10 +71,10 @@ class Engine:
         self.admission = Admission(self.executor, self.scheduler, self.workspace)
         self.drafters = make_drafters(self.executor, self.executor.groups, [member.name for member in everyone])
         self.steps = Steps(self.executor, Sampler(self.executor, vocab_size), self.drafters)
-        self.config, self.tuners, self.turns = config, tuners, Turns()
+        self.config, self.tuners, self.turns, self.pace = config, tuners, Turns(), pace.Pace()
         self.tokenizer = members[0].tokenizer
         self._policies: dict[tuple[Speculation, tuple[int, ...]], DraftPolicy] = {}
-        self._news: dict[int, deque[Sequence]] = {}  # by sequence, where its run looks for what steps advanced
+        self._news: dict[int, Callable[[Sequence], None]] = {}  # by sequence, who is told that a step advanced it
         self._idle = True  # no sequence is here, and nobody looked at weights and limits since
 
     def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
@@ -68,6 +82,16 @@ class Engine:
         sequences = request.sequences(self.tokenizer, speculation)
         self.turns.ask(lambda: self.scheduler.enqueue(sequences))
         return sequences
+
+    def join(self, sequences: list[Sequence], news: Callable[[Sequence], None], *, stepwise: bool = False) -> None:
+        """Queue new sequences. stepwise: none goes on before its `held` is taken away.
+
+        news: called with each that a step advanced, by the thread that steps; not with those that `abort` takes out.
+        """
+        for sequence in sequences:
+            sequence.stepwise = stepwise
+            self._news[sequence.id] = news
+        self.turns.ask(lambda: self.scheduler.enqueue(sequences))
 
     def abort(self, sequences: list[Sequence]) -> None:
         """Take sequences out; their slots are free before the next step.
@@ -122,9 +146,12 @@ class Engine:
         with self.turns.take():
             return self.step_in_turn()
 
-    @torch.inference_mode()
     def step_in_turn(self) -> list[Sequence]:
         """`step`, for a thread that has the turn."""
+        with torch.inference_mode(), span("step"):
+            return self._step()
+
+    def _step(self) -> list[Sequence]:
         advanced: list[Sequence] = []
         try:
             if self._idle and self.scheduler:
@@ -133,23 +160,29 @@ class Engine:
             for sequence in expired:
                 sequence.finish("time")
                 self.scheduler.leave(sequence)
-            advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
-            self._prefill()
+            start, rushed = pace.clock(), any(not each.held for each in self.scheduler.running)
+            with span("admit"):
+                advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
+            tokens = self._prefill(self.pace.tokens(self.config.max_step_ms) if rushed else None)
             if due := self.scheduler.due(self.config.max_batch_size):
-                advanced += self.executor.launch(self.executor.main, "step", self._decode, due)
-            self._deliver(advanced)
+                advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
+            with span("deliver"):
+                self._deliver(advanced)
+            if rushed:
+                self.pace.observe(tokens, pace.clock() - start)
         except BaseException as error:
             self._fail(error, [each for each in advanced if each.ended])
             raise
         return advanced
 
-    def _prefill(self) -> None:
-        """One chunk of prompts; then sequences whose prompts are complete join the running ones."""
-        if chunk := self.scheduler.next_chunk():
+    def _prefill(self, most: int | None) -> int:
+        """One chunk of prompts; then sequences whose prompts are complete join the running ones. Returns its tokens."""
+        if chunk := self.scheduler.next_chunk(most):
             self.executor.prefill(*chunk)
         for donor_slot, sequence in self.scheduler.copies():
             self.executor.copy(donor_slot, sequence.slot, sequence.shared, sequence.needed)
         self.scheduler.start_ready()
+        return len(chunk.sequences) * chunk.width if chunk else 0
 
     def _decode(self, due: list[Sequence]) -> list[Sequence]:
         """One step of the sequences that are due; returns those that the host has new tokens of."""
@@ -197,7 +230,7 @@ class Engine:
             if sequence.ended and sequence.slot >= 0 and sequence.error is not None:
                 self.executor.clear(sequence.slot)
             if sequence.id in self._news:
-                self._news[sequence.id].append(sequence)
+                self._news[sequence.id](sequence)
         self._leave([sequence for sequence in advanced if sequence.ended])
 
     def _leave(self, sequences: list[Sequence]) -> None:
@@ -222,7 +255,7 @@ class Engine:
                 sequence.error = RuntimeError(f"the step that decoded it failed: {type(error).__name__}: {error}")
                 sequence.error.__cause__ = error
             if sequence.id in self._news:
-                self._news[sequence.id].append(sequence)
+                self._news[sequence.id](sequence)
         self._leave(failed)
         self.steps.forget()
         self.scheduler.forget_prompts()
@@ -234,60 +267,3 @@ class Engine:
         if not self.scheduler.placed:
             self.workspace.free()
             self.scheduler.resize(0)
-
-
-class Run:
-    """Iterator over the news of one caller's sequences: each item lists those that a step advanced.
-
-    Closing it takes unfinished sequences out of the engine, in mid-step after the step.
-    """
-
-    def __init__(self, engine: Engine, sequences: list[Sequence], stepwise: bool) -> None:
-        self.engine, self.sequences = engine, sequences
-        self._news: deque[Sequence] = deque()
-        self._closed = False
-        for sequence in sequences:
-            sequence.stepwise = stepwise
-            engine._news[sequence.id] = self._news
-        engine.turns.ask(lambda: engine.scheduler.enqueue(sequences))
-
-    def __iter__(self) -> Run:
-        return self
-
-    def __next__(self) -> list[Sequence]:
-        """Step until there are news, or wait for them while another thread steps. Raises what a step raises."""
-        if not self._news:
-            for sequence in self.sequences:
-                sequence.held = False
-        try:
-            while not self._over():
-                with self.engine.turns.take(unless=self._over) as taken:
-                    if taken:
-                        self.engine.step_in_turn()
-        except BaseException:
-            self.close()
-            raise
-        if not self._news:
-            raise StopIteration
-        return list(dict.fromkeys(self._news.popleft() for _ in range(len(self._news))))
-
-    def _over(self) -> bool:
-        """Whether there is something to tell, or nothing to wait for."""
-        return bool(self._news or self._closed or all(sequence.ended for sequence in self.sequences))
-
-    def close(self) -> None:
-        """Take unfinished sequences out of the engine."""
-        if not self._closed:
-            self.engine.abort([sequence for sequence in self.sequences if not sequence.ended])
-            self._closed = True  # only now: interrupted before, it can be closed again
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()

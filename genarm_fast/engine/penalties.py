@@ -60,14 +60,29 @@ def bias_tensor(sequences: list[Sequence], lengths: list[int], vocab_size: int) 
 
 
 class SeenTokens:
-    """How often each sequence has a token in its response, and whether in prompt or response; from step to step."""
+    """The tokens of each sequence as penalties and processors need them; a step adds its own alone."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._known: WeakKeyDictionary[Sequence, tuple[Tensor, int]] = WeakKeyDictionary()
+        self._ids: WeakKeyDictionary[Sequence, tuple[Tensor, int]] = WeakKeyDictionary()
+
+    def ids(self, sequence: Sequence, drafted: list[int], device: torch.device) -> Tensor:
+        """Prompt and response as the base sees them, and `drafted` tokens, int64 [1, n]; the caller's to change."""
+        prompt = sequence.request.token_ids[0]
+        if sequence not in self._ids:
+            new = torch.empty(len(prompt) + sequence.request.params.max_new_tokens, dtype=torch.int64, device=device)
+            new[: len(prompt)] = torch.tensor(prompt)
+            self._ids[sequence] = new, 0
+        ids, known = self._ids[sequence]
+        news = torch.tensor([*sequence.tokens[known:], *drafted], dtype=torch.int64)
+        start = len(prompt) + known
+        ids[start : start + len(news)] = news
+        self._ids[sequence] = ids, len(sequence.tokens)
+        return ids[: start + len(news)].clone()[None]
 
     def counts(self, sequence: Sequence, drafted: list[int], device: torch.device) -> Tensor:
-        """float32 [2, V], with `drafted` tokens that may follow: times in the response, and in prompt and response."""
+        """How often it has each token in its response, and in both, float32 [2, V]; with `drafted` tokens."""
         if sequence not in self._known:
             new = torch.zeros(2, self.vocab_size, device=device)
             self._count(new[1:], sequence.request.token_ids[0])
@@ -110,7 +125,9 @@ def adjusted_scores(
             processors = sequence.request.params.logits_processors
             if stage < len(processors) and sequence.error is None:
                 try:
-                    rows[r] = _processed(processors[stage], sequence, drafted[r], scores[r].clone())
+                    rows[r] = _processed(
+                        processors[stage], sequence, seen.ids(sequence, drafted[r], scores.device), scores[r]
+                    )
                 except Exception as error:  # a caller's processor: its request fails, the others go on
                     sequence.error = error
         scores = torch.stack(rows)
@@ -124,10 +141,9 @@ def adjusted_scores(
     return scores
 
 
-def _processed(processor: Any, sequence: Sequence, drafted: list[int], scores: Tensor) -> Tensor:
+def _processed(processor: Any, sequence: Sequence, ids: Tensor, scores: Tensor) -> Tensor:
     """What a caller's processor makes of scores [V]."""
-    seen = torch.tensor([[*sequence.request.token_ids[0], *sequence.tokens, *drafted]]).to(scores.device)
-    changed = processor(seen, scores[None])
+    changed = sequence.context.run(processor, ids, scores.clone()[None])
     if not isinstance(changed, Tensor) or changed.shape != (1, len(scores)):
         shape = tuple(changed.shape) if isinstance(changed, Tensor) else changed
         raise ValueError(

@@ -109,16 +109,17 @@ class Scheduler:
         self.residents[sequence.slot] = sequence
         self.prefilling.append(sequence)
 
-    def next_chunk(self) -> Chunk | None:
-        """What to prefill next, all of it from one position on; None if there is nothing."""
+    def next_chunk(self, most: int | None = None) -> Chunk | None:
+        """What to prefill next, all of it from one position on; None if there is nothing. most: tokens, of all."""
+        most = CHUNK_TOKENS if most is None else min(most, CHUNK_TOKENS)
         ready = [(each, key) for each in self.prefilling if each.donor is None and (key := behind(each))[1]]
         if not ready:
             return None
         start, members = ready[0][1]
         sequences = [each for each, key in ready if key == (start, members)]
         while True:
-            width = min(max(each.position(m) for each in sequences for m in members) - start, CHUNK_TOKENS)
-            fitting = max(1, CHUNK_TOKENS // width)
+            width = min(max(each.position(m) for each in sequences for m in members) - start, most)
+            fitting = max(1, most // width)
             if len(sequences) <= fitting:
                 return Chunk(sequences, members, start, width)
             sequences = sequences[:fitting]

@@ -6,6 +6,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Iterable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +74,8 @@ class Sequence:
     drawn before one is told apart. unread: tokens of this epoch that are drawn on the device, but not read. stepwise:
     its reader takes one step at a time; held: the reader has not asked for the next step yet. slot: its place in the KV
     cache. cached[m]: how many tokens of prompt and response member m's cache holds. donor: the sequence in `donor_slot`
-    that gives it the first `shared` tokens of its prompt.
+    that gives it the first `shared` tokens of its prompt. context: the caller's context variables, for its processors,
+    which may run in another thread.
     """
 
     request: Request
@@ -89,6 +91,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
+    context: Context = field(default_factory=copy_context)
     text: str = ""
     steps: int = 0
     drafted: int = 0  # tokens proposed, and how many of them were right

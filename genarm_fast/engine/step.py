@@ -221,7 +221,8 @@ class Steps:
         names = [self.executor.members[m].name for m in active]
 
         def wait() -> tuple[HostSample, list[int]]:
-            *values, accepted = read()
+            with span("read-back"):
+                *values, accepted = read()
             return HostSample(result._replace(**dict(zip(fields, values))), names, active), accepted.tolist()
 
         return wait

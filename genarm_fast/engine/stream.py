@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import AnyWeights, weights_per_arm
+from genarm_fast.params import AnyWeights, Weight, weights_per_arm
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine
@@ -32,6 +33,57 @@ class StreamChunk:
     finish_reason: str | None = None
 
 
+class Shown:
+    """What a stream has shown of its sequences. One step shows at most one chunk of each."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self._shown = [(0, 0, False)] * len(sequences)  # characters, tokens, whether that was the end
+
+    def chunk(self, sequence: Sequence) -> StreamChunk | None:
+        """What is new of a sequence; None for one that failed, and where nothing is new.
+
+        What is read first is read again later, so that it may go on in another thread meanwhile.
+        """
+        reason, index = sequence.finish_reason, sequence.request.index
+        before, seen = self._shown[index], (len(sequence.text), len(sequence.tokens), reason is not None)
+        if sequence.error is not None or seen == before:
+            return None
+        self._shown[index] = seen
+        characters, tokens = (slice(start, end) for start, end in zip(before, seen[:2]))
+        news = sequence.text[characters], sequence.tokens[tokens], sequence.used_weights[tokens]
+        return StreamChunk(*news, index, reason)
+
+
+class Steering:
+    """Sequences of a stream, one per prompt, whose weights may change, and their outputs."""
+
+    def __init__(self, sequences: list[Sequence], arm_names: list[str]) -> None:
+        self.sequences, self.arm_names = sequences, arm_names
+        self._weights = [sequence.weights for sequence in sequences]  # the last ones that were asked for
+
+    def chosen(self, index: int | None) -> Iterable[int]:
+        """The prompt with this index, or all. Raises IndexError where there is none."""
+        count = len(self.sequences)
+        if index is not None and not 0 <= index < count:
+            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
+        return range(count) if index is None else [index]
+
+    def changed(self, weights: AnyWeights, index: int | None) -> list[tuple[Sequence, tuple[Weight, ...]]]:
+        """Sequences with the weights that they are to have. Arguments and errors as in `Stream.set_weights`."""
+        expanded = {i: weights_per_arm(weights, self.arm_names, self._weights[i]) for i in self.chosen(index)}
+        for i, own in expanded.items():
+            self._weights[i] = own
+        return [(self.sequences[i], own) for i, own in expanded.items()]
+
+    def outputs(self) -> list[GenerationOutput]:
+        return [output_of([sequence], self.arm_names) for sequence in self.sequences]
+
+    def failure(self) -> GenerationError | None:
+        """The error for those that failed, with what there is in its outputs."""
+        failed = [sequence for sequence in self.sequences if sequence.error is not None]
+        return failure(failed, list(self.outputs())) if failed else None
+
+
 class Stream:
     """Iterator over `StreamChunk`s; a request's texts joined are its output's text. Made by `GenARM.stream`.
 
@@ -40,11 +92,11 @@ class Stream:
     """
 
     def __init__(self, engine: Engine, sequences: list[Sequence], arm_names: list[str]) -> None:
-        self._engine, self._arm_names = engine, arm_names
-        self._sequences = list(sequences)
+        self._engine, self._sequences = engine, list(sequences)
+        self._steering = Steering(self._sequences, arm_names)
         self._run = engine.run(self._sequences, stepwise=True)
         self._chunks: deque[StreamChunk] = deque()
-        self._shown = [(0, 0)] * len(self._sequences)  # characters and tokens
+        self._shown = Shown(sequences)
         self._closed = False
 
     def __iter__(self) -> Stream:
@@ -56,22 +108,13 @@ class Stream:
             try:
                 advanced = next(self._run)
             except StopIteration:
-                failed = [] if self._closed else [each for each in self._sequences if each.error is not None]
+                error = None if self._closed else self._steering.failure()
                 self.close()
-                if failed:
-                    raise failure(failed, list(self.outputs)) from failed[0].error
+                if error is not None:
+                    raise error from error.__cause__
                 raise
-            for sequence in advanced:
-                self._show(sequence)
+            self._chunks += filter(None, map(self._shown.chunk, advanced))
         return self._chunks.popleft()
-
-    def _show(self, sequence: Sequence) -> None:
-        index = sequence.request.index
-        characters, tokens = self._shown[index]
-        self._shown[index] = len(sequence.text), len(sequence.tokens)
-        if sequence.error is None:
-            news = sequence.text[characters:], sequence.tokens[tokens:], sequence.used_weights[tokens:]
-            self._chunks.append(StreamChunk(*news, index, sequence.finish_reason))
 
     def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:
         """Use other ARM weights from the next token on, for one prompt or for all of them; from any thread.
@@ -84,9 +127,7 @@ class Stream:
             ValueError, TypeError: not one finite number per ARM (or one for all).
             IndexError: no such prompt.
         """
-        chosen = self._chosen(index)
-        expanded = [weights_per_arm(weights, self._arm_names, sequence.weights) for sequence in chosen]
-        for sequence, own in zip(chosen, expanded):
+        for sequence, own in self._steering.changed(weights, index):
             self._engine.steer(sequence, own)
 
     @property
@@ -98,7 +139,7 @@ class Stream:
         """
         if not self._closed and not all(sequence.ended for sequence in self._sequences):
             raise RuntimeError("output: expected the stream to be at its end, or closed")
-        return [output_of([sequence], self._arm_names) for sequence in self._sequences]
+        return self._steering.outputs()
 
     @property
     def output(self) -> GenerationOutput:
@@ -114,16 +155,10 @@ class Stream:
             IndexError: no such prompt.
         """
         if index is not None:
-            self._engine.abort(self._chosen(index))
+            self._engine.abort([self._sequences[i] for i in self._steering.chosen(index)])
             return
         self._closed = True
         self._run.close()
-
-    def _chosen(self, index: int | None) -> list[Sequence]:
-        count = len(self._sequences)
-        if index is not None and not 0 <= index < count:
-            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
-        return self._sequences if index is None else [self._sequences[index]]
 
     def __enter__(self) -> Stream:
         return self
@@ -135,6 +170,18 @@ class Stream:
 
 
 def failure(failed: list[Sequence], outputs: list[GenerationOutput | None]) -> GenerationError:
-    """The error that names all requests that failed."""
+    """The error that names all requests that failed; the first one's own is its cause."""
     message = "; ".join(f"prompts[{sequence.request.index}]: {sequence.error}" for sequence in failed)
-    return GenerationError(message, outputs)
+    error = GenerationError(message, outputs)
+    error.__cause__ = failed[0].error
+    return error
+
+
+def outputs_of(groups: list[list[Sequence]], arm_names: list[str]) -> list[GenerationOutput]:
+    """The output of every request, from its sequences, all of which ended. Raises GenerationError if some failed."""
+    failed = [sequence for group in groups for sequence in group if sequence.error is not None]
+    outputs = [None if any(each.error for each in group) else output_of(group, arm_names) for group in groups]
+    if failed:
+        error = failure(failed, outputs)
+        raise error from error.__cause__
+    return [output for output in outputs if output is not None]

@@ -215,11 +215,23 @@ def test_ranges_that_a_profiler_shows(model, monkeypatch):
         names[name] += 1
         yield
 
-    for module in ("device.base", "device.cuda", "engine.step", "engine.step_graph"):
+    for module in ("device.base", "device.cuda", "engine.step", "engine.step_graph", "engine.engine"):
         monkeypatch.setattr(f"genarm_fast.{module}.span", span)
     forwards = {"base.forward", "arm[0].forward"}
     with cuda_driver(), engines_on(OnCpuTensors()):
         run(model, count=2)
-        assert set(names) == {"allocate", "prefill", "step", *forwards, "sample", "accept", "readback"}
+        plain = {
+            "step",
+            "admit",
+            "allocate",
+            "prefill",
+            "decode",
+            *forwards,
+            "sample",
+            "accept",
+            "read-back",
+            "deliver",
+        }
+        assert set(names) == plain
         run(model, speculation=Speculation("arm", 2), count=2)
-        assert set(names) == {"allocate", "prefill", "step", "draft", *forwards, "sample", "accept", "readback"}
+        assert set(names) == plain | {"draft"}

@@ -134,7 +134,7 @@ def test_forwards_of_a_round_may_overlap(model):
     """And a round may be launched before the host has read the one before it."""
     recorder, _ = record(model, count=2)
     forwards = [launch for launch in recorder.launches if launch[0].endswith(".forward")]
-    names = {"allocate", "prefill", "step", "base.forward", "arm[0].forward"}
+    names = {"allocate", "prefill", "decode", "base.forward", "arm[0].forward"}
     assert {name for name, *_ in recorder.launches} == names
     for (_, first, _, end), (_, second, behind, _) in zip(forwards[::2], forwards[1::2]):
         assert first != second

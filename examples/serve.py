@@ -1,0 +1,50 @@
+"""Guided decoding as a service: POST /generate, with "stream": true as server-sent events.
+
+A client that hangs up frees its slot.
+
+    pip install starlette uvicorn
+    python examples/serve.py [BASE [ARM ...]]
+    curl -N localhost:8000/generate -d '{"prompt": "How was the film?", "weights": [1.0], "stream": true}'
+"""
+
+import json
+import sys
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from genarm_fast import GenARM, GenerationError, demo
+
+
+def make_app(model: GenARM) -> Starlette:
+    async def chunks(stream):
+        try:
+            async for chunk in stream:  # a client that hangs up cancels this
+                yield f"data: {json.dumps({'text': chunk.text, 'finish_reason': chunk.finish_reason})}\n\n"
+        except GenerationError as error:
+            yield f"data: {json.dumps({'error': str(error)})}\n\n"
+
+    async def whole(stream):
+        async for _ in stream:
+            pass
+        yield json.dumps(stream.output.to_dict())
+
+    async def generate(request):
+        try:
+            body = dict(await request.json())
+            shown, prompt = body.pop("stream", False), body.pop("prompt")
+            stream = model.astream(prompt, ahead=8 if shown else 10**9, **body)
+            await stream.__aenter__()  # checks the arguments, and raises before the status is sent
+        except (KeyError, TypeError, ValueError) as error:
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 400)
+        kind = "text/event-stream" if shown else "application/json"
+        return StreamingResponse((chunks if shown else whole)(stream), media_type=kind)
+
+    return Starlette(routes=[Route("/generate", generate, methods=["POST"])])
+
+
+if __name__ == "__main__":
+    base, *arms = sys.argv[1:] or [demo.base(), demo.arm("small")]
+    uvicorn.run(make_app(GenARM.from_pretrained(base, arms, warm_up=True)))

@@ -1,0 +1,119 @@
+"""`agenerate` and `astream`: what event loops call, with the arguments and results of `generate` and `stream`."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from threading import Lock
+from typing import Any
+
+from genarm_fast.engine.async_stream import AsyncStream, Parts
+from genarm_fast.engine.engine import Engine
+from genarm_fast.engine.engine_thread import EngineThread
+from genarm_fast.engine.sequence import Sequence
+from genarm_fast.engine.stream import outputs_of
+from genarm_fast.outputs import GenerationOutput
+from genarm_fast.params import SamplingParams, check_integer
+from genarm_fast.speculation.config import Speculation
+from genarm_fast.utils.progress import progress_bar
+
+
+class AsyncCalls(ABC):
+    """A model's calls for event loops. One thread steps its engine for all of them, while there are any."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._thread: EngineThread | None = None
+        self._starting = Lock()
+
+    @property
+    @abstractmethod
+    def arm_names(self) -> list[str]: ...
+
+    @abstractmethod
+    def _decoding(
+        self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False
+    ) -> tuple[Engine, list[list[Sequence]]]:
+        """The engine, and new sequences of every prompt. Raises before any work for wrong arguments."""
+
+    async def agenerate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+        speculation: str | Speculation | None = None,
+        **overrides: Any,
+    ) -> list[GenerationOutput]:
+        """`generate` for event loops, which it never blocks: arguments, result and errors are the same.
+
+        Calls of all tasks and loops share steps, with `generate` in other threads too. Cancelling the task takes its
+        sequences out after the step that runs.
+
+        Raises:
+            RuntimeError: in a logits processor of this model, whose step would wait for itself.
+        """
+        self._refuse_in_mid_step()
+        given = (prompts, sampling_params, speculation, overrides)
+        engine, groups = await asyncio.to_thread(self._decoding, *given)
+        sequences = [sequence for group in groups for sequence in group]
+        call = self._engine_thread().call(engine, sequences, lambda sequence: sequence if sequence.ended else None)
+        try:
+            with progress_bar(len(sequences), progress) as advance:
+                while True:
+                    try:
+                        await call.next()
+                    except StopAsyncIteration:
+                        break
+                    advance(1)
+        finally:
+            call.close()
+        return outputs_of(groups, self.arm_names)
+
+    def astream(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Many[SamplingParams] | None = None,
+        *,
+        ahead: int = 0,
+        speculation: str | Speculation | None = None,
+        **overrides: Any,
+    ) -> AsyncStream:
+        """`stream` for event loops: `async for chunk in model.astream(...)`. Arguments and errors as in `agenerate`.
+
+        Args:
+            ahead: chunks of each prompt that may be decoded before the reader asks for them. With 0, weights that are
+                set between two chunks count from the next one on. More keep the engine busy while readers are not.
+
+        Raises:
+            TypeError, ValueError: for `ahead`; what is wrong with other arguments is raised as the stream begins.
+        """
+        ahead = check_integer("ahead", ahead, "an integer >= 0", 0)
+
+        async def prepare() -> Parts:
+            return await self.parts_of_stream(prompts, sampling_params, speculation, overrides)
+
+        return AsyncStream(prepare, ahead)
+
+    async def parts_of_stream(
+        self, prompts: Any, sampling_params: Any, speculation: Any, overrides: Mapping[str, Any]
+    ) -> Parts:
+        """What `AsyncStream` is made of. Arguments and errors as of `astream`."""
+        self._refuse_in_mid_step()
+        given = (prompts, sampling_params, speculation, overrides)
+        engine, groups = await asyncio.to_thread(self._decoding, *given, True)
+        return self._engine_thread(), engine, [sequence for (sequence,) in groups], self.arm_names
+
+    def _refuse_in_mid_step(self) -> None:
+        if self._engine is not None and self._engine.turns.mine:
+            raise RuntimeError("the engine is in the middle of a step of this thread: expected `generate` or `stream`")
+
+    def _engine_thread(self) -> EngineThread:
+        with self._starting:
+            if self._thread is None:
+                self._thread = EngineThread()
+                weakref.finalize(self, self._thread.end).atexit = False
+            return self._thread

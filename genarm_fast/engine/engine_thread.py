@@ -1,0 +1,222 @@
+"""A thread that steps an engine for callers that must not wait: tasks of event loops.
+
+It works on `Call`s. Other threads may step the same engine meanwhile, on behalf of all (`Turns`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from genarm_fast.engine.call import END, Call, Job, receive
+from genarm_fast.engine.engine import Engine
+from genarm_fast.engine.sequence import Sequence
+
+IDLE_SECONDS = 30.0  # until a thread without work ends; the next call starts another one in 0.1 ms
+PATIENCE = 0.002  # seconds that a step waits for readers who are just about to ask for their next token
+LOOK_AROUND = 1.0  # seconds between two looks for loops that were closed, while all streams are held
+
+_threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+
+
+class EngineThread:
+    """A daemon thread that is there while calls are, and for some seconds after the last one.
+
+    It holds engines only while it has calls of theirs, so that a model that is dropped goes at once.
+    """
+
+    def __init__(self) -> None:
+        self.inbox: SimpleQueue[Job | None] = SimpleQueue()  # None: end. Its `put` may come from a finaliser
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+        _threads.add(self)
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def call(
+        self, engine: Engine, sequences: list[Sequence], collect: Callable[[Sequence], Any], ahead: int | None = None
+    ) -> Call:
+        """Decode sequences that are new to the engine; of an event loop, see `Call` for the arguments."""
+        call = Call(self.inbox, engine, sequences, collect, ahead)
+        with self._starting:
+            self.inbox.put(lambda shift: shift.join(call))
+            if not self.running:
+                self._ending = False
+                self._thread = threading.Thread(target=self._run, name="genarm_fast", daemon=True)
+                self._thread.start()
+        return call
+
+    def end(self) -> None:
+        """Let the thread end as soon as it has no calls."""
+        self._ending = True
+        self.inbox.put(None)
+
+    def stop(self) -> None:
+        """Take out all calls, and wait for the thread's end."""
+        thread = self._thread
+        if thread is not None and thread.is_alive():
+            self.inbox.put(lambda shift: shift.stop())
+            self.end()
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                job = self.inbox.get(timeout=0 if self._ending else IDLE_SECONDS)
+            except Empty:
+                job = None
+            if job is not None:
+                _Shift(self.inbox).run(job)
+                del job  # it holds a model
+                continue
+            with self._starting:
+                if self.inbox.empty():
+                    self._thread = None
+                    return
+
+
+@atexit.register
+def _stop_all() -> None:
+    """A daemon thread that is in C++ while the interpreter goes down takes the process with it."""
+    for thread in list(_threads):
+        thread.stop()
+
+
+class _Shift:
+    """What the thread does from the first call until there are none."""
+
+    def __init__(self, inbox: SimpleQueue[Job | None]) -> None:
+        self.inbox = inbox
+        self.calls: list[Call] = []
+        self.mail: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
+        self.reading: set[asyncio.AbstractEventLoop] = set()  # loops whose readers may ask for more any moment
+        self.busy: set[asyncio.AbstractEventLoop] = set()  # those that took too long for that
+
+    def run(self, job: Job) -> None:
+        try:
+            job(self)
+            while self.calls:
+                self._turn()
+        except BaseException as error:  # of no step: memory that can't be freed, say. Nobody is left waiting
+            for call in self.calls:
+                call.failure = error
+                self._post(call, END)
+            self.calls.clear()
+            self._send()
+
+    def _turn(self) -> None:
+        if any(call.runs() for call in self.calls):
+            self._wait_for_readers()
+            for engine in {call.engine: None for call in self.calls if call.runs()}:
+                self._step(engine)
+        elif not self.mail:
+            self._do_next(LOOK_AROUND)
+        self._do_all()
+        self._sweep()
+        self._send()
+
+    def join(self, call: Call) -> None:
+        self.calls.append(call)
+        if call.ahead is not None:
+            for sequence in call.sequences:
+                sequence.held = True
+        call.engine.join(call.sequences, call.news, stepwise=call.ahead is not None)
+        self.resume(call)
+
+    def resume(self, call: Call) -> None:
+        if call.wanted():
+            call.stalled = False
+            for sequence in call.open.values():
+                sequence.held = False
+
+    def take(self, call: Call, sequence: Sequence, item: Any, ended: bool) -> None:
+        if item is not None:
+            self._post(call, item)
+        if ended:
+            call.open.pop(sequence.id, None)
+
+    def close(self, call: Call) -> None:
+        call.engine.abort([sequence for sequence in call.sequences if not sequence.ended])
+        call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.leave(call)))
+
+    def leave(self, call: Call) -> None:
+        call.open.clear()
+
+    def stop(self) -> None:
+        for call in self.calls:
+            self.close(call)
+
+    def _post(self, call: Call, item: Any) -> None:
+        self.mail.setdefault(call.loop, []).append((call, item))
+
+    def _send(self) -> None:
+        """Wake each loop once."""
+        mail, self.mail = self.mail, {}
+        for loop, items in mail.items():
+            answer = None
+            if any(call.stalled for call, _ in items):
+                answer = partial(self.inbox.put, partial(_Shift.answer, loop=loop))
+            try:
+                loop.call_soon_threadsafe(receive, items, answer)
+            except RuntimeError:  # it was closed
+                continue
+            if answer is not None and loop not in self.busy:
+                self.reading.add(loop)
+
+    def answer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """All readers of a loop were told of their items, and have asked for more if they do so at once."""
+        self.reading.discard(loop)
+        self.busy.discard(loop)
+
+    def _wait_for_readers(self) -> None:
+        """Many readers in one step instead of some in this and the others in the next one; see PATIENCE."""
+        end = time.perf_counter() + PATIENCE
+        while self.reading and (left := end - time.perf_counter()) > 0:
+            self._do_next(left)
+        self.busy |= self.reading
+        self.reading.clear()
+        self._do_all()
+
+    def _do_next(self, seconds: float) -> None:
+        try:
+            job = self.inbox.get(timeout=seconds)
+        except Empty:
+            return
+        if job is not None:
+            job(self)
+
+    def _do_all(self) -> None:
+        while not self.inbox.empty():
+            self._do_next(0)
+
+    def _step(self, engine: Engine) -> None:
+        """A step, unless another thread's gave us news, or somebody asks for something, before it is our turn."""
+        try:
+            with engine.turns.take(unless=lambda: not self.inbox.empty()) as taken:
+                if taken:
+                    engine.step_in_turn()
+        except BaseException as error:
+            if self.inbox.empty():  # it failed before any sequence did, which would fail again and again
+                for call in self.calls:
+                    if call.engine is engine and not call.closed:
+                        call.failure = error
+                        call.close()
+
+    def _sweep(self) -> None:
+        """Calls whose sequences have all left are over; those of closed loops have nobody who waits for them."""
+        for call in [*self.calls]:
+            if not call.open:
+                self.calls.remove(call)
+                self._post(call, END)
+            elif call.loop.is_closed():
+                call.close()

@@ -1,0 +1,124 @@
+"""What the host does for a token does not grow with the text. Counted, not timed: elements of lists that are read."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from genarm_fast import SamplingParams
+from genarm_fast.engine import penalties
+from genarm_fast.speculation.config import Speculation
+from genarm_fast.text import detokenize
+
+PARAMS = SamplingParams(max_new_tokens=100, ignore_eos=True, seed=1)
+
+
+class Counted(list):
+    """A list that counts the elements that are read of it."""
+
+    read = 0
+
+    def __iter__(self):
+        Counted.read += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        Counted.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def unchanged(input_ids, scores):
+    assert input_ids.shape[0] == 1
+    return scores
+
+
+CASES = {
+    "plain": {},
+    "stop strings": {"stop": ["never", "abc"]},
+    "log-probabilities": {"logprobs": 2, "rewards": True},
+    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.1},
+    "processors": {"logits_processors": [unchanged, unchanged]},
+    "n-grams": {"speculation": Speculation("ngram", 3)},
+    "an ARM's drafts": {"speculation": Speculation("a", 2)},
+}
+
+
+def work(model, **options):
+    """Elements that are read for each chunk of a stream, by the number of tokens before it."""
+    found = {}
+    with model.stream([5, 6, 7], PARAMS, **options) as stream:
+        (sequence,) = stream._sequences
+        for name in ("tokens", "used_weights", "logprobs", "rewards"):
+            setattr(sequence, name, Counted(getattr(sequence, name)))
+        sequence._detokenizer.ids = Counted()
+        length = 0
+        while length < 95:
+            before = Counted.read
+            chunk = next(stream)
+            found[length] = (Counted.read - before) / len(chunk.token_ids)
+            length += len(chunk.token_ids)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_work_for_a_token_does_not_grow(model, monkeypatch, case):
+    decoded, decode = [], detokenize.decode
+    monkeypatch.setattr(
+        detokenize, "decode", lambda tokenizer, ids, **rest: decoded.append(len(ids)) or decode(tokenizer, ids, **rest)
+    )
+    found = work(model, **CASES[case])
+    early = max(count for length, count in found.items() if length < 40)
+    late = max(count for length, count in found.items() if length >= 60)
+    assert late <= 1.5 * early + 8
+    assert max(decoded) < 40  # a text of bytes that make no character is held back for some tokens
+
+
+def test_a_growing_read_is_noticed(model, monkeypatch):
+    """The control: a processor is shown a list that is made anew for each token."""
+    ids = penalties.SeenTokens.ids
+
+    def rebuilt(self, sequence, drafted, device):
+        list(sequence.tokens)
+        return ids(self, sequence, drafted, device)
+
+    monkeypatch.setattr(penalties.SeenTokens, "ids", rebuilt)
+    found = work(model, **CASES["processors"])
+    assert found[90] > 1.5 * max(count for length, count in found.items() if length < 40) + 8
+
+
+def test_processors_see_all_tokens_so_far(model):
+    """And what they do to their input is theirs."""
+    seen = []
+
+    def spoiling(input_ids, scores):
+        seen.append(input_ids[0].tolist())
+        input_ids.zero_()
+        return scores
+
+    params = {"max_new_tokens": 12, "logits_processors": [spoiling, spoiling]}
+    for speculation in ("off", Speculation("a", 2)):
+        seen.clear()
+        (output,) = model.generate([5, 6, 7], PARAMS, speculation=speculation, **params)
+        whole = [5, 6, 7, *output.token_ids]
+        assert [ids for ids in seen if len(ids) < 15][::2] == [ids for ids in seen if len(ids) < 15][1::2]
+        assert all(ids == whole[: len(ids)] for ids in seen)
+        assert {len(ids) for ids in seen} == set(range(3, 15))
+
+
+def garbage_of(model, tokens):
+    """Objects in circles that a generation leaves behind."""
+    gc.collect()
+    gc.disable()
+    try:
+        model.generate([5, 6, 7], PARAMS, max_new_tokens=tokens)
+        return gc.collect()
+    finally:
+        gc.enable()
+
+
+def test_tokens_leave_no_circles_behind(model):
+    """So that the collector has nothing to do, however long the text is."""
+    garbage_of(model, 10)
+    assert garbage_of(model, 60) <= garbage_of(model, 10) + 20

@@ -1,0 +1,137 @@
+"""Long prompts beside running sequences: chunks as large as `max_step_ms` allows, in simulated time."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import build_model
+
+from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine import pace
+from genarm_fast.engine.model_runner import ModelRunner
+from genarm_fast.engine.pace import LEAST, Pace
+from genarm_fast.engine.step import Steps
+
+PARAMS = SamplingParams(max_new_tokens=40, ignore_eos=True, seed=1)
+DECODING, PER_TOKEN = 0.010, 0.001  # simulated seconds of a step, and of a token of a prompt
+
+
+@pytest.fixture
+def guided(tokenizer, monkeypatch):
+    """A new GenARM each time, on a simulated clock; `steps` has the seconds of each."""
+    now, steps = [0.0], []
+    prefill, launch = ModelRunner.prefill, Steps.launch
+
+    def timed_prefill(self, tokens, *rest):
+        now[0] += PER_TOKEN * tokens.numel()
+        return prefill(self, tokens, *rest)
+
+    def timed_launch(self, *rest):
+        now[0] += DECODING
+        return launch(self, *rest)
+
+    monkeypatch.setattr(pace, "clock", lambda: now[0])
+    monkeypatch.setattr(ModelRunner, "prefill", timed_prefill)
+    monkeypatch.setattr(Steps, "launch", timed_launch)
+
+    def make(**options):
+        model = GenARM.from_pretrained(build_model("llama", 0), tokenizer=tokenizer, **options)
+        engine, one = model.engine(), model.engine().step_in_turn
+
+        def counted():
+            before = now[0]
+            advanced = one()
+            steps.append(now[0] - before)
+            return advanced
+
+        engine.step_in_turn = counted
+        return model
+
+    make.steps = steps
+    return make
+
+
+def add(model, prompt, **overrides):
+    (sequence,) = model.engine().add(model.prepare([prompt], PARAMS, **overrides)[0])
+    return sequence
+
+
+def step_until(model, condition):
+    """How many steps it takes."""
+    engine, count = model.engine(), 0
+    while not condition():
+        engine.step()
+        count += 1
+        assert count < 200
+    return count
+
+
+@pytest.mark.parametrize("max_step_ms", [30.0, 60.0, None])
+def test_a_long_prompt_holds_up_running_sequences_no_longer_than_allowed(guided, max_step_ms):
+    """It ends in a number of steps that follows from that, with the same tokens; without a limit, one step is long."""
+    model = guided(max_step_ms=max_step_ms)
+    running = [add(model, [5, 6 + i]) for i in range(8)]
+    step_until(model, lambda: all(len(each.tokens) > 3 for each in running))
+    guided.steps.clear()
+    prompt = [(7 * i) % 290 + 2 for i in range(201)]
+    late = add(model, prompt, max_new_tokens=5)
+    count = step_until(model, lambda: late.tokens)
+    longest = max(guided.steps)
+    if max_step_ms is None:
+        assert (count, longest) == (1, pytest.approx(DECODING + 200 * PER_TOKEN))
+    else:
+        fitting = (max_step_ms / 1000 - DECODING) / PER_TOKEN
+        assert longest <= max_step_ms / 1000 + 1e-9
+        assert count <= 200 / fitting + 4  # the first chunks are small: nobody knows yet what a token costs
+    step_until(model, lambda: late.ended)
+    alone = GenARM.from_pretrained(model.base.model, tokenizer=model.tokenizer)
+    assert late.tokens == alone.generate(prompt, PARAMS, max_new_tokens=5)[0].token_ids
+
+
+def test_a_late_request_gets_its_first_token_within_two_steps(guided):
+    """Beside 8 running ones, where its prompt fits into a chunk; else it takes a step for every chunk more."""
+    model = guided(max_step_ms=30.0)
+    running = [add(model, [5, 6 + i]) for i in range(8)]
+    step_until(model, lambda: all(len(each.tokens) > 3 for each in running))
+    late = add(model, [3] * LEAST)
+    assert step_until(model, lambda: late.tokens) <= 2
+    step_until(model, lambda: len(late.tokens) > 3)
+    longer = add(model, [4] * 60)  # 59 tokens in chunks of 20
+    assert step_until(model, lambda: longer.tokens) <= 2 + 3
+
+
+def test_prompts_alone_are_prefilled_at_once(guided):
+    """Nobody waits for a token meanwhile."""
+    model = guided(max_step_ms=5.0)
+    sequence = add(model, [3] * 200)
+    assert step_until(model, lambda: sequence.tokens) == 1
+
+
+def test_a_target_that_no_step_can_meet(guided):
+    """Prompts are prefilled nevertheless, in the smallest chunks."""
+    model = guided(max_step_ms=1.0)
+    running = add(model, [5, 6])
+    step_until(model, lambda: len(running.tokens) > 2)
+    late = add(model, [3] * (4 * LEAST + 1))
+    assert step_until(model, lambda: late.tokens) == 4
+
+
+def test_chunks_grow_step_by_step():
+    """What small chunks cost says little of large ones."""
+    learned = Pace()
+    assert learned.tokens(100.0) == LEAST
+    learned.observe(0, 0.01)
+    learned.observe(LEAST, 0.01)  # a token costs nothing measurable
+    assert learned.tokens(100.0) == 2 * LEAST
+    learned.observe(2 * LEAST, 0.01)
+    assert learned.tokens(100.0) == 4 * LEAST
+    assert learned.tokens(None) is None
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("inf"), float("nan"), "50", True])
+def test_wrong_limits(tiny_model, tokenizer, wrong):
+    with pytest.raises((TypeError, ValueError), match=r"max_step_ms=.*expected a finite number > 0 or None"):
+        GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, max_step_ms=wrong)
+    model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
+    model.max_step_ms = wrong
+    with pytest.raises((TypeError, ValueError), match="max_step_ms="):
+        model.generate([5, 6], PARAMS)
