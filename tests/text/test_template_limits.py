@@ -30,7 +30,7 @@ HOSTILE = {
     "doubling": (DOUBLING, "it takes more than"),
     "output": (
         "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
-        "characters: expected",
+        "characters: expected|it takes more than",
     ),
     "long message": (
         "{% for a in range(99999) %}{{ messages[0].content }}{% endfor %}",
@@ -38,7 +38,7 @@ HOSTILE = {
     ),
     "join": (
         "{{ range(99999) | map('default', messages[0].content, true) | join(messages[0].content) }}",
-        "characters",
+        "characters|it takes more than",
     ),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     "nesting": ("(" * 5000, None),
