@@ -24,6 +24,7 @@ from genarm_fast.train.files import read_json, write_json
 from genarm_fast.train.metrics import PairStats, pair_losses
 from genarm_fast.train.model import PairModel
 from genarm_fast.train.progress import Narrator
+from genarm_fast.utils.disk import resumable
 
 WEIGHTS = "trained.safetensors"
 SINCE_LOG = "since_log.json"
@@ -182,11 +183,15 @@ class ArmTrainer(Trainer):
         return stats
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = checkpoints(self.config) / f"checkpoint-{self.state.global_step}"
+        with resumable(folder):
+            super()._save_checkpoint(model, trial)
+            self._save_since_log(folder)
+            seal(folder)
+
+    def _save_since_log(self, folder: Path) -> None:
         since = {"losses": [loss.item() for loss in self.losses], "logged_step": self.logged_step}
         write_json(folder / SINCE_LOG, since | {"recent": dict(vars(self.recent))})
-        seal(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or checkpoints(self.config))
