@@ -99,6 +99,6 @@ def _anew() -> None:
     _watch = _Watch()
 
 
-_anew()
+_watch = _Watch()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_anew)  # threads do not live on in a fork, and locks may be held

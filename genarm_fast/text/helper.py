@@ -80,6 +80,6 @@ def _anew() -> None:
     shared = Helper()
 
 
-_anew()
+shared = Helper()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_anew)  # a fork must not talk into its parent's pipes
