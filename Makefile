@@ -2,6 +2,8 @@
 # make check   style, types and fast tests, for the loop of edit and run
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
 # make lint    style and types
+# make sanitize  ops under ASan and UBSan, and in Triton's interpreter, on random input; FUZZ=300: seconds of each
+# make soak      threads, streams, faults and forks under load, a report in soak.json; ARGS="--seconds 3600" for an hour
 # make bench   speed of the kernels on this machine
 # make wheel-test   sdist and wheel, tried in a fresh environment without the clone
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
@@ -14,7 +16,7 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test lint bench wheel-test
+.PHONY: demo check test lint bench wheel-test sanitize soak
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -42,6 +44,14 @@ lint: $(VENV)/.installed-dev
 
 wheel-test: $(VENV)/.installed-dev
 	$(VENV)/bin/python scripts/wheel_test.py
+
+FUZZ ?= 300
+sanitize: $(VENV)/.installed-dev
+	$(VENV)/bin/python scripts/fuzz_ops.py --seconds $(FUZZ) --json sanitize.json $(ARGS)
+	$(VENV)/bin/python scripts/fuzz_ops.py --seconds $(FUZZ) --triton --json sanitize-triton.json $(ARGS)
+
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/soak_faults.py --json soak.json $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)

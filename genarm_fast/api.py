@@ -145,6 +145,9 @@ class GenARM(AsyncCalls):
             model.warm_up()
         return model
 
+    def __reduce__(self) -> Any:
+        raise TypeError("GenARM: expected to be loaded anew in each process, it can't be pickled or copied")
+
     @property
     def forwards(self) -> dict[str, str]:
         """Which forward runs each member, ours or transformers' own, and why."""

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from genarm_fast import __version__
+from genarm_fast.cli.process import Terminated, ended_by_signals, forget_output, usable_streams
 
 COMMANDS = {
     "generate": ("genarm_fast.cli.generate", "guided text for one prompt, or for a JSON-lines file of them"),
@@ -20,7 +21,7 @@ COMMANDS = {
     "bench": ("genarm_fast.cli.bench", "what guidance costs here, beside the unguided base"),
     "train": ("genarm_fast.cli.train", "train an ARM from preference pairs"),
 }
-EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 bad arguments or input, 130 interrupted"
+EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 bad arguments or input, 130 interrupted, 128+N signal N"
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -30,23 +31,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     # tokens/s on a busy 2-core machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else list(argv)
+    usable_streams()
     args = build_parser(argv).parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ended_by_signals():
             warnings.showwarning = _show_warning
             code = args.run(args)
-        sys.stdout.flush()
+            sys.stdout.flush()
         return code
+    except Terminated as ended:
+        print(f"\ngenarm-fast {args.command}: ended by {ended}", file=sys.stderr)
+        return 128 + ended.number
     except KeyboardInterrupt:
         print(f"\ngenarm-fast {args.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head`: nobody reads on; keep the interpreter's own flush from failing as well
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head`
+        forget_output()
         return 1
     except Exception as error:
         if args.debug:
             raise
         print(f"genarm-fast {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            forget_output()
         return 2 if isinstance(error, BAD_INPUT) else 1
 
 

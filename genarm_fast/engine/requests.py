@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,10 @@ from genarm_fast.engine.sequence import Request
 from genarm_fast.models.member import Member
 from genarm_fast.params import AnyWeights, SamplingParams, Weight, weights_per_arm
 from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt, special_stops
+
+MANY = 1024  # completions of a prompt whose bookkeeping is looked at
+SEQUENCE_BYTES = 8192  # of the host's memory that a sequence takes before its first token
+TOKEN_BYTES = 64  # and for each token: its id, and its log-probability if that is asked for
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class RequestMaker:
             check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
             check_ids(self.draft_model, ids[0], index)
             ids.append(ids[0])
+        if params.n > MANY:
+            _check_memory(index, params)
         try:
             self._check_tokens(params)
             weights = self.expand_weights(params.weights)
@@ -85,3 +92,11 @@ def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
     if len(params) != count:
         raise ValueError(f"sampling_params: {expected}, got {len(params)}")
     return list(params)
+
+
+def _check_memory(index: int, params: SamplingParams) -> None:
+    """Raises ValueError for more completions than half of the memory that is free holds."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    most = max(MANY, free // (SEQUENCE_BYTES + TOKEN_BYTES * params.max_new_tokens))
+    if params.n > most:
+        raise ValueError(f"prompts[{index}]: n={params.n}: expected at most {most}, for which there is memory")

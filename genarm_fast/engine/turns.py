@@ -15,7 +15,10 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        # Taken by `with` on the lock itself, which is C. The condition's own __enter__ is Python: an interrupt inside
+        # it would leave the lock held for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._stepper: int | None = None
         self._queue: deque[object] = deque()  # tickets of those who wait for the turn, so that nobody is passed over
         self._inbox: deque[Callable[[], None]] = deque()
@@ -27,7 +30,7 @@ class Turns:
 
     def ask(self, what: Callable[[], None]) -> None:
         """Do it between two steps: at once if nobody steps."""
-        with self._changed:
+        with self._lock:
             self._inbox.append(what)
             if self._stepper is None:
                 self._answer()
@@ -42,7 +45,7 @@ class Turns:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected a call after it")
         ticket = object()
         try:
-            with self._changed:
+            with self._lock:
                 self._queue.append(ticket)
                 try:
                     while (self._stepper is not None or self._queue[0] is not ticket) and not unless():
@@ -56,10 +59,22 @@ class Turns:
                     self._answer()
             yield self.mine
         finally:
-            if self.mine:
-                with self._changed:
+            try:
+                self._give_back(ticket)
+            except BaseException:  # an interrupt that came meanwhile: nobody would have a turn any more
+                self._give_back(ticket)
+                raise
+
+    def _give_back(self, ticket: object) -> None:
+        """What a thread has of the turn: itself, or a place in the queue that an interrupt left behind."""
+        if self.mine or ticket in self._queue:
+            with self._lock:
+                if ticket in self._queue:
+                    self._queue.remove(ticket)
+                if self.mine:
                     self._stepper = None
-                    self._changed.notify_all()
+                self._changed.notify_all()
+                if self._stepper is None:
                     self._answer()
 
     def _answer(self) -> None:

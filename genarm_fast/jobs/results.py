@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from genarm_fast.utils.disk import resumable
 from genarm_fast.utils.jsonlines import dumps, located
 
 _OTHERWISE = "; choose another output file, or overwrite"
@@ -43,14 +44,21 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with resumable(self.path):
+            try:
+                self._file.close()
+            except OSError:
+                if error is None:  # else it is the one that is told already
+                    raise
 
     def append(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Writes the next lines at once; they are on disk when this returns."""
-        self._file.truncate(self._kept_bytes)  # cuts off half a line from a kill
         start = len(self.answered)
-        self._file.write(b"".join(self._line(index, result) for index, result in enumerate(results, start)))
-        _sync(self._file)
+        lines = b"".join(self._line(index, result) for index, result in enumerate(results, start))
+        with resumable(self.path):
+            self._file.truncate(self._kept_bytes)  # cuts off half a line from a kill
+            self._file.write(lines)
+            _sync(self._file)
         self._kept_bytes = self._file.tell()
         self.answered += [result.get("error") is None for result in results]
 
@@ -60,10 +68,10 @@ class ResultsFile:
         temporary = path.with_name(path.name + ".tmp")
         temporary.unlink(missing_ok=True)
         file = _open_locked(temporary)
-        with open(path, "rb") as old:
+        with resumable(temporary), open(path, "rb") as old:
             whole = enumerate(islice(old, len(self.answered)))
             file.writelines(self._line(i, results[i]) if i in results else line for i, line in whole)
-        _sync(file)
+            _sync(file)
         os.replace(temporary, path)
         _sync_folder(path.parent)
         self._file.close()

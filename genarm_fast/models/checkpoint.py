@@ -17,6 +17,7 @@ from genarm_fast.models.adapter import check_forward, check_kind, is_adapted, lo
 from genarm_fast.models.files import check_files, read_object, refusing
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source, locate
+from genarm_fast.models.sizes import check_size
 from genarm_fast.models.weights import share_weights
 
 
@@ -51,6 +52,9 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
     """
     check_files(member, source)
     what = f"{member}={os.fspath(source)!r}"
+    if not kwargs.keys() & {"gguf_file", "subfolder", "config"}:  # whose model is not that of the folder's config.json
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
+        check_size(member, source, trust_remote_code=trust_remote_code, **hub)
     with refusing(what, "a folder or a hub id that can be loaded"), _quietly():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,

@@ -29,22 +29,23 @@ JSON_LIMITS = {  # largest sizes; the largest of the hub are a tenth of these
     "special_tokens_map.json": 64 * MIB,
     "added_tokens.json": 64 * MIB,
     "model.safetensors.index.json": 256 * MIB,
+    "pytorch_model.bin.index.json": 256 * MIB,
 }
-OTHERS = (  # files that libraries read by themselves
+MOST_NESTED = 100  # objects and arrays inside each other; those of the hub have 10, and libraries recurse over them
+READ = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".tiktoken")  # how names end that libraries read
+TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
+MOST_TEMPLATE = MIB  # bytes; the longest of the hub have 20 kB
+WEIGHTS = ("*.safetensors", "*.bin")
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer_config.json",
     "tokenizer.model",
     "vocab.json",
     "vocab.txt",
-    "merges.txt",
     "spiece.model",
-    "chat_template.jinja",
-    "model.safetensors",
-    "adapter_model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.bin",
 )
-WEIGHTS = ("*.safetensors", "*.bin")
-INDEX = "model.safetensors.index.json"
+MOST_TOKENIZER = 512 * MIB  # bytes of tokenizer.json; the largest of the hub have 35 MB
 COUNTS = ("layers", "layer", "experts", "heads", "size", "dim", "rank")  # how names of sizes end, or "n_" begins
 
 
@@ -54,7 +55,8 @@ def read_object(member: str, source: Source, name: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no file, too large, or no JSON object in UTF-8.
     """
-    _check_regular(member, source, name)
+    if os.path.isdir(source):
+        _check_regular(member, Path(source, name))
     path = find_file(source, name)
     return {} if path is None else _parsed(f"{member}: {path}", path, JSON_LIMITS[name])
 
@@ -64,16 +66,23 @@ def check_files(member: str, source: Source) -> None:
 
     A repository of the hub is checked as far as its JSON files go: its weights are not here yet.
     """
-    for name in OTHERS:
-        _check_regular(member, source, name)
+    if os.path.isdir(source):
+        for path in (*Path(source).iterdir(), *Path(source).glob(TEMPLATES[1])):
+            if path.name.endswith(READ):
+                _check_regular(member, path)
     objects = {name: read_object(member, source, name) for name in JSON_LIMITS}
     if not os.path.isdir(source):
         return
-    for path in _weight_files(member, Path(source), objects[INDEX]):
+    folder = Path(source)
+    for path in (path for pattern in TEMPLATES for path in folder.glob(pattern)):
+        _check_template(f"{member}: {path}", path)
+    largest = 0
+    for path in _weight_files(member, folder, objects):
         if path.suffix == ".safetensors":
             with refusing(f"{member}: {path}", "a whole safetensors file"), safe_open(path, "pt") as file:
-                file.keys()
-    check_sizes(f"{member}: {Path(source, 'config.json')}", objects["config.json"], weight_bytes(Path(source)))
+                largest = max([largest, *(max(file.get_slice(name).get_shape(), default=0) for name in file.keys())])  # noqa: SIM118 (it is no dict)
+    check_sizes(f"{member}: {folder / 'config.json'}", objects["config.json"], weight_bytes(folder))
+    _check_ranks(f"{member}: {folder / 'adapter_config.json'}", objects["adapter_config.json"], largest)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -117,9 +126,16 @@ def _reason(error: BaseException) -> str:
     return f": {text[:300]}" if text else f", got {type(error).__name__}"
 
 
-def _check_regular(member: str, source: Source, name: str) -> None:
-    path = Path(source, name)
-    if os.path.isdir(source) and (path.exists() or path.is_symlink()) and not path.is_file():
+def _check_ranks(what: str, config: Mapping[str, Any], largest: int) -> None:
+    """Raises ValueError for a rank that no matrix of an adapter has: PEFT takes memory for it before it reads them."""
+    ranks = config.get("rank_pattern") or {}
+    for rank in (config.get("r"), *(ranks.values() if isinstance(ranks, Mapping) else ())):
+        if isinstance(rank, int) and rank > largest > 0:
+            raise ValueError(f"{what}: rank {rank}: expected at most {largest}, the longest side of its matrices")
+
+
+def _check_regular(member: str, path: Path) -> None:
+    if (path.exists() or path.is_symlink()) and not path.is_file():
         raise ValueError(f"{member}: {path}: expected a file, got {_kind(path)}")
 
 
@@ -135,15 +151,39 @@ def _parsed(what: str, path: Path, limit: int) -> dict[str, Any]:
         value = json.loads(path.read_bytes().decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"{what}: expected {expected}, got {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(MOST_NESTED):
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in level if isinstance(item, (dict, list))]
+    if level:
+        raise ValueError(f"{what}: expected a JSON object of at most {MOST_NESTED} levels, got more")
     return value
 
 
-def _weight_files(member: str, folder: Path, index: Mapping[str, Any]) -> list[Path]:
-    """The safetensors of a folder, and the shards that its index names, which must be there."""
-    named = index.get("weight_map", {})
-    if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named.values()):
-        raise ValueError(f"{member}: {folder / INDEX}: expected a weight_map from tensors to files")
-    for name in sorted(set(named.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{member}: {folder / INDEX}: expected the file {name!r} beside it")
+def _check_template(what: str, path: Path) -> None:
+    expected = f"a Jinja template of at most {MOST_TEMPLATE} bytes, in UTF-8 without a byte order mark"
+    if (size := path.stat().st_size) > MOST_TEMPLATE:
+        raise ValueError(f"{what}: expected {expected}, got {size}")
+    with refusing(what, expected):
+        if path.read_bytes().decode("utf-8").startswith("\ufeff"):
+            raise ValueError("it begins with such a mark")
+
+
+def blame_tokenizer(member: str, folder: Path) -> str:
+    """Which of the tokenizer's files an error is about, once one could not be loaded. JSON is read again to tell."""
+    for name in ("tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            _parsed(f"{member}: {folder / name}", folder / name, MOST_TOKENIZER)
+    return next((str(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()), str(folder))
+
+
+def _weight_files(member: str, folder: Path, objects: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """The weights of a folder, and the shards that its indices name, which must be there."""
+    for index in INDICES:
+        named = objects[index].get("weight_map", {})
+        if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named.values()):
+            raise ValueError(f"{member}: {folder / index}: expected a weight_map from tensors to files")
+        for name in sorted(set(named.values())):
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ValueError(f"{member}: {folder / index}: expected the file {name!r} beside it")
     return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))

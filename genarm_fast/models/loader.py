@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from genarm_fast.models.arm import ARM, active_adapters, arm_names
 from genarm_fast.models.checkpoint import ModelLoader
 from genarm_fast.models.fast_modules import as_runner
-from genarm_fast.models.files import check_files, read_object, refusing
+from genarm_fast.models.files import TOKENIZER_FILES, blame_tokenizer, check_files, read_object, refusing
 from genarm_fast.models.hub import Source, find_file
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
@@ -24,14 +24,6 @@ from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
 log = logging.getLogger(__name__)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
 RECORDED = {
     "prompt_template": (str, type(None)),
     "chat_template": (str, type(None)),
@@ -166,8 +158,15 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
     if not any(find_file(source, name) for name in TOKENIZER_FILES):
         return None
     check_files(member, source)
-    with refusing(f"{member}={os.fspath(source)!r}", "a tokenizer that can be loaded"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    expected = "a tokenizer that can be loaded"
+    try:
+        with refusing(f"{member}={os.fspath(source)!r}", expected):
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if not os.path.isdir(source) or error.__cause__ is None:
+            raise
+        with refusing(f"{member}: {blame_tokenizer(member, Path(source))}", expected):
+            raise error.__cause__ from None
 
 
 def _check_format(member: str, spec: ARM, trained_on: str | None) -> None:

@@ -26,6 +26,8 @@ from genarm_fast.text.transcripts import as_transcript, transcript_messages
 Prompt = str | list[Message] | list[int]
 PromptFormat = Literal["text", "transcript", "chat"]  # what an ARM was trained on
 
+LONG_TOKEN = 16  # characters; texts of fewer a token are not looked at
+
 
 class Reader(Protocol):
     """Who reads prompts: a member of a guided decoder, as far as text is concerned.
@@ -138,6 +140,7 @@ def encode_prompt(reader: Reader, prompt: Prompt, index: int, vocab_size: int) -
     """
     rendered = _rendered(reader, prompt, index)
     if rendered is not None:
+        _check_length(reader, rendered.text, index)
         ids = token_ids(reader.tokenizer, rendered)
     else:
         given: Any = prompt
@@ -217,6 +220,21 @@ def special_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> f
             found = max(inside, key=len)
             raise ValueError(f"stop={stop!r}: expected the special token {found!r} by itself, or none in it")
     return frozenset(special[stop] for stop in stops if stop in special)
+
+
+def _check_length(reader: Reader, text: str, index: int) -> None:
+    """Raises ValueError for a text that is longer than all tokens of a context together; it costs no tokenising.
+
+    Normalisers may shorten texts: hence twice that.
+    """
+    if reader.context is None or len(text) <= LONG_TOKEN * reader.context:
+        return
+    most = 2 * reader.context * max(map(len, reader.tokenizer.get_vocab()))
+    if len(text) > most:
+        raise ValueError(
+            f"prompts[{index}]: {len(text)} characters: expected at most {most}, as many as"
+            f" {reader.context} tokens have, the context of {reader.name}"
+        )
 
 
 def check_context(reader: Reader, prompt_tokens: int, new_tokens: int, index: int) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from genarm_fast.text import helper
+from genarm_fast.text.deadline import within
 from genarm_fast.text.messages import Message
+from genarm_fast.text.template_kinds import is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,18 +116,56 @@ def ended(response: list[int], end: int | None) -> list[int]:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str, **options: Any) -> str:
-    """What a chat template makes of messages. A template is a program, and may fail in any way.
+    """What a chat template makes of messages. A template is a program of others, and may fail in any way.
+
+    One whose operations are all short runs here, under a watch; any other in a process of its own.
 
     Raises:
-        ValueError: naming what the template raised.
+        ValueError: naming what the template raised, or which limit on time, memory or size it met.
     """
-    chat: Any = messages
+    template = chat_template
     try:
-        text = str(tokenizer.apply_chat_template(chat, chat_template=chat_template, tokenize=False, **options))
-    except (RecursionError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        if isinstance(tokenizer.chat_template, dict):
+            template = tokenizer.get_chat_template(chat_template, options.get("tools"))
+        if is_plain(template):
+            text = within(lambda: _rendered_here(tokenizer, messages, template, options))
+        else:
+            text = _rendered_apart(tokenizer, messages, template, options)
+    except (RecursionError, ArithmeticError, LookupError, AttributeError, TypeError, MemoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     except Exception as error:  # of Jinja: wrong itself, or it refuses these roles
         raise ValueError(str(error) or type(error).__name__) from error
     if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it makes {len(text)} characters: expected at most {MOST_CHARACTERS}")
+        raise ValueError(_too_long(len(text)))
     return text
+
+
+def _rendered_here(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:
+    _compile_jinja_template(template).environment.concat = _concatenated
+    return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+
+
+def _concatenated(pieces: Iterable[str]) -> str:
+    """As "".join, up to a length: a hundred thousand times a long message is one operation otherwise."""
+    kept, size = [], 0
+    for piece in pieces:
+        kept.append(piece)
+        size += len(piece)
+        if size > MOST_CHARACTERS:
+            raise ValueError(_too_long(f"more than {MOST_CHARACTERS}"))
+    return "".join(kept)
+
+
+def _rendered_apart(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:
+    given = {"conversations": [messages], "chat_template": template, **tokenizer.special_tokens_map, **options}
+    reply = helper.shared.render(MOST_CHARACTERS, given)
+    if "error" in reply:
+        kind = "" if reply["error"] in ("TemplateError", "ValueError") else f"{reply['error']}: "
+        raise ValueError(f"{kind}{reply['message']}")
+    if "characters" in reply:
+        raise ValueError(_too_long(reply["characters"]))
+    return reply["text"]
+
+
+def _too_long(characters: int | str) -> str:
+    return f"it makes {characters} characters: expected at most {MOST_CHARACTERS}"

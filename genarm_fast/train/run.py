@@ -32,6 +32,7 @@ from genarm_fast.train.folder import RunFolder, check_folder
 from genarm_fast.train.model import PairModel, add_lora, choose_dtype, choose_paths, load_base
 from genarm_fast.train.progress import progress_bar
 from genarm_fast.train.trainer import ArmTrainer, sample
+from genarm_fast.utils.disk import resumable
 
 PROBE = 2  # pairs that the fast paths are proved on
 
@@ -134,7 +135,8 @@ def _train(
             ],
         }
         report = json.loads(json.dumps(report))  # the same whether just made or read again
-        save_artifacts(model, tokenizer, config, report)
+        with resumable(config.folder):
+            save_artifacts(model, tokenizer, config, report)
         shutil.rmtree(checkpoints(config), ignore_errors=True)
     return TrainReport(config.folder, report)
 

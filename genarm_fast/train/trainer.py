@@ -20,11 +20,14 @@ from genarm_fast.train.batches import Collator, PairBatches
 from genarm_fast.train.checkpoints import checkpoints, seal
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
+from genarm_fast.train.files import read_json, write_json
 from genarm_fast.train.metrics import PairStats, pair_losses
 from genarm_fast.train.model import PairModel
 from genarm_fast.train.progress import Narrator
+from genarm_fast.utils.disk import resumable
 
 WEIGHTS = "trained.safetensors"
+SINCE_LOG = "since_log.json"
 
 DIVERGED = "expected a finite number; a lower learning_rate, or dtype='float32', may help"
 
@@ -50,7 +53,7 @@ class ArmTrainer(Trainer):
         lengths = [pair.tokens for pair in train]
         self.batches = PairBatches(lengths, size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
         self.tokens_seen, self.seconds, self.micro_batch = 0, 0.0, 0  # of this process
-        self.recent = PairStats(config.beta)
+        self.recent, self.losses, self.logged_step = PairStats(config.beta), list[Tensor](), 0  # since the last log
         accumulate = config.batch_size // config.micro_batch_size
         self.steps = math.ceil(len(self.batches) / accumulate)
         evaluate, save = bool(config.eval_every and held_out), bool(config.checkpoint_every)
@@ -113,6 +116,7 @@ class ArmTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.detach())
         self.seconds += time.perf_counter() - start
         return loss
 
@@ -132,6 +136,10 @@ class ArmTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
+            steps = self.state.global_step - self.logged_step
+            # transformers' own leaves out what came before a resume.
+            logs["loss"] = math.fsum(loss.item() for loss in self.losses) / max(1, steps)
+            self.losses, self.logged_step = [], self.state.global_step
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}: {DIVERGED}")
             recent, self.recent = self.recent.summary(), PairStats(self.config.beta)
@@ -175,9 +183,15 @@ class ArmTrainer(Trainer):
         return stats
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = checkpoints(self.config) / f"checkpoint-{self.state.global_step}"
-        seal(folder)
+        with resumable(folder):
+            super()._save_checkpoint(model, trial)
+            self._save_since_log(folder)
+            seal(folder)
+
+    def _save_since_log(self, folder: Path) -> None:
+        since = {"losses": [loss.item() for loss in self.losses], "logged_step": self.logged_step}
+        write_json(folder / SINCE_LOG, since | {"recent": dict(vars(self.recent))})
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or checkpoints(self.config))
@@ -191,6 +205,10 @@ class ArmTrainer(Trainer):
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
+        if (path := Path(resume_from_checkpoint, SINCE_LOG)).is_file():  # an older version's has none
+            since = read_json(path)
+            self.losses, self.logged_step = [torch.tensor(loss) for loss in since["losses"]], since["logged_step"]
+            self.recent = PairStats(**since["recent"])
 
 
 def sample(pairs: list[Encoded], n: int | None, seed: int) -> list[Encoded]:

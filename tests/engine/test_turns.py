@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -211,3 +212,57 @@ def test_limits_and_weights_are_looked_at_by_steps_alone(tokenizer):
     weight.data = weight.data.clone()
     with pytest.raises(RuntimeError, match="was moved"):
         decode()
+
+
+def test_an_interrupt_while_the_turn_is_given_back_leaves_it_free(monkeypatch):
+    """Found by the soak: all other threads waited for ever."""
+    turns = Turns()
+    with monkeypatch.context() as patch:
+        notify, calls = turns._changed.notify_all, []
+
+        def interrupted():
+            calls.append(None)
+            if len(calls) == 2:  # the first is of taking it
+                raise KeyboardInterrupt
+            notify()
+
+        patch.setattr(turns._changed, "notify_all", interrupted)
+        with pytest.raises(KeyboardInterrupt), turns.take():
+            pass
+    assert turns._stepper is None
+    taken = []
+    thread = threading.Thread(target=lambda: turns.ask(lambda: taken.append(True)))
+    thread.start()
+    thread.join(10)
+    assert taken == [True]
+
+
+def test_interrupts_never_leave_the_lock_held():
+    """Signals at random moments of thousands of turns; another thread gets through afterwards."""
+    turns = Turns()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    interrupts = 0
+    try:
+        for i in range(300):
+            signal.setitimer(signal.ITIMER_REAL, 2e-5 + (i % 50) * 1e-5)
+            try:
+                while True:
+                    with turns.take():
+                        pass
+                    turns.ask(lambda: None)
+            except KeyboardInterrupt:
+                interrupts += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts == 300
+    taken = []
+
+    def take():
+        with turns.take() as mine:
+            taken.append(mine)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert taken == [True]

@@ -1,32 +1,22 @@
 """The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, over torch's own heap."""
 
-import os
-import shutil
+import json
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[2] / "kernels/csrc"
-FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]
-FLAGS += [
-    "-fno-sanitize-recover=all",
-    "-ffp-contract=off",
-    "-DGENARM_X86",
-    f"-I{CSRC}",
-    f"-I{sysconfig.get_path('include')}",
-]
-LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.append(str(SCRIPTS))
+import sanitized_core  # noqa: E402
+
 CHECK = """
-import importlib.machinery, importlib.util, sys, torch
+import sanitized_core, sys, torch
 from genarm_fast.kernels import _native, guided_sample, ragged_append, ragged_attention, rms_norm, rotary, settle
 from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, silu_mul, small_linear
-loader = importlib.machinery.ExtensionFileLoader("_C", sys.argv[1])
-core = _native.core = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
-core.use_tensors(torch.Tensor)
-core.use_threads(torch.get_num_threads)
+sanitized_core.load(sys.argv[1])
+core = _native.core
 torch.manual_seed(0)
 dtypes = [torch.float32, torch.bfloat16, torch.float16]
 for isa in core.instruction_sets():
@@ -85,24 +75,29 @@ print("clean")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="x86-64 Linux build flags")
-def test_sanitized_core(tmp_path):
-    compiler = shutil.which("g++")
-    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if compiler is None or not os.path.isabs(runtime):
-        pytest.skip("no g++ with AddressSanitizer")
-    core = tmp_path / "_C.abi3.so"
-    names = {file: "-".join(file.relative_to(CSRC).with_suffix("").parts) for file in CSRC.rglob("*.cpp")}
-    loops = [file for file in names if file.stem == "loops"]
-    jobs = {f"{names[file]}-{isa}": [file, f"-DISA={isa}", *flags] for file in loops for isa, flags in LOOPS.items()}
-    jobs |= {name: [file] for file, name in names.items() if file not in loops}
-    compiling = [
-        subprocess.Popen([compiler, *FLAGS, *arguments, "-c", "-o", tmp_path / f"{name}.o"])
-        for name, arguments in jobs.items()
-    ]
-    assert [process.wait() for process in compiling] == [0] * len(jobs)
-    objects = [tmp_path / f"{name}.o" for name in jobs]
-    subprocess.run([compiler, "-shared", "-fsanitize=address,undefined", *objects, "-o", core, "-pthread"], check=True)
-    env = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    if reason := sanitized_core.missing():
+        pytest.skip(reason)
+    return sanitized_core.build(tmp_path_factory.mktemp("core"))
+
+
+def test_sanitized_core(core):
+    env = sanitized_core.environment() | {"PYTHONPATH": str(SCRIPTS)}
     done = subprocess.run([sys.executable, "-c", CHECK, core], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "clean", done.stderr[-4000:]
+
+
+def test_fuzz(core):
+    """30 s of what `make sanitize` does for longer."""
+    command = [sys.executable, SCRIPTS / "fuzz_ops.py", "--seconds", "30", "--inside", core]
+    done = subprocess.run(command, env=sanitized_core.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(json.loads(done.stdout)["cases"]) >= {"sampling", "settling", "layers", "attention", "linears"}
+
+
+def test_fuzz_in_triton_s_interpreter():
+    command = [sys.executable, SCRIPTS / "fuzz_ops.py", "--seconds", "20", "--triton"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout)["clean"]

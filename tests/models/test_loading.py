@@ -17,6 +17,7 @@ from tiny_models import build_model, build_tokenizer, save_adapter
 from transformers import AutoModelForCausalLM
 
 from genarm_fast import ARM, GenARM
+from genarm_fast.cli import main
 from genarm_fast.models.adapter import check_kind
 from genarm_fast.models.files import check_sizes
 from genarm_fast.train import TrainConfig, train
@@ -198,12 +199,101 @@ def test_files_that_are_no_files(base, adapter, name, damage, said):
         GenARM.from_pretrained(base, adapter)
 
 
+def loop(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name)
+
+
+def device(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def new_pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def new_folder(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+OBJECTS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
+OBJECTS += ["special_tokens_map.json", "added_tokens.json"]
+TEXTS = [*OBJECTS, "chat_template.jinja"]
+OTHERS = ["model.safetensors", "other.safetensors", "vocab.txt", "pytorch_model.bin"]  # of such names, too
+DAMAGES = [
+    *((name, each, "expected a file, got") for name in TEXTS + OTHERS for each in (new_pipe, new_folder, loop, device)),
+    *((name, write(text), "expected") for name in OBJECTS for text in ("[1]", "{", "", "[" * 10**5)),
+    *((name, write('{"a":' * 900 + "0" + "}" * 900), "expected") for name in OBJECTS),
+    *((name, lambda path: path.write_bytes(b"\xef\xbb\xbf{}"), "expected .*mark") for name in TEXTS),
+    *((name, lambda path: path.write_bytes(b'{"a": "\xff"}'), "expected .*UTF-8") for name in TEXTS),
+    ("chat_template.jinja", write("x" * (2 << 20)), "expected a Jinja template of at most 1048576 bytes"),
+    ("model.safetensors", lambda path: path.write_bytes(b"\xff" * 8 + b"{}"), "expected a whole safetensors file"),
+    ("model.safetensors", write(""), "expected a whole safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
+def test_every_other_file_that_is_none(base, adapter, name, damage, said):
+    """A pipe is told before anybody opens it: that would wait for ever, in safetensors without end by Ctrl-C."""
+    damage(base / name)
+    with pytest.raises(ValueError, match=f"(?s)base: {re.escape(str(base / name))}: .*{said}"):
+        GenARM.from_pretrained(base, adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("config.json", {"num_hidden_layers": 10**9}, "expected at most"),
+        ("config.json", {"num_hidden_layers": 20_000}, "num_hidden_layers=20000: expected at most 10000"),
+        (
+            "config.json",
+            {"vocab_size": 80_000, "hidden_size": 80_000},
+            "a model of [0-9]{11} numbers: expected at most",
+        ),
+        ("config.json", {"hidden_size": "x"}, "expected a config that a causal LM can be built from"),
+        ("config.json", {"num_attention_heads": 0}, "expected a config that a causal LM can be built from"),
+        ("config.json", {"model_type": "no such"}, "expected a config that a causal LM can be built from"),
+        ("adapter_config.json", {"r": 10**9}, "rank 1000000000: expected at most 64"),
+        ("adapter_config.json", {"rank_pattern": {"q_proj": 500}}, "rank 500: expected at most 64"),
+    ],
+)
+def test_sizes_that_cannot_be_meant(base, adapter, monkeypatch, name, changes, said):
+    """Refused before memory is taken for them."""
+    path = (base if name == "config.json" else adapter) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it is built"))
+    if name != "config.json":
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{said}"):
+        GenARM.from_pretrained(base, adapter)
+
+
+def test_a_base_that_an_adapter_would_change_is_told(base, adapter, monkeypatch):
+    """Its fingerprint is taken before and after; here the weights that PEFT rewrites are shared by mistake."""
+    edit(adapter / "adapter_model.safetensors", put("base_model.model.model.embed_tokens.weight", 300, 32))
+    GenARM.from_pretrained(base, adapter)
+    monkeypatch.setattr("genarm_fast.models.adapter._rewritten", lambda *_: set())
+    with pytest.raises(RuntimeError, match="changed the weights of its base"):
+        GenARM.from_pretrained(base, adapter)
+
+
+def test_the_command_says_it_in_a_line(base, capsys):
+    (base / "genarm.json").write_text("[")
+    assert main(["generate", "--base", str(base), "hello"]) == 2
+    assert re.fullmatch(
+        r"genarm-fast generate: error: base: .*genarm\.json: expected a JSON .*\n", capsys.readouterr().err
+    )
+
+
 def test_other_files_that_are_damaged(base, adapter):
     whole = {path: path.read_bytes() for path in (*base.iterdir(), *adapter.iterdir())}
     config = json.loads(whole[base / "config.json"])
     for path, content, said in (
         (base / "model.safetensors", whole[base / "model.safetensors"][:-9], "expected a whole safetensors file"),
-        (base / "tokenizer.json", b'{"model": 5}', "base='.*': expected a tokenizer that can be loaded"),
+        (base / "tokenizer.json", b'{"model": 5}', r"base: .*tokenizer\.json: expected a tokenizer"),
         (adapter / "adapter_model.safetensors", b"x" * 40, "expected a whole safetensors file"),
         (adapter / "genarm.json", b'{"prompt_template": 5}', "genarm.json: prompt_template=5: expected what"),
         (base / "config.json", json.dumps(config | {"num_hidden_layers": 10**9}).encode(), "num_hidden_layers=10000"),

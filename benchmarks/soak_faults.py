@@ -1,0 +1,228 @@
+"""Threads that share one model while everything goes wrong: are the answers right, and is nothing left behind?
+
+    OMP_NUM_THREADS=1 python benchmarks/soak_faults.py [--seconds 600] [--threads 6] [--seed 0] [--json FILE]
+
+Threads generate and stream; streams are abandoned, read slowly and steered; logits processors raise; allocation of
+key-value caches fails on purpose; the main thread is interrupted in mid-call and forks. Every token that comes is
+compared with the request's answer given alone beforehand. Resident memory, descriptors and threads are read between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from soak import random_request, resident_bytes, slope, tiny_model, tokens_of
+
+from genarm_fast import GenARM, GenerationError
+from genarm_fast.engine.model_runner import ModelRunner
+
+POOL = 40  # requests whose answers are known
+FAILING = 0.15  # of the allocations
+SAMPLE = 1.0  # seconds between readings
+
+
+class Deliberate(Exception):
+    """What a logits processor raises here."""
+
+
+def raising(ids: Any, scores: Any) -> Any:
+    raise Deliberate
+
+
+class Soak:
+    """One model, the requests with their answers, and what was counted."""
+
+    def __init__(self, model: GenARM, rng: random.Random) -> None:
+        self.model = model
+        self.requests = [random_request(rng) for _ in range(POOL)]
+        self.alone = [tokens_of(model.generate(*each, speculation="off")[0]) for each in self.requests]
+        self.single = [i for i, (_, params) in enumerate(self.requests) if params.n == 1]
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.wrong: list[str] = []
+
+    def count(self, **numbers: int) -> None:
+        with self.lock:
+            self.counts.update(numbers)
+
+    def check(self, what: str, index: int, found: Any, expected: Any) -> None:
+        self.count(compared=1)
+        if found != expected:
+            with self.lock:
+                self.wrong.append(f"{what}: request {index}: {found} instead of {expected}")
+
+    def generate(self, rng: random.Random) -> None:
+        chosen = [rng.randrange(POOL) for _ in range(rng.randint(1, 4))]
+        prompts, params = zip(*(self.requests[i] for i in chosen))
+        try:
+            outputs: list[Any] = list(self.model.generate(list(prompts), list(params)))
+        except GenerationError as error:
+            outputs = error.outputs
+            self._expect_memory_error(error)
+        self.count(requests=len(chosen))
+        for index, output in zip(chosen, outputs):
+            if output is not None:
+                self.check("generate", index, tokens_of(output), self.alone[index])
+
+    def failing_processor(self, rng: random.Random) -> None:
+        """Only the request whose processor raises fails."""
+        good, bad = rng.randrange(POOL), rng.randrange(POOL)
+        params = [self.requests[good][1], self.requests[bad][1].override(logits_processors=[raising])]
+        try:
+            self.model.generate([self.requests[good][0], self.requests[bad][0]], params)
+            self.check("a processor that raises", bad, "no error", "an error")
+        except GenerationError as error:
+            self.count(requests=2, processors_raised=1)
+            if error.outputs[0] is not None:
+                self.check("beside a failing one", good, tokens_of(error.outputs[0]), self.alone[good])
+
+    def stream(self, rng: random.Random) -> None:
+        """Read to the end, slowly, or left after some chunks; weights change for some."""
+        index = rng.choice(self.single)
+        prompt, params = self.requests[index]
+        leave, slow, steer = rng.random() < 0.4, rng.random() < 0.3, rng.random() < 0.3
+        found: list[int] = []
+        own = self.model.expand_weights(params.weights)
+        try:
+            with self.model.stream(prompt, params) as stream:
+                for chunk in stream:
+                    same = [each == own for each in chunk.weights]
+                    if not all(same):  # from here on it is another text
+                        found += chunk.token_ids[: same.index(False)]
+                        self.count(streams_steered=1)
+                        break
+                    found += chunk.token_ids
+                    if steer:
+                        stream.set_weights([weight + 0.25 for weight in own])
+                    if slow:
+                        time.sleep(rng.random() * 0.02)
+                    if leave and rng.random() < 0.3:
+                        self.count(streams_abandoned=1)
+                        break
+                else:
+                    self.check("whole stream", index, [found], self.alone[index])
+        except GenerationError as error:
+            self._expect_memory_error(error)
+        self.count(requests=1, streams=1)
+        self.check("stream", index, found, self.alone[index][0][: len(found)])
+
+    def _expect_memory_error(self, error: GenerationError) -> None:
+        self.count(out_of_memory=1)
+        if "MemoryError" not in repr(error.__cause__) and "cut short" not in str(error):
+            with self.lock:
+                self.wrong.append(f"unexpected: {error}")
+
+    def worker(self, seed: int, end: float) -> None:
+        rng = random.Random(seed)
+        actions = [self.generate] * 4 + [self.stream] * 4 + [self.failing_processor]
+        while time.monotonic() < end:
+            try:
+                rng.choice(actions)(rng)
+                if rng.random() < 0.1:
+                    self.model.release()
+            except Exception as error:  # noqa: PERF203
+                with self.lock:
+                    self.wrong.append(f"{type(error).__name__}: {error}")
+
+    def interrupted(self, rng: random.Random) -> None:
+        """Ctrl-C at any moment of a call, in the main thread."""
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.05 + 1e-4)
+            self.generate(rng)
+        except KeyboardInterrupt:
+            self.count(interrupts=1)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def fork(self) -> None:
+        """A child that lives on beside the model and ends, as those of data loaders do."""
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        self.check("fork", child, os.waitpid(child, 0)[1], 0)
+        self.count(forks=1)
+
+
+def soak_faults(seconds: float, *, threads: int = 6, seed: int = 0) -> dict[str, Any]:
+    """Figures of a run of so many seconds."""
+    rng = random.Random(seed)
+    readings: list[tuple[float, int, int, int]] = []
+    own, chance = ModelRunner.reserve, random.Random(seed + 1)
+
+    def reserve(self: ModelRunner, *inputs: Any) -> Any:
+        if chance.random() < FAILING:
+            soak.count(allocations_failed=1)
+            raise MemoryError("on purpose")
+        return own(self, *inputs)
+
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(tiny_model(Path(folder), 4), rng)
+        start = time.monotonic()
+        with patch.object(ModelRunner, "reserve", reserve):
+            seeds = [rng.getrandbits(32) for _ in range(threads)]
+            workers = [threading.Thread(target=soak.worker, args=(each, start + seconds)) for each in seeds]
+            for worker in workers:
+                worker.start()
+            while time.monotonic() < start + seconds:
+                soak.interrupted(rng)
+                soak.fork()
+                time.sleep(rng.random() * 0.1)
+                if not readings or time.monotonic() - start - readings[-1][0] > SAMPLE:
+                    readings.append((time.monotonic() - start, *_reading()))
+            for worker in workers:
+                worker.join()
+        for index in range(POOL):  # nothing is left behind
+            soak.check("after all", index, tokens_of(soak.model.generate(*soak.requests[index])[0]), soak.alone[index])
+    steady = readings[len(readings) // 4 :]
+    return {
+        "seconds": time.monotonic() - start,
+        "threads": threads,
+        "seed": seed,
+        **dict(sorted(soak.counts.items())),
+        "wrong": len(soak.wrong),
+        "first wrong": soak.wrong[:5],
+        "resident MiB, a quarter and the end": [steady[0][1] / 2**20, steady[-1][1] / 2**20],
+        "resident slope, KiB a minute": 60 * slope([(int(1000 * t), r) for t, r, *_ in steady]) * 1000 / 2**10,
+        "descriptors, a quarter and the end": [steady[0][2], steady[-1][2]],
+        "threads, a quarter and the end": [steady[0][3], steady[-1][3]],
+    }
+
+
+def _reading() -> tuple[int, int, int]:
+    return resident_bytes(), len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--threads", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    result = soak_faults(args.seconds, threads=args.threads, seed=args.seed)
+    result |= {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    result |= {"date": date.today().isoformat()}
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    sys.exit(result["wrong"] > 0)
+
+
+if __name__ == "__main__":
+    main()

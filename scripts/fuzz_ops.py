@@ -1,0 +1,285 @@
+"""Ops on random input against their references, under sanitizers or in Triton's interpreter between canaries.
+
+    python scripts/fuzz_ops.py [--seconds 300] [--seed N] [--core sanitized|installed] [--triton] [--json FILE]
+
+`make sanitize` runs both. Each case has a seed of its own; the one that fails is printed with the command that repeats
+it alone (--case).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+import sanitized_core  # noqa: E402
+
+DTYPES = ["float32", "bfloat16", "float16"]
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
+
+
+def sampling(rng: random.Random, triton: bool) -> None:
+    import torch
+
+    from genarm_fast.kernels import guided_sample, guided_sample_reference
+
+    rows, block, arms = rng.randint(0, 4), rng.choice([None, 1, 3]), rng.choice([0, 1, 2, 5])
+    vocab = rng.choice([1, 2, 17, 1023, 1024, 1025, rng.randint(1, 2500)])
+    shape = (rows,) if block is None else (rows, block)
+    # Strides of their own, and a place in memory that no vector is aligned to. The dtypes are those of exact sums.
+    padded = [torch.randn(*shape, vocab + rng.randint(0, 5)) * 3 for _ in range(arms + 1)]
+    if rng.random() < 0.2 and rows:
+        padded[0][0] = rng.choice([-torch.inf, torch.nan])
+    base, *others = padded
+    options = {
+        "temperature": rng.choice([0.0, 0.5, 1.0, 1.7]), "seeds": rng.getrandbits(63), "positions": rng.getrandbits(32),
+        "return_logprobs": True, "top_logprobs": min(rng.choice([0, 3]), vocab),
+    }  # fmt: skip
+    options |= {"top_k": rng.randint(1, 2000)} if rng.random() < 0.3 else {}
+    options |= {"top_p": rng.uniform(0.01, 1.0)} if rng.random() < 0.3 else {}
+    options |= {"min_p": rng.uniform(0.0, 0.5)} if rng.random() < 0.3 else {}
+    weights = [rng.choice([0.0, 1.0, -0.7]) for _ in range(arms)]
+    expected = guided_sample_reference(base, others, weights, **options)
+    if triton:
+        from canaries import Canaries
+
+        from genarm_fast.kernels.guided_sample.arguments import SamplingArguments, check
+        from genarm_fast.kernels.guided_sample.triton import launch
+
+        canaries = Canaries()
+        arguments = SamplingArguments(canaries.embed(base), tuple(map(canaries.embed, others)), weights, **options)
+        check(arguments)
+        found = _with_canaries(canaries, lambda: launch(arguments))
+    else:
+        found = guided_sample(base, others, weights, **options)
+    assert found.status.tolist() == expected.status.tolist()
+    different = found.tokens != expected.tokens  # near ties may be drawn otherwise: they are counted, and stay few
+    assert int(different.sum()) <= 1, (found.tokens, expected.tokens)
+    if not different.any():
+        torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=5e-5, equal_nan=True)
+
+
+def settling(rng: random.Random, triton: bool) -> None:
+    import torch
+
+    from genarm_fast.kernels import settle, settle_reference
+
+    rows, width = rng.randint(0, 40), rng.randint(1, 9)
+    ends = torch.iinfo(torch.int64)
+    lengths = torch.tensor([rng.choice([0, 5, -5, ends.max - 2, ends.max, ends.min]) for _ in range(rows)]).long()
+    targets = torch.randint(0, 12, (rows, width))
+    drafts = torch.where(torch.rand(rows, width - 1) < 0.2, 50, targets[:, :-1])
+    rest = {
+        "lengths": lengths,
+        "limits": torch.tensor([rng.choice([3, 9, ends.max, ends.min]) for _ in range(rows)]).long(),
+        "finished": torch.rand(rows) < 0.1,
+        "stop_ids": torch.randint(-1, 12, (rows, 2)) if rng.random() < 0.5 else torch.tensor([3, -1]),
+        "draft_counts": torch.randint(0, width, (rows,)) if rng.random() < 0.5 else None,
+    }
+    expected = settle_reference(targets, drafts, **rest)
+    if triton:
+        from canaries import Canaries
+
+        from genarm_fast.kernels.settle.triton import launch
+
+        canaries = Canaries()
+        found = _with_canaries(canaries, lambda: launch(canaries.embed(targets), canaries.embed(drafts), **rest))
+    else:
+        found = settle(targets, drafts, **rest)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def layers(rng: random.Random, triton: bool) -> None:
+    """Norm, gate and rotation."""
+    import torch
+
+    from genarm_fast.kernels import (
+        rms_norm,
+        rms_norm_reference,
+        rotary,
+        rotary_reference,
+        silu_mul,
+        silu_mul_reference,
+    )
+
+    dtype = rng.choice(DTYPES)
+    kind, width, rows = getattr(torch, dtype), rng.randint(1, 200), rng.randint(0, 4)
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    x, weight = _odd(rng, rows, width).to(kind), _odd(rng, width).to(kind)
+    offset = rng.choice([0.0, 1.0])
+    torch.testing.assert_close(
+        rms_norm(x, weight, 1e-6, offset=offset), rms_norm_reference(x, weight, 1e-6, offset), **close
+    )
+    gate, up = _odd(rng, rows, width).to(kind), _odd(rng, rows, width).to(kind)
+    torch.testing.assert_close(silu_mul(gate, up), silu_mul_reference(gate, up), **close)
+    turned = [_odd(rng, rows, heads, 2, 2 * width).to(kind) for heads in (3, 1)]
+    angles = [_odd(rng, rng.choice([1, rows]) if rows else 1, 2, 2 * width).to(kind) for _ in range(2)]
+    if angles[0].shape == angles[1].shape:
+        for found, expected in zip(rotary(*turned, *angles), rotary_reference(*turned, *angles)):
+            torch.testing.assert_close(found, expected, **close)
+
+
+def attention(rng: random.Random, triton: bool) -> None:
+    import torch
+
+    from genarm_fast.kernels import (
+        ragged_append,
+        ragged_append_reference,
+        ragged_attention,
+        ragged_attention_reference,
+    )
+
+    dtype = rng.choice(DTYPES[:2])
+    kind, close = getattr(torch, dtype), {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    rows, block, heads, group = rng.randint(0, 3), rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 5)
+    width, value_width, capacity = rng.randint(1, 130), rng.randint(1, 130), rng.randint(block := min(block, 5), 80)
+    caches = [_odd(rng, 4, heads, capacity, w).to(kind) for w in (width, value_width)]
+    new = [_odd(rng, rows, heads, block, w).to(kind) for w in (width, value_width)]
+    slots = torch.randperm(4)[:rows]
+    starts = torch.tensor([[rng.randint(0, capacity - block)] for _ in range(rows)]).long().view(rows, 1)
+    positions = starts + torch.arange(block)
+    copies = [cache.clone() for cache in caches]
+    ragged_append(*caches, *new, slots, positions)
+    ragged_append_reference(*copies, *new, slots, positions)
+    assert all(torch.equal(x, y) for x, y in zip(caches, copies))
+    query = _odd(rng, rows, heads * group, block, width).to(kind)
+    options = {"scale": 0.1, "window": rng.choice([None, rng.randint(1, 90)]), "softcap": rng.choice([None, 10.0])}
+    found = ragged_attention(query, *caches, slots, positions, **options)
+    torch.testing.assert_close(found, ragged_attention_reference(query, *caches, slots, positions, **options), **close)
+
+
+def linears(rng: random.Random, triton: bool) -> None:
+    import torch
+
+    from genarm_fast.kernels import small_linear
+    from genarm_fast.kernels.small_linear.reference import Lora, specification
+
+    rows, width, out = rng.randint(0, 40), rng.randint(1, 200), rng.randint(1, 100)
+    x, weight = _odd(rng, rows, width).bfloat16(), _odd(rng, out, width).bfloat16()
+    bias = _odd(rng, out).bfloat16() if rng.random() < 0.5 else None
+    a, b = torch.randn(rng.randint(1, 20), width).bfloat16(), torch.randn(0, out).bfloat16()
+    b = torch.randn(len(a), out).bfloat16()
+    first = rng.randint(0, rows)
+    spans = [(first, rng.randint(first, rows))]
+    found = small_linear(x, weight, bias, loras=[(*span, a, b, 0.5) for span in spans])
+    exact = [None if each is None else each.double() for each in (x, weight, bias)]
+    lora = Lora(a.double(), b.double(), 0.5)
+    expected = torch.nn.functional.linear(*exact)
+    for begin, end in spans:
+        expected[begin:end] += 0.5 * (exact[0][begin:end] @ lora.a.T @ lora.b)
+    scale = 1 + float(expected.abs().amax()) if rows else 1.0
+    assert specification(x, weight, bias, [], []).shape == found.shape
+    assert float((found.double() - expected).abs().amax() if rows else 0) < 0.05 * scale
+
+
+def _odd(rng: random.Random, *shape: int) -> object:
+    """A tensor that begins at an odd place of its memory, sometimes with the negative bit or transposed."""
+    import math
+
+    import torch
+
+    skipped = rng.randint(0, 3)
+    tensor = torch.randn(skipped + math.prod(shape))[skipped:].view(shape)
+    if rng.random() < 0.2 and len(shape) > 1:
+        tensor = tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return torch._neg_view(tensor) if rng.random() < 0.1 else tensor
+
+
+def _with_canaries(canaries: object, launch: Callable[[], object]) -> object:
+    from unittest.mock import patch
+
+    import torch
+
+    with patch.object(torch, "empty", canaries.allocate):
+        found = launch()
+    assert canaries.untouched(), "memory outside a buffer was written"
+    return found
+
+
+CASES = {"sampling": sampling, "settling": settling, "layers": layers, "attention": attention, "linears": linears}
+
+
+def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Counter[str]:
+    """Cases done by op, and by instruction set. Raises AssertionError for the first that is wrong, naming its seed."""
+    import torch
+
+    from genarm_fast.kernels import _native
+
+    sets = _native.core.instruction_sets() if _native.core is not None and not triton else ["interpreter"]
+    names = ["sampling", "settling"] if triton else list(CASES)
+    rng, done, end = random.Random(seed), Counter[str](), time.monotonic() + seconds
+    while time.monotonic() < end:
+        name, case, isa = rng.choice(names), rng.getrandbits(48), rng.choice(sets)
+        if only is not None:
+            name, isa, case = only.split(":")[0], only.split(":")[1], int(only.split(":")[2])
+            end = 0.0
+        if isa != "interpreter":
+            _native.core.use(isa)
+        torch.manual_seed(case)
+        print(f"{name}:{isa}:{case}", file=sys.stderr, flush=True)  # a sanitizer ends the process behind this line
+        try:
+            CASES[name](random.Random(case), triton)
+        except Exception as error:
+            raise AssertionError(f"{name} is wrong or failed: repeat it with --case {name}:{isa}:{case}") from error
+        done.update([name, f"on {isa}"])
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--seed", type=int, default=None, help="default: another one each time")
+    parser.add_argument("--core", choices=("sanitized", "installed"), default="sanitized")
+    parser.add_argument("--triton", action="store_true", help="Triton's kernels in its interpreter, not the C++ core")
+    parser.add_argument("--case", metavar="OP:SET:SEED", help="one case alone")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--inside", help=argparse.SUPPRESS)  # the sanitized core of the outer process
+    args = parser.parse_args()
+    seed = random.randrange(2**32) if args.seed is None else args.seed
+    if args.inside is None and (args.core == "sanitized" or args.triton):
+        sys.exit(_outer(args, seed))
+    if args.inside not in (None, "-"):
+        sanitized_core.load(args.inside)
+    done = fuzz(args.seconds, seed, args.triton, args.case)
+    what = "Triton interpreter, canaries" if args.triton else f"C++ core, {args.core}"
+    report = {"what": what, "seed": seed, "seconds": args.seconds, "cases": dict(done), "date": f"{date.today()}"}
+    report |= {"processor": platform.processor() or platform.machine(), "clean": True}
+    print(json.dumps(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+def _outer(args: argparse.Namespace, seed: int) -> int:
+    """Builds the core and runs this file again over it; the last lines of a run that ends badly."""
+    command = [sys.executable, __file__, "--seconds", str(args.seconds), "--seed", str(seed)]
+    command += [
+        part for name in ("case", "json") if getattr(args, name) for part in (f"--{name}", str(getattr(args, name)))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.triton:
+            command, env = [*command, "--triton", "--inside", "-"], os.environ | {"TRITON_INTERPRET": "1"}
+        else:
+            if reason := sanitized_core.missing():
+                print(f"fuzz_ops: {reason}: nothing was checked", file=sys.stderr)
+                return 0
+            command, env = [*command, "--inside", str(sanitized_core.build(Path(folder)))], sanitized_core.environment()
+        print(f"fuzz_ops: seed {seed}", file=sys.stderr)
+        done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stderr[-6000:], file=sys.stderr)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""What is too large is refused by its size, before work or memory is spent on it; what cannot be copied says so."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+
+def test_numbers_of_completions(model):
+    assert len(model.prepare("the", n=1025)) == 1
+    with pytest.raises(ValueError, match=r"prompts\[0\]: n=1000000000000: expected at most [0-9]+, for which there is"):
+        model.prepare("the", n=10**12)
+
+
+def test_long_texts_cost_no_tokenising(model, monkeypatch):
+    longest = max(map(len, model.tokenizer.get_vocab()))
+    most = 2 * 256 * longest
+    monkeypatch.setattr("genarm_fast.text.prompts.token_ids", lambda *_: pytest.fail("it is tokenised"))
+    with pytest.raises(ValueError, match=rf"prompts\[0\]: {10**7} characters: expected at most {most}"):
+        model.prepare("x" * 10**7)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="prompt tokens"):  # what may fit by its characters is counted
+        model.prepare("x" * most)
+
+
+@pytest.mark.parametrize("copying", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_models_are_not_copied(model, copying):
+    with pytest.raises(TypeError, match="GenARM: expected to be loaded anew in each process"):
+        copying(model)
