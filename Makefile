@@ -1,19 +1,21 @@
 # make demo    a real model, steered by real reward models; ARGS="--quick" and the like are passed on
 # make check   style, types and fast tests, for the loop of edit and run
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
+# make test-vllm   the vLLM integration, in an environment of its own (.venv-vllm, 3 GB)
 # make lint    style and types
 # make bench   speed of the kernels on this machine
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM ?= .venv-vllm
 ARGS ?=
 RUN := $(VENV)/bin/python -m
 
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test lint bench
+.PHONY: demo check test test-vllm lint bench
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -34,6 +36,10 @@ check: lint
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(RUN) pytest -n logical --maxprocesses 4 $(ARGS)
 
+# One process: each engine takes a core or two.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_plugin $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -45,4 +51,11 @@ bench: $(VENV)/.installed-dev
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -c constraints.txt -e '.[$*]'
+	touch $@
+
+# Without build isolation and dependency resolution: all versions are in the file, see there.
+$(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
+	test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --no-deps --no-build-isolation -e .
 	touch $@
