@@ -15,6 +15,8 @@ if find_spec("vllm") is None or not getattr(find_spec("vllm"), "origin", None):
 
 # In this process and in all that vLLM starts.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), str(HERE.parent), str(HERE)])
+# Engines start without processes of their own, each of which imports vLLM and torch anew: 10 s of CPU.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -64,6 +64,7 @@ def engine(folder: Path, arms: Sequence[Any], *, base: str = "base", **options: 
         "max_num_seqs": 8,
         "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20,
+        "distributed_executor_backend": "uni",
     }
     llm = LLM(**engine_args(folder / base, specs, **(settings | options)))
     try:
