@@ -67,6 +67,19 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         """The models, each once: lanes are in the base."""
         return [getattr(self, name) for name in self.names]
 
+    def heads(self) -> list[nn.Module]:
+        """For each part of the hidden states the model whose head reads it: the base for itself and for its lanes."""
+        return [self.base] * self.lanes + self.members()[1:]
+
+    @staticmethod
+    def parts(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """float32 numbers as PARTS tensors of a narrower type, whose sum is exact."""
+        parts = []
+        for _ in range(PARTS):
+            parts.append(weights.to(dtype))
+            weights = weights - parts[-1].float()
+        return parts
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.base.embed_input_ids(input_ids)
 
@@ -104,14 +117,13 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         hidden = [*outputs[0].chunk(self.lanes), *outputs[1:]]
         if arm_weights is None:  # a profiling run, whose result nobody reads
             arm_weights = torch.zeros(len(hidden[0]), self.arms, device=hidden[0].device)
-        return torch.cat([*hidden, *_parts(arm_weights[: len(hidden[0])], hidden[0].dtype)], dim=-1)
+        return torch.cat([*hidden, *self.parts(arm_weights[: len(hidden[0])], hidden[0].dtype)], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Combined logits, float32 [N, V] of the base's width; -inf behind the tokens that all members share."""
         *hidden, a, b, c = hidden_states.split(self.sizes, dim=-1)
         weights = a.float() + b.float() + c.float()
-        models = [self.base] * self.lanes + self.members()[1:]
-        logits = [model.compute_logits(each.contiguous()) for model, each in zip(models, hidden)]
+        logits = [head.compute_logits(each.contiguous()) for head, each in zip(self.heads(), hidden)]
         if any(each is None for each in logits):  # of another tensor-parallel rank than the first
             return None
         size = self.vocab_size
@@ -161,12 +173,3 @@ def _received(name: str, tensors: IntermediateTensors | None) -> IntermediateTen
         return None
     start = f"{name}."
     return IntermediateTensors({k.removeprefix(start): t for k, t in tensors.tensors.items() if k.startswith(start)})
-
-
-def _parts(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """float32 numbers as PARTS tensors of a narrower type, whose sum is exact."""
-    parts = []
-    for _ in range(PARTS):
-        parts.append(weights.to(dtype))
-        weights = weights - parts[-1].float()
-    return parts

@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from genarm_fast.integrations.vllm.request_weights import requested_weights
 from genarm_fast.integrations.vllm.sampler import CoupledVerifier, draw_by_our_contract
+from genarm_fast.integrations.vllm.selfcheck import check_model
 
 
 class GenARMState(DefaultModelState):
@@ -49,6 +50,12 @@ class GenARMState(DefaultModelState):
         return inputs
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        """Called once the weights are there, on the ranks that draw.
+
+        Raises:
+            RuntimeError: the guided model is not what the formula gives, see selfcheck.py.
+        """
+        check_model(self.model)
         sampler = draw_by_our_contract(sampler)
         speculation = self.vllm_config.speculative_config
         return sampler, None if speculation is None else CoupledVerifier(sampler, speculation, self.device)
