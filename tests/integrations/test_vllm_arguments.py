@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig
@@ -17,6 +19,8 @@ from genarm_fast.integrations.vllm.adapters import checkpoint_fingerprint, lora_
 from genarm_fast.integrations.vllm.prompts import member_tokenizers, shared_tokens
 from genarm_fast.integrations.vllm.served import Served, ServedARM, check_version
 from genarm_fast.models.fingerprint import fingerprint
+
+DOCS = Path(__file__).parents[2] / "docs" / "vllm.md"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,27 @@ def test_a_model_of_its_own_runs_beside_and_an_adapter_is_a_lane(folder):
     )
     assert served.weight_range == (-1.0, 2.0)
     assert "vllm" not in sys.modules
+
+
+def test_the_example_of_the_docs(folder, monkeypatch, capsys):
+    """Run as it stands, with a stand-in for vLLM; tests/vllm_plugin has the real one."""
+    (example,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    save_adapter(folder / "lora0", base=folder / "base", seed=0)
+    made: list[dict] = []
+
+    class LLM:
+        def __init__(self, **settings):
+            made.append(settings)
+
+        def generate(self, prompts, params):
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=f"{prompts[0]} {params['extra_args']}")])]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    monkeypatch.chdir(folder)
+    exec(example, {"__name__": "__main__"})
+    assert Served.of(made[0]["hf_overrides"]).names == ["kind", "terse"]
+    assert [arm["lane"] for arm in made[0]["hf_overrides"]["genarm_arms"]] == [False, True]
+    assert capsys.readouterr().out == "the cat sat on {'arm_weights.kind': 1.0}\n"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -155,3 +180,13 @@ def test_shared_tokens_are_the_narrowest_and_must_agree():
     base.add_tokens(["<old>"])
     with pytest.raises(ValueError, match="kind: its tokenizer disagrees with the base's at token id 300"):
         shared_tokens([base, other], [384, 384], ["base", "kind"])
+
+
+def test_only_the_integration_and_serve_import_vllm():
+    package = DOCS.parents[1] / "genarm_fast"
+    sources = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    importing = {name for name, text in sources.items() if re.search(r"^\s*(?:import|from) vllm\b", text, re.MULTILINE)}
+    others = {name for name in importing if not name.startswith("integrations/vllm/")}
+    assert others == {"cli/serve.py"}
+    assert not re.search(r"^(?:import|from) vllm\b", sources["cli/serve.py"], re.MULTILINE)  # in a function alone
+    assert "integrations/vllm/composite.py" in importing

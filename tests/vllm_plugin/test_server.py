@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -99,6 +100,16 @@ def test_completions_are_guided(server, members):
     assert weighed == naive(members, PROMPTS[1], [2.0, 1.0], TOKENS) != naive(members, PROMPTS[1], [1.0, 2.0], TOKENS)
     named = server.tokens(PROMPTS[1], vllm_xargs={"arm_weights.terse": 1.5})
     assert named == naive(members, PROMPTS[1], [0.5, 1.5], TOKENS)
+
+
+def test_the_call_that_it_prints_is_answered(server):
+    """And shows each ARM by name."""
+    (body,) = re.findall(r"-d '(\{.*?\})'", server.log.read_text(), re.DOTALL)
+    asked = json.loads(body)
+    assert list(asked["vllm_xargs"]) == ["arm_weights.kind", "arm_weights.terse"]
+    assert f"curl {server.url}/v1/chat/completions" in server.log.read_text()
+    asked |= {"max_tokens": TOKENS}
+    assert requests.post(f"{server.url}/v1/chat/completions", json=asked, timeout=120).status_code == 200
 
 
 def test_chat_and_its_stream(server, members):
