@@ -6,6 +6,7 @@ from typing import Any
 
 import vllm
 from transformers import AutoConfig
+from vllm import ModelRegistry
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from genarm_fast.integrations.vllm.prompts import load_base_tokenizer, member_tokenizers, shared_tokens
@@ -53,22 +54,20 @@ def _check_engine(config: Any) -> None:
     wrong = {
         "enable_lora": (config.lora_config is not None, "none beside ARMs; a LoRA ARM is given to engine_args"),
         "enable_dbo, ubatch_size": (config.parallel_config.use_ubatching, "no microbatches, which would mix weights"),
-        "multimodal base": (model.is_multimodal_model, "a text model"),
         "base with MLA": (model.use_mla, "full or sliding-window attention"),
-        "base without attention": (model.is_attention_free, "full or sliding-window attention"),
-        "hybrid base": (model.is_hybrid, "full or sliding-window attention"),
         "enable_prompt_embeds": (model.enable_prompt_embeds, "token ids, which all members read"),
         "runner": (model.runner_type != "generate", "text generation"),
     }
     for name, (found, expected) in wrong.items():
         if found:
             raise ValueError(f"GenARM in vLLM: {name}: expected {expected}")
-    _check_layers("base", model.hf_config)
+    options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
+    _check_kind("base", AutoConfig.from_pretrained(model.model, **options), model)
 
 
 def _check_member(arm: ServedARM, config: Any, vllm_config: Any) -> None:
     text = config.get_text_config()
-    _check_layers(arm.name, config)
+    _check_kind(arm.name, config, vllm_config.model_config)
     context, length = context_of(text), vllm_config.model_config.max_model_len
     if context is not None and length > context:
         raise ValueError(f"max_model_len={length}: expected at most {context}, the context of {arm.name}")
@@ -77,9 +76,19 @@ def _check_member(arm: ServedARM, config: Any, vllm_config: Any) -> None:
         raise ValueError(f"tensor_parallel_size={parts}: expected a divisor of {heads}, the heads of {arm.name}")
 
 
-def _check_layers(name: str, config: Any) -> None:
+def _check_kind(name: str, config: Any, model_config: Any) -> None:
+    """Raises ValueError for a member that is no plain decoder, by its configuration and by what vLLM knows of it."""
     text = config.get_text_config()
     other = set(getattr(text, "layer_types", None) or ()) - CACHED_LAYERS
     if config.is_encoder_decoder or other or not hasattr(text, "num_attention_heads"):
         kinds = ", ".join(sorted(other)) or config.model_type
         raise ValueError(f"{name}: {kinds}: expected a decoder with full or sliding-window attention")
+    info, _ = ModelRegistry.inspect_model_cls(config.architectures or [], model_config)
+    wrong = {
+        "a multimodal model": info.supports_multimodal,
+        "a hybrid model": info.is_hybrid or info.has_inner_state,
+        "a model without attention": info.is_attention_free,
+        "no text generation": not info.is_text_generation_model,
+    }
+    if found := [what for what, is_so in wrong.items() if is_so]:
+        raise ValueError(f"{name}: {', '.join(found)}: expected a decoder with full or sliding-window attention")
