@@ -95,20 +95,20 @@ def serve(base: str, arms: list[Any], weight_range: tuple[float, float] | None, 
     for name, value in settings.items():
         setattr(args, name, value)
     validate_parsed_serve_args(args)
-    names = [arm["name"] for arm in settings["hf_overrides"]["genarm_arms"]]
-    print(how_to_call(args, base, names), file=sys.stderr, flush=True)
+    weights = {arm["name"]: arm["weight"] for arm in settings["hf_overrides"]["genarm_arms"]}
+    print(how_to_call(args, base, weights), file=sys.stderr, flush=True)
     ServeSubcommand.cmd(args)
     return 0
 
 
-def how_to_call(args: Any, base: str, names: list[str]) -> str:
+def how_to_call(args: Any, base: str, weights: dict[str, float]) -> str:
     """A request that steers, as a user types it."""
     model = (args.served_model_name or [base])[0]
     host = args.host if args.host not in (None, "0.0.0.0", "::") else "localhost"
-    weights = ", ".join(f'"arm_weights.{name}": 1.0' for name in names)
+    asked = ", ".join(f'"arm_weights.{name}": {weight:g}' for name, weight in weights.items())
     return (
-        f"genarm-fast: ARMs {', '.join(names)}. Once the server is up:\n"
+        f"genarm-fast: ARMs {', '.join(weights)}. Once the server is up:\n"
         f"  curl http://{host}:{args.port}/v1/chat/completions -H 'Content-Type: application/json' -d '{{\n"
         f'    "model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "seed": 1,\n'
-        f'    "vllm_xargs": {{{weights}}}}}\''
+        f'    "vllm_xargs": {{{asked}}}}}\''
     )

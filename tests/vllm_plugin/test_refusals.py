@@ -38,6 +38,11 @@ def test_parts_of_vllm_that_do_not_fit(models, options, message):
         configured(models, **options)
 
 
+def test_lanes_and_pipeline_stages(models):
+    with pytest.raises(ValueError, match="pipeline_parallel_size: expected 1 with LoRA lanes, which lora0 would be"):
+        configured(models, "lora0", pipeline_parallel_size=2)
+
+
 def test_v1_is_refused_with_what_to_set(models, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1"):

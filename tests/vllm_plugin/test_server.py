@@ -103,10 +103,10 @@ def test_completions_are_guided(server, members):
 
 
 def test_the_call_that_it_prints_is_answered(server):
-    """And shows each ARM by name."""
+    """And shows each ARM by name, with its default weight."""
     (body,) = re.findall(r"-d '(\{.*?\})'", server.log.read_text(), re.DOTALL)
     asked = json.loads(body)
-    assert list(asked["vllm_xargs"]) == ["arm_weights.kind", "arm_weights.terse"]
+    assert asked["vllm_xargs"] == {"arm_weights.kind": 0.5, "arm_weights.terse": -0.3}
     assert f"curl {server.url}/v1/chat/completions" in server.log.read_text()
     asked |= {"max_tokens": TOKENS}
     assert requests.post(f"{server.url}/v1/chat/completions", json=asked, timeout=120).status_code == 200

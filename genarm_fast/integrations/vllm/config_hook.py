@@ -27,7 +27,7 @@ class GenARMConfig(VerifyAndUpdateConfig):
         check_version(vllm.__version__)
         model_config = vllm_config.model_config
         served = Served.of(model_config.hf_config)
-        _check_engine(vllm_config)
+        _check_engine(vllm_config, served)
         configs = [AutoConfig.from_pretrained(arm.model, trust_remote_code=arm.trust_remote_code)
                    for arm in served.arms if not arm.lane]  # fmt: skip
         for arm, config in zip([arm for arm in served.arms if not arm.lane], configs):
@@ -46,12 +46,15 @@ class GenARMConfig(VerifyAndUpdateConfig):
             model_config.logits_processors = [*(model_config.logits_processors or ()), name]
 
 
-def _check_engine(config: Any) -> None:
+def _check_engine(config: Any, served: Served) -> None:
     """Raises ValueError for parts of vLLM that our model does not go together with."""
     model = config.model_config
     if not config.use_v2_model_runner:
         raise ValueError(V2)
+    stages, lanes = config.parallel_config.pipeline_parallel_size, [arm.name for arm in served.arms if arm.lane]
     wrong = {
+        # vLLM hands rows of a batch from stage to stage, and lanes have several for each.
+        "pipeline_parallel_size": (stages > 1 and lanes, f"1 with LoRA lanes, which {', '.join(lanes)} would be"),
         "enable_lora": (config.lora_config is not None, "none beside ARMs; a LoRA ARM is given to engine_args"),
         "enable_dbo, ubatch_size": (config.parallel_config.use_ubatching, "no microbatches, which would mix weights"),
         "base with MLA": (model.use_mla, "full or sliding-window attention"),
