@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engines import PROMPTS, TOKENIZER, asking, engine, generated, loaded, naive, own_engine
+from vllm.exceptions import VLLMValidationError
 
 from genarm_fast import ARM, SamplingParams
 
@@ -117,6 +118,6 @@ def test_grammars_hold(llm):
 
 @pytest.mark.parametrize("wrong", [[1.0], {"arm_weights": "x"}, {"arm_weights.nobody": 1.0}, [9.0, 0.0, 0.0]])
 def test_wrong_weights_are_refused_and_the_engine_lives_on(llm, wrong):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(VLLMValidationError, match=r"arm_weights: .*expected"):
         generated(llm, PROMPTS[:1], asking(wrong))
     assert len(generated(llm, PROMPTS[:1], asking([0.5, 0.5, 0.5], max_tokens=2))[0]) == 2
