@@ -20,7 +20,7 @@ from genarm_fast.models.fingerprint import ROWS, fingerprint
 from genarm_fast.models.hub import Source
 
 # Settings of PEFT that change what an adapted linear computes beyond W x + s B A x with one s and one rank.
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, Any] = {
     "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
     "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None, "bias": "none",
     "alora_invocation_tokens": None, "layer_replication": None,

@@ -63,11 +63,11 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
 
         return GenARMState
 
-    def members(self) -> list[nn.Module]:
+    def members(self) -> list[Any]:
         """The models, each once: lanes are in the base."""
         return [getattr(self, name) for name in self.names]
 
-    def heads(self) -> list[nn.Module]:
+    def heads(self) -> list[Any]:
         """For each part of the hidden states the model whose head reads it: the base for itself and for its lanes."""
         return [self.base] * self.lanes + self.members()[1:]
 
@@ -81,7 +81,7 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         return parts
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        return self.base.embed_input_ids(input_ids)
+        return self.members()[0].embed_input_ids(input_ids)
 
     def make_empty_intermediate_tensors(self, batch_size: int, dtype: torch.dtype, device: Any) -> IntermediateTensors:
         rows = [batch_size * self.lanes, *[batch_size] * (len(self.names) - 1)]

@@ -112,9 +112,7 @@ def _again(first: Attention, letter: str) -> Attention:
     if "prefix" not in kwargs:
         raise ValueError(f"LoRA lanes: the layer {first.layer_name!r} gives no prefix by name")
     # A letter: vLLM reads the layer's number off its name, and expects one alone.
-    again = Attention.__new__(Attention)
-    Attention.__init__(again, *args, **{**kwargs, "prefix": f"lane_{letter}.{kwargs['prefix']}"})
-    return again
+    return Attention(*args, **{**kwargs, "prefix": f"lane_{letter}.{kwargs['prefix']}"})
 
 
 def load_lanes(base: nn.Module, arms: Sequence[ServedARM]) -> None:

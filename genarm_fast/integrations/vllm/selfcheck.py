@@ -68,7 +68,7 @@ def _check_lanes(linear: nn.Module, random: Any) -> None:
     for lane, start, a, b in method.deltas:
         rows = slice(lane * ROWS, (lane + 1) * ROWS)
         expected[rows, start : start + len(b)] += (x[rows].double() @ a.double().t()) @ b.double().t()
-    found = linear.quant_method.apply(linear, x, None).double()
+    found = method.apply(linear, x, None).double()
     off = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-6)
     if not off <= 4 * torch.finfo(x.dtype).eps * inputs**0.5:
         raise RuntimeError(
