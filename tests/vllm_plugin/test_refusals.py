@@ -73,5 +73,5 @@ def test_a_recurrent_arm(models, tmp_path):
     from transformers import MambaConfig
 
     MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
-    with pytest.raises(ValueError, match="mamba: mamba: expected a decoder"):
+    with pytest.raises(ValueError, match="mamba: linear_attention: expected a decoder"):
         configured(models, tmp_path / "mamba")
