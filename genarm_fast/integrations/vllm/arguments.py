@@ -74,8 +74,6 @@ def _served(base: Source, index: int, name: str, spec: ARM) -> ServedARM:
     role = f"arms[{index}]"
     if isinstance(spec.model, nn.Module):
         raise TypeError(f"{role}={type(spec.model).__name__}: expected a hub id or a folder, since vLLM loads it")
-    if "." in name and name.replace(".", "").isdigit():
-        raise ValueError(f"{role}: name={name!r}: expected a name that is no number")
     for template in ("prompt_template", "chat_template"):
         if getattr(spec, template) is not None:
             raise ValueError(
