@@ -1,6 +1,7 @@
 # make demo    a real model, steered by real reward models; ARGS="--quick" and the like are passed on
 # make check   style, types and fast tests, for the loop of edit and run
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
+# make test-vllm   the vLLM integration, in an environment of its own (.venv-vllm, 3 GB)
 # make lint    style and types
 # make sanitize  ops under ASan and UBSan, and in Triton's interpreter, on random input; FUZZ=300: seconds of each
 # make soak      threads, streams, faults and forks under load, a report in soak.json; ARGS="--seconds 3600" for an hour
@@ -10,13 +11,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM ?= .venv-vllm
 ARGS ?=
 RUN := $(VENV)/bin/python -m
 
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test lint bench wheel-test sanitize soak
+.PHONY: demo check test test-vllm lint bench wheel-test sanitize soak
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -36,6 +38,10 @@ check: lint
 # A process per core, up to 4, with one thread each.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(RUN) pytest -n logical --maxprocesses 4 $(ARGS)
+
+# The folder `site` lets vLLM's V2 runner start without a GPU.
+test-vllm: $(VLLM)/.installed
+	PYTHONPATH=tests/vllm_plugin/site OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile tests/vllm_plugin $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
@@ -59,4 +65,11 @@ bench: $(VENV)/.installed-dev
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -c constraints.txt -e '.[$*]'
+	touch $@
+
+# Without build isolation and dependency resolution: all versions are in the file, see there.
+$(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
+	test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/pip install --no-deps --no-build-isolation -e .
 	touch $@

@@ -20,6 +20,7 @@ COMMANDS = {
     "score": ("genarm_fast.cli.score", "rewards of given responses, and accuracy on preference pairs"),
     "bench": ("genarm_fast.cli.bench", "what guidance costs here, beside the unguided base"),
     "train": ("genarm_fast.cli.train", "train an ARM from preference pairs"),
+    "serve": ("genarm_fast.cli.serve", "vLLM's OpenAI server with guided decoding"),
 }
 EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 bad arguments or input, 130 interrupted, 128+N signal N"
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -32,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else list(argv)
     usable_streams()
-    args = build_parser(argv).parse_args(argv)
+    parser = build_parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "rest"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     try:
         with warnings.catch_warnings(), ended_by_signals():
             warnings.showwarning = _show_warning
@@ -78,6 +83,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             module.add_arguments(command)
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run)
+            if getattr(module, "PASSES_ON", False):
+                command.set_defaults(rest=[])
     return parser
 
 

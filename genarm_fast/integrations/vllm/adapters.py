@@ -1,0 +1,118 @@
+"""LoRA adapters that can be lanes of the base's forward: which they are, and whether they belong to this base."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from genarm_fast.models.files import read_object
+from genarm_fast.models.fingerprint import ROWS, fingerprint
+from genarm_fast.models.hub import Source
+
+# Settings of PEFT that change what an adapted linear computes beyond W x + s B A x with one s and one rank.
+UNSUPPORTED: dict[str, Any] = {
+    "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
+    "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None, "bias": "none",
+    "alora_invocation_tokens": None, "layer_replication": None,
+}  # fmt: skip
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", None)  # initialisations that leave the base's weights alone
+
+
+def adapted_model(role: str, source: Source) -> str | None:
+    """The base that an adapter's folder or repository names; None where it holds no adapter."""
+    config = read_object(role, source, "adapter_config.json")
+    return str(config.get("base_model_name_or_path") or "") if config else None
+
+
+def check_lane(what: str, folder: str) -> None:
+    """Raises ValueError for an adapter whose effect is more than B A x on linears."""
+    config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+    hint = "; merge it into a copy of its base (PEFT's merge_and_unload) and serve that as the ARM"
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{what}: peft_type={config.get('peft_type')!r}: expected LORA{hint}")
+    for name, off in UNSUPPORTED.items():
+        if config.get(name) and config[name] != off:
+            raise ValueError(f"{what}: {name}={config[name]!r:.60}: expected plain LoRA without it{hint}")
+    if config.get("init_lora_weights", True) not in KEEPS_BASE:
+        raise ValueError(f"{what}: init_lora_weights={config['init_lora_weights']!r}: it rewrites its base{hint}")
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        raise ValueError(f"{what}: expected adapter_model.safetensors in {folder}")
+
+
+def lora_tensors(folder: str) -> tuple[dict[str, Tensor], float]:
+    """All tensors of a lane's adapter by their names in PEFT's files, and its scale s."""
+    config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+    rank, alpha = config["r"], config["lora_alpha"]
+    with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    return tensors, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def same_weights(what: str, folder: str, recorded: str, base: Source) -> None:
+    """Raises ValueError for an adapter of another base. The fingerprint decides where training recorded one."""
+    expected = read_object(what, folder, "genarm.json").get("base_fingerprint")
+    found = checkpoint_fingerprint(base) if expected is not None else None
+    if expected is not None and found is not None:
+        if found != expected:
+            raise ValueError(
+                f"{what} is an adapter of {recorded!r} with fingerprint {expected}: expected one of the base"
+                f" {os.fspath(base)!r}, whose fingerprint is {found}; merge it into a copy of its own base, and serve"
+                " that as the ARM"
+            )
+        return
+    if not _same_place(recorded, base):
+        raise ValueError(
+            f"{what} is an adapter of {recorded!r}: expected one of the base {os.fspath(base)!r}; merge it into a copy"
+            " of its own base (PEFT's merge_and_unload), and serve that as the ARM"
+        )
+    warnings.warn(f"{what}: no fingerprint to compare with the base's, so {recorded!r} is believed", stacklevel=2)
+
+
+def _same_place(recorded: str, base: Source) -> bool:
+    name = os.fspath(base)
+    return recorded == name or (os.path.isdir(recorded) and os.path.realpath(recorded) == os.path.realpath(name))
+
+
+def checkpoint_fingerprint(base: Source) -> str | None:
+    """`fingerprint` of a folder's checkpoint, from the first rows of each matrix; None where that can't be told.
+
+    A hub id, a quantised checkpoint, and one whose files name tensors otherwise than the model has none.
+    """
+    folder = Path(base)
+    if not folder.is_dir() or not list(folder.glob("*.safetensors")):
+        return None
+    config: Any = AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    rows = _FirstRows(model, folder)
+    return None if rows.lacking else fingerprint(rows)
+
+
+class _FirstRows(nn.Module):
+    """Stands for a model before `fingerprint`: the names of its matrices, and their first rows from the files."""
+
+    def __init__(self, model: nn.Module, folder: Path) -> None:
+        super().__init__()
+        self.names = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+        self.files: dict[str, Path] = {}
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                self.files.update(dict.fromkeys(file.keys(), path))
+        self.lacking = [name for name in self.names if name not in self.files]
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
+        for name in self.names:
+            with safe_open(self.files[name], "pt") as file:
+                yield name, file.get_slice(name)[:ROWS]

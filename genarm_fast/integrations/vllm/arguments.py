@@ -1,0 +1,111 @@
+"""The arguments with which vLLM runs a base and its ARMs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from genarm_fast.integrations.vllm.adapters import adapted_model, check_lane, same_weights
+from genarm_fast.integrations.vllm.served import ARCHITECTURE, Served, ServedARM
+from genarm_fast.models.arm import ARM, arm_names, as_arms
+from genarm_fast.models.hub import Source, locate
+
+OURS = ("model", "task", "runner")  # arguments of vLLM that follow from the base
+FIELDS = ("architectures", "genarm_arms", "genarm_weight_range", "genarm_vocab_size")
+
+
+def engine_args(
+    base: Source,
+    arms: Source | ARM | Sequence[Source | ARM],
+    *,
+    weight_range: tuple[float, float] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM(**...)`, `EngineArgs` and `AsyncEngineArgs` for guided decoding.
+
+        llm = vllm.LLM(**engine_args("meta-llama/...-70B", [ARM("...-7B-ARM", name="kind", weight=0.5)]))
+        llm.generate(prompts, vllm.SamplingParams(seed=7, extra_args={"arm_weights": [0.8]}))
+
+    LoRA adapters of the base become lanes of its forward; other ARMs run beside it. All members read the same prompt
+    ids, those of the base's tokenizer and chat template.
+
+    Args:
+        base: hub id or folder, of any model with full or sliding-window attention that vLLM knows.
+        arms: one or several hub ids, folders, folders of LoRA adapters, or `ARM`s of such.
+        weight_range: the lowest and the highest weight that a request may ask for; None for any.
+        options: vLLM's own, such as tensor_parallel_size, quantization, dtype. `hf_overrides` is added to.
+
+    Raises:
+        TypeError: a loaded model, or an option that follows from the base.
+        ValueError: an adapter of another base, or of a kind that no lane computes; a template of its own; a name given
+            twice; a range that is none.
+        FileNotFoundError: an adapter that is nowhere.
+    """
+    specs = as_arms(arms)
+    if not specs:
+        raise ValueError("arms=[]: expected an ARM at least; vLLM serves a bare base by itself")
+    for name in OURS:
+        if name in options:
+            raise TypeError(f"{name}={options[name]!r}: expected no such option, it follows from base={base!r}")
+    if not isinstance(base, (str, os.PathLike)):
+        raise TypeError(f"base={type(base).__name__}: expected a hub id or a folder, since vLLM loads it")
+    served = Served(
+        tuple(_served(base, index, name, spec) for index, (name, spec) in enumerate(zip(arm_names(specs), specs))),
+        _checked_range(weight_range),
+    )
+    overrides = options.pop("hf_overrides", None) or {}
+    if not isinstance(overrides, dict):
+        raise TypeError(f"hf_overrides={overrides!r}: expected a dict, to which the ARMs are added")
+    for name in FIELDS:
+        if name in overrides:
+            raise ValueError(f"hf_overrides[{name!r}]: expected no such key, engine_args writes it")
+    return {
+        "model": os.fspath(base),
+        **options,
+        "hf_overrides": {**overrides, "architectures": [ARCHITECTURE], **served.overrides()},
+    }
+
+
+def _served(base: Source, index: int, name: str, spec: ARM) -> ServedARM:
+    role = f"arms[{index}]"
+    if isinstance(spec.model, nn.Module):
+        raise TypeError(f"{role}={type(spec.model).__name__}: expected a hub id or a folder, since vLLM loads it")
+    for template in ("prompt_template", "chat_template"):
+        if getattr(spec, template) is not None:
+            raise ValueError(
+                f"{role}: {template}={getattr(spec, template)!r:.60}: expected none; in vLLM all members read the same"
+                " prompt ids"
+            )
+    model, lane = os.fspath(spec.model), False
+    recorded = adapted_model(role, model)
+    if recorded is not None:
+        model = _folder(role, model)
+        check_lane(f"{role}={os.fspath(spec.model)!r}", model)
+        same_weights(f"{role}={os.fspath(spec.model)!r}", model, recorded, base)
+        lane = True
+    return ServedARM(name, model, float(spec.weight), lane, spec.trust_remote_code)
+
+
+def _folder(role: str, source: str) -> str:
+    """The folder of an adapter, fetched from the hub if need be: each worker reads it."""
+    if os.path.isdir(source):
+        return str(Path(source).resolve())
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(os.fspath(locate(role, source)), allow_patterns=["adapter_*", "*.json"])
+
+
+def _checked_range(limits: Any) -> tuple[float, float] | None:
+    if limits is None:
+        return None
+    try:
+        low, high = map(float, limits)
+    except (TypeError, ValueError):
+        raise TypeError(f"weight_range={limits!r}: expected two numbers, the lowest and the highest weight") from None
+    if not low <= high:
+        raise ValueError(f"weight_range={limits!r}: expected the lowest weight first, then the highest")
+    return low, high

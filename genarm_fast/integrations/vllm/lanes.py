@@ -1,0 +1,179 @@
+"""LoRA ARMs as lanes of the base's forward: rows are [lanes x N], lane 0 is the bare base.
+
+One read of the base's weights serves all lanes. Each linear adds s B A x on the rows of a lane, and each attention
+layer has a key-value cache for each lane. vLLM's own LoRA is for one adapter a request, and takes no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from string import ascii_lowercase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVParallelLinear, RowParallelLinear
+
+from genarm_fast.integrations.vllm.adapters import lora_tensors
+from genarm_fast.integrations.vllm.served import ServedARM
+
+PEFT = "base_model.model."  # how names of tensors in an adapter's file begin
+
+
+class Delta(NamedTuple):
+    """One lane's LoRA on some columns of a linear's output. a: [r, in]. b: [out, r], times s."""
+
+    lane: int
+    start: int
+    a: Tensor
+    b: Tensor
+
+
+class LaneAttention(nn.Module):
+    """An attention layer, and one more of its kind for each lane: a cache of its own, in blocks of the same request."""
+
+    def __init__(self, layers: Sequence[Attention]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lanes = len(self.layers)
+        rows = zip(self.layers, query.chunk(lanes), key.chunk(lanes), value.chunk(lanes))
+        return torch.cat([layer(q, k, v, *args, **kwargs) for layer, q, k, v in rows])
+
+
+class LaneMethod(LinearMethodBase):
+    """Computes a linear as its own method does, quantised or not, and adds the lanes' LoRAs."""
+
+    def __init__(self, inner: Any, lanes: int, deltas: Sequence[Delta]) -> None:
+        self.inner, self.lanes, self.deltas = inner, lanes, deltas
+
+    def __getattr__(self, name: str) -> Any:  # settings of the method that vLLM reads, such as requires_device_loading
+        return getattr(self.__dict__["inner"], name)
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("create_weights: expected before lanes are loaded")
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self.inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = self.inner.apply(layer, x, bias)
+        rows = x.shape[0] // self.lanes
+        for lane, start, a, b in self.deltas:
+            own = slice(lane * rows, (lane + 1) * rows)
+            y[own, start : start + len(b)] += (x[own] @ a.t()) @ b.t()
+        return y
+
+
+@contextmanager
+def add_lanes(vllm_config: VllmConfig, lanes: int) -> Iterator[VllmConfig]:
+    """While a model is made inside, each of its attention layers becomes a `LaneAttention` of 1 + `lanes`.
+
+    More are made with the very arguments of the first, so that no soft cap, slope or window is lost.
+
+    Raises:
+        ValueError: a kind of attention layer that is not vLLM's plain one.
+    """
+    if not lanes:
+        yield vllm_config
+        return
+    endpoints = vllm_config.compilation_config.compile_ranges_endpoints
+    if endpoints:  # of numbers of rows that compiled code is made for
+        endpoints[-1] *= 1 + lanes
+    made = Attention.__init__
+
+    def remembered(self: Attention, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.__dict__["genarm_call"] = (args, kwargs)
+
+    plain = nn.Module.__setattr__
+
+    def laned(self: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, Attention) and not isinstance(self, LaneAttention):
+            value = LaneAttention([value, *(_again(value, letter) for letter in ascii_lowercase[:lanes])])
+        plain(self, name, value)
+
+    Attention.__init__, nn.Module.__setattr__ = remembered, laned  # type: ignore[method-assign]
+    try:
+        yield vllm_config
+    finally:
+        Attention.__init__, nn.Module.__setattr__ = made, plain  # type: ignore[method-assign]
+
+
+def _again(first: Attention, letter: str) -> Attention:
+    if type(first) is not Attention:
+        raise ValueError(f"LoRA lanes: the base has {type(first).__name__} layers, expected plain attention")
+    args, kwargs = first.__dict__["genarm_call"]
+    if "prefix" not in kwargs:
+        raise ValueError(f"LoRA lanes: the layer {first.layer_name!r} gives no prefix by name")
+    # A letter: vLLM reads the layer's number off its name, and expects one alone.
+    return Attention(*args, **{**kwargs, "prefix": f"lane_{letter}.{kwargs['prefix']}"})
+
+
+def load_lanes(base: nn.Module, arms: Sequence[ServedARM]) -> None:
+    """Read the adapters and hang them into the base's linears.
+
+    Raises:
+        ValueError: an adapter has a tensor that no linear takes, or one of another shape.
+    """
+    packed: Mapping[str, list[str]] = getattr(base, "packed_modules_mapping", {})
+    linears = [(name, module) for name, module in base.named_modules() if isinstance(module, LinearBase)]
+    deltas: dict[str, list[Delta]] = {}
+    for lane, arm in enumerate(arms, 1):
+        tensors, scale = lora_tensors(arm.model)
+        left = set(tensors)
+        for name, module in linears:
+            parent, _, leaf = name.rpartition(".")
+            parts = [f"{PEFT}{parent}.{part}" for part in packed.get(leaf, [leaf])]
+            start = 0
+            for index, part in enumerate(parts):
+                width = _widths(module)[index] if len(parts) > 1 else _widths(module)[0]
+                a, b = f"{part}.lora_A.weight", f"{part}.lora_B.weight"
+                if a in tensors and b in tensors:
+                    delta = _delta(arm.name, part, module, index, width, tensors[a], tensors[b] * scale)
+                    deltas.setdefault(name, []).append(Delta(lane, start, *delta))
+                    left -= {a, b}
+                start += width
+        if left:
+            raise ValueError(
+                f"{arm.name}: {min(left)} and {len(left) - 1} more tensors of its adapter: expected a linear of the"
+                " base that takes each"
+            )
+    for name, module in linears:
+        if name in deltas:
+            module.quant_method = LaneMethod(module.quant_method, 1 + len(arms), deltas[name])
+
+
+def _widths(linear: LinearBase) -> list[int]:
+    """Columns of this rank's output, by the parts that are packed into one linear."""
+    sizes = getattr(linear, "output_partition_sizes", None)
+    return list(sizes) if sizes else [linear.output_size]
+
+
+def _delta(
+    arm: str, part: str, linear: LinearBase, index: int, width: int, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """This rank's slices of A [r, in] and B [out, r], on the linear's device and in its type of activations."""
+    wrong = f"{arm}: {part}: LoRA of {a.shape[1]} -> {len(b)}: expected {linear.input_size} -> {linear.output_size}"
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    if isinstance(linear, RowParallelLinear):  # its input is sliced, and the sum over ranks follows
+        inputs = linear.input_size_per_partition
+        if a.shape[1] != linear.input_size or len(b) != width:
+            raise ValueError(wrong)
+        a = a[:, rank * inputs : (rank + 1) * inputs]
+    else:
+        shards = len(b) // width
+        replicas = linear.num_kv_head_replicas if isinstance(linear, QKVParallelLinear) and index else 1
+        if a.shape[1] != linear.input_size or shards * width != len(b) or shards * replicas not in (1, ranks):
+            raise ValueError(wrong)
+        if shards > 1:
+            own = rank // replicas
+            b = b[own * width : (own + 1) * width]
+    device = next(linear.parameters()).device
+    dtype = linear.params_dtype
+    return a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous()

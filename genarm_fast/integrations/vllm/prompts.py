@@ -1,0 +1,77 @@
+"""Whether all members read a prompt alike: in vLLM they get the same token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from genarm_fast.integrations.vllm.served import ServedARM
+from genarm_fast.models.files import read_object
+from genarm_fast.models.loader import load_tokenizer
+from genarm_fast.text.templates import default_template
+
+PROBE = "The cat sat on the mat."  # tokenizers that put something before a text put it before this one
+
+
+def shared_tokens(tokenizers: Sequence[PreTrainedTokenizerBase], widths: Sequence[int], names: Sequence[str]) -> int:
+    """Token ids that all members share: the narrowest of logits and tokenizers.
+
+    Raises:
+        ValueError: two tokenizers disagree on one of them.
+    """
+    tables = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
+    size = min(*widths, *(max(table) + 1 for table in tables))
+    for name, table in zip(names[1:], tables[1:]):
+        for i in range(size):
+            if table.get(i) != tables[0].get(i):
+                raise ValueError(
+                    f"{name}: its tokenizer disagrees with the base's at token id {i} of the {size} in common: got"
+                    f" {table.get(i)!r}, expected {tables[0].get(i)!r}"
+                )
+    return size
+
+
+def member_tokenizers(base: Any, arms: Sequence[ServedARM]) -> list[PreTrainedTokenizerBase]:
+    """The base's tokenizer, and each ARM's own where its folder has one, else the base's.
+
+    Raises:
+        ValueError: an ARM that was trained on other token ids than the base would be given for the same prompt.
+    """
+    found = [base]
+    for arm in arms:
+        own = load_tokenizer(arm.name, arm.model, trust_remote_code=arm.trust_remote_code)
+        recorded = read_object(arm.name, arm.model, "genarm.json")
+        _check_recorded(arm.name, recorded, base)
+        if own is not None:
+            _check_alike(arm.name, own, base)
+        found.append(own or base)
+    return found
+
+
+def load_base_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source, **options)
+
+
+def _check_recorded(name: str, recorded: dict[str, Any], base: PreTrainedTokenizerBase) -> None:
+    alone = "expected none, since in vLLM all members read the same prompt ids; genarm_fast's own engine takes it"
+    if recorded.get("prompt_template") is not None:
+        raise ValueError(f"{name}: it was trained with prompt_template={recorded['prompt_template']!r:.60}: {alone}")
+    template = recorded.get("chat_template")
+    if template is not None and template != default_template(base):
+        raise ValueError(f"{name}: it was trained with a chat template of its own, {template!r:.60}: {alone}")
+    if recorded.get("prompt_format") == "transcript":
+        raise ValueError(f"{name}: it was trained on transcripts, not on the base's prompts: {alone}")
+
+
+def _check_alike(name: str, own: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase) -> None:
+    ids, expected = (list(tokenizer(PROBE)["input_ids"]) for tokenizer in (own, base))
+    if ids != expected:
+        raise ValueError(f"{name}: its tokenizer reads {PROBE!r} as {ids}: expected {expected}, as the base's does")
+    template, theirs = default_template(own), default_template(base)
+    if template is not None and theirs is not None and template != theirs:
+        raise ValueError(
+            f"{name}: its tokenizer has another chat template than the base's, {template!r:.60}: expected the same one"
+            " or none, since in vLLM all members read the same prompt ids"
+        )

@@ -1,0 +1,42 @@
+"""The weights that a request asks for, from vLLM's `extra_args` (Python) or `vllm_xargs` (HTTP)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from genarm_fast.integrations.vllm.served import Served
+from genarm_fast.params import weights_per_arm
+
+KEY = "arm_weights"  # for all ARMs, or by position; arm_weights.NAME for one of them, since HTTP takes no nested object
+
+
+def requested_weights(extra_args: Mapping[str, Any] | None, served: Served) -> tuple[float, ...]:
+    """One weight for each ARM; its default where the request says nothing of it.
+
+    Raises:
+        ValueError: naming the key, its value and what was expected.
+    """
+    given = {key: value for key, value in (extra_args or {}).items() if key.startswith(KEY.rstrip("s"))}
+    named = {key.removeprefix(f"{KEY}."): value for key, value in given.items() if key.startswith(f"{KEY}.")}
+    names = ", ".join(served.names)
+    for key in given:
+        if key != KEY and not key.startswith(f"{KEY}."):
+            raise ValueError(f"{key}: expected {KEY}, or {KEY}.NAME with one of {names}")
+    if KEY in given and named:
+        raise ValueError(f"{KEY}, {KEY}.{min(named)}: expected weights by position or by name, not both")
+    if not given:
+        return tuple(served.defaults)
+    asked = named or given[KEY]
+    if asked is None:
+        return tuple(served.defaults)
+    try:
+        weights = weights_per_arm(asked, served.names, served.defaults)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{KEY}: {error} ({len(served.names)} ARMs: {names})") from None
+    if served.weight_range is not None:
+        low, high = served.weight_range
+        for name, weight in zip(served.names, weights):
+            if not low <= weight <= high:
+                raise ValueError(f"{KEY}: {name}={weight:g}: expected {low:g}..{high:g}, the range of this server")
+    return weights

@@ -1,0 +1,151 @@
+"""Draws tokens as genarm_fast does: a token is a function of its logits, its request's seed and its place alone.
+
+So the same request with the same seed gives the tokens that `GenARM.generate` gives, in any batch, with drafts too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from genarm_fast.kernels import guided_sample
+
+logger = init_logger(__name__)
+CHECK_EVERY = 256  # steps between two looks at what failed, each of which waits for a GPU
+
+
+class GuidedSampler(Sampler):
+    """vLLM's sampler with another draw. Bias, penalties, bad words, grammars and log-probabilities stay vLLM's."""
+
+    failed: Tensor
+    steps: int
+
+    def sample(
+        self,
+        logits: Tensor,
+        expanded_idx_mapping: Tensor,
+        idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        pos: Tensor,
+        input_ids: Tensor,
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        return_logprobs: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [N] for rows of combined logits [N, V], and what log-probabilities are reported of."""
+        rows = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos)
+        tokens = self.draw(logits, *rows, seq_lens_upper_bound_np)
+        if return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+            logits = self.apply_sampling_params(logits, *rows, seq_lens_upper_bound_np)
+        return tokens, logits
+
+    def draw(
+        self, logits: Tensor, slots: Tensor, requests: Tensor, requests_np: np.ndarray, pos: Tensor, *rest: Any
+    ) -> Tensor:
+        """Tokens int64 [N]: penalties and the like, then temperature, top-k, top-p and min-p, in one kernel."""
+        if np.any(self.needs_logits_processing[requests_np]):
+            logits = self._adjusted(logits, slots, requests, requests_np, pos, *rest)
+        slots = slots.long()
+        states = self.sampling_states
+        filters: dict[str, Any] = {}
+        if np.any(states.top_k.np[requests_np] < states.vocab_size):
+            top_k = states.top_k.gpu[slots].long()
+            filters["top_k"] = torch.where(top_k >= states.vocab_size, 0, top_k)
+        if np.any(states.top_p.np[requests_np] < 1):
+            filters["top_p"] = states.top_p.gpu[slots]
+        if np.any(states.min_p.np[requests_np] > 0):
+            filters["min_p"] = states.min_p.gpu[slots]
+        drawn = guided_sample(
+            logits.float(),
+            (),
+            logits.new_empty(len(logits), 0, dtype=torch.float32),
+            temperature=states.temperature.gpu[slots],
+            seeds=states.seeds.gpu[slots],
+            positions=(pos + 1 - self.req_states.prompt_len.gpu[slots]).long().clamp_min(0),
+            **filters,
+        )
+        self._note(drawn.status)
+        return drawn.tokens
+
+    def _adjusted(
+        self,
+        logits: Tensor,
+        slots: Tensor,
+        requests: Tensor,
+        requests_np: np.ndarray,
+        pos: Tensor,
+        input_ids: Tensor,
+        local_pos: Tensor,
+        lengths_np: np.ndarray,
+    ) -> Tensor:
+        """Bias, penalties, bad words, processors and budgets, on log-probabilities: penalties mind their sign."""
+        logits = logits.float().log_softmax(-1)
+        context = LogitsContext(slots, requests, requests_np, local_pos, input_ids, pos, lengths_np)
+        for processor in self.logits_processors:
+            logits = processor.apply(logits, context)
+        self.thinking_budget_state.apply(logits, context)
+        return logits
+
+    def _note(self, status: Tensor) -> None:
+        """Say in the log that rows could not be drawn: a member gave NaN, or everything is masked."""
+        self.failed |= (status != 0).any()
+        self.steps += 1
+        if (status.device.type == "cpu" or self.steps % CHECK_EVERY == 0) and bool(self.failed):
+            logger.error("GenARM: a row of logits has NaN, +inf or no token left; its tokens are id 0, not drawn")
+            self.failed.zero_()
+
+
+def draw_by_our_contract(sampler: Sampler) -> GuidedSampler:
+    """vLLM's sampler, which knows its requests, made to draw as ours does.
+
+    Raises:
+        TypeError: a sampler that is not vLLM's plain one, such as one that puts watermarks in.
+    """
+    if type(sampler) is not Sampler:
+        raise TypeError(f"sampler of {type(sampler).__name__}: expected vLLM's plain one; ours takes no watermark")
+    sampler.__class__ = GuidedSampler
+    assert isinstance(sampler, GuidedSampler)
+    sampler.failed = torch.zeros((), dtype=torch.bool, device=sampler.req_states.device)
+    sampler.steps = 0
+    return sampler
+
+
+class CoupledVerifier(RejectionSampler):
+    """Accepts a draft if it is the token that plain decoding would draw there, with the noise of that place.
+
+    What is kept is always the target's token, so drafts change no text, sampled or greedy, whoever proposes them.
+    """
+
+    def _verify(
+        self,
+        logits: Tensor,
+        draft_logits: Tensor | None,
+        draft_sampled: Tensor,
+        pos: Tensor,
+        cu_num_logits: Tensor,
+        idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: Tensor,
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities' logits [N, V], targets int64 [R, K + 1], and how many of them each request keeps [R]."""
+        rows = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, draft_sampled, expanded_local_pos)
+        targets, processed = self.sampler.sample(logits, *rows, seq_lens_upper_bound_np, return_logprobs=True)
+        starts, counts = cu_num_logits[:-1].long(), cu_num_logits.diff().long()
+        steps = torch.arange(self.num_speculative_steps + 1, device=logits.device)
+        index = (starts[:, None] + steps).clamp_max(len(targets) - 1)
+        tokens = targets[index]
+        # Row j holds the draft that was fed there; it was proposed for the target of row j - 1.
+        right = tokens[:, :-1] == verify_draft_sampled[index[:, 1:]]
+        right &= steps[1:] < counts[:, None]
+        return processed, tokens, 1 + right.cumprod(-1).sum(-1).to(torch.int32)

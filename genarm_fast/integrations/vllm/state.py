@@ -1,0 +1,61 @@
+"""A worker's state: each request's weights, and the sampler that draws by our random-number contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from genarm_fast.integrations.vllm.request_weights import requested_weights
+from genarm_fast.integrations.vllm.sampler import CoupledVerifier, draw_by_our_contract
+from genarm_fast.integrations.vllm.selfcheck import check_model
+
+
+class GenARMState(DefaultModelState):
+    """Weights by request slot. Slots are used again and again, so a new request writes all of its own."""
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.served = model.served
+        arms = len(self.served.arms)
+        self.weights = StagedWriteTensor((self.max_num_reqs, arms), dtype=torch.float32, device=device)
+        # CUDA graphs read it at this address, whatever the step.
+        self.by_token = torch.zeros(self.max_num_tokens, arms, device=device)
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        weights = requested_weights(None if params is None else params.extra_args, self.served)
+        self.weights.stage_write(req_index, 0, list(weights))
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        self.weights.apply_write()
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Tensor | None]:
+        inputs = super().prepare_inputs(input_batch, req_states)
+        tokens = input_batch.num_tokens
+        ends = input_batch.query_start_loc[1 : input_batch.num_reqs + 1]
+        row = torch.searchsorted(ends, torch.arange(tokens, device=self.device), right=True)
+        self.by_token[:tokens] = self.weights.gpu[input_batch.idx_mapping[row].long()]
+        inputs["arm_weights"] = self.by_token[: input_batch.num_tokens_after_padding]
+        return inputs
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        inputs["arm_weights"] = self.by_token[:num_tokens]
+        return inputs
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        """Called once the weights are there, on the ranks that draw.
+
+        Raises:
+            RuntimeError: the guided model is not what the formula gives, see selfcheck.py.
+        """
+        check_model(self.model)
+        sampler = draw_by_our_contract(sampler)
+        speculation = self.vllm_config.speculative_config
+        return sampler, None if speculation is None else CoupledVerifier(sampler, speculation, self.device)

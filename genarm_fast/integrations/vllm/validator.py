@@ -1,0 +1,52 @@
+"""Refuses wrong weights where a request enters, with HTTP 400, so that none reaches the engine.
+
+vLLM's validator is a classmethod that sees no configuration, and is named by a string in it. What it has to know is
+therefore part of the name, which `__getattr__` of this module reads; several engines in one process do not mix.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any, ClassVar
+
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
+
+from genarm_fast.integrations.vllm.request_weights import requested_weights
+from genarm_fast.integrations.vllm.served import Served
+
+PREFIX = "Weights_"
+
+
+def validator_name(served: Served) -> str:
+    """`module:class` of the validator for these ARMs, as vLLM's `logits_processors` takes it."""
+    text = json.dumps(served.overrides(), sort_keys=True)
+    return f"{__name__}:{PREFIX}{text.encode().hex()}"
+
+
+class RequestWeights(LogitsProcessor):
+    """Changes no logits: the weights act in the model."""
+
+    served: ClassVar[Served]
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        requested_weights(sampling_params.extra_args, cls.served)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False  # it changes no logits, so the sampler may take its short way
+
+    def apply(self, logits: Any, ctx: Any) -> Any:
+        return logits
+
+
+@cache
+def _validator(name: str) -> type[RequestWeights]:
+    served = Served.of(json.loads(bytes.fromhex(name.removeprefix(PREFIX))))
+    return type(name, (RequestWeights,), {"served": served, "__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _validator(name)

@@ -1,0 +1,39 @@
+"""Drafts change no token, greedy or sampled: what is kept is always the target's draw."""
+
+from __future__ import annotations
+
+import pytest
+from engines import PROMPTS, asking, engine, generated, loaded, naive, own_engine
+
+from genarm_fast import SamplingParams
+
+TOKENS = 16
+DRAFTERS = {
+    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    "ARM": {"method": "draft_model", "num_speculative_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_drafts_change_no_token(drafter, models):
+    plan = DRAFTERS[drafter] | ({"model": str(models / "small")} if drafter == "ARM" else {})
+    weights = [[1.0], [0.0], [0.7], [2.5]]
+    members = [loaded(models, "base"), loaded(models, "small")]
+    with engine(models, ["small"], speculative_config=plan, disable_log_stats=False) as llm:
+        found = generated(llm, PROMPTS, [asking(each, max_tokens=TOKENS) for each in weights])
+        drawn = generated(
+            llm, PROMPTS, [asking(w, max_tokens=TOKENS, temperature=0.8, seed=i) for i, w in enumerate(weights)]
+        )
+        counted = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    for prompt, each, tokens in zip(PROMPTS, weights, found):
+        assert tokens == naive(members, prompt, each, TOKENS)
+    ours = own_engine(models, ["small"])
+    here = [
+        SamplingParams(weights=w, seed=i, max_new_tokens=TOKENS, ignore_eos=True, temperature=0.8)
+        for i, w in enumerate(weights)
+    ]
+    assert drawn == [list(output.token_ids) for output in ours.generate(PROMPTS, here)]
+    assert drawn != found
+    assert counted["vllm:spec_decode_num_drafts"] > 0
+    if drafter == "ARM":
+        assert 0 < counted["vllm:spec_decode_num_accepted_tokens"] < counted["vllm:spec_decode_num_draft_tokens"]
