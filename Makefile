@@ -3,6 +3,7 @@
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
 # make lint    style and types
 # make bench   speed of the kernels on this machine
+# make bench-gpu   guided decoding on a GPU; ARGS=--dry tries the script out without one
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test lint bench
+.PHONY: demo check test lint bench bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -41,6 +42,9 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)
+
+bench-gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
