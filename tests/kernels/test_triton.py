@@ -33,7 +33,7 @@ def test_interpreted(op):
     run_interpreted(f"tests/kernels/{op}/interpreted_{op}.py")
 
 
-SAMPLING = ["1 ARM", "1 ARM, filters, top-5", "5 drafts"]
+SAMPLING = ["1 ARM", "1 ARM, filters", "1 ARM, numbers", "5 drafts"]
 ATTENTION = [
     "8B",
     "8B, q = 4",
@@ -44,7 +44,7 @@ ATTENTION = [
 ]
 LAYER = ["8B layer", "8B layer, r = 16", "0.5B layer, r = 8, norms, gelu", "rotary"]
 TYPICAL = [*SAMPLING, *ATTENTION, *LAYER]
-KERNELS = {"scores_kernel", "gather_kernel", "threshold_kernel", "kept_kernel", "draw_kernel", "settle_kernel"}
+KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "settle_kernel"}
 KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
 KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel"}
 SHARED = {"gfx942": 65536}  # bytes that a program may have; on NVIDIA what the least of them has, sm_86 and sm_89
