@@ -2,9 +2,9 @@
 
     python benchmarks/launch_overhead.py [--rounds 7] [--calls 500] [--json]
 
-All of Python runs as it does on CUDA, and Triton's own C launcher too, linked with a libcuda of empty functions that a C
-compiler makes here. What is missing is what the real ones take: two to three microseconds a launch, and a
-microsecond more for each tensor that PyTorch's caching allocator gives. The clock is CPU time.
+All of Python runs as it does on CUDA, and Triton's own C launcher too, linked with a libcuda of empty functions that a
+C compiler makes here. What is missing is the time that the real ones take, and PyTorch's caching allocator. The clock
+is CPU time.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ _known: dict[tuple[Any, ...], Known] = {}
 
 
 def described(
-    base: Any, arms: Any, weights: Any, seeds: Any, positions: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any,
-    vocab_size: Any, bias: Any, return_logprobs: Any, top_logprobs: Any,
+    base: Any, arms: Any, weights: Any, seeds: Any, positions: Any, temperature: Any, top_k: Any, top_p: Any,
+    min_p: Any, vocab_size: Any, bias: Any, return_logprobs: Any, top_logprobs: Any,
 ) -> tuple[tuple[Any, ...], list[int], tuple[Any, ...], tuple[Any, ...]] | None:  # fmt: skip
     """Of a call with these fields of SamplingArguments the signature, and what else its kernels take: addresses of the
     members and then of a bias, weights, parameters. None for a call to look at more closely."""

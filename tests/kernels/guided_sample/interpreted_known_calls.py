@@ -1,4 +1,4 @@
-"""Calls of guided_sample like an earlier one, under TRITON_INTERPRET=1: their addresses and numbers are the call's own."""
+"""Calls of guided_sample like an earlier one, under TRITON_INTERPRET=1: addresses and numbers are the call's own."""
 
 import ctypes
 import sys
