@@ -108,7 +108,7 @@ class Plan:
         logits = (members, *self.member_strides, weights, self.s_weights, bias, self.s_bias)
         values = (parameters, *self.parameter_strides)
         logprobs = outputs[2:] if self.logprobs else (stats, stats)
-        launches = [(*logits, *values, stats, flags, scores, groups, *self.scores_tail)]
+        launches: list[tuple[Any, ...]] = [(*logits, *values, stats, flags, scores, groups, *self.scores_tail)]
         if self.filters:
             launches += [(*values, stats, groups, bounds, places, *self.bound_tail)]
             launches += [(*logits, groups, bounds, places, found, *self.collect_tail)]
