@@ -44,7 +44,7 @@ class Known(NamedTuple):
 
     plan: Plan
     launches: Sequence[tuple[Any, tuple[int, int, int]]]  # Triton's CompiledKernel and its grid
-    index: int  # of the device
+    device: int
     size: int  # bytes of scratch
     starts: tuple[int, ...]  # of its parts
 
@@ -61,7 +61,9 @@ def described(
     if top_logprobs:
         return None
     key: list[Any] = [vocab_size, return_logprobs, bias is None]
-    addresses, table, parameters = [], [], []
+    addresses: list[int] = []
+    table: list[Any] = []
+    parameters: list[Any] = []
     for tensor in (base, *arms) if bias is None else (base, *arms, bias):
         if type(tensor) is not Tensor:
             return None
@@ -86,8 +88,8 @@ def described(
         elif type(value) is int or (type(value) is float and not limits.whole):
             if not limits.low <= value <= limits.high:
                 return None
-            key.append(None if value == limits.off else limits.whole and value.bit_length() > 31)
-            parameters.append(as_int64(value) if limits.whole else float(value))
+            key.append(None if value == limits.off else limits.whole and not -(2**31) <= value < 2**31)
+            parameters.append(as_int64(int(value)) if limits.whole else float(value))
         else:
             return None
     return tuple(key), addresses, tuple(table), tuple(parameters)
@@ -119,9 +121,9 @@ def known(*arguments: Any) -> GuidedSample | None:
         return None
     signature, addresses, weights, parameters = call
     found = _known.get(signature)
-    if found is None or driver.active.get_current_device() != found.index:
+    if found is None or driver.active.get_current_device() != found.device:
         return None
-    plan, launches, index, size, starts = found
+    plan, launches, device, size, starts = found
     outputs = plan.outputs()
     begin = (scratch := torch.empty(size, dtype=torch.uint8, device=plan.device)).data_ptr()
     places, bits = [output.data_ptr() for output in outputs], begin
@@ -133,7 +135,7 @@ def known(*arguments: Any) -> GuidedSample | None:
     members = tuple(addresses[: plan.members])
     bias = addresses[-1] if len(addresses) > plan.members else begin
     values = plan.arguments(members, weights, bias, parameters, parts, places)
-    stream, hooks = driver.active.get_current_stream(index), knobs.runtime
+    stream, hooks = driver.active.get_current_stream(device), knobs.runtime
     watched = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
     for (kernel, grid), each in zip(launches, values):
         if watched:  # by a profiler, say
