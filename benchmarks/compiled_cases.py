@@ -21,14 +21,28 @@ BF16 = torch.bfloat16
 
 
 def sample(
-    *, arms: int = 1, vocab: int = 128256, dtype: torch.dtype = BF16, logit_bias: bool = False, **options: Any
+    *,
+    arms: int = 1,
+    vocab: int = 128256,
+    dtype: torch.dtype = BF16,
+    logit_bias: bool = False,
+    numbers: bool = False,
+    filters: bool = False,
+    **options: Any,
 ) -> None:
-    """One launch of guided_sample, with rows whose start is 16-byte aligned wherever V allows."""
+    """One launch of guided_sample, with rows whose start is 16-byte aligned wherever V allows, and parameters that are
+    tensors, or numbers for all rows."""
     members = [torch.zeros(2, vocab, dtype=dtype) for _ in range(arms + 1)]
-    row = torch.zeros(2, dtype=torch.int64)
+    row, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2, arms)
     bias = torch.zeros(vocab) if logit_bias else None
-    arguments = SamplingArguments(members[0], members[1:], [1.0] * arms, row, row, logit_bias=bias, **options)
-    launch_sample(arguments)
+    options |= {"top_k": 50, "top_p": 0.9, "min_p": 0.01} if filters else {}
+    given = SamplingArguments(members[0], members[1:], weights, row, row, 1.0, logit_bias=bias, **options)
+    if numbers:
+        given = given._replace(weights=[1.0] * arms, seeds=1, positions=0)
+    else:
+        parameters = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        given = given._replace(**{k: torch.full((2,), v) for k, v in parameters.items() if v is not None})
+    launch_sample(given)
 
 
 def settle(drafts: int) -> None:
@@ -104,7 +118,10 @@ CASES: dict[str, Callable[[], None]] = {
     "1 ARM, float32": partial(sample, dtype=torch.float32),
     "1 ARM, V = 50257": partial(sample, vocab=50257),
     "3 ARMs, log-probs, bias": partial(sample, arms=3, return_logprobs=True, logit_bias=True),
-    "1 ARM, filters, top-5": partial(sample, top_k=50, top_p=0.9, min_p=0.01, top_logprobs=5),
+    "1 ARM, numbers": partial(sample, numbers=True),
+    "1 ARM, filters": partial(sample, filters=True),
+    "1 ARM, filters, V = 262144": partial(sample, vocab=262144, filters=True),
+    "1 ARM, filters, numbers, top-5": partial(sample, numbers=True, filters=True, top_logprobs=5),
     "5 drafts": partial(settle, 5),
     "8B layer": layer,
     "8B layer, r = 16": partial(layer, 16),

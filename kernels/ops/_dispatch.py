@@ -17,6 +17,11 @@ requires_grad = attrgetter("requires_grad")
 Result = TypeVar("Result")
 
 
+def on_cpu(tensor: Any) -> bool:
+    """Also for what is no tensor: an implementation for the CPU finds out."""
+    return getattr(tensor, "is_cpu", True)
+
+
 def dispatcher(
     pytorch: Callable[..., Result],
     *,
@@ -24,6 +29,7 @@ def dispatcher(
     cpu: Callable[..., Result | None] | None = None,
     convert: Callable[..., tuple[Any, ...] | None] | None = None,
     triton: Callable[..., Result | None] | None = None,
+    known: Callable[..., Result | None] | None = None,
     custom_op: Callable[..., Result] | None = None,
     differentiable: int = 0,
 ) -> Callable[..., Result]:
@@ -37,6 +43,7 @@ def dispatcher(
         for arguments that it does not take as they stand.
     convert: checked arguments as `cpu` takes them, or None if they are not for the CPU.
     triton: the launcher, for tensors on a GPU; None for dtypes that it does not take.
+    known: as `triton`, before any check: the result of a call like an earlier one, or None for other arguments.
     custom_op: the node in the graphs of torch.compile and torch.export, which checks what can be traced. Without one,
         the compiler traces `pytorch`, and fuses it with its neighbours.
     differentiable: the number of leading tensors whose gradient only `pytorch` computes.
@@ -63,7 +70,11 @@ def dispatcher(
             return checked(*arguments)
         if is_compiling():
             return checked(*arguments) if custom_op is None else custom_op(*arguments)
-        if cpu is not None and _native.core is not None:
+        if known is not None and not on_cpu(arguments[0]):
+            out = known(*arguments)
+            if out is not None:
+                return out
+        elif cpu is not None and _native.core is not None:
             out = cpu(*arguments)
             if out is not None:
                 return out

@@ -26,12 +26,17 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK32 = 0xFFFFFFFF
 
 
+def as_int64(seed: int) -> int:
+    """A seed 0..2^64-1 as the int64 of the same bits, since torch computes little in uint64."""
+    return seed - (1 << 64) if seed >> 63 else seed
+
+
 def seed_tensor(seeds: list[int], device: torch.device | str | None = None) -> Tensor:
-    """Seeds 0..2^64-1 as int64 [R]: the same 64 bits, since torch computes little in uint64. ValueError for others."""
+    """Seeds 0..2^64-1 as int64 [R]: the same 64 bits. ValueError for others."""
     for seed in seeds:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed {seed}: expected 0..{(1 << 64) - 1}")
-    return torch.tensor([seed - (1 << 64) if seed >> 63 else seed for seed in seeds], dtype=torch.int64, device=device)
+    return torch.tensor(list(map(as_int64, seeds)), dtype=torch.int64, device=device)
 
 
 def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -22,18 +22,24 @@ def run(*command, **environment):
     return done.stdout
 
 
-INTERPRETED = ["guided_sample", "settle", "ragged_attention", "add_rms_norm", "gated_mul", "rotary_append"]
+INTERPRETED = [
+    "guided_sample/interpreted_guided_sample",
+    "guided_sample/interpreted_known_calls",
+    "settle/interpreted_settle",
+    "ragged_attention/interpreted_ragged_attention",
+    "add_rms_norm/interpreted_add_rms_norm",
+    "gated_mul/interpreted_gated_mul",
+    "rotary_append/interpreted_rotary_append",
+]
 
 
 @NEEDS_NUMPY
-@pytest.mark.parametrize(
-    "op", ["guided_sample", "settle", "ragged_attention", "add_rms_norm", "gated_mul", "rotary_append"]
-)
-def test_interpreted(op):
-    run_interpreted(f"tests/kernels/{op}/interpreted_{op}.py")
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name):
+    run_interpreted(f"tests/kernels/{name}.py")
 
 
-SAMPLING = ["1 ARM", "1 ARM, filters, top-5", "5 drafts"]
+SAMPLING = ["1 ARM", "1 ARM, filters", "1 ARM, numbers", "5 drafts"]
 ATTENTION = [
     "8B",
     "8B, q = 4",
@@ -44,9 +50,10 @@ ATTENTION = [
 ]
 LAYER = ["8B layer", "8B layer, r = 16", "0.5B layer, r = 8, norms, gelu", "rotary"]
 TYPICAL = [*SAMPLING, *ATTENTION, *LAYER]
-KERNELS = {"scores_kernel", "gather_kernel", "threshold_kernel", "kept_kernel", "draw_kernel", "settle_kernel"}
+KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "settle_kernel"}
 KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
 KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel"}
+ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # few programs, where occupancy matters less
 SHARED = {"gfx942": 65536}  # bytes that a program may have; on NVIDIA what the least of them has, sm_86 and sm_89
 
 
@@ -61,7 +68,7 @@ def test_compiled(target, cases):
     for kernel in kernels:
         assert kernel["stack"] == 0, kernel
         assert kernel["shared"] <= SHARED.get(target, 101376), kernel
-        assert kernel["registers"] <= (256 if kernel["kernel"] == "attend_kernel" else 200), kernel
+        assert kernel["registers"] <= (256 if kernel["kernel"] in ONE_OF_A_ROW else 200), kernel
         if kernel["kernel"] == "scores_kernel" and "50257" not in kernel["case"]:
             assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the others are weights and temperature
         if kernel["kernel"] == "scores_kernel" and kernel["case"] == "1 ARM":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,14 @@ from .reference import GuidedSample, specification
 
 
 def _on_gpu(*arguments: Any) -> GuidedSample | None:
-    from . import triton  # the package triton takes half a second to import, and is not on every platform
+    from . import triton, triton_known  # the package triton takes half a second to import, and is not on every platform
 
-    return triton.launch(SamplingArguments(*arguments))
+    return triton.launch(SamplingArguments(*arguments), triton_known.remember)
+
+
+def _known_on_gpu(*arguments: Any) -> GuidedSample | None:
+    module = sys.modules.get(f"{__name__}.triton_known")  # an import statement would take 2 µs
+    return None if module is None else module.known(*arguments)
 
 
 _run = dispatcher(
@@ -27,6 +33,7 @@ _run = dispatcher(
     cpu=cpu.run,
     convert=unpacked(cpu.convert),
     triton=_on_gpu,
+    known=_known_on_gpu,
     custom_op=unpacked(custom_op.call),
 )
 custom_op.implement(_run)

@@ -1,13 +1,30 @@
-"""The lowest score that a row's filters keep, and what is left of each tile: see triton.py."""
+"""What a row's filters keep: see triton.py."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .triton_common import GROUPS, INF, LOG2E, MIN_P, TEMPERATURE, TILE, TOP_K, TOP_P, coldness_of, exp_sum, parameter
+from .triton_common import (
+    GROUPS,
+    INF,
+    LOG2E,
+    MIN_P,
+    TEMPERATURE,
+    TILE,
+    TOP_K,
+    TOP_P,
+    coldness_of,
+    combined,
+    parameter,
+    weights_below,
+)
 
-SCAN = tl.constexpr(4096)  # scores read at a time by `threshold`
+SCAN = tl.constexpr(4096)  # candidates that a program holds in registers
+PIECE = tl.constexpr(2048)  # of the others, which a pass reads again: so many at a time
+AT_ONCE = tl.constexpr(32)  # groups whose masses are added to their tiles' at once
+ROUNDS = tl.constexpr(4)  # of narrowing the bound of top-p, to 1/256 of its range
+GROUP = tl.constexpr(TILE.value // GROUPS.value)  # tokens
 
 
 @triton.jit
@@ -23,102 +40,189 @@ def to_key(value):
 
 
 @triton.jit
-def above(p_scores, n, pivot, peak, scale, MASS: tl.constexpr):
-    """Mass (or number) of n scores that are at least `pivot`."""
-    b_total = tl.zeros([SCAN], tl.float32)
-    for start in range(0, n, SCAN):
-        offset = start + tl.arange(0, SCAN)
-        b_scores = tl.load(p_scores + offset, mask=offset < n, other=-INF)
-        b_weight = tl.exp2((b_scores - peak) * scale) if MASS else tl.full([SCAN], 1.0, tl.float32)
-        b_total += tl.where((b_scores >= pivot) & (b_scores > -INF), b_weight, 0.0)
-    return tl.sum(b_total, axis=0)
+def above(b_scores, pivot, peak, scale, MASS: tl.constexpr):
+    """The masses (or ones) of the scores that are at least `pivot`, which is above -inf."""
+    b_weights = tl.exp2((b_scores - peak) * scale) if MASS else tl.full(b_scores.shape, 1.0, tl.float32)
+    return tl.where(b_scores >= pivot, b_weights, 0.0)
 
 
 @triton.jit
-def search(p_scores, n, lowest, target, peak, scale, MASS: tl.constexpr):
-    """The largest float32 with at least `target` of mass (or number) at or above it; `lowest` if all is too little."""
+def totals(b_first, p_scores, n, first, second, third, peak, scale, MASS: tl.constexpr):
+    """Mass (or number) of n scores at or above each of three pivots; the first of them are in registers."""
+    sum0 = tl.sum(above(b_first, first, peak, scale, MASS), axis=0)
+    sum1 = tl.sum(above(b_first, second, peak, scale, MASS), axis=0)
+    sum2 = tl.sum(above(b_first, third, peak, scale, MASS), axis=0)
+    if n > b_first.shape[0]:
+        b_sums0 = tl.zeros([PIECE], tl.float32)
+        b_sums1 = tl.zeros([PIECE], tl.float32)
+        b_sums2 = tl.zeros([PIECE], tl.float32)
+        for start in range(b_first.shape[0], n, PIECE):
+            offset = start + tl.arange(0, PIECE)
+            b_more = tl.load(p_scores + offset, mask=offset < n, other=-INF)
+            b_sums0 += above(b_more, first, peak, scale, MASS)
+            b_sums1 += above(b_more, second, peak, scale, MASS)
+            b_sums2 += above(b_more, third, peak, scale, MASS)
+        sum0 += tl.sum(b_sums0, axis=0)
+        sum1 += tl.sum(b_sums1, axis=0)
+        sum2 += tl.sum(b_sums2, axis=0)
+    return sum0, sum1, sum2
+
+
+@triton.jit
+def search(b_first, p_scores, n, lowest, target, peak, scale, MASS: tl.constexpr):
+    """The largest float32 with at least `target` of mass (or number) at or above it; `lowest` if all is too little.
+
+    A pass tries three pivots, and leaves a quarter of the floats that may be the right one.
+    """
     low, high = to_key(lowest).to(tl.int64), to_key(peak).to(tl.int64)
     while low < high:
-        middle = low + (high - low + 1) // 2
-        enough = above(p_scores, n, from_key(middle.to(tl.int32)), peak, scale, MASS) >= target
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+        step = (high - low) // 4 + 1
+        first, second, third = low + step, tl.minimum(low + 2 * step, high), tl.minimum(low + 3 * step, high)
+        sum0, sum1, sum2 = totals(
+            b_first, p_scores, n, from_key(first.to(tl.int32)), from_key(second.to(tl.int32)),
+            from_key(third.to(tl.int32)), peak, scale, MASS,
+        )  # fmt: skip
+        enough = (sum0 >= target).to(tl.int64) + (sum1 >= target).to(tl.int64) + (sum2 >= target).to(tl.int64)
+        high = tl.where(enough < 3, tl.minimum(high, low + step * (enough + 1) - 1), high)
+        low = tl.minimum(low + step * enough, high)
     return from_key(low.to(tl.int32))
 
 
 @triton.jit
-def gather_kernel(
-    p_parameters, s_rows, s_blocks, p_stats, p_scores, p_peaks, p_found, p_counts, p_totals, block, vocab, tiles,
-    BLOCK: tl.constexpr,
+def nucleus_bound(b_highest, b_sums, top_p, total, vocab, peak, coldness):
+    """A score that the lowest of the nucleus is not below, from each group's highest score and mass.
+
+    Of a group whose highest is at least x, at least that token or all but 31 of mass exp(x) is at or above x. Where
+    these masses of all groups reach top_p (and a ten-thousandth for rounding), the nucleus ends at x or above.
+    """
+    scale = coldness * LOG2E
+    # All below this is less than 1 - top_p of the mass, by a tenth.
+    low = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
+    step = peak - low
+    target = top_p * total * 1.0001
+    b_most = weights_below(b_highest, peak, scale)
+    for _ in tl.static_range(ROUNDS):
+        step = step / 4
+        start = low
+        for i in tl.static_range(1, 4):
+            pivot = start + step * i
+            b_least = tl.maximum(b_most, b_sums - (GROUP - 1) * tl.exp2((pivot - peak) * scale))
+            mass = tl.sum(tl.where(b_highest >= pivot, b_least, 0.0), axis=0)
+            low = tl.where(mass >= target, pivot, low)
+    return low
+
+
+@triton.jit
+def chosen(b_highest, bound):
+    """1 for groups that may have a token at or above the bound; none where it is +inf."""
+    return ((b_highest >= bound) & (b_highest > -INF) & (b_highest < INF)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["p_parameters"])
+def bound_kernel(
+    p_parameters, s_rows, s_blocks, p_stats,
+    p_groups,  # [2, rows, tiles, GROUPS]: their highest scores, their sums below the tile's peak
+    p_bounds,  # [rows]: no filter keeps a score below it; +inf for rows that have no filters
+    p_places,  # [rows, tiles + 1]: how many groups of the tiles before have a score that is not below it
+    block, vocab, tiles,
+    BLOCK: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Copies the scores that may be the k-th or in the nucleus, in their order; their number and the row's mass."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i_row, i_block = row // block, row % block
-    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
-    top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
-    top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
+    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block, NUMBERS)
+    top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block, NUMBERS)
+    top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block, NUMBERS)
+    min_p = parameter(p_parameters, s_rows, s_blocks, MIN_P, i_row, i_block, NUMBERS)
     o_tiles = tl.arange(0, BLOCK)
-    b_peaks = tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF)
-    b_sums = tl.load(p_stats + (rows + row) * tiles + o_tiles, mask=o_tiles < tiles, other=0.0)
+    m_tiles = o_tiles < tiles
+    b_peaks = tl.load(p_stats + row * tiles + o_tiles, mask=m_tiles, other=-INF)
+    b_sums = tl.load(p_stats + (rows + row) * tiles + o_tiles, mask=m_tiles, other=0.0)
+    o_groups = row * tiles * GROUPS + o_tiles[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    b_highest = tl.load(p_groups + o_groups, mask=m_tiles[:, None], other=-INF)
     peak = tl.max(b_peaks, axis=0)
     coldness = coldness_of(temperature)
-    total = tl.sum(tl.where(b_peaks == -INF, 0.0, b_sums * tl.exp2((b_peaks - peak) * coldness * LOG2E)), axis=0)
-    p_scores += row * tiles * TILE
-    p_found += row * tiles * TILE
+    b_scales = weights_below(b_peaks, peak, coldness * LOG2E)
 
-    count, bound = tl.zeros([], tl.int32), tl.full([], -INF, tl.float32)
+    bound = tl.full([], INF, tl.float32)
     limited = (top_k > 0) & (top_k < vocab)
-    if (temperature > 0) & (peak > -INF) & (peak < INF) & (limited | (top_p < 1)):
+    if (temperature > 0) & (peak > -INF) & (peak < INF) & (limited | (top_p < 1) | (min_p > 0)):
+        bound = tl.full([], -INF, tl.float32)
+        b_all = tl.reshape(b_highest, [BLOCK * GROUPS])
         if limited:  # k groups have their maximum at or above this
-            p_peaks += row * tiles * GROUPS
-            bound = search(p_peaks, tiles * GROUPS, bound, top_k.to(tl.float32), peak, 0.0, False)
-        else:  # all below this is less than 1 - top_p of the mass, by a tenth
-            bound = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
-        for start in range(0, tiles * TILE, SCAN):
-            offset = start + tl.arange(0, SCAN)
-            b_scores = tl.load(p_scores + offset, mask=offset < tiles * TILE, other=-INF)
-            b_chosen = ((b_scores >= bound) & (b_scores > -INF)).to(tl.int32)
-            tl.store(p_found + count + tl.cumsum(b_chosen, axis=0) - 1, b_scores, mask=b_chosen > 0)
-            count += tl.sum(b_chosen, axis=0)
-    tl.store(p_counts + row, count)
-    tl.store(p_totals + row, total)
+            bound = search(b_all, p_groups, 0, bound, top_k.to(tl.float32), peak, 0.0, False)
+        if top_p < 1:
+            b_groups = tl.load(p_groups + rows * tiles * GROUPS + o_groups, mask=m_tiles[:, None], other=0.0)
+            b_masses = tl.reshape(b_groups * b_scales[:, None], [BLOCK * GROUPS])
+            total = tl.sum(b_sums * b_scales, axis=0)
+            bound = tl.maximum(bound, nucleus_bound(b_all, b_masses, top_p, total, vocab, peak, coldness))
+        if min_p > 0:
+            bound = tl.maximum(bound, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
+    b_counts = tl.sum(chosen(b_highest, bound), axis=1)
+    p_places += row * (tiles + 1)
+    tl.store(p_places + 1 + o_tiles, tl.cumsum(b_counts, axis=0), mask=m_tiles)
+    tl.store(p_places, 0)
+    tl.store(p_bounds + row, bound)
+
+
+@triton.jit(do_not_specialize=["p_weights"])
+def collect_kernel(
+    p_members, s_member_rows, s_member_blocks, p_weights, s_weights, p_bias, s_bias, p_groups, p_bounds, p_places,
+    p_found,  # [rows, tiles, GROUPS, GROUP]: the chosen groups of all tiles one after the other, -inf below the bound
+    block, vocab,
+    BIAS: tl.constexpr, NUMBERS: tl.constexpr,
+):  # fmt: skip
+    i_tile, row, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    i_row, i_block = row // block, row % block
+    bound = tl.load(p_bounds + row)
+    o_groups, o_group = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    b_chosen = chosen(tl.load(p_groups + (row * tiles + i_tile) * GROUPS + o_groups), bound)
+    if tl.sum(b_chosen, axis=0) > 0:
+        b_places = tl.load(p_places + row * (tiles + 1) + i_tile) + tl.cumsum(b_chosen, axis=0) - 1
+        offset = i_tile * TILE + o_groups[:, None] * GROUP + o_group[None, :]
+        m_chosen = (b_chosen > 0)[:, None]
+        b_scores = combined(
+            p_members, s_member_rows, s_member_blocks, p_weights, s_weights, p_bias, s_bias, i_row, i_block, offset,
+            m_chosen & (offset < vocab), BIAS, NUMBERS,
+        )  # fmt: skip
+        p_found += row * tiles * TILE
+        b_scores = tl.where(b_scores >= bound, b_scores, -INF)
+        tl.store(p_found + b_places[:, None] * GROUP + o_group[None, :], b_scores, mask=m_chosen)
 
 
 @triton.jit
-def threshold_kernel(
-    p_parameters, s_rows, s_blocks, p_stats, p_found, p_counts, p_totals, p_lowest, block, vocab, tiles,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    i_row, i_block = row // block, row % block
-    temperature = parameter(p_parameters, s_rows, s_blocks, TEMPERATURE, i_row, i_block)
-    top_k = parameter(p_parameters, s_rows, s_blocks, TOP_K, i_row, i_block)
-    top_p = parameter(p_parameters, s_rows, s_blocks, TOP_P, i_row, i_block)
-    min_p = parameter(p_parameters, s_rows, s_blocks, MIN_P, i_row, i_block)
+def sums_of_tiles(p_found, p_places, n, lowest, peak, scale, tiles, BLOCK: tl.constexpr):
+    """The mass of each tile's candidates that are kept, below the row's peak."""
     o_tiles = tl.arange(0, BLOCK)
-    peak = tl.max(tl.load(p_stats + row * tiles + o_tiles, mask=o_tiles < tiles, other=-INF), axis=0)
+    b_begins = tl.load(p_places + o_tiles, mask=o_tiles < tiles, other=0)
+    b_ends = tl.load(p_places + 1 + o_tiles, mask=o_tiles < tiles, other=0)
+    b_sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n // GROUP, AT_ONCE):
+        o_places = start + tl.arange(0, AT_ONCE)
+        offset = o_places[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        b_scores = tl.load(p_found + offset, mask=offset < n, other=-INF)
+        b_groups = tl.sum(tl.where(b_scores >= lowest, weights_below(b_scores, peak, scale), 0.0), axis=1)
+        m_inside = (o_places[:, None] >= b_begins[None, :]) & (o_places[:, None] < b_ends[None, :])
+        b_sums += tl.sum(tl.where(m_inside, b_groups[:, None], 0.0), axis=0)
+    return b_sums
+
+
+@triton.jit
+def filtered(
+    p_found, p_places, bound, total, temperature, top_k, top_p, min_p, vocab, tiles, peak, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The lowest score kept, and the mass that each tile keeps."""
     coldness = coldness_of(temperature)
     scale = coldness * LOG2E
-    p_found += row * tiles * TILE
-    count, total = tl.load(p_counts + row), tl.load(p_totals + row)
-
+    n = tl.load(p_places + tiles) * GROUP
+    offset = tl.arange(0, SCAN)
+    b_first = tl.load(p_found + offset, mask=offset < n, other=-INF)
     lowest = tl.full([], -INF, tl.float32)
-    if (temperature > 0) & (peak > -INF) & (peak < INF):
-        if (top_k > 0) & (top_k < vocab):
-            lowest = search(p_found, count, lowest, top_k.to(tl.float32), peak, 0.0, False)
-            total = above(p_found, count, lowest, peak, scale, True)
-        if top_p < 1:
-            lowest = search(p_found, count, lowest, tl.maximum(top_p * total, 1e-30), peak, scale, True)
-        if min_p > 0:
-            lowest = tl.maximum(lowest, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
-    tl.store(p_lowest + row, lowest)
-
-
-@triton.jit
-def kept_kernel(p_temperature, s_temperature_row, s_temperature_block, p_stats, p_scores, p_lowest, p_kept, block):
-    i_tile, row, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    temperature = tl.load(p_temperature + row // block * s_temperature_row + row % block * s_temperature_block)
-    tile = row * tiles + i_tile
-    b_scores = tl.load(p_scores + tile * TILE + tl.arange(0, TILE))
-    b_scores = tl.where(b_scores >= tl.load(p_lowest + row), b_scores, -INF)
-    tl.store(p_kept + tile, exp_sum(b_scores, tl.load(p_stats + tile), coldness_of(temperature) * LOG2E))
+    if (top_k > 0) & (top_k < vocab):
+        lowest = search(b_first, p_found, n, lowest, top_k.to(tl.float32), peak, 0.0, False)
+        total, _, _ = totals(b_first, p_found, n, lowest, lowest, lowest, peak, scale, True)
+    if top_p < 1:
+        lowest = search(b_first, p_found, n, lowest, tl.maximum(top_p * total, 1e-30), peak, scale, True)
+    if min_p > 0:
+        lowest = tl.maximum(lowest, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
+    lowest = tl.maximum(lowest, bound)  # rounding may leave less mass than top_p asks for: then all candidates stay
+    return lowest, sums_of_tiles(p_found, p_places, n, lowest, peak, scale, tiles, BLOCK)

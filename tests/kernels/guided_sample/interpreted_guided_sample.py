@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from canaries import Canaries
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from genarm_fast.kernels import guided_sample_reference
 from genarm_fast.kernels.guided_sample.arguments import SamplingArguments, check
@@ -104,36 +105,48 @@ def test_a_bias_of_minus_infinity(filters):
     assert bias.gather(1, drawn.tokens).isfinite().all()
 
 
-FILTER_KERNELS = ("gather_kernel", "threshold_kernel", "kept_kernel")
+PLAIN = ["scores_kernel", "draw_kernel"]
+FILTERED = ["scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel"]
 
 
 @pytest.mark.parametrize(
     "filters",
     [{}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"top_k": 5}, {"min_p": torch.zeros(2)}, {"top_p": torch.ones(2)}],
 )
-def test_filters_that_are_off_launch_nothing(filters, monkeypatch):
+@pytest.mark.parametrize("numbers", [False, True])
+def test_launches(filters, numbers, monkeypatch):
+    """Two kernels, four with filters, and nothing else: parameters that are numbers are not copied to the device."""
     launched = []
-    for name in FILTER_KERNELS:
-        kernel = getattr(triton_kernels, name)
-        monkeypatch.setattr(triton_kernels, name, Recorded(kernel, launched, name))
-    fills = []
-    full = torch.full
-    monkeypatch.setattr(torch, "full", lambda *args, **kwargs: fills.append(1) or full(*args, **kwargs))
+    for name in FILTERED:
+        monkeypatch.setattr(triton_kernels, name, Recorded(launched, name))
     row = torch.arange(2)
-    launch(SamplingArguments(torch.zeros(2, 40), (), [], row, row, temperature=torch.ones(2), **filters))
+    options = {"seeds": 1, "positions": 2, "temperature": 0.7} if numbers else {"seeds": row, "positions": row}
+    logits = torch.zeros(2, 40)
+    with Operations() as operations:
+        launch(SamplingArguments(logits, (), [], **options, **filters))
     used = filters.get("top_k") or any(isinstance(value, torch.Tensor) for value in filters.values())
-    assert launched == (list(FILTER_KERNELS) if used else [])
-    assert bool(fills) == bool(used)  # numbers are copied to the device only for the filter kernels
-    assert_same([torch.randn(2, 40)], [], seeds=1, positions=0, **filters)
+    assert launched == (FILTERED if used else PLAIN)
+    assert operations.found == {"aten::empty"}
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.add(func._schema.name)
+        return func(*args, **kwargs or {})
 
 
 class Recorded:
-    def __init__(self, kernel, log, name):
-        self.kernel, self.log, self.name = kernel, log, name
+    """In place of a kernel: only its launches count."""
+
+    def __init__(self, log, name):
+        self.log, self.name = log, name
 
     def __getitem__(self, grid):
-        self.log.append(self.name)
-        return self.kernel[grid]
+        return lambda *_, **__: self.log.append(self.name)
 
 
 @pytest.mark.parametrize("changed", ["base", "arm", "weights", "temperature", "top_p", "min_p", "bias"])
