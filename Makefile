@@ -3,6 +3,7 @@
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
 # make lint    style and types
 # make bench   speed of the kernels on this machine
+# make wheel-test   sdist and wheel, tried in a fresh environment without the clone
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test lint bench
+.PHONY: demo check test lint bench wheel-test
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -38,6 +39,9 @@ lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy genarm_fast kernels/ops
+
+wheel-test: $(VENV)/.installed-dev
+	$(VENV)/bin/python scripts/wheel_test.py
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)

@@ -26,7 +26,7 @@ from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
 from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
-from genarm_fast.params import SamplingParams
+from genarm_fast.params import AnyWeights, SamplingParams, Weight
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.speculation.policy import Tuners
 from genarm_fast.text.prompts import as_prompts
@@ -300,6 +300,6 @@ class GenARM(AsyncCalls):
             raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {known}")
         return plan
 
-    def expand_weights(self, weights: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
-        """One weight per ARM; None for their defaults. Raises as `SamplingParams` does for wrong ones."""
+    def expand_weights(self, weights: AnyWeights | None) -> tuple[Weight, ...]:
+        """One weight per ARM, or one for each of its tokens; None for their defaults. Raises as `SamplingParams`."""
         return self._requests.expand_weights(weights)

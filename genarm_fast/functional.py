@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from genarm_fast.kept import OPTIONS, KeptModels
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.hub import Source
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import SamplingParams, check_integer
+from genarm_fast.params import SamplingParams, check_integer, weights_per_arm
 
 _SAMPLING = {field.name: field.default for field in fields(SamplingParams)}
 _kept = KeptModels()
@@ -112,23 +112,40 @@ def _prepare(base: Any, arms: Any, params: Any, keywords: dict[str, Any]) -> tup
     overrides = {name: value for name, value in keywords.items() if name in _SAMPLING}
     overrides["speculation"] = options.pop("speculation", None)
     specs = as_arms(arms)
-    model = _kept.get(base, specs, options)
+    model = kept_model(base, specs, options)
+    own = tuple(float(spec.weight) for spec in specs)
     if overrides.get("weights") is None:
         overrides.pop("weights", None)
-        own = tuple(float(spec.weight) for spec in specs)
         if own != tuple(arm.weight for arm in model.arms):  # it was loaded with others
-            params = _weighed(params, own)
+            params = _weighed(params, model.arm_names, own)
+    else:
+        overrides["weights"] = weights_or_own(overrides["weights"], model.arm_names, own)
     return model, params, overrides
 
 
-def _weighed(params: Any, weights: tuple[float, ...]) -> Any:
-    """Sampling parameters with these weights where they have none; anything else is refused later."""
+def kept_model(base: Source | nn.Module, specs: list[ARM], options: dict[str, Any]) -> GenARM:
+    """The model that the next call of `generate` with these options of loading would use too.
+
+    Its ARMs may have other default weights than the specifications: see `weights_or_own`.
+    """
+    return _kept.get(base, specs, options)
+
+
+def weights_or_own(weights: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:
+    """Weights of a call for ARMs of these names, which are `own` for those that the call leaves out."""
+    if weights is None:
+        return own
+    return weights_per_arm(weights, names, own) if isinstance(weights, Mapping) else weights
+
+
+def _weighed(params: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:
+    """Sampling parameters with the ARMs' own weights where they have none; anything else is refused later."""
     if params is None:
-        return SamplingParams(weights=weights)
+        return SamplingParams(weights=own)
     if isinstance(params, SamplingParams):
-        return params.override(weights=weights) if params.weights is None else params
+        return params.override(weights=weights_or_own(params.weights, names, own))
     if isinstance(params, Sequence):
-        return [each if each is None else _weighed(each, weights) for each in params]
+        return [each if each is None else _weighed(each, names, own) for each in params]
     return params
 
 

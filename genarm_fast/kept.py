@@ -102,7 +102,7 @@ class KeptModels:
 
     def _load(self, slot: Slot, base: Any, specs: list[ARM], options: dict[str, Any]) -> GenARM:
         draft_model = options.get("draft_model")
-        sources = [base, *(spec.model for spec in specs), draft_model]
+        sources = [base, *(spec.model for spec in specs), *(spec.base for spec in specs), draft_model]
         paths = [path for kind, path in map(_identity_of_source, sources) if kind == "folder"]
         folders = list(dict.fromkeys(folder for path in paths for folder in folders_of(path)))
         self._make_room(slot, sum(weight_bytes(Path(folder)) for folder in folders))
@@ -119,7 +119,8 @@ class KeptModels:
         loading = {name: value for name, value in options.items() if name not in ("draft_model", "model_kwargs")}
         loading |= {} if draft_model is None else {"draft_model": own(draft_model)}
         loading |= options.get("model_kwargs") or {}  # none of which is an option by itself
-        model = GenARM.from_pretrained(own(base), [_over(spec, own(spec.model)) for spec in specs], **loading)
+        arms = [_over(spec, own(spec.model), own(spec.base)) for spec in specs]
+        model = GenARM.from_pretrained(own(base), arms, **loading)
         for state in slot.given:
             state.moved_by_us()
         known = {tensor.data_ptr() for module in given.values() for tensor in module.parameters()}
@@ -177,6 +178,7 @@ def _key(base: Any, specs: list[ARM], options: dict[str, Any]) -> Any:
     arms = [
         (
             _identity_of_source(spec.model),
+            _identity_of_source(spec.base),
             _identity([spec.name, spec.prompt_template, spec.chat_template, spec.trust_remote_code, spec.active]),
         )
         for spec in specs
@@ -213,8 +215,9 @@ def _identity(value: Any) -> Any:
     return id(value), repr(value)
 
 
-def _over(spec: ARM, model: Any) -> ARM:
-    """The same for another model object; which adapter was active when it was made stays."""
+def _over(spec: ARM, model: Any, base: Any) -> ARM:
+    """The same for other model objects; which adapter was active when it was made stays."""
     spec = copy.copy(spec)
     object.__setattr__(spec, "model", model)
+    object.__setattr__(spec, "base", base)
     return spec

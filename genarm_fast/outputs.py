@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -115,11 +115,19 @@ class GenerationOutput:
     def rewards(self) -> dict[str, ArmRewards] | None:
         return self.completions[0].rewards
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON, with each reward's total."""
+    def to_dict(self, token_text: Callable[[int], str] | None = None) -> dict[str, Any]:
+        """Plain types for JSON, with each reward's total.
+
+        token_text: the text of a token id, by which log-probabilities get `token`, the text of the token itself, and
+        `top_tokens`, those of the most probable ones by id.
+        """
         data = asdict(self)
         for plain, completion in zip(data["completions"], self.completions):
             plain["rewards"] = rewards_to_dict(completion.rewards)
+            if token_text is not None:
+                for entry, token in zip(plain["logprobs"] or (), completion.token_ids):
+                    entry["token"] = token_text(token)
+                    entry["top_tokens"] = {each: token_text(each) for each in entry["top"]}
         return data
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 MAX_SEED = 2**64 - 1
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which all arithmetic on scores is done
+Weight = float | tuple[float, ...]  # of an ARM, or of each of its tokens, the last one for all that follow
+AnyWeight = float | Sequence[float]
+AnyWeights = float | Sequence[AnyWeight] | Mapping[str, AnyWeight]  # for all ARMs, one for each, or of some by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,9 @@ class SamplingParams:
 
     Args:
         weights: one weight per ARM (the paper's 1/β), any finite real; a number stands for every ARM; names with
-            numbers set these ARMs' alone; None takes each ARM's own default weight.
+            numbers set these ARMs' alone; None takes each ARM's own default weight. In the place of an ARM's number, a
+            list has one for each token of the response; the last one repeats.
+        base_weight: coefficient of log π_base, any finite real. Tokens that the base masks stay impossible.
         temperature: T in p ∝ exp((log π_base + Σ w_i log π_arm_i)/T); 0 is greedy, ties go to the lowest token id.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
@@ -55,7 +60,8 @@ class SamplingParams:
         TypeError, ValueError: naming the argument, its value and what was expected.
     """
 
-    weights: float | Sequence[float] | Mapping[str, float] | None = None
+    weights: AnyWeights | None = None
+    base_weight: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -87,6 +93,7 @@ class SamplingParams:
                 object.__setattr__(self, each.name, each.default)
         checked: dict[str, Any] = {
             "weights": None if self.weights is None else check_weights(self.weights),
+            "base_weight": check_real("base_weight", self.base_weight, "a finite number", -math.inf),
             "temperature": check_real("temperature", self.temperature, "a finite number >= 0", 0.0),
             "top_k": check_integer("top_k", self.top_k, "an integer >= 0 (0 keeps all tokens)", 0),
             "top_p": check_real("top_p", self.top_p, "a number in (0, 1]", 0.0, 1.0, open_low=True),
@@ -138,11 +145,11 @@ class SamplingParams:
         return replace(self, **overrides)
 
 
-Weights = float | tuple[float, ...] | dict[str, float]  # for all ARMs, one for each, or those of some by name
+def check_weights(weights: object, count: int | None = None) -> float | tuple[Weight, ...] | dict[str, Weight]:
+    """Finite ARM weights: a number for all ARMs, one for each of `count` ARMs, or numbers by name.
 
-
-def check_weights(weights: object, count: int | None = None) -> Weights:
-    """Finite ARM weights: a number for all ARMs, one for each of `count` ARMs, or numbers by name."""
+    In the place of an ARM's number there may be a list with a number for each token.
+    """
     if isinstance(weights, Mapping):
         if not all(isinstance(name, str) for name in weights):
             raise TypeError(f"weights={weights!r}: expected names of ARMs as keys")
@@ -159,21 +166,34 @@ def check_weights(weights: object, count: int | None = None) -> Weights:
     if isinstance(weights, Real):
         return checked[0]
     if count is not None and len(values) != count:
-        expected = f"{count} number{'s' * (count != 1)}, one per ARM"
-        raise ValueError(f"weights={weights!r}: expected {expected}, got {len(values)}")
+        expected = f"{count} number{'s' * (count != 1)}, one per ARM, got {len(values)}"
+        raise ValueError(f"weights={weights!r}: expected {expected} (a list per token goes in the place of a number)")
     return checked
 
 
-def _weights(weights: object, values: Iterable[Any]) -> tuple[float, ...]:
-    checked = tuple(values)
-    for value in checked:
-        if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
-            raise ValueError(f"weights={weights!r}: expected finite numbers, got {value!r}")
-    return tuple(map(float, checked))
+def _weights(weights: object, values: Iterable[Any]) -> tuple[Any, ...]:
+    checked = []
+    for value in values:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, (list, tuple)):
+            line = _weights(weights, value)
+            if not line or not all(isinstance(each, float) for each in line):
+                raise ValueError(f"weights={weights!r:.200}: expected a number for each token, got {value!r:.80}")
+            checked.append(line if len(set(line)) > 1 else line[0])
+        elif not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
+            raise ValueError(f"weights={weights!r:.200}: expected finite numbers, got {value!r}")
+        else:
+            checked.append(float(value))
+    return tuple(checked)
 
 
-def weights_per_arm(weights: object, names: Sequence[str], others: Sequence[float]) -> tuple[float, ...]:
-    """One finite weight for each ARM of these names. A single number stands for all of them.
+def weight_at(weight: Weight, position: int) -> float:
+    """An ARM's weight for the token at this place of the response."""
+    return weight[min(position, len(weight) - 1)] if isinstance(weight, tuple) else weight
+
+
+def weights_per_arm(weights: object, names: Sequence[str], others: Sequence[Weight]) -> tuple[Weight, ...]:
+    """One finite weight for each ARM of these names, or one for each of its tokens. A single number stands for all.
 
     others: weights of ARMs that weights by name leave out.
 

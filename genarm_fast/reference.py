@@ -45,19 +45,24 @@ def guided_probs(
     return truncated_probs(guided_scores(base_logits, arm_logits, weights), temperature, top_k, top_p, min_p)
 
 
-def guided_scores(base_logits: Tensor, arm_logits: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
-    """log p at T = 1: the members' log-probabilities, summed with their weights and normalised; float64 [..., V]."""
+def guided_scores(
+    base_logits: Tensor, arm_logits: Sequence[Tensor], weights: Sequence[float] | Tensor, base_weight: float = 1.0
+) -> Tensor:
+    """log p at T = 1: the members' log-probabilities, summed with their weights and normalised; float64 [..., V].
+
+    What the base masks is impossible at any weight of the base.
+    """
     if len(weights) != len(arm_logits):
         raise ValueError(f"weights={weights}: expected one per ARM, {len(arm_logits)} in all, got {len(weights)}")
     total = torch.zeros_like(base_logits, dtype=torch.float64)
     masked = torch.zeros_like(base_logits, dtype=torch.bool)
-    for i, (logits, weight) in enumerate(zip((base_logits, *arm_logits), (1.0, *weights))):
+    for i, (logits, weight) in enumerate(zip((base_logits, *arm_logits), (base_weight, *weights))):
         name = "base_logits" if i == 0 else f"arm_logits[{i - 1}]"
         if logits.shape != base_logits.shape:
             raise ValueError(f"{name} of shape {tuple(logits.shape)}: expected {tuple(base_logits.shape)}")
         if bool((logits.isnan() | (logits == torch.inf)).any()):
             raise ValueError(f"{name}: expected finite numbers or -inf, got NaN or +inf")
-        if weight == 0:
+        if weight == 0 and i:
             continue
         logprobs = logits.to(torch.float64).log_softmax(-1)
         hole = logits == -torch.inf
@@ -105,15 +110,20 @@ class ReferenceOutput:
     member_logprobs: list[list[float]] = field(default_factory=list)
 
 
+def _weight_at(weight: float | Sequence[float], position: int) -> float:
+    return weight[min(position, len(weight) - 1)] if isinstance(weight, Sequence) else weight
+
+
 @torch.no_grad()
 def generate(
     base: Callable[..., Any],
     arms: Sequence[Callable[..., Any]],
     prompts: Sequence[Sequence[int]],
-    weights: Sequence[float] | Callable[[int], Sequence[float]],
+    weights: Sequence[float | Sequence[float]] | Callable[[int], Sequence[float]],
     *,
     max_new_tokens: int,
     seed: int = 0,
+    base_weight: float = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -134,7 +144,8 @@ def generate(
     Args:
         base, arms: models `(input_ids [1, t]) -> object with .logits [1, t, V]`, as transformers' are.
         prompts: token ids of the prompt for the base and for each ARM (templates may differ).
-        weights: m numbers, or a function from the index of the next token to them.
+        weights: m numbers, each for all tokens or a list with one for each token, whose last one repeats; or a
+            function from the index of the next token to m numbers.
         vocab_size: the common vocabulary; default: the narrowest member.
 
     Other arguments mean what they mean in `genarm_fast.SamplingParams`.
@@ -148,7 +159,8 @@ def generate(
         ]
         width = vocab_size or min(len(row) for row in logits)
         logits = [row[:width] for row in logits]
-        scores = guided_scores(logits[0], logits[1:], weights(position) if callable(weights) else weights)
+        now = weights(position) if callable(weights) else [_weight_at(weight, position) for weight in weights]
+        scores = guided_scores(logits[0], logits[1:], now, base_weight)
 
         seen = [*prompts[0], *output.tokens]
         penalised = sorted({token for token in seen if token < width})

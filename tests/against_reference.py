@@ -83,5 +83,12 @@ def random_params(rng: random.Random, arms: int) -> dict[str, Any]:
     if more.random() < 0.2:
         params["allowed_token_ids"] = more.sample(range(2, 300), 120)
     if more.random() < 0.2:
+        params["base_weight"] = more.choice([0.0, 0.5, -1.0, 2.0])
+    if more.random() < 0.3:
+        params["weights"] = [
+            more.choice([weight, [more.choice([0.0, 0.5, -0.7, 2.0]) for _ in range(more.randint(1, 9))]])
+            for weight in params["weights"]
+        ]
+    if more.random() < 0.2:
         params["suppress_tokens"] = [more.randrange(2, 300) for _ in range(9)]
     return params

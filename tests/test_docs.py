@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "genarm_fast|kernels|tests|docs|benchmarks|scripts"
+FOLDERS = "genarm_fast|kernels|tests|docs|benchmarks|scripts|examples"
 IN_FOLDER = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w")
 MODULE_FILE = re.compile(r"(?<![\w./:-])(?:[\w-]+/)+[\w-]+\.(?:py|cpp)\b")
 LINK = re.compile(r"\]\(([^)\s#:]*)(?:#([^)\s]+))?\)")
+TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 OBJECT = re.compile(r"(?<![\w./-])genarm_fast(?:\.[a-zA-Z_]\w*)+")
 
 
@@ -24,6 +25,9 @@ def faults(page: Path, text: str) -> list[str]:
         for path in {*IN_FOLDER.findall(text), *MODULE_FILE.findall(text)}
         if not (ROOT / path).exists() and not (ROOT / "genarm_fast" / path).exists()
     ]
+    for path, test in TEST.findall(text):
+        if f"def {test}(" not in (ROOT / path).read_text(encoding="utf-8"):
+            missing.append(f"{path}::{test}")
     for link, anchor in LINK.findall(text):
         target = page.parent / link if link else page
         if not target.exists():
@@ -60,6 +64,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
         ("python benchmarks/fast.py --json", "benchmarks/fast.py"),
         ("[a page](nowhere.md)", "nowhere.md"),
         ("[a heading](docs/api.md#no-such-heading)", "docs/api.md#no-such-heading"),
+        ("`tests/test_docs.py::test_nothing`", "tests/test_docs.py::test_nothing"),
         ("`genarm_fast.requests.sample_seed(seed, i)`", "genarm_fast.requests.sample_seed"),
     ],
 )

@@ -363,3 +363,19 @@ def test_bounded_by_bytes(folder, tiny_model, tokenizer, loads, monkeypatch):
     monkeypatch.setenv(kept.LIMIT, "2GB")
     with pytest.raises(ValueError, match="GENARM_FAST_KEEP_BYTES='2GB': expected a number of bytes"):
         genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=5)
+
+
+def test_weights_by_name_leave_the_others_at_their_own(tiny_model, tokenizer):
+    """Also where the model was loaded by a call whose ARMs had other weights."""
+    base, first, second = tiny_model(), tiny_model(seed=1), tiny_model(seed=2)
+    run = {"tokenizer": tokenizer, "temperature": 0.0, "max_new_tokens": 8}
+
+    def call(weight, weights):
+        arms = [ARM(first, weight=weight, name="a"), ARM(second, name="b")]
+        return genarm_fast.generate(base, arms, [[5, 6, 7]], weights=weights, **run)[0].token_ids
+
+    call(0.0, None)
+    assert call(3.0, {"b": 0.5}) == call(3.0, [3.0, 0.5]) != call(0.0, [0.0, 0.5])
+    params = SamplingParams(weights={"b": 0.5})
+    arms = [ARM(first, weight=3.0, name="a"), ARM(second, name="b")]
+    assert genarm_fast.generate(base, arms, [[5, 6, 7]], params, **run)[0].token_ids == call(3.0, [3.0, 0.5])

@@ -80,7 +80,7 @@ def test_numbers_of_numpy_and_torch_become_plain_ones():
 
 
 def test_unknown_override_is_refused():
-    with pytest.raises(TypeError, match="'temprature': expected one of weights, temperature"):
+    with pytest.raises(TypeError, match="'temprature': expected one of weights, base_weight, temperature"):
         SamplingParams().override(temprature=1)
 
 

@@ -29,7 +29,7 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
         raise ValueError("--input and --output: expected both, and no other prompt")
     if args.stream:
         raise ValueError("--stream: expected no --input with it")
-    requests = jobs.read_requests(args.input, params, arms=len(args.arm))
+    requests = jobs.read_requests(args.input, params, arms=len(args.arm), keep=args.keep)
     if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         raise ValueError(f"--output {args.output}: expected another file than --input")
     setup = setup_digest(args)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from genarm_fast.cli.display import console, reward_table
 from genarm_fast.cli.loading import add_loading_arguments, load
-from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params
+from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params, shown
 from genarm_fast.errors import GenerationError
 from genarm_fast.params import SamplingParams, check_weights
 
@@ -130,7 +130,7 @@ class Chat:
         if name != "weights":
             return f"{name}: {value}"
         weights = zip(self.model.arm_names, self.model.expand_weights(value))
-        return "weights: " + (", ".join(f"{arm}={weight:g}" for arm, weight in weights) or "no ARM")
+        return "weights: " + (", ".join(f"{arm}={shown(weight)}" for arm, weight in weights) or "no ARM")
 
 
 def _typed_lines() -> Iterator[str]:

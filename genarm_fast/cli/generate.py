@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from genarm_fast.cli.display import console, show_report
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load, read_text
 from genarm_fast.cli.options import add_sampling_arguments, sampling_params
+from genarm_fast.text.detokenize import token_text
 from genarm_fast.utils.jsonlines import dumps
 
 
@@ -21,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("batch job")
     job.add_argument("-i", "--input", type=Path, metavar="FILE", help="JSON lines: prompt, id, sampling parameters")
     job.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON lines; an unfinished job is resumed")
+    job.add_argument(
+        "--keep", action="append", default=[], metavar="FIELD", help="copy this field of each line; repeat for several"
+    )
     job.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output file holds")
     add_loading_arguments(parser)
     add_format_arguments(parser)
@@ -34,15 +39,15 @@ def run(args: argparse.Namespace) -> int:
         from genarm_fast.cli.batch import run_job
 
         return run_job(args, params)
-    if args.overwrite:
-        raise ValueError("--overwrite: expected --input and --output with it")
+    if args.overwrite or args.keep:
+        raise ValueError(f"{'--overwrite' if args.overwrite else '--keep'}: expected --input and --output with it")
     if args.stream and (args.json or params.n > 1):
         raise ValueError("--stream: expected neither --json nor --n above 1 with it")
     text = _prompt(args)
     model = load(args)
     prompt = formatted(args, model, text)
     if args.json:
-        print(dumps(model.generate([prompt], params)[0].to_dict()))
+        print(dumps(model.generate([prompt], params)[0].to_dict(partial(token_text, model.tokenizer))))
         return 0
     if args.stream or (sys.stdout.isatty() and params.n == 1):
         with model.stream(prompt, params) as stream:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Any
 
-from genarm_fast.params import SamplingParams, check_weights
+from genarm_fast.params import SamplingParams, Weight, check_weights
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -72,20 +72,29 @@ def parse_field(field: Field[Any], text: str) -> Any:
         raise ValueError(f"{field.name}={text!r}: expected {expected}") from None
 
 
-def numbers(text: str) -> float | tuple[float, ...] | dict[str, float]:
-    """`1.5` → 1.5, for every ARM; `1,0.5` or `1 0.5` → one number each; `kind=1,terse=0.5` → these ARMs' numbers."""
+def numbers(text: str) -> float | tuple[Weight, ...] | dict[str, Weight]:
+    """`1.5` → 1.5, for every ARM; `1,0.5` or `1 0.5` → one number each; `kind=1,terse=0.5` → these ARMs' numbers.
+
+    In the place of an ARM's number, `2:1:0.5` has one for each token; the last one repeats.
+    """
     parts = [part.rpartition("=") for part in text.replace(",", " ").split()]
     named = [bool(sign) for _, sign, _ in parts]
     try:
-        values = tuple(float(number) for *_, number in parts)
+        lines = [tuple(map(float, number.split(":"))) for *_, number in parts]
     except ValueError:
-        values = ()
-    if not values or not all(map(math.isfinite, values)) or any(named) != all(named):
-        expected = "a finite number, or one per ARM separated by commas, or NAME=W for some ARMs"
+        lines = []
+    if not lines or not all(math.isfinite(number) for line in lines for number in line) or any(named) != all(named):
+        expected = "a finite number, or one per ARM separated by commas (W:W:... by token), or NAME=W for some ARMs"
         raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+    values = tuple(line if len(line) > 1 else line[0] for line in lines)
     if all(named):
         return {name: value for (name, *_), value in zip(parts, values)}
-    return values if len(values) > 1 else values[0]
+    return values if len(values) > 1 or isinstance(values[0], tuple) else values[0]
+
+
+def shown(weight: Weight) -> str:
+    """A weight as it is typed."""
+    return ":".join(f"{number:g}" for number in weight) if isinstance(weight, tuple) else f"{weight:g}"
 
 
 def unescaped(text: str) -> str:
@@ -107,7 +116,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "int | None": {"type": int, "metavar": "N"},
     "float": {"type": float, "metavar": "X"},
     "float | None": {"type": float, "metavar": "X"},
-    "float | Sequence[float] | Mapping[str, float] | None": {"type": numbers, "metavar": "W[,W...]"},
+    "AnyWeights | None": {"type": numbers, "metavar": "W[,W...]"},
     "str | Sequence[str]": {"action": "append", "type": unescaped, "metavar": "TEXT"},
     "Sequence[int]": {"action": "append", "type": int, "metavar": "ID"},
     "Sequence[int] | None": {"action": "append", "type": int, "metavar": "ID"},

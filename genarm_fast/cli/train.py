@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     if args.chat_template:
         values["chat_template"] = read_text(Path(args.chat_template))
-    config = TrainConfig(**{**values, "lora_targets": tuple(values["lora_targets"])})
+    config = TrainConfig(**{**values, **{name: tuple(values[name]) for name in ("lora_targets", "columns")}})
     result = train(config, progress=not args.json)
     if args.json:
         print(json.dumps(result.report, ensure_ascii=False))

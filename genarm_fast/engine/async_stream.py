@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from collections.abc import Sequence as Many
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from genarm_fast.engine.call import Call
@@ -12,6 +11,7 @@ from genarm_fast.engine.engine_thread import EngineThread
 from genarm_fast.engine.sequence import Sequence
 from genarm_fast.engine.stream import Shown, Steering, StreamChunk
 from genarm_fast.outputs import GenerationOutput
+from genarm_fast.params import AnyWeights
 
 Parts = tuple[EngineThread, Engine, list[Sequence], list[str]]
 
@@ -68,7 +68,7 @@ class AsyncStream:
             self._call = thread.call(engine, sequences, Shown(sequences).chunk, self._ahead)
         return self._call, self._steering
 
-    def set_weights(self, weights: float | Many[float] | Mapping[str, float], index: int | None = None) -> None:
+    def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:
         """Use other ARM weights from the next token on that is not drawn yet: see `Stream.set_weights`.
 
         Raises:

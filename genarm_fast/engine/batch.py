@@ -64,12 +64,22 @@ class State(NamedTuple):
 class SamplingTensors(NamedTuple):
     """What `guided_sample` takes for the rows, on one stream.
 
-    weights: float32 [R, m] of the ARMs that run. parameters: temperature, seeds, and of the filters those that any
+    weights: float32 [R, S, 1 + m] of the members that run, base first, for the first S tokens of the response; the last
+    of them hold for all that follow. parameters: temperature, seeds, and of the filters those that any
     sequence uses: an unused filter costs a kernel nothing if it is not passed.
     """
 
     weights: Tensor
     parameters: dict[str, Tensor]
+
+    def at(self, positions: Tensor) -> Tensor:
+        """Weights at positions [R, q] of the responses: float32 [R, 1 + m] if q or S is 1, else [R, q, 1 + m]."""
+        table = self.weights
+        if table.shape[1] == 1:
+            return table[:, 0]
+        index = positions.clamp_max(table.shape[1] - 1)[..., None]
+        weights = table.gather(1, index.expand(*positions.shape, table.shape[2]))
+        return weights[:, 0] if positions.shape[1] == 1 else weights
 
 
 class Batch:
@@ -90,6 +100,8 @@ class Batch:
         self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
+        self.base_lines = [sequence.base_line for sequence in self.rows]
+        self.plain_base = all(line == (1.0,) for line in self.base_lines)
         self._sampling: dict[WorkStream, SamplingTensors] = {}
         self._cache_rows: dict[int, Tensor] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)
@@ -182,7 +194,6 @@ class Batch:
         """The sequences' parameters for use on `stream`."""
         if stream not in self._sampling:
             params = [sequence.request.params for sequence in self.rows]
-            weights = [[sequence.weights[m - 1] for m in self.active[1:]] for sequence in self.rows]
             columns = {
                 "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float32),
                 "seeds": seed_tensor([sequence.seed for sequence in self.rows]),
@@ -195,10 +206,25 @@ class Batch:
                 columns["min_p"] = torch.tensor([p.min_p for p in params], dtype=torch.float32)
             upload = self.executor.device.upload
             self._sampling[stream] = SamplingTensors(
-                upload(torch.tensor(weights, dtype=torch.float32).view(len(self.rows), -1), stream),
+                upload(self._weights(), stream),
                 {name: upload(column, stream) for name, column in columns.items()},
             )
         return self._sampling[stream]
+
+    def weights(self, stream: WorkStream, positions: Tensor) -> Tensor:
+        """As of `SamplingTensors.at`, for use on `stream`."""
+        return self.sampling(stream).at(positions)
+
+    def _weights(self) -> Tensor:
+        """The table of `SamplingTensors`, on the host. An ARM that is the base counts with it, and not by itself."""
+        lines = [
+            [base, *((0.0,) if m in sequence.request.as_base else sequence.line(m) for m in self.active[1:])]
+            for sequence, base in zip(self.rows, self.base_lines)
+        ]
+        longest = max(len(line) for each in lines for line in each)
+        longest = 1 << (longest - 1).bit_length()  # one of few: graphs are made for it
+        table = [[line + line[-1:] * (longest - len(line)) for line in each] for each in lines]
+        return torch.tensor(table, dtype=torch.float32).transpose(1, 2).contiguous()
 
     def bias(self) -> Tensor | None:
         """logit_bias and banned stop tokens of the sequences, float32 [R, V] on the main stream; None without any."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Sequence
+from genarm_fast.params import Weight
 
 Job = Callable[[Any], None]  # what the thread is to do, given its `_Shift`
 END = object()  # the item after a call's last one
@@ -89,7 +90,7 @@ class Call:
         while not self.over:
             await self._changed()
 
-    def steer(self, sequence: Sequence, weights: tuple[float, ...]) -> None:
+    def steer(self, sequence: Sequence, weights: tuple[Weight, ...]) -> None:
         """Draw a sequence's next token with other weights, before what is asked for after this."""
         self.inbox.put(lambda _: self.engine.steer(sequence, weights))
 

@@ -21,7 +21,7 @@ from genarm_fast.engine.step import Steps
 from genarm_fast.engine.turns import Turns
 from genarm_fast.engine.workspace import Workspace
 from genarm_fast.models.member import Member
-from genarm_fast.params import check_integer, check_real
+from genarm_fast.params import Weight, check_integer, check_real
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.observations import PLAIN, StepObservation
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
@@ -107,7 +107,7 @@ class Engine:
 
         self.turns.ask(cancel)
 
-    def steer(self, sequence: Sequence, weights: tuple[float, ...]) -> None:
+    def steer(self, sequence: Sequence, weights: tuple[Weight, ...]) -> None:
         """Draw a sequence's next token with other ARM weights; one that is in flight is drawn again."""
 
         def change() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from genarm_fast.engine.sequence import Request
 from genarm_fast.models.member import Member
-from genarm_fast.params import SamplingParams, weights_per_arm
+from genarm_fast.params import AnyWeights, SamplingParams, Weight, weights_per_arm
 from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt, special_stops
 
 
@@ -50,7 +50,9 @@ class RequestMaker:
         except ValueError as error:
             raise ValueError(f"prompts[{index}]: {error}") from None
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        return Request(index, prompt, ids, params, weights, frozenset(params.stop_token_ids) | special | eos)
+        arms = enumerate(self.members[1:], 1)
+        as_base = frozenset(m for m, arm in arms if arm.model is self.members[0].model and ids[m] == ids[0])
+        return Request(index, prompt, ids, params, weights, frozenset(params.stop_token_ids) | special | eos, as_base)
 
     def _check_tokens(self, params: SamplingParams) -> None:
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "suppress_tokens"):
@@ -60,8 +62,10 @@ class RequestMaker:
         if (params.logprobs or 0) > self.vocab_size:
             raise ValueError(f"logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary")
 
-    def expand_weights(self, weights: float | Sequence[float] | Mapping[str, float] | None) -> tuple[float, ...]:
+    def expand_weights(self, weights: AnyWeights | None) -> tuple[Weight, ...]:
         """One weight per ARM: None for their defaults, one number for all of them, or numbers by name.
+
+        In the place of a number there may be one for each token of the response.
 
         Raises:
             ValueError, TypeError: not one finite number per ARM (or one for all).

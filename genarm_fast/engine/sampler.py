@@ -37,18 +37,25 @@ class Sampler:
     def draw(
         self, logits: list[Tensor], batch: Batch, sampling: SamplingTensors, state: State, bias: Tensor | None
     ) -> GuidedSample:
-        """Targets by what the device knows alone; `batch` says which log-probabilities are wanted."""
-        base, *arms = (each[..., : self.vocab_size] for each in logits)
-        return guided_sample(
-            base,
-            tuple(arms),
-            sampling.weights,
-            positions=state.response_positions(base.shape[1]),
-            logit_bias=bias,
-            return_logprobs=batch.wants_logprobs,
-            top_logprobs=batch.top_logprobs,
-            **sampling.parameters,
-        )
+        """Targets by what the device knows alone; `batch` says which log-probabilities are wanted, and whether any
+        sequence has another coefficient of the base than 1."""
+        members = [each[..., : self.vocab_size] for each in logits]
+        positions = state.response_positions(members[0].shape[1])
+        weights = sampling.at(positions)
+        given = {"positions": positions, "logit_bias": bias, **sampling.parameters}
+        options: dict[str, Any] = {"return_logprobs": batch.wants_logprobs, "top_logprobs": batch.top_logprobs}
+        if weights.ndim == 2:
+            base, arms, weights = _weighed(members, weights, batch.plain_base)
+            result = guided_sample(base, arms, weights, **given, **options)
+        else:  # each position has weights of its own, so each is a row
+            shape = positions.shape
+            flat = [each.flatten(0, 1) for each in members]
+            base, arms, weights = _weighed(flat, weights.flatten(0, 1), batch.plain_base)
+            given = {name: _each_position(value, shape) for name, value in given.items()}
+            result = _in_blocks(guided_sample(base, arms, weights, **given, **options), shape)
+        if result.member_logprobs is not None:
+            result = result._replace(member_logprobs=result.member_logprobs[: len(members)])
+        return result
 
     def _adjusted(
         self, batch: Batch, members: list[Tensor], drafts: Drafts, result: GuidedSample, rows: list[int]
@@ -89,9 +96,11 @@ class Sampler:
         position: int,
     ) -> GuidedSample:
         """Tokens [R', 1] of some rows at one position, from scores that are adjusted before the temperature."""
-        sampling, bias = batch.sampling(self.executor.main), batch.bias()
+        main = self.executor.main
+        sampling, bias = batch.sampling(main), batch.bias()
         logits = [member[index, position] for member in members]
-        combined, status = combine(logits[0], logits[1:], sampling.weights[index])
+        weights = batch.weights(main, batch.state.lengths[:, None] + position)[index]
+        combined, status = combine(*_weighed(logits, weights, batch.plain_base))
         sequences = [batch.sequences[r] for r in rows]
         scores = adjusted_scores(
             sequences, drafted, combined.log_softmax(-1), None if bias is None else bias[index], self.seen
@@ -100,7 +109,7 @@ class Sampler:
         drawn = guided_sample(
             scores[:, None],
             (),
-            sampling.weights[index][:, :0],
+            weights[:, :0],
             positions=batch.state.lengths[index][:, None] + position,
             return_logprobs=batch.wants_logprobs,
             top_logprobs=batch.top_logprobs,
@@ -117,12 +126,38 @@ class Sampler:
         return self.executor.upload(torch.tensor(rows))
 
 
-class HostSample:
-    """A `GuidedSample` on the host, as Python values for each sequence."""
+def _weighed(members: list[Tensor], weights: Tensor, plain_base: bool) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Base, ARMs and ARM weights for `guided_sample`, of members [R, q, V] or [R, V] and their weights [R, 1 + m].
 
-    def __init__(self, result: GuidedSample, names: list[str]) -> None:
+    The op gives the base the weight 1. Another weight b is had by b - 1 for a further ARM, which is the base again.
+    """
+    base, *arms = members
+    if plain_base:
+        return base, tuple(arms), weights[:, 1:]
+    return base, (*arms, base), torch.cat([weights[:, 1:], weights[:, :1] - 1], dim=-1)
+
+
+def _each_position(value: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A parameter [R, ...] of the rows of [R, q], or one that is [R, q] itself, for each position by itself."""
+    if value is None:
+        return None
+    return value.flatten() if value.shape == shape else value.repeat_interleave(shape[1], 0)
+
+
+def _in_blocks(result: GuidedSample, shape: torch.Size) -> GuidedSample:
+    """[R, q] again, in a result of R · q rows."""
+    fields = result._asdict()
+    members = fields.pop("member_logprobs")
+    blocks = {name: None if field is None else field.unflatten(0, shape) for name, field in fields.items()}
+    return GuidedSample(**blocks, member_logprobs=None if members is None else members.unflatten(1, shape))
+
+
+class HostSample:
+    """A `GuidedSample` on the host, as Python values for each sequence. names: of the members that ran, `active`."""
+
+    def __init__(self, result: GuidedSample, names: list[str], active: tuple[int, ...]) -> None:
         self.tokens, self.status, self.names = result.tokens.tolist(), result.status.tolist(), names
-        self.result = result
+        self.result, self.places = result, {m: i for i, m in enumerate(active)}
 
     def of(self, r: int, sequence: Sequence, count: int) -> list[SampledToken]:
         """The first `count` tokens of row r. Where one of them could not be drawn, the sequence gets its `error`."""
@@ -136,12 +171,18 @@ class HostSample:
         if sequence.wants_logprobs and result.logprobs is not None and result.member_logprobs is not None:
             members = result.member_logprobs[:, r, :count].T.tolist()
             for each, logprob, member in zip(drawn, result.logprobs[r, :count].tolist(), members):
-                each.logprob, each.member_logprobs = logprob, member
+                each.logprob, each.member_logprobs = logprob, self._of_all(sequence, member)
         if top and result.top_tokens is not None and result.top_logprobs is not None:
             best = zip(result.top_tokens[r, :count, :top].tolist(), result.top_logprobs[r, :count, :top].tolist())
             for each, (ids, logprobs) in zip(drawn, best):
                 each.top = dict(zip(ids, logprobs))
         return drawn
+
+    def _of_all(self, sequence: Sequence, ran: list[float]) -> list[float]:
+        """Log-probabilities of the base and every ARM, of those that ran; 0 for an ARM that did not."""
+        as_base, places = sequence.request.as_base, self.places
+        arms = range(1, len(sequence.weights) + 1)
+        return [ran[0], *(ran[0] if m in as_base else ran[places[m]] if m in places else 0.0 for m in arms)]
 
     def _failure(self, status: int, position: int) -> ValueError:
         bad = [name for i, name in enumerate(self.names) if status >> (i + 1) & 1]

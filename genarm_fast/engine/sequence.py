@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genarm_fast.outputs import ArmRewards, Completion, GenerationOutput, Rounds, Timing, TokenLogprob, Usage
-from genarm_fast.params import MAX_SEED, SamplingParams
+from genarm_fast.params import MAX_SEED, SamplingParams, Weight, weight_at
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.text.detokenize import Detokenizer, StopStrings
 from genarm_fast.text.prompts import Prompt
@@ -35,14 +35,18 @@ def sample_seed(seed: int, index: int) -> int:
 
 @dataclass
 class Request:
-    """A prompt with its parameters. `token_ids[i]` is the prompt as member i sees it, the draft model last."""
+    """A prompt with its parameters. `token_ids[i]` is the prompt as member i sees it, the draft model last.
+
+    as_base: members that are the base itself and read the same prompt, so that its logits are theirs.
+    """
 
     index: int
     prompt: Prompt
     token_ids: list[list[int]]
     params: SamplingParams
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     stop_ids: frozenset[int]
+    as_base: frozenset[int] = frozenset()
 
     def sequences(self, tokenizer: Any, speculation: Speculation = OFF) -> list[Sequence]:
         """One sequence per completion."""
@@ -58,7 +62,7 @@ class SampledToken:
 
     token: int
     logprob: float = 0.0
-    member_logprobs: tuple[float, ...] | list[float] = ()  # base, then every ARM, 0 for those that did not run
+    member_logprobs: tuple[float, ...] | list[float] = ()  # base, then every ARM
     top: dict[int, float] = field(default_factory=dict)
 
 
@@ -66,18 +70,18 @@ class SampledToken:
 class Sequence:
     """A completion in the making: what it says so far, and where the engine has it.
 
-    weights: of the next token. epoch: counts changes of the weights, so that what was drawn before one is told apart.
-    unread: tokens of this epoch that are drawn on the device, but not read. stepwise: its reader takes
-    one step at a time; held: the reader has not asked for the next step yet. slot: its place in the KV cache.
-    cached[m]: how many tokens of prompt and response member m's cache holds. donor: the sequence in `donor_slot` that
-    gives it the first `shared` tokens of its prompt. context: the caller's context variables, for its processors,
-    which may run in another thread.
+    weights: of the ARMs, each a number or one for each token. epoch: counts changes of the weights, so that what was
+    drawn before one is told apart. unread: tokens of this epoch that are drawn on the device, but not read. stepwise:
+    its reader takes one step at a time; held: the reader has not asked for the next step yet. slot: its place in the KV
+    cache. cached[m]: how many tokens of prompt and response member m's cache holds. donor: the sequence in `donor_slot`
+    that gives it the first `shared` tokens of its prompt. context: the caller's context variables, for its
+    processors, which may run in another thread.
     """
 
     request: Request
     seed: int
     tokenizer: Any
-    weights: tuple[float, ...]
+    weights: tuple[Weight, ...]
     speculation: Speculation = OFF
     id: int = field(default_factory=lambda: next(_ids))
     tokens: list[int] = field(default_factory=list)
@@ -129,9 +133,21 @@ class Sequence:
 
     @property
     def needed(self) -> list[int]:
-        """Members whose logits its next token depends on, or that it reports: the base, and ARMs by their index + 1."""
-        rewards = self.request.params.rewards
-        return [0, *(i + 1 for i, weight in enumerate(self.weights) if weight != 0 or rewards)]
+        """Members whose logits its next tokens depend on, or that it reports: the base, and ARMs by their index + 1."""
+        rewards, as_base, done = self.request.params.rewards, self.request.as_base, len(self.tokens)
+        arms = enumerate(self.weights, 1)
+        return [0, *(m for m, weight in arms if m not in as_base and (rewards or _matters(weight, done)))]
+
+    @property
+    def base_line(self) -> tuple[float, ...]:
+        """The coefficient of the base's log-probabilities for each token, with those of ARMs that are the base."""
+        own = [(self.request.params.base_weight,), *(self.line(m) for m in self.request.as_base)]
+        return tuple(sum(weight_at(line, i) for line in own) for i in range(max(map(len, own))))
+
+    def line(self, member: int) -> tuple[float, ...]:
+        """The weight of an ARM for each token, the last one for all that follow."""
+        weight = self.weights[member - 1]
+        return weight if isinstance(weight, tuple) else (weight,)
 
     @property
     def most_tokens(self) -> int:
@@ -153,17 +169,17 @@ class Sequence:
             return prompt[start:end]
         return prompt[start:] + self.tokens[max(0, start - len(prompt)) : end - len(prompt)]
 
-    def steer(self, weights: tuple[float, ...]) -> None:
-        """Draw the next token with other ARM weights."""
+    def steer(self, weights: tuple[Weight, ...]) -> None:
+        """Draw the next tokens with other ARM weights."""
         self.weights = weights
         self.epoch += 1
         self.unread = 0  # what is in flight is dropped
 
-    def append(self, sampled: SampledToken, weights: tuple[float, ...]) -> None:
-        """Append a token that was drawn with these weights, and find out whether it ends the text."""
+    def append(self, sampled: SampledToken) -> None:
+        """Append a token that was drawn with the weights as they are, and find out whether it ends the text."""
         params = self.request.params
+        self.used_weights.append(tuple(weight_at(weight, len(self.tokens)) for weight in self.weights))
         self.tokens.append(sampled.token)
-        self.used_weights.append(weights)
         if params.logprobs is not None:
             self.logprobs.append(TokenLogprob(sampled.logprob, sampled.top))
         if params.rewards:
@@ -224,6 +240,13 @@ def output_of(sequences: list[Sequence], arm_names: list[str]) -> GenerationOutp
         timing=Timing(prefill, decode, tokens / decode if decode > 0 else 0.0),
         rounds=Rounds(*(sum(getattr(each, name) for each in sequences) for name in ("steps", "drafted", "accepted"))),
     )
+
+
+def _matters(weight: Weight, position: int) -> bool:
+    """Whether an ARM has a say from the token at this place on."""
+    if isinstance(weight, float):
+        return weight != 0
+    return any(weight[min(position, len(weight) - 1) :])
 
 
 def _first(times: Iterable[float | None]) -> float | None:

@@ -33,14 +33,13 @@ from genarm_fast.speculation.shadow import Judge, model_shadows
 class InFlight:
     """A step that was launched, and that the host has not read.
 
-    read: waits for the targets and for how many of them were accepted. weights, epochs: of each sequence, as the step
+    read: waits for the targets and for how many of them were accepted. epochs: of each sequence's weights, as the step
     was launched. judge: tells shadow evaluation what was accepted. logits: of the running members, by member, from
     which a bonus token may be drawn.
     """
 
     batch: Batch
     sequences: list[Sequence]
-    weights: list[tuple[float, ...]]
     epochs: list[int]
     drafts: Drafts
     read: Callable[[], tuple[HostSample, list[int]]]
@@ -160,10 +159,9 @@ class Steps:
 
     def _flying(self, batch: Batch, result: GuidedSample, counts: Tensor, drafts: Drafts) -> InFlight:
         read = self._read(result, counts, batch.active)
-        weights = [sequence.weights for sequence in batch.sequences]
         for sequence in batch.sequences:
             sequence.unread += 1  # plain steps alone are in flight while the next one is launched
-        return InFlight(batch, batch.sequences, weights, list(batch.epochs), drafts, read)
+        return InFlight(batch, batch.sequences, list(batch.epochs), drafts, read)
 
     def _propose(self, batch: Batch, choice: Choice) -> Drafts:
         most = [self._most_drafts(sequence, choice.k) for sequence in batch.sequences]
@@ -225,7 +223,7 @@ class Steps:
         def wait() -> tuple[HostSample, list[int]]:
             with span("read-back"):
                 *values, accepted = read()
-            return HostSample(result._replace(**dict(zip(fields, values))), names), accepted.tolist()
+            return HostSample(result._replace(**dict(zip(fields, values))), names, active), accepted.tolist()
 
         return wait
 
@@ -267,7 +265,7 @@ class Steps:
         before = len(sequence.tokens)
         for each in drawn:
             if sequence.finish_reason is None:
-                sequence.append(each, step.weights[r])
+                sequence.append(each)
         count = len(sequence.tokens) - before
         for m in current:
             if m in step.batch.active:

@@ -29,6 +29,7 @@ class StepKey(NamedTuple):
     parameters: tuple[str, ...]
     biased: bool
     logprobs: tuple[bool, int]
+    plain_base: bool
 
 
 class StepGraph:
@@ -85,6 +86,7 @@ class StepGraph:
             names,
             bias is not None,
             (batch.wants_logprobs, batch.top_logprobs),
+            batch.plain_base,
         )
         out = executor.device.repeat(main, key, step, *inputs)
         found = iter(out)

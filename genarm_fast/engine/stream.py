@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING
 from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import weights_per_arm
+from genarm_fast.params import AnyWeights, Weight, weights_per_arm
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine
@@ -62,9 +60,7 @@ class Steering:
         self.sequences, self.arm_names = sequences, arm_names
         self._weights = [sequence.weights for sequence in sequences]  # the last ones that were asked for
 
-    def changed(
-        self, weights: float | Many[float] | Mapping[str, float], index: int | None
-    ) -> list[tuple[Sequence, tuple[float, ...]]]:
+    def changed(self, weights: AnyWeights, index: int | None) -> list[tuple[Sequence, tuple[Weight, ...]]]:
         """Sequences with the weights that they are to have. Arguments and errors as in `Stream.set_weights`."""
         count = len(self.sequences)
         if index is not None and not 0 <= index < count:
@@ -116,10 +112,10 @@ class Stream:
             self._chunks += filter(None, map(self._shown.chunk, advanced))
         return self._chunks.popleft()
 
-    def set_weights(self, weights: float | Many[float] | Mapping[str, float], index: int | None = None) -> None:
+    def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:
         """Use other ARM weights from the next token on, for one prompt or for all of them; from any thread.
 
-        Weights by name change these ARMs' alone.
+        Weights by name change these ARMs' alone. A list per token counts from the first token of the response.
 
         In the middle of a step they count from the step after it; each chunk says what its tokens were drawn with.
 
@@ -146,10 +142,25 @@ class Stream:
         """The output of the first prompt. Raises as `outputs`."""
         return self.outputs[0]
 
-    def close(self) -> None:
-        """Stop here, in mid-generation too; in mid-step (from another thread, or a logits processor): after it."""
+    def close(self, index: int | None = None) -> None:
+        """Stop here, in mid-generation too; in mid-step (from another thread, or a logits processor): after it.
+
+        index: of the prompt whose text ends here, while the others go on; None for all.
+
+        Raises:
+            IndexError: no such prompt.
+        """
+        if index is not None:
+            self._engine.abort(self._chosen(index))
+            return
         self._closed = True
         self._run.close()
+
+    def _chosen(self, index: int | None) -> list[Sequence]:
+        count = len(self._sequences)
+        if index is not None and not 0 <= index < count:
+            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
+        return self._sequences if index is None else [self._sequences[index]]
 
     def __enter__(self) -> Stream:
         return self

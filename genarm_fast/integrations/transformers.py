@@ -1,4 +1,6 @@
-"""ARMs as a logits processor, for those who stay on Hugging Face's `model.generate`.
+"""ARMs for those who stay on Hugging Face's `model.generate`: `custom_generate=guided(arms)`, or a logits processor.
+
+The processor gives
 
     scores = log_softmax(base scores) + Σ_i w_i · log_softmax(ARM_i logits)            arXiv 2410.08193, eq. 6
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 
+from genarm_fast.integrations.custom_generate import guided
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
@@ -22,6 +25,7 @@ from genarm_fast.models.vocabulary import common_vocabulary
 from genarm_fast.params import check_integer, check_weights, weights_per_arm
 from genarm_fast.text.prompts import as_prompts, encode_prompt, left_padded
 
+__all__ = ["GenARMLogitsProcessor", "guided"]
 PADDING = -1  # in place of a token that is masked
 
 
@@ -80,7 +84,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @weights.setter
     def weights(self, weights: float | Sequence[float] | Mapping[str, float]) -> None:
-        self._weights = weights_per_arm(weights, [arm.name for arm in self.members[1:]], self._weights)
+        new = weights_per_arm(weights, [arm.name for arm in self.members[1:]], self._weights)
+        if any(isinstance(weight, tuple) for weight in new):
+            raise ValueError(f"weights={weights!r:.200}: expected a number per ARM; guided() takes one for each token")
+        self._weights = tuple(map(float, new))  # type: ignore[arg-type]
 
     @property
     def pad_token_id(self) -> int | None:

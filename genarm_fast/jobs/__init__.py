@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from genarm_fast.errors import GenerationError
+from genarm_fast.jobs import openai
 from genarm_fast.jobs.inputs import JobRequest, read_requests
 from genarm_fast.jobs.results import ResultsFile
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import SamplingParams
+from genarm_fast.text.detokenize import token_text
 
 __all__ = ["JobRequest", "ResultsFile", "Summary", "read_requests", "run"]
 
@@ -23,6 +26,7 @@ class Model(Protocol):
     """What a job needs of a GenARM."""
 
     max_batch_size: int
+    tokenizer: Any
 
     def generate(self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]) -> list[GenerationOutput]: ...
 
@@ -54,13 +58,18 @@ def run(
     def answer(indices: Sequence[int], skip: int = 0) -> list[dict[str, Any]]:
         answers = _generate(model, [requests[index] for index in indices])[skip:]
         for index, result in zip(indices[skip:], answers):
-            if "error" in result:
-                summary.errors.append((requests[index].id, result["error"]))
-        tokens = sum(result["usage"]["completion_tokens"] for result in answers if "error" not in result)
-        summary.answered += sum("error" not in result for result in answers)
+            if isinstance(result, str):
+                summary.errors.append((requests[index].id, result))
+        right = [result for result in answers if not isinstance(result, str)]
+        tokens = sum(result.usage.completion_tokens for result in right)
+        summary.answered += len(right)
         summary.completion_tokens += tokens
         progress(len(answers), tokens)
-        return answers
+        heads = results.heads
+        return [
+            _line(requests[index], heads[index], result, model.tokenizer)
+            for index, result in zip(indices[skip:], answers)
+        ]
 
     size = model.max_batch_size
     failed = [index for index, answered in enumerate(results.answered) if not answered]
@@ -75,20 +84,27 @@ def run(
     return summary
 
 
-def _generate(model: Model, requests: Sequence[JobRequest]) -> list[dict[str, Any]]:
-    """What follows the heads. Those that fail in a group are tried alone, so that an error is the request's own."""
+def _generate(model: Model, requests: Sequence[JobRequest]) -> list[GenerationOutput | str]:
+    """Answers, or messages. Those that fail in a group are tried alone, so that an error is the request's own."""
     outputs: Sequence[GenerationOutput | None]
     try:
         outputs = model.generate([request.prompt for request in requests], [request.params for request in requests])
     except Exception as error:
         if len(requests) == 1:
-            return [{"error": f"{type(error).__name__}: {error}"}]
+            return [f"{type(error).__name__}: {error}"]
         outputs = error.outputs if isinstance(error, GenerationError) else [None] * len(requests)
     return [
-        _result(output) if output is not None else _generate(model, [request])[0]
-        for output, request in zip(outputs, requests)
+        output if output is not None else _generate(model, [request])[0] for output, request in zip(outputs, requests)
     ]
 
 
-def _result(output: GenerationOutput) -> dict[str, Any]:
-    return {name: value for name, value in output.to_dict().items() if name not in ("timing", "rounds")}
+def _line(request: JobRequest, head: Any, result: GenerationOutput | str, tokenizer: Any) -> dict[str, Any]:
+    """What follows a head."""
+    if request.openai is not None:
+        if isinstance(result, str):
+            return openai.failure_of(result)
+        return dict(openai.response_of(request.openai, head, result, tokenizer))
+    if isinstance(result, str):
+        return {"error": result}
+    data = result.to_dict(partial(token_text, tokenizer))
+    return {name: value for name, value in data.items() if name not in ("timing", "rounds")}

@@ -2,17 +2,19 @@
 
 Each line is an object with `prompt` (text, chat messages or token ids), optionally `id` (any JSON value, by default the
 line number) and any field of SamplingParams but `max_time` and `priority`, by which bytes would depend on the machine.
+`metadata` (any JSON value) goes to the output as it is. Lines of OpenAI's batch files are taken too: see `openai`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from genarm_fast.jobs import openai
 from genarm_fast.jobs.identity import digest
 from genarm_fast.params import SamplingParams, check_weights
 from genarm_fast.text.prompts import Prompt, as_prompts
@@ -25,36 +27,46 @@ DEFAULTS = {
     if field.name not in ("logits_processors", "max_time", "priority")
 }
 FIELDS = tuple(DEFAULTS)
+OUTPUT = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One input line. `params` has a seed."""
+    """One input line. `params` has a seed. kept: fields that its output line has too. openai: the line, if it is one of
+    OpenAI's batch files."""
 
     line: int
     id: Any
     prompt: Prompt
     params: SamplingParams
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    openai: Mapping[str, Any] | None = None
 
     def head(self, setup: str) -> dict[str, Any]:
         """What its output line begins with: `setup` stands for the models, `request` for prompt and parameters."""
         # Fields at their default do not count, so that a job outlives a version with more fields.
         values = {name: getattr(self.params, name) for name in FIELDS}
         parameters = {name: value for name, value in values.items() if value != DEFAULTS[name]}
-        return {"id": self.id, "setup": setup, "request": digest([self.prompt, parameters])}
+        head = {"id": self.id, "setup": setup, "request": digest([self.prompt, parameters]), **self.kept}
+        return head if self.openai is None else openai.head_of(self.openai, head)
 
 
-def read_requests(path: str | Path, defaults: SamplingParams, *, arms: int) -> list[JobRequest]:
+def read_requests(
+    path: str | Path, defaults: SamplingParams, *, arms: int, keep: Sequence[str] = ()
+) -> list[JobRequest]:
     """Reads and checks all lines. `defaults` are the parameters that a line leaves out; its seed is the job's seed
-    (None: 0), from which each line without a seed derives its own. `arms`: how many weights a list must have.
+    (None: 0), from which each line without a seed derives its own. `arms`: how many weights a list must have. `keep`:
+    names of fields that go to the output as they are, besides `metadata`.
 
     Raises ValueError naming file, line, field, value and expectation.
     """
+    if taken := [name for name in keep if name in (*OUTPUT, *FIELDS)]:
+        raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
     requests: list[JobRequest] = []
     lines: dict[str, int] = {}
     for number, row in read_objects(path):
         with located(path, number):
-            request = _request(row, number, defaults, arms)
+            request = _request(row, number, defaults, arms, ("metadata", *keep))
             other = lines.setdefault(dumps(request.id), number)
             if other != number:
                 raise ValueError(f"id={request.id!r}: expected each id once, line {other} has it too")
@@ -67,10 +79,15 @@ def line_seed(job_seed: int, line: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{job_seed}:{line}".encode()).digest()[:8], "little")
 
 
-def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: int) -> JobRequest:
-    unknown = sorted(set(row) - {"id", "prompt", *FIELDS})
+def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> JobRequest:
+    source = row if openai.is_openai(row) else None
+    row = row if source is None else openai.request_of(row)
+    unknown = sorted(set(row) - {"id", "prompt", *keep, *FIELDS})
     if unknown:
-        raise ValueError(f"{unknown[0]}={row[unknown[0]]!r}: expected one of id, prompt, {', '.join(FIELDS)}")
+        raise ValueError(
+            f"{unknown[0]}={row[unknown[0]]!r:.60}: expected one of id, prompt, {', '.join((*keep, *FIELDS))}; other"
+            " fields go to the output if they are named by --keep"
+        )
     try:
         json.dumps(row.get("id"), ensure_ascii=False, allow_nan=False).encode()
     except ValueError:  # NaN, infinity or half a surrogate pair
@@ -86,7 +103,8 @@ def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: 
     params = defaults.override(**given)
     if params.weights is not None:
         check_weights(params.weights, arms)
-    return JobRequest(line, row.get("id", line), prompt, params)
+    kept = {name: row[name] for name in keep if name in row}
+    return JobRequest(line, row.get("id", line), prompt, params, kept, source)
 
 
 def _biases(value: Any) -> dict[int, Any]:

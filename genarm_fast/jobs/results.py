@@ -52,7 +52,7 @@ class ResultsFile:
         self._file.write(b"".join(self._line(index, result) for index, result in enumerate(results, start)))
         _sync(self._file)
         self._kept_bytes = self._file.tell()
-        self.answered += ["error" not in result for result in results]
+        self.answered += [result.get("error") is None for result in results]
 
     def replace(self, results: Mapping[int, Mapping[str, Any]]) -> None:
         """Puts new results in the place of lines, by index: all of them or, if killed, none."""
@@ -70,7 +70,7 @@ class ResultsFile:
         self._file = file
         self._kept_bytes = file.tell()
         for index, result in results.items():
-            self.answered[index] = "error" not in result
+            self.answered[index] = result.get("error") is None
 
     def _line(self, index: int, result: Mapping[str, Any]) -> bytes:
         return dumps({**self.heads[index], **result}).encode() + b"\n"
@@ -89,7 +89,7 @@ class ResultsFile:
                         if not (line.startswith(start) or start.startswith(line)):
                             raise ValueError(f"expected a line of this job, found {line[:40]!r}{_OTHERWISE}")
                         break
-                    self.answered.append("error" not in _checked_row(line, head))
+                    self.answered.append(_checked_row(line, head).get("error") is None)
                 size += len(line)
         return size
 

@@ -26,6 +26,7 @@ class ARM:
         name: key of its rewards; default: the last part of its path.
         prompt_template: wraps raw string prompts, e.g. "<|user|>\\n{prompt}\\n<|assistant|>\\n".
         chat_template: Jinja template for chat messages; default: the one of its tokenizer.
+        base: what an adapter belongs to, instead of the base that its folder names: hub id, folder or a loaded model.
         trust_remote_code: run Python code that its folder or repository brings along; never otherwise.
 
     Templates default to those that training recorded in the folder's genarm.json. An ARM without tokenizer files takes
@@ -37,6 +38,7 @@ class ARM:
     name: str | None = field(default=None, kw_only=True)
     prompt_template: str | None = field(default=None, kw_only=True)
     chat_template: str | None = field(default=None, kw_only=True)
+    base: Source | nn.Module | None = field(default=None, kw_only=True)
     trust_remote_code: bool = field(default=False, kw_only=True)
     # Adapters that were active in a given PeftModel when this was made: one that is switched later is not meant.
     active: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
@@ -46,6 +48,8 @@ class ARM:
             raise TypeError(f"model={self.model!r}: expected a hub id, a folder or a loaded model")
         if not isinstance(check_weights(self.weight), float):
             raise TypeError(f"weight={self.weight!r}: expected one number")
+        if self.base is not None and not isinstance(self.base, (str, os.PathLike, nn.Module)):
+            raise TypeError(f"base={self.base!r:.80}: expected a hub id, a folder or a loaded model")
         if self.name is not None and not isinstance(self.name, str):
             raise TypeError(f"name={self.name!r}: expected a string")
         if not isinstance(self.trust_remote_code, bool):

@@ -98,6 +98,7 @@ class ModelLoader:
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
         self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
         self.places: dict[str, Source] = {}
+        self.evaluated: dict[int, nn.Module] = {}  # id of a given model in training mode → the same in eval mode
         self.adapted: dict[int, str] = {}  # id of a given model with an adapter → its role
 
     def locate(self, role: str, source: Source) -> Source:
@@ -110,15 +111,32 @@ class ModelLoader:
             self.places[key] = locate(role, source, **options)
         return self.places[key]
 
-    def load(self, role: str, source: Source | nn.Module, *, trust_remote_code: bool = False) -> nn.Module:
-        """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is."""
+    def load(
+        self,
+        role: str,
+        source: Source | nn.Module,
+        *,
+        base: Source | nn.Module | None = None,
+        trust_remote_code: bool = False,
+    ) -> nn.Module:
+        """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is.
+
+        base: what an adapter belongs to, instead of what its folder says.
+        """
+        if base is not None and (isinstance(source, nn.Module) or not self._is_adapter(role, source)):
+            raise ValueError(f"{role}: base={base!r:.80}: expected none, as its model is no folder of an adapter")
         if isinstance(source, nn.Module):
             model = self._given(role, source)
-            return share_weights(model) if model.training else model
+            if model.training and id(model) not in self.evaluated:
+                self.evaluated[id(model)] = share_weights(model)
+            return self.evaluated[id(model)] if model.training else model
         place = self.locate(role, source)
-        if read_object(role, place, "adapter_config.json"):
-            return self._load_adapter(role, os.fspath(place), trust_remote_code)
+        if self._is_adapter(role, source):
+            return self._load_adapter(role, os.fspath(place), base, trust_remote_code)
         return self._load_bare(role, source, trust_remote_code)
+
+    def _is_adapter(self, role: str, source: Source) -> bool:
+        return bool(read_object(role, self.locate(role, source), "adapter_config.json"))
 
     def _given(self, role: str, model: Any) -> Any:
         """What is inside a PEFT model or a compiled one; others are taken as they are.
@@ -160,27 +178,38 @@ class ModelLoader:
             self.loaded[key] = (model if self.device is None else model.to(self.device)).eval()
         return self.loaded[key]
 
-    def _load_adapter(self, role: str, source: str, trust_remote_code: bool) -> nn.Module:
+    def _load_adapter(
+        self, role: str, source: str, base: Source | nn.Module | None, trust_remote_code: bool
+    ) -> nn.Module:
         check_files(role, source)
         what = f"{role}={source!r}"
         recorded = read_object(role, source, "adapter_config.json").get("base_model_name_or_path")
-        return load_adapter(what, source, self._adapter_base(role, source, recorded, trust_remote_code))
+        return load_adapter(what, source, self._adapter_base(role, source, recorded, base, trust_remote_code))
 
-    def _adapter_base(self, role: str, source: str, base: Any, trust_remote_code: bool) -> Any:
-        """The loaded model that the adapter was trained on, else its own base, checked by fingerprint."""
+    def _adapter_base(self, role: str, source: str, recorded: Any, named: Any, trust_remote_code: bool) -> Any:
+        """The loaded model that the adapter was trained on, else its own base, checked by fingerprint.
+
+        recorded: what its folder says of its base. named: what the caller says of it; None for nothing.
+        """
+        base = recorded if named is None else named
         expected = read_object(role, source, "genarm.json").get("base_fingerprint")
-        for model in self.loaded.values():
+        for model in self.loaded.values() if named is None else ():
             if expected is not None and fingerprint(model) == expected:
                 return model
         loaded = ", ".join(map(repr, self.loaded)) or "none"
-        wanted = f"{role}={source!r} is an adapter of {base!r}"
+        shown = "the given base" if isinstance(base, nn.Module) else repr(base)
+        wanted = f"{role}={source!r} is an adapter of {shown}"
         try:
-            model = self._load_bare(role, base or "", trust_remote_code)
+            given = isinstance(base, nn.Module)
+            model = self._given(role, base) if given else self._load_bare(role, base or "", trust_remote_code)
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{wanted}, which can't be loaded; expected an adapter of a loaded model ({loaded}): {error}"
+                f"{wanted}, which can't be loaded; expected an adapter of a loaded model ({loaded}). If that base has"
+                f" moved or has another name here, say where it is: ARM({source!r}, base=...): {error}"
             ) from error
         found = fingerprint(model)
+        if named is not None and (expected is None or found is None):
+            return model  # the caller says so
         if expected is None or found is None:
             warnings.warn(f"{wanted}: no fingerprint to check that against, so it is believed", stacklevel=2)
         elif found != expected:

@@ -30,10 +30,9 @@ def tempered_draft(
     lanes: logits [R, 1, V] of `members`; a draft model is no member of the target, and drafts with weight 1. positions:
     [R, 1] in the response.
     """
-    sampling = batch.sampling(stream)
-    weights = torch.cat([torch.ones_like(sampling.parameters["temperature"])[:, None], sampling.weights], dim=1)
+    weights = batch.weights(stream, positions)
     total = weights.sum(1)
-    parameters = dict(sampling.parameters)
+    parameters = dict(batch.sampling(stream).parameters)
     lanes = [lane[..., : batch.vocab_size] for lane in lanes]
     if len(lanes) == 1:
         parameters["temperature"] = parameters["temperature"] / torch.where(total > 0, total, 1.0)

@@ -17,6 +17,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, skip_spe
     return text
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """What one token adds to a text: its leading space is kept, and special tokens show. Bytes of a character that it
+    does not complete are "\ufffd", and an id that the tokenizer does not have is ""."""
+    before = tokenizer.encode("a", add_special_tokens=False)
+    context = decode(tokenizer, before, skip_special_tokens=False)
+    return decode(tokenizer, [*before, token_id], skip_special_tokens=False)[len(context) :]
+
+
 class Detokenizer:
     """Turns tokens into text one by one, with the same result as the tokenizer's `decode` of all of them.
 

@@ -32,6 +32,7 @@ AT_LEAST = {  # smallest value of the integers
 }
 POSITIVE = ("beta", "learning_rate", "epochs", "lora_alpha")
 NOT_NEGATIVE = ("warmup", "weight_decay", "max_grad_norm")
+COLUMNS = ("prompt", "chosen", "rejected", "response_0", "response_1", "tools", "chat_template_kwargs")
 BELOW_ONE = ("lora_dropout", "holdout_fraction")
 
 
@@ -49,12 +50,18 @@ class TrainConfig:
     """
 
     base: str = option("", "model that the ARM starts from: hub id or folder")
-    data: str = option("", "preference pairs: .jsonl, .jsonl.gz, or a `datasets` id or folder")
+    data: str = option("", "preference pairs: .jsonl, .jsonl.gz, or a `datasets` id or folder (of save_to_disk, too)")
     output: str = option("", "folder that the ARM is written to")
     base_id: str | None = option(None, "name of the base to record in the ARM, if `base` is a local path")
     data_id: str | None = option(None, "name of the data to record in the ARM")
     dataset_split: str = option("train", "split, if `data` is a `datasets` id")
     dataset_dir: str | None = option(None, "folder in it, e.g. harmless-base of Anthropic/hh-rlhf")
+
+    columns: tuple[str, ...] = option((), "names of columns that the data has otherwise, e.g. prompt=question")
+    chosen_by: str | None = option(
+        None, "column that says which of response_0 and response_1 is chosen, e.g. safer_response_id"
+    )
+    on_bad_row: Literal["error", "drop"] = option("error", "a malformed row: stop, or drop and count it")
 
     trust_remote_code: bool = option(False, "run Python code that the base's folder or repository brings along")
 
@@ -119,11 +126,21 @@ class TrainConfig:
             "holdout_every", self.holdout_every is None or self.eval_data is None, "None when eval_data is given"
         )
         self._need("lora_targets", self.method == "lora" or not self.lora_targets, "none with method='full'")
+        for each in self.columns:
+            name, sign, _ = each.partition("=")
+            self._need("columns", bool(sign) and name in COLUMNS, f"NAME=COLUMN each, NAME of {', '.join(COLUMNS)}")
         template = self.prompt_template
         self._need("prompt_template", template is None or "{prompt}" in template, "a text with {prompt} in it")
         template = self.chat_template
         self._need("chat_template", template is None or "{" in template, "the text of a Jinja template")
         self._need("as_chat", not (self.as_chat and self.prompt_template), "False when prompt_template is given")
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `load_pairs` is told of the data's rows."""
+        columns = dict(each.split("=", 1) for each in self.columns)
+        names = ("dataset_split", "dataset_dir", "chosen_by", "on_bad_row")
+        return {"columns": columns, **{name: getattr(self, name) for name in names}}
 
     @property
     def folder(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from genarm_fast.train.config import TrainConfig
 from genarm_fast.utils.jsonlines import located, read_objects
 
 CUT = "human turn at the end cut, kept"
+SWAPPED = "also there with chosen and rejected swapped, kept"
+SAVED = ("state.json", "dataset_dict.json")  # in folders of `save_to_disk`
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # files of these are no JSON lines
 
 
@@ -46,7 +48,15 @@ class Pair:
     @property
     def identity(self) -> bytes:
         """A hash of the prompt and both responses."""
-        parts = (self.key, *(json.dumps(side, sort_keys=True) for side in (self.chosen, self.rejected)))
+        return self._hash(self.chosen, self.rejected)
+
+    @property
+    def opposite(self) -> bytes:
+        """The identity of the pair that prefers the other response."""
+        return self._hash(self.rejected, self.chosen)
+
+    def _hash(self, *sides: str | Message) -> bytes:
+        parts = (self.key, *(json.dumps(side, sort_keys=True) for side in sides))
         return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).digest()
 
 
@@ -70,38 +80,57 @@ class Dropped(Exception):
 
 
 def load_pairs(
-    source: str, *, dataset_split: str = "train", dataset_dir: str | None = None, name: str = "data"
+    source: str | Iterable[Mapping[str, Any]],
+    *,
+    dataset_split: str = "train",
+    dataset_dir: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    chosen_by: str | None = None,
+    on_bad_row: str = "error",
+    name: str = "data",
 ) -> Pairs:
     """Reads every row; the first one tells the format, "text", "messages" or "transcript".
 
-    name: what errors call the argument `source`.
+    Args:
+        source: a file, a folder, a `datasets` id, or rows: a `datasets.Dataset`, say.
+        columns: names of columns that the rows have otherwise, {"prompt": "question"}, say.
+        chosen_by: a column with 0 or 1: which of the columns response_0 and response_1 is chosen.
+        on_bad_row: "error", or "drop": count a malformed row and go on.
+        name: what errors call the argument `source`.
 
     Raises:
         ValueError: a malformed row, naming source, line and field; no usable pair.
     """
+    title = source if isinstance(source, str) else name
     format = ""
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     seen: set[bytes] = set()
     rows = 0
     for number, row in _rows(name, source, dataset_split, dataset_dir):
-        with located(source, number):
-            found = _detect(row)
-            format = format or found
-            if found != format:
-                raise ValueError(f"expected the format {format!r} of the first line, got {found!r}")
-            try:
-                pair = _PARSERS[format](rows, row)
+        try:
+            with located(title, number):
+                row = _named(row, columns or {}, chosen_by)
+                found = _detect(row)
+                if found != (format or found):
+                    raise ValueError(f"expected the format {format!r} of the first line, got {found!r}")
+                pair = _PARSERS[found](rows, row)
+                format = found
                 if pair.identity in seen:
                     raise Dropped("duplicate")
+                dropped.update([SWAPPED] * (pair.opposite in seen))
                 seen.add(pair.identity)
                 dropped.update([CUT] * pair.trimmed)
                 pairs.append(replace(pair, line=number))
-            except Dropped as reason:
-                dropped[str(reason)] += 1
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+        except ValueError:
+            if on_bad_row != "drop":
+                raise
+            dropped["malformed row"] += 1
         rows += 1
     if not pairs:
-        raise ValueError(f"{source}: expected preference pairs, found none usable in {rows} rows ({dict(dropped)})")
+        raise ValueError(f"{title}: expected preference pairs, found none usable in {rows} rows ({dict(dropped)})")
     return Pairs(format, pairs, dropped, rows)
 
 
@@ -111,9 +140,7 @@ def split_pairs(pairs: list[Pair], config: TrainConfig) -> tuple[list[Pair], lis
     By hash, all pairs of one prompt land on the same side.
     """
     if config.eval_data is not None:
-        return pairs, load_pairs(
-            config.eval_data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir, name="eval_data"
-        ).pairs
+        return pairs, load_pairs(config.eval_data, **config.reading, name="eval_data").pairs
     held = [pair for pair in pairs if is_held_out(pair, config)]
     return [pair for pair in pairs if not is_held_out(pair, config)], held
 
@@ -126,22 +153,54 @@ def is_held_out(pair: Pair, config: TrainConfig) -> bool:
 
 
 def _rows(
-    name: str, source: str, dataset_split: str, dataset_dir: str | None
+    name: str, source: str | Iterable[Mapping[str, Any]], dataset_split: str, dataset_dir: str | None
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if Path(source).is_file():
+    if not isinstance(source, str):
+        if isinstance(source, Mapping):  # a DatasetDict
+            raise TypeError(f"{name}: expected rows, got splits {sorted(source)}: choose one of them")
+        yield from enumerate(source, 1)
+    elif Path(source).is_file():
         if source.endswith(TABLES):
             raise ValueError(f"{name}={source!r}: expected JSON lines, or a folder of such tables, for `datasets`")
         yield from read_objects(source)
     elif source.endswith((".jsonl", ".json", ".gz", *TABLES)):
         raise ValueError(f"{name}={source!r}: expected a file that exists, or a `datasets` id")
     else:
-        from datasets import load_dataset
+        from datasets import load_dataset, load_from_disk
 
+        folder = Path(source, dataset_dir or "")
         try:
-            rows = load_dataset(source, data_dir=dataset_dir, split=dataset_split)
+            if any((folder / file).is_file() for file in SAVED):
+                saved = load_from_disk(str(folder))
+                rows = saved[dataset_split] if isinstance(saved, dict) else saved
+            else:
+                rows = load_dataset(source, data_dir=dataset_dir, split=dataset_split)
+        except KeyError as error:
+            raise ValueError(f"{name}={source!r}: dataset_split={dataset_split!r}: expected a split of it") from error
         except (ValueError, OSError) as error:  # no data there, no such split, or the hub out of reach
             raise ValueError(f"{name}={source!r}, dataset_split={dataset_split!r}: {error}") from error
         yield from enumerate(rows, 1)
+
+
+def _named(row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | None) -> Mapping[str, Any]:
+    """A row with the names that are used here; chosen and rejected by the column that says which is which."""
+    for name, column in columns.items():
+        if column not in row:
+            raise ValueError(f"field {column!r} ({name}) is missing, found {sorted(row)}")
+    row = {**row, **{name: row[column] for name, column in columns.items()}}
+    sides = ("response_0", "response_1")
+    if chosen_by is None:
+        if "chosen" not in row and all(side in row for side in sides):
+            which = [name for name in row if name.endswith("_id")] or ["a column with 0 or 1"]
+            raise ValueError(f"field 'chosen' is missing beside {sides}: expected chosen_by, {' or '.join(which)}")
+        return row
+    for name in (chosen_by, *sides):
+        if name not in row:
+            raise ValueError(f"field {name!r} is missing, found {sorted(row)}")
+    which = row[chosen_by]
+    if which not in (0, 1) or isinstance(which, float):
+        raise ValueError(f"field {chosen_by!r}: expected 0 or 1, got {which!r:.60}")
+    return {**row, "chosen": row[sides[int(which)]], "rejected": row[sides[1 - int(which)]]}
 
 
 def _detect(row: Mapping[str, Any]) -> str:

@@ -148,7 +148,7 @@ class _Data:
 
 def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
     encoder = Encoder(tokenizer, config, stop_ids(config, place))
-    source = load_pairs(config.data, dataset_split=config.dataset_split, dataset_dir=config.dataset_dir)
+    source = load_pairs(config.data, **config.reading)
     train_pairs, held_out_pairs = split_pairs(source.pairs, config)
     training, dropped = encoder(train_pairs, config.data)
     held_out, held_out_dropped = encoder(held_out_pairs, config.eval_data or config.data)

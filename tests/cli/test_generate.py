@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.cli.options import add_sampling_arguments
+from genarm_fast.text.detokenize import token_text
 
 CHAT = [{"role": "user", "content": "the cat"}]
 
@@ -55,7 +57,8 @@ def test_sampling_options_reach_the_request(cli: Callable, options: list[str], m
     more += " --speculation off"
     result = cli("generate", "the cat", *options, *more.split(), "--logit-bias", "40=2", "--json")
     assert result.code == 0
-    expected = json.loads(json.dumps(model.generate([CHAT], params, speculation="off")[0].to_dict()))
+    text = partial(token_text, model.tokenizer)
+    expected = json.loads(json.dumps(model.generate([CHAT], params, speculation="off")[0].to_dict(text)))
     found = json.loads(result.out)
     del expected["timing"], found["timing"]
     assert found == expected
@@ -136,3 +139,25 @@ def test_help_without_docstrings() -> None:
 def test_foreign_code_is_asked_for_by_name(cli: Callable, models: Any) -> None:
     result = cli("generate", *models.options, "--arm-trust-remote-code", "three", "Hi")
     assert (result.code, "--arm-trust-remote-code three: expected the name or the model" in result.err) == (2, True)
+
+
+def test_weights_for_each_token_and_the_text_of_tokens(cli, models):
+    """`W:W:...` in the place of an ARM's number, by place and by name; JSON shows what each token says."""
+    run = [
+        "generate",
+        *models.options,
+        "the cat",
+        "--json",
+        "--logprobs=1",
+        "--seed=1",
+        "--max-new-tokens=4",
+        "--ignore-eos",
+    ]
+    by_place = json.loads(cli(*run, "--weights", "2:1:0.5,-1").out)["completions"][0]
+    assert by_place["weights"] == [[2.0, -1.0], [1.0, -1.0], [0.5, -1.0], [0.5, -1.0]]
+    assert all(len(entry["top_tokens"]) == 1 and isinstance(entry["token"], str) for entry in by_place["logprobs"])
+    by_name = json.loads(cli(*run, "--weights", "one=2:1:0.5", "--base-weight", "0.5").out)["completions"][0]
+    assert by_name["weights"] == [[w, -0.25] for w in (2.0, 1.0, 0.5, 0.5)]
+    assert by_name["token_ids"] != by_place["token_ids"]
+    assert "expected a finite number" in cli(*run, "--weights", "2:x").err
+    assert "--keep: expected --input and --output with it" in cli(*run, "--keep", "x").err

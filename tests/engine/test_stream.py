@@ -183,3 +183,16 @@ def test_stream_refusals(model):
     for index in (1, -1):
         with pytest.raises(IndexError, match=f"index={index}: expected 0..0"):
             model.stream("a").set_weights(1.0, index=index)
+
+
+def test_one_prompt_of_a_stream_is_closed(model):
+    params = SamplingParams(seed=5, max_new_tokens=12, ignore_eos=True)
+    whole = [output.token_ids for output in model.generate([[5, 6], [7, 8]], params)]
+    with model.stream([[5, 6], [7, 8]], params) as stream:
+        next(stream), next(stream)
+        stream.close(0)
+        with pytest.raises(IndexError, match=r"index=2: expected 0\.\.1"):
+            stream.close(2)
+        assert all(chunk.index == 1 for chunk in stream)
+    assert [output.finish_reason for output in stream.outputs] == ["cancelled", "length"]
+    assert [output.token_ids for output in stream.outputs] == [whole[0][:1], whole[1]]

@@ -24,6 +24,7 @@ class FakeModel:
     """Answers with what it was asked and with whom, so that a change of either shows."""
 
     max_batch_size = 3
+    tokenizer = None
 
     def __init__(self, failing: Sequence[str] = (), crashing: Sequence[str] = ()) -> None:
         self.failing, self.crashing = failing, crashing
@@ -237,7 +238,7 @@ def test_seeds_of_lines_and_jobs_differ() -> None:
     ("line", "message"),
     [
         ('{"prompt": "a", "top_p": 1.5}', r"top_p=1.5: expected a number in \(0, 1\]"),
-        ('{"prompt": "a", "temprature": 1}', "temprature=1: expected one of id, prompt, weights"),
+        ('{"prompt": "a", "temprature": 1}', "temprature=1: expected one of id, prompt, metadata, weights"),
         ('{"prompt": "a", "logits_processors": []}', r"logits_processors=\[\]: expected one of"),
         ('{"prompt": "a", "weights": [1, 2, 3]}', r"weights=.*: expected 2 numbers, one per ARM, got 3"),
         ('{"prompt": "a", "weights": ["1", 2]}', "weights=.*expected finite numbers"),

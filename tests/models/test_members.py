@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import build_model, build_tokenizer, save_adapter
 
-from genarm_fast import ARM, GenARM
+import genarm_fast
+from genarm_fast import ARM, GenARM, reference
 from genarm_fast.kernels import _native
 from genarm_fast.models.checkpoint import check_device
 from genarm_fast.models.weights import share_weights
@@ -277,3 +279,40 @@ def test_shared_weights_stay_tied():
     copy = share_weights(model)
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
     assert copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+def test_an_adapter_whose_base_has_moved(folders, tmp_path):
+    """The error says what to do, and doing that is right: by folder, and by the model that is loaded anyway."""
+    place = tmp_path / "arm"
+    merged = save_adapter(place, base=folders / "base", seed=3, recorded_base=tmp_path / "gone")
+    (place / "genarm.json").unlink()  # as adapters of the hub have none
+    with pytest.raises(ValueError, match=r"If that base has moved .*: ARM\('.*arm', base=\.\.\.\)"):
+        GenARM.from_pretrained(folders / "base", place)
+    expected = None
+    given = type(merged).from_pretrained(folders / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # who says what the base is need not be told that it is believed
+        for base, named in ((folders / "base",) * 2, (given, given), (given, folders / "base")):
+            tokenizer = build_tokenizer()
+            model = GenARM.from_pretrained(base, ARM(place, base=named), tokenizer=tokenizer)
+            (output,) = model.generate([[5, 6, 7]], temperature=0.0, max_new_tokens=6)
+            expected = expected or output.token_ids
+            assert output.token_ids == expected
+    run = {"temperature": 0.0, "max_new_tokens": 6, "stop_token_ids": [1]}
+    assert expected == reference.generate(given, [merged], [[5, 6, 7]] * 2, [1.0], **run).tokens
+    arm = ARM(place, base=given)
+    (output,) = genarm_fast.generate(given, arm, [[5, 6, 7]], tokenizer=build_tokenizer(), **run)
+    assert output.token_ids == expected
+
+
+def test_a_base_for_what_is_no_adapter_is_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"arms\[0\]: base=.*expected none, as its model is no folder of an adapter"):
+        GenARM.from_pretrained(folders / "base", ARM(folders / "base", base=folders / "base"))
+    with pytest.raises(TypeError, match="base=3: expected a hub id, a folder or a loaded model"):
+        ARM("x", base=3)
+    wrong = tmp_path / "arm"
+    save_adapter(wrong, base=folders / "base", seed=3)
+    build_model("llama", 9).save_pretrained(tmp_path / "other")
+    build_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"with fingerprint .*differ"):
+        GenARM.from_pretrained(folders / "base", ARM(wrong, base=tmp_path / "other"))
