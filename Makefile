@@ -6,6 +6,7 @@
 # make soak      threads, streams, faults and forks under load, a report in soak.json; ARGS="--seconds 3600" for an hour
 # make bench   speed of the kernels on this machine
 # make wheel-test   sdist and wheel, tried in a fresh environment without the clone
+# make bench-gpu   guided decoding on a GPU; ARGS=--dry tries the script out without one
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test lint bench wheel-test sanitize soak
+.PHONY: demo check test lint bench wheel-test sanitize soak bench-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -55,6 +56,9 @@ soak: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)
+
+bench-gpu: $(VENV)/.installed-dev
+	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
 
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)

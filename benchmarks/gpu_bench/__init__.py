@@ -1,0 +1,1 @@
+"""The parts of benchmarks/gpu.py: settings, models, rows, and what is made of their numbers."""

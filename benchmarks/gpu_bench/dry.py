@@ -1,0 +1,100 @@
+"""A trial without a GPU: Triton's kernels interpreted, and stand-ins for streams, graphs, events and memory.
+
+The stand-ins are the tests' (tests/cuda_driver.py): the engine's own CUDA device runs on CPU tensors. Graphs are tapes
+of what was done while they were captured, here with the interpreted launches among it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[2]
+
+
+def interpreting() -> None:
+    """Begin this process anew where triton was not told to interpret before it was imported."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["GENARM_FAST_SELFCHECK"] = "never"  # it would take a third of the time, and has tests of its own
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+class Event:
+    """A point in time: all work is done when it is launched."""
+
+    def __init__(self, **_: Any) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.time - self.time)
+
+
+@contextmanager
+def standing_in() -> Iterator[None]:
+    """torch.cuda without a GPU, for CPU tensors."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import torch
+    from cuda_driver import OnCpuTensors, Tape, cuda_driver
+    from doubles import engines_on
+    from torch.utils._python_dispatch import _disable_current_modes
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from genarm_fast.kernels import _dispatch
+
+    torch.set_num_threads(1)
+    tapes: list[Tape] = []
+    begin, end, launched = Tape.__enter__, Tape.__exit__, InterpretedFunction.__getitem__
+
+    def enter(tape: Any) -> Any:
+        tapes.append(tape)
+        return begin(tape)
+
+    def leave(tape: Any, *error: Any) -> Any:
+        tapes.pop()
+        return end(tape, *error)
+
+    def launcher(kernel: Any, grid: Any) -> Any:
+        run = launched(kernel, grid)
+
+        def launch(*args: Any, **options: Any) -> None:
+            with _disable_current_modes():  # the interpreter's own operations are no launches
+                run(*args, **options)
+            if tapes:
+                tapes[-1].operations.append((run, args, options, None))
+
+        return launch
+
+    def resident() -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with ExitStack() as stack:
+        stack.enter_context(cuda_driver())
+        for target, name, stand_in in [
+            (torch.cuda, "Event", Event),
+            (torch.cuda, "current_stream", lambda *_: "default"),
+            (torch.cuda, "synchronize", lambda *_: None),
+            (torch.cuda, "empty_cache", lambda: None),
+            (torch.cuda, "reset_peak_memory_stats", lambda: None),
+            (torch.cuda, "max_memory_allocated", resident),
+            (Tape, "__enter__", enter),
+            (Tape, "__exit__", leave),
+            (InterpretedFunction, "__getitem__", launcher),
+            (_dispatch, "GPUS", ("cpu",)),
+        ]:
+            stack.enter_context(patch.object(target, name, stand_in))
+        stack.enter_context(engines_on(OnCpuTensors()))
+        yield

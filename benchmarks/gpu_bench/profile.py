@@ -1,0 +1,106 @@
+"""What the device does in a token: kernels by their time, launches; by torch.profiler, and nsys where it is there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from .measure import Bench
+
+SHOWN = 20
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
+COPIES = ("cudaMemcpyAsync", "cudaMemsetAsync")
+
+
+def profile(bench: Bench) -> dict[str, Any]:
+    """Of plain decoding of one request with a LoRA ARM, after its shapes are captured."""
+    model = bench.lanes("8b", 1)
+    skip, tokens = (6, 3) if bench.setting.name == "dry" else (24, 16)
+    found = by_torch(bench, model, skip, tokens)
+    if shutil.which("nsys") and bench.setting.name == "real":
+        try:
+            found["nsys"] = by_nsys(tokens)
+        except (subprocess.SubprocessError, OSError, ValueError) as error:
+            found["nsys_error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def by_torch(bench: Bench, model: Any, skip: int, tokens: int) -> dict[str, Any]:
+    activities = [ProfilerActivity.CPU]
+    if bench.setting.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    profiler = torch.profiler.profile(activities=activities)
+    decode(bench, model, skip, tokens, profiler.start, profiler.stop)
+    on_device = bench.setting.device.type == "cuda"
+    kernels, calls = [], {}
+    for event in profiler.key_averages():
+        time = event.self_device_time_total if on_device else event.self_cpu_time_total
+        if event.key in (*LAUNCHES, *COPIES):
+            calls[event.key] = event.count / tokens
+        elif str(event.device_type).endswith("CUDA") if on_device else time > 0:
+            kernels.append({"name": event.key[:120], "launches": event.count / tokens, "us": time / tokens})
+    return summary(kernels) | {"tool": "torch.profiler", "tokens": tokens, "host_calls": calls}
+
+
+def summary(kernels: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per token: launches, µs of all kernels, and the kernels that take most."""
+    kernels = sorted(kernels, key=lambda kernel: -kernel["us"])
+    total = {name: sum(kernel[name] for kernel in kernels) for name in ("launches", "us")}
+    return {"launches_per_token": total["launches"], "device_us_per_token": total["us"], "kernels": kernels[:SHOWN]}
+
+
+def decode(bench: Bench, model: Any, skip: int, tokens: int, start: Any, stop: Any) -> None:
+    """Calls `start` and `stop` around so many tokens of a text."""
+    (prompt,) = bench.prompts(1, bench.setting.context, model.vocab_size)
+    last = skip + tokens
+    with model.stream(prompt, max_new_tokens=last + 4, ignore_eos=True, seed=1, speculation="off") as stream:
+        for i, _ in enumerate(stream, 1):
+            if i in (skip, last):
+                torch.cuda.synchronize()
+                (start if i == skip else stop)()
+
+
+def by_nsys(tokens: int) -> dict[str, Any]:
+    """The same in a process of its own, since nsys has to start it; kernels in graphs one by one."""
+    script = Path(__file__).parents[1] / "gpu.py"
+    with tempfile.TemporaryDirectory() as folder:
+        report = str(Path(folder, "report"))
+        command = ["nsys", "profile", "--trace=cuda,nvtx", "--cuda-graph-trace=node", "--sample=none"]
+        command += ["--capture-range=cudaProfilerApi", "--capture-range-end=stop", "-o", report]
+        command += [sys.executable, str(script), "--profiled"]
+        subprocess.run(command, check=True, capture_output=True, timeout=90)
+        stats = ["nsys", "stats", "--report", "cuda_gpu_kern_sum", "--format", "csv", f"{report}.nsys-rep"]
+        text = subprocess.run(stats, check=True, capture_output=True, text=True, timeout=60).stdout
+    return summary(kernels_of(text, tokens)) | {"tool": "nsys", "tokens": tokens}
+
+
+def kernels_of(text: str, tokens: int) -> list[dict[str, Any]]:
+    """The table of `nsys stats`, which has some lines above it."""
+    lines = text.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("Time (%)")), None)
+    if first is None:
+        raise ValueError(f"no table in what nsys printed: {text[:200]!r}")
+    rows: Sequence[dict[str, str]] = list(csv.DictReader(io.StringIO("\n".join(lines[first:]))))
+    return [
+        {
+            "name": row["Name"][:120],
+            "launches": int(row["Instances"]) / tokens,
+            "us": float(row["Total Time (ns)"]) / 1e3 / tokens,
+        }
+        for row in rows
+    ]
+
+
+def profiled(bench: Bench) -> None:
+    """What `by_nsys` runs under nsys."""
+    decode(bench, bench.lanes("8b", 1), 24, 16, torch.cuda.profiler.start, torch.cuda.profiler.stop)

@@ -1,0 +1,92 @@
+"""The rows, in the order in which scarce time goes to them."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+from .correctness import gpu_tests, small_tokens, widened_pair, widened_tokens
+from .measure import Bench, drafting, hf_generate, peak_bytes, seconds_of
+from .models import weight_bytes
+from .profile import profile
+from .sampler import table
+from .schedule import Row
+
+
+def floor(bench: Bench) -> dict[str, Any]:
+    """W, and the numbers that it comes from."""
+    base = bench.model("8b")
+    w = bench.w(base)
+    return {"w": w, "weight_bytes": weight_bytes(base), "read_bytes_per_second": bench.read_speed}
+
+
+def lanes(bench: Bench, name: str, arms: int, batch: int) -> dict[str, Any]:
+    return bench.decode(bench.lanes(name, arms), bench.setting.batches[batch])
+
+
+def two_streams(bench: Bench) -> dict[str, Any]:
+    """An ARM with weights of its own, beside the base on a stream of its own."""
+    arm = bench.model("1b", 1)
+    found = bench.decode(bench.decoder("8b + 1b", bench.model("8b"), [arm]))
+    return found | {"w_arm": bench.w(arm)}
+
+
+def drafts(bench: Bench) -> dict[str, Any]:
+    """The widened pair, whose base costs an 8B model's bytes: without drafts, with some, and as "auto" chooses."""
+    model = widened_pair(bench)
+    prompts = bench.pair().prompts
+    found: dict[str, Any] = {"models": bench.pair().name, "acceptance_is_real": int(bench.pair().real)}
+    found["plain"] = bench.decode(model, prompts=prompts)
+    for k in (*bench.setting.drafts, None):
+        name = "auto" if k is None else f"K = {k}"
+        found[name] = bench.decode(model, prompts=prompts, speculation=drafting(model.arm_names[0], k))
+    best = min((name for name in found if isinstance(found[name], dict)), key=lambda name: found[name]["x_w"])
+    return found | {"best": best, **{key: found[best][key] for key in ("ms", "w", "x_w", "peak_bytes")}}
+
+
+def long_context(bench: Bench) -> dict[str, Any]:
+    return bench.decode(bench.lanes("8b", 1), bench.setting.batches[1], context=bench.setting.long_context)
+
+
+def first_token(bench: Bench) -> dict[str, Any]:
+    """Seconds of calls that generate one token: the unguided base, with a LoRA ARM, and Hugging Face's base."""
+    length, base = bench.setting.first_token, bench.model("8b")
+    plain, guided = bench.lanes("8b", 0), bench.lanes("8b", 1)
+
+    def ours(model: Any) -> None:
+        model.generate(bench.prompts(1, length, model.vocab_size), max_new_tokens=1, ignore_eos=True, seed=1)
+
+    runs = {
+        "ms": partial(ours, plain),
+        "guided_ms": partial(ours, guided),
+        "hugging_face_ms": partial(hf_generate, bench, base, 1, length=length),
+    }
+    found: dict[str, Any] = {"context": length}
+    for name, run in runs.items():
+        times = [seconds_of(run) for _ in range(2 + bench.setting.rounds)]
+        found[name] = 1e3 * statistics.median(times[2:])
+    return found | {"x_hugging_face": found["ms"] / found["hugging_face_ms"], "peak_bytes": peak_bytes()}
+
+
+ROWS = [
+    Row("gpu tests", gpu_tests, 0.25),
+    Row("W", floor),
+    Row("tokens, SmolLM2", small_tokens),
+    Row("tokens, widened", widened_tokens, 0.2, group="tokens"),
+    Row("base", partial(lanes, name="8b", arms=0, batch=0), group="8b"),
+    Row("1 LoRA", partial(lanes, name="8b", arms=1, batch=0), group="8b + 1"),
+    Row("1 LoRA, 8 requests", partial(lanes, name="8b", arms=1, batch=1), group="8b + 1"),
+    Row("1 LoRA, 32 requests", partial(lanes, name="8b", arms=1, batch=2), group="8b + 1"),
+    Row("profile", profile, 0.2, group="8b + 1"),
+    Row("Hugging Face, eager", partial(Bench.hugging_face, name="8b"), group="hf"),
+    Row("2 LoRAs", partial(lanes, name="8b", arms=2, batch=0), group="8b + 2"),
+    Row("8B + 1B ARM", two_streams, group="8b + 1b"),
+    Row("sampler", table, 0.2, group="sampler"),
+    Row("context 4,000, 8 requests", long_context, group="long"),
+    Row("first token", first_token, group="first"),
+    Row("135M", partial(lanes, name="135m", arms=0, batch=0), group="135m"),
+    Row("135M, 1 LoRA", partial(lanes, name="135m", arms=1, batch=0), group="135m + 1"),
+    Row("drafts", drafts, 0.3, group="widened"),
+    Row("Hugging Face, compiled", partial(Bench.hugging_face, name="8b", compiled=True), 0.3, group="compiled"),
+]

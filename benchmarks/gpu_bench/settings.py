@@ -1,0 +1,129 @@
+"""What is measured, at its real size and at one for a trial without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+HEADS_8B = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+REAL_SHAPES: dict[str, dict[str, Any]] = {
+    "8b": HEADS_8B | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    "1b": HEADS_8B
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+TOY = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 300, "hidden_size": 32}
+TOY_SHAPES: dict[str, dict[str, Any]] = {
+    "8b": TOY | {"intermediate_size": 64, "num_hidden_layers": 1},
+    "1b": TOY | {"intermediate_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": True},
+    "135m": TOY | {"intermediate_size": 48, "num_hidden_layers": 1, "tie_word_embeddings": True},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of a run.
+
+    shapes: of the random Llamas, by the names of what they stand for. rank: of their LoRAs. context: prompt tokens of a
+    decode row. tokens: a row's time is that of the larger number of new tokens less that of the smaller. rounds,
+    repeats: measurements of a decode row, and of a kernel. texts: how many are compared with the reference, and their
+    tokens. batches: requests of the decode rows. long_context, first_token: tokens of prompts. widened: parameters of
+    the widened base and ARM. drafts: K. sampler_rows, sampler_vocab: R and V of its table; sampler_calls: in a graph.
+    cold_bytes: a sampler's inputs take turns until they fill so many bytes, which no cache holds. read_bytes: that W's
+    read speed is measured on. test_seconds: for the tests marked gpu. compile_options: of Hugging Face's compiled row.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    shapes: dict[str, dict[str, Any]]
+    rank: int
+    context: int
+    tokens: tuple[int, int]
+    rounds: int
+    repeats: int
+    texts: tuple[int, int]
+    batches: tuple[int, int, int]
+    long_context: int
+    first_token: int
+    widened: tuple[float, float]
+    drafts: tuple[int, ...]
+    sampler_rows: tuple[int, ...]
+    sampler_vocab: tuple[int, ...]
+    sampler_calls: int
+    cold_bytes: int
+    read_bytes: int
+    test_seconds: float
+    tests: tuple[str, ...]
+    compile_options: dict[str, Any]
+
+
+GPU_TESTS = (
+    "tests/kernels/settle/test_settle_gpu.py",
+    "tests/kernels/guided_sample/test_guided_sample_gpu.py",
+    "tests/kernels/ragged_attention/test_ragged_attention_gpu.py",
+    "tests/kernels/test_decoder_layer_gpu.py",
+    "tests/engine/test_gpu_engine.py",
+)
+
+REAL = Setting(
+    name="real",
+    device=torch.device("cuda"),
+    dtype=torch.bfloat16,
+    shapes=REAL_SHAPES,
+    rank=16,
+    context=128,  # and 128 new tokens: all of them under one KV bound, 256
+    tokens=(32, 128),
+    rounds=3,
+    repeats=5,
+    texts=(4, 48),
+    batches=(1, 8, 32),
+    long_context=4000,
+    first_token=2048,
+    widened=(7.5e9, 1e9),
+    drafts=(2, 4),
+    sampler_rows=(1, 8, 64, 128, 256),
+    sampler_vocab=(32000, 128256),
+    sampler_calls=32,
+    cold_bytes=200 << 20,  # an H100 has 50 MB of L2
+    read_bytes=2 << 30,
+    test_seconds=100,
+    tests=GPU_TESTS,
+    compile_options={},
+)
+
+DRY = Setting(
+    name="dry",
+    device=torch.device("cpu"),
+    dtype=torch.float32,  # Triton's interpreter multiplies bit patterns of bfloat16
+    shapes=TOY_SHAPES,
+    rank=2,
+    context=6,
+    tokens=(1, 3),  # the third forward of a shape is captured
+    rounds=1,
+    repeats=1,
+    texts=(1, 4),
+    batches=(1, 2, 2),
+    long_context=10,
+    first_token=8,
+    widened=(1e5, 3e4),
+    drafts=(2,),
+    sampler_rows=(2,),
+    sampler_vocab=(300,),
+    sampler_calls=1,
+    cold_bytes=1 << 14,
+    read_bytes=1 << 22,
+    test_seconds=300,
+    tests=GPU_TESTS[:1],
+    compile_options={"backend": "eager", "mode": None, "fullgraph": False},
+)
