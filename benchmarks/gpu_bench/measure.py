@@ -76,9 +76,9 @@ class Bench:
 
     def lanes(self, name: str, count: int) -> GenARM:
         """A random model with so many random LoRA ARMs, all of one forward."""
-        base = self.model(name)
-        arms = [with_lora(base, 1 + i, self.setting.rank) for i in range(count)]
-        return self.decoder(f"{name} + {count}", base, arms)
+        key, base = f"{name} + {count}", self.model(name)
+        missing = 0 if key in self._decoders else count
+        return self.decoder(key, base, [with_lora(base, 1 + i, self.setting.rank) for i in range(missing)])
 
     def leave(self) -> None:
         for decoder in self._decoders.values():

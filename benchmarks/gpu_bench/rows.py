@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from .correctness import gpu_tests, small_tokens, widened_pair, widened_tokens
+from .machine import clocks
 from .measure import Bench, drafting, hf_generate, peak_bytes, seconds_of
 from .models import weight_bytes
 from .profile import profile
@@ -18,7 +19,8 @@ def floor(bench: Bench) -> dict[str, Any]:
     """W, and the numbers that it comes from."""
     base = bench.model("8b")
     w = bench.w(base)
-    return {"w": w, "weight_bytes": weight_bytes(base), "read_bytes_per_second": bench.read_speed}
+    found = {"w": w, "weight_bytes": weight_bytes(base), "read_bytes_per_second": bench.read_speed}
+    return found | {"clocks": clocks()}  # of a device that has just worked
 
 
 def lanes(bench: Bench, name: str, arms: int, batch: int) -> dict[str, Any]:
@@ -37,10 +39,11 @@ def drafts(bench: Bench) -> dict[str, Any]:
     model = widened_pair(bench)
     prompts = bench.pair().prompts
     found: dict[str, Any] = {"models": bench.pair().name, "acceptance_is_real": int(bench.pair().real)}
-    found["plain"] = bench.decode(model, prompts=prompts)
+    more: dict[str, Any] = {"prompts": prompts, "rounds": 2 * bench.setting.rounds - 1}  # texts differ in acceptance
+    found["plain"] = bench.decode(model, **more)
     for k in (*bench.setting.drafts, None):
         name = "auto" if k is None else f"K = {k}"
-        found[name] = bench.decode(model, prompts=prompts, speculation=drafting(model.arm_names[0], k))
+        found[name] = bench.decode(model, **more, speculation=drafting(model.arm_names[0], k))
     best = min((name for name in found if isinstance(found[name], dict)), key=lambda name: found[name]["x_w"])
     return found | {"best": best, **{key: found[best][key] for key in ("ms", "w", "x_w", "peak_bytes")}}
 
