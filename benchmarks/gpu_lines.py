@@ -1,0 +1,140 @@
+"""Lines that only a GPU runs, and that no test of these runs without one.
+
+    python benchmarks/gpu_lines.py [TEST ...]
+
+Looked at: the CUDA device, the launchers of Triton kernels (not the kernels: the interpreter has tests of its own), the
+stacked decoder, flash-attn, and functions elsewhere that ask whether a tensor is on CUDA. Tests run in pytest under a
+tracer, as do the processes of pytest that they start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import atexit
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FOLDER = "GPU_LINES_FOLDER"
+WHOLE = ("genarm_fast/device/cuda.py", "genarm_fast/models/stacked_decoder.py", "genarm_fast/models/flash_attention.py")
+LAUNCHERS = ("triton.py", "triton_filters.py", "_triton.py")
+ASKS = ("is_cuda", "GPUS", '"cuda"', "torch.cuda")
+TESTS = (
+    "tests/device/test_cuda.py",
+    "tests/device/test_cuda_alone.py",
+    "tests/device/test_fake_cuda.py",
+    "tests/models/test_flash_attention.py",
+    "tests/models/test_stacked_decoder.py",
+)
+
+
+def lines_of(path: Path) -> dict[str, set[int]]:
+    """Lines with code in it, by the function that they are in; kernels and, but for whole files, what never asks."""
+    source = path.read_text()
+    whole = path.relative_to(ROOT).as_posix() in WHOLE or path.name in LAUNCHERS
+    found = {}
+    for name, code, node in functions(ast.parse(source), compile(source, str(path), "exec")):
+        text = ast.get_source_segment(source, node) or ""
+        kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if not kernel and (whole or any(word in text for word in ASKS)):
+            found[name] = {line for *_, line in code.co_lines() if line} - {code.co_firstlineno}
+    return found
+
+
+def functions(tree: ast.Module, module: CodeType) -> Iterator[tuple[str, CodeType, Any]]:
+    """All functions with their code and their place in the tree."""
+    nodes = {
+        (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.name): node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    codes = [module]
+    while codes:
+        code = codes.pop()
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        if (code.co_firstlineno, code.co_name) in nodes:
+            yield (
+                code.co_qualname if hasattr(code, "co_qualname") else code.co_name,
+                code,
+                nodes[code.co_firstlineno, code.co_name],
+            )
+
+
+def files() -> list[Path]:
+    return [
+        path for top in ("genarm_fast", "kernels/ops") for path in sorted((ROOT / top).rglob("*.py")) if lines_of(path)
+    ]
+
+
+def trace(folder: str) -> None:
+    """From now on, note which lines of these files run; they are written when the process ends."""
+    wanted = {str(path.resolve()): set() for path in files()}
+    known: dict[str, Any] = {}  # by the name that code has
+
+    def local(frame: Any, event: str, _: Any) -> Any:
+        if event == "line":
+            known[frame.f_code.co_filename].add(frame.f_lineno)
+        return local
+
+    def called(frame: Any, event: str, _: Any) -> Any:
+        name = frame.f_code.co_filename
+        if name not in known:
+            known[name] = wanted.get(str(Path(name).resolve()))
+        return None if known[name] is None else local
+
+    def dump() -> None:
+        sys.settrace(None)
+        ran = {str(Path(path).relative_to(ROOT)): sorted(lines) for path, lines in wanted.items()}
+        Path(folder, f"{os.getpid()}.json").write_text(json.dumps(ran))
+
+    atexit.register(dump)
+    threading.settrace(called)
+    sys.settrace(called)
+
+
+def never_run(folder: Path) -> dict[str, dict[str, list[int]]]:
+    """Lines that no process ran, by file and function."""
+    ran: dict[str, set[int]] = {}
+    for path in folder.glob("*.json"):
+        for name, lines in json.loads(path.read_text()).items():
+            ran.setdefault(name, set()).update(lines)
+    found: dict[str, dict[str, list[int]]] = {}
+    for path in files():
+        name = path.relative_to(ROOT).as_posix()
+        for function, lines in lines_of(path).items():
+            if missing := sorted(lines - ran.get(name, set())):
+                found.setdefault(name, {})[function] = missing
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", default=TESTS, help="default: those of devices, kernels and decoders")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, FOLDER: folder, "PYTHONPATH": paths, "PYTEST_ADDOPTS": "-p gpu_lines"}
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *args.tests]
+        done = subprocess.run(command, cwd=ROOT, env=environment)
+        found = never_run(Path(folder))
+    for name, by_function in found.items():
+        source = (ROOT / name).read_text().splitlines()
+        for function, lines in by_function.items():
+            print(f"{name} {function}")
+            print(*(f"  {line:4} {source[line - 1].strip()}" for line in lines), sep="\n")
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
+elif FOLDER in os.environ:  # as a plugin of pytest
+    trace(os.environ[FOLDER])

@@ -1,0 +1,163 @@
+"""The CUDA device by itself, through a stubbed torch.cuda: what decoding on one GPU never asks of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_driver import cuda_driver, pinned
+
+from genarm_fast.device.cuda import MOST_GRAPHS, WARM_UP, Cuda, on
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def log():
+    with cuda_driver() as log:
+        yield log
+
+
+@pytest.fixture
+def device(log):
+    return Cuda()
+
+
+@pytest.fixture
+def stream(device):
+    """Its device is the CPU's, so that copies to it run."""
+    made = device.stream(SimpleNamespace(type="cuda"))
+    made.device = CPU
+    return made
+
+
+def test_a_member_on_the_cpu_has_no_stream(device, log):
+    assert device.stream(CPU) is CPU
+    assert device.streams == []
+    assert log.of("stream") == []
+
+
+def test_what_a_member_on_the_cpu_gives_is_uploaded(device, stream, log, monkeypatch):
+    """Through pinned memory, on the stream that will read it; nobody has to wait for the CPU, which is done."""
+    where = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: where.append(log.current[-1]) or pinned(t))
+    given = [torch.arange(3), torch.zeros(2).expand(2, 2)]
+    before = len(log.of("wait"))
+    got = device.hand_over(given, CPU, stream)
+    assert [each.tolist() for each in got] == [each.tolist() for each in given]
+    assert where == [stream, stream]
+    assert len(log.of("wait")) == before
+
+
+def test_what_a_member_on_the_cpu_gets_is_there(device, stream, log):
+    """A blocking copy, made in the order of its source's work."""
+    tensor = torch.arange(3)
+    (got,) = device.hand_over([tensor], stream, CPU)
+    assert got is tensor
+    assert device.upload(tensor, CPU) is tensor
+    assert device.read([tensor], CPU)() == [tensor]
+    assert log.of("record", "event") == []
+
+
+def test_a_member_on_the_cpu_runs_where_it_is_and_is_never_captured(device, log):
+    calls = []
+
+    def function(x):
+        calls.append(log.current[-1])
+        return (x + 1,)
+
+    for _ in range(WARM_UP + 3):
+        (got,) = device.launch(CPU, "arm", device.repeat, CPU, "key", function, torch.zeros(1))
+        assert got.item() == 1
+    assert calls == ["default"] * (WARM_UP + 3)
+    assert device.graphs == {}
+
+
+def test_time_on_the_cpu_and_on_a_stream(device, stream, monkeypatch):
+    now = iter([1.0, 3.5])
+    monkeypatch.setattr(device, "clock", lambda: next(now))
+    assert device.elapsed(device.mark(CPU), device.mark(CPU)) == 2.5
+    start, end = device.mark(stream), device.mark(stream)
+    assert device.elapsed(start, end) == 0.001  # the stub's events are a millisecond apart
+
+
+def captured(device, stream, key, function=lambda x: (x + 1,), count=WARM_UP + 1):
+    for _ in range(count):
+        (got,) = device.repeat(stream, key, function, torch.zeros(1))
+    return got
+
+
+def test_only_the_latest_graphs_are_kept(device, stream):
+    device.most_graphs = 2
+    for key in ("a", "b"):
+        captured(device, stream, key)
+    captured(device, stream, "a", count=1)  # which makes b the oldest
+    captured(device, stream, "c")
+    assert [key for _, key in device.graphs] == ["a", "c"]
+
+
+def test_graphs_that_requests_will_need_are_kept_for_good(device, stream):
+    with device.keeping_graphs():
+        for key in range(MOST_GRAPHS + 3):
+            captured(device, stream, key)
+    assert len(device.graphs) == device.most_graphs == MOST_GRAPHS + 3
+    captured(device, stream, "one more")
+    assert len(device.graphs) == MOST_GRAPHS + 3
+    assert (stream, 0) not in device.graphs
+
+
+def test_graphs_of_memory_that_is_freed_are_forgotten(device, stream):
+    """Those of one stream: afterwards a shape is warmed up again."""
+    other = device.stream(SimpleNamespace(type="cuda"))
+    for each in (stream, other):
+        captured(device, each, "key")
+    device.forget(stream)
+    assert list(device.graphs) == [(other, "key")]
+    captured(device, stream, "key", count=WARM_UP)
+    assert list(device.graphs) == [(other, "key")]
+    captured(device, stream, "key", count=1)
+    assert (stream, "key") in device.graphs
+
+
+def test_a_capture_without_memory_is_the_caller_s(device, stream):
+    """The engine shrinks the batch; the stream is not taken for one that can't be captured."""
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        if len(calls) == WARM_UP + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (x + 1,)
+
+    captured(device, stream, "key", function, WARM_UP)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(device, stream, "key", function, 1)
+    assert device.eager == set()
+    assert captured(device, stream, "key", function, 1).item() == 1
+    assert (stream, "key") in device.graphs
+
+
+def test_graphs_of_a_stream_share_a_pool(device, stream, log):
+    for key in ("a", "b"):
+        captured(device, stream, key)
+    assert len({entry[2] for entry in log.of("capture")}) == 1
+
+
+def test_a_replay_reads_its_own_inputs(device, stream):
+    captured(device, stream, "key")
+    given = torch.full((1,), 41.0)
+    (got,) = device.repeat(stream, "key", None, given)
+    (later,) = device.repeat(stream, "key", None, given + 1)
+    assert (given.item(), got.item(), later.item()) == (41, 42, 43)  # what came first is a copy, and stays
+
+
+def test_on_a_device_nothing_changes(log):
+    with on(CPU):
+        assert log.current == ["default"]
+
+
+def test_few_shapes_exist(device):
+    assert device.shape(5, 16, 100, 4096) == (8, 128)
+    assert device.shape(5, 6, 129, 200) == (6, 200)
+    assert device.shape(1, 6, 257, 4096) == (1, 512)
