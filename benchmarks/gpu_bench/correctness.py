@@ -90,8 +90,7 @@ def widened_tokens(bench: Bench) -> dict[str, Any]:
 
 
 def widened_pair(bench: Bench) -> GenARM:
-    """Base and ARM of the pair at the cost of larger ones, until the group is left; other models make room."""
-    bench.drop("8b", "1b")
+    """Base and ARM of the pair at the cost of larger ones."""
     base, arm = bench.pair().widened(bench.setting)
     return bench.decoder("widened", base, [arm], tokenizer=bench.pair().tokenizer)
 

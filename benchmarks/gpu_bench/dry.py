@@ -48,35 +48,12 @@ def standing_in() -> Iterator[None]:
     """torch.cuda without a GPU, for CPU tensors."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
-    from cuda_driver import OnCpuTensors, Tape, cuda_driver
+    from cuda_driver import OnCpuTensors, cuda_driver
     from doubles import engines_on
-    from torch.utils._python_dispatch import _disable_current_modes
-    from triton.runtime.interpreter import InterpretedFunction
 
     from genarm_fast.kernels import _dispatch
 
     torch.set_num_threads(1)
-    tapes: list[Tape] = []
-    begin, end, launched = Tape.__enter__, Tape.__exit__, InterpretedFunction.__getitem__
-
-    def enter(tape: Any) -> Any:
-        tapes.append(tape)
-        return begin(tape)
-
-    def leave(tape: Any, *error: Any) -> Any:
-        tapes.pop()
-        return end(tape, *error)
-
-    def launcher(kernel: Any, grid: Any) -> Any:
-        run = launched(kernel, grid)
-
-        def launch(*args: Any, **options: Any) -> None:
-            with _disable_current_modes():  # the interpreter's own operations are no launches
-                run(*args, **options)
-            if tapes:
-                tapes[-1].operations.append((run, args, options, None))
-
-        return launch
 
     def resident() -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,9 +67,6 @@ def standing_in() -> Iterator[None]:
             (torch.cuda, "empty_cache", lambda: None),
             (torch.cuda, "reset_peak_memory_stats", lambda: None),
             (torch.cuda, "max_memory_allocated", resident),
-            (Tape, "__enter__", enter),
-            (Tape, "__exit__", leave),
-            (InterpretedFunction, "__getitem__", launcher),
             (_dispatch, "GPUS", ("cpu",)),
         ]:
             stack.enter_context(patch.object(target, name, stand_in))

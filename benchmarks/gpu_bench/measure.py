@@ -47,7 +47,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
 
 
 class Bench:
-    """What rows have in common. `leave` forgets the decoders of a group of rows; models made here stay."""
+    """What rows have in common. `leave` forgets the models and decoders of a group of rows."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -67,7 +67,7 @@ class Bench:
         return self._pair
 
     def decoder(self, key: str, base: PreTrainedModel, arms: Sequence[Any] = (), rows: int = 32, **more: Any) -> GenARM:
-        """A GenARM over models on the device, kept until the group is left."""
+        """A GenARM over models on the device, which it may stack; kept until the group is left."""
         if key not in self._decoders:
             tokenizer = more.pop("tokenizer", None) or plain_tokenizer(base.config.vocab_size)
             limits: dict[str, Any] = {"max_batch_size": rows, "speculation": "off"}
@@ -76,22 +76,19 @@ class Bench:
 
     def lanes(self, name: str, count: int) -> GenARM:
         """A random model with so many random LoRA ARMs, all of one forward."""
-        key, base = f"{name} + {count}", self.model(name)
-        missing = 0 if key in self._decoders else count
-        return self.decoder(key, base, [with_lora(base, 1 + i, self.setting.rank) for i in range(missing)])
+        key = f"{name} + {count}"
+        if key in self._decoders:
+            return self._decoders[key]
+        base = random_llama(self.setting, name)  # of its own: weights are stacked for one decoder alone
+        return self.decoder(key, base, [with_lora(base, 1 + i, self.setting.rank) for i in range(count)])
 
     def leave(self) -> None:
         for decoder in self._decoders.values():
             decoder.release()
         self._decoders.clear()
+        self._models.clear()
         gc.collect()
         torch.cuda.empty_cache()
-
-    def drop(self, *names: str) -> None:
-        """Give back models that no later row needs."""
-        for name in names:
-            self._models.pop(name, None)
-        self.leave()
 
     def w(self, base: PreTrainedModel) -> float:
         """Milliseconds that reading its weights once takes, at the speed that was measured in this process."""
@@ -135,7 +132,7 @@ class Bench:
 
         found = per_token(generate, self.setting.tokens, rounds, counted)
         result = {"rows": rows, "context": context, **found, "w": self.w(base), "peak_bytes": peak_bytes()}
-        result["x_w"] = found["ms"] / result["w"]
+        result |= {"x_w": found["ms"] / result["w"], "runs_by": runs_by(model)}
         if speculation != "off":
             result["acceptance"] = counts["accepted"] / max(counts["drafted"], 1)
             result["tokens_per_step"] = counts["tokens"] / max(counts["rounds"], 1)
@@ -185,6 +182,11 @@ def read_speed(setting: Setting) -> float:
     numbers = torch.ones(setting.read_bytes // 4, dtype=torch.float32, device=setting.device)
     numbers.sum()
     return max(numbers.nbytes / max(1e-6 * microseconds([numbers.sum], 1), 1e-9) for _ in range(5))
+
+
+def runs_by(model: GenARM) -> list[str]:
+    """Which forward each model runner has, and why, in the library's words."""
+    return [str(getattr(runner.model, "runs_by", "")) for runner in model.engine().executor.runners]
 
 
 def peak_bytes() -> int:

@@ -28,6 +28,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         said += ["", f"W = {w['w']:.3g} ms: {w['weight_bytes'] / 1e9:.3g} GB at {speed / 1e12:.3g} TB/s."]
     said += ["", "| | before | prototype | goal | measured | ms | met |", "|---|---|---|---|---|---|---|"]
     said += [_goal_line(goal, rows) for goal in GOALS]
+    ways = {way for row in rows.values() for way in row.get("runs_by", ())}
+    said += ["", *(f"A decoder ran {way}." for way in sorted(ways))]
     if "sampler" in rows:
         said += ["", *_sampler_table(rows["sampler"]["lines"])]
     peaks = [(name, row["peak_bytes"]) for name, row in rows.items() if "peak_bytes" in row]

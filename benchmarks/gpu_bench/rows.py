@@ -54,8 +54,7 @@ def long_context(bench: Bench) -> dict[str, Any]:
 
 def first_token(bench: Bench) -> dict[str, Any]:
     """Seconds of calls that generate one token: the unguided base, with a LoRA ARM, and Hugging Face's base."""
-    length, base = bench.setting.first_token, bench.model("8b")
-    plain, guided = bench.lanes("8b", 0), bench.lanes("8b", 1)
+    length, plain, guided = bench.setting.first_token, bench.lanes("8b", 0), bench.lanes("8b", 1)
 
     def ours(model: Any) -> None:
         model.generate(bench.prompts(1, length, model.vocab_size), max_new_tokens=1, ignore_eos=True, seed=1)
@@ -63,7 +62,7 @@ def first_token(bench: Bench) -> dict[str, Any]:
     runs = {
         "ms": partial(ours, plain),
         "guided_ms": partial(ours, guided),
-        "hugging_face_ms": partial(hf_generate, bench, base, 1, length=length),
+        "hugging_face_ms": partial(hf_generate, bench, plain.base.model, 1, length=length),
     }
     found: dict[str, Any] = {"context": length}
     for name, run in runs.items():
