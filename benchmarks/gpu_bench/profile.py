@@ -25,7 +25,7 @@ COPIES = ("cudaMemcpyAsync", "cudaMemsetAsync")
 def profile(bench: Bench) -> dict[str, Any]:
     """Of plain decoding of one request with a LoRA ARM, after its shapes are captured."""
     model = bench.lanes("8b", 1)
-    skip, tokens = (6, 3) if bench.setting.name == "dry" else (24, 16)
+    skip, tokens = (4, 2) if bench.setting.name == "dry" else (24, 16)
     found = by_torch(bench, model, skip, tokens)
     if shutil.which("nsys") and bench.setting.name == "real":
         try:
