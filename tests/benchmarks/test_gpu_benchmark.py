@@ -211,10 +211,10 @@ def test_tokens_of_the_reference_are_counted(part, bench, model):
 
 def test_other_tokens_are_counted_too(part, bench, model, monkeypatch):
     """Negative control: noise of another position."""
-    from genarm_fast.engine.batch import Batch
+    from genarm_fast.engine.batch import State
 
-    positions = Batch.response_positions
-    monkeypatch.setattr(Batch, "response_positions", lambda self, width: positions(self, width) + 1)
+    positions = State.response_positions
+    monkeypatch.setattr(State, "response_positions", lambda self, width: positions(self, width) + 1)
     assert part("correctness").agreement(bench, model, [[5, 6, 7]], 1.0)["equal"] < 1
 
 
