@@ -73,10 +73,14 @@ def undrafted() -> Iterator[None]:
 @pytest.fixture
 def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault: what a row draws depends on whether it has neighbours."""
-    from genarm_fast.engine.batch import Batch
+    from genarm_fast.engine.batch import State
 
-    positions = Batch.response_positions
-    monkeypatch.setattr(Batch, "response_positions", lambda self, width: positions(self, width) + (len(self) > 1))
+    positions = State.response_positions
+
+    def shifted(self: State, width: int) -> torch.Tensor:
+        return positions(self, width) + (len(self.lengths) > 1)
+
+    monkeypatch.setattr(State, "response_positions", shifted)
 
 
 @pytest.fixture(scope="session", autouse=True)  # before any module's models are made

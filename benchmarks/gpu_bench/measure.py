@@ -185,8 +185,8 @@ def read_speed(setting: Setting) -> float:
 
 
 def runs_by(model: GenARM) -> list[str]:
-    """Which forward each model runner has, and why, in the library's words."""
-    return [str(getattr(runner.model, "runs_by", "")) for runner in model.engine().executor.runners]
+    """Which forward each member has, and why, in the library's words."""
+    return list(model.forwards.values())
 
 
 def peak_bytes() -> int:
