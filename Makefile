@@ -2,7 +2,8 @@
 # make check   style, types and fast tests, for the loop of edit and run
 # make test    the tests; ARGS="tests/demo -x" and the like are passed on
 # make lint    style and types
-# make bench   speed of the kernels on this machine
+# make bench   short form of every benchmark: table, plot and benchmarks/results/<date>-<machine>.json
+# make evidence  what guidance buys beside what it is compared with; ARGS=--quick: a reduced size, in ten minutes
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test lint bench
+.PHONY: demo check test lint bench evidence
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -40,7 +41,10 @@ lint: $(VENV)/.installed-dev
 	$(RUN) mypy genarm_fast kernels/ops
 
 bench: $(VENV)/.installed-dev
-	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/short.py $(ARGS)
+
+evidence: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality.py general weak front --json benchmarks/results $(ARGS)
 
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)

@@ -36,12 +36,24 @@ from quality_measures import (
     repetition,
     win_rate,
 )
-from quality_methods import FULL, OBJECTIVES, QUICK, Method, Models, Size, fronts, general, weak
+from quality_methods import (
+    FULL,
+    OBJECTIVES,
+    QUICK,
+    REWARD,
+    Method,
+    Models,
+    Size,
+    fronts,
+    general,
+    point_name,
+    shares,
+    weak,
+)
 from result_files import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
 
-POINTS = tuple(i / 10 for i in range(11))
 JUDGE_REVIEWS = {"quick": 6000, "full": None}  # read, of which a half is the judge's: fitting takes minutes on all
 
 
@@ -94,6 +106,15 @@ def collect(
     return {name: Texts(json.loads((folder / f"{name}.json").read_text()), len(prompts)) for name in methods}
 
 
+def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Leaves a note of what the runs in a folder were made with. Raises SystemExit where they were made with else."""
+    note = folder / "inputs.note"
+    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(inputs)):
+        raise SystemExit(f"{note}: made with other sizes, policies or reward: expected another --runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(inputs, indent=1))
+
+
 def judge_of(runs: Path, quick: bool) -> Any:
     """The sentiment judge; fitted once a folder."""
     from judge import SentimentJudge
@@ -125,15 +146,16 @@ def described(texts: Texts, judge: Any, base: Texts) -> dict[str, Any]:
     }
 
 
-def front_figures(found: dict[str, Texts], judge: Any, most_tokens: int) -> dict[str, Any]:
+def front_figures(found: dict[str, Texts], judge: Any, size: Size) -> dict[str, Any]:
     """Hypervolume over (0, 0) and mean inner product of every method; objectives in [0, 1]: P(positive), and
     1 − tokens / limit."""
-    weights = np.array([[a, 1 - a] for a in POINTS])
+    points = shares(size.points)
+    weights = np.array([[a, 1 - a] for a in points])
     results: dict[str, Any] = {}
     for method in dict.fromkeys(name.rsplit(" ", 1)[0] for name in found):
-        each = [found[f"{method} {a:.1f}"] for a in POINTS]
+        each = [found[point_name(method, a)] for a in points]
         values = np.stack(
-            [np.stack([texts.scores(judge).mean(1), 1 - texts.tokens.mean(1) / most_tokens], -1) for texts in each]
+            [np.stack([texts.scores(judge).mean(1), 1 - texts.tokens.mean(1) / size.tokens], -1) for texts in each]
         )  # [points, prompts, 2]
 
         def of(figure: Any, values: np.ndarray = values) -> Estimate:
@@ -167,18 +189,20 @@ def measure(scenario: str, models: Models, size: Size, runs: Path, quick: bool) 
     methods = {
         "general": lambda: general(models, size),
         "weak": lambda: weak(models),
-        "front": lambda: fronts(models, POINTS),
+        "front": lambda: fronts(models, size.points),
     }[scenario]()
-    found = collect(models, methods, runs / scenario, prompts, size)
+    folder = runs / f"{many} prompts"  # scenarios share what they have in common
+    same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
+    found = collect(models, methods, folder, prompts, size)
     judge = judge_of(runs, quick)
     about = {"scenario": scenario, "quick": quick, "size": asdict(size), "prompts": len(prompts)}
     about |= {"judge_accuracy": judge.accuracy, "policies_by_dpo": models.trained_policies, "machine": machine()}
     if scenario == "front":
-        return about | {"methods": front_figures(found, judge, size.tokens), "trace": trace(models, prompts[0], 24)}
+        return about | {"methods": front_figures(found, judge, size), "trace": trace(models, prompts[0], 24)}
     rows = {name: described(texts, judge, found["base"]) for name, texts in found.items()}
     if scenario == "weak":
         scores = {name: texts.scores(judge).mean(1) for name, texts in found.items()}
-        for target in ("policy", "same-size ARM, w = 1"):
+        for target in ("policy", "guided, w = 1"):
             for name in ("control, w = 1", "small ARM, w = 1", "small ARM, w = 2"):
                 share = recovered(scores["base"], scores[name], scores[target])
                 rows[name][f"share of {target}"] = None if share is None else asdict(share)
@@ -223,7 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=["general", "weak", "front"])
     parser.add_argument("--quick", action="store_true", help="the reduced size")
-    parser.add_argument("--reward", type=Path, help="folder of baselines/trajectory_reward.py's output")
+    parser.add_argument(
+        "--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output (default: ours)"
+    )
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
     parser.add_argument("--json", type=Path, help="folder for <scenario>.json")

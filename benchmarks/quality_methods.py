@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,11 +27,14 @@ from genarm_fast import ARM, GenARM, demo
 
 Method = Callable[[Sequence[Sequence[int]], Params], list[Response]]
 OBJECTIVES = ("positive", "concise")
+# Trained as dpo.py and trajectory_reward.py say, on 240 of the ARM `positive`'s pairs and the base's first 10 layers.
+REWARD = Path(__file__).parent / "baselines" / "positive_reward"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run. args_weights: the sweep of w; best_of: the values of N."""
+    """How much is run. best_of: values of N. args_weights: the sweep of w. k, rollout: of ARGS and Transfer-Q.
+    points: of a front."""
 
     prompts: int
     tokens: int
@@ -40,10 +44,11 @@ class Size:
     k: int
     rollout: int
     front_prompts: int
+    points: int
 
 
-FULL = Size(64, 48, 3, (2, 16), (1.0, 3.0, 10.0), 10, 20, 32)
-QUICK = Size(16, 24, 1, (2, 4), (3.0, 10.0), 5, 2, 6)
+FULL = Size(64, 48, 3, (2, 16), (1.0, 3.0, 10.0), 10, 20, 32, 11)
+QUICK = Size(12, 20, 1, (4,), (10.0,), 4, 2, 4, 5)
 
 
 class Models:
@@ -58,6 +63,14 @@ class Models:
         self.policies = {name: policies.get(name, demo.arm(name)) for name in OBJECTIVES}
         self.trained_policies = sorted(policies)
         self.reward_folder = reward
+
+    def inputs(self) -> dict[str, str | None]:
+        """By the hash of their weights: what responses depend on beside prompts and sizes."""
+
+        def digest(folder: Path | None) -> str | None:
+            return folder and hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+
+        return {"reward": digest(self.reward_folder), **{name: digest(path) for name, path in self.policies.items()}}
 
     @cached_property
     def engine(self) -> GenARM:
@@ -127,18 +140,27 @@ def general(models: Models, size: Size) -> dict[str, Method]:
 
 
 def weak(models: Models) -> dict[str, Method]:
-    """The 10 M ARM on the base, between the base and a policy of the base's own size."""
+    """The 10 M ARM on the base, between the base and what an ARM or a policy of the base's own size reaches."""
     return {
         "base": by_arms(models),
         "control, w = 1": by_arms(models, 1 / 2),
         "small ARM, w = 1": by_arms(models, small=1.0),
         "small ARM, w = 2": by_arms(models, small=2.0),
-        "same-size ARM, w = 1": by_arms(models, positive=1.0),
+        "guided, w = 1": by_arms(models, positive=1.0),
         "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
     }
 
 
-def fronts(models: Models, points: Sequence[float]) -> dict[str, Method]:
+def shares(points: int) -> list[float]:
+    """Of the first objective, evenly from 0 to 1."""
+    return [i / (points - 1) for i in range(points)]
+
+
+def point_name(method: str, share: float) -> str:
+    return f"{method} {share:.2f}"
+
+
+def fronts(models: Models, points: int) -> dict[str, Method]:
     """Two objectives at each share a of the first: guided, MOD, and soups. Names end in the share."""
 
     def souped(a: float) -> Method:
@@ -152,8 +174,9 @@ def fronts(models: Models, points: Sequence[float]) -> dict[str, Method]:
     def mixed(a: float) -> Method:
         return lambda prompts, params: mod(models.objectives, [a, 1 - a], prompts, params)
 
-    return {
-        **{f"guided {a:.1f}": by_arms(models, positive=a, concise=1 - a) for a in points},
-        **{f"MOD {a:.1f}": mixed(a) for a in points},
-        **{f"soup {a:.1f}": souped(a) for a in points},
+    kinds = {
+        "guided": lambda a: by_arms(models, positive=a, concise=1 - a),
+        "MOD": mixed,
+        "soup": souped,
     }
+    return {point_name(name, a): make(a) for name, make in kinds.items() for a in shares(points)}

@@ -21,6 +21,7 @@ def guided(
         temperature=params.temperature,
         max_new_tokens=params.max_new_tokens,
         stop_token_ids=params.stop_token_ids,
+        ignore_eos=True,  # as of every method here, the stop tokens are those of the parameters
     )
     each = [common.override(seed=params.seed + i) for i in range(len(prompts))]
     outputs = model.generate([list(prompt) for prompt in prompts], each, speculation="off")
