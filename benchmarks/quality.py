@@ -18,7 +18,7 @@ import pickle
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,9 @@ def trace(models: Models, prompt: list[int], tokens: int) -> list[dict[str, Any]
     return steps
 
 
-def measure(scenario: str, models: Models, size: Size, runs: Path, quick: bool) -> dict[str, Any]:
+def measure(
+    scenario: str, models: Models, size: Size, runs: Path, quick: bool, only: Sequence[str] | None = None
+) -> dict[str, Any]:
     from prompts import held_out_prompts
 
     many = size.front_prompts if scenario == "front" else size.prompts
@@ -191,6 +193,9 @@ def measure(scenario: str, models: Models, size: Size, runs: Path, quick: bool) 
         "weak": lambda: weak(models),
         "front": lambda: fronts(models, size.points),
     }[scenario]()
+    if unknown := [name for name in only or () if name not in methods]:
+        raise SystemExit(f"--methods {unknown[0]!r}: expected some of {', '.join(methods)}")
+    methods = {name: methods[name] for name in methods if not only or name == "base" or name in only}
     folder = runs / f"{many} prompts"  # scenarios share what they have in common
     same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
     found = collect(models, methods, folder, prompts, size)
@@ -202,8 +207,10 @@ def measure(scenario: str, models: Models, size: Size, runs: Path, quick: bool) 
     rows = {name: described(texts, judge, found["base"]) for name, texts in found.items()}
     if scenario == "weak":
         scores = {name: texts.scores(judge).mean(1) for name, texts in found.items()}
-        for target in ("policy", "guided, w = 1"):
-            for name in ("control, w = 1", "small ARM, w = 1", "small ARM, w = 2"):
+        targets = [name for name in ("policy", "guided, w = 1") if name in rows]
+        small = [name for name in ("control, w = 1", "small ARM, w = 1", "small ARM, w = 2") if name in rows]
+        for target in targets:
+            for name in small:
                 share = recovered(scores["base"], scores[name], scores[target])
                 rows[name][f"share of {target}"] = None if share is None else asdict(share)
     return about | {"methods": rows}
@@ -253,14 +260,21 @@ def main() -> None:
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
     parser.add_argument("--json", type=Path, help="folder for <scenario>.json")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of one scenario, only these and the base")
+    parser.add_argument("--prompts", type=int, help="instead of the size's")
+    parser.add_argument("--tokens", type=int, help="longest response, instead of the size's")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.methods and (len(args.scenarios) > 1 or args.scenarios == ["front"]):
+        parser.error("--methods: expected one scenario, general or weak")
     torch.set_num_threads(args.threads)
     size = QUICK if args.quick else FULL
+    changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
+    size = replace(size, **changed)
     models = Models(policies(args.policy), args.reward)
     for scenario in args.scenarios:
         runs = args.runs / ("quick" if args.quick else "full")
-        result = measure(scenario, models, size, runs, args.quick)
+        result = measure(scenario, models, size, runs, args.quick, args.methods)
         if args.json:
             args.json.mkdir(parents=True, exist_ok=True)
             (args.json / f"quality-{scenario}.json").write_text(json.dumps(result, indent=1) + "\n")
