@@ -5,9 +5,10 @@
 # make lint    style and types
 # make sanitize  ops under ASan and UBSan, and in Triton's interpreter, on random input; FUZZ=300: seconds of each
 # make soak      threads, streams, faults and forks under load, a report in soak.json; ARGS="--seconds 3600" for an hour
-# make bench   speed of the kernels on this machine
 # make wheel-test   sdist and wheel, tried in a fresh environment without the clone
 # make bench-gpu   guided decoding on a GPU; ARGS=--dry tries the script out without one
+# make bench   short form of every benchmark: table, plot and benchmarks/results/<date>-<machine>.json
+# make evidence  what guidance buys beside what it is compared with; ARGS=--quick: a reduced size, in ten minutes
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ RUN := $(VENV)/bin/python -m
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test test-vllm lint bench bench-gpu wheel-test sanitize soak
+.PHONY: demo check test test-vllm lint bench bench-gpu wheel-test sanitize soak evidence
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -61,7 +62,10 @@ soak: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/soak_faults.py --json soak.json $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	$(VENV)/bin/python benchmarks/kernels.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/short.py $(ARGS)
+
+evidence: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality.py general weak front --json benchmarks/results $(ARGS)
 
 bench-gpu: $(VENV)/.installed-dev
 	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)

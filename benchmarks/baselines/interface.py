@@ -1,0 +1,124 @@
+"""What every method takes and gives, and the one way in which they all run a model.
+
+A method is a function `(..., prompts, params) -> list[Response]`: prompts are token ids, in front of them stand its
+models. Row i draws with a generator seeded by `params.seed + i`, so that a response depends neither on its batch nor
+on its neighbours (to the rounding of products of another shape). `Response.forwards` counts what was run for it, by
+model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from genarm_fast.text.prompts import left_padded
+
+
+@dataclass(frozen=True)
+class Params:
+    """temperature 0 is greedy. A stop token ends a response, and is its last token."""
+
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: expected at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}: expected at least 0")
+
+
+@dataclass
+class Response:
+    """forwards: rows of forward passes by model, whatever they held: a prompt is one, a token after it is one."""
+
+    tokens: list[int] = field(default_factory=list)
+    forwards: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model by name. read: from its output to what is asked of it, [R, q, ...] of R rows and q positions."""
+
+    name: str
+    model: Any
+    read: Callable[[Any], Tensor] = lambda output: output.logits.float()
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> Rows:
+        return Rows(self, prompts)
+
+
+def reward_member(name: str, model: Any) -> Member:
+    """A trajectory reward model (`TrajectoryReward`): its reward of each prefix, [R, q]."""
+    return Member(name, model.decoder, lambda output: model.head(output.last_hidden_state).squeeze(-1).float())
+
+
+class Rows:
+    """Texts that one model is reading, in a batch with a key-value cache.
+
+    last [R, ...]: what `read` says at each row's last token. forwards [R]: rows run so far.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, member: Member, prompts: Sequence[Sequence[int]]) -> None:
+        tokens, self.mask = left_padded(prompts, 0)
+        self.member, self.cache = member, DynamicCache(config=member.model.config)
+        self.forwards = torch.zeros(len(tokens), dtype=torch.int64)
+        self.last = self._run(tokens, (self.mask.cumsum(-1) - 1).clamp(min=0), prefill=True)[:, -1]
+
+    @torch.inference_mode()
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Reads tokens [R, q] and returns what the model says at each, [R, q, ...]."""
+        start = self.mask.sum(-1, keepdim=True)
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
+        found = self._run(tokens, start + torch.arange(tokens.shape[1]))
+        self.last = found[:, -1]
+        return found
+
+    def _run(self, tokens: Tensor, positions: Tensor, *, prefill: bool = False) -> Tensor:
+        self.forwards += 1
+        # A reward model has no logits to keep; of a prompt, the last one is all that is used.
+        kept = {"logits_to_keep": 1} if prefill and hasattr(self.member.model, "lm_head") else {}
+        output = self.member.model(
+            input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, **kept
+        )
+        return self.member.read(output)
+
+    def repeat(self, times: int) -> None:
+        """Every row `times` times, one after another."""
+        self.cache.batch_repeat_interleave(times)
+        self.mask, self.last, self.forwards = (
+            each.repeat_interleave(times, 0) for each in (self.mask, self.last, self.forwards)
+        )
+
+    def select(self, index: Tensor) -> None:
+        """Only these rows, in this order."""
+        self.cache.batch_select_indices(index)
+        self.mask, self.last, self.forwards = (each[index] for each in (self.mask, self.last, self.forwards))
+
+    def forget(self, tokens: int) -> None:
+        """Takes back the last so many tokens of every row. `last` is then the caller's to set."""
+        if tokens:
+            self.cache.crop(-tokens)
+            self.mask = self.mask[:, :-tokens]
+
+
+def generators(count: int, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def draw(scores: Tensor, temperature: float, noise: Sequence[torch.Generator]) -> Tensor:
+    """Indices [R] drawn from softmax(scores / temperature), scores [R, n]; at temperature 0 the first largest."""
+    if temperature == 0:
+        return scores.argmax(-1)
+    bounds = (scores.double() / temperature).softmax(-1).cumsum(-1)
+    uniforms = torch.stack([torch.rand(1, generator=each, dtype=torch.float64) for each in noise])
+    return torch.searchsorted(bounds, uniforms * bounds[:, -1:], right=True).squeeze(-1).clamp(max=scores.shape[-1] - 1)

@@ -1,0 +1,87 @@
+"""Preference pairs as TRL takes them, split as the ARMs' own training splits them."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from genarm_fast.text.transcripts import transcript_messages
+from genarm_fast.train.data import Pair, load_pairs
+
+# As scripts/demo_arms/train_arms.py trains the ARMs, so that no method has more of anything.
+RANK, ALPHA, LEARNING_RATE, BATCH = 4, 8, 5e-4, 16
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> str:
+    """A prompt as the text that the model continues: messages and transcripts through the chat template."""
+    if isinstance(prompt, str):
+        prompt = transcript_messages(prompt) or [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+
+def split(path: str | Path, every: int) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) pairs; rows 0, every, 2 · every, ... are held out."""
+    pairs = load_pairs(str(path)).pairs
+    return [pair for pair in pairs if pair.row % every], [pair for pair in pairs if pair.row % every == 0]
+
+
+def dataset(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Columns prompt, chosen and rejected, texts. TRL ends both responses with the tokenizer's EOS."""
+    rows = [
+        {"prompt": render(tokenizer, p.prompt), "chosen": str(p.chosen).strip(), "rejected": str(p.rejected).strip()}
+        for p in pairs
+    ]
+    return Dataset.from_list(rows)
+
+
+def lora(task: str, **more: Any) -> LoraConfig:
+    """The ARMs' LoRA: every linear layer but the output."""
+    return LoraConfig(task_type=task, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", **more)
+
+
+def training_arguments(output: Path, micro_batch: int, epochs: float) -> dict[str, Any]:
+    """Options that all of TRL's trainers take, equal to those of the ARMs."""
+    return {
+        "output_dir": str(output),
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": BATCH // micro_batch,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "num_train_epochs": epochs,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": 0,
+    }
+
+
+def parse(description: str | None, **counts: str) -> argparse.Namespace:
+    """The command line that all trainings share. counts: further options of one integer, and their help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="model folder or hub id")
+    parser.add_argument("pairs", type=Path, help="preference pairs, as `genarm-fast train` reads them")
+    parser.add_argument("output", type=Path, help="folder for the adapter")
+    parser.add_argument("--holdout-every", type=int, default=10, help="rows 0, n, 2n, ... are held out (default: 10)")
+    parser.add_argument("--max-pairs", type=int, help="train on so many, drawn at random (default: all)")
+    parser.add_argument("--held-out-pairs", type=int, help="measure on the first so many (default: all)")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--micro-batch", type=int, default=4, help=f"pairs a forward, of {BATCH} a step (default: 4)")
+    parser.add_argument("--threads", type=int, default=1)
+    for name, text in counts.items():
+        parser.add_argument(f"--{name}", type=int, help=text)
+    return parser.parse_args()
+
+
+def chosen_pairs(pairs: list[Pair], most: int | None) -> list[Pair]:
+    """At most so many of them, drawn at random with a fixed seed."""
+    return pairs if most is None or most >= len(pairs) else random.Random(0).sample(pairs, most)

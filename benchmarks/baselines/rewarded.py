@@ -1,0 +1,95 @@
+"""A rewarded fine-tune, through TRL: the base trained by reinforcement against the trajectory reward model (GRPO).
+
+    python benchmarks/baselines/rewarded.py BASE PAIRS REWARD OUTPUT [--max-prompts N] [--beta 0.04]
+
+The prompts are the training pairs' own. The policy maximises E r(x, y) − β KL(π ‖ base), the objective whose optimum
+π_base exp(r / β) / Z guided decoding aims at without training. The result decodes as any model does, by `dpo.plain`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from baselines.pairs import lora, render, split, training_arguments
+from baselines.trajectory_reward import TrajectoryReward
+
+Reward = Callable[[list[list[int]]], torch.Tensor]  # rewards [n] of whole token sequences
+
+
+def train(
+    base: str | Path,
+    prompts: Sequence[str],
+    reward: Reward,
+    output: Path,
+    *,
+    beta: float = 0.04,
+    group: int = 4,
+    max_new_tokens: int = 48,
+    epochs: float = 1.0,
+    **options: Any,
+) -> list[dict]:
+    """Writes the adapter into `output` and returns TRL's log. group: samples a prompt, against whose mean each counts.
+    options: to TRL's GRPOConfig."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+
+    def rewards(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+        return reward([tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]).tolist()
+
+    arguments = training_arguments(output, group, epochs) | {
+        "beta": beta,
+        "num_generations": group,
+        "max_completion_length": max_new_tokens,
+        "temperature": 1.0,
+    }
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False),
+        reward_funcs=rewards,
+        args=GRPOConfig(**arguments | options),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        peft_config=lora("CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.model.save_pretrained(str(output))
+    tokenizer.save_pretrained(str(output))
+    return list(trainer.state.log_history)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", help="model folder or hub id")
+    parser.add_argument("pairs", type=Path, help="preference pairs, whose prompts are taken")
+    parser.add_argument("reward", type=Path, help="folder that trajectory_reward.py wrote")
+    parser.add_argument("output", type=Path, help="folder for the adapter")
+    parser.add_argument("--max-prompts", type=int, help="the first so many training prompts (default: all)")
+    parser.add_argument("--holdout-every", type=int, default=10, help="as in the other trainings (default: 10)")
+    parser.add_argument("--beta", type=float, default=0.04)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
+    prompts = [render(tokenizer, pair.prompt) for pair in split(args.pairs, args.holdout_every)[0]][: args.max_prompts]
+    start = time.perf_counter()
+    reward = TrajectoryReward.from_pretrained(args.base, args.reward)
+    history = train(args.base, prompts, reward, args.output, beta=args.beta, max_new_tokens=args.max_new_tokens)
+    report = {"prompts": len(prompts), "beta": args.beta, "seconds": time.perf_counter() - start, "history": history}
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{args.output}: {len(prompts)} prompts in {report['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

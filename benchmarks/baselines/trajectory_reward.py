@@ -1,0 +1,132 @@
+"""The trajectory reward model that best-of-N, ARGS and Transfer-Q ask: one number for a prompt and a response.
+
+    python benchmarks/baselines/trajectory_reward.py BASE PAIRS OUTPUT [--max-pairs N] [--layers N]
+
+Bradley-Terry loss −log σ(r(x, y_w) − r(x, y_l)) through TRL's RewardTrainer, on the pairs of the ARMs, from the same
+base with the same LoRA and schedule. r is a linear head on the hidden state of the response's last token, EOS not
+counted: a beginning of a response has a reward too. That is what ARGS asks for, and what this training never shows.
+`--layers` keeps the first layers only: cheaper to train and, what matters to ARGS and Transfer-Q, to ask.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from baselines.pairs import chosen_pairs, dataset, lora, parse, render, split, training_arguments
+from genarm_fast.train.data import Pair
+
+
+class TrajectoryReward(nn.Module):
+    """A decoder and a linear head: rewards of token sequences, at their last tokens."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.decoder, self.head = classifier.base_model, classifier.score
+        self.config = classifier.config
+
+    @classmethod
+    def from_pretrained(cls, base: str | Path, adapter: str | Path) -> TrajectoryReward:
+        """The adapter that `train` wrote, merged into its base; float32."""
+        from peft import PeftModel
+
+        bare = classifier_of(base, json.loads((Path(adapter) / "report.json").read_text())["layers"])
+        return cls(PeftModel.from_pretrained(bare, str(adapter)).merge_and_unload().eval())
+
+    @torch.inference_mode()
+    def forward(self, sequences: list[list[int]], batch: int = 16) -> Tensor:
+        """Rewards [n] of whole token sequences, prompt and response."""
+        found = []
+        for first in range(0, len(sequences), batch):
+            rows = sequences[first : first + batch]
+            width = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+            hidden = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
+            found.append(self.head(last).squeeze(-1).float())
+        return torch.cat(found)
+
+
+def classifier_of(base: str | Path, layers: int | None) -> Any:
+    """The base's decoder, or its first layers, under a new head of one number; float32."""
+    torch.manual_seed(0)  # of the head
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    if layers is not None:
+        most = model.config.num_hidden_layers
+        if not 1 <= layers <= most:
+            raise ValueError(f"layers={layers}: expected 1 to {most}")
+        model.base_model.layers = model.base_model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    return model
+
+
+def accuracy(model: TrajectoryReward, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> tuple[float, float]:
+    """Share of pairs whose chosen response has the higher reward, a tie as a half, and its standard error."""
+
+    def tokens(pair: Pair, side: str) -> list[int]:
+        return tokenizer(render(tokenizer, pair.prompt) + side.strip(), add_special_tokens=False)["input_ids"]
+
+    rewards = model([tokens(p, str(side)) for p in pairs for side in (p.chosen, p.rejected)]).view(-1, 2)
+    right = ((rewards[:, 0] > rewards[:, 1]).double() + (rewards[:, 0] == rewards[:, 1]).double() / 2).mean().item()
+    return right, (right * (1 - right) / len(pairs)) ** 0.5
+
+
+def train(
+    base: str | Path,
+    pairs: list[Pair],
+    output: Path,
+    *,
+    layers: int | None = None,
+    epochs: float = 1.0,
+    micro_batch: int = 4,
+    **options: Any,
+) -> TrajectoryReward:
+    """Trains, writes the adapter into `output`, and returns the merged model. options: to TRL's RewardConfig."""
+    from trl import RewardConfig, RewardTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer.pad_token = tokenizer.eos_token  # so that the head reads the token before the EOS that TRL adds
+    trainer = RewardTrainer(
+        model=classifier_of(base, layers),
+        args=RewardConfig(**training_arguments(output, micro_batch, epochs) | {"max_length": 512} | options),
+        processing_class=tokenizer,
+        train_dataset=dataset(pairs, tokenizer),
+        peft_config=lora("SEQ_CLS", modules_to_save=["score"]),
+    )
+    trainer.train()
+    trainer.model.save_pretrained(str(output))
+    (output / "report.json").write_text(json.dumps({"layers": layers, "pairs": len(pairs)}) + "\n")
+    return TrajectoryReward(trainer.model.merge_and_unload().eval())
+
+
+def main() -> None:
+    args = parse(__doc__, layers="train and keep the first so many layers (default: all)")
+    torch.set_num_threads(args.threads)
+    training, held_out = split(args.pairs, args.holdout_every)
+    training, held_out = chosen_pairs(training, args.max_pairs), held_out[: args.held_out_pairs]
+    start = time.perf_counter()
+    model = train(
+        args.base, training, args.output, layers=args.layers, epochs=args.epochs, micro_batch=args.micro_batch
+    )
+    seconds = time.perf_counter() - start
+    share, error = accuracy(model, AutoTokenizer.from_pretrained(args.base, trust_remote_code=False), held_out)
+    report = {
+        "layers": args.layers,
+        "pairs": len(training),
+        "held_out_pairs": len(held_out),
+        "accuracy": share,
+        "standard_error": error,
+    }
+    (args.output / "report.json").write_text(json.dumps(report | {"seconds": seconds}, indent=1) + "\n")
+    print(f"{args.output}: held-out accuracy {share:.3f} ± {1.96 * error:.3f} in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Tells two result files of `make bench` apart, and fails on losses beyond noise.
+
+    python benchmarks/compare.py BEFORE.json AFTER.json [--tolerance 0.05]
+
+Compared is how many times as fast as each contender ours is: both files measured that within their own rounds, so that
+the machine's mood is on both sides. A loss is beyond noise where the two 90 % intervals do not touch and the medians
+differ by more than the tolerance. A case that AFTER lacks is named, and fails too: what is not measured is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from genarm_fast.bench.timing import Interval
+
+Key = tuple[str, str, str]  # benchmark, case, contender
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Change:
+    """ratio: after over before, above 1 is a gain. verdict: "loss", "gain", or "" where noise explains it."""
+
+    key: Key
+    before: Interval
+    after: Interval
+    ratio: float
+    verdict: str
+
+
+def figures(found: Mapping[str, Any]) -> dict[Key, Interval]:
+    return {
+        (result["benchmark"], result["case"], name): Interval(**figure)
+        for result in found["results"]
+        for name, figure in result["speedup"].items()
+    }
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float) -> tuple[list[Change], list[Key]]:
+    """Of what both have; and what only `before` has."""
+    old, new = figures(before), figures(after)
+    found = []
+    for key in old.keys() & new.keys():
+        ratio, verdict = new[key].median / old[key].median, ""
+        if new[key].high < old[key].low and ratio < 1 - tolerance:
+            verdict = "loss"
+        elif new[key].low > old[key].high and ratio > 1 + tolerance:
+            verdict = "gain"
+        found.append(Change(key, old[key], new[key], ratio, verdict))
+    return sorted(found, key=lambda change: (change.ratio, change.key)), sorted(old.keys() - new.keys())
+
+
+def show(found: list[Change], missing: list[Key], console: Console) -> None:
+    table = Table()
+    for column in ("benchmark", "case", "against", "before", "after", "after / before", ""):
+        table.add_column(column)
+    for change in found:
+        intervals = (f"{i.median:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in (change.before, change.after))
+        table.add_row(*change.key, *intervals, f"{change.ratio:.3f}", change.verdict)
+    console.print(table)
+    for key in missing:
+        console.print(f"missing in the second file: {', '.join(key)}", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="least loss that counts (default: 0.05)")
+    args = parser.parse_args()
+    before, after = (json.loads(path.read_text()) for path in (args.before, args.after))
+    console = Console()
+    for about in ("device", "threads", "torch"):
+        if before["machine"][about] != after["machine"][about]:
+            console.print(f"mind: {about} was {before['machine'][about]}, is {after['machine'][about]}")
+    found, missing = changes(before, after, args.tolerance)
+    show(found, missing, console)
+    sys.exit(any(change.verdict == "loss" for change in found) or bool(missing))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What every method of the quality tables costs, as ratios to the unguided base on the same engine.
+
+    OMP_NUM_THREADS=1 python benchmarks/cost.py [--reward FOLDER] [--tokens 128] [--batch 1 8 32] [--json FILE]
+    python benchmarks/cost.py ... --quality quality-general.json --plot cost.png
+
+Methods take turns, round by round, in CPU time with one thread. A figure is of whole calls, prompts included, without
+stop tokens, so that all make equally many; "first token" is a call of one token. "published stack" is how the published
+code works: two full models one after the other, a log-softmax of each, tokens read by the host at each step. Peak
+memory is of a process that runs one method once, weights included. Published ratios stand in `PUBLISHED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines.interface import Params
+from baselines.mixture import mixture
+from quality_methods import FULL, REWARD, Method, Models, Size, by_arms, general
+from registry import text
+from result_files import machine
+
+from genarm_fast.bench.timing import clock_of, interval, take_turns
+
+TEXT = "Write a short review of the film that you saw last night, and say whether you would see it again."
+# Times a 128-token response as multiples of the unguided base's, one H100, from the PALC paper: 5.67 and 7.88 s over
+# 1.79 s. GenARM's own paper has seconds only (7B, unknown GPU): guided 7.28, CARDS 87.09, Transfer-Q 130.53.
+PUBLISHED = {"guided (H100, PALC's paper)": 5.67 / 1.79, "ARGS (H100, PALC's paper)": 7.88 / 1.79}
+PUBLISHED_TO_GUIDED = {"CARDS (GenARM's paper)": 87.09 / 7.28, "Transfer-Q (GenARM's paper)": 130.53 / 7.28}
+
+
+def methods(models: Models, size: Size) -> dict[str, Method]:
+    """Those of the quality table, and what they are made of in other ways."""
+    found = general(models, size)
+    found["guided by the small ARM, w = 1"] = by_arms(models, small=1.0)
+    found["two ARMs, w = 0.5 each"] = by_arms(models, positive=0.5, concise=0.5)
+    found["published stack, w = 1"] = lambda prompts, params: mixture(
+        [models.base, models.objectives[0]], [1.0, 1.0], prompts, params
+    )
+    for same in ("control, w = 1", "control, w = 2", "guided, w = 0.5", "guided, w = 2"):  # as dear as another row
+        del found[same]
+    return found
+
+
+def prompts_of(models: Models, batch: int) -> list[list[int]]:
+    """Different ones: the engine computes equal prompts once."""
+    chats = [[{"role": "user", "content": f"{number}. {TEXT}"}] for number in range(1, batch + 1)]
+    return [request.token_ids[0] for request in models.engine.prepare(chats)]
+
+
+def measure(
+    models: Models, chosen: dict[str, Method], batch: int, tokens: int, rounds: int, slow_rounds: int
+) -> dict[str, Any]:
+    """Of each method: seconds, first token, ratio to the base, forwards a token. The ones that search or sample many
+    times run `slow_rounds` rounds."""
+    prompts, results = prompts_of(models, batch), {}
+    _, clock = clock_of([torch.device("cpu")])
+    slow = {name for name in chosen if name.startswith(("best", "ARGS", "Transfer-Q"))}
+    for names, times in (([n for n in chosen if n not in slow], rounds), (["base", *sorted(slow)], slow_rounds)):
+        last: dict[str, Any] = {}
+
+        def run(name: str, new: int, last: dict[str, Any] = last) -> Any:
+            def turn(number: int) -> None:
+                if number or new == 1:  # the whole call is not warmed up: the call of one token has been
+                    last[name] = chosen[name](prompts, Params(new, seed=number))
+
+            return turn
+
+        first = take_turns({name: run(name, 1) for name in names}, times, clock)
+        whole = take_turns({name: run(name, tokens) for name in names}, times, clock)
+        for name in names:
+            if name in results:
+                continue
+            made = sum(len(response.tokens) for response in last[name])
+            forwards: dict[str, int] = {}
+            for response in last[name]:
+                for member, count in response.forwards.items():
+                    forwards[member] = forwards.get(member, 0) + count
+            results[name] = {
+                "seconds": asdict(interval(whole[name])),
+                "to_base": asdict(interval([a / b for a, b in zip(whole[name], whole["base"])])),
+                "first_token_seconds": asdict(interval(first[name])),
+                "forwards_per_token": {member: count / made for member, count in forwards.items()},
+            }
+    return results
+
+
+def peak_memory(arguments: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """Largest resident set in MiB of a process for each method."""
+    found = {}
+    for name in names:
+        command = [sys.executable, __file__, *arguments, "--child", name]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found[name] = float(output.split()[-1])
+    return found
+
+
+def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
+    """Win rate over cost of a response at the first batch size; a line through what nothing else beats in both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batch, measured = next(iter(costs["batches"].items()))
+    shown = {
+        name: (row["to_base"]["median"], quality["methods"][name]["win_rate"])
+        for name, row in measured.items()
+        if name in quality["methods"]
+    }
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, (cost, rate) in shown.items():
+        spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
+        axis.errorbar(cost, rate["value"], yerr=spread, fmt="o", color="#4878a8", ecolor="#b0c4de")
+        axis.annotate(name, (cost, rate["value"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    best, frontier = -1.0, []
+    for cost, rate in sorted(shown.values(), key=lambda point: (point[0], -point[1]["value"])):
+        if rate["value"] > best:
+            best = rate["value"]
+            frontier.append((cost, best))
+    axis.step(*zip(*frontier), where="post", color="#333333", linewidth=0.8)
+    axis.set(xscale="log", xlabel=f"time of a response over the base's, batch {batch}", ylabel="win rate over the base")
+    figure.savefig(path, dpi=120)
+
+
+def table(costs: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| batch | method | seconds | to the base | first token, s | forwards a token | peak MiB |",
+        "|---" * 7 + "|",
+    ]
+    for batch, measured in costs["batches"].items():
+        for name, row in measured.items():
+            forwards = ", ".join(f"{member} {count:.2g}" for member, count in row["forwards_per_token"].items())
+            memory = costs["peak_mib"].get(name)
+            cells = [
+                batch,
+                name,
+                text(row["seconds"]),
+                text(row["to_base"]),
+                text(row["first_token_seconds"]),
+                forwards,
+            ]
+            lines.append(f"| {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f}'} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slow-rounds", type=int, default=1, help="of methods that search (default: 1)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and the base")
+    parser.add_argument("--k", type=int, default=FULL.k, help=f"candidates of ARGS and Transfer-Q (default: {FULL.k})")
+    parser.add_argument("--rollout", type=int, default=FULL.rollout, help="tokens of a rollout of Transfer-Q")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: a process a method")
+    parser.add_argument("--quality", type=Path, help="quality.py's result for `general`, for the plot")
+    parser.add_argument("--plot", type=Path, help="draw quality over cost there (PNG)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.plot and not args.quality:
+        parser.error("--plot: expected --quality too")
+    torch.set_num_threads(1)
+    models = Models({}, args.reward)
+    chosen = methods(models, replace(FULL, k=args.k, rollout=args.rollout, args_weights=(10.0,)))
+    if args.child:
+        chosen[args.child](prompts_of(models, args.batch[0]), Params(8))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    if unknown := sorted(set(args.methods or ()) - set(chosen)):
+        parser.error(f"--methods: {unknown[0]!r}: expected some of {', '.join(chosen)}")
+    chosen = {name: chosen[name] for name in chosen if not args.methods or name in args.methods or name == "base"}
+    own = ["--k", str(args.k), "--rollout", str(args.rollout), "--batch", str(args.batch[0])]
+    own += ["--reward", str(args.reward)] if args.reward else []
+    costs = {
+        "machine": machine(),
+        "tokens": args.tokens,
+        "rounds": [args.rounds, args.slow_rounds],
+        "k": args.k,
+        "rollout": args.rollout,
+        "batches": {
+            str(batch): measure(models, chosen, batch, args.tokens, args.rounds, args.slow_rounds)
+            for batch in args.batch
+        },
+        "peak_mib": {} if args.no_memory else peak_memory(own, list(chosen)),
+        "published_to_base": PUBLISHED,
+        "published_to_guided": PUBLISHED_TO_GUIDED,
+    }
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(costs, indent=1) + "\n")
+    print(table(costs))
+    if args.plot:
+        plot(costs, json.loads(args.quality.read_text()), args.plot)
+
+
+if __name__ == "__main__":
+    main()

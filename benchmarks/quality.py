@@ -1,0 +1,286 @@
+"""What guidance buys beside what it is compared with: three tables on SmolLM2-135M, each by one command.
+
+    python benchmarks/quality.py general|weak|front [--quick] [--reward FOLDER] [--policy OBJECTIVE=FOLDER]
+
+Resumable: a method's responses are one file in --runs, written whole, and what exists is not run again. `--quick` is
+a reduced size, with few prompts and short texts; its intervals are as wide as that makes them. Every method gets the
+same prompts, seeds and lengths. The judge is fitted on film reviews of which no ARM, policy or reward model saw one
+(split by hash of the text), and its accuracy on held-out reviews stands in every result; VADER, a lexicon, is a second
+opinion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from baselines.interface import Params
+from quality_measures import (
+    Estimate,
+    distinct,
+    estimate,
+    hypervolume,
+    mean,
+    mean_inner_product,
+    recovered,
+    repetition,
+    win_rate,
+)
+from quality_methods import (
+    FULL,
+    OBJECTIVES,
+    QUICK,
+    REWARD,
+    Method,
+    Models,
+    Size,
+    fronts,
+    general,
+    point_name,
+    shares,
+    weak,
+)
+from result_files import machine
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
+
+JUDGE_REVIEWS = {"quick": 6000, "full": None}  # read, of which a half is the judge's: fitting takes minutes on all
+
+
+class Texts:
+    """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token."""
+
+    def __init__(self, run: dict[str, Any], prompts: int) -> None:
+        samples = run["samples"]
+        self.texts = [sample["text"] for sample in samples]
+        self.tokens = np.array([sample["tokens"] for sample in samples], float).reshape(-1, prompts).T
+        self.nats = np.array([sample["base_nats"] for sample in samples]).reshape(-1, prompts).T
+        self.forwards = run["forwards_per_token"]
+        self.seconds = run["seconds"]
+
+    def scores(self, judge: Any) -> np.ndarray:
+        return np.asarray(judge(self.texts)).reshape(self.tokens.T.shape).T
+
+
+def collect(
+    models: Models, methods: dict[str, Method], folder: Path, prompts: list[list[int]], size: Size
+) -> dict[str, Texts]:
+    """Runs what is not there yet. Files hold texts, never prompts."""
+    stops, tokenizer = tuple(models.engine.eos_token_ids), models.engine.tokenizer
+    for name, method in methods.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            continue
+        samples, forwards, start = [], {}, time.process_time()
+        for seed in range(size.seeds):
+            responses = method(prompts, Params(size.tokens, seed=10_000 * seed, stop_token_ids=stops))
+            for response in responses:
+                forwards.update({m: forwards.get(m, 0) + n for m, n in response.forwards.items()})
+                samples.append({"ids": response.tokens, "tokens": len(response.tokens)})
+        seconds = time.process_time() - start
+        scored = models.engine.score(prompts * size.seeds, [sample["ids"] for sample in samples])
+        for sample, score in zip(samples, scored):
+            sample["text"] = tokenizer.decode(sample.pop("ids"), skip_special_tokens=True)
+            sample["base_nats"] = sum(score.base_logprobs)
+        total = sum(sample["tokens"] for sample in samples)
+        result = {
+            "samples": samples,
+            "seconds": seconds,
+            "forwards_per_token": {member: count / total for member, count in forwards.items()},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        os.replace(partial, path)
+        print(f"{name}: {total} tokens in {seconds:.0f} s of CPU time", flush=True)
+    return {name: Texts(json.loads((folder / f"{name}.json").read_text()), len(prompts)) for name in methods}
+
+
+def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
+    """Leaves a note of what the runs in a folder were made with. Raises SystemExit where they were made with else."""
+    note = folder / "inputs.note"
+    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(inputs)):
+        raise SystemExit(f"{note}: made with other sizes, policies or reward: expected another --runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(inputs, indent=1))
+
+
+def judge_of(runs: Path, quick: bool) -> Any:
+    """The sentiment judge; fitted once a folder."""
+    from judge import SentimentJudge
+    from reviews import digest, load
+
+    path = runs / f"judge-{'quick' if quick else 'full'}.pickle"
+    if not path.exists():
+        reviews = sorted(load(), key=lambda review: digest(review.text))
+        runs.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(SentimentJudge(reviews[: JUDGE_REVIEWS["quick" if quick else "full"]])))
+    return pickle.loads(path.read_bytes())
+
+
+def described(texts: Texts, judge: Any, base: Texts) -> dict[str, Any]:
+    """One row of a table."""
+    from judge import vader
+
+    per_token = -texts.nats.sum(1) / texts.tokens.sum(1)
+    return {
+        "win_rate": asdict(win_rate(texts.scores(judge), base.scores(judge))),
+        "score": asdict(mean(texts.scores(judge).mean(1))),
+        "vader_win_rate": asdict(win_rate(texts.scores(vader), base.scores(vader))),
+        "tokens": asdict(mean(texts.tokens.mean(1))),
+        "repetition": asdict(mean(repetition(texts.texts).reshape(-1, len(texts.tokens)).T.mean(1))),
+        "perplexity": float(np.exp(np.average(per_token, weights=texts.tokens.sum(1)))),
+        "distinct_2": distinct(texts.texts),
+        "forwards_per_token": texts.forwards,
+        "cpu_ms_per_token": 1e3 * texts.seconds / texts.tokens.sum(),
+    }
+
+
+def front_figures(found: dict[str, Texts], judge: Any, size: Size) -> dict[str, Any]:
+    """Hypervolume over (0, 0) and mean inner product of every method; objectives in [0, 1]: P(positive), and
+    1 − tokens / limit."""
+    points = shares(size.points)
+    weights = np.array([[a, 1 - a] for a in points])
+    results: dict[str, Any] = {}
+    for method in dict.fromkeys(name.rsplit(" ", 1)[0] for name in found):
+        each = [found[point_name(method, a)] for a in points]
+        values = np.stack(
+            [np.stack([texts.scores(judge).mean(1), 1 - texts.tokens.mean(1) / size.tokens], -1) for texts in each]
+        )  # [points, prompts, 2]
+
+        def of(figure: Any, values: np.ndarray = values) -> Estimate:
+            return estimate(lambda chosen: figure(values[:, chosen].mean(1)), values.shape[1])
+
+        results[method] = {
+            "points": values.mean(1).tolist(),
+            "hypervolume": asdict(of(hypervolume)),
+            "mean_inner_product": asdict(of(lambda points: mean_inner_product(points, weights))),
+        }
+    return results
+
+
+def trace(models: Models, prompt: list[int], tokens: int) -> list[dict[str, Any]]:
+    """One text whose weights change from the first objective to the second half-way."""
+    steps = []
+    with models.engine.stream([prompt], weights=[1.0, 0.0, 0.0], seed=1, max_new_tokens=tokens) as stream:
+        for i, chunk in enumerate(stream):
+            steps.append({"text": chunk.text, "weights": [list(each) for each in chunk.weights]})
+            if i == tokens // 2:
+                stream.set_weights([0.0, 1.0, 0.0])
+    return steps
+
+
+def measure(
+    scenario: str, models: Models, size: Size, runs: Path, quick: bool, only: Sequence[str] | None = None
+) -> dict[str, Any]:
+    from prompts import held_out_prompts
+
+    many = size.front_prompts if scenario == "front" else size.prompts
+    chats = [[{"role": "user", "content": prompt}] for prompt in held_out_prompts()[:many]]
+    prompts = [request.token_ids[0] for request in models.engine.prepare(chats)]
+    methods = {
+        "general": lambda: general(models, size),
+        "weak": lambda: weak(models),
+        "front": lambda: fronts(models, size.points),
+    }[scenario]()
+    if unknown := [name for name in only or () if name not in methods]:
+        raise SystemExit(f"--methods {unknown[0]!r}: expected some of {', '.join(methods)}")
+    methods = {name: methods[name] for name in methods if not only or name == "base" or name in only}
+    folder = runs / f"{many} prompts"  # scenarios share what they have in common
+    same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
+    found = collect(models, methods, folder, prompts, size)
+    judge = judge_of(runs, quick)
+    about = {"scenario": scenario, "quick": quick, "size": asdict(size), "prompts": len(prompts)}
+    about |= {"judge_accuracy": judge.accuracy, "policies_by_dpo": models.trained_policies, "machine": machine()}
+    if scenario == "front":
+        return about | {"methods": front_figures(found, judge, size), "trace": trace(models, prompts[0], 24)}
+    rows = {name: described(texts, judge, found["base"]) for name, texts in found.items()}
+    if scenario == "weak":
+        scores = {name: texts.scores(judge).mean(1) for name, texts in found.items()}
+        targets = [name for name in ("policy", "guided, w = 1") if name in rows]
+        small = [name for name in ("control, w = 1", "small ARM, w = 1", "small ARM, w = 2") if name in rows]
+        for target in targets:
+            for name in small:
+                share = recovered(scores["base"], scores[name], scores[target])
+                rows[name][f"share of {target}"] = None if share is None else asdict(share)
+    return about | {"methods": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+
+    def text(estimate: dict[str, float] | None) -> str:
+        return "no gap" if estimate is None else str(Estimate(**estimate))
+
+    if result["scenario"] == "front":
+        lines = ["| method | hypervolume | mean inner product |", "|---|---|---|"]
+        for name, row in result["methods"].items():
+            lines.append(f"| {name} | {text(row['hypervolume'])} | {text(row['mean_inner_product'])} |")
+        return "\n".join(lines)
+    shares = sorted({key for row in result["methods"].values() for key in row if key.startswith("share")})
+    titles = ["method", "win rate", "VADER win rate", "P(positive)", "tokens", "repeated trigrams", "perplexity"]
+    titles += ["distinct bigrams", "forwards a token", *shares]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, row in result["methods"].items():
+        forwards = ", ".join(f"{member} {count:.1f}" for member, count in row["forwards_per_token"].items())
+        cells = [name, text(row["win_rate"]), text(row["vader_win_rate"]), text(row["score"]), text(row["tokens"])]
+        cells += [text(row["repetition"]), f"{row['perplexity']:.1f}", f"{row['distinct_2']:.2f}", forwards]
+        cells += [text(row[share]) if share in row else "" for share in shares]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def policies(given: Sequence[str]) -> dict[str, Path]:
+    found = {}
+    for each in given:
+        name, equals, folder = each.partition("=")
+        if not equals or name not in OBJECTIVES or not Path(folder).is_dir():
+            raise SystemExit(f"--policy {each}: expected OBJECTIVE=FOLDER, an objective of {', '.join(OBJECTIVES)}")
+        found[name] = Path(folder)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="+", choices=["general", "weak", "front"])
+    parser.add_argument("--quick", action="store_true", help="the reduced size")
+    parser.add_argument(
+        "--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output (default: ours)"
+    )
+    parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
+    parser.add_argument("--json", type=Path, help="folder for <scenario>.json")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of one scenario, only these and the base")
+    parser.add_argument("--prompts", type=int, help="instead of the size's")
+    parser.add_argument("--tokens", type=int, help="longest response, instead of the size's")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if args.methods and (len(args.scenarios) > 1 or args.scenarios == ["front"]):
+        parser.error("--methods: expected one scenario, general or weak")
+    torch.set_num_threads(args.threads)
+    size = QUICK if args.quick else FULL
+    changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
+    size = replace(size, **changed)
+    models = Models(policies(args.policy), args.reward)
+    for scenario in args.scenarios:
+        runs = args.runs / ("quick" if args.quick else "full")
+        result = measure(scenario, models, size, runs, args.quick, args.methods)
+        if args.json:
+            args.json.mkdir(parents=True, exist_ok=True)
+            (args.json / f"quality-{scenario}.json").write_text(json.dumps(result, indent=1) + "\n")
+        accuracy = ", ".join(f"{source} {share:.3f}" for source, share in result["judge_accuracy"].items())
+        print(f"\n{scenario}; judge's held-out accuracy: {accuracy}\n\n{table(result)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

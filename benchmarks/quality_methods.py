@@ -1,0 +1,182 @@
+"""Every method of the quality tables as a function from prompts to responses, over one set of loaded models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from baselines.args import args as args_search
+from baselines.best_of_n import best_of_n
+from baselines.guided import guided
+from baselines.interface import Member, Params, Response, reward_member
+from baselines.mixture import mixture
+from baselines.mod import mod
+from baselines.soups import soup
+from baselines.trajectory_reward import TrajectoryReward
+from baselines.transfer_q import transfer_q
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from genarm_fast import ARM, GenARM, demo
+
+Method = Callable[[Sequence[Sequence[int]], Params], list[Response]]
+OBJECTIVES = ("positive", "concise")
+# Trained as dpo.py and trajectory_reward.py say, on 240 of the ARM `positive`'s pairs and the base's first 10 layers.
+REWARD = Path(__file__).parent / "baselines" / "positive_reward"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run. best_of: values of N. args_weights: the sweep of w. k, rollout: of ARGS and Transfer-Q.
+    points: of a front."""
+
+    prompts: int
+    tokens: int
+    seeds: int
+    best_of: tuple[int, ...]
+    args_weights: tuple[float, ...]
+    k: int
+    rollout: int
+    front_prompts: int
+    points: int
+
+
+FULL = Size(64, 48, 3, (2, 16), (1.0, 3.0, 10.0), 10, 20, 32, 11)
+QUICK = Size(12, 20, 1, (4,), (10.0,), 4, 2, 4, 5)
+
+
+class Models:
+    """What the methods run; loaded when first asked for. float32.
+
+    policies: folders of DPO adapters by objective; an objective without one takes its ARM as its policy, which is what
+    DPO without a reference gives. reward: folder of the trajectory reward model, or None: methods that ask one are out.
+    """
+
+    def __init__(self, policies: dict[str, Path], reward: Path | None) -> None:
+        self.folder = demo.base()
+        self.policies = {name: policies.get(name, demo.arm(name)) for name in OBJECTIVES}
+        self.trained_policies = sorted(policies)
+        self.reward_folder = reward
+
+    def inputs(self) -> dict[str, str | None]:
+        """By the hash of their weights: what responses depend on beside prompts and sizes."""
+
+        def digest(folder: Path | None) -> str | None:
+            return folder and hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+
+        return {"reward": digest(self.reward_folder), **{name: digest(path) for name, path in self.policies.items()}}
+
+    @cached_property
+    def engine(self) -> GenARM:
+        arms = [ARM(demo.arm(name), name=name) for name in (*OBJECTIVES, "small")]
+        return GenARM.from_pretrained(self.folder, arms, dtype=torch.float32, max_batch_size=64)
+
+    @cached_property
+    def base(self) -> Member:
+        return Member("base", self.engine.base.model)
+
+    @cached_property
+    def reward(self) -> TrajectoryReward:
+        return TrajectoryReward.from_pretrained(self.folder, self.reward_folder)  # type: ignore[arg-type]
+
+    def policy(self, adapter: Path, name: str = "policy") -> Member:
+        bare = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
+        return Member(name, PeftModel.from_pretrained(bare, str(adapter)).merge_and_unload().eval())
+
+    @cached_property
+    def objectives(self) -> list[Member]:
+        return [self.policy(self.policies[name], name) for name in OBJECTIVES]
+
+
+def by_arms(models: Models, temperature: float = 1.0, **weights: float) -> Method:
+    """The engine with these ARMs; none of them is the base."""
+    all_weights = dict.fromkeys((*OBJECTIVES, "small"), 0.0) | weights
+
+    def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
+        return guided(models.engine, all_weights, prompts, replace(params, temperature=temperature))
+
+    return run
+
+
+def general(models: Models, size: Size) -> dict[str, Method]:
+    """Alignment to one objective, `positive`."""
+    methods = {
+        "base": by_arms(models),
+        "control, w = 1": by_arms(models, 1 / 2),  # the base as its own ARM: see baselines/sharpening.py
+        "control, w = 2": by_arms(models, 1 / 3),
+        **{f"guided, w = {w:g}": by_arms(models, positive=w) for w in (0.5, 1.0, 2.0)},
+        "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
+    }
+    if models.reward_folder is None:
+        return methods
+
+    def rewarded(method: Any, **options: Any) -> Method:
+        def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
+            member = reward_member("reward", models.reward)
+            given = [models.base, *([models.objectives[0]] if method is transfer_q else []), member]
+            greedy = replace(params, temperature=0.0 if options.get("greedy") else 1.0)
+            rest = {name: value for name, value in options.items() if name != "greedy"}
+            return method(*given, prompts, greedy, k=size.k, **rest)
+
+        return run
+
+    for n in size.best_of:
+        methods[f"best of {n}"] = lambda prompts, params, n=n: best_of_n(models.base, models.reward, n, prompts, params)
+    for w in size.args_weights:
+        methods[f"ARGS, sampling, w = {w:g}"] = rewarded(args_search, weight=w)
+    methods[f"ARGS, greedy, w = {size.args_weights[-1]:g}"] = rewarded(
+        args_search, weight=size.args_weights[-1], greedy=True
+    )
+    methods[f"Transfer-Q, w = {size.args_weights[-1]:g}"] = rewarded(
+        transfer_q, weight=size.args_weights[-1], rollout=size.rollout
+    )
+    return methods
+
+
+def weak(models: Models) -> dict[str, Method]:
+    """The 10 M ARM on the base, between the base and what an ARM or a policy of the base's own size reaches."""
+    return {
+        "base": by_arms(models),
+        "control, w = 1": by_arms(models, 1 / 2),
+        "small ARM, w = 1": by_arms(models, small=1.0),
+        "small ARM, w = 2": by_arms(models, small=2.0),
+        "guided, w = 1": by_arms(models, positive=1.0),
+        "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
+    }
+
+
+def shares(points: int) -> list[float]:
+    """Of the first objective, evenly from 0 to 1."""
+    return [i / (points - 1) for i in range(points)]
+
+
+def point_name(method: str, share: float) -> str:
+    return f"{method} {share:.2f}"
+
+
+def fronts(models: Models, points: int) -> dict[str, Method]:
+    """Two objectives at each share a of the first: guided, MOD, and soups. Names end in the share."""
+
+    def souped(a: float) -> Method:
+        def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
+            with TemporaryDirectory() as folder:
+                soup([models.policies[name] for name in OBJECTIVES], [a, 1 - a], Path(folder))
+                return mixture([models.policy(Path(folder))], [1.0], prompts, params)
+
+        return run
+
+    def mixed(a: float) -> Method:
+        return lambda prompts, params: mod(models.objectives, [a, 1 - a], prompts, params)
+
+    kinds = {
+        "guided": lambda a: by_arms(models, positive=a, concise=1 - a),
+        "MOD": mixed,
+        "soup": souped,
+    }
+    return {point_name(name, a): make(a) for name, make in kinds.items() for a in shares(points)}

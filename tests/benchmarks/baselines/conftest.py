@@ -1,0 +1,102 @@
+"""Tiny members, and the law of a method by enumeration against many of its draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+VOCAB, STOP, LENGTH, DRAWS = 6, 5, 2, 1500
+PROMPT = [1, 3, 2]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def benchmarks_on_path() -> Iterator[None]:
+    """The benchmarks are no installed package: scripts have their folder on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+        yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "baselines"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def lm(tiny_model: Callable[..., PreTrainedModel]) -> Callable[[int], Any]:
+    """lm(seed): a member over a random model of six tokens."""
+
+    def make(seed: int, name: str | None = None) -> Any:
+        from baselines.interface import Member
+
+        return Member(name or f"lm{seed}", tiny_model(seed=seed, vocab_size=VOCAB))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def judge(tiny_model: Callable[..., PreTrainedModel]) -> Callable[[int], Any]:
+    """judge(seed): a random `TrajectoryReward` over six tokens, with rewards that matter."""
+
+    def make(seed: int) -> Any:
+        from baselines.trajectory_reward import TrajectoryReward
+
+        config = AutoConfig.for_model(**tiny_model(vocab_size=VOCAB).config.to_dict() | {"num_labels": 1})
+        torch.manual_seed(seed)
+        return TrajectoryReward(AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval())
+
+    return make
+
+
+def texts() -> list[tuple[int, ...]]:
+    """Every response of up to LENGTH tokens."""
+    short = [(*head, STOP) for n in range(LENGTH) for head in itertools.product(range(STOP), repeat=n)]
+    return short + list(itertools.product(range(STOP), repeat=LENGTH))
+
+
+@torch.inference_mode()
+def logits(member: Any, tokens: Sequence[int]) -> Tensor:
+    """What the model says behind PROMPT and these tokens, without a cache, float64 [V]."""
+    return member.model(input_ids=torch.tensor([[*PROMPT, *tokens]])).logits[0, -1].double()
+
+
+def law(scores: Callable[[tuple[int, ...]], Tensor]) -> dict[tuple[int, ...], float]:
+    """The probability of every response whose next token is drawn from softmax(scores(tokens so far))."""
+    found = {}
+    for text in texts():
+        parts = [scores(text[:i]).log_softmax(-1)[token].item() for i, token in enumerate(text)]
+        found[text] = math.exp(sum(parts))
+    assert sum(found.values()) == pytest.approx(1)
+    return found
+
+
+def drawn(run: Callable[[list[list[int]], Any], list[Any]]) -> Counter[tuple[int, ...]]:
+    """DRAWS responses of a method to PROMPT."""
+    from baselines.interface import Params
+
+    params = Params(max_new_tokens=LENGTH, seed=7, stop_token_ids=(STOP,))
+    return Counter(tuple(response.tokens) for response in run([PROMPT] * DRAWS, params))
+
+
+def misfit(expected: dict[tuple[int, ...], float], found: Counter[tuple[int, ...]]) -> float:
+    """χ² of what was drawn against a law, in standard deviations above its mean; beyond 5 it is another law."""
+    likely = {text: DRAWS * p for text, p in expected.items() if DRAWS * p >= 5}
+    rest = max(DRAWS - sum(likely.values()), 1.0)  # what the law makes rare or impossible is one cell
+    others = DRAWS - sum(found[text] for text in likely)
+    cells = [*((found[text], count) for text, count in likely.items()), (others, rest)]
+    freedom = len(cells) - 1
+    assert freedom > 2
+    return (sum((seen - count) ** 2 / count for seen, count in cells) - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.fixture
+def enumerated() -> SimpleNamespace:
+    return SimpleNamespace(law=law, logits=logits, misfit=misfit, drawn=drawn, prompt=PROMPT, stop=STOP)

@@ -1,0 +1,61 @@
+"""What is counted of a method's cost, on methods of known cost."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from genarm_fast import GenARM
+
+
+def spin(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+@pytest.fixture
+def costs(script, tiny_model, tokenizer) -> dict:
+    cost, Response = script("cost"), script("baselines.interface").Response
+    models = SimpleNamespace(engine=GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer))
+    calls: Counter[str] = Counter()
+
+    def method(name: str, dearer: int):
+        def run(prompts, params):
+            calls[name] += 1
+            spin(2e-3 * dearer * params.max_new_tokens)
+            assert len(set(map(tuple, prompts))) == len(prompts)
+            forwards = Counter(base=dearer * params.max_new_tokens)
+            return [Response([1] * params.max_new_tokens, forwards) for _ in prompts]
+
+        return run
+
+    chosen = {"base": method("base", 1), "guided, w = 1": method("guided", 2), "best of 4": method("best", 4)}
+    found = cost.measure(models, chosen, 2, 4, 5, 1)
+    assert calls["best"] == 1 + 1 + 1  # of one token, warmed up and timed, and of all, timed once
+    return {"batches": {"2": found}, "peak_mib": {"base": 100.0}}
+
+
+def test_ratios_and_forwards(costs: dict) -> None:
+    found = costs["batches"]["2"]
+    assert found["base"]["to_base"]["median"] == 1.0
+    assert 1.5 < found["guided, w = 1"]["to_base"]["median"] < 2.7
+    assert 2.5 < found["best of 4"]["to_base"]["median"] < 6.5
+    assert found["guided, w = 1"]["forwards_per_token"] == {"base": 2.0}
+    first, whole = (found["base"][name]["median"] for name in ("first_token_seconds", "seconds"))
+    assert 2 < whole / first < 7
+
+
+def test_table_and_plot(costs: dict, script, tmp_path: Path) -> None:
+    cost = script("cost")
+    table = cost.table(costs)
+    assert table.count("\n") == 4
+    assert "| 100 |" in table
+    rate = {"value": 0.7, "low": 0.6, "high": 0.8}
+    quality = {"methods": {name: {"win_rate": rate} for name in ("base", "guided, w = 1", "elsewhere")}}
+    cost.plot(costs, quality, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 1000

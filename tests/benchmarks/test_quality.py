@@ -1,0 +1,129 @@
+"""The quality tables on a tiny model: what is run, kept, and told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from genarm_fast import GenARM
+
+PROMPTS = [[2, 3], [4, 5, 6], [7]]
+
+
+class Judge:
+    """Longer is better."""
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        return np.array([float(len(text)) for text in texts])
+
+
+@pytest.fixture
+def quality(script, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(script("quality_measures"), "RESAMPLES", 200)
+    return script("quality")
+
+
+@pytest.fixture
+def models(tiny_model, tokenizer) -> SimpleNamespace:
+    return SimpleNamespace(engine=GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1)], tokenizer=tokenizer))
+
+
+@pytest.fixture
+def size(script):
+    from dataclasses import replace
+
+    return replace(script("quality_methods").QUICK, prompts=3, tokens=5, seeds=2, points=3)
+
+
+def methods_of(script, models, asked: list[str]):
+    guided = script("baselines.guided").guided
+
+    def method(name: str, weight: float):
+        def run(prompts, params):
+            asked.append(name)
+            return guided(models.engine, [weight], prompts, params)
+
+        return run
+
+    return {"base": method("base", 0.0), "guided, w = 1": method("guided", 1.0)}
+
+
+def test_runs_are_kept_and_told(quality, script, models, size, tmp_path: Path) -> None:
+    asked: list[str] = []
+    methods = methods_of(script, models, asked)
+    found = quality.collect(models, methods, tmp_path, PROMPTS, size)
+    assert asked == ["base", "base", "guided", "guided"]  # a call a seed
+    again = quality.collect(models, methods, tmp_path, PROMPTS, size)
+    assert len(asked) == 4
+    assert again["base"].texts == found["base"].texts
+    for texts in found.values():
+        assert texts.tokens.shape == texts.nats.shape == (3, 2)
+    assert found["base"].forwards == {"base": 1.0}
+    assert len(found["guided, w = 1"].forwards) == 2
+
+    # what a text's perplexity is of: the base's own log-probability of the text that was sampled
+    texts = json.loads((tmp_path / "guided, w = 1.json").read_text())["samples"]
+    (guided,) = script("baselines.guided").guided(
+        models.engine,
+        [1.0],
+        PROMPTS[1:2],
+        script("baselines.interface").Params(5, 1.0, 1, tuple(models.engine.eos_token_ids)),
+    )
+    assert texts[1]["text"] == models.engine.tokenizer.decode(guided.tokens, skip_special_tokens=True)
+    (score,) = models.engine.score(PROMPTS[1:2], [guided.tokens])
+    assert texts[1]["base_nats"] == pytest.approx(sum(score.base_logprobs), abs=1e-4)
+
+    row = quality.described(found["guided, w = 1"], Judge(), found["base"])
+    lengths = [np.array([len(t) for t in found[name].texts]).reshape(2, 3).T for name in found]
+    wins = ((lengths[1] > lengths[0]) + (lengths[1] == lengths[0]) / 2).mean()
+    assert row["win_rate"]["value"] == pytest.approx(wins)
+    assert quality.described(found["base"], Judge(), found["base"])["win_rate"]["value"] == 0.5
+    table = quality.table({"scenario": "general", "methods": {"base": row, "guided": row}})
+    assert table.count("\n") == 3
+    assert f"{wins:.2f} [" in table
+
+
+def test_other_inputs_are_refused(quality, tmp_path: Path) -> None:
+    quality.same_inputs(tmp_path, {"size": [1, 2]})
+    quality.same_inputs(tmp_path, {"size": [1, 2]})
+    with pytest.raises(SystemExit, match="expected another --runs"):
+        quality.same_inputs(tmp_path, {"size": [1, 3]})
+
+
+def test_front(quality, script, size) -> None:
+    """Three points, each as its share asks: hypervolume and inner product by hand."""
+    name = script("quality_methods").point_name
+    values = {0.0: (0.0, 1), 0.5: (0.5, 2), 1.0: (1.0, 4)}  # P(positive), tokens of at most 5
+    found = {
+        name("guided", share): SimpleNamespace(
+            scores=lambda judge, p=positive: np.full((3, 2), p), tokens=np.full((3, 2), float(tokens))
+        )
+        for share, (positive, tokens) in values.items()
+    }
+    figures = quality.front_figures(found, None, size)["guided"]
+    np.testing.assert_allclose(figures["points"], [[0.0, 0.8], [0.5, 0.6], [1.0, 0.2]])
+    assert figures["hypervolume"]["value"] == pytest.approx(0.5 * 0.6 + 0.5 * 0.2)
+    assert figures["mean_inner_product"]["value"] == pytest.approx((0.8 + 0.55 + 1.0) / 3)
+    assert "guided" in quality.table({"scenario": "front", "methods": {"guided": figures}})
+
+
+def test_policies(quality, tmp_path: Path) -> None:
+    assert quality.policies([f"positive={tmp_path}"]) == {"positive": tmp_path}
+    for wrong in ("positive", f"kind={tmp_path}", "positive=/nowhere/at/all"):
+        with pytest.raises(SystemExit, match="expected OBJECTIVE=FOLDER"):
+            quality.policies([wrong])
+
+
+def test_methods_of_the_scenarios(script) -> None:
+    """Names alone load nothing."""
+    methods = script("quality_methods")
+    models, size = methods.Models({}, methods.REWARD), methods.FULL
+    names = set(methods.general(models, size))
+    assert {"base", "control, w = 1", "best of 2", "best of 16", "ARGS, sampling, w = 3", "Transfer-Q, w = 10"} <= names
+    assert not any("best of" in name for name in methods.general(methods.Models({}, None), size))
+    assert {"base", "small ARM, w = 1", "guided, w = 1", "policy"} <= set(methods.weak(models))
+    assert len(methods.fronts(models, size.points)) == 33
