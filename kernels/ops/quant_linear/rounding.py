@@ -15,7 +15,7 @@ from .weights import QuantWeight, dequantize, in_groups
 
 NEIGHBOURS = sorted(range(-8, 9), key=abs)  # float16 numbers about the best fit that are tried
 STEPS = [way * steps for steps in range(15, 0, -1) for way in (1, -1)]  # from code 0 to the last; down: a scale below 0
-CHUNK = 1 << 22  # weights at a time: their float32 and float64 copies would be larger than the matrix
+CHUNK = 1 << 17  # weights at a time, whose float32 copies stay in the cache
 
 
 def _half(values: Tensor) -> Tensor:
@@ -91,31 +91,33 @@ def exact(weight: Tensor, bits: int) -> QuantWeight | None:
     """Codes whose `dequantize` rounds to this bfloat16 matrix bit for bit; None where no search finds them."""
     if weight.dtype != torch.bfloat16 or not weight.isfinite().all():
         return None
-    parts: list[QuantWeight] = []
-    if _exact_rows(weight[:16], bits) is None:  # before a long search
+    out, width = weight.shape
+    if _search(_filled(weight[:16]).flatten(0, 1), bits) is None:  # before a long search
         return None
-    for rows in _rows(weight):
-        found = _exact_rows(rows, bits)
-        if found is None:
-            return None
-        parts.append(found)
-    return _join(parts, weight.shape[1]) if parts else None
+    found = _search(_filled(weight).flatten(0, 1), bits)
+    if found is None:
+        return None
+    codes, scales, lows = (part.view(out, -1) for part in found)
+    return QuantWeight(codes[:, :width].contiguous(), scales, None if bits == 8 else lows)
 
 
-def _exact_rows(rows: Tensor, bits: int) -> QuantWeight | None:
-    wanted = _filled(rows).flatten(0, 1)  # [groups, 32]
+def _search(wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """[groups, 32] → codes, scales and minimums of each group."""
     codes = torch.zeros(wanted.shape, dtype=torch.int8 if bits == 8 else torch.uint8)
     scales, lows = torch.zeros(2, len(wanted), dtype=torch.float16)
     left = torch.arange(len(wanted))
     for steps in (127,) if bits == 8 else STEPS:
-        found, *parts = (_fit_8 if bits == 8 else _fit_4)(wanted[left], steps)
-        codes[left[found]], scales[left[found]], lows[left[found]] = (part[found] for part in parts)
-        left = left[~found]
-        if not len(left):
-            out = len(rows)
-            return QuantWeight(codes.view(out, -1), scales.view(out, -1), None if bits == 8 else lows.view(out, -1))
-        if len(left) > len(wanted) * 3 // 4:  # of rounded weights one way of rounding gives most
+        lost = []
+        for part in left.split(CHUNK // 32):
+            found, *parts = (_fit_8 if bits == 8 else _fit_4)(wanted[part], steps)
+            at = part[found]
+            codes[at], scales[at], lows[at] = (values[found] for values in parts)
+            lost.append(part[~found])
+        if sum(map(len, lost)) > len(wanted) * 3 // 4:  # of rounded weights one way of rounding gives most
             return None
+        left = torch.cat(lost) if lost else left
+        if not len(left):
+            return codes, scales, lows
     return None
 
 

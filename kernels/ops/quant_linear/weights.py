@@ -75,10 +75,10 @@ def in_groups(tensor: Tensor, width: int) -> Tensor:
 def dequantize(weight: QuantWeight) -> Tensor:
     """float32 [out, in]: scale · code + minimum, rounded once where 24 bits do not hold it."""
     width = weight.codes.shape[1]
-    values = in_groups(weight.codes, width).double() * weight.scales.double()[..., None]
+    values = in_groups(weight.codes, width).float().mul_(weight.scales.float()[..., None])  # exact: 19 bits
     if weight.minimums is not None:
-        values = values + weight.minimums.double()[..., None]
-    return values.float().flatten(-2)[:, :width]
+        values += weight.minimums.float()[..., None]
+    return values.flatten(-2)[:, :width]
 
 
 def pack(weight: QuantWeight) -> Tensor:
