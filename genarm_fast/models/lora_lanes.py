@@ -2,7 +2,8 @@
 
 A decode step of few rows takes the time that the weights take to arrive from memory, so a lane more costs little.
 What makes a lane is read off the loaded modules: the same tree over the same storage, but for plain LoRA linears.
-Every other member (DoRA, saved modules, adapted embeddings, linears quantised by others, another dtype) keeps its own forward.
+Every other member (DoRA, saved modules, adapted embeddings, linears that others quantised, another dtype) keeps its own
+forward.
 """
 
 from __future__ import annotations

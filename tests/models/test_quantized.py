@@ -94,7 +94,7 @@ def test_the_reference_of_the_op_gives_the_same_bits(folders, monkeypatch, quant
 def test_exact_gives_weights_back(folders):
     model = load(folders, "exact")
     plain = load(folders, None)
-    assert plain.quantized == {name: None for name in model.quantized}
+    assert plain.quantized == dict.fromkeys(model.quantized)
     for name in ("base", "arm"):
         report = model.quantized[name]
         assert {matrix.bits for matrix in report.matrices} == {4, 8}
