@@ -3,9 +3,9 @@
     python benchmarks/quantization.py [MODEL] [--text FILE] [--tokens N] [--windows N] [--rows N ...] [--steps N]
         [--ways WAY ...]
 
-Default: the demo's base, on this repository's docs/design.md. KL(bfloat16 ‖ quantised) and perplexity are means over the
-tokens of windows of the text, by transformers' own forward. Greedy texts are those of prompts from the text. A step is
-CPU time of decoding, in turns, medians; one thread.
+Default: the demo's base, on this repository's docs/design.md. KL(bfloat16 ‖ quantised) and perplexity are means over
+the tokens of windows of the text, by transformers' own forward. Greedy texts are those of prompts from the text. A
+step is CPU time of decoding, in turns, medians; one thread.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def main() -> None:
             for way, model in models.items():
                 took, texts[way] = decode(model, prompts, options.steps)
                 steps[way][rows].append(took)
-    print("| weights | MB | load, s CPU | KL mean, largest | same top token | perplexity | greedy texts equal |", end="")
+    print(
+        "| weights | MB | load, s CPU | KL mean, largest | same top token | perplexity | greedy texts equal |", end=""
+    )
     print("".join(f" {rows} rows, ms a step |" for rows in options.rows))
     print("|---" * (7 + len(options.rows)) + "|")
     for way, model in models.items():
