@@ -26,8 +26,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARMS = find_namespace_packages(include=["genarm_fast.demo.arms.*"])  # folders of data alone
 INSTRUCTION_SETS = {"baseline": []}
 if X86:
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"].append("-mprefer-vector-width=512")
 
 

@@ -24,6 +24,7 @@ from genarm_fast.engine.warm_up import warm_up as warm_up_engine
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
+from genarm_fast.models.quantized import Quantized, check_quantization
 from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import AnyWeights, SamplingParams, Weight
@@ -83,6 +84,7 @@ class GenARM(AsyncCalls):
         device: str | torch.device | None = None,
         device_map: Any = None,
         quantization_config: Any = None,
+        quantization: str | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         max_batch_size: int = 16,
@@ -101,6 +103,9 @@ class GenARM(AsyncCalls):
             tokenizer, prompt_template, chat_template: the base's, instead of those in its folder.
             dtype, device_map, quantization_config, attn_implementation, model_kwargs: to transformers'
                 `from_pretrained`, for every member that is not loaded yet. Load one yourself to treat it differently.
+            quantization: hold the matrices of bfloat16 members on the CPU in fewer bits: "exact" where that gives them
+                back bit for bit, "int8" or "int4" rounded to these (docs/quantization.md). None: as they are. Members
+                that are loaded already stay as they are; what became of others is in `model.quantized`.
             trust_remote_code: run Python code that the folder or repository of base or draft model brings along; never
                 otherwise. Each `ARM` has its own.
             device: where to put such members; default: CUDA if there is any, else the CPU.
@@ -122,6 +127,9 @@ class GenARM(AsyncCalls):
         EngineConfig(max_batch_size, cache_bytes, max_step_ms)  # checks them
         as_speculation(speculation)
         self_check_policy()
+        check_quantization("quantization", quantization)
+        if quantization is not None and quantization_config is not None:
+            raise ValueError("quantization and quantization_config: expected one of them")
         if not isinstance(warm_up, bool):
             raise TypeError(f"warm_up={warm_up!r}: expected True or False")
         specs = as_arms(arms)
@@ -133,6 +141,7 @@ class GenARM(AsyncCalls):
             "device": device,
             "device_map": device_map,
             "quantization_config": quantization_config,
+            "quantization": quantization,
             "attn_implementation": attn_implementation,
             "trust_remote_code": trust_remote_code,
             **model_kwargs,
@@ -152,6 +161,11 @@ class GenARM(AsyncCalls):
     def forwards(self) -> dict[str, str]:
         """Which forward runs each member, ours or transformers' own, and why."""
         return {member.name: member.runs_by for member in self.members}
+
+    @property
+    def quantized(self) -> dict[str, Quantized | None]:
+        """What `quantization` did to each member, by name, matrix by matrix; None: nothing."""
+        return {member.name: getattr(member.model, "quantized", None) for member in self.members}
 
     @property
     def arm_names(self) -> list[str]:

@@ -64,7 +64,8 @@ def setup_digest(args: argparse.Namespace) -> str:
     arms = [(identity(resolve(spec.model)), spec.weight, spec.name or Path(spec.model).name) for spec in args.arm]
     chat_template = args.chat_template and read_text(args.chat_template)
     templates = (args.prompt_template, args.arm_prompt_template, chat_template, args.chat, args.system)
-    return digest([identity(resolve(args.base)), arms, templates, args.dtype])
+    precision = [args.dtype] if args.quantization is None else [args.dtype, args.quantization]
+    return digest([identity(resolve(args.base)), arms, templates, *precision])
 
 
 @contextmanager

@@ -69,6 +69,11 @@ def add_loading_arguments(
         "repeat for several (default weight: 1)",
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of all members (default: the files')")
+    group.add_argument(
+        "--quantization",
+        choices=("exact", "int8", "int4"),
+        help="hold the weights of bfloat16 members on the CPU in fewer bits: exact (nothing is lost), int8, int4",
+    )
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is any)")
     group.add_argument("--device-map", metavar="MAP", help="spread each member over devices: auto, balanced, ...")
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
@@ -186,6 +191,7 @@ def load(args: argparse.Namespace) -> GenARM:
             prompt_template=args.prompt_template,
             chat_template=chat_template,
             dtype=args.dtype,
+            quantization=args.quantization,
             device=args.device,
             device_map=args.device_map,
             attn_implementation=args.attn_implementation,

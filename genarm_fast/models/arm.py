@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from genarm_fast.models.hub import Source
+from genarm_fast.models.quantized import check_quantization
 from genarm_fast.params import check_weights
 
 RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
@@ -28,6 +29,7 @@ class ARM:
         chat_template: Jinja template for chat messages; default: the one of its tokenizer.
         base: what an adapter belongs to, instead of the base that its folder names: hub id, folder or a loaded model.
         trust_remote_code: run Python code that its folder or repository brings along; never otherwise.
+        quantization: how its own weights are held, "exact", "int8" or "int4"; None: as `from_pretrained` says.
 
     Templates default to those that training recorded in the folder's genarm.json. An ARM without tokenizer files takes
     the base's tokenizer and chat template.
@@ -40,6 +42,7 @@ class ARM:
     chat_template: str | None = field(default=None, kw_only=True)
     base: Source | nn.Module | None = field(default=None, kw_only=True)
     trust_remote_code: bool = field(default=False, kw_only=True)
+    quantization: str | None = field(default=None, kw_only=True)
     # Adapters that were active in a given PeftModel when this was made: one that is switched later is not meant.
     active: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
@@ -54,6 +57,7 @@ class ARM:
             raise TypeError(f"name={self.name!r}: expected a string")
         if not isinstance(self.trust_remote_code, bool):
             raise TypeError(f"trust_remote_code={self.trust_remote_code!r}: expected True or False")
+        check_quantization("quantization", self.quantization)
         object.__setattr__(self, "active", active_adapters(self.model))
 
 

@@ -17,6 +17,7 @@ from genarm_fast.models.adapter import check_forward, check_kind, is_adapted, lo
 from genarm_fast.models.files import check_files, read_object, refusing
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source, locate
+from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.sizes import check_size
 from genarm_fast.models.weights import share_weights
 
@@ -93,8 +94,19 @@ def _quietly() -> Iterator[None]:
 class ModelLoader:
     """Models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
 
-    def __init__(self, *, dtype: Any, device: Any, device_map: Any, quantization_config: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        dtype: Any,
+        device: Any,
+        device_map: Any,
+        quantization_config: Any,
+        quantization: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         device = check_device(device)
+        check_quantization("quantization", quantization)
+        self.quantization = quantization
         if device_map is None and quantization_config is not None:
             device_map = {"": device}  # quantised weights cannot be moved afterwards
         self.device = device if device_map is None else None
@@ -122,22 +134,32 @@ class ModelLoader:
         *,
         base: Source | nn.Module | None = None,
         trust_remote_code: bool = False,
+        quantization: str | None = None,
     ) -> nn.Module:
         """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is.
 
-        base: what an adapter belongs to, instead of what its folder says.
+        base: what an adapter belongs to, instead of what its folder says. quantization: of this member, instead of the
+        loader's.
         """
         if base is not None and (isinstance(source, nn.Module) or not self._is_adapter(role, source)):
             raise ValueError(f"{role}: base={base!r:.80}: expected none, as its model is no folder of an adapter")
         if isinstance(source, nn.Module):
+            if quantization is not None:
+                raise ValueError(
+                    f"{role}: quantization={quantization!r}: expected a folder or hub id, not a loaded model"
+                )
             model = self._given(role, source)
             if model.training and id(model) not in self.evaluated:
                 self.evaluated[id(model)] = share_weights(model)
             return self.evaluated[id(model)] if model.training else model
         place = self.locate(role, source)
         if self._is_adapter(role, source):
+            if quantization is not None:
+                raise ValueError(
+                    f"{role}: quantization={quantization!r}: expected none for an adapter, it has its base's weights"
+                )
             return self._load_adapter(role, os.fspath(place), base, trust_remote_code)
-        return self._load_bare(role, source, trust_remote_code)
+        return self._load_bare(role, source, trust_remote_code, quantization)
 
     def _is_adapter(self, role: str, source: Source) -> bool:
         return bool(read_object(role, self.locate(role, source), "adapter_config.json"))
@@ -174,12 +196,16 @@ class ModelLoader:
         """Let adapters share the weights of a model that was given, not loaded."""
         self.loaded[_key(name)] = model
 
-    def _load_bare(self, role: str, source: Source, trust_remote_code: bool) -> Any:
-        key = _key(source)
+    def _load_bare(self, role: str, source: Source, trust_remote_code: bool, own: str | None = None) -> Any:
+        quantization = own or self.quantization
+        key = _key(source) if own in (None, self.quantization) else f"{_key(source)} ({own})"
         if key not in self.loaded:
             place = self.locate(role, source)
             model = load_causal_lm(role, place, trust_remote_code=trust_remote_code, **self.kwargs)
-            self.loaded[key] = (model if self.device is None else model.to(self.device)).eval()
+            model = (model if self.device is None else model.to(self.device)).eval()
+            if quantization is not None:
+                quantize_model(role, model, quantization)
+            self.loaded[key] = model
         return self.loaded[key]
 
     def _load_adapter(

@@ -18,9 +18,9 @@ from genarm_fast.kernels import _dispatch, _native
 from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
-from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models import attention, flash_attention
 from genarm_fast.models.fused_decoder import fused_forward
+from genarm_fast.models.quantized import QuantizedMatrix, linear_of
 from genarm_fast.models.stacking import stacked_forward
 from genarm_fast.models.weights import Movable, trees_over
 
@@ -69,7 +69,9 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
     if not isinstance(weight, Tensor) or not weight.is_cpu:
         return None
     if type(module) is nn.Linear and weight.dtype == torch.bfloat16:  # at no number of rows slower than PyTorch
-        return SmallLinear(weight, module.bias)
+        return linear_of(weight, module.bias)
+    if type(module) is nn.Embedding and isinstance(weight, QuantizedMatrix):
+        return weight.linear.rows
     if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:
         return _fast_norm(module, weight.detach())
     return None

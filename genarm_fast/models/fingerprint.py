@@ -21,9 +21,11 @@ def fingerprint(model: nn.Module) -> str | None:
     weights themselves change (fine-tuned, merged).
 
     Returns:
-        None where the weights cannot be read as numbers: on the meta device, or quantised. Such a model can be neither
-        confirmed nor refused.
+        None where the weights cannot be read as numbers: on the meta device, or quantised by others. Such a model can
+        be neither confirmed nor refused. One that our `quantization=` made has that of the weights it was made from.
     """
+    if (quantized := getattr(model, "quantized", None)) is not None:  # see quantized.py
+        return quantized.fingerprint
     weights = _own_weights(model)
     if getattr(model, "hf_quantizer", None) is not None:  # its tensors may pass for numbers, and be others
         return None

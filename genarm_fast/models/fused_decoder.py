@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from genarm_fast.kernels.quant_linear import QuantLinear
 from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
@@ -113,7 +114,7 @@ def _siblings(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spa
     """A function that applies all these linears to one input [N, q, in]; in one C++ call where each allows it."""
     runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
     lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
-    if all(isinstance(run, SmallLinear) for run in runs):
+    if all(isinstance(run, (SmallLinear, QuantLinear)) for run in runs):
         siblings = SiblingLinears(runs)
         return lambda x, spans: siblings(x, [spans[own] if own else () for own in lanes])
     linears = [_linear(module, fast) for module in modules]

@@ -98,7 +98,13 @@ def load_members(
         members.append(
             Member(
                 name,
-                models.load(role, spec.model, base=spec.base, trust_remote_code=spec.trust_remote_code),
+                models.load(
+                    role,
+                    spec.model,
+                    base=spec.base,
+                    trust_remote_code=spec.trust_remote_code,
+                    quantization=spec.quantization,
+                ),
                 own or base_tokenizer,
                 spec.prompt_template or recorded.get("prompt_template"),
                 spec.chat_template

@@ -2,7 +2,8 @@
 
 A decode step of few rows takes the time that the weights take to arrive from memory, so a lane more costs little.
 What makes a lane is read off the loaded modules: the same tree over the same storage, but for plain LoRA linears.
-Every other member (DoRA, saved modules, adapted embeddings, quantised linears, another dtype) keeps its own forward.
+Every other member (DoRA, saved modules, adapted embeddings, linears that others quantised, another dtype) keeps its own
+forward.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from genarm_fast.kernels.small_linear import Lora, SmallLinear
 from genarm_fast.models.forward_context import running, running_lanes, spans_of
+from genarm_fast.models.quantized import linear_of
 from genarm_fast.models.weights import share_weights
 
 
@@ -26,7 +28,7 @@ class LaneLinear(nn.Module):
         self.linear = linear
         self.index = {lane: i for i, lane in enumerate(adapters)}
         self.loras = list(adapters.values())  # b is PEFT's own weight, and SmallLinear's a copy of it
-        self.run = SmallLinear(linear.weight, linear.bias, self.loras)
+        self.run = linear_of(linear.weight, linear.bias, self.loras)
 
     def forward(self, x: Tensor) -> Tensor:
         lanes, rows = running_lanes()

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from genarm_fast.kernels.arm_logps import IGNORE, arm_logps
 from genarm_fast.models.checkpoint import load_causal_lm
 from genarm_fast.models.files import refusing
+from genarm_fast.models.quantized import is_quantized
 from genarm_fast.train.batches import Layout, rows, shared
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
@@ -27,6 +28,8 @@ class PairModel(nn.Module):
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
+        if is_quantized(lm):
+            raise ValueError("model: expected weights of 16 bits or more to train on, they are held in 8 or 4 bits")
         self.lm = lm
         causal = lm.get_base_model() if hasattr(lm, "get_base_model") else lm  # type: ignore[operator]
         object.__setattr__(self, "causal", causal)  # part of lm: not to be registered as a second module

@@ -10,6 +10,7 @@ from .arm_logps import arm_logps, arm_logps_reference
 from .gated_mul import gated_mul
 from .guided_sample import GuidedSample, guided_sample, guided_sample_reference
 from .philox import gumbel, seed_tensor
+from .quant_linear import QuantLinear, QuantWeight, quant_linear, quant_linear_reference
 from .ragged_attention import (
     ragged_append,
     ragged_append_reference,
@@ -27,6 +28,8 @@ __all__ = [
     "GuidedSample",
     "Lanes",
     "Lora",
+    "QuantLinear",
+    "QuantWeight",
     "Settled",
     "SiblingLinears",
     "SmallLinear",
@@ -37,6 +40,8 @@ __all__ = [
     "guided_sample",
     "guided_sample_reference",
     "gumbel",
+    "quant_linear",
+    "quant_linear_reference",
     "ragged_append",
     "ragged_append_reference",
     "ragged_attention",

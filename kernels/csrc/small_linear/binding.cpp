@@ -1,9 +1,10 @@
-// Python arguments → small_linear. The tensors of a `Linears` were checked in Python, those of a call are here.
+// Python arguments → small_linear, and quant_linear. The tensors of a `Linears` were checked in Python, those of a call are here.
 #include <cstring>
 #include <memory>
 #include <new>
 
 #include "common/tensors.h"
+#include "quant_linear/quant_linear.h"
 #include "small_linear.h"
 
 namespace genarm {
@@ -12,6 +13,7 @@ namespace {
 constexpr int kMaxDimensions = 8;
 
 const LinearLoops* loops = nullptr;
+const QuantLoops* quant_loops = &quant_baseline;
 
 // Linears of one width, in the object itself: one miss of the caches less on the way to the weights.
 struct Linears {
@@ -28,14 +30,15 @@ void destroy(PyObject* self) {
 
 const uint16_t* address(PyObject* number) { return static_cast<const uint16_t*>(PyLong_AsVoidPtr(number)); }
 
-// (address of weight, of bias (0: none), out, in, ((address of a, of b, rank, scale), ...)), or a Python error set.
+// (address of weight, of bias (0: none), out, in, ((address of a, of b, rank, scale), ...), bits), or a Python error set.
 void fill(PyObject* tuple, Linear* linear) {
   PyObject *weight, *bias, *loras, *a, *b;
   long long out, in, rank;
   float scale;
-  if (!PyArg_ParseTuple(tuple, "OOLLO!", &weight, &bias, &out, &in, &PyTuple_Type, &loras)) return;
-  linear->loops = loops;
-  linear->weight = address(weight), linear->bias = address(bias), linear->out = out, linear->in = in;
+  if (!PyArg_ParseTuple(tuple, "OOLLO!i", &weight, &bias, &out, &in, &PyTuple_Type, &loras, &linear->bits)) return;
+  linear->loops = loops, linear->quant = quant_loops;
+  linear->weight = address(weight), linear->packed = reinterpret_cast<const uint8_t*>(linear->weight);
+  linear->bias = address(bias), linear->out = out, linear->in = in;
   for (Py_ssize_t i = 0; i < PyTuple_Size(loras); ++i) {
     if (!PyArg_ParseTuple(PyTuple_GetItem(loras, i), "OOLf", &a, &b, &rank, &scale)) return;
     linear->loras.push_back({address(a), address(b), rank, scale});
@@ -108,8 +111,15 @@ PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
       products[i].y = static_cast<uint16_t*>(data);
     }
 
+    std::vector<Product> packed;
+    for (Py_ssize_t i = n - 1; i >= 0; --i) {
+      if (products[i].linear->bits == 16) continue;
+      packed.insert(packed.begin(), std::move(products[i]));
+      products.erase(products.begin() + i);
+    }
     const WithoutGil without_gil;
-    small_linear(products, x.at<const uint16_t>(), stride, rows, wanted);
+    if (!products.empty()) small_linear(products, x.at<const uint16_t>(), stride, rows, wanted);
+    if (!packed.empty()) quant_linear(packed, x.at<const uint16_t>(), stride, rows, wanted);
   } catch (const std::bad_alloc&) {
     Py_DECREF(results);
     return PyErr_NoMemory();
@@ -133,17 +143,16 @@ PyObject* linears_type() {
 }  // namespace
 
 void use_linear_loops(const char* instruction_set) {
-  loops = nullptr;
+  loops = nullptr, quant_loops = &quant_baseline;
 #ifdef GENARM_X86
-  if (!std::strcmp(instruction_set, "avx2")) loops = &linear_avx2;
-  if (!std::strcmp(instruction_set, "avx512")) loops = &linear_avx512;
+  if (!std::strcmp(instruction_set, "avx2")) loops = &linear_avx2, quant_loops = &quant_avx2;
+  if (!std::strcmp(instruction_set, "avx512")) loops = &linear_avx512, quant_loops = &quant_avx512;
 #endif
   (void)instruction_set;
 }
 
 // (what `fill` takes, ...) of one width → Linears that keep the instruction set of now; None where that has no loops.
 PyObject* linears(PyObject*, PyObject* all) {
-  if (!loops) Py_RETURN_NONE;
   const Py_ssize_t n = PyTuple_Size(all);
   if (n < 1) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "expected one linear or more");
   PyObject* type = linears_type();
@@ -156,8 +165,14 @@ PyObject* linears(PyObject*, PyObject* all) {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   }
+  bool runs = true;
+  for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); ++i) {
+    runs = runs && (loops || (made[i].bits != 16 && made[i].loras.empty()));
+  }
   if (PyErr_Occurred()) Py_CLEAR(self);
-  return self;
+  if (runs || !self) return self;
+  Py_DECREF(self);
+  Py_RETURN_NONE;
 }
 
 }  // namespace genarm

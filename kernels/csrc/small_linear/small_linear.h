@@ -8,6 +8,8 @@
 
 namespace genarm {
 
+struct QuantLoops;
+
 struct Lora {
   const uint16_t* a;  // [rank, in]
   const uint16_t* b;  // [rank, out]
@@ -16,8 +18,11 @@ struct Lora {
 };
 
 struct Linear {
-  const LinearLoops* loops;
-  const uint16_t* weight;  // [out, in]
+  const LinearLoops* loops;  // null: this instruction set has none
+  const QuantLoops* quant;
+  const uint16_t* weight;  // [out, in] where bits is 16
+  const uint8_t* packed;   // else
+  int bits;                // of a weight: 16, 8 or 4
   int64_t in, out;
   const uint16_t* bias;  // [out] or null
   std::vector<Lora> loras;
@@ -33,7 +38,7 @@ struct Product {
   uint16_t* y;  // [rows, out]
 };
 
-// x [rows, in] with a row stride, times each of some linears of one width; all bfloat16. Up to so many threads, where
+// x [rows, in] with a row stride, times each of some linears of one width and 16 bits; all bfloat16. Up to so many threads, where
 // the work is worth it. Throws std::bad_alloc.
 void small_linear(const std::vector<Product>& products, const uint16_t* x, int64_t x_stride, int64_t rows,
                   int threads);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, is_grad_enabled
 
 from .._dispatch import dispatcher
@@ -19,7 +20,7 @@ def _in_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Any, span
     return specification(x, weight, bias, loras, spans)
 
 
-def _one_by_one(x: Tensor, linears: Sequence[SmallLinear], spans: Any, _prepared: Any) -> Sequence[Tensor]:
+def _one_by_one(x: Tensor, linears: Sequence[Any], spans: Any, _prepared: Any) -> Sequence[Tensor]:
     return [linear(x, own) for linear, own in zip(linears, spans)]
 
 
@@ -47,8 +48,14 @@ class SmallLinear:
         check_weights(weight, bias, loras)
         self.weight, self.bias, self.loras = cpu.readable(weight, bias, loras)
         self.out_features, self.in_features = weight.shape
-        self._core = cpu.prepare([(self.weight, self.bias, self.loras)])
+        self._core = cpu.prepare([self])
         self._address = 0 if self._core is None else self.weight.data_ptr()
+
+    def described(self) -> tuple[Any, ...] | None:
+        """For the C++ core, None where that does not read the tensors: see cpu.py."""
+        if not cpu.plain([self.weight], torch.bfloat16):
+            return None
+        return cpu.described(self.weight.data_ptr(), self.weight.shape, self.bias, self.loras, 16)
 
     @property
     def moved(self) -> bool:
@@ -69,17 +76,18 @@ class SmallLinear:
 class SiblingLinears:
     """Linears over one input, such as query, key and value, in one call: their weights stream as those of one matrix.
 
+    linears: SmallLinears, or QuantLinears (quant_linear), or some of both.
+
     Raises:
         ValueError: no linears.
     """
 
-    def __init__(self, linears: Sequence[SmallLinear]) -> None:
+    def __init__(self, linears: Sequence[Any]) -> None:
         if not linears:
             raise ValueError("linears=[]: expected one or more")
         self.linears = list(linears)
         same_width = len({linear.in_features for linear in self.linears}) == 1
-        weights = [(linear.weight, linear.bias, linear.loras) for linear in self.linears]
-        self._core = cpu.prepare(weights) if same_width else None
+        self._core = cpu.prepare(self.linears) if same_width else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SiblingLinears, (self.linears,)

@@ -23,31 +23,31 @@ def readable(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> tupl
     return flat(weight), None if bias is None else flat(bias), own
 
 
-def prepare(linears: Sequence[tuple[Tensor, Tensor | None, Sequence[Lora]]]) -> Any:
-    """The core's view of linears (weight, bias, loras) of one width, which must outlive it.
+def prepare(linears: Sequence[Any]) -> Any:
+    """The core's view of SmallLinears and QuantLinears of one width, which must outlive it.
 
     None where PyTorch has to serve: no core, an instruction set without these loops, tensors that it does not read.
     """
-    if _native.core is None or not all(_streams(weight, bias, loras) for weight, bias, loras in linears):
+    described = [] if _native.core is None else [linear.described() for linear in linears]
+    return None if not described or None in described else _native.core.linears(tuple(described))
+
+
+def described(
+    address: int, shape: Sequence[int], bias: Tensor | None, loras: Sequence[Lora], bits: int
+) -> tuple[Any, ...] | None:
+    """What the core takes of a linear, None where it does not read bias or LoRAs."""
+    if not plain([*(t for a, b, _ in loras for t in (a, b)), *([] if bias is None else [bias])], torch.bfloat16):
         return None
-    return _native.core.linears(
-        tuple(
-            (
-                weight.data_ptr(),
-                0 if bias is None else bias.data_ptr(),
-                *weight.shape,
-                tuple((a.data_ptr(), b.data_ptr(), a.shape[0], scale) for a, b, scale in loras),
-            )
-            for weight, bias, loras in linears
-        )
+    parts = tuple((a.data_ptr(), b.data_ptr(), a.shape[0], scale) for a, b, scale in loras)
+    return address, 0 if bias is None else bias.data_ptr(), *shape, parts, bits
+
+
+def plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether the tensors lie in the CPU's memory as this dtype; those of a subclass (quantised, fake) need not."""
+    return all(
+        type(tensor) is Tensor and tensor.is_cpu and tensor.dtype == dtype and (tensor.data_ptr() or not tensor.numel())
+        for tensor in tensors
     )
-
-
-def _streams(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> bool:
-    """Whether the tensors lie in the CPU's memory as bfloat16; those of a subclass (quantised, fake) need not."""
-    tensors = [weight, *(t for a, b, _ in loras for t in (a, b)), *([] if bias is None else [bias])]
-    plain = weight.is_cpu and weight.dtype == torch.bfloat16 and {*map(type, tensors)} == {Tensor}
-    return plain and all(tensor.data_ptr() or not tensor.numel() for tensor in tensors)
 
 
 def run(
@@ -64,8 +64,10 @@ def run_once(
     x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[Lora], spans: Sequence[Span], _: None
 ) -> Tensor | None:
     """`run` for checked weights that are not prepared."""
-    weights = readable(weight, bias, loras)
-    return run(x, *weights, spans, prepare([weights]))
+    weight, bias, loras = readable(weight, bias, loras)
+    found = described(weight.data_ptr(), weight.shape, bias, loras, 16) if plain([weight], torch.bfloat16) else None
+    prepared = None if found is None or _native.core is None else _native.core.linears((found,))
+    return run(x, weight, bias, loras, spans, prepared)
 
 
 def convert(x: Tensor, *rest: Any) -> tuple[Any, ...] | None:

@@ -1,0 +1,84 @@
+// Compiled with -DISA=name and that instruction set's flags.
+#include "loops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "common/float_math.h"
+#include "tile.h"
+
+namespace genarm {
+namespace {
+
+// Exponents, as float32 has them: below 2^-60 a group counts as zeros, so that no result is a subnormal number, which
+// threads may flush; from 2^97 on, or infinite, or NaN, its row has no result.
+constexpr int kSmallest = 127 - 60, kLargest = 127 + 96;
+constexpr int kBits = 14;  // the largest of a group is in [2^14, 2^15): bfloat16's 8 bits are whole down to 2^-7 of it
+
+void prepare_group(const uint16_t* x, const QuantRows& rows, int64_t at) {
+  int top = 0;
+#pragma omp simd reduction(max : top)
+  for (int i = 0; i < kGroup; ++i) top = std::max(top, x[i] & 0x7fff);
+  const int exponent = std::max(top >> 7, kSmallest);
+  int16_t* codes = rows.codes + at * kGroup;
+  if (exponent > kLargest) {
+    std::fill_n(codes, kGroup, 0);
+    rows.scales[at] = rows.sums[at] = as_float(0x7fc00000), rows.starts[at] = 0;
+    return;
+  }
+  constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it leaves the nearest whole number in the low bits
+  const float up = as_float(static_cast<uint32_t>(2 * 127 + kBits - exponent) << 23);
+  const float scale = as_float(static_cast<uint32_t>(exponent - kBits) << 23);
+  int sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < kGroup; ++i) {
+    const int code = static_cast<int>(as_bits(as_float32(x[i]) * up + kRound)) - static_cast<int>(0x4b400000);
+    codes[i] = static_cast<int16_t>(code);
+    sum += code;
+  }
+  rows.scales[at] = scale;
+  rows.sums[at] = static_cast<float>(sum) * scale;
+  rows.starts[at] = -128 * sum;
+}
+
+void prepare(const uint16_t* x, int64_t n, const QuantRows& rows, int index) {
+  int64_t i = 0, at = index;
+  for (; i + kGroup <= n; i += kGroup, at += rows.count) prepare_group(x + i, rows, at);
+  if (i < n) {
+    uint16_t tail[kGroup] = {};
+    std::memcpy(tail, x + i, (n - i) * sizeof *x);
+    prepare_group(tail, rows, at);
+  }
+}
+
+template <int Bits, int R = kQuantRows>
+void tile_of(const uint8_t* weights, const uint8_t* next, int64_t groups, const QuantRows& rows, float* y) {
+  if constexpr (R > 1) {
+    if (rows.count < R) return tile_of<Bits, R - 1>(weights, next, groups, rows, y);
+  }
+  tile<Bits, R>(weights, next, groups, rows, y);
+}
+
+void tile_of_bits(int bits, const uint8_t* weights, const uint8_t* next, int64_t groups, const QuantRows& rows,
+                  float* y) {
+  bits == 8 ? tile_of<8>(weights, next, groups, rows, y) : tile_of<4>(weights, next, groups, rows, y);
+}
+
+void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
+#pragma omp simd
+  for (int o = 0; o < n; ++o) {
+    const float sum = bias ? y[o] + as_float32(bias[o]) : y[o];
+    const uint32_t bits = as_bits(sum);
+    out[o] = static_cast<uint16_t>(sum == sum ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0);
+  }
+}
+
+#define TABLE_(isa) quant_##isa
+#define TABLE(isa) TABLE_(isa)
+
+}  // namespace
+
+extern const QuantLoops TABLE(ISA) = {prepare, tile_of_bits, store_bf16};
+
+}  // namespace genarm

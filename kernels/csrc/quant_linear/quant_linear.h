@@ -1,0 +1,13 @@
+// y = x Wᵀ + bias over weights of 8 or 4 bits, and LoRA on ranges of rows; see kernels/ops/quant_linear/reference.py.
+#pragma once
+
+#include "loops.h"
+#include "small_linear/small_linear.h"
+
+namespace genarm {
+
+// As small_linear, for linears whose weights are packed: [tiles, groups, group_bytes(bits)], lines of the cache.
+void quant_linear(const std::vector<Product>& products, const uint16_t* x, int64_t x_stride, int64_t rows,
+                  int threads);
+
+}  // namespace genarm

@@ -1,0 +1,184 @@
+"""Weights of 8 or 4 bits for a matrix: the nearest ones, and those that give it back bit for bit.
+
+A checkpoint that was dequantised from GGUF's Q8_0, Q4_0 or Q4_1 holds bfloat16(scale · code + minimum), by groups of
+32. Its codes are found again from its values: those of a group are on a grid of 255 or 16 points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .weights import QuantWeight, dequantize, in_groups
+
+NEIGHBOURS = sorted(range(-8, 9), key=abs)  # float16 numbers about the best fit that are tried
+STEPS = [way * steps for steps in range(15, 0, -1) for way in (1, -1)]  # from code 0 to the last; down: a scale below 0
+CHUNK = 1 << 17  # weights at a time, whose float32 copies stay in the cache
+
+
+def _half(values: Tensor) -> Tensor:
+    return values.to(torch.float16)
+
+
+def _moved(halves: Tensor, by: int) -> Tensor:
+    """The float16 number so many places from each, away from zero if by is positive; never NaN or infinite."""
+    bits = halves.view(torch.int16).to(torch.int32)
+    magnitude = ((bits & 0x7FFF) + by).clamp(0, 0x7BFF)
+    return ((bits & -0x8000) | magnitude).to(torch.int16).view(torch.float16)
+
+
+def _nearest(groups: Tensor, bits: int) -> QuantWeight:
+    """[out, groups, 32] float32, zeros at its end where it is short → codes [out, groups · 32]."""
+    if bits == 8:
+        scales = _half(groups.abs().amax(-1) / 127)
+        low = groups.new_zeros(())
+    else:
+        low = groups.amin(-1)
+        scales = _half((groups.amax(-1) - low) / 15)
+    minimums = None if bits == 8 else _half(low)
+    start = 0.0 if minimums is None else minimums.float()[..., None]
+    step = scales.float()[..., None]
+    codes = ((groups - start) / step.masked_fill(step == 0, torch.inf)).round()
+    codes = codes.clamp(-127, 127).to(torch.int8) if bits == 8 else codes.clamp(0, 15).to(torch.uint8)
+    return QuantWeight(codes.flatten(1), scales, minimums)
+
+
+def _check(weight: Tensor) -> None:
+    if weight.ndim != 2 or not weight.dtype.is_floating_point:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}, {weight.dtype}: expected [out, in], floating point")
+    if not weight.isfinite().all():
+        raise ValueError(f"weight: {int((~weight.isfinite()).sum())} values are NaN or infinite: expected numbers")
+
+
+def _rows(weight: Tensor) -> Sequence[Tensor]:
+    return weight.split(max(CHUNK // max(weight.shape[1], 1), 1))
+
+
+def _join(parts: list[QuantWeight], width: int) -> QuantWeight:
+    codes, scales, minimums = zip(*parts)
+    lows = None if minimums[0] is None else torch.cat(minimums)
+    return QuantWeight(torch.cat(codes)[:, :width].contiguous(), torch.cat(scales), lows)
+
+
+def quantize(weight: Tensor, bits: int) -> QuantWeight:
+    """The nearest codes of 8 bits (scale: the largest of a group / 127) or 4 bits (from its smallest to its largest).
+
+    weight: [out, in]; the last group of an output may be short. Raises ValueError for NaN, infinities, and values whose
+    scale float16 does not hold.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"bits={bits!r}: expected 8 or 4")
+    _check(weight)
+    width = weight.shape[1]
+    made = _join([_nearest(_filled(rows.float()), bits) for rows in _rows(weight)], width)
+    for part in made[1:]:
+        if part is not None and not part.isfinite().all():
+            raise ValueError(f"weight up to {float(weight.abs().max()):g}: expected values whose scales float16 holds")
+    return made
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """[out, in] → [out, groups, 32]; a short group repeats its last value, which changes neither minimum nor scale."""
+    short = -rows.shape[1] % 32
+    if not short or not rows.shape[1]:
+        return in_groups(rows, rows.shape[1])
+    return torch.cat((rows, rows[:, -1:].expand(-1, short)), 1).unflatten(-1, (-1, 32))
+
+
+def exact(weight: Tensor, bits: int) -> QuantWeight | None:
+    """Codes whose `dequantize` rounds to this bfloat16 matrix bit for bit; None where no search finds them."""
+    if weight.dtype != torch.bfloat16 or not weight.isfinite().all():
+        return None
+    out, width = weight.shape
+    if _search(_filled(weight[:16]).flatten(0, 1), bits) is None:  # before a long search
+        return None
+    found = _search(_filled(weight).flatten(0, 1), bits)
+    if found is None:
+        return None
+    codes, scales, lows = (part.view(out, -1) for part in found)
+    return QuantWeight(codes[:, :width].contiguous(), scales, None if bits == 8 else lows)
+
+
+def _search(wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """[groups, 32] → codes, scales and minimums of each group."""
+    codes = torch.zeros(wanted.shape, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales, lows = torch.zeros(2, len(wanted), dtype=torch.float16)
+    left = torch.arange(len(wanted))
+    for steps in (127,) if bits == 8 else STEPS:
+        lost = []
+        for part in left.split(CHUNK // 32):
+            found, *parts = (_fit_8 if bits == 8 else _fit_4)(wanted[part], steps)
+            at = part[found]
+            codes[at], scales[at], lows[at] = (values[found] for values in parts)
+            lost.append(part[~found])
+        if sum(map(len, lost)) > len(wanted) * 3 // 4:  # of rounded weights one way of rounding gives most
+            return None
+        left = torch.cat(lost) if lost else left
+        if not len(left):
+            return codes, scales, lows
+    return None
+
+
+def _bounds(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 numbers between which everything rounds to this bfloat16, and which may do so themselves."""
+    bits = wanted.float().view(torch.int32)
+    negative, magnitude = bits < 0, bits & 0x7FFFFFFF
+    near = (magnitude - 0x8000).clamp(min=-1).view(torch.float32).masked_fill(magnitude == 0, 0.0)
+    far = (magnitude + 0x8000).view(torch.float32)
+    near = torch.where(magnitude == 0, -far, near)
+    return torch.where(negative, -far, near), torch.where(negative, -near, far)
+
+
+def _gives(wanted: Tensor, codes: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
+    made = dequantize(QuantWeight(codes, scale[:, None], None if low is None else low[:, None]))
+    return (made.to(torch.bfloat16) == wanted).all(-1)
+
+
+Fit = tuple[Tensor, Tensor, Tensor, Tensor]  # found [groups], codes [groups, 32], scales and minimums [groups]
+
+
+def _fit_8(wanted: Tensor, steps: int) -> Fit:
+    values = wanted.float()
+    best = _half(values.abs().amax(-1) / steps)  # off by what the largest was rounded by
+    found = torch.zeros(len(wanted), dtype=torch.bool)
+    codes, scales = torch.zeros(wanted.shape, dtype=torch.int8), torch.zeros_like(best)
+    left = torch.arange(len(wanted))
+    for by in NEIGHBOURS:
+        scale = _moved(best[left], by)
+        step = scale.float()[:, None]
+        tried = (values[left] / step.masked_fill(step == 0, 1)).round().clamp(-127, 127).to(torch.int8)
+        right = _gives(wanted[left], tried, scale, None)
+        at = left[right]
+        found[at], codes[at], scales[at] = True, tried[right], scale[right]
+        left = left[~right]
+        if not len(left):
+            break
+    return found, codes, scales, torch.zeros_like(scales)
+
+
+def _fit_4(wanted: Tensor, steps: int) -> Fit:
+    values = wanted.float()
+    ends = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    start = ends[steps < 0]
+    step = (ends[1] - ends[0]) / steps
+    codes = ((values - start) / step.masked_fill(step == 0, 1)).round()
+    centred = codes - codes.mean(-1, keepdim=True)
+    spread = centred.square().sum(-1)
+    best = _half((centred * values).sum(-1) / spread.masked_fill(spread == 0, 1))  # least squares
+    low, high = _bounds(wanted)
+    found = torch.zeros(len(wanted), dtype=torch.bool)
+    scales, lows = torch.zeros_like(best), torch.zeros_like(best)
+    left = torch.arange(len(wanted))
+    for by in NEIGHBOURS:
+        scale = _moved(best[left], by)
+        grid = codes[left] * scale.float()[:, None]
+        minimum = _half(((low[left] - grid).amax(-1) + (high[left] - grid).amin(-1)) / 2)
+        right = _gives(wanted[left], codes[left].to(torch.uint8), scale, minimum)
+        at = left[right]
+        found[at], scales[at], lows[at] = True, scale[right], minimum[right]
+        left = left[~right]
+        if not len(left):
+            break
+    return found, codes.to(torch.uint8), scales, lows

@@ -1,0 +1,352 @@
+"""quant_linear: the reference's bits on every ISA, for any rows and threads; the reference is within its roundings."""
+
+import copy
+import pickle
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genarm_fast.kernels import (
+    Lora,
+    QuantLinear,
+    QuantWeight,
+    SiblingLinears,
+    SmallLinear,
+    _native,
+    quant_linear,
+    quant_linear_reference,
+)
+from genarm_fast.kernels.quant_linear import dequantize, exact, quantize
+from genarm_fast.kernels.quant_linear.reference import fma, quantize_inputs
+
+ISAS = _native.core.instruction_sets() if _native.core else []
+native = pytest.mark.skipif(not ISAS, reason="no C++ core")
+with_loras = pytest.mark.skipif(ISAS in ([], ["baseline"]), reason="no C++ core, or no AVX2")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _native.core.use(request.param)
+    yield request.param
+    _native.core.use(ISAS[0])
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def normal(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(*shape, seed=0):
+    """Rows with a few large values, as the first tokens of a text have."""
+    x = normal(*shape, seed=seed, dtype=torch.float32)
+    return (x * normal(*shape, seed=seed + 1, dtype=torch.float32).mul(2).exp()).bfloat16()
+
+
+def random_weight(out, width, bits, seed=0):
+    """All codes there are, and scales of any size and sign."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-width // 32)
+    scales = (torch.randn(out, groups, generator=generator) * 0.01).half()
+    if bits == 8:
+        codes = torch.randint(-128, 128, (out, width), generator=generator).to(torch.int8)
+        return QuantWeight(codes, scales)
+    codes = torch.randint(0, 16, (out, width), generator=generator).to(torch.uint8)
+    return QuantWeight(codes, scales, (torch.randn(out, groups, generator=generator) * 0.1).half())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(192, 576), (70, 100), (3, 17)])
+def test_reference_is_the_product(bits, shape):
+    weight, bias, x = random_weight(*shape, bits), normal(shape[0], seed=5), inputs(9, shape[1])
+    values = dequantize(weight).double()
+    wanted = x.double() @ values.T + bias.double()
+    magnitude = x.double().abs() @ values.abs().T + bias.double().abs()
+    if bits == 4:  # what cancels between codes and minimum was rounded
+        magnitude += x.double().abs() @ torch.full_like(values, float(values.abs().max()) * 2).T
+    error = (quant_linear_reference(x, weight, bias).double() - wanted).abs()
+    bound = wanted.abs() * 2.0**-8 + magnitude * (2.0**-14 + 2.0**-22)
+    assert (error <= bound).all()
+    worse = QuantWeight(weight.codes.clone(), *weight[1:])
+    worse.codes[0, 0] ^= 8  # negative control
+    assert not ((quant_linear_reference(x, worse, bias).double() - wanted).abs() <= bound).all()
+
+
+@native
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 17), (1000, 577), (16, 32), (192, 576), (17, 1536), (100, 31), (5, 0), (0, 5)]
+)
+def test_shapes(isa, bits, shape):
+    weight, bias = random_weight(*shape, bits), normal(shape[0], seed=2)
+    plain, biased = QuantLinear(weight), QuantLinear(weight, bias)
+    assert plain._core is not None
+    for rows in [*range(10), 16, 33]:
+        x = inputs(rows, shape[1], seed=3)
+        assert torch.equal(plain(x), quant_linear_reference(x, weight))
+        assert torch.equal(biased(x), quant_linear_reference(x, weight, bias))
+
+
+@native
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("out", "width"), [(192, 576), (3000, 577), (300, 4096)])
+def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
+    if isa == "baseline" and out == 3000:
+        pytest.skip("slow there")
+    linear, x = QuantLinear(random_weight(out, width, bits), normal(out, seed=2)), inputs(400, width)
+    threads(1)
+    alone = torch.cat([linear(row[None]) for row in x])
+    for n in (1, 2, 3):
+        threads(n)
+        for rows in [*range(1, 34), 400]:
+            assert torch.equal(linear(x[:rows]), alone[:rows])
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # 2 bytes off any alignment
+    assert torch.equal(linear(shifted[5:40]), alone[5:40])
+
+
+@native
+@pytest.mark.parametrize("bits", [8, 4])
+def test_largest_sums(isa, bits):
+    """Codes and inputs at their ends: no sum of whole numbers runs over."""
+    least, most = (-128, 127) if bits == 8 else (0, 15)
+    for code in (least, most):
+        codes = torch.full((33, 96), code, dtype=torch.int8 if bits == 8 else torch.uint8)
+        scales = torch.full((33, 3), 0.5).half()
+        weight = QuantWeight(codes, scales, None if bits == 8 else scales)
+        for sign in (1, -1):
+            x = torch.full((5, 96), sign * 1.9921875, dtype=torch.bfloat16)
+            wanted = (x.double() @ dequantize(weight).double().T).bfloat16()
+            assert torch.equal(quant_linear(x, weight), wanted)
+
+
+@native
+@pytest.mark.parametrize("bits", [8, 4])
+def test_special_values(isa, bits):
+    weight, x = random_weight(40, 64, bits), inputs(8, 64, seed=1)
+    x[1, 7], x[2, 40], x[3, 0] = torch.nan, torch.inf, -torch.inf
+    x[4, 3] = 2.0**97
+    x[5], x[6] = 0, 2.0**-70
+    x[7, :32] = 2.0**96
+    y = quant_linear(x, weight)
+    assert torch.equal(y, quant_linear_reference(x, weight)) or torch.equal(
+        y.nan_to_num(7.0), quant_linear_reference(x, weight).nan_to_num(7.0)
+    )
+    assert y[1:5].isnan().all()
+    assert y[[0, 5, 6, 7]].isfinite().all()
+    assert not y[5].any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_outliers_cost_their_own_group_only(bits):
+    """An input of 10,000 beside others of about 1, as massive activations are."""
+    weight, x = random_weight(64, 576, bits), normal(4, 576, seed=1)
+    x[:, 100] = 10000
+    wanted = x.double() @ dequantize(weight).double().T
+    others = x.double().abs() @ dequantize(weight).double().abs().T
+    error = (quant_linear(x, weight).double() - wanted).abs()
+    assert (error <= wanted.abs() * 2.0**-8 + 32 * 0.32 * 2.0**-1 * 1.5 + others * 2.0**-22).all()
+    whole, _ = quantize_inputs(normal(1, 576, seed=1))
+    assert whole.abs().max() >= 2**14
+
+
+@given(
+    numbers=st.tuples(st.integers(-(2**24), 2**24), st.integers(-2047, 2047), st.floats(-(2.0**60), 2.0**60, width=32)),
+    power=st.integers(-60, 20),
+)
+@settings(max_examples=300, deadline=None)
+def test_fma_is_rounded_once(numbers, power):
+    a, b, c = numbers[0], numbers[1] * 2.0**power, numbers[2]
+    found = fma(torch.tensor(float(a)), torch.tensor(b), torch.tensor(c)).item()
+    wanted = Fraction(a) * Fraction(b) + Fraction(c)
+    below, above = (torch.nextafter(torch.tensor(found), torch.tensor(to)).item() for to in (-torch.inf, torch.inf))
+    if wanted and abs(wanted) >= Fraction(2.0**-126):
+        assert abs(Fraction(found) - wanted) <= min(abs(Fraction(other) - wanted) for other in (below, above))
+
+
+def test_fma_where_double_rounding_shows():
+    """1 + 2^-24 + 2^-60: float64 holds 1 + 2^-24, a tie that float32 then rounds down to 1."""
+    a, b = torch.tensor(2.0**-24), torch.tensor(1.0, dtype=torch.float64) + 2.0**-36
+    assert fma(a, b, torch.tensor(1.0)) == 1 + 2.0**-23
+    assert fma(a, 2 - b, torch.tensor(1.0)) == 1  # and just below the tie
+
+
+@with_loras
+@pytest.mark.parametrize("bits", [8, 4])
+def test_loras(bits):
+    """Ranges with gaps, empty, of one row, overlapping; ranks around a vector's width; every row as if alone."""
+    weight, x, bias = random_weight(70, 100, bits), normal(3, 7, 100), normal(70, seed=1)
+    spans = [(0, 3, 0), (3, 3, 1), (5, 6, 2), (8, 21, 3), (15, 20, 4)]
+    loras = [
+        Lora(normal(rank, 100, seed=rank), normal(rank, 70, seed=rank + 50), 0.7 - rank / 50)
+        for rank in (1, 4, 16, 17, 33)
+    ]
+    linear = QuantLinear(weight, bias, loras)
+    assert linear._core is not None
+    found = linear(x, spans)
+    by_call = [(first, last, *loras[i]) for first, last, i in spans]
+    wanted = quant_linear_reference(x, weight, bias, loras=by_call)
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=2**-7, atol=2e-2)
+    untouched = [3, 4, 6, 7]
+    assert torch.equal(found.view(21, 70)[untouched], wanted.view(21, 70)[untouched])
+    flat = x.view(21, 100)
+    for row in range(21):
+        own = [(0, 1, i) for first, last, i in spans if first <= row < last]
+        assert torch.equal(linear(flat[row : row + 1], own), found.view(21, 70)[row : row + 1])
+    assert not torch.equal(linear(x, spans[:-1]), found)  # negative control
+
+
+@native
+@pytest.mark.parametrize("kinds", [(8, 4, 16), (8, 8), (4, 8)])
+def test_siblings_of_all_kinds(threads, kinds):
+    def made(bits, i):
+        if bits == 16:
+            return SmallLinear(normal(300, 576, seed=i), normal(300, seed=2))
+        return QuantLinear(random_weight(200 + i, 576, bits, seed=i), normal(200 + i, seed=2))
+
+    linears = [made(bits, i) for i, bits in enumerate(kinds)]
+    siblings = SiblingLinears(linears)
+    assert siblings._core is not None or ISAS[0] == "baseline"
+    for n in (1, 2):
+        threads(n)
+        for rows in (1, 3, 9, 40):
+            x = inputs(rows, 576)
+            for found, linear in zip(siblings(x, [()] * len(kinds)), linears):
+                assert torch.equal(found, linear(x))
+
+
+@native
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_fuzz(data):
+    out, width, bits = (
+        data.draw(st.integers(1, 100)),
+        data.draw(st.integers(1, 200)),
+        data.draw(st.sampled_from([8, 4])),
+    )
+    batch = data.draw(st.lists(st.integers(0, 5), max_size=3))
+    seed = data.draw(st.integers(0, 2**20))
+    wide = inputs(*batch, width + 3, seed=seed) * 2.0 ** data.draw(st.integers(-80, 80))
+    layout = data.draw(st.sampled_from(["contiguous", "strided", "transposed", "repeated"]))
+    x = wide[..., 1 : width + 1]
+    if layout == "contiguous":
+        x = x.contiguous()
+    elif layout == "transposed" and x.ndim > 1:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "repeated" and x.ndim > 1:
+        x = x[:1].expand_as(x)
+    weight = random_weight(out, width, bits, seed)
+    bias = normal(out, seed=seed) if data.draw(st.booleans()) else None
+    assert torch.equal(quant_linear(x, weight, bias), quant_linear_reference(x, weight, bias))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_without_a_core(bits, monkeypatch):
+    weight, x = random_weight(40, 70, bits), inputs(2, 3, 70)
+    monkeypatch.setattr(_native, "core", None)
+    linear = QuantLinear(weight)
+    assert linear._core is None
+    assert torch.equal(linear(x), quant_linear_reference(x, weight))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))])
+def test_copies(bits, copied):
+    linear = QuantLinear(random_weight(40, 70, bits), normal(40))
+    twin, x = copied(linear), inputs(2, 70)
+    assert torch.equal(twin(x), linear(x))
+    assert all(torch.equal(*pair) for pair in zip(twin.weight, linear.weight) if pair[0] is not None)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_of_the_weight(bits):
+    linear = QuantLinear(random_weight(100, 70, bits))
+    indices = torch.tensor([[0, 99, 31], [32, 5, 5]])
+    assert torch.equal(linear.rows(indices), dequantize(linear.weight).bfloat16()[indices])
+    assert torch.equal(linear.rows(indices[:0]), torch.empty(0, 3, 70, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("bits", "step"), [(8, 254), (4, 30)])
+def test_quantize_is_to_the_nearest(bits, step):
+    weight = normal(50, 100, seed=3)
+    error = (dequantize(quantize(weight, bits)) - weight.float()).abs()
+    groups = torch.nn.functional.pad(weight.float(), (0, 28), value=float("nan")).unflatten(-1, (-1, 32))
+    spread = groups.nan_to_num(0).abs().amax(-1) * (1 if bits == 8 else 2)
+    assert (error <= spread.repeat_interleave(32, 1)[:, :100] * (1.02 / step) + 1e-3).all()
+    zeros = quantize(torch.zeros(3, 40), bits)
+    assert not dequantize(zeros).any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_exact_finds_codes_again(bits):
+    made = random_weight(60, 100, bits, seed=4)
+    scales = (made.scales.abs() + 0.01).half()  # steps that bfloat16 holds
+    made = QuantWeight(made.codes, scales, None if bits == 8 else -7 * scales)
+    made.codes[:, ::32] = 127 if bits == 8 else 0  # as rounding makes them: a value at an end of its group is there
+    if bits == 8:
+        made = made._replace(codes=made.codes.clamp(-127, 127))
+    else:  # scales of both signs, as GGUF's Q4_0 has them
+        signs = torch.where(torch.arange(60) % 2 == 0, 1, -1)[:, None]
+        made = made._replace(scales=scales * signs, minimums=-8 * scales * signs)
+    weight = dequantize(made).bfloat16()
+    found = exact(weight, bits)
+    assert found is not None
+    assert torch.equal(dequantize(found).bfloat16(), weight)
+    weight[13, 57] *= 1.02  # negative control: one value off the grid
+    off = exact(weight, bits)
+    assert off is None or torch.equal(dequantize(off).bfloat16(), weight)
+    assert exact(normal(60, 100), bits) is None
+    assert exact(weight.float(), bits) is None
+
+
+def test_errors():
+    weight, four, x = random_weight(4, 40, 8), random_weight(4, 40, 4), normal(2, 40)
+    with pytest.raises(TypeError, match="expected a QuantWeight"):
+        QuantLinear(normal(4, 40))
+    for wrong, message in (
+        (weight._replace(codes=weight.codes.short()), r"weight.codes: \(4, 40\), torch.int16: expected torch.int8"),
+        (weight._replace(codes=weight.codes[0]), r"weight.codes: \(40,\)"),
+        (weight._replace(scales=weight.scales[:, :1]), r"weight.scales: \(4, 1\).*expected float16 \(4, 2\)"),
+        (weight._replace(scales=weight.scales.float()), "weight.scales: .*torch.float32"),
+        (weight._replace(scales=weight.scales * torch.nan), "weight.scales: 8 are NaN or infinite"),
+        (weight._replace(scales=weight.scales * 1e30), "weight.scales: 8 are NaN or infinite"),
+        (four._replace(minimums=four.minimums * torch.inf), "weight.minimums: 8 are NaN or infinite"),
+        (four._replace(minimums=four.minimums[:2]), r"weight.minimums: \(2, 2\)"),
+        (four._replace(codes=four.codes + 1), "weight.codes from 1 to 16: expected 0 to 15"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QuantLinear(wrong)
+    with pytest.raises(ValueError, match=r"x of shape \(2, 39\)"):
+        quant_linear(x[:, :39], weight)
+    with pytest.raises(ValueError, match=r"x of shape .* torch.float32"):
+        quant_linear(x.float(), weight)
+    with pytest.raises(ValueError, match=r"bias of shape \(40,\).*expected \(4,\)"):
+        quant_linear(x, weight, x[0])
+    with pytest.raises(ValueError, match=r"loras\[0\].b of shape \(3, 4\).*expected \(2, 4\)"):
+        quant_linear(x, weight, loras=[(0, 1, normal(2, 40), normal(3, 4), 1.0)])
+    for first, last in ((-1, 1), (0, 3), (2, 1)):
+        with pytest.raises(ValueError, match=rf"span \({first}, {last}, 0\)"):
+            quant_linear(x, weight, loras=[(first, last, normal(2, 40), normal(2, 4), 1.0)])
+    with pytest.raises(ValueError, match="no gradient"):
+        quant_linear(x.clone().requires_grad_(), weight)
+    with pytest.raises(ValueError, match="bits=5"):
+        quantize(normal(2, 2), 5)
+    with pytest.raises(ValueError, match="1 values are NaN"):
+        quantize(torch.tensor([[1.0, torch.nan]]), 8)
+    with pytest.raises(ValueError, match="scales float16 holds"):
+        quantize(torch.full((1, 32), 1e30), 8)
+
+
+@native
+def test_compiled_and_traced():
+    linear, x = QuantLinear(random_weight(40, 70, 8)), inputs(2, 70)
+    compiled = torch.compile(lambda x: linear(x) * 2, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), linear(x) * 2)
