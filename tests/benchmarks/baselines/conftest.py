@@ -93,7 +93,7 @@ def misfit(expected: dict[tuple[int, ...], float], found: Counter[tuple[int, ...
     others = DRAWS - sum(found[text] for text in likely)
     cells = [*((found[text], count) for text, count in likely.items()), (others, rest)]
     freedom = len(cells) - 1
-    assert freedom > 2
+    assert freedom >= 2
     return (sum((seen - count) ** 2 / count for seen, count in cells) - freedom) / (2 * freedom) ** 0.5
 
 
