@@ -34,7 +34,7 @@ def main() -> None:
     while size := requests.read(8):
         most, options = pickle.loads(requests.read(int.from_bytes(size, "little")))
         try:
-            (text,), _ = render_jinja_template(**options)
+            text = render_jinja_template(**options)[0][0]
             reply({"text": text} if len(text) <= most else {"characters": len(text)})
         except MemoryError:
             reply({"error": "MemoryError", "message": f"it takes more than {MOST_BYTES >> 20} MiB"})

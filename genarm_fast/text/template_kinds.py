@@ -6,6 +6,7 @@ Between two operations of a template it can be stopped; inside one (9 ** 9 ** 9,
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from jinja2 import nodes
 from jinja2.ext import loopcontrols
@@ -74,7 +75,7 @@ class _Generation(loopcontrols):
 
     tags = loopcontrols.tags | {"generation"}
 
-    def parse(self, parser):  # type: ignore[no-untyped-def]
+    def parse(self, parser: Any) -> Any:
         if parser.stream.current.value != "generation":
             return super().parse(parser)
         line = next(parser.stream).lineno

@@ -31,9 +31,12 @@ def requested_weights(extra_args: Mapping[str, Any] | None, served: Served) -> t
     if asked is None:
         return tuple(served.defaults)
     try:
-        weights = weights_per_arm(asked, served.names, served.defaults)
+        found = weights_per_arm(asked, served.names, served.defaults)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{KEY}: {error} ({len(served.names)} ARMs: {names})") from None
+    weights = tuple(weight for weight in found if not isinstance(weight, tuple))
+    if len(weights) < len(found):
+        raise ValueError(f"{KEY}: expected a number for each ARM ({names}), not one for each token")
     if served.weight_range is not None:
         low, high = served.weight_range
         for name, weight in zip(served.names, weights):
