@@ -45,7 +45,7 @@ class QuantizedMatrix(Tensor):
         return self.linear.packed.data_ptr()
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Of the codes and scales."""
         return self.linear.packed.nbytes
 
