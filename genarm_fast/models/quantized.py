@@ -45,14 +45,14 @@ class QuantizedMatrix(Tensor):
         return self.linear.packed.data_ptr()
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]
         """Of the codes and scales."""
         return self.linear.packed.nbytes
 
     def bfloat16_values(self) -> Tensor:
         return dequantize(self.linear.weight).to(torch.bfloat16)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"QuantizedMatrix({tuple(self.shape)}, {self.linear.bits} bits)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedMatrix:
@@ -79,7 +79,7 @@ class QuantizedMatrix(Tensor):
             return func(*args, **given)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):

@@ -38,7 +38,8 @@ class QuantLinear:
 
     def __init__(self, weight: QuantWeight, bias: Tensor | None = None, loras: Sequence[Lora] = ()) -> None:
         check_weight(weight)
-        self._set(pack(weight), *weight.codes.shape, weight.bits, bias, loras)
+        out, width = weight.codes.shape
+        self._set(pack(weight), out, width, weight.bits, bias, loras)
 
     def _set(self, packed: Tensor, out: int, width: int, bits: int, bias: Tensor | None, loras: Sequence[Lora]) -> None:
         check_added((out, width), packed.device, bias, loras)

@@ -113,7 +113,7 @@ def unpack_rows(packed: Tensor, rows: Tensor, width: int, bits: int) -> QuantWei
     return _unpack_tiles(packed[rows // TILE], bits, lambda part: part[places], width)
 
 
-def _unpack_tiles(packed: Tensor, bits: int, pick, width: int) -> QuantWeight:  # type: ignore[no-untyped-def]
+def _unpack_tiles(packed: Tensor, bits: int, pick, width: int) -> QuantWeight:
     """pick: what is wanted of [tiles, TILE, ...]."""
     tiles, groups = packed.shape[:2]
     size, each = GROUP * bits // 8 * TILE, len(ORDER[bits])
