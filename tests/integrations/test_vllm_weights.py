@@ -42,7 +42,7 @@ def test_by_position_by_name_and_by_default(extra, expected):
         ({"arm_weights_kind": 1}, "arm_weights_kind: expected arm_weights"),
         ({"arm_weights": [1.0, 2.5]}, "terse.2=2.5: expected -2..2, the range of this server"),
         ({"arm_weights": [[1.0, 0.5], 1.0]}, r"a number for each ARM \(kind, terse.2\), not one for each token"),
-        ({"arm_weights.kind": [1.0]}, "not one for each token"),
+        ({"arm_weights.kind": [1.0, 2.0]}, "not one for each token"),
         ({"arm_weights.kind": -2.5}, "kind=-2.5: expected -2..2"),
     ],
 )
