@@ -46,6 +46,7 @@ class Device:
     """Every piece of work runs when it is launched. A stream is no more than the device that it is on."""
 
     lag = 0  # steps that the host may read behind
+    prefill_factor = 1  # times as many tokens of prompts in a chunk as beside sequences that generate
     launches_to_capture = 0  # of one key, until `repeat` has a graph of it; 0: it never has
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -24,6 +24,7 @@ class Cuda(Device):
     """Work is queued and the host goes on. Streams of other devices than CUDA's (an ARM on the CPU) block."""
 
     lag = 1
+    prefill_factor = 8  # 4,096 tokens: 512 leave a GPU waiting for weights, and take two or three steps of an 8B model
     launches_to_capture = WARM_UP + 1
 
     def __init__(self) -> None:

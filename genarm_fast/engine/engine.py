@@ -163,7 +163,7 @@ class Engine:
             start, rushed = pace.clock(), any(not each.held for each in self.scheduler.running)
             with span("admit"):
                 advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
-            tokens = self._prefill(self.pace.tokens(self.config.max_step_ms) if rushed else None)
+            tokens = self._prefill(rushed)
             if due := self.scheduler.due(self.config.max_batch_size):
                 advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
             with span("deliver"):
@@ -175,9 +175,15 @@ class Engine:
             raise
         return advanced
 
-    def _prefill(self, most: int | None) -> int:
-        """One chunk of prompts; then sequences whose prompts are complete join the running ones. Returns its tokens."""
-        if chunk := self.scheduler.next_chunk(most):
+    def _prefill(self, rushed: bool) -> int:
+        """One chunk of prompts; then sequences whose prompts are complete join the running ones. Returns its tokens.
+
+        rushed: whether others wait for their next tokens meanwhile.
+        """
+        most, factor = (
+            (self.pace.tokens(self.config.max_step_ms), 1) if rushed else (None, self.executor.device.prefill_factor)
+        )
+        if chunk := self.scheduler.next_chunk(most, factor):
             self.executor.prefill(*chunk)
         for donor_slot, sequence in self.scheduler.copies():
             self.executor.copy(donor_slot, sequence.slot, sequence.shared, sequence.needed)

@@ -109,9 +109,13 @@ class Scheduler:
         self.residents[sequence.slot] = sequence
         self.prefilling.append(sequence)
 
-    def next_chunk(self, most: int | None = None) -> Chunk | None:
-        """What to prefill next, all of it from one position on; None if there is nothing. most: tokens, of all."""
-        most = CHUNK_TOKENS if most is None else min(most, CHUNK_TOKENS)
+    def next_chunk(self, most: int | None = None, factor: int = 1) -> Chunk | None:
+        """What to prefill next, all of it from one position on; None if there is nothing.
+
+        most: tokens, of all sequences together. factor: of the usual number, which is never exceeded.
+        """
+        usual = factor * CHUNK_TOKENS
+        most = usual if most is None else min(most, usual)
         ready = [(each, key) for each in self.prefilling if each.donor is None and (key := behind(each))[1]]
         if not ready:
             return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from doubles import Lagging, engines_on
 from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams
-from genarm_fast.engine import pace
+from genarm_fast.engine import pace, scheduler
+from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.engine.pace import LEAST, Pace
 from genarm_fast.engine.step import Steps
@@ -135,3 +137,24 @@ def test_wrong_limits(tiny_model, tokenizer, wrong):
     model.max_step_ms = wrong
     with pytest.raises((TypeError, ValueError), match="max_step_ms="):
         model.generate([5, 6], PARAMS)
+
+
+def test_a_gpu_prefills_more_where_nobody_waits_for_a_token(tokenizer, monkeypatch):
+    """Four times as many tokens here; beside a sequence that generates, no more than elsewhere."""
+    widths, prefill, device = [], Executor.prefill, Lagging()
+    device.prefill_factor = 4
+
+    def counted(self, sequences, members, start, width):
+        widths.append(width)
+        return prefill(self, sequences, members, start, width)
+
+    monkeypatch.setattr(scheduler, "CHUNK_TOKENS", 8)
+    monkeypatch.setattr(Executor, "prefill", counted)
+    with engines_on(device):
+        model = GenARM.from_pretrained(build_model("llama", 0), tokenizer=tokenizer)
+        first = add(model, [(7 * i) % 290 + 2 for i in range(101)])
+        step_until(model, lambda: len(first.tokens) > 2)
+        assert widths == [32, 32, 32, 4]
+        second = add(model, [(5 * i) % 290 + 2 for i in range(21)])
+        step_until(model, lambda: second.tokens)
+        assert widths[4:] == [8, 8, 4]
