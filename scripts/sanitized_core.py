@@ -14,7 +14,8 @@ CSRC = Path(__file__).parents[1] / "kernels/csrc"
 SANITIZERS = "-fsanitize=address,undefined"
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", SANITIZERS]
 FLAGS += ["-ffp-contract=off", "-DGENARM_X86", f"-I{CSRC}", f"-I{sysconfig.get_path('include')}"]
-LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]}
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX512, "-mfma", "-mf16c"]}
 
 
 def missing() -> str | None:

@@ -120,7 +120,7 @@ def test_options_and_sampling_parameters_are_told_apart():
         (
             {"temprature": 1},
             TypeError,
-            "unknown argument 'temprature': .*draft_model.*weights, temp",
+            "unknown argument 'temprature': .*draft_model.*weights, base_weight, temp",
         ),
         ({"progress": 1, "revision": "main"}, TypeError, "unknown argument 'revision'.*model_kwargs"),
         ({"model_kwargs": 5}, TypeError, "model_kwargs=5: expected a mapping"),

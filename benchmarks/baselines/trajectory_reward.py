@@ -57,7 +57,9 @@ class TrajectoryReward(nn.Module):
 def classifier_of(base: str | Path, layers: int | None) -> Any:
     """The base's decoder, or its first layers, under a new head of one number; float32."""
     torch.manual_seed(0)  # of the head
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=torch.float32, trust_remote_code=False
+    )
     if layers is not None:
         most = model.config.num_hidden_layers
         if not 1 <= layers <= most:

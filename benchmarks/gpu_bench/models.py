@@ -126,10 +126,10 @@ class Pair:
             self.base = random_llama(setting, "8b", 3, initializer_range=0.3, **toy)
             self.name, self.real = "random", False
         elif is_complete(folder):
-            load: Any = {"dtype": torch.float32, "trust_remote_code": False}
-            self.base = AutoModelForCausalLM.from_pretrained(folder, **load).eval()
+            load: Any = {"dtype": torch.float32}
+            self.base = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **load).eval()
             merged: Any = PeftModel.from_pretrained(
-                AutoModelForCausalLM.from_pretrained(folder, **load), str(demo.arm("positive"))
+                AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **load), str(demo.arm("positive"))
             )
             self.arm = merged.merge_and_unload().eval()
             self.name, self.real, self.folder = "SmolLM2-135M-Instruct + positive", True, folder
@@ -139,7 +139,9 @@ class Pair:
             self.prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             return
         else:
-            small = AutoModelForCausalLM.from_pretrained(demo.arm("small"), dtype=torch.float32)
+            small = AutoModelForCausalLM.from_pretrained(
+                demo.arm("small"), trust_remote_code=False, dtype=torch.float32
+            )
             self.base = deepen(small, 30).eval()
             self.name, self.real = "stand-in: the ARM small and a noisy copy of it", False
         self.arm = copy.deepcopy(self.base)

@@ -10,7 +10,6 @@ from pathlib import Path
 from genarm_fast.cli.display import console, show_report
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load, read_text
 from genarm_fast.cli.options import add_sampling_arguments, sampling_params
-from genarm_fast.text.detokenize import token_text
 from genarm_fast.utils.jsonlines import dumps
 
 
@@ -47,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     model = load(args)
     prompt = formatted(args, model, text)
     if args.json:
+        from genarm_fast.text.detokenize import token_text
+
         print(dumps(model.generate([prompt], params)[0].to_dict(partial(token_text, model.tokenizer))))
         return 0
     if args.stream or (sys.stdout.isatty() and params.n == 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,8 @@ class ModelLoader:
         **kwargs: Any,
     ) -> None:
         device = check_device(device)
+        if sys.flags.optimize > 1:
+            raise RuntimeError("python -OO, or PYTHONOPTIMIZE=2: expected at most 1, as transformers reads docstrings")
         check_quantization("quantization", quantization)
         self.quantization = quantization
         if device_map is None and quantization_config is not None:

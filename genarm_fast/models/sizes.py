@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from genarm_fast.models.files import refusing, weight_bytes
-from genarm_fast.models.hub import Source
+from genarm_fast.models.hub import Source, find_file
 
 MOST_LAYERS = 10_000  # the deepest of the hub have 126
 MOST_NUMBERS = 1 << 43  # of a model whose weights are not here yet; the largest of the hub have 2^40
@@ -28,6 +28,8 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool, **hub: A
         ValueError: a config that no model can be built from, or one of more numbers than the files hold.
     """
     local = os.path.isdir(source)
+    if not local and find_file(source, "config.json") is None:
+        return  # loading says what the repository lacks
     what = f"{member}: {Path(source, 'config.json')}" if local else f"{member}={os.fspath(source)!r}"
     with refusing(what, "a config that a causal LM can be built from"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)

@@ -136,13 +136,6 @@ class TrainConfig:
         self._need("as_chat", not (self.as_chat and self.prompt_template), "False when prompt_template is given")
 
     @property
-    def reading(self) -> dict[str, Any]:
-        """What `load_pairs` is told of the data's rows."""
-        columns = dict(each.split("=", 1) for each in self.columns)
-        names = ("dataset_split", "dataset_dir", "chosen_by", "on_bad_row")
-        return {"columns": columns, **{name: getattr(self, name) for name in names}}
-
-    @property
     def folder(self) -> Path:
         return Path(self.output)
 

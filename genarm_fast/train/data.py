@@ -79,6 +79,17 @@ class Dropped(Exception):
     """This row is well-formed but no usable pair."""
 
 
+def reading(config: TrainConfig) -> dict[str, Any]:
+    """What `load_pairs` is told of the data's rows."""
+    return {
+        "columns": dict(each.split("=", 1) for each in config.columns),
+        "chosen_by": config.chosen_by,
+        "on_bad_row": config.on_bad_row,
+        "dataset_split": config.dataset_split,
+        "dataset_dir": config.dataset_dir,
+    }
+
+
 def load_pairs(
     source: str | Iterable[Mapping[str, Any]],
     *,
@@ -140,7 +151,7 @@ def split_pairs(pairs: list[Pair], config: TrainConfig) -> tuple[list[Pair], lis
     By hash, all pairs of one prompt land on the same side.
     """
     if config.eval_data is not None:
-        return pairs, load_pairs(config.eval_data, **config.reading, name="eval_data").pairs
+        return pairs, load_pairs(config.eval_data, **reading(config), name="eval_data").pairs
     held = [pair for pair in pairs if is_held_out(pair, config)]
     return [pair for pair in pairs if not is_held_out(pair, config)], held
 

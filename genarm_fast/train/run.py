@@ -25,7 +25,7 @@ from genarm_fast.train.artifacts import save_artifacts
 from genarm_fast.train.batches import Collator
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.data import load_pairs, split_pairs
+from genarm_fast.train.data import load_pairs, reading, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
 from genarm_fast.train.files import locked
 from genarm_fast.train.folder import RunFolder, check_folder
@@ -150,7 +150,7 @@ class _Data:
 
 def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
     encoder = Encoder(tokenizer, config, stop_ids(config, place))
-    source = load_pairs(config.data, **config.reading)
+    source = load_pairs(config.data, **reading(config))
     train_pairs, held_out_pairs = split_pairs(source.pairs, config)
     training, dropped = encoder(train_pairs, config.data)
     held_out, held_out_dropped = encoder(held_out_pairs, config.eval_data or config.data)

@@ -43,7 +43,8 @@ def run(base, *options, redirect="", **environment):
         ("the >&-", {}, 0, ""),
         ("the >/dev/full", {}, 1, "No space left on device"),
         ("the 2>&-", {}, 0, ""),
-        ("the", {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "2"}, 0, ""),
+        ("the", {"PYTHONIOENCODING": "ascii", "PYTHONOPTIMIZE": "1"}, 0, ""),
+        ("the", {"PYTHONOPTIMIZE": "2"}, 1, "PYTHONOPTIMIZE=2: expected at most 1"),
     ],
 )
 def test_streams(base, redirect, environment, code, said):

@@ -230,7 +230,8 @@ def test_a_repository_that_is_no_model(monkeypatch):
         raise OSError("no config.json")
 
     monkeypatch.setattr("genarm_fast.models.hub.get_hf_file_metadata", lambda url, token: None)
-    monkeypatch.setattr("genarm_fast.models.files.find_file", lambda source, name: None)
+    for module in ("files", "sizes"):
+        monkeypatch.setattr(f"genarm_fast.models.{module}.find_file", lambda source, name: None)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(ValueError, match="base='no/model': expected a folder or a hub id that can be loaded: no conf"):
         GenARM.from_pretrained("no/model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from genarm_fast.train import TrainConfig
-from genarm_fast.train.data import SWAPPED, load_pairs
+from genarm_fast.train.data import SWAPPED, load_pairs, reading
 
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
 PKU = {
@@ -25,7 +25,7 @@ def config(**options):
 def test_two_objectives_of_one_file(write_jsonl):
     path = str(write_jsonl([PKU]))
     found = [
-        load_pairs(path, **config(chosen_by=by).reading).pairs[0] for by in ("better_response_id", "safer_response_id")
+        load_pairs(path, **reading(config(chosen_by=by))).pairs[0] for by in ("better_response_id", "safer_response_id")
     ]
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in found] == [("how?", "so", "no"), ("how?", "no", "so")]
     with pytest.raises(ValueError, match="expected chosen_by, better_response_id or safer_response_id"):
@@ -40,8 +40,8 @@ def test_two_objectives_of_one_file(write_jsonl):
 
 def test_columns_of_other_names(write_jsonl):
     path = str(write_jsonl([{"question": "q", "good": "a", "bad": "b", "prompt": "not this"}]))
-    reading = config(columns=("prompt=question", "chosen=good", "rejected=bad")).reading
-    (pair,) = load_pairs(path, **reading).pairs
+    options = reading(config(columns=("prompt=question", "chosen=good", "rejected=bad")))
+    (pair,) = load_pairs(path, **options).pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "a", "b")
     with pytest.raises(ValueError, match=r"field 'answer' \(chosen\) is missing, found"):
         load_pairs(path, columns={"chosen": "answer"})

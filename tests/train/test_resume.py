@@ -39,7 +39,8 @@ def on_step_end(self, args, state, control, **kwargs):
 torch.set_num_threads(1)
 Narrator.on_step_end = on_step_end
 options = json.loads(sys.argv[1])
-train(TrainConfig(**{**options, "lora_targets": tuple(options["lora_targets"])}), progress=False)
+lists = {name: tuple(options[name]) for name in ("lora_targets", "columns")}
+train(TrainConfig(**{**options, **lists}), progress=False)
 """
 
 

@@ -91,7 +91,7 @@ def checkpoint_fingerprint(base: Source) -> str | None:
     folder = Path(base)
     if not folder.is_dir() or not list(folder.glob("*.safetensors")):
         return None
-    config: Any = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         return None
     with torch.device("meta"):

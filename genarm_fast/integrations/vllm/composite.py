@@ -145,9 +145,8 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
 def _base_config(vllm_config: VllmConfig) -> VllmConfig:
     """The configuration with the base's own architecture back in it, where ours stands in its place."""
     model = vllm_config.model_config
-    options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-    own = AutoConfig.from_pretrained(model.model, **options).architectures
-    return vllm_config.with_hf_config(copy.deepcopy(model.hf_config), architectures=own)
+    own = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    return vllm_config.with_hf_config(copy.deepcopy(model.hf_config), architectures=own.architectures)
 
 
 def _arm_config(vllm_config: VllmConfig, arm: ServedARM) -> VllmConfig:

@@ -64,8 +64,8 @@ def _check_engine(config: Any, served: Served) -> None:
     for name, (found, expected) in wrong.items():
         if found:
             raise ValueError(f"GenARM in vLLM: {name}: expected {expected}")
-    options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-    _check_kind("base", AutoConfig.from_pretrained(model.model, **options), model)
+    own = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    _check_kind("base", own, model)
 
 
 def _check_member(arm: ServedARM, config: Any, vllm_config: Any) -> None:

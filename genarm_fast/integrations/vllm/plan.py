@@ -122,7 +122,7 @@ def plan(
 
 
 def _config(source: str) -> Any:
-    return AutoConfig.from_pretrained(source)
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def _share(name: str, source: str, config: Any, *, tp: int, pp: int, width: int) -> Share:

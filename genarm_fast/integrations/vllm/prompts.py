@@ -50,8 +50,8 @@ def member_tokenizers(base: Any, arms: Sequence[ServedARM]) -> list[PreTrainedTo
     return found
 
 
-def load_base_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(source, **options)
+def load_base_tokenizer(source: str, *, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
 
 
 def _check_recorded(name: str, recorded: dict[str, Any], base: PreTrainedTokenizerBase) -> None:

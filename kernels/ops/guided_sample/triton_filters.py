@@ -150,12 +150,13 @@ def bound_kernel(
         b_all = tl.reshape(b_highest, [BLOCK * GROUPS])
         if limited:  # k groups have their maximum at or above this
             bound = search(b_all, p_groups, 0, bound, top_k.to(tl.float32), peak, 0.0, False)
-        if top_p < 1:
+        # Beside top-k, top-p is a share of the mass that top-k keeps, so nothing of that may be left out here.
+        if (top_p < 1) & ((top_k <= 0) | (top_k >= vocab)):
             b_groups = tl.load(p_groups + rows * tiles * GROUPS + o_groups, mask=m_tiles[:, None], other=0.0)
             b_masses = tl.reshape(b_groups * b_scales[:, None], [BLOCK * GROUPS])
             total = tl.sum(b_sums * b_scales, axis=0)
             bound = tl.maximum(bound, nucleus_bound(b_all, b_masses, top_p, total, vocab, peak, coldness))
-        if min_p > 0:
+        if (min_p > 0) & ((top_p >= 1) | (top_k <= 0) | (top_k >= vocab)):
             bound = tl.maximum(bound, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
     b_counts = tl.sum(chosen(b_highest, bound), axis=1)
     p_places += row * (tiles + 1)

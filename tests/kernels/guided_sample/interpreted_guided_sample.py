@@ -82,6 +82,14 @@ def test_filters_over_many_tiles(top_k, top_p):
     assert_same(members((2,), 9500, 1), [1.0], seeds=3, top_logprobs=2, **options)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.02])
+def test_filters_together(min_p):
+    """top-p is a share of what top-k keeps, and min-p comes last: peaked rows, of which most is kept by few tokens."""
+    base = members((1,), 300, 0)[0].expand(24, 300).contiguous()
+    filters = {"top_k": 30, "top_p": 0.8, "min_p": min_p}
+    assert_same([base], [], temperature=1.0, seeds=torch.arange(24), positions=3, **filters)
+
+
 def test_blocks_strides_and_bias():
     base, arm = members((2, 3), 1300, 1)
     wide = torch.randn(3, 2, 2600)[:, :, 100:1400].transpose(0, 1)  # [2, 3, 1300], rows closer than positions
