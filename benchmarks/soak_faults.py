@@ -73,7 +73,7 @@ class Soak:
             outputs: list[Any] = list(self.model.generate(list(prompts), list(params)))
         except GenerationError as error:
             outputs = error.outputs
-            self._expect_memory_error(error)
+            self._expect_failed_step(error)
         self.count(requests=len(chosen))
         for index, output in zip(chosen, outputs):
             if output is not None:
@@ -117,13 +117,15 @@ class Soak:
                 else:
                     self.check("whole stream", index, [found], self.alone[index])
         except GenerationError as error:
-            self._expect_memory_error(error)
+            self._expect_failed_step(error)
         self.count(requests=1, streams=1)
         self.check("stream", index, found, self.alone[index][0][: len(found)])
 
-    def _expect_memory_error(self, error: GenerationError) -> None:
-        self.count(out_of_memory=1)
-        if "MemoryError" not in repr(error.__cause__) and "cut short" not in str(error):
+    def _expect_failed_step(self, error: GenerationError) -> None:
+        """Memory ran out, or Ctrl-C came in the main thread's step, in which others' requests were decoded as well."""
+        interrupted = "failed: KeyboardInterrupt" in str(error)
+        self.count(**{"steps_interrupted" if interrupted else "out_of_memory": 1})
+        if "MemoryError" not in repr(error.__cause__) and not interrupted:
             with self.lock:
                 self.wrong.append(f"unexpected: {error}")
 

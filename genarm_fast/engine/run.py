@@ -46,8 +46,12 @@ class Run:
         try:
             while not self._over():
                 with self.engine.turns.take(unless=self._over) as taken:
-                    if taken:
-                        self.engine.step_in_turn()
+                    if not taken or self._over():
+                        continue
+                    # Only in our turn does that mean that there will be no news: a step ends sequences, then tells.
+                    if all(sequence.ended for sequence in self.sequences):
+                        break
+                    self.engine.step_in_turn()
         except BaseException:
             self.close()
             raise
@@ -56,8 +60,8 @@ class Run:
         return list(dict.fromkeys(self._news.popleft() for _ in range(len(self._news))))
 
     def _over(self) -> bool:
-        """Whether there is something to tell, or nothing to wait for."""
-        return bool(self._news or self._closed or all(sequence.ended for sequence in self.sequences))
+        """Whether there is something to tell, or nobody to tell it."""
+        return bool(self._news) or self._closed
 
     def close(self) -> None:
         """Take unfinished sequences out of the engine."""

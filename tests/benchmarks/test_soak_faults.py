@@ -23,7 +23,8 @@ def test_answers_are_right_whatever_happens_beside_them(soak_faults):
     assert min(found[name] for name in ("compared", "requests", "streams", "forks")) > 0
     before, after = found["descriptors, a quarter and the end"]
     assert after <= before + 2
-    assert found["threads, a quarter and the end"][1] <= 4 + 2  # workers, main; pytest may have its own
+    before, after = found["threads, a quarter and the end"]
+    assert after <= before
 
 
 @pytest.mark.usefixtures("neighbourly_noise")

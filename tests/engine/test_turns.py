@@ -14,6 +14,7 @@ from doubles import Lagging, engines_on
 from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams
+from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.turns import Turns
 from genarm_fast.speculation.config import OFF, Speculation
 
@@ -106,6 +107,30 @@ def test_an_abort_in_mid_step_waits_for_its_end(model):
         engine.step()
     assert seen == [(1, True)]
     assert (other.slot, other.finish_reason, len(other.tokens)) == (-1, "cancelled", 1)
+
+
+def test_an_end_is_told_before_a_run_is_over(model, monkeypatch):
+    """Another thread's step ends the sequence, and tells its run a moment later."""
+    deliver, ended, told = Engine._deliver, threading.Event(), threading.Event()
+
+    def late(self, advanced):
+        if any(each.ended for each in advanced):
+            ended.set()
+            told.wait(0.2)  # long enough for the run to look
+        deliver(self, advanced)
+
+    monkeypatch.setattr(Engine, "_deliver", late)
+    engine = model.engine()
+    (request,) = model.prepare([[5, 6]], max_new_tokens=1, seed=1)
+    sequences = request.sequences(model.tokenizer, OFF)
+    run = engine.run(sequences)
+    stepper = threading.Thread(target=engine.step)
+    stepper.start()
+    ended.wait()
+    assert sequences[0].ended
+    assert next(run) == sequences
+    told.set()
+    stepper.join()
 
 
 def test_a_run_whose_sequence_is_aborted_ends(model):
