@@ -24,12 +24,15 @@ class _Watch:
     """One thread that looks at the calls of all others, asleep while there is none."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition(threading.Lock())
+        # Taken by `with` on the lock itself, which is C. The condition's own __enter__ is Python: an Overrun inside it
+        # would leave the lock held for ever.
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
         self.calls: dict[int, list[Any]] = {}  # by thread: when it ends, resident bytes before, why it was stopped
         self.thread: threading.Thread | None = None
 
     def begin(self, seconds: float) -> None:
-        with self.changed:
+        with self.lock:
             self.calls[threading.get_ident()] = [time.monotonic() + seconds, None, None]
             if self.thread is None or not self.thread.is_alive():
                 self.thread = threading.Thread(target=self._look, name="genarm-fast deadline", daemon=True)
@@ -39,7 +42,7 @@ class _Watch:
 
     def end(self) -> str | None:
         """Why the call was stopped, None if it was not. No exception comes after this."""
-        with self.changed:
+        with self.lock:
             _, _, reason = self.calls.pop(threading.get_ident(), (0, None, None))
             if reason is not None:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), None)
