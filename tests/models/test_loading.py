@@ -337,7 +337,7 @@ def test_code_of_a_folder_runs_only_when_asked_for(foreign, tmp_path, tokenizer)
         GenARM.from_pretrained(foreign)
     with pytest.raises(ValueError, match=r"arms\[0\]: .*trust_remote_code"):
         GenARM.from_pretrained(bare, foreign, tokenizer=tokenizer, trust_remote_code=True)
-    with pytest.raises(ValueError, match=r"base: .*trust_remote_code"):
+    with pytest.raises(ValueError, match=r"base=.*trust_remote_code"):
         train_on(foreign, tmp_path)
     assert not mark.exists()
     GenARM.from_pretrained(bare, ARM(foreign, trust_remote_code=True), tokenizer=tokenizer)
