@@ -11,6 +11,7 @@ import torch
 from genarm_fast.kernels.gated_mul import triton as gated_kernels
 from genarm_fast.kernels.guided_sample.arguments import SamplingArguments
 from genarm_fast.kernels.guided_sample.triton import launch as launch_sample
+from genarm_fast.kernels.ngram_lookup.triton import launch as launch_lookup
 from genarm_fast.kernels.ragged_attention import triton as attention_kernels
 from genarm_fast.kernels.rms_norm import triton as norm_kernels
 from genarm_fast.kernels.rotary import triton as rotary_kernels
@@ -56,6 +57,10 @@ def settle(drafts: int) -> None:
         stop_ids=torch.zeros(2, 4, dtype=torch.int64),
         draft_counts=torch.zeros(2, dtype=torch.int64),
     )
+
+
+def lookup() -> None:
+    launch_lookup(torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 5, 4, 2)
 
 
 def attend(
@@ -123,6 +128,7 @@ CASES: dict[str, Callable[[], None]] = {
     "1 ARM, filters, V = 262144": partial(sample, vocab=262144, filters=True),
     "1 ARM, filters, numbers, top-5": partial(sample, numbers=True, filters=True, top_logprobs=5),
     "5 drafts": partial(settle, 5),
+    "n-grams": lookup,
     "8B layer": layer,
     "8B layer, r = 16": partial(layer, 16),
     "8B layer, r = 64": partial(layer, 64),

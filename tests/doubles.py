@@ -34,6 +34,12 @@ class Lagging(Device):
     def captures(self, streams: Any) -> bool:
         return self.whole_steps
 
+    def read(self, tensors: Any, stream: Any) -> Any:
+        """What they are now: the next step may write to them before anybody waits."""
+        with _disable_current_modes():
+            copies = [tensor.clone() for tensor in tensors]
+        return lambda: copies
+
 
 HOST = "host"
 
@@ -51,7 +57,7 @@ class Recorder(Lagging):
         self.hand_overs = 0
         self.clocks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self.current = HOST
-        self.streams = 0
+        self.streams = self.graphs = 0
         self.writes: dict[int, tuple[str, int]] = {}  # by storage: stream, time there
         self.reads: dict[int, dict[str, int]] = defaultdict(dict)
         self.home: dict[int, str] = {}  # of storages made meanwhile, the stream that their memory belongs to
@@ -59,12 +65,33 @@ class Recorder(Lagging):
         self.kept: list[Any] = []  # so that no storage comes in another's place
         self.launches: list[tuple[str, str, dict[str, int], int]] = []  # name, stream, what it is behind, when it ends
         self.found: list[str] = []
+        self.inside: dict[str, str] = {}  # within a graph, what stands for each stream that it visits
 
     def stream(self, device: torch.device) -> str:
         self.streams += 1
         return f"stream {self.streams - 1}"
 
+    def repeat(self, stream, key, function, *inputs):
+        """As when a graph is launched again: all of it is work of `stream`.
+
+        Hand-overs inside order its own parts, on streams of its own. They order nothing that was given to the real ones
+        before or is given to them later.
+        """
+        visited = [each for each in getattr(key, "streams", ()) if each != stream]
+        self.graphs += bool(visited)
+        self.inside = {each: f"{each} in graph {self.graphs}" for each in visited}
+        self.recorded |= {
+            (storage(tensor), each) for tensor in inputs for each in visited
+        }  # the graph keeps its inputs
+        try:
+            return function(*inputs)
+        finally:
+            for each in self.inside.values():
+                self.behind(stream, each)
+            self.inside = {}
+
     def launch(self, stream, name, function, *args):
+        stream = self.inside.get(stream, stream)
         self.behind(stream, HOST)
         before = dict(self.clocks[stream])
         with self.on(stream):
@@ -74,9 +101,10 @@ class Recorder(Lagging):
 
     def hand_over(self, tensors, source, target):
         self.hand_overs += 1
+        source, target = (self.inside.get(each, each) for each in (source, target))
         if self.hand_overs - 1 != self.without:
             self.behind(target, source)
-        self.recorded |= {(storage(tensor), target) for tensor in tensors}
+        self.recorded |= {(storage(tensor), real(target)) for tensor in tensors}
         return list(tensors)
 
     def upload(self, tensor, stream):
@@ -121,15 +149,21 @@ class Recorder(Lagging):
         for name, time in others.items():
             if name != stream and clock[name] < time:
                 self.found.append(f"{what} on {stream} is not ordered after {name}")
-        if stream != HOST and self.home.get(key, stream) not in (stream, HOST) and (key, stream) not in self.recorded:
+        own = real(stream)
+        if stream != HOST and self.home.get(key, own) not in (own, HOST) and (key, own) not in self.recorded:
             self.found.append(f"{what} on {stream}: its memory belongs to {self.home[key]}, which may reuse it")
         clock[stream] += 1
         if write:
-            self.home.setdefault(key, stream)
+            self.home.setdefault(key, own)
             self.writes[key] = stream, clock[stream]
             self.reads[key] = {}
         else:
             self.reads[key][stream] = clock[stream]
+
+
+def real(stream: str) -> str:
+    """The stream that one inside a graph stands for: what it allocates is freed in that one's order."""
+    return stream.partition(" in graph")[0]
 
 
 def storage(tensor: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ launch a step before it has read the one before. When sequences join or leave, t
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class State(NamedTuple):
     limits: Tensor  # [R]
     finished: Tensor  # bool [R]
     stop_ids: Tensor  # [R, S], padded with -1
+    texts: Tensor  # [R, H], prompt and response as the base sees them; H is 0 where nobody drafts from them
 
     def tokens(self, members: list[int]) -> Tensor:
         """The last token of each sequence as these members see it, int64 [L, R, 1]."""
@@ -43,10 +45,15 @@ class State(NamedTuple):
         """Index in the response of the next `width` tokens, int64 [R, width]."""
         return self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
 
+    def text_lengths(self) -> Tensor:
+        """Of `texts`, int64 [R]."""
+        return self.starts[0] + 1 + self.lengths
+
     def accept(self, targets: Tensor, drafts: Tensor, draft_counts: Tensor | None = None) -> tuple[State, Settled]:
         """Accept the drafts [R, q - 1] that equal their targets [R, q] and one target more; the next step's state.
 
-        This is the only place where drafts are judged. draft_counts: drafts of each row, int64 [R]; None: q - 1.
+        It has the `texts` of this one, where the targets stand now. This is the only place where drafts are judged.
+        draft_counts: drafts of each row, int64 [R]; None: q - 1.
         """
         settled = settle(
             targets,
@@ -58,6 +65,9 @@ class State(NamedTuple):
             draft_counts=draft_counts,
         )
         last = settled.next_tokens.repeat(len(self.last), 1)
+        if self.texts.shape[1]:  # tokens that are not accepted lie behind the text, and the next ones over them
+            places = self.text_lengths()[:, None] + torch.arange(targets.shape[1], device=targets.device)
+            self.texts.scatter_(1, places, targets)
         return self._replace(last=last, lengths=settled.lengths, finished=settled.finished), settled
 
 
@@ -85,23 +95,33 @@ class SamplingTensors(NamedTuple):
 class Batch:
     """R sequences and the members that run for them.
 
-    active: indices of these members among the engine's, base first. epochs: of the sequences' weights. width: rows of
-    all tensors, at least R; those after R repeat the first one, so that few shapes exist, and nobody reads them.
+    active: indices of these members among the engine's, base first. epochs: of the sequences' weights. shape: rows of
+    all tensors, if that is more than R, and H of `State.texts`. Rows after R repeat the first one, so that few shapes
+    exist, and nobody reads them. in_graph: whether its tensors are those of a graph; see `over`. numbers: where steps
+    with so many drafts, each as one launch, leave what the host reads.
     """
 
     def __init__(
-        self, sequences: list[Sequence], active: tuple[int, ...], executor: Executor, vocab_size: int, width: int = 0
+        self,
+        sequences: list[Sequence],
+        active: tuple[int, ...],
+        executor: Executor,
+        vocab_size: int,
+        shape: tuple[int, int] = (0, 0),
     ) -> None:
+        width, text_width = shape
         self.sequences, self.active, self.executor, self.vocab_size = sequences, active, executor, vocab_size
         self.rows = sequences + sequences[:1] * (width - len(sequences))
         self.slots = [sequence.slot for sequence in self.rows]
         self.epochs = [sequence.epoch for sequence in sequences]
-        self.state = self._upload()
+        self.state = self._upload(text_width)
         self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
         self.base_lines = [sequence.base_line for sequence in self.rows]
         self.plain_base = all(line == (1.0,) for line in self.base_lines)
+        self.in_graph = False
+        self.numbers: dict[int, Tensor] = {}
         self._sampling: dict[WorkStream, SamplingTensors] = {}
         self._cache_rows: dict[int, Tensor] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)
@@ -118,7 +138,7 @@ class Batch:
         active: tuple[int, ...],
         executor: Executor,
         vocab_size: int,
-        width: int = 0,
+        shape: tuple[int, int] = (0, 0),
     ) -> Batch:
         """The batch of the next step: `before` itself if nothing changed, else one that takes over its device state.
 
@@ -126,10 +146,10 @@ class Batch:
         """
         slots, epochs = [sequence.slot for sequence in sequences], [sequence.epoch for sequence in sequences]
         if before is not None and before.sequences == sequences and before.active == active:
-            wide = max(width, len(slots))
-            if (before.slots[: len(slots)], before.epochs, len(before.rows)) == (slots, epochs, wide):
+            own = max(shape[0], len(slots)), shape[1]
+            if (before.slots[: len(slots)], before.epochs, before.state.texts.shape) == (slots, epochs, own):
                 return before
-        batch = cls(sequences, active, executor, vocab_size, width)
+        batch = cls(sequences, active, executor, vocab_size, shape)
         if before is not None and in_flight:
             rows = {id(sequence): row for row, sequence in enumerate(before.sequences)}
             kept = [
@@ -141,18 +161,31 @@ class Batch:
                 batch._take(before, *zip(*kept))
         return batch
 
+    def over(self, state: State, sampling: SamplingTensors, bias: Tensor | None) -> Batch:
+        """The same sequences over the tensors of a graph that is captured; nothing is uploaded there."""
+        own = copy(self)
+        own.state, own.in_graph = state, True
+        own._sampling, own._bias = {self.executor.main: sampling}, (self._bias[0], bias)
+        return own
+
     def _take(self, before: Batch, rows: tuple[int, ...], theirs: tuple[int, ...]) -> None:
         """Take over what only the device knows of these rows of `before`."""
         target, source = (self.executor.upload(torch.tensor(index)) for index in (rows, theirs))
         for name in ("last", "lengths", "finished"):
             mine, other = getattr(self.state, name), getattr(before.state, name)
             mine.index_copy_(-1, target, other.index_select(-1, source))
+        mine, other = self.state.texts, before.state.texts
+        if mine.shape[1] == other.shape[1]:  # else drafts may be worse for a while
+            mine.index_copy_(0, target, other.index_select(0, source))
 
-    def _upload(self) -> State:
+    def _upload(self, text_width: int) -> State:
         """What the host knows of the sequences."""
         sequences, members = self.rows, range(len(self.executor.members))
         stops = [sorted(sequence.request.stop_ids) for sequence in sequences]
         width = 1 << max(2, (max(map(len, stops)) - 1).bit_length())  # one of few: graphs are made for it
+        texts = torch.zeros(len(sequences), text_width, dtype=torch.int64)
+        for line, each in zip(texts if text_width else (), sequences):
+            line[: each.position(0) + 1] = torch.tensor([*each.request.token_ids[0], *each.tokens])
         prompts = [[len(each.request.token_ids[m]) - 1 for each in sequences] for m in members]
         state = State(
             last=torch.tensor([[each.last_token(m) for each in sequences] for m in members]),
@@ -161,11 +194,12 @@ class Batch:
             limits=torch.tensor([each.request.params.max_new_tokens for each in sequences]),
             finished=torch.zeros(len(sequences), dtype=torch.bool),
             stop_ids=torch.tensor([each + [-1] * (width - len(each)) for each in stops]),
+            texts=texts,
         )
         return State(*map(self.executor.upload, state))
 
     def tokens(self, members: list[int]) -> Tensor:
-        """As of `State`, on the main stream; so are the next two."""
+        """As of `State`, on the main stream; so are the next three."""
         return self.state.tokens(members)
 
     def positions(self, members: list[int]) -> Tensor:
@@ -173,6 +207,9 @@ class Batch:
 
     def response_positions(self, width: int) -> Tensor:
         return self.state.response_positions(width)
+
+    def texts(self) -> tuple[Tensor, Tensor]:
+        return self.state.texts, self.state.text_lengths()
 
     def kv_bound(self, members: list[int], width: int) -> int:
         """Above all positions that a forward of `width` tokens from the last one on reads or writes."""
@@ -192,6 +229,8 @@ class Batch:
 
     def sampling(self, stream: WorkStream) -> SamplingTensors:
         """The sequences' parameters for use on `stream`."""
+        if self.in_graph:  # its tensors stay, and all of its streams begin after the main one
+            return self._sampling[self.executor.main]
         if stream not in self._sampling:
             params = [sequence.request.params for sequence in self.rows]
             columns = {

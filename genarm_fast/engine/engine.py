@@ -23,7 +23,7 @@ from genarm_fast.engine.workspace import Workspace
 from genarm_fast.models.member import Member
 from genarm_fast.params import Weight, check_integer, check_real
 from genarm_fast.speculation.config import OFF, Speculation
-from genarm_fast.speculation.observations import PLAIN, StepObservation
+from genarm_fast.speculation.observations import PLAIN
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
 from genarm_fast.speculation.registry import make_drafters
 from genarm_fast.speculation.shadow import TextShadows
@@ -193,21 +193,24 @@ class Engine:
     def _decode(self, due: list[Sequence]) -> list[Sequence]:
         """One step of the sequences that are due; returns those that the host has new tokens of."""
         start, steps = time.perf_counter(), self.steps
-        policy = self._policy(due)
-        choice = policy.choose(len(due))
-        choice = choice._replace(k=min(choice.k, max(each.remaining for each in due) - 1))
-        if choice.k <= 0:
+        going = steps.going(due)
+        if not going:
+            return steps.drain()
+        policy = self._policy(going)
+        choice, most = policy.choose(len(going)), max(each.remaining for each in going) - 1
+        if choice.k <= 0 or most <= 0:
             choice = PLAIN
-        wait = not self.executor.device.lag or choice.k or any(needs_host(each) for each in due)
-        if not wait:
-            shadows = TextShadows(policy, self.drafters, due, None)
-            advanced = steps.run_ahead(due, policy)
+        whole = self.executor.device.lag > 0 and steps.in_one(going, policy, choice)
+        if not whole:
+            choice = choice._replace(k=min(choice.k, most))
+        if whole or (self.executor.device.lag and not choice.k and not any(map(needs_host, going))):
+            shadows = TextShadows(policy, self.drafters, due, choice.drafter)
+            before = steps.run_ahead(going, policy, choice, whole=whole)
             shadows.judge()
-            if advanced:  # the first step of a row of them is not waited for
-                nothing = [0] * len(advanced)
-                seconds = time.perf_counter() - start
-                policy.observe(StepObservation(None, len(advanced), 0, nothing, nothing, 0.0, seconds))
-            return advanced
+            if before is None:  # the first step of a row of them is not waited for
+                return []
+            policy.observe(steps.observation(before, time.perf_counter() - start))
+            return before.advanced
         if steps.in_flight is not None:  # who is due, and who may draft, is only known after it
             return steps.drain()
         shadows = TextShadows(policy, self.drafters, due, choice.drafter)
@@ -223,7 +226,9 @@ class Engine:
         key = due[0].speculation, able
         if key not in self._policies:
             names = [each.names if i in able else () for i, each in enumerate(self.drafters)]
-            self._policies[key] = DraftPolicy(key[0], names, self.tuners, ahead=self.executor.device.lag > 0)
+            # A step that is one launch begins to draft when it begins.
+            ahead = self.executor.device.lag > 0 and not self.steps.graph.serves(tuple(sorted(active)))
+            self._policies[key] = DraftPolicy(key[0], names, self.tuners, ahead=ahead)
         return self._policies[key]
 
     def _deliver(self, advanced: list[Sequence]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genarm_fast.engine.batch import Batch, SamplingTensors, State
+from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.penalties import SeenTokens, adjusted_scores, needs_host
 from genarm_fast.engine.sequence import SampledToken, Sequence
@@ -29,20 +29,18 @@ class Sampler:
         Sequences with penalties or processors need the host. They get targets up to the first that is not the draft; -1
         stands at the positions after it.
         """
-        result = self.draw(logits, batch, batch.sampling(self.executor.main), batch.state, batch.bias())
+        result = self.draw(logits, batch)
         rows = [r for r, sequence in enumerate(batch.sequences) if needs_host(sequence)]
         members = [each[..., : self.vocab_size] for each in logits]
         return self._adjusted(batch, members, drafts, result, rows) if rows else result
 
-    def draw(
-        self, logits: list[Tensor], batch: Batch, sampling: SamplingTensors, state: State, bias: Tensor | None
-    ) -> GuidedSample:
-        """Targets by what the device knows alone; `batch` says which log-probabilities are wanted, and whether any
-        sequence has another coefficient of the base than 1."""
+    def draw(self, logits: list[Tensor], batch: Batch) -> GuidedSample:
+        """Targets by what the device knows alone; arguments as of `sample`."""
+        sampling = batch.sampling(self.executor.main)
         members = [each[..., : self.vocab_size] for each in logits]
-        positions = state.response_positions(members[0].shape[1])
+        positions = batch.response_positions(members[0].shape[1])
         weights = sampling.at(positions)
-        given = {"positions": positions, "logit_bias": bias, **sampling.parameters}
+        given = {"positions": positions, "logit_bias": batch.bias(), **sampling.parameters}
         options: dict[str, Any] = {"return_logprobs": batch.wants_logprobs, "top_logprobs": batch.top_logprobs}
         if weights.ndim == 2:
             base, arms, weights = _weighed(members, weights, batch.plain_base)

@@ -116,6 +116,8 @@ class Sequence:
         params = self.request.params
         self._detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._needed: tuple[tuple[int, int], list[int]] | None = None  # with the epoch and length that it is of
+        self._varying = False
         self.deadline = None if params.max_time is None else time.perf_counter() + params.max_time
 
     @property
@@ -134,9 +136,13 @@ class Sequence:
     @property
     def needed(self) -> list[int]:
         """Members whose logits its next tokens depend on, or that it reports: the base, and ARMs by their index + 1."""
-        rewards, as_base, done = self.request.params.rewards, self.request.as_base, len(self.tokens)
-        arms = enumerate(self.weights, 1)
-        return [0, *(m for m, weight in arms if m not in as_base and (rewards or _matters(weight, done)))]
+        if self._needed is None or self._needed[0] != (self.epoch, len(self.tokens) if self._varying else 0):
+            rewards, as_base, done = self.request.params.rewards, self.request.as_base, len(self.tokens)
+            arms = enumerate(self.weights, 1)
+            members = [0, *(m for m, weight in arms if m not in as_base and (rewards or _matters(weight, done)))]
+            self._varying = any(isinstance(weight, tuple) for weight in self.weights)
+            self._needed = (self.epoch, done if self._varying else 0), members
+        return self._needed[1]
 
     @property
     def base_line(self) -> tuple[float, ...]:

@@ -8,8 +8,7 @@ text: drafter and target draw a position with the same noise (docs/design.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,35 +17,16 @@ from torch import Tensor
 from genarm_fast.device.base import span
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.in_flight import InFlight, in_flight, reading
 from genarm_fast.engine.penalties import bans_stop, needs_host
-from genarm_fast.engine.sampler import HostSample, Sampler
+from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.sequence import Sequence
 from genarm_fast.engine.step_graph import StepGraph
-from genarm_fast.kernels import GuidedSample
+from genarm_fast.engine.verify import collect_logits, launch_verification
 from genarm_fast.speculation.drafter import Drafter, Drafts, no_drafts
 from genarm_fast.speculation.observations import PLAIN, Choice, StepObservation
 from genarm_fast.speculation.policy import DraftPolicy
-from genarm_fast.speculation.shadow import Judge, model_shadows
-
-
-@dataclass
-class InFlight:
-    """A step that was launched, and that the host has not read.
-
-    read: waits for the targets and for how many of them were accepted. epochs: of each sequence's weights, as the step
-    was launched. judge: tells shadow evaluation what was accepted. logits: of the running members, by member, from
-    which a bonus token may be drawn.
-    """
-
-    batch: Batch
-    sequences: list[Sequence]
-    epochs: list[int]
-    drafts: Drafts
-    read: Callable[[], tuple[HostSample, list[int]]]
-    judge: Judge = lambda _: None
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    right: list[int] = field(default_factory=list)  # accepted drafts of each sequence, once it is finished
-    judged: list[int] = field(default_factory=list)  # drafts of each that count as tried; see `finish`
+from genarm_fast.speculation.shadow import model_shadows
 
 
 class Steps:
@@ -57,6 +37,7 @@ class Steps:
         self.graph = StepGraph(executor, sampler)
         self.before: Batch | None = None
         self.in_flight: InFlight | None = None
+        self.forward_seconds: dict[tuple[int, int], float] = {}  # of a drafter, by it and the sequences it drafts for
 
     def forget(self) -> None:
         """Drop what the device knows of sequences; the next step begins from what the host knows."""
@@ -64,35 +45,72 @@ class Steps:
         for drafter in self.drafters:
             drafter.forget()
 
-    def batch(self, sequences: list[Sequence], *, padded: bool = False) -> Batch:
+    @property
+    def text_width(self) -> int:
+        """Of texts on the device: with the targets behind a finished one's end, as the cache has their keys."""
+        return self.executor.runners[0].capacity + 1
+
+    def batch(self, sequences: list[Sequence], *, padded: bool = False, texts: bool = False) -> Batch:
         """The batch of a next step with these sequences, and with the members that any of them needs.
 
-        padded: with as many rows as the device likes.
+        padded: with as many rows as the device likes. texts: with texts on the device, to draft from.
         """
-        active, executor = tuple(sorted({m for sequence in sequences for m in sequence.needed})), self.executor
+        active, executor = _active(sequences), self.executor
         width, flying = 0, self.in_flight is not None
         if padded:
             slots = max(executor.runners[g].slots for g in executor.by_runner(active))
             width = executor.device.shape(len(sequences), slots, 1, 1)[0]
-        vocab_size = self.sampler.vocab_size
-        self.before = Batch.following(self.before, flying, sequences, active, executor, vocab_size, width)
+        vocab_size, shape = self.sampler.vocab_size, (width, self.text_width if texts else 0)
+        self.before = Batch.following(self.before, flying, sequences, active, executor, vocab_size, shape)
         return self.before
 
-    def run_ahead(self, sequences: list[Sequence], policy: DraftPolicy) -> list[Sequence]:
-        """Launch a plain step before the one before it is read, and finish that one; returns what it advanced."""
-        before = self.in_flight
-        going = [each for each in sequences if each.remaining > each.unread]
-        self.executor.timed = bool(policy.candidates)
-        self.in_flight = self.launch(self.batch(going, padded=True), policy, PLAIN) if going else None
-        return self.finish(before) if before is not None else []
+    def going(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Those that another step may advance: of what is in flight each gets one token at least."""
+        return [each for each in sequences if each.remaining > bool(each.unread)]
+
+    def in_one(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> bool:
+        """Whether the device can have such a step as one launch, and nothing of it is the host's."""
+        if any(map(needs_host, sequences)) or policy.shadow_due():
+            return False
+        members = set(_active(sequences))
+        if choice.drafter is not None:
+            drafter = self.drafters[choice.drafter]
+            members.update(drafter.members)
+            if policy.candidates and (choice.drafter, len(sequences)) not in self.forward_seconds:
+                return False  # the tuner has to know what drafts take, which is measured between launches
+            for each in sequences:  # all get as many drafts, and all positions of a step have one bias
+                if each.speculation.most < choice.k or bans_stop(each, len(each.tokens)):
+                    return False
+            before = None if self.in_flight is None else self.in_flight.drafts.members
+            if not drafter.captures(sequences, before):
+                return False
+        return self.graph.serves(tuple(sorted(members)))
+
+    def run_ahead(
+        self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice, *, whole: bool
+    ) -> InFlight | None:
+        """Launch a step before the one before it is read, and finish that one; returns it, None if there is none.
+
+        whole: as one launch; else it must be without drafts.
+        """
+        before, self.executor.timed = self.in_flight, bool(policy.candidates)
+        texts = any(self.drafters[i].reads_texts for i in policy.allowed)
+        batch = self.batch(sequences, padded=True, texts=whole and texts)
+        self.in_flight = self.launch(batch, policy, choice, whole)
+        if before is not None:
+            self.finish(before)
+        return before
 
     def drain(self) -> list[Sequence]:
         """Finish what is in flight: afterwards the host knows all that the device knows. Returns what it advanced."""
         before, self.in_flight = self.in_flight, None
-        return self.finish(before) if before is not None else []
+        if before is None:
+            return []
+        self.finish(before)
+        return before.advanced
 
-    def run(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> list[Sequence]:
-        """A step that the host waits for, because it has to see each token or because there are drafts."""
+    def run(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> None:
+        """A step that the host waits for: it has to see each token, or there are drafts that it takes part in."""
         executor = self.executor
         mark, elapsed = executor.device.mark, executor.device.elapsed
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
@@ -100,20 +118,19 @@ class Steps:
         start = mark(executor.main)
         batch = self.batch(sequences)
         step = self.launch(batch, policy, choice)
-        finished = self.finish(step)
+        self.finish(step)
         verified = mark(executor.main)
         drafts = step.drafts
         if drafter is not None and drafts.width and self._bonus(step, drafter):
             drafts.steps += 1
         ended = mark(executor.main)
-        for sequence, count, right in zip(step.sequences, drafts.counts, step.right):
-            sequence.drafted += count
-            sequence.accepted += right
         drafting = elapsed(*drafts.marks) if drafts.marks else 0.0
         verifying = elapsed(start, verified) - drafting
         if drafter is not None and drafts.width:
             drafter.accepted(drafts, step.right, drafting, verifying)
         drafting += elapsed(verified, ended)
+        if choice.drafter is not None and drafts.steps:
+            self.forward_seconds[choice.drafter, len(sequences)] = drafting / drafts.steps
         policy.observe(
             StepObservation(
                 choice.drafter,
@@ -126,42 +143,56 @@ class Steps:
                 drafts.steps,
             )
         )
-        return finished
 
-    def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
-        """Everything that the device has to do for a step; nothing is read."""
-        if choice == PLAIN and not policy.shadow_due() and self._in_one(batch):
-            result, counts = self.graph.launch(batch)
-            return self._flying(batch, result, counts, no_drafts(len(batch.rows), self.executor.main))
+    def observation(self, step: InFlight, seconds: float) -> StepObservation:
+        """What the tuner learns of a finished step that the host was ahead of, which took so long in all."""
+        (drafter, k), rows = step.choice, len(step.sequences)
+        forward = 0.0 if drafter is None else self.forward_seconds.get((drafter, rows), 0.0)
+        drafting = min(k * forward, seconds)
+        return StepObservation(
+            drafter, rows, k, step.judged, step.right, drafting, seconds - drafting, step.drafts.steps
+        )
+
+    def _launch_whole(self, batch: Batch, choice: Choice) -> InFlight:
+        """A step as one launch, of which all sequences get choice.k drafts."""
+        executor, k = self.executor, choice.k
+        drafter = None if choice.drafter is None else self.drafters[choice.drafter]
+        report = self.graph.launch(batch, drafter, k)
+        rows, copy = len(batch.sequences), executor.read([report.numbers, *report.logprobs.values()])
+        read = cache(lambda: report.unpack(copy()))
+        drafts = no_drafts(rows, executor.main)
+        if drafter is not None:
+            drafts = Drafts(report.numbers[:, -k:], [k] * rows, executor.main, lambda: read()[2], steps=k)
+            drafts.fed, drafts.members = k + 1, drafter.members
+        return in_flight(executor, batch, choice, 1 + k, drafts, lambda: read()[:2])
+
+    def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice, whole: bool = False) -> InFlight:
+        """Everything that the device has to do for a step, as one launch or piece by piece; nothing is read."""
+        if whole:
+            return self._launch_whole(batch, choice)
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
-        logits = self._verify(batch, drafter, drafts)
+        drafting = () if drafter is None else drafter.members
+        launched = launch_verification(self.executor, batch, drafting, drafts.tensor, drafts.stream)
+        logits = drafter.target_logits(drafts) if drafter is not None else {}
+        logits |= collect_logits(self.executor, launched)
         # Of k drafts a member that feeds them all gives k + 1 targets. A drafter that has not fed its last draft gives
         # k: then the bonus target is drawn later, by `_bonus`, if it is needed at all.
         known = min(each.shape[1] for each in logits.values())
         judge = model_shadows(policy, self.drafters, batch, logits, choice.drafter if drafter is not None else None)
-        step = self._targets(batch, [logits[m][:, :known] for m in batch.active], drafts)
+        step = self._targets(batch, choice, [logits[m][:, :known] for m in batch.active], drafts)
         step.judge, step.logits = judge, logits
         return step
 
-    def _targets(self, batch: Batch, logits: list[Tensor], drafts: Drafts) -> InFlight:
+    def _targets(self, batch: Batch, choice: Choice, logits: list[Tensor], drafts: Drafts) -> InFlight:
         """Sample the targets of logits [R, q, V] of each running member, and accept drafts by them."""
         with span("sample"):
             result = self.sampler.sample(batch, logits, drafts)
         with span("accept"):
             block, counts = self._draft_block(drafts, result.tokens.shape[1] - 1, result.tokens)
             settled = batch.accept(result.tokens, block, counts)
-        return self._flying(batch, result, settled.counts, drafts)
-
-    def _in_one(self, batch: Batch) -> bool:
-        """Whether the device can have this step as one launch, and nothing of it is the host's."""
-        return not any(map(needs_host, batch.sequences)) and self.graph.serves(batch.active)
-
-    def _flying(self, batch: Batch, result: GuidedSample, counts: Tensor, drafts: Drafts) -> InFlight:
-        read = self._read(result, counts, batch.active)
-        for sequence in batch.sequences:
-            sequence.unread += 1  # plain steps alone are in flight while the next one is launched
-        return InFlight(batch, batch.sequences, list(batch.epochs), drafts, read)
+        # In flight while others are launched are plain steps alone, whose one token this counts.
+        return in_flight(self.executor, batch, choice, 1, drafts, reading(self.executor, result, settled.counts))
 
     def _propose(self, batch: Batch, choice: Choice) -> Drafts:
         most = [self._most_drafts(sequence, choice.k) for sequence in batch.sequences]
@@ -179,30 +210,6 @@ class Steps:
             k = min(k, sequence.speculation.k)
         return min(k, sequence.remaining - 1)
 
-    def _verify(self, batch: Batch, drafter: Drafter | None, drafts: Drafts) -> dict[int, Tensor]:
-        """Each running member's logits after the last token and after every draft, [R, q, V]."""
-        executor = self.executor
-        launched = []
-        for members in executor.by_runner(batch.active).values():
-            if drafter is not None and set(members) <= set(drafter.members):
-                continue
-            stream = executor.stream_of(members)
-            width = 1 + drafts.width
-            tokens, positions = executor.hand_over(
-                [batch.tokens(members), batch.positions(members)], executor.main, stream
-            )
-            pieces = [tokens]
-            if drafts.width:
-                (block,) = executor.hand_over([drafts.tensor], drafts.stream, stream)
-                pieces.append(block.expand(len(members), -1, -1))
-                positions = executor.launch(stream, "draft", _following, positions, width)
-            bound = batch.kv_bound(members, width)
-            launched.append((members, executor.forward(members, pieces, positions, batch.slots, bound)))
-        logits = drafter.target_logits(drafts) if drafter is not None else {}
-        for members, lanes in launched:
-            logits |= executor.collect(members, lanes)
-        return logits
-
     def _draft_block(self, drafts: Drafts, width: int, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The drafts [R, width] that targets are compared with, on the main stream, and how many each sequence has."""
         if not drafts.width:
@@ -212,23 +219,8 @@ class Steps:
             counts = self.executor.upload(torch.tensor([min(count, width) for count in drafts.counts]))
         return drafts.on_main[:, :width], counts
 
-    def _read(
-        self, result: GuidedSample, counts: Tensor, active: tuple[int, ...]
-    ) -> Callable[[], tuple[HostSample, list[int]]]:
-        """Begin to copy a result to the host; call the result to wait for it."""
-        fields = {name: value for name, value in result._asdict().items() if value is not None}
-        read = self.executor.read([*fields.values(), counts])
-        names = [self.executor.members[m].name for m in active]
-
-        def wait() -> tuple[HostSample, list[int]]:
-            with span("read-back"):
-                *values, accepted = read()
-            return HostSample(result._replace(**dict(zip(fields, values))), names, active), accepted.tolist()
-
-        return wait
-
-    def finish(self, step: InFlight) -> list[Sequence]:
-        """Wait for a step and give its sequences their tokens. Returns the sequences that it advanced.
+    def finish(self, step: InFlight) -> None:
+        """Wait for a step and give its sequences their tokens; `step.advanced` has those that it advanced.
 
         A sequence is stale if it has ended, was steered, or has lost its slot since the launch: its tokens are dropped.
 
@@ -237,22 +229,23 @@ class Steps:
         ends with the second token has tried 2.
         """
         host, counts = step.read()
-        advanced, news = [], []
+        news = []
         for r, sequence in enumerate(step.sequences):
-            drafted = step.drafts.tokens[r]
+            drafted = step.drafts.tokens[r][: max(sequence.remaining - 1, 0)]  # a step that is one launch has more
             stale = sequence.ended or sequence.epoch != step.epochs[r] or sequence.slot != step.batch.slots[r]
             if not stale:  # steering set `unread` to 0, so it counts launches after that alone
-                sequence.unread -= 1
+                sequence.unread -= step.most
+                sequence.drafted += len(drafted)
             drawn = [] if stale else host.of(r, sequence, counts[r])
             right = sum(each.token == token for each, token in zip(drawn, drafted))
             step.right.append(right)
             step.judged.append(right if right == len(drawn) else len(drafted))
             news.append([each.token for each in drawn])
             if not stale:
-                advanced.append(sequence)
+                sequence.accepted += right
+                step.advanced.append(sequence)
                 self._append(step, sequence, r, drawn)
         step.judge(news)
-        return advanced
 
     def _append(self, step: InFlight, sequence: Sequence, r: int, drawn: list[Any]) -> None:
         """Append tokens to a sequence, and count what the members' caches hold of it now.
@@ -298,11 +291,11 @@ class Steps:
         own = executor.collect(members, executor.forward(members, [inputs[0]], inputs[1], batch.slots, bound))
         index = executor.upload(torch.tensor(rows))
         logits = [own[m] if m in own else step.logits[m][index, width:] for m in batch.active]
-        self.finish(self._targets(batch, logits, no_drafts(len(rows), executor.main)))
+        self.finish(self._targets(batch, PLAIN, logits, no_drafts(len(rows), executor.main)))
         self.before = None  # the device's state of the step does not know of these tokens
         return True
 
 
-def _following(positions: Tensor, width: int) -> Tensor:
-    """Positions [L, R, 1] of the last tokens → of them and what follows, [L, R, width]."""
-    return positions + torch.arange(width, device=positions.device)
+def _active(sequences: list[Sequence]) -> tuple[int, ...]:
+    """Members that any of the sequences needs."""
+    return tuple(sorted({m for sequence in sequences for m in sequence.needed}))

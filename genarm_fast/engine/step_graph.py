@@ -1,4 +1,5 @@
-"""A whole step as one launch, on devices that capture: forwards of all runners on their streams, sampling, accepting.
+"""A whole step as one launch, on devices that capture: drafts, forwards of all runners on their streams, sampling,
+accepting.
 
 For such a step the host copies what changed, launches once, and reads the step before. What the step changes stays in
 the graph's own tensors, from which its next launch goes on. Steps that the host has to see, or of which the tuner wants
@@ -7,16 +8,20 @@ to know more, are launched piece by piece.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from genarm_fast.device.base import WorkStream, span
 from genarm_fast.engine.batch import Batch, SamplingTensors, State
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.sampler import Sampler
+from genarm_fast.engine.verify import collect_logits, launch_verification
 from genarm_fast.kernels import GuidedSample
+from genarm_fast.speculation.drafter import Drafter
 
 
 class StepKey(NamedTuple):
@@ -25,6 +30,8 @@ class StepKey(NamedTuple):
     streams: tuple[WorkStream, ...]
     runners: tuple[Any, ...]  # of each: KV bound, generation of its cache
     active: tuple[int, ...]
+    drafting: tuple[int, ...]  # members that draft
+    k: int
     shapes: tuple[Any, ...]
     parameters: tuple[str, ...]
     biased: bool
@@ -32,83 +39,116 @@ class StepKey(NamedTuple):
     plain_base: bool
 
 
+class Report(NamedTuple):
+    """What a step tells the host.
+
+    numbers: int64 [R, 3 q], in one tensor so that one copy takes them: targets, their status, how many of them are
+    accepted, and the q - 1 drafts. logprobs: fields of `GuidedSample`, by name.
+    """
+
+    numbers: Tensor
+    logprobs: dict[str, Tensor]
+
+    @staticmethod
+    def pack(result: GuidedSample, counts: Tensor, drafts: Tensor) -> Tensor:
+        """`numbers`; the status, int32, is cast."""
+        return torch.cat([result.tokens, result.status.to(torch.int64), counts[:, None], drafts], dim=1)
+
+    def unpack(self, values: Sequence[Tensor]) -> tuple[GuidedSample, Tensor, Tensor]:
+        """Targets, counts and drafts, of the tensors on the host."""
+        numbers, *rest = values
+        width = numbers.shape[1] // 3
+        tokens, status, counts, drafts = numbers.split([width, width, 1, width - 1], dim=1)
+        logprobs: dict[str, Any] = dict(zip(self.logprobs, rest))
+        return GuidedSample(tokens=tokens, status=status, **logprobs), counts[:, 0], drafts
+
+
 class StepGraph:
-    """Plain steps of one batch after another, each as one launch."""
+    """Steps of one batch after another, each as one launch."""
 
     def __init__(self, executor: Executor, sampler: Sampler) -> None:
         self.executor, self.sampler = executor, sampler
 
-    def serves(self, active: tuple[int, ...]) -> bool:
-        """Whether the device can have steps of these members as one launch."""
-        runners = [self.executor.runners[g] for g in self.executor.by_runner(active)]
+    def serves(self, members: tuple[int, ...]) -> bool:
+        """Whether the device can have steps in which these members run as one launch."""
+        runners = [self.executor.runners[g] for g in self.executor.by_runner(members)]
         streams = [self.executor.main, *(runner.stream for runner in runners)]
         return self.executor.device.captures(streams) and all(runner.on_one_device for runner in runners)
 
-    def launch(self, batch: Batch, longest: int = 0) -> tuple[GuidedSample, Tensor]:
-        """The next targets [R, 1], and how many of them each sequence accepts, int64 [R].
+    def launch(self, batch: Batch, drafter: Drafter | None = None, k: int = 0, longest: int = 0) -> Report:
+        """Launch a step; its report is the next step's as well, so it has to be read before that is launched.
 
-        longest: a KV bound to have at least.
+        drafter: drafts k tokens of every sequence, by what the device knows. longest: a KV bound to have at least.
         """
-        executor, main = self.executor, self.executor.main
-        groups = executor.by_runner(batch.active)
-        runners = [executor.runners[g] for g in groups]
-        bounds = [
-            executor.device.shape(1, runner.slots, max(batch.kv_bound(members, 1), longest), runner.capacity)[1]
-            for runner, members in zip(runners, groups.values())
-        ]
+        executor, main, device = self.executor, self.executor.main, self.executor.device
+        drafting = drafter.members if drafter is not None and k else ()
+        groups = executor.by_runner(sorted({*batch.active, *drafting}))
+        runners = {g: executor.runners[g] for g in groups}
+        bounds = {
+            g: device.shape(1, each.slots, max(batch.kv_bound(groups[g], k + 1), longest), each.capacity)[1]
+            for g, each in runners.items()
+        }
         sampling, bias = batch.sampling(main), batch.bias()
-        rows = [batch.cache_rows(g, members) for g, members in groups.items()]
-        names = tuple(sampling.parameters)
-        inputs = [*batch.state, *rows, sampling.weights, *sampling.parameters.values()]
-        inputs += [] if bias is None else [bias]
+        names, state_size = tuple(sampling.parameters), len(State._fields)
+        inputs = [*batch.state, *(batch.cache_rows(g, members) for g, members in groups.items()), sampling.weights]
+        inputs += [*sampling.parameters.values(), *([] if bias is None else [bias])]
+        if k not in batch.numbers:
+            batch.numbers[k] = batch.state.lengths.new_empty(len(batch.rows), 3 * (k + 1))
+        inputs.append(batch.numbers[k])
+        logprobs = _logprobs(batch)
 
         def step(*tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            own = State(*islice(given, len(State._fields)))
-            own_rows = list(islice(given, len(rows)))
-            own_sampling = SamplingTensors(next(given), dict(zip(names, given)))
-            logits = self._forward(groups, bounds, own_rows, own)
-            ordered = [logits[m] for m in batch.active]
-            with span("sample"):
-                result = self.sampler.draw(ordered, batch, own_sampling, own, None if bias is None else tensors[-1])
-            with span("accept"):
-                after, settled = own.accept(result.tokens, result.tokens[:, :0])
-            for old, new in zip(own, after):
+            given, numbers = iter(tensors[:-1]), tensors[-1]
+            state = State(*islice(given, state_size))
+            caches = {g: (bounds[g], next(given)) for g in groups}
+            own = batch.over(state, SamplingTensors(next(given), dict(zip(names, given))), next(given, None))
+            with executor.captured(caches):
+                result, counts, drafts = self._step(own, drafter, drafting, k)
+            numbers.copy_(Report.pack(result, counts, drafts))
+            for old, new in zip(state, own.state):
                 if old is not new:
                     old.copy_(new)
-            return (*own, settled.counts, *(getattr(result, name) for name in _names(batch)))
+            return (*state, numbers, *(getattr(result, name) for name in logprobs))
 
+        streams = tuple(runner.stream for runner in runners.values())
         key = StepKey(
-            tuple(runner.stream for runner in runners),
-            tuple((bound, runner.generation) for bound, runner in zip(bounds, runners)),
+            streams,
+            tuple((bounds[g], runner.generation) for g, runner in runners.items()),
             batch.active,
+            drafting,
+            k,
             tuple(tensor.shape for tensor in inputs),
             names,
             bias is not None,
             (batch.wants_logprobs, batch.top_logprobs),
             batch.plain_base,
         )
-        out = executor.device.repeat(main, key, step, *inputs)
-        found = iter(out)
-        batch.state, counts = State(*islice(found, len(State._fields))), next(found)
-        return GuidedSample(**dict(zip(_names(batch), found))), counts
+        out = iter(executor.repeat(key, streams, step, *inputs))
+        batch.state, batch.numbers[k] = State(*islice(out, state_size)), next(out)
+        return Report(batch.numbers[k], dict(zip(logprobs, out)))
 
-    def _forward(
-        self, groups: dict[int, list[int]], bounds: list[int], rows: list[Tensor], state: State
-    ) -> dict[int, Tensor]:
-        """Logits [R, 1, V] of each member on the main stream; the runners' streams leave it and come back."""
-        executor, launched = self.executor, []
-        for (g, members), bound, own in zip(groups.items(), bounds, rows):
-            runner, lanes = executor.runners[g], executor.lanes(members)
-            inputs = executor.hand_over(
-                [state.tokens(members), state.positions(members), own], executor.main, runner.stream
-            )
-            logits = executor.launch(runner.stream, executor.label(members), runner.logits, bound, lanes, *inputs)
-            launched.append((members, list(logits)))
-        return {m: each for members, lanes in launched for m, each in executor.collect(members, lanes).items()}
+    def _step(
+        self, batch: Batch, drafter: Drafter | None, drafting: tuple[int, ...], k: int
+    ) -> tuple[GuidedSample, Tensor, Tensor]:
+        """The work of a step, on the main stream and on those of the runners, which leave it and come back."""
+        executor = self.executor
+        if drafter is not None and k:
+            with span("draft"):
+                drafts = drafter.capture(batch, k)
+            launched = launch_verification(executor, batch, drafting, drafts.block, drafts.stream)
+            block, logits = drafts.rest()  # the drafter's last forward runs beside the verification
+        else:
+            block, logits = batch.state.stop_ids[:, :0], {}
+            launched = launch_verification(executor, batch, drafting, block, executor.main)
+        logits |= collect_logits(executor, launched)
+        with span("sample"):
+            result = self.sampler.draw([logits[m] for m in batch.active], batch)
+        with span("accept"):
+            settled = batch.accept(result.tokens, block)
+        return result, settled.counts, block
 
 
-def _names(batch: Batch) -> list[str]:
-    """Fields of a `GuidedSample` that such a batch asks for."""
+def _logprobs(batch: Batch) -> list[str]:
+    """Fields of a `GuidedSample` that such a batch asks for, beside tokens and status."""
     logprobs = ["logprobs", "member_logprobs"] if batch.wants_logprobs else []
-    return ["tokens", "status", *logprobs, *(["top_tokens", "top_logprobs"] if batch.top_logprobs else [])]
+    return [*logprobs, *(["top_tokens", "top_logprobs"] if batch.top_logprobs else [])]

@@ -1,8 +1,8 @@
 """What a first request would do besides its own work, done before it: caches, memory pages, graphs, kernels.
 
 Short requests that nobody asked for go the way of all requests. What they do not reach, steps and forwards at other
-lengths of the cache and with other numbers of drafts, is launched by itself on devices that capture graphs. Of plain
-steps these are the ones without filters, bias and log-probabilities: with them, a step is captured when it first comes.
+lengths of the cache and with other numbers of drafts, is launched by itself on devices that capture graphs. Of steps
+that are one launch these are the ones without filters, bias and log-probabilities: others are captured when they come.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Request
 from genarm_fast.params import SamplingParams, check_integer
 from genarm_fast.speculation.config import OFF, Speculation
+from genarm_fast.speculation.drafter import Drafter
 
 TOKENS = 3  # that a request generates before it is taken out; 128 would take seconds and show nothing new
 DEFAULT_LENGTH = 128  # of prompts and of responses
@@ -48,8 +49,7 @@ def warm_up(
     kinds = [(params, OFF)]
     if engine.executor.device.launches_to_capture:  # kernels are compiled at their first call there
         kinds.append((params.override(**VARIED), OFF))
-        if speculation.most:
-            kinds += [(params, Speculation(each.names[0], speculation.most)) for each in engine.drafters]
+        kinds += [(params, Speculation(each.names[0], speculation.most)) for each in _drafters(engine, speculation)]
     vocab_size = engine.steps.sampler.vocab_size
     prompts = [[(row + i) % vocab_size for i in range(prompt)] for row in range(sizes[0])]
     requests = {(size, k): prepare(prompts[:size], kinds[k][0]) for size in sizes for k in range(len(kinds))}
@@ -61,7 +61,7 @@ def warm_up(
             for (_, k), group in requests.items():
                 _run(engine, group, kinds[k][1])
             _launch(engine, sizes[0], longest, speculation.most)
-            _launch_steps(engine, prepare(prompts, params), longest)
+            _launch_steps(engine, prepare(prompts, params), longest, speculation)
         kept = max(kept, workspace.bytes)
     finally:
         workspace.warm = kept
@@ -110,6 +110,12 @@ def _reserve(engine: Engine, slots: int, capacity: int, *, drafting: bool) -> No
         raise MemoryError(f"{slots} x {capacity} tokens take {taken:,} bytes of cache: {why}") from workspace.failure
 
 
+def _drafters(engine: Engine, speculation: Speculation) -> list[Drafter]:
+    """Who may draft then, as `DraftPolicy` has it."""
+    drafters = [each for each in engine.drafters if speculation.drafter in (None, *each.names)]
+    return drafters[: None if speculation.k is None else 1] if speculation.most else []
+
+
 def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> None:
     sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, speculation)]
     with engine.run(sequences) as run:
@@ -147,13 +153,18 @@ def _launch(engine: Engine, rows: int, longest: int, drafts: int) -> None:
 
 
 @torch.inference_mode()
-def _launch_steps(engine: Engine, requests: list[Request], longest: int) -> None:
-    """Have graphs of plain steps, for every number of rows and every KV bound."""
+def _launch_steps(engine: Engine, requests: list[Request], longest: int, speculation: Speculation) -> None:
+    """Have graphs of steps, for every number of rows, every KV bound, and all drafts that may be asked for."""
     executor, steps, device = engine.executor, engine.steps, engine.executor.device
     sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, OFF)]
     active = tuple(range(len(executor.members) if executor.draft_model is None else executor.draft_model))
+    drafters = _drafters(engine, speculation)
+    plans: list[tuple[Drafter | None, int]] = [(None, 0)]
+    for each in drafters:
+        plans += [(each, k) for k in (range(1, speculation.most + 1) if speculation.k is None else [speculation.k])]
+    text_width = steps.text_width if any(each.reads_texts for each in drafters) else 0
     with engine.turns.take():
-        if not steps.graph.serves(active):
+        if not steps.graph.serves(tuple(sorted({*active, *(m for each in drafters for m in each.members)}))):
             return
         for slot, sequence in enumerate(sequences):
             sequence.slot = slot
@@ -162,7 +173,8 @@ def _launch_steps(engine: Engine, requests: list[Request], longest: int) -> None
         counts = {device.shape(n, slots, 1, capacity)[0] for n in range(1, len(sequences) + 1)}
         bounds = {device.shape(1, slots, n, capacity)[1] for n in range(1, longest + 1)}
         for count, bound in ((n, b) for n in counts for b in bounds):
-            batch = Batch(sequences[:count], active, executor, steps.sampler.vocab_size, count)
-            for _ in range(device.launches_to_capture):
-                executor.launch(executor.main, "warm up", steps.graph.launch, batch, bound)
+            for plan in plans:
+                batch = Batch(sequences[:count], active, executor, steps.sampler.vocab_size, (count, text_width))
+                for _ in range(device.launches_to_capture):
+                    executor.launch(executor.main, "warm up", steps.graph.launch, batch, *plan, bound)
         device.finish()

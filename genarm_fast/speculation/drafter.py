@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class SequenceBatch(Protocol):
     def positions(self, members: list[int]) -> Tensor: ...
 
     def response_positions(self, width: int) -> Tensor: ...
+
+    def texts(self) -> tuple[Tensor, Tensor]: ...
 
     def kv_bound(self, members: list[int], width: int) -> int: ...
 
@@ -61,7 +63,7 @@ class DraftExecutor(Protocol):
 
 
 class Drafts:
-    """The drafts of a step: of sequence r the first counts[r] of `tensor`, int64 [R, k] on `stream`.
+    """The drafts of a step: of sequence r the first counts[r] of `tensor`, int64 [R, k] on `stream`; -1 is none.
 
     on_main: the same for use on the main stream, once `target_logits` was called. read: gives the tensor, or a wider
     one, on the host. marks, steps: times around so many forwards of the drafter, for which the step had to wait. fed:
@@ -97,7 +99,7 @@ class Drafts:
     @cached_property
     def tokens(self) -> list[list[int]]:
         """The drafts of each sequence."""
-        return [line[:count] for line, count in zip(self.host, self.counts)]
+        return [[token for token in line[:count] if token >= 0] for line, count in zip(self.host, self.counts)]
 
 
 def no_drafts(rows: int, stream: WorkStream) -> Drafts:
@@ -106,14 +108,29 @@ def no_drafts(rows: int, stream: WorkStream) -> Drafts:
     return Drafts(nothing, [0] * rows, stream, lambda: nothing)
 
 
+class CapturedDrafts(NamedTuple):
+    """Drafts within a graph: `block`, int64 [R, k] on `stream`, as others feed it.
+
+    rest: launches what is left of the drafter's forwards, when all that others verify is launched. It returns for the
+    main stream the block, with -1 where there is no draft, and what its members say of the drafted positions,
+    [R, k + 1, V] by member.
+    """
+
+    block: Tensor
+    stream: WorkStream
+    rest: Callable[[], tuple[Tensor, dict[int, Tensor]]]
+
+
 class Drafter(Protocol):
     """Proposes tokens for the sequences of a batch.
 
-    names: what users call it. members: indices of the members that it runs, () where it reads text alone.
+    names: what users call it. members: indices of the members that it runs, () where it reads text alone. reads_texts:
+    whether a batch has to have `texts` for it in graphs.
     """
 
     names: tuple[str, ...]
     members: tuple[int, ...]
+    reads_texts: bool
 
     def propose(self, batch: SequenceBatch, most: list[int]) -> Drafts:
         """At most most[r] drafts for sequence r, drawn with the noise of their targets where noise plays a part."""
@@ -124,6 +141,15 @@ class Drafter(Protocol):
         Called when all that others verify is launched. Drafts of another stream get their `on_main` and `read` here,
         and their `fed`, which is q.
         """
+
+    def captures(self, sequences: list[Any], before: tuple[int, ...] | None) -> bool:
+        """Whether it may draft for these sequences as part of a graph.
+
+        before: members that drafted in the step that is in flight, () if none did; None where nothing is in flight.
+        """
+
+    def capture(self, batch: SequenceBatch, k: int) -> CapturedDrafts:
+        """Draft k tokens of every sequence by work of the device alone, for a graph. All of them are fed."""
 
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
         """Learn how many drafts of each sequence were right, and the seconds that drafting and verifying took."""

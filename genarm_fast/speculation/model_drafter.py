@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genarm_fast.device.base import WorkStream
 from genarm_fast.kernels import guided_sample
-from genarm_fast.speculation.drafter import DraftExecutor, Drafts, SequenceBatch
+from genarm_fast.speculation.drafter import CapturedDrafts, DraftExecutor, Drafts, SequenceBatch
 
 AHEAD = 0.1  # of the steps must find all drafts right, or nothing is drafted ahead
 MEMORY = 8.0  # steps over which that share is taken
@@ -80,6 +80,11 @@ class DraftRollout:
         return max(missing, 0)
 
     def step(self, batch: SequenceBatch) -> None:
+        inputs = (batch, *self.feed(batch), self.stream)
+        self.tokens.append(self.executor.device.launch(self.stream, "draft", tempered_draft, *inputs))
+
+    def feed(self, batch: SequenceBatch) -> tuple[list[Tensor], tuple[int, ...], Tensor]:
+        """Feed the latest draft; what `tempered_draft` takes for the one that follows it."""
         executor, stream, members = self.executor, self.stream, tuple(self.members)
         bound = batch.kv_bound(self.members, len(self) + 1)
         last = self.tokens[-1].expand(len(members), -1, -1) if self.tokens else self.last
@@ -88,15 +93,22 @@ class DraftRollout:
             return (self.positions + n, self.response + n) if n else (self.positions, self.response)
 
         positions, response = executor.device.launch(stream, "draft", place, self.fed)
-        logits = executor.forward(self.members, [last], positions, batch.slots, bound)
-        inputs = (batch, logits, members, response, stream)
-        self.tokens.append(executor.device.launch(stream, "draft", tempered_draft, *inputs))
-        self.logits.append(logits)
+        self.logits.append(executor.forward(self.members, [last], positions, batch.slots, bound))
         self.fed += 1
+        return self.logits[-1], members, response
 
     def block(self, width: int) -> Tensor:
         """The first drafts, int64 [R, width]."""
         return self.executor.device.launch(self.stream, "draft", torch.cat, self.tokens[:width], 1)
+
+    def on_main(self, steps: int, *others: Tensor) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """`others` for use on the main stream, and what each member says after the first `steps` tokens that it fed,
+        [R, steps, V]; {} for none."""
+        flat = [lane for logits in self.logits[:steps] for lane in logits]
+        given = self.executor.hand_over([*others, *flat], self.stream, self.executor.main)
+        given, flat = given[: len(others)], given[len(others) :]
+        members = enumerate(self.members) if flat else ()
+        return given, {member: torch.cat(flat[i :: len(self.members)], dim=1) for i, member in members}
 
     def right(self, drawn: list[list[int]]) -> bool:
         """Whether all sequences go on after exactly these tokens, which the rollout drew for them."""
@@ -118,6 +130,8 @@ class ModelDrafter:
     Where the host runs ahead of the device, the drafter goes on from its own last draft while the others verify. If all
     sequences accept everything, the next block is there, or begun; else it is dropped, as wrong drafts are.
     """
+
+    reads_texts = False
 
     def __init__(self, executor: DraftExecutor, group: int, members: tuple[int, ...], names: tuple[str, ...]) -> None:
         self.executor, self.group, self.members, self.names = executor, group, members, names
@@ -163,15 +177,28 @@ class ModelDrafter:
         drafts.fed, drafts.members = k + (len(rollout) > k), self.members
         read = executor.device.read([rollout.block(drafts.fed)], rollout.stream)
         drafts.read = lambda: read()[0]
-        known: dict[int, Tensor] = {}
-        flat = [] if self.foreign else [lane for logits in rollout.logits[: drafts.fed] for lane in logits]
-        drafts.on_main, *steps = executor.hand_over([drafts.tensor, *flat], rollout.stream, executor.main)
-        if steps:
-            count = len(self.members)
-            known = {member: torch.cat(steps[i::count], dim=1) for i, member in enumerate(self.members)}
+        (drafts.on_main,), known = rollout.on_main(0 if self.foreign else drafts.fed, drafts.tensor)
         if executor.device.lag:  # after what the main stream waits for
             rollout.extend(batch, self.ahead(k))
         return known
+
+    def captures(self, sequences: list[Any], before: tuple[int, ...] | None) -> bool:
+        if not self.foreign:
+            return True
+        shown = all(each.cached[m] == each.position(m) for each in sequences for m in self.members)
+        return shown and before in (None, self.members)  # other steps do not show it their tokens
+
+    def capture(self, batch: SequenceBatch, k: int) -> CapturedDrafts:
+        rollout = DraftRollout(self.executor, batch, self.members)
+        rollout.extend(batch, k)
+        block = rollout.block(k)
+
+        def rest() -> tuple[Tensor, dict[int, Tensor]]:
+            rollout.feed(batch)
+            (on_main,), known = rollout.on_main(0 if self.foreign else k + 1, block)
+            return on_main, known
+
+        return CapturedDrafts(block, rollout.stream, rest)
 
     def ahead(self, k: int) -> int:
         """Draft steps to have before a verification ends: up to the last draft of the next block, as many as fit."""

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from genarm_fast.speculation.drafter import DraftExecutor, Drafts, SequenceBatch, no_drafts
+from genarm_fast.kernels import ngram_lookup
+from genarm_fast.speculation.drafter import CapturedDrafts, DraftExecutor, Drafts, SequenceBatch, no_drafts
 
 
 class NgramIndex:
@@ -55,6 +56,7 @@ class NgramDrafter:
 
     names: tuple[str, ...] = ("ngram",)
     members: tuple[int, ...] = ()
+    reads_texts = True
 
     def __init__(self, executor: DraftExecutor) -> None:
         self.executor = executor
@@ -73,6 +75,13 @@ class NgramDrafter:
 
     def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
         return {}
+
+    def captures(self, sequences: list[Any], before: tuple[int, ...] | None) -> bool:
+        return True
+
+    def capture(self, batch: SequenceBatch, k: int) -> CapturedDrafts:
+        drafts = ngram_lookup(*batch.texts(), k)
+        return CapturedDrafts(drafts.clamp_min(0), self.executor.main, lambda: (drafts, {}))
 
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
         pass

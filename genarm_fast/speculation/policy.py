@@ -45,36 +45,39 @@ class DraftPolicy:
             was asked for, nobody drafts.
         tuners: of the model.
         ahead: whether members draft the next block while one is verified.
+
+    allowed: drafters that it may choose.
     """
 
     def __init__(self, speculation: Speculation, names: Sequence[Sequence[str]], tuners: Tuners, ahead: bool) -> None:
         name = speculation.drafter
-        self._allowed = [i for i, own in enumerate(names) if own and (name is None or name in own)]
-        self._k = speculation.k if self._allowed else 0
+        able = [i for i, own in enumerate(names) if own and (name is None or name in own)]
+        self.allowed = able if speculation.most else []
+        self._k = speculation.k if self.allowed else 0
         self.most = speculation.most
         self._lock = tuners.lock
         if self._k is None:
-            self._tuner = tuners.get(["+".join(names[i]) for i in self._allowed], speculation.max_k, ahead)
+            self._tuner = tuners.get(["+".join(names[i]) for i in self.allowed], speculation.max_k, ahead)
 
     def choose(self, rows: int) -> Choice:
         """The choice for the next step, with this many sequences."""
         if self._k is not None:
-            return Choice(self._allowed[0], self._k) if self._k else PLAIN
+            return Choice(self.allowed[0], self._k) if self._k else PLAIN
         with self._lock:
             choice = self._tuner.choose(rows)
-        return PLAIN if choice.drafter is None else Choice(self._allowed[choice.drafter], choice.k)
+        return PLAIN if choice.drafter is None else Choice(self.allowed[choice.drafter], choice.k)
 
     @property
     def candidates(self) -> list[int]:
         """Drafters among which a tuner chooses; none where the policy is fixed."""
-        return self._allowed if self._k is None else []
+        return self.allowed if self._k is None else []
 
     def shadow_due(self) -> list[int]:
         """Candidates whose shadow evaluation is worth a draw in this step."""
         if self._k is not None:
             return []
         with self._lock:
-            return self._allowed if self._tuner.shadow_due() else []
+            return self.allowed if self._tuner.shadow_due() else []
 
     def observe_shadow(
         self,
@@ -95,13 +98,13 @@ class DraftPolicy:
         accepted = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs]
         proposed = [len(pair) for pair in pairs]
         with self._lock:
-            self._tuner.observe_shadow(ShadowObservation(self._allowed.index(drafter), proposed, accepted, seconds))
+            self._tuner.observe_shadow(ShadowObservation(self.allowed.index(drafter), proposed, accepted, seconds))
 
     def observe(self, observation: StepObservation) -> None:
         """Learn from a step; nothing where the policy is fixed."""
         if self._k is not None:
             return
         if observation.drafter is not None:
-            observation = replace(observation, drafter=self._allowed.index(observation.drafter))
+            observation = replace(observation, drafter=self.allowed.index(observation.drafter))
         with self._lock:
             self._tuner.observe(observation)

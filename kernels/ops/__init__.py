@@ -9,6 +9,7 @@ from .add_rms_norm import add_rms_norm
 from .arm_logps import arm_logps, arm_logps_reference
 from .gated_mul import gated_mul
 from .guided_sample import GuidedSample, guided_sample, guided_sample_reference
+from .ngram_lookup import ngram_lookup, ngram_lookup_reference
 from .philox import gumbel, seed_tensor
 from .quant_linear import QuantLinear, QuantWeight, quant_linear, quant_linear_reference
 from .ragged_attention import (
@@ -40,6 +41,8 @@ __all__ = [
     "guided_sample",
     "guided_sample_reference",
     "gumbel",
+    "ngram_lookup",
+    "ngram_lookup_reference",
     "quant_linear",
     "quant_linear_reference",
     "ragged_append",

@@ -54,16 +54,42 @@ def test_a_plain_step_is_one_launch(model):
     captures = log.of("capture")
     assert {entry[-1] for entry in captures} == {entry[-1] for entry in log.of("replay")} == {main}
     assert len({entry[2] for entry in captures}) == 1  # a pool of memory for all
-    waits = [entry[1:3] for entry in log.of("wait")][6:]  # three streams wait for what was done to weights before
-    assert Counter(waits) == Counter({pair: len(waits) // 4 for s in streams for pair in ((s, main), (main, s))})
-    shapes = len(captures)
-    assert len(waits) // 4 == (WARM_UP + 1) * shapes  # replays need none
+    waits = Counter(
+        entry[1:3] for entry in log.of("wait")[6:]
+    )  # three streams wait for what was done to weights before
+    calls = (WARM_UP + 1) * len(captures)  # replays need none, but the first step waits for the prompts
+    assert waits == {pair: calls + (pair[0] is main) for s in streams for pair in ((s, main), (main, s))}
+
+
+@pytest.mark.parametrize("drafter", ["arm", "base", "ngram"])
+def test_a_step_with_drafts_is_one_launch(model, drafter):
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        run(model, PLAIN.override(ignore_eos=True, max_new_tokens=24), Speculation(drafter, 2), count=3)
+    main = log.of("stream")[0][1]
+    assert {entry[-1] for entry in log.of("capture")} == {entry[-1] for entry in log.of("replay")} == {main}
+    assert len(log.of("replay")) > 3
+
+
+def test_a_prompt_waits_for_the_graph_that_writes_to_its_slot(model):
+    """A replay is work of the main stream alone: the next prompt's stream waits for it, and the next step for the
+    prompt."""
+    params = PLAIN.override(ignore_eos=True, max_new_tokens=24)
+    with cuda_driver() as log, engines_on(OnCpuTensors()):
+        run(model, params, count=4)
+    main, *streams = (entry[1] for entry in log.of("stream"))
+    last = max(
+        i
+        for i, entry in enumerate(log)
+        if entry[0] == "replay" and ("wait", streams[0], main) in [each[:3] for each in log[i:]]
+    )
+    after = [entry[1:3] for entry in log[last:] if entry[0] == "wait"]
+    assert set(after) >= {pair for s in streams for pair in ((s, main), (main, s))}
 
 
 def test_replays_run_where_they_were_captured(model):
-    """With drafts, each backbone's graphs are on its own stream, with a pool of memory of their own."""
+    """Where the host takes part, each backbone's graphs are on its own stream, with a pool of memory of their own."""
     with cuda_driver() as log, engines_on(OnCpuTensors()):
-        run(model, count=3, speculation=Speculation("arm", 2))
+        run(model, PLAIN.override(repetition_penalty=1.3), count=3, speculation=Speculation("arm", 2))
     _, *streams = (entry[1] for entry in log.of("stream"))
     where = {entry[1]: entry[-1] for entry in log.of("capture")}
     assert set(where.values()) == set(streams)
@@ -118,13 +144,14 @@ def test_a_graph_goes_on_from_what_it_wrote():
         assert int(call(given, torch.tensor(0))[0]) == 10
 
 
-def test_a_text_that_outgrows_its_graph_gets_another(model):
+@pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3)])
+def test_a_text_that_outgrows_its_graph_gets_another(model, speculation):
     """At a KV bound of 128 a graph would attend to no more than 128 tokens."""
     prompt = random_prompts(random.Random(3), 1, 1)[0] * 120
     params = PLAIN.override(ignore_eos=True, max_new_tokens=20)
     expected = model.generate(prompt, params)[0].token_ids
     with cuda_driver(), engines_on(OnCpuTensors()) as device:
-        assert model.generate(prompt, params)[0].token_ids == expected
+        assert model.generate(prompt, params, speculation=speculation)[0].token_ids == expected
     assert [key[1].runners[0][0] for key in device.graphs] == [128, 192]  # the second is all that the cache has
 
 
@@ -176,8 +203,8 @@ def test_what_is_handed_over_is_kept_for_its_reader(model):
     waits = [entry[1:3] for entry in log.of("wait")][6:]
     main = log.of("stream")[0][1]
     to_main = sum(target is main for target, _ in waits)
-    assert kept[main] == to_main  # one tensor of logits each
-    assert sum(kept.values()) - kept[main] == 3 * (len(waits) - to_main)  # tokens, positions, rows of the cache
+    assert kept[main] == to_main - 2  # one tensor of logits each; the first step waits for the prompts
+    assert sum(kept.values()) - kept[main] == 2 * (len(waits) - to_main)  # tokens, positions
 
 
 def test_between_two_devices_copies_are_ordered_on_both():

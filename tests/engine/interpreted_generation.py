@@ -63,23 +63,47 @@ def decode(model, speculation):
     return log, device
 
 
-def test_lanes(lanes, monkeypatch):
-    """Every step is one launch, and nothing in it is read on the host."""
-    launch = StepGraph.launch
+@pytest.fixture
+def launches(monkeypatch):
+    """Drafts of each step that was one launch. Nothing in it is read on the host."""
+    launch, drafts = StepGraph.launch, []
 
-    def launched(self, batch):
+    def launched(self, batch, drafter, k):
+        drafts.append(k)
         with NoReads():
-            return launch(self, batch)
+            return launch(self, batch, drafter, k)
 
     monkeypatch.setattr(StepGraph, "launch", launched)
+    return drafts
+
+
+def test_lanes(lanes, launches):
     log, device = decode(lanes, "off")
     assert len(log.of("replay")) >= 3
     assert {entry[-1] for entry in log.of("replay")} == {device.streams[0]}
+    assert set(launches) == {0}
 
 
-def test_two_models_with_drafts(two_models):
-    log, _ = decode(two_models, Speculation("arm", 2))
-    assert len(log.of("replay")) > 3
+def test_lanes_with_drafts_of_the_text(lanes, launches):
+    log, device = decode(lanes, Speculation("ngram", 3))
+    assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
+    assert launches.count(3) > 6
+
+
+def test_two_models_with_drafts(two_models, launches):
+    log, device = decode(two_models, Speculation("arm", 2))
+    assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}  # stop tokens are banned for two steps
+    assert launches.count(2) > 6
+
+
+def test_a_draft_model(tokenizer, launches):
+    """It is no member of the target. The first step shows it the prompt, the others are one launch."""
+    model = GenARM.from_pretrained(
+        build_model("qwen2", 0), draft_model=build_model("llama", 0), tokenizer=tokenizer, max_batch_size=2
+    )
+    log, device = decode(model, Speculation("draft_model", 3))
+    assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
+    assert launches.count(3) > 3
 
 
 def test_weights_that_change(lanes):

@@ -1,4 +1,8 @@
-"""Drafting ahead while a block is verified, on a device that runs behind the host: it is dropped when it has to be."""
+"""Drafts on a device that runs behind the host.
+
+Steps that are one launch are launched before the host has read the one before. In steps that are not, the next block is
+drafted while one is verified, and dropped when it has to be.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ from doubles import Accesses, Lagging, Recorder, engines_on
 from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams, reference
+from genarm_fast.engine.in_flight import in_flight
 from genarm_fast.engine.step import Steps
 from genarm_fast.speculation.config import Speculation
 from genarm_fast.speculation.drafter import Drafts
 from genarm_fast.speculation.model_drafter import DraftRollout, ModelDrafter
+from genarm_fast.speculation.ngram_drafter import NgramIndex
 
 FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
 
@@ -46,8 +52,9 @@ def results(outputs):
     return [[(c.token_ids, c.text, c.finish_reason, c.stop_reason) for c in output.completions] for output in outputs]
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("case", range(24))
-def test_equals_plain_decoding(tiny_model, tokenizer, case, advances):
+def test_equals_plain_decoding(tiny_model, tokenizer, case, advances, whole):
     """Stop tokens, stop strings and limits anywhere; rows that leave, and others in their slots; penalties; filters."""
     rng = random.Random(case)
     arms = [similar(case), *([tiny_model(seed=1)] if case % 3 == 0 else [])]
@@ -66,13 +73,14 @@ def test_equals_plain_decoding(tiny_model, tokenizer, case, advances):
         requests = [each.override(stop=[output.text[3:6] or "x"]) for each, output in zip(requests, free)]
         free = model.generate(prompts, requests)
     name = rng.choice([*model.arm_names[:1], "base"]) if draft is None else "draft_model"
-    with engines_on(Lagging()):
+    with engines_on(Lagging(whole_steps=whole)):
         outputs = model.generate(prompts, requests, speculation=Speculation(name, rng.randint(1, 5)))
     assert results(outputs) == results(free)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("case", range(8))
-def test_whatever_auto_chooses(tiny_model, tokenizer, case):
+def test_whatever_auto_chooses(tiny_model, tokenizer, case, whole):
     """With times that say nothing; rounds of all kinds take turns, some of which the host reads late."""
     rng = random.Random(case)
     draft = similar(case + 1, 0.01) if case % 3 == 0 else None
@@ -85,7 +93,7 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case):
         each |= {"min_new_tokens": 0, "logit_bias": None}
         each |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     requests = [SamplingParams(**each, seed=rng.getrandbits(64), rewards=rng.random() < 0.5) for each in params]
-    device = Lagging()
+    device = Lagging(whole_steps=whole)
     device.clock = rng.random
     with engines_on(device):
         outputs = model.generate(prompts, requests, speculation="auto")
@@ -96,17 +104,18 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case):
 def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):
     """In batches, too, as long as all rows are right."""
     for case in (4, 12):
-        test_equals_plain_decoding(tiny_model, tokenizer, case, advances)
+        test_equals_plain_decoding(tiny_model, tokenizer, case, advances, whole=False)
     assert sum(advances) > 10
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ["arm", "base"])
-def test_weights_change_while_a_block_is_ahead(tiny_model, tokenizer, advances, name):
+def test_weights_change_while_a_block_is_ahead(tiny_model, tokenizer, advances, name, whole):
     """It was drafted with the old ones, and may be used: targets have the new ones."""
     base, arm = tiny_model(), similar()
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
     changing = model.stream([5, 6, 7], FREE.override(max_new_tokens=60), speculation=Speculation(name, 2))
-    with engines_on(Lagging()), changing as stream:
+    with engines_on(Lagging(whole_steps=whole)), changing as stream:
         for chunk in stream:
             stream.set_weights(2.0 + (len(chunk.token_ids) + chunk.token_ids[-1]) % 5)
     used = stream.output.completions[0].weights
@@ -120,7 +129,7 @@ def test_a_stream_cancelled_with_a_block_ahead(tiny_model, tokenizer, advances):
     params = FREE.override(max_new_tokens=30)
     expected = results(model.generate([[5, 6, 7], [8, 9]], params))
     plan = Speculation("arm", 3)
-    with engines_on(Lagging()):
+    with engines_on(Lagging(whole_steps=False)):
         with model.stream([5, 6, 7], params, speculation=plan) as stream:
             for _ in range(3):
                 next(stream)
@@ -129,7 +138,7 @@ def test_a_stream_cancelled_with_a_block_ahead(tiny_model, tokenizer, advances):
 
 
 def launched(model, params=FREE, k=3, prompts=([5, 6, 7],)):
-    recorder = Recorder()
+    recorder = Recorder(whole_steps=False)
     with engines_on(recorder), Accesses(recorder):
         model.generate([*prompts], params, speculation=Speculation("arm", k))
     assert recorder.found == []
@@ -147,15 +156,15 @@ def test_nothing_is_drafted_twice(tiny_model, tokenizer):
 def test_the_next_block_is_drafted_while_one_is_verified(tiny_model, tokenizer, monkeypatch):
     """Neither waits for the other, nor does the host for what was drafted ahead."""
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
-    waits, read = [], Steps._read
+    waits = []
 
-    def checked(self, *rest):
-        device, main = self.executor.device, self.executor.main
+    def checked(executor, *rest):
+        device, main = executor.device, executor.main
         (arm,) = {stream for name, stream, *_ in device.launches if name == "arm[0].forward"}
         waits.append(device.clocks[main][arm] < device.clocks[arm][arm])
-        return read(self, *rest)
+        return in_flight(executor, *rest)
 
-    monkeypatch.setattr(Steps, "_read", checked)
+    monkeypatch.setattr("genarm_fast.engine.step.in_flight", checked)
     rounds = [[]]
     for launch in launched(model).launches:
         if launch[0].endswith(".forward"):
@@ -175,7 +184,7 @@ def test_every_hand_over_is_needed(tiny_model, tokenizer):
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
     params = FREE.override(max_new_tokens=4)
     for number in range(launched(model, params, 1).hand_overs):
-        recorder = Recorder(number)
+        recorder = Recorder(number, whole_steps=False)
         with engines_on(recorder), Accesses(recorder):
             model.generate([5, 6, 7], params, speculation=Speculation("arm", 1))
         assert recorder.found, number
@@ -192,7 +201,7 @@ def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, mon
 
     if broken:
         monkeypatch.setattr(ModelDrafter, "accepted", kept)
-    with engines_on(Lagging()):
+    with engines_on(Lagging(whole_steps=False)):
         found = results(model.generate([5, 6, 7], FREE, speculation=Speculation("arm", 2)))
     assert (found == expected) != broken
 
@@ -225,3 +234,28 @@ def test_how_far_ahead():
         steps()
         drafter.accepted(drafts, [3], 3.0, 30.0)
     assert steps() == 3 + 4
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_the_device_looks_up_what_the_host_does(tiny_model, tokenizer, case, monkeypatch):
+    """Also beside rows that leave, in slots that are filled again, and where the text has nothing to offer."""
+    rng = random.Random(case)
+    model = GenARM.from_pretrained(tiny_model(), similar(case), tokenizer=tokenizer, max_batch_size=rng.randint(1, 3))
+    prompts = [prompt * rng.randint(1, 3) for prompt in random_prompts(rng, 6)]
+    bias = dict.fromkeys(rng.sample(range(2, 300), 3), 30.0)  # so few different tokens that endings come again
+    requests = [FREE.override(max_new_tokens=rng.randint(1, 30), seed=i, logit_bias=bias) for i in range(6)]
+    seen, finish = [], Steps.finish
+
+    def checked(self, step):
+        known = [NgramIndex([*each.request.token_ids[0], *each.tokens]) for each in step.sequences]
+        finish(self, step)
+        if step.choice.k and step.most > 1:
+            seen.extend((mine.propose(step.choice.k), drafted) for mine, drafted in zip(known, step.drafts.tokens))
+
+    monkeypatch.setattr(Steps, "finish", checked)
+    with engines_on(Lagging()):
+        outputs = model.generate(prompts, requests, speculation=Speculation("ngram", 3))
+    assert results(outputs) == results(model.generate(prompts, requests))
+    assert len(seen) > 10
+    assert any(drafted for _, drafted in seen)
+    assert all(mine == drafted for mine, drafted in seen)

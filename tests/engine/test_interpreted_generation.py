@@ -7,6 +7,15 @@ from in_interpreter import NEEDS_NUMPY, run_interpreted
 
 
 @NEEDS_NUMPY
-@pytest.mark.parametrize("name", ["test_lanes", "test_two_models_with_drafts", "test_weights_that_change"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_lanes",
+        "test_lanes_with_drafts_of_the_text",
+        "test_two_models_with_drafts",
+        "test_a_draft_model",
+        "test_weights_that_change",
+    ],
+)
 def test_interpreted(name):
     run_interpreted(f"tests/engine/interpreted_generation.py::{name}")

@@ -208,7 +208,7 @@ def test_nothing_of_a_call_is_kept(model):
     gc.collect()
     assert alive() is None
     sure = GenARM.from_pretrained(build_model("llama", 0), build_model("llama", 0), tokenizer=model.tokenizer)
-    with engines_on(Lagging()):
+    with engines_on(Lagging(whole_steps=False)):
         stream = sure.stream([5, 6, 7], **SEEDED, temperature=0.0, speculation=Speculation("arm", 2))
         next(stream)
         drafter = sure.engine().drafters[0]

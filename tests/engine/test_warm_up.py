@@ -141,8 +141,9 @@ def test_a_draft_model_on_cuda(tokenizer):
         plan = Speculation("draft_model", 2)
         model.warm_up(batch_sizes=2, **LENGTHS, speculation=plan)
         captures = len(log.of("capture"))
-        # For 1 and 2 rows; a draft model is never given drafts; plain steps, one of which has filters and log-probs.
-        assert captures == 2 * (2 * 3 + 1) + 2 + 1
+        # For 1 and 2 rows: forwards, a draft model's of one token alone; steps, plain and with two drafts. And a plain
+        # step with filters and log-probs.
+        assert captures == 2 * (2 * 3 + 1) + 2 * 2 + 1
         requests(model, most=2, speculation=plan)
         assert len(log.of("capture")) == captures == len(device.graphs)
 

@@ -260,15 +260,15 @@ def test_the_second_call_captures_nothing(fresh):
 
 
 def test_shapes_of_rounds_with_drafts_are_captured_once(fresh):
-    """Each when it came for the third time, in whichever call."""
+    """In the first call, which brings each of them three times."""
     model = fresh()
     expected = tokens(model, prompts(0))
     with cuda_driver() as log, engines_on(OnCpuTensors()):
         captures = []
-        for _ in range(5):
+        for _ in range(3):
             assert tokens(model, prompts(0), speculation=Speculation("arm", 2)) == expected
             captures.append(len(log.of("capture")))
-    assert captures[0] < captures[2] == captures[3] == captures[4]
+    assert 0 < captures[0] == captures[2]
 
 
 def test_a_run_waits_for_what_was_done_before_it(fresh):

@@ -50,6 +50,10 @@ def test_settle_is_a_sound_op(ragged):
     opcheck(ops.settle, (targets, drafts.clone(), *rest.values(), targets[:, 0].clone() if ragged else None))
 
 
+def test_ngram_lookup_is_a_sound_op():
+    opcheck(ops.ngram_lookup, (torch.arange(20).view(2, 10) % 3, torch.tensor([10, 4]), 3, 4, 2))
+
+
 def round_of(base, arm, positions, seeds):
     """What an engine compiles: nothing in it may break the graph."""
     drawn = guided_sample(base * 2, (arm,), [0.5], temperature=0.8, top_p=0.9, seeds=seeds, positions=positions,

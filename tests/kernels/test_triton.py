@@ -26,6 +26,7 @@ INTERPRETED = [
     "guided_sample/interpreted_guided_sample",
     "guided_sample/interpreted_known_calls",
     "settle/interpreted_settle",
+    "ngram_lookup/interpreted_ngram_lookup",
     "ragged_attention/interpreted_ragged_attention",
     "add_rms_norm/interpreted_add_rms_norm",
     "gated_mul/interpreted_gated_mul",
@@ -39,7 +40,7 @@ def test_interpreted(name):
     run_interpreted(f"tests/kernels/{name}.py")
 
 
-SAMPLING = ["1 ARM", "1 ARM, filters", "1 ARM, numbers", "5 drafts"]
+SAMPLING = ["1 ARM", "1 ARM, filters", "1 ARM, numbers", "5 drafts", "n-grams"]
 ATTENTION = [
     "8B",
     "8B, q = 4",
@@ -50,7 +51,7 @@ ATTENTION = [
 ]
 LAYER = ["8B layer", "8B layer, r = 16", "0.5B layer, r = 8, norms, gelu", "rotary"]
 TYPICAL = [*SAMPLING, *ATTENTION, *LAYER]
-KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "settle_kernel"}
+KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "settle_kernel", "lookup_kernel"}
 KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
 KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel"}
 ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # few programs, where occupancy matters less

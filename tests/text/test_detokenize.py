@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from genarm_fast.text.detokenize import Detokenizer, StopStrings, decode
+from genarm_fast.text.detokenize import Detokenizer, StopStrings, decode, decoder
 
 TEXTS = [
     "the cat sat on the mat",
@@ -71,6 +71,20 @@ def test_long_runs_of_bytes_that_are_no_text(tokenizer):
             ids += one[: rng.randint(1, len(one))] * rng.choice([1, 1, 5])
         pieces = pieces_of(tokenizer, ids)
         assert "".join(pieces) == decode(tokenizer, ids)
+
+
+class Shouting(PreTrainedTokenizerFast):
+    def _decode(self, token_ids, **kwargs):
+        return super()._decode(token_ids, **kwargs).upper()
+
+
+def test_a_tokenizer_with_a_decode_of_its_own(tokenizer):
+    ids = tokenizer("the cat</s>")["input_ids"]
+    own = Shouting(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    for each, text in ((tokenizer, "the cat"), (own, "THE CAT")):
+        assert decoder(each, skip_special_tokens=True)(ids) == decode(each, ids) == text
+        assert "".join(pieces_of(each, ids)) == text
+    assert decoder(tokenizer, skip_special_tokens=False)(ids) == "the cat</s>"
 
 
 @pytest.mark.parametrize(("text", "most"), [("the cat é ", 4), ("\ufffd", 14), ("</s>", 1)])
