@@ -18,7 +18,7 @@ from tiny_models import build_model
 from genarm_fast import GenARM, SamplingParams, reference
 from genarm_fast.engine.in_flight import in_flight
 from genarm_fast.engine.step import Steps
-from genarm_fast.speculation.config import Speculation
+from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.drafter import Drafts
 from genarm_fast.speculation.model_drafter import DraftRollout, ModelDrafter
 from genarm_fast.speculation.ngram_drafter import NgramIndex
@@ -259,3 +259,40 @@ def test_the_device_looks_up_what_the_host_does(tiny_model, tokenizer, case, mon
     assert len(seen) > 10
     assert any(drafted for _, drafted in seen)
     assert all(mine == drafted for mine, drafted in seen)
+
+
+@pytest.mark.parametrize("drafter", ["arm", "ngram"])
+def test_a_ban_on_stop_tokens_ends_within_a_block(tiny_model, tokenizer, drafter):
+    """All positions of a step have one bias: none of them may be banned longer than it is, or shorter."""
+    model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
+    params = SamplingParams(max_new_tokens=20, min_new_tokens=3, stop_token_ids=[9], logit_bias={9: 50.0}, seed=1)
+    with engines_on(Lagging()):
+        (output,) = model.generate([5, 6, 5, 6, 5, 6], params, speculation=Speculation(drafter, 5))
+    assert output.token_ids.index(9) == 3
+    assert output.completions[0].finish_reason == "stop"
+
+
+def test_each_sequence_gets_as_many_drafts_as_it_asked_for(tiny_model, tokenizer):
+    """Who runs longest says who drafts; one that asked for none gets none."""
+    model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
+    with engines_on(Lagging()):
+        engine = model.engine()
+        plans = (Speculation("arm", 3), Speculation("arm", 1), OFF)
+        made = [engine.add(model.prepare([[5, 6, 7]], FREE)[0], plan)[0] for plan in plans]
+        while engine.scheduler:
+            engine.step()
+    assert [each.drafted for each in made] == [18, 12, 0]
+
+
+def test_a_draft_model_is_shown_what_it_did_not_draft(tiny_model, tokenizer):
+    """One that is the base is always right, also after steps in which it had no part, one of them in flight."""
+    model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
+    with engines_on(Lagging()):
+        engine = model.engine()
+        (plain,) = engine.add(model.prepare([[8, 9]], FREE.override(max_new_tokens=5))[0], OFF)
+        engine.step()
+        (drafted,) = engine.add(model.prepare([[5, 6, 7]], FREE)[0], Speculation("draft_model", 3))
+        while engine.scheduler:
+            engine.step()
+    assert len(plain.tokens) == 5
+    assert drafted.drafted == drafted.accepted > 12
