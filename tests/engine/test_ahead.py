@@ -22,6 +22,8 @@ from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.drafter import Drafts
 from genarm_fast.speculation.model_drafter import DraftRollout, ModelDrafter
 from genarm_fast.speculation.ngram_drafter import NgramIndex
+from genarm_fast.speculation.observations import PLAIN
+from genarm_fast.speculation.policy import DraftPolicy
 
 FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
 
@@ -296,3 +298,19 @@ def test_a_draft_model_is_shown_what_it_did_not_draft(tiny_model, tokenizer):
             engine.step()
     assert len(plain.tokens) == 5
     assert drafted.drafted == drafted.accepted > 12
+
+
+def test_a_draft_model_and_plain_steps_take_turns(tiny_model, tokenizer, monkeypatch):
+    """A plain step in flight gives a token that the draft model has not seen when the next drafts are due."""
+    model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
+    choose, turns = DraftPolicy.choose, []
+
+    def every_third(self, rows):
+        turns.append(rows)
+        return choose(self, rows) if len(turns) % 3 == 0 or len(turns) < 3 else PLAIN
+
+    monkeypatch.setattr(DraftPolicy, "choose", every_third)
+    with engines_on(Lagging()):
+        params = FREE.override(max_new_tokens=60)
+        (output,) = model.generate([5, 6, 7], params, speculation=Speculation("draft_model", 3))
+    assert output.rounds.drafted == output.rounds.accepted > 5
