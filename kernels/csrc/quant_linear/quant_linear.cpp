@@ -89,10 +89,11 @@ class Multiplication {
   void contract(Adapted& adapted) const {
     const LinearLoops& linear = *adapted.product->linear->loops;
     const Lora& lora = adapted.lora;
-    const Aligned<float> spread = aligned<float>(kRows * divide_up(in_, kStep) * kStep);
-    float y[kRows * kPanelRow];
-    for (int64_t first = adapted.span.first; first < adapted.span.last; first += kRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kRows, adapted.span.last - first));
+    const int most = linear.rows;
+    const Aligned<float> spread = aligned<float>(most * divide_up(in_, kStep) * kStep);
+    float y[kTile * kPanelRow];
+    for (int64_t first = adapted.span.first; first < adapted.span.last; first += most) {
+      const int count = static_cast<int>(std::min<int64_t>(most, adapted.span.last - first));
       for (int r = 0; r < count; ++r) {
         linear.spread(x_ + (first + r) * x_stride_, in_, spread.get() + r * kStep, count * kStep);
       }

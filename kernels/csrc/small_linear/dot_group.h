@@ -15,43 +15,65 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kVectors = kLanes / kWidth;  // in the lanes of a sum
-constexpr int kSums = 16;                  // of a group: rows by outputs, filled up with zeros
+constexpr int kSums = kWidth == 16 ? 16 : 12;  // of a group at most: rows by outputs
+constexpr int kRows = kWidth == 16 ? 8 : 4;    // of a group at most
 
 inline Floats odd(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
 inline Floats even(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
 
-template <int R, int O>
-inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[R][O][kVectors]) {
+// The products of 32 inputs, those of V vectors of lanes. The fewer of rows and outputs are held in registers, the others
+// pass through one.
+template <int R, int O, int V>
+inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[R][O][V]) {
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      Floats weights[O];
-#pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) {
+      const auto weight = [&](int o) {
         const Words pairs = load_as<Words>(w + o * w_stride + v * 2 * kWidth);
-        weights[o] = half == 0 ? odd(pairs) : even(pairs);
-      }
+        return half == 0 ? odd(pairs) : even(pairs);
+      };
+      const auto input = [&](int r) {
+        Floats found = load(x + r * kStep + half * kLanes + v * kWidth);
+        asm("" : "+v"(found));  // one load for all outputs
+        return found;
+      };
+      if constexpr (R < O) {
+        Floats inputs[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        Floats input = load(x + r * kStep + half * kLanes + v * kWidth);
-        asm("" : "+v"(input));  // one load for all outputs
+        for (int r = 0; r < R; ++r) inputs[r] = input(r);
 #pragma GCC unroll 8
-        for (int o = 0; o < O; ++o) s[r][o][v] = fma(weights[o], input, s[r][o][v]);
+        for (int o = 0; o < O; ++o) {
+          const Floats passing = weight(o);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) s[r][o][v] = fma(passing, inputs[r], s[r][o][v]);
+        }
+      } else {
+        Floats weights[O];
+#pragma GCC unroll 8
+        for (int o = 0; o < O; ++o) weights[o] = weight(o);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Floats passing = input(r);
+#pragma GCC unroll 8
+          for (int o = 0; o < O; ++o) s[r][o][v] = fma(weights[o], passing, s[r][o][v]);
+        }
       }
     }
   }
 }
 
+constexpr int kSumsFilled = 16;  // with those that fill up the last vectors
+
 struct Places {
-  alignas(64) int of[kSums];  // in y, of each sum of a group
+  alignas(64) int of[kSumsFilled];  // in y, of each sum of a group
 };
 
-// Σ of the 16 lanes of each of 16 sums, `count` of them to their places: a transposition that adds on the way.
+// Σ of the 16 lanes of each sum, `count` of them to their places: a transposition that adds on the way.
 // In registers: what is stored in whole vectors and read back in halves, or the other way round, waits for the cache.
 #if defined(__AVX512F__)
 
-inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, int count, float* y) {
+inline void add_lanes(const Floats (&s)[kSumsFilled][kVectors], const Places& places, int count, float* y) {
   const auto fold8 = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
   };
@@ -71,8 +93,8 @@ inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, 
 
 #else
 
-inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, int count, float* y) {
-  float sums[kSums];
+inline void add_lanes(const Floats (&s)[kSumsFilled][kVectors], const Places& places, int count, float* y) {
+  float sums[kSumsFilled];
   const auto fold8 = [&](int e) { return s[e][0] + s[e][1]; };
   const auto fold4 = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
@@ -83,7 +105,8 @@ inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, 
   const auto fold1 = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xDD));
   };
-  for (int first = 0; first < kSums; first += 8) {
+#pragma GCC unroll 2
+  for (int first = 0; first < count; first += 8) {
     const auto quarter = [&](int e) { return fold4(fold8(first + e), fold8(first + 4 + e)); };
     store(sums + first, fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3))));
   }
@@ -99,56 +122,64 @@ struct Strip {
 };
 
 // Adds the products of a strip of inputs to the lanes of R rows by O outputs, and at the end puts their sums in y.
-// Fetches the weights at `near` into the L1 cache, those at `far` into L2.
+// Fetches the weights at `near` into the L1 cache, those at `far` into L2. Where the registers hold one vector of the
+// lanes only, the strip passes twice: sums that leave the registers cost more than lines that are read again from L1.
 template <int R, int O>
 void group(const Strip& strip, const float* x, const uint16_t* w, const uint16_t* near, const uint16_t* far,
            float* lanes, const Places& places, float* y) {
   static_assert(R * O <= kSums);
+  constexpr int V = R * O * kVectors <= kSums ? kVectors : 1;
   const int64_t x_step = strip.x_step, w_stride = strip.w_stride, n = strip.inputs;
-  const auto at = [&](int r, int o, int v) { return lanes + (r * O + o) * kLanes + v * kWidth; };
-  Floats s[R][O][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) s[r][o][v] = strip.begin ? Floats{} : load(at(r, o, v));
-    }
-  }
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep, x += x_step) {
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-      _mm_prefetch(reinterpret_cast<const char*>(near + o * w_stride + i), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(far + o * w_stride + i), _MM_HINT_T1);
-    }
-    step<R, O>(x, w + i, w_stride, s);
-  }
-  if (i < n) {
-    uint16_t tail[O * kStep] = {};
-    for (int o = 0; o < O; ++o) std::memcpy(tail + o * kStep, w + o * w_stride + i, (n - i) * sizeof *w);
-    step<R, O>(x, tail, kStep, s);
-  }
-  if (strip.end) {
-    Floats flat[kSums][kVectors] = {};
+  Floats flat[kSumsFilled][kVectors];
+#pragma GCC unroll 1
+  for (int pass = 0; pass < kVectors; pass += V) {
+    const auto at = [&](int r, int o, int v) { return lanes + (r * O + o) * kLanes + (pass + v) * kWidth; };
+    const float* inputs = x + pass * kWidth;
+    const uint16_t* weights = w + pass * 2 * kWidth;
+    Floats s[R][O][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int o = 0; o < O; ++o) {
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) flat[r * O + o][v] = s[r][o][v];
+        for (int v = 0; v < V; ++v) s[r][o][v] = strip.begin ? Floats{} : load(at(r, o, v));
       }
     }
-    return add_lanes(flat, places, R * O, y);
-  }
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep, inputs += x_step) {
+      if (pass == 0) {
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
+        for (int o = 0; o < O; ++o) {
+          _mm_prefetch(reinterpret_cast<const char*>(near + o * w_stride + i), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(far + o * w_stride + i), _MM_HINT_T1);
+        }
+      }
+      step<R, O, V>(inputs, weights + i, w_stride, s);
+    }
+    if (i < n) {
+      uint16_t tail[O * kStep] = {};
+      for (int o = 0; o < O; ++o) std::memcpy(tail + o * kStep, w + o * w_stride + i, (n - i) * sizeof *w);
+      step<R, O, V>(inputs, tail + pass * 2 * kWidth, kStep, s);
+    }
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) store(at(r, o, v), s[r][o][v]);
+        for (int v = 0; v < V; ++v) {
+          if (strip.end) flat[r * O + o][pass + v] = s[r][o][v];
+          else store(at(r, o, v), s[r][o][v]);
+        }
+      }
     }
   }
+  if (!strip.end) return;
+#pragma GCC unroll 16
+  for (int sum = R * O; sum < kSumsFilled; ++sum) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) flat[sum][v] = Floats{};
+  }
+  add_lanes(flat, places, R * O, y);
 }
 
 using Group = decltype(&group<1, 1>);

@@ -6,33 +6,33 @@
 namespace genarm {
 
 constexpr int kStep = 32;                 // inputs that the lanes take at a time
-constexpr int kRows = 8;                  // of a block: they share one load of a weight into a register
-constexpr int kBlocks = 2;                // that share one load of a weight into the L1 cache
-constexpr int kStreams = 16;              // of weights, which are read in turn
+constexpr int kTile = 16;                 // rows in blocks that share one load of a weight into the L1 cache
 constexpr int kOutputs = 256;             // of a panel at most
 constexpr int kPanelRow = kOutputs + 16;  // between the rows of its sums, which would meet in few sets of the cache
 
 struct Rows {
   const float* x;  // spread, row r at x + r * kStep, so that a block is one stream
   int64_t step;    // between steps
-  int count;       // 1..kRows; those of two blocks differ by one at most
+  int count;       // 1..LinearLoops::rows
 };
 
 // y[r, o] = Σ_i x[r, i] · w[o, i] for a panel of outputs.
 struct Dots {
-  Rows blocks[kBlocks];
+  Rows blocks[kTile];
   int count;  // of blocks
   const uint16_t* w;
   int64_t in;
   int outputs;           // at most kOutputs
   const uint16_t* next;  // the weights to come
   bool cold;             // whether these come from memory, and are fetched ahead
-  float* y;              // [kBlocks, kRows, kPanelRow]
+  float* y;              // [kTile, kPanelRow], row after row of all blocks
 };
 
 // Every sum has one order, whatever the rows, the panel and the instruction set: lane l of 16 adds the products of
 // elements 2l + 1 and 2l of each 32 inputs, then lanes 8, 4, 2 and 1 apart are added.
 struct LinearLoops {
+  int rows;     // of a block at most: they share one load of a weight into a register
+  int streams;  // of a panel's weights, which are read in turn
   // n bfloat16 as floats: kStep of them every `step` floats, the odd elements before the even ones, zeros at the end
   void (*spread)(const uint16_t* x, int64_t n, float* out, int64_t step);
   void (*dots)(const Dots& dots);

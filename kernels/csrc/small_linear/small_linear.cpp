@@ -13,7 +13,6 @@ constexpr std::align_val_t kLine{64};
 constexpr int64_t kThreadBytes = 1 << 20;    // of weights, for each thread: 70 µs or so, waking one takes 10
 constexpr int64_t kTableFloats = 1 << 18;    // of rows that stay in the L2 cache while the weights pass by, 1 MB
 constexpr int64_t kPanelBytes = 320 << 10;   // of weights that stay there while the rows pass by
-constexpr int kTile = kBlocks * kRows;       // rows that take one pass
 constexpr int64_t kHead = 12 * kStep;        // inputs of a stream fetched in advance: 192 x 576 takes 0.96 of the time
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,16 +40,16 @@ class Multiplication {
 
   void run(const uint16_t* x, int64_t x_stride, int64_t rows) {
     if (panels_.empty()) return;
-    const int64_t gap = panels_[0].count / kStreams * in_, head = std::min(in_, kHead);
+    const int64_t gap = panels_[0].count / loops_.streams * in_, head = std::min(in_, kHead);
     int stream = 0;
     for (first_ = 0; first_ < rows; first_ = last_) {
       last_ = std::min(first_ + table_, rows);
-      blocks_ = divide_up(last_ - first_, kRows);
+      blocks_ = divide_up(last_ - first_, loops_.rows);
       for (int64_t block = 0; block < blocks_; ++block) {
         for (int64_t row = start(block); row < start(block + 1); ++row) {
           // Between the rows, the streams' first lines: else memory idles until they are spread. (In no function of its
           // own: one that only fetches has no effect for GCC, which leaves its calls out.)
-          for (; stream < kStreams && stream * rows < (row + 1) * kStreams; ++stream) {
+          for (; stream < loops_.streams && stream * rows < (row + 1) * loops_.streams; ++stream) {
             for (int64_t i = 0; i < head; i += kStep) __builtin_prefetch(panels_[0].weight() + stream * gap + i, 0, 2);
           }
           loops_.spread(x + row * x_stride, in_, spread(block, row), step(block));
@@ -80,10 +79,10 @@ class Multiplication {
   // Panels of like size, so many that threads which come late find some.
   void cut(const Product& product) {
     const int64_t out = product.linear->out, shared = kPanelBytes / 2 / std::max<int64_t>(in_, 1);
-    const int64_t most = table_ > kTile ? std::clamp<int64_t>(shared, kStreams, kOutputs) : kOutputs;
+    const int64_t most = table_ > kTile ? std::clamp<int64_t>(shared, loops_.streams, kOutputs) : kOutputs;
     const int64_t parts = threads_ > 1 ? 2 * threads_ : 1;
     const int64_t panels = divide_up(divide_up(out, most), parts) * parts;
-    const int64_t size = divide_up(out, std::max<int64_t>(panels, 1) * kStreams) * kStreams;
+    const int64_t size = divide_up(out, std::max<int64_t>(panels, 1) * loops_.streams) * loops_.streams;
     panels_.reserve(panels_.size() + panels);
     for (int64_t output = 0; output < out; output += size) {
       panels_.push_back({&product, output, static_cast<int>(std::min(size, out - output))});
@@ -106,16 +105,22 @@ class Multiplication {
     const Span& span = adapted.span;
     const Lora& lora = adapted.lora;
     float y[kTile * kPanelRow];
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const int64_t first = std::max(start(block), span.first), last = std::min(start(block + 1), span.last);
-      if (first >= last) continue;
+    for (int64_t block = 0, to; block < blocks_; block = to) {
+      Dots dots{{}, 0, lora.a, in_, 0, nullptr, true, y};
+      for (to = block; to < blocks_ && start(to + 1) - start(block) <= kTile; ++to) {
+        const int64_t first = std::max(start(to), span.first), last = std::min(start(to + 1), span.last);
+        if (first < last) dots.blocks[dots.count++] = rows(to, first, last);
+      }
+      if (!dots.count) continue;
+      const int64_t first = std::max(start(block), span.first), last = std::min(start(to), span.last);
       for (int64_t j = 0; j < lora.rank; j += kOutputs) {
-        const int count = static_cast<int>(std::min<int64_t>(kOutputs, lora.rank - j));
-        const uint16_t* a = lora.a + j * in_;
-        loops_.dots({{rows(block, first, last)}, 1, a, in_, count, panels_[0].weight(), true, y});
+        dots.outputs = static_cast<int>(std::min<int64_t>(kOutputs, lora.rank - j));
+        dots.w = lora.a + j * in_;
+        dots.next = j + kOutputs < lora.rank ? dots.w + kOutputs * in_ : panels_[0].weight();
+        loops_.dots(dots);
         for (int64_t row = first; row < last; ++row) {
           float* hidden = adapted.hidden.data() + (row - span.first) * lora.rank + j;
-          for (int o = 0; o < count; ++o) hidden[o] = lora.scale * y[(row - first) * kPanelRow + o];
+          for (int o = 0; o < dots.outputs; ++o) hidden[o] = lora.scale * y[(row - first) * kPanelRow + o];
         }
       }
     }
@@ -126,15 +131,13 @@ class Multiplication {
     const Panel& panel = panels_[index];
     const Panel& next = panels_[index + 1 < static_cast<int64_t>(panels_.size()) ? index + 1 : index];
     alignas(64) float sums[kTile * kPanelRow];
-    for (int64_t block = 0; block < blocks_; block += kBlocks) {
+    for (int64_t block = 0, to; block < blocks_; block = to) {
       Dots dots{{}, 0, panel.weight(), in_, panel.count, next.weight(), block == 0, sums};
-      for (int64_t k = block; k < std::min(block + kBlocks, blocks_); ++k) {
-        dots.blocks[dots.count++] = rows(k, start(k), start(k + 1));
+      for (to = block; to < blocks_ && start(to + 1) - start(block) <= kTile; ++to) {
+        dots.blocks[dots.count++] = rows(to, start(to), start(to + 1));
       }
       loops_.dots(dots);
-      for (int k = 0; k < dots.count; ++k) {
-        finish(start(block + k), start(block + k + 1), panel, sums + k * kRows * kPanelRow);
-      }
+      finish(start(block), start(to), panel, sums);
     }
   }
 
@@ -173,7 +176,7 @@ void small_linear(const std::vector<Product>& products, const uint16_t* x, int64
                   int threads) {
   int64_t work = 0;
   for (const Product& product : products) work += product.linear->out * product.linear->in * 2;
-  threads = static_cast<int>(std::min<int64_t>(threads, work * divide_up(rows, kRows) / kThreadBytes));
+  threads = static_cast<int>(std::min<int64_t>(threads, work * divide_up(rows, products[0].linear->loops->rows) / kThreadBytes));
   Multiplication(products, rows, threads).run(x, x_stride, rows);
 }
 
