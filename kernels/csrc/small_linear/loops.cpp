@@ -16,12 +16,14 @@ namespace {
 constexpr int64_t kChunk = 640;                     // of a row at most, with the weights of a group and of the next one
 constexpr int64_t kWhole = 10240, kChunked = 8192;  // of all rows
 
+constexpr int64_t kWideChunk = 5120;                // of all rows, beside the weights of a group as float32
+
 constexpr int kStreams = kWidth == 16 ? 16 : 12;  // a multiple of the outputs at a time
 
 // Outputs at a time: enough sums to hide the latency of the fma, no more than the registers and a group hold.
 constexpr int together(int rows) {
   if (kWidth == 16) return rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
-  return rows == 1 ? 4 : rows == 2 ? 3 : rows == 3 ? 4 : 3;
+  return rows == 1 ? 4 : rows == 2 ? 2 : 3;
 }
 
 // Outputs first .. first + streams * length - 1, O at a time. The weights pass in many streams of `length` outputs
@@ -87,6 +89,32 @@ void dots(const Dots& d) {
   }
 }
 
+// A chunk of the rows stays in the L1 cache while all weights of the panel pass from L2.
+void wide_dots(const WideDots& d) {
+  constexpr int O = kSums / kRows;
+  Places places;
+  for (int sum = 0; sum < kSumsFilled; ++sum) places.of[sum] = sum / O * kPanelRow + sum % O;
+  WideGroup run[kTile];
+  int rows[kTile + 1] = {};
+  for (int k = 0; k < d.count; ++k) {
+    run[k] = wide_group_of<O>(d.blocks[k].count);
+    rows[k + 1] = rows[k] + d.blocks[k].count;
+  }
+  const int64_t chunks = (d.width * rows[d.count] + kWideChunk - 1) / kWideChunk;
+  const int64_t chunk = (d.width / kStep + chunks - 1) / chunks * kStep;
+  for (int64_t i = 0; i < d.width; i += chunk) {
+    const int64_t n = std::min(chunk, d.width - i);
+    for (int o = 0; o < d.outputs; o += O) {
+      for (int k = 0; k < d.count; ++k) {
+        const Rows& block = d.blocks[k];
+        float* lanes = d.lanes + (o * kTile + rows[k] * O) * kLanes;
+        run[k]({block.step, 0, n, i == 0, i + n == d.width}, block.x + i / kStep * block.step,
+               d.w + o * d.width + i * O, lanes, places, d.y + rows[k] * kPanelRow + o);
+      }
+    }
+  }
+}
+
 void spread_step(const uint16_t* x, float* out) {
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
@@ -136,7 +164,7 @@ void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
 
 }  // namespace
 
-extern const LinearLoops TABLE(ISA) = {kRows, kStreams, spread, dots, expand, store_bf16};
+extern const LinearLoops TABLE(ISA) = {kRows, kStreams, kWidth == 16 ? 0 : kSums / kRows, spread, dots, wide_dots, expand, store_bf16};
 
 }  // namespace genarm
 

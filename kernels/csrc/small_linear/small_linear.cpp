@@ -13,6 +13,9 @@ constexpr std::align_val_t kLine{64};
 constexpr int64_t kThreadBytes = 1 << 20;    // of weights, for each thread: 70 µs or so, waking one takes 10
 constexpr int64_t kTableFloats = 1 << 18;    // of rows that stay in the L2 cache while the weights pass by, 1 MB
 constexpr int64_t kPanelBytes = 320 << 10;   // of weights that stay there while the rows pass by
+constexpr int64_t kWideFloats = 1 << 16;     // of weights as float32 that stay there
+constexpr int64_t kWideRows = 12;            // from which on these are worth it
+constexpr int64_t kWideTile = 8;             // rows that stay in L1 while these pass by
 constexpr int64_t kHead = 12 * kStep;        // inputs of a stream fetched in advance: 192 x 576 takes 0.96 of the time
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,6 +31,7 @@ class Multiplication {
     width_ = divide_up(in_, kStep) * kStep;
     const int64_t tiles = kTableFloats / kTile / std::max<int64_t>(width_, 1);
     table_ = std::min(std::max<int64_t>(tiles, 1) * kTile, rows);
+    wide_ = loops_.wide && rows >= kWideRows;
     x_.reset(static_cast<float*>(operator new[](table_ * width_ * sizeof(float), kLine)));
     for (const Product& product : products) {
       for (const Span& span : product.spans) {
@@ -79,7 +83,9 @@ class Multiplication {
   // Panels of like size, so many that threads which come late find some.
   void cut(const Product& product) {
     const int64_t out = product.linear->out, shared = kPanelBytes / 2 / std::max<int64_t>(in_, 1);
-    const int64_t most = table_ > kTile ? std::clamp<int64_t>(shared, loops_.streams, kOutputs) : kOutputs;
+    const int64_t wide = kWideFloats / std::max<int64_t>(width_, 1);
+    const int64_t most = wide_ ? std::clamp<int64_t>(wide, loops_.streams, kOutputs)
+                               : table_ > kTile ? std::clamp<int64_t>(shared, loops_.streams, kOutputs) : kOutputs;
     const int64_t parts = threads_ > 1 ? 2 * threads_ : 1;
     const int64_t panels = divide_up(divide_up(out, most), parts) * parts;
     const int64_t size = divide_up(out, std::max<int64_t>(panels, 1) * loops_.streams) * loops_.streams;
@@ -131,12 +137,34 @@ class Multiplication {
     const Panel& panel = panels_[index];
     const Panel& next = panels_[index + 1 < static_cast<int64_t>(panels_.size()) ? index + 1 : index];
     alignas(64) float sums[kTile * kPanelRow];
+    if (wide_) return wide_outputs(panel, sums);
     for (int64_t block = 0, to; block < blocks_; block = to) {
       Dots dots{{}, 0, panel.weight(), in_, panel.count, next.weight(), block == 0, sums};
       for (to = block; to < blocks_ && start(to + 1) - start(block) <= kTile; ++to) {
         dots.blocks[dots.count++] = rows(to, start(to), start(to + 1));
       }
       loops_.dots(dots);
+      finish(start(block), start(to), panel, sums);
+    }
+  }
+
+  // The same: the panel's weights become float32 once, and stay in the L2 cache for all rows.
+  void wide_outputs(const Panel& panel, float* sums) const {
+    const int wide = loops_.wide, outputs = static_cast<int>(divide_up(panel.count, wide) * wide);
+    constexpr int64_t kLanesOf = kTile * kStep / 2;
+    std::unique_ptr<float[], FreeAligned> memory(
+        static_cast<float*>(operator new[]((outputs * (width_ + kLanesOf)) * sizeof(float), kLine)));
+    float* const weights = memory.get() + outputs * kLanesOf;
+    for (int o = 0; o < outputs; ++o) {
+      float* const at = weights + o / wide * wide * width_ + o % wide * kStep;
+      loops_.spread(panel.weight() + std::min(o, panel.count - 1) * in_, in_, at, wide * kStep);
+    }
+    for (int64_t block = 0, to; block < blocks_; block = to) {
+      WideDots dots{{}, 0, weights, width_, outputs, memory.get(), sums};
+      for (to = block; to < blocks_ && start(to + 1) - start(block) <= kWideTile; ++to) {
+        dots.blocks[dots.count++] = rows(to, start(to), start(to + 1));
+      }
+      loops_.wide_dots(dots);
       finish(start(block), start(to), panel, sums);
     }
   }
@@ -164,6 +192,7 @@ class Multiplication {
   const int64_t in_;
   const int threads_;
   int64_t width_, table_;                      // of a spread row, in rows
+  bool wide_;                                  // whether weights become float32 first
   int64_t first_ = 0, last_ = 0, blocks_ = 0;  // of the rows in the table
   std::unique_ptr<float[], FreeAligned> x_;    // [table, width], spread
   std::vector<Adapted> adapted_;
