@@ -185,7 +185,7 @@ inline int64_t step_of_weights() { return sizeof(W) == sizeof(float) ? O * kStep
 // Fetches the weights at `near` into the L1 cache, those at `far` into L2, if there are some. In no other function, so
 // that GCC 12 keeps the sums in registers.
 template <int R, int O, int V, typename W, bool Fetch = false>
-__attribute__((noinline)) void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, int64_t n,
+inline void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, int64_t n,
                                     const float* from, float* to, const W* near = nullptr, const W* far = nullptr) {
   Floats s[R][O][V];
 #pragma GCC unroll 8

@@ -83,6 +83,7 @@ void dots(const Dots& d) {
   for (int k = 0; k < d.count; ++k) most = std::max(most, d.blocks[k].count);
   switch (together(most)) {
     case 8: return panel<8>(d);
+    case 6: return panel<6>(d);
     case 4: return panel<4>(d);
     case 3: return panel<3>(d);
     default: return panel<2>(d);

@@ -13,9 +13,9 @@ constexpr std::align_val_t kLine{64};
 constexpr int64_t kThreadBytes = 1 << 20;    // of weights, for each thread: 70 µs or so, waking one takes 10
 constexpr int64_t kTableFloats = 1 << 18;    // of rows that stay in the L2 cache while the weights pass by, 1 MB
 constexpr int64_t kPanelBytes = 320 << 10;   // of weights that stay there while the rows pass by
-constexpr int64_t kWideFloats = 1 << 16;     // of weights as float32 that stay there
-constexpr int64_t kWideRows = 12;            // from which on these are worth it
-constexpr int64_t kWideTile = 8;             // rows that stay in L1 while these pass by
+constexpr int64_t kWideFloats = 1 << 15;     // of weights as float32 that stay there
+constexpr int64_t kWideRows = 32;            // from which on these are worth it
+constexpr int64_t kWideTile = 8;              // rows that stay in L1 while these pass by
 constexpr int64_t kHead = 12 * kStep;        // inputs of a stream fetched in advance: 192 x 576 takes 0.96 of the time
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
