@@ -17,7 +17,8 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kVectors = kLanes / kWidth;  // in the lanes of a sum
 constexpr int kSums = kWidth == 16 ? 16 : 12;  // of a group at most: rows by outputs
-constexpr int kRows = kWidth == 16 ? 8 : 4;    // of a group at most
+constexpr int kRows = kWidth == 16 ? 8 : 4;    // of a group, where there are many
+constexpr int kAlone = kWidth == 16 ? 8 : 6;   // of a group, where these are all
 
 inline Floats odd(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
 inline Floats even(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
@@ -263,7 +264,7 @@ void wide_group(const Strip& strip, const float* x, const float* w, float* lanes
 using Group = decltype(&group<1, 1>);
 
 // That of so many rows.
-template <int O, int R = kRows>
+template <int O, int R = kAlone>
 Group group_of(int rows) {
   if constexpr (R > 1) {
     if (rows < R) return group_of<O, R - 1>(rows);

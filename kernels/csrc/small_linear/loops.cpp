@@ -23,7 +23,7 @@ constexpr int kStreams = kWidth == 16 ? 16 : 12;  // a multiple of the outputs a
 // Outputs at a time: enough sums to hide the latency of the fma, no more than the registers and a group hold.
 constexpr int together(int rows) {
   if (kWidth == 16) return rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
-  return rows == 1 ? 4 : rows == 2 ? 2 : 3;
+  return rows == 1 ? 4 : rows == 2 || rows > 4 ? 2 : 3;
 }
 
 // Outputs first .. first + streams * length - 1, O at a time. The weights pass in many streams of `length` outputs
@@ -165,7 +165,7 @@ void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
 
 }  // namespace
 
-extern const LinearLoops TABLE(ISA) = {kRows, kStreams, kWidth == 16 ? 0 : kSums / kRows, spread, dots, wide_dots, expand, store_bf16};
+extern const LinearLoops TABLE(ISA) = {kRows, kAlone, kStreams, kWidth == 16 ? 0 : kSums / kRows, spread, dots, wide_dots, expand, store_bf16};
 
 }  // namespace genarm
 

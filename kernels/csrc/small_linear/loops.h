@@ -13,7 +13,7 @@ constexpr int kPanelRow = kOutputs + 16;  // between the rows of its sums, which
 struct Rows {
   const float* x;  // spread, row r at x + r * kStep, so that a block is one stream
   int64_t step;    // between steps
-  int count;       // 1..LinearLoops::rows
+  int count;       // 1..LinearLoops::rows, or alone
 };
 
 // y[r, o] = Σ_i x[r, i] · w[o, i] for a panel of outputs.
@@ -43,6 +43,7 @@ struct WideDots {
 // elements 2l + 1 and 2l of each 32 inputs, then lanes 8, 4, 2 and 1 apart are added.
 struct LinearLoops {
   int rows;     // of a block at most: they share one load of a weight into a register
+  int alone;    // of a block that is the only one, at most
   int streams;  // of a panel's weights, which are read in turn
   int wide;     // outputs of WideDots at a time; 0: never faster here
   // n bfloat16 as floats: kStep of them every `step` floats, the odd elements before the even ones, zeros at the end

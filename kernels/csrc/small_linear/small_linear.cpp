@@ -48,7 +48,7 @@ class Multiplication {
     int stream = 0;
     for (first_ = 0; first_ < rows; first_ = last_) {
       last_ = std::min(first_ + table_, rows);
-      blocks_ = divide_up(last_ - first_, loops_.rows);
+      blocks_ = last_ - first_ <= loops_.alone ? 1 : divide_up(last_ - first_, loops_.rows);
       for (int64_t block = 0; block < blocks_; ++block) {
         for (int64_t row = start(block); row < start(block + 1); ++row) {
           // Between the rows, the streams' first lines: else memory idles until they are spread. (In no function of its
