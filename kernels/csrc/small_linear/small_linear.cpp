@@ -31,7 +31,7 @@ class Multiplication {
     width_ = divide_up(in_, kStep) * kStep;
     const int64_t tiles = kTableFloats / kTile / std::max<int64_t>(width_, 1);
     table_ = std::min(std::max<int64_t>(tiles, 1) * kTile, rows);
-    wide_ = loops_.wide && rows >= kWideRows;
+    wide_ = loops_.wide && rows >= kWideRows && in_;
     x_.reset(static_cast<float*>(operator new[](table_ * width_ * sizeof(float), kLine)));
     for (const Product& product : products) {
       for (const Span& span : product.spans) {
