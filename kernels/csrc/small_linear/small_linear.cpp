@@ -137,7 +137,7 @@ class Multiplication {
     const Panel& panel = panels_[index];
     const Panel& next = panels_[index + 1 < static_cast<int64_t>(panels_.size()) ? index + 1 : index];
     alignas(64) float sums[kTile * kPanelRow];
-    if (wide_) return wide_outputs(panel, sums);
+    if (wide_ && wide_outputs(panel, sums)) return;
     for (int64_t block = 0, to; block < blocks_; block = to) {
       Dots dots{{}, 0, panel.weight(), in_, panel.count, next.weight(), block == 0, sums};
       for (to = block; to < blocks_ && start(to + 1) - start(block) <= kTile; ++to) {
@@ -148,12 +148,13 @@ class Multiplication {
     }
   }
 
-  // The same: the panel's weights become float32 once, and stay in the L2 cache for all rows.
-  void wide_outputs(const Panel& panel, float* sums) const {
+  // The same: the panel's weights become float32 once, and stay in the L2 cache for all rows. False without memory for it.
+  bool wide_outputs(const Panel& panel, float* sums) const {
     const int wide = loops_.wide, outputs = static_cast<int>(divide_up(panel.count, wide) * wide);
     constexpr int64_t kLanesOf = kTile * kStep / 2;
     std::unique_ptr<float[], FreeAligned> memory(
-        static_cast<float*>(operator new[]((outputs * (width_ + kLanesOf)) * sizeof(float), kLine)));
+        static_cast<float*>(operator new[](outputs * (width_ + kLanesOf) * sizeof(float), kLine, std::nothrow)));
+    if (!memory) return false;
     float* const weights = memory.get() + outputs * kLanesOf;
     for (int o = 0; o < outputs; ++o) {
       float* const at = weights + o / wide * wide * width_ + o % wide * kStep;
@@ -167,6 +168,7 @@ class Multiplication {
       loops_.wide_dots(dots);
       finish(start(block), start(to), panel, sums);
     }
+    return true;
   }
 
   // Rows first .. last - 1: LoRA, bias, rounding.
