@@ -4,9 +4,9 @@
         [--ways WAY ...]
 
 Default: the demo's base, on this repository's docs/design.md. KL and perplexity are means over the tokens of windows of
-the text, by transformers' own forward. KL is that of the checkpoint's weights in float32 arithmetic to each way: the line
-of bfloat16 shows what its rounding costs. Greedy texts are those of prompts from the text. A
-step is CPU time of decoding, in turns, medians; one thread.
+the text, by transformers' own forward. KL is that of the checkpoint's weights in float32 arithmetic to each way: the
+line of bfloat16 shows what its rounding costs. Greedy texts are those of prompts from the text. A step is CPU time of
+decoding, in turns, medians; one thread.
 """
 
 from __future__ import annotations
@@ -78,9 +78,8 @@ def main() -> None:
             for way, model in models.items():
                 took, texts[way] = decode(model, prompts, options.steps)
                 steps[way][rows].append(took)
-    print(
-        "| weights | MB | load, s CPU | KL from float32: mean, largest | same top token | perplexity | greedy texts equal |", end=""
-    )
+    measured = "KL from float32: mean, largest | same top token | perplexity | greedy texts equal"
+    print(f"| weights | MB | load, s CPU | {measured} |", end="")
     print("".join(f" {rows} rows, ms a step |" for rows in options.rows))
     print("|---" * (7 + len(options.rows)) + "|")
     for way, model in models.items():
