@@ -48,7 +48,7 @@ class Multiplication {
     int stream = 0;
     for (first_ = 0; first_ < rows; first_ = last_) {
       last_ = std::min(first_ + table_, rows);
-      blocks_ = last_ - first_ <= loops_.alone ? 1 : divide_up(last_ - first_, loops_.rows);
+      blocks_ = !wide_ && last_ - first_ <= loops_.alone ? 1 : divide_up(last_ - first_, loops_.rows);
       for (int64_t block = 0; block < blocks_; ++block) {
         for (int64_t row = start(block); row < start(block + 1); ++row) {
           // Between the rows, the streams' first lines: else memory idles until they are spread. (In no function of its
@@ -84,8 +84,8 @@ class Multiplication {
   void cut(const Product& product) {
     const int64_t out = product.linear->out, shared = kPanelBytes / 2 / std::max<int64_t>(in_, 1);
     const int64_t wide = kWideFloats / std::max<int64_t>(width_, 1);
-    const int64_t most = wide_ ? std::clamp<int64_t>(wide, loops_.streams, kOutputs)
-                               : table_ > kTile ? std::clamp<int64_t>(shared, loops_.streams, kOutputs) : kOutputs;
+    const int64_t fits = std::clamp<int64_t>(wide_ ? wide : shared, loops_.streams, kOutputs);
+    const int64_t most = wide_ || table_ > kTile ? fits : kOutputs;
     const int64_t parts = threads_ > 1 ? 2 * threads_ : 1;
     const int64_t panels = divide_up(divide_up(out, most), parts) * parts;
     const int64_t size = divide_up(out, std::max<int64_t>(panels, 1) * loops_.streams) * loops_.streams;
@@ -148,7 +148,7 @@ class Multiplication {
     }
   }
 
-  // The same: the panel's weights become float32 once, and stay in the L2 cache for all rows. False without memory for it.
+  // The same: the panel's weights become float32 once, and stay in the L2 cache for all rows. False: no memory for it.
   bool wide_outputs(const Panel& panel, float* sums) const {
     const int wide = loops_.wide, outputs = static_cast<int>(divide_up(panel.count, wide) * wide);
     constexpr int64_t kLanesOf = kTile * kStep / 2;
@@ -207,7 +207,8 @@ void small_linear(const std::vector<Product>& products, const uint16_t* x, int64
                   int threads) {
   int64_t work = 0;
   for (const Product& product : products) work += product.linear->out * product.linear->in * 2;
-  threads = static_cast<int>(std::min<int64_t>(threads, work * divide_up(rows, products[0].linear->loops->rows) / kThreadBytes));
+  const int64_t passes = divide_up(rows, products[0].linear->loops->rows);
+  threads = static_cast<int>(std::min<int64_t>(threads, work * passes / kThreadBytes));
   Multiplication(products, rows, threads).run(x, x_stride, rows);
 }
 
