@@ -112,8 +112,12 @@ def layer_ops() -> Iterator[Case]:
 
 
 @cache
-def demo_model(*arms: str) -> GenARM:
-    return GenARM.from_pretrained(demo.base(), [demo.arm(name) for name in arms], speculation="off")
+def demo_model(*arms: str, quantization: str | None = None) -> GenARM:
+    folders = [demo.arm(name) for name in arms]
+    return GenARM.from_pretrained(demo.base(), folders, speculation="off", quantization=quantization)
+
+
+EXACT = None if torch.cuda.is_available() else "exact"
 
 
 def texts(model: GenARM, **params: Any) -> Any:
@@ -122,15 +126,16 @@ def texts(model: GenARM, **params: Any) -> Any:
 
 @benchmark
 def decoding() -> Iterator[Case]:
-    """A LoRA ARM as a lane, eight tokens at batch 1; long form: decode.py"""
-    model = demo_model("positive")
+    """A LoRA ARM as a lane, eight tokens at batch 1, base in 4 bits where that loses nothing; long form: decode.py"""
+    model, exact = demo_model("positive"), demo_model("positive", quantization=EXACT)
     bare = AutoModelForCausalLM.from_pretrained(demo.base(), dtype=torch.bfloat16, trust_remote_code=False)
     merged = PeftModel.from_pretrained(bare, str(demo.arm("positive"))).merge_and_unload().eval()
     base, prompt = model.base.model, torch.tensor([model.prepare(PROMPT)[0].token_ids[0]])
     limits = {"min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "pad_token_id": 0}
     runs = {
-        "ours": lambda: texts(model, weights=[1.0]),
-        "ours, unguided": lambda: texts(model, weights=[0.0]),
+        "ours": lambda: texts(exact, weights=[1.0]),
+        "ours, unguided": lambda: texts(exact, weights=[0.0]),
+        "ours, bfloat16": lambda: texts(model, weights=[1.0]),
         "two models, naive": lambda: naive([base, merged], [1.0, 1.0], prompt, TOKENS),
         "Hugging Face, unguided": lambda: base.generate(prompt, attention_mask=torch.ones_like(prompt), **limits),
     }
@@ -140,7 +145,7 @@ def decoding() -> Iterator[Case]:
 @benchmark
 def drafting() -> Iterator[Case]:
     """Drafts by the small ARM at w = 2; long form: speculation.py"""
-    model = demo_model("small")
+    model = demo_model("small", quantization=EXACT)
     auto = genarm_fast.GenARM(model.members, speculation="auto")
     runs = {"ours": lambda: texts(auto, weights=[2.0]), "no drafts": lambda: texts(model, weights=[2.0])}
     yield Case("SmolLM2-135M, small", runs)

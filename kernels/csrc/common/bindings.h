@@ -31,5 +31,6 @@ void use_rotary_loops(const char* instruction_set);
 PyObject* rotary_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_linear_loops(const char* instruction_set);
 PyObject* linears(PyObject*, PyObject* all);
+PyObject* exact_codes_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace genarm

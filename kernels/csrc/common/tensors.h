@@ -30,7 +30,8 @@ struct ElementType {
   uint8_t code, bits;
   bool operator==(ElementType other) const { return code == other.code && bits == other.bits; }
 };
-constexpr ElementType kInt32{0, 32}, kInt64{0, 64}, kFloat16{2, 16}, kFloat32{2, 32}, kBfloat16{4, 16}, kBool{6, 8};
+constexpr ElementType kInt32{0, 32}, kInt64{0, 64}, kFloat16{2, 16}, kFloat32{2, 32}, kBfloat16{4, 16}, kBool{6, 8},
+    kInt8{0, 8}, kUint8{1, 8};
 
 inline ElementType type_of(const DLTensor& tensor) { return {tensor.code, tensor.bits}; }
 

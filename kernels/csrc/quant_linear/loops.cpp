@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "common/float_math.h"
+#include "grid.h"
 #include "tile.h"
 
 namespace genarm {
@@ -79,6 +80,6 @@ void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
 
 }  // namespace
 
-extern const QuantLoops TABLE(ISA) = {prepare, tile_of_bits, store_bf16};
+extern const QuantLoops TABLE(ISA) = {find_grid, prepare, tile_of_bits, store_bf16};
 
 }  // namespace genarm

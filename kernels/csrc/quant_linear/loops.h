@@ -23,6 +23,8 @@ struct QuantRows {
 };
 
 struct QuantLoops {
+  // Codes, scale and minimum that give 32 bfloat16 weights back bit for bit; false where the search finds none.
+  bool (*grid)(int bits, const uint16_t* weights, uint8_t* codes, uint16_t* scale, uint16_t* minimum);
   // Row `index` of a block, from n bfloat16.
   void (*prepare)(const uint16_t* x, int64_t n, const QuantRows& rows, int index);
   // y[r, o] of a tile for a block; each weight is fetched from `next`, where the stream goes on. y: [count, kTileOutputs]

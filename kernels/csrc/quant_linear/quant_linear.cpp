@@ -13,7 +13,7 @@ constexpr std::align_val_t kLine{64};
 constexpr int64_t kThreadBytes = 1 << 19;  // of weights, for each thread
 constexpr int64_t kTableBytes = 1 << 20;   // of rows that stay in the L2 cache while the weights pass by
 constexpr int64_t kTileBytes = 64 << 10;   // of a tile that stays there while the rows pass by
-constexpr int64_t kAhead = 4 << 10;        // bytes of weights fetched in advance
+constexpr int64_t kAhead = 8 << 10;         // bytes of weights fetched in advance
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -89,10 +89,11 @@ class Multiplication {
   void contract(Adapted& adapted) const {
     const LinearLoops& linear = *adapted.product->linear->loops;
     const Lora& lora = adapted.lora;
-    const Aligned<float> spread = aligned<float>(kRows * divide_up(in_, kStep) * kStep);
-    float y[kRows * kPanelRow];
-    for (int64_t first = adapted.span.first; first < adapted.span.last; first += kRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kRows, adapted.span.last - first));
+    const int most = linear.rows;
+    const Aligned<float> spread = aligned<float>(most * divide_up(in_, kStep) * kStep);
+    float y[kTile * kPanelRow];
+    for (int64_t first = adapted.span.first; first < adapted.span.last; first += most) {
+      const int count = static_cast<int>(std::min<int64_t>(most, adapted.span.last - first));
       for (int r = 0; r < count; ++r) {
         linear.spread(x_ + (first + r) * x_stride_, in_, spread.get() + r * kStep, count * kStep);
       }

@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "common/float_math.h"
+#include "grid.h"
 #include "loops.h"
 
 #if defined(__AVX2__)
@@ -162,13 +163,6 @@ void tile(const uint8_t* w, const uint8_t* next, int64_t groups, const QuantRows
 
 #else
 
-inline float half_to_float(uint16_t half) {
-  const uint32_t magnitude = (half & 0x7fffu) << 13, sign = (half & 0x8000u) << 16;
-  const float value = magnitude < (1u << 23) ? as_float(magnitude + (113u << 23)) - as_float(113u << 23)
-                                             : as_float(magnitude + (112u << 23));
-  return as_float(as_bits(value) | sign);
-}
-
 template <int Bits, int R>
 void tile(const uint8_t* w, const uint8_t*, int64_t groups, const QuantRows& rows, float* y) {
   constexpr int kSteps = Bits, kPerStep = kGroup / kSteps, kPairs = kPerStep / 2;
@@ -195,8 +189,8 @@ void tile(const uint8_t* w, const uint8_t*, int64_t groups, const QuantRows& row
       }
       for (int o = 0; o < kTileOutputs; ++o) {  // fmaf of the C library where the processor has none: exact, if slow
         float& total = y[r * kTileOutputs + o];
-        total = __builtin_fmaf(static_cast<float>(sums[o]), half_to_float(halves[o]) * scale, total);
-        if (Bits == 4) total = __builtin_fmaf(input_sum, half_to_float(halves[kTileOutputs + o]), total);
+        total = __builtin_fmaf(static_cast<float>(sums[o]), of_half(halves[o]) * scale, total);
+        if (Bits == 4) total = __builtin_fmaf(input_sum, of_half(halves[kTileOutputs + o]), total);
       }
     }
   }

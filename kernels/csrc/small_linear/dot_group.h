@@ -5,6 +5,7 @@
 // billion products a second, 89 with FMA; 79 with the conversions for 8 rows), and flushes subnormal numbers.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "common/simd.h"
@@ -15,23 +16,30 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kVectors = kLanes / kWidth;  // in the lanes of a sum
-constexpr int kSums = 16;                  // of a group: rows by outputs, filled up with zeros
+constexpr int kSums = kWidth == 16 ? 16 : 12;  // of a group at most: rows by outputs
+constexpr int kRows = kWidth == 16 ? 8 : 4;    // of a group, where there are many
+constexpr int kAlone = kWidth == 16 ? 8 : 6;   // of a group, where these are all
 
 inline Floats odd(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
 inline Floats even(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
 
-template <int R, int O>
-inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[R][O][kVectors]) {
+// A vector of an output's 32 inputs, those at odd places or at even ones.
+inline Floats weight(const uint16_t* w, int v, int half) {
+  const Words pairs = load_as<Words>(w + v * 2 * kWidth);
+  return half == 0 ? odd(pairs) : even(pairs);
+}
+inline Floats weight(const float* w, int v, int half) { return load(w + half * kLanes + v * kWidth); }
+
+// The products of 32 inputs, those of V vectors of lanes.
+template <int R, int O, int V, typename W>
+inline void step(const float* x, const W* w, int64_t w_stride, Floats (&s)[R][O][V]) {
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       Floats weights[O];
 #pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) {
-        const Words pairs = load_as<Words>(w + o * w_stride + v * 2 * kWidth);
-        weights[o] = half == 0 ? odd(pairs) : even(pairs);
-      }
+      for (int o = 0; o < O; ++o) weights[o] = weight(w + o * w_stride, v, half);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Floats input = load(x + r * kStep + half * kLanes + v * kWidth);
@@ -43,15 +51,84 @@ inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s
   }
 }
 
+#if !defined(__AVX512F__)
+
+// The same, where sums, weights and input fill all 16 registers: GCC 12 moves sums to the stack and back.
+#define GENARM_ROW(at, a, b, c)                       \
+  "vmovups " at "(%[x]), %%ymm15\n"                   \
+  "vfmadd231ps %%ymm12, %%ymm15, %[" a "]\n"          \
+  "vfmadd231ps %%ymm13, %%ymm15, %[" b "]\n"          \
+  "vfmadd231ps %%ymm14, %%ymm15, %[" c "]\n"
+#define GENARM_ODD                                                             \
+  GENARM_ROW("0", "a0", "a1", "a2") GENARM_ROW("128", "b0", "b1", "b2")        \
+  GENARM_ROW("256", "c0", "c1", "c2") GENARM_ROW("384", "d0", "d1", "d2")
+#define GENARM_EVEN                                                            \
+  GENARM_ROW("64", "a0", "a1", "a2") GENARM_ROW("192", "b0", "b1", "b2")       \
+  GENARM_ROW("320", "c0", "c1", "c2") GENARM_ROW("448", "d0", "d1", "d2")
+#define GENARM_SUMS                                                                         \
+  [a0] "+x"(s[0][0][0]), [a1] "+x"(s[0][1][0]), [a2] "+x"(s[0][2][0]),                      \
+  [b0] "+x"(s[1][0][0]), [b1] "+x"(s[1][1][0]), [b2] "+x"(s[1][2][0]),                      \
+  [c0] "+x"(s[2][0][0]), [c1] "+x"(s[2][1][0]), [c2] "+x"(s[2][2][0]),                      \
+  [d0] "+x"(s[3][0][0]), [d1] "+x"(s[3][1][0]), [d2] "+x"(s[3][2][0])
+#define GENARM_USED "xmm12", "xmm13", "xmm14", "xmm15", "memory"
+
+template <>
+inline void step<4, 3, 1>(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[4][3][1]) {
+  alignas(32) static constexpr uint32_t odd_half[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+  asm("vmovaps %[odd], %%ymm15\n"
+      "vpand (%[w]), %%ymm15, %%ymm12\n"
+      "vpand (%[w],%[stride],2), %%ymm15, %%ymm13\n"
+      "vpand (%[w],%[stride],4), %%ymm15, %%ymm14\n"
+      GENARM_ODD
+      "vmovdqu (%[w]), %%ymm12\n"
+      "vmovdqu (%[w],%[stride],2), %%ymm13\n"
+      "vmovdqu (%[w],%[stride],4), %%ymm14\n"
+      "vpslld $16, %%ymm12, %%ymm12\n"
+      "vpslld $16, %%ymm13, %%ymm13\n"
+      "vpslld $16, %%ymm14, %%ymm14\n"
+      GENARM_EVEN
+      : GENARM_SUMS
+      : [x] "r"(x), [w] "r"(w), [stride] "r"(w_stride), [odd] "m"(odd_half)
+      : GENARM_USED);
+}
+
+template <>
+inline void step<4, 3, 1>(const float* x, const float* w, int64_t, Floats (&s)[4][3][1]) {
+  static_assert(kStep == 32);
+  asm("vmovups 0(%[w]), %%ymm12\n"
+      "vmovups 128(%[w]), %%ymm13\n"
+      "vmovups 256(%[w]), %%ymm14\n"
+      GENARM_ODD
+      "vmovups 64(%[w]), %%ymm12\n"
+      "vmovups 192(%[w]), %%ymm13\n"
+      "vmovups 320(%[w]), %%ymm14\n"
+      GENARM_EVEN
+      : GENARM_SUMS
+      : [x] "r"(x), [w] "r"(w)
+      : GENARM_USED);
+}
+
+#undef GENARM_ROW
+#undef GENARM_ODD
+#undef GENARM_EVEN
+#undef GENARM_SUMS
+#undef GENARM_USED
+
+#endif
+
+constexpr int kSumsFilled = 16;  // with those that fill up the last vectors
+
 struct Places {
-  alignas(64) int of[kSums];  // in y, of each sum of a group
+  alignas(64) int of[kSumsFilled];  // in y, of each sum of a group
 };
 
-// Σ of the 16 lanes of each of 16 sums, `count` of them to their places: a transposition that adds on the way.
+// Σ of the 16 lanes of each sum, `count` of them to their places: a transposition that adds on the way.
 // In registers: what is stored in whole vectors and read back in halves, or the other way round, waits for the cache.
 #if defined(__AVX512F__)
 
-inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, int count, float* y) {
+inline void add_lanes(float* lanes, const Places& places, int count, float* y) {
+  std::fill(lanes + count * kLanes, lanes + kSums * kLanes, 0.f);
+  const auto s = [&](int e) { return load(lanes + e * kLanes); };
   const auto fold8 = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
   };
@@ -64,16 +141,18 @@ inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, 
   const auto fold1 = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
   };
-  const auto quarter = [&](int e) { return fold4(fold8(s[e][0], s[e + 4][0]), fold8(s[e + 8][0], s[e + 12][0])); };
+  const auto quarter = [&](int e) { return fold4(fold8(s(e), s(e + 4)), fold8(s(e + 8), s(e + 12))); };
   const __m512 sum = fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3)));
   _mm512_mask_i32scatter_ps(y, (1u << count) - 1, _mm512_load_si512(places.of), sum, 4);
 }
 
 #else
 
-inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, int count, float* y) {
-  float sums[kSums];
-  const auto fold8 = [&](int e) { return s[e][0] + s[e][1]; };
+inline void add_lanes(float* lanes, const Places& places, int count, float* y) {
+  const int filled = (count + 7) / 8 * 8;
+  std::fill(lanes + count * kLanes, lanes + filled * kLanes, 0.f);
+  float sums[kSumsFilled];
+  const auto fold8 = [&](int e) { return load(lanes + e * kLanes) + load(lanes + e * kLanes + kWidth); };
   const auto fold4 = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   };
@@ -83,7 +162,7 @@ inline void add_lanes(const Floats (&s)[kSums][kVectors], const Places& places, 
   const auto fold1 = [](__m256 a, __m256 b) {
     return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xDD));
   };
-  for (int first = 0; first < kSums; first += 8) {
+  for (int first = 0; first < filled; first += 8) {
     const auto quarter = [&](int e) { return fold4(fold8(first + e), fold8(first + 4 + e)); };
     store(sums + first, fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3))));
   }
@@ -98,69 +177,110 @@ struct Strip {
   bool begin, end;  // of the sums
 };
 
-// Adds the products of a strip of inputs to the lanes of R rows by O outputs, and at the end puts their sums in y.
-// Fetches the weights at `near` into the L1 cache, those at `far` into L2.
+// Outputs of bfloat16 lie w_stride apart, and their inputs side by side. Those of float32 lie as the rows do, O outputs
+// for R rows.
+template <int O, typename W>
+inline int64_t step_of_weights() { return sizeof(W) == sizeof(float) ? O * kStep : kStep; }
+
+// Adds the products of n inputs, whole steps, to V vectors of the lanes of R rows by O outputs.
+// Fetches the weights at `near` into the L1 cache, those at `far` into L2, if there are some. In no other function, so
+// that GCC 12 keeps the sums in registers.
+template <int R, int O, int V, typename W, bool Fetch = false>
+inline void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, int64_t n,
+                                    const float* from, float* to, const W* near = nullptr, const W* far = nullptr) {
+  Floats s[R][O][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) s[r][o][v] = load(from + (r * O + o) * kLanes + v * kWidth);
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < n; i += kStep, x += x_step, w += step_of_weights<O, W>()) {
+    if (Fetch) {
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) {
+        _mm_prefetch(reinterpret_cast<const char*>(near + o * w_stride + i), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(far + o * w_stride + i), _MM_HINT_T1);
+      }
+    }
+    step<R, O, V>(x, w, w_stride, s);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(to + (r * O + o) * kLanes + v * kWidth, s[r][o][v]);
+    }
+  }
+}
+
+alignas(64) constexpr float zeros[kSumsFilled * kLanes] = {};
+
+// Adds the products of a strip of inputs to the lanes of R rows by O outputs, and at the end puts their sums in y. Where
+// the registers hold one vector of the lanes only, the strip passes twice: lines that are read again from L1 cost less
+// than sums that leave the registers.
 template <int R, int O>
 void group(const Strip& strip, const float* x, const uint16_t* w, const uint16_t* near, const uint16_t* far,
            float* lanes, const Places& places, float* y) {
   static_assert(R * O <= kSums);
-  const int64_t x_step = strip.x_step, w_stride = strip.w_stride, n = strip.inputs;
-  const auto at = [&](int r, int o, int v) { return lanes + (r * O + o) * kLanes + v * kWidth; };
-  Floats s[R][O][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) s[r][o][v] = strip.begin ? Floats{} : load(at(r, o, v));
-    }
+  constexpr int V = R * O * kVectors <= kSums ? kVectors : 1;
+  alignas(64) float last[kSumsFilled * kLanes];
+  const int64_t left = strip.inputs % kStep, whole = strip.inputs - left;
+  const float* from = strip.begin ? zeros : lanes;
+  float* const to = strip.end ? last : lanes;
+  pass<R, O, V, uint16_t, true>(x, strip.x_step, w, strip.w_stride, whole, from, to, near, far);
+  if (V < kVectors) {
+    pass<R, O, V>(x + kWidth, strip.x_step, w + 2 * kWidth, strip.w_stride, whole, from + kWidth, to + kWidth);
   }
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep, x += x_step) {
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-      _mm_prefetch(reinterpret_cast<const char*>(near + o * w_stride + i), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(far + o * w_stride + i), _MM_HINT_T1);
-    }
-    step<R, O>(x, w + i, w_stride, s);
-  }
-  if (i < n) {
+  if (left) {
     uint16_t tail[O * kStep] = {};
-    for (int o = 0; o < O; ++o) std::memcpy(tail + o * kStep, w + o * w_stride + i, (n - i) * sizeof *w);
-    step<R, O>(x, tail, kStep, s);
-  }
-  if (strip.end) {
-    Floats flat[kSums][kVectors] = {};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) {
-#pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) flat[r * O + o][v] = s[r][o][v];
-      }
-    }
-    return add_lanes(flat, places, R * O, y);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) store(at(r, o, v), s[r][o][v]);
+    for (int o = 0; o < O; ++o) std::memcpy(tail + o * kStep, w + o * strip.w_stride + whole, left * sizeof *w);
+    x += whole / kStep * strip.x_step;
+    for (int v = 0; v < kVectors; v += V) {
+      float* const at = to + v * kWidth;
+      pass<R, O, V>(x + v * kWidth, 0, tail + v * 2 * kWidth, kStep, kStep, at, at);
     }
   }
+  if (strip.end) add_lanes(last, places, R * O, y);
+}
+
+// The same over weights of float32, O outputs spread as rows are.
+template <int R, int O>
+void wide_group(const Strip& strip, const float* x, const float* w, float* lanes, const Places& places, float* y) {
+  static_assert(R * O <= kSums);
+  alignas(64) float last[kSumsFilled * kLanes];
+  const float* from = strip.begin ? zeros : lanes;
+  float* const to = strip.end ? last : lanes;
+  for (int v = 0; v < kLanes; v += kWidth) {
+    pass<R, O, 1>(x + v, strip.x_step, w + v, kStep, strip.inputs, from + v, to + v);
+  }
+  if (strip.end) add_lanes(last, places, R * O, y);
 }
 
 using Group = decltype(&group<1, 1>);
 
 // That of so many rows.
-template <int O, int R = kRows>
+template <int O, int R = kAlone>
 Group group_of(int rows) {
   if constexpr (R > 1) {
     if (rows < R) return group_of<O, R - 1>(rows);
   }
   if constexpr (R * O <= kSums) return group<R, O>;
   return nullptr;
+}
+
+using WideGroup = decltype(&wide_group<1, 1>);
+
+template <int O, int R = kRows>
+WideGroup wide_group_of(int rows) {
+  if constexpr (R > 1) {
+    if (rows < R) return wide_group_of<O, R - 1>(rows);
+  }
+  return wide_group<R, O>;
 }
 
 }  // namespace

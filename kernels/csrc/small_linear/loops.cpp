@@ -12,14 +12,18 @@
 namespace genarm {
 namespace {
 
-// Inputs that stay in the L1 cache: 20 KB of a block beside the lanes of all streams, 32 KB of two blocks beside twice
-// as many; where one chunk is all, no lanes are kept, and two blocks may take 40 KB.
-constexpr int64_t kWhole = 640, kChunk[kBlocks] = {640, 512};
+// Inputs that stay in the L1 cache, beside the lanes of all streams; where one chunk is all, no lanes are kept.
+constexpr int64_t kChunk = 640;                     // of a row at most, with the weights of a group and of the next one
+constexpr int64_t kWhole = 10240, kChunked = 8192;  // of all rows
+
+constexpr int64_t kWideChunk = 5120;                // of all rows, beside the weights of a group as float32
+
+constexpr int kStreams = kWidth == 16 ? 16 : 12;  // a multiple of the outputs at a time
 
 // Outputs at a time: enough sums to hide the latency of the fma, no more than the registers and a group hold.
 constexpr int together(int rows) {
   if (kWidth == 16) return rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
-  return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+  return rows == 1 ? 4 : rows == 2 || rows > 4 ? 2 : 3;
 }
 
 // Outputs first .. first + streams * length - 1, O at a time. The weights pass in many streams of `length` outputs
@@ -27,38 +31,34 @@ constexpr int together(int rows) {
 // page of memory, leave it behind the multiply-adds (576 x 576, 8 rows: 3 streams 0.74 of the read bandwidth, 16 0.84).
 template <int O>
 void sweep(const Dots& d, int first, int streams, int length) {
-  constexpr int kGroups = kStreams / O;
-  alignas(64) float lanes[kGroups][kBlocks][kSums * kLanes];
+  alignas(64) float lanes[kStreams / O][kTile][O * kLanes];
   Places places;
-  for (int sum = 0; sum < kSums; ++sum) places.of[sum] = sum / O * kPanelRow + sum % O * length;
+  for (int sum = 0; sum < kSumsFilled; ++sum) places.of[sum] = sum / O * kPanelRow + sum % O * length;
   const int groups = streams / O;
   const int64_t in = d.in, gap = length * in;
-  const int64_t limit = in <= kWhole ? kWhole : kChunk[d.count - 1];
+  Group run[kTile];
+  int rows[kTile + 1] = {};
+  for (int k = 0; k < d.count; ++k) {
+    run[k] = group_of<O>(d.blocks[k].count);
+    rows[k + 1] = rows[k] + d.blocks[k].count;
+  }
+  const int64_t limit = std::min(in * rows[d.count] <= kWhole ? in : kChunked / rows[d.count], kChunk);
   const int64_t steps = (in + kStep - 1) / kStep, chunks = (in + limit - 1) / limit;
   const int64_t chunk = (steps + chunks - 1) / chunks * kStep;
-  Group run[kBlocks];
-  for (int k = 0; k < d.count; ++k) run[k] = group_of<O>(d.blocks[k].count);
   for (int b = 0; b < length; ++b) {
     for (int64_t i = 0; i < in; i += chunk) {
       const int64_t n = std::min(chunk, in - i);
       const bool end = i + n == in;
-      const float* x[kBlocks];
-      Strip strips[kBlocks];
-      for (int k = 0; k < d.count; ++k) {
-        x[k] = d.blocks[k].x + i / kStep * d.blocks[k].step;
-        strips[k] = {d.blocks[k].step, gap, n, i == 0, end};
-      }
       const uint16_t* here = d.w + (first + b) * in + i;
       const uint16_t* after = end && b + 1 == length ? d.next : here + n;
       for (int g = 0; g < groups; ++g, here += O * gap) {
         const uint16_t* near = g + 1 < groups ? here + O * gap : after;
         const uint16_t* far = d.cold ? after + g * O * gap : here;
         float* y = d.y + first + g * O * length + b;
-        if (d.count == 1) {
-          run[0](strips[0], x[0], here, near, far, lanes[g][0], places, y);
-        } else {
-          run[0](strips[0], x[0], here, here, far, lanes[g][0], places, y);
-          run[1](strips[1], x[1], here, near, here, lanes[g][1], places, y + kRows * kPanelRow);
+        for (int k = 0; k < d.count; ++k) {
+          const Rows& block = d.blocks[k];
+          run[k]({block.step, gap, n, i == 0, end}, block.x + i / kStep * block.step, here,
+                 k + 1 < d.count ? here : near, k ? here : far, lanes[g][rows[k]], places, y + rows[k] * kPanelRow);
         }
       }
     }
@@ -76,14 +76,42 @@ void panel(const Dots& d) {
 
 void dots(const Dots& d) {
   if (d.in == 0) {
-    std::fill_n(d.y, kBlocks * kRows * kPanelRow, 0.f);
+    std::fill_n(d.y, kTile * kPanelRow, 0.f);
     return;
   }
-  switch (together(std::max(d.blocks[0].count, d.blocks[d.count - 1].count))) {
+  int most = 0;
+  for (int k = 0; k < d.count; ++k) most = std::max(most, d.blocks[k].count);
+  switch (together(most)) {
     case 8: return panel<8>(d);
     case 4: return panel<4>(d);
-    case 2: return panel<2>(d);
-    default: return panel<1>(d);
+    case 3: return panel<3>(d);
+    default: return panel<2>(d);
+  }
+}
+
+// A chunk of the rows stays in the L1 cache while all weights of the panel pass from L2.
+void wide_dots(const WideDots& d) {
+  constexpr int O = kSums / kRows;
+  Places places;
+  for (int sum = 0; sum < kSumsFilled; ++sum) places.of[sum] = sum / O * kPanelRow + sum % O;
+  WideGroup run[kTile];
+  int rows[kTile + 1] = {};
+  for (int k = 0; k < d.count; ++k) {
+    run[k] = wide_group_of<O>(d.blocks[k].count);
+    rows[k + 1] = rows[k] + d.blocks[k].count;
+  }
+  const int64_t chunks = (d.width * rows[d.count] + kWideChunk - 1) / kWideChunk;
+  const int64_t chunk = (d.width / kStep + chunks - 1) / chunks * kStep;
+  for (int64_t i = 0; i < d.width; i += chunk) {
+    const int64_t n = std::min(chunk, d.width - i);
+    for (int o = 0; o < d.outputs; o += O) {
+      for (int k = 0; k < d.count; ++k) {
+        const Rows& block = d.blocks[k];
+        float* lanes = d.lanes + (o * kTile + rows[k] * O) * kLanes;
+        run[k]({block.step, 0, n, i == 0, i + n == d.width}, block.x + i / kStep * block.step,
+               d.w + o * d.width + i * O, lanes, places, d.y + rows[k] * kPanelRow + o);
+      }
+    }
   }
 }
 
@@ -136,7 +164,10 @@ void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
 
 }  // namespace
 
-extern const LinearLoops TABLE(ISA) = {spread, dots, expand, store_bf16};
+constexpr int kWide = kWidth == 16 ? 0 : kSums / kRows;  // with AVX-512 the conversion was a twentieth of the time
+
+extern const LinearLoops TABLE(ISA) = {kRows, kAlone,    kStreams, kWide,     spread,
+                                       dots,  wide_dots, expand,   store_bf16};
 
 }  // namespace genarm
 

@@ -21,6 +21,7 @@ from genarm_fast.kernels import (
 )
 from genarm_fast.kernels.quant_linear import dequantize, exact, quantize
 from genarm_fast.kernels.quant_linear.reference import fma, quantize_inputs
+from genarm_fast.kernels.quant_linear.rounding import exact_in_pytorch
 
 ISAS = _native.core.instruction_sets() if _native.core else []
 native = pytest.mark.skipif(not ISAS, reason="no C++ core")
@@ -304,6 +305,42 @@ def test_exact_finds_codes_again(bits):
     assert off is None or torch.equal(dequantize(off).bfloat16(), weight)
     assert exact(normal(60, 100), bits) is None
     assert exact(weight.float(), bits) is None
+
+
+@native
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("low", "high", "width"), [(0, 15, 96), (2, 11, 100), (7, 7, 33)])
+def test_the_search_in_the_core_finds_what_pytorch_finds(isa, threads, bits, low, high, width):
+    """Grids of all sixteen codes and of fewer, scales of both signs and down to float16's subnormals, short groups."""
+    made = random_weight(40, width, bits, seed=5)
+    codes = (made.codes.int() % (high - low + 1) + low).to(made.codes.dtype)
+    sizes = 10.0 ** -torch.arange(40)[:, None].remainder(8)
+    weight = dequantize(made._replace(codes=codes, scales=(made.scales * sizes).half())).bfloat16()
+    expected = exact_in_pytorch(weight, bits)
+    for n in (1, 2):
+        threads(n)
+        found = _native.core.exact_codes(weight, bits)
+        if expected is None:
+            assert found is False
+            continue
+        assert all(torch.equal(*pair) for pair in zip(found, expected) if pair[0] is not None)
+
+
+@native
+def test_the_search_in_the_core_gives_the_weights_back_or_nothing(isa):
+    for bits in (8, 4):
+        weight = dequantize(random_weight(64, 64, bits, seed=6)).bfloat16()
+        found = [exact(row[None], bits) for row in weight]
+        given = [row for row, codes in zip(weight, found) if codes is not None]
+        assert given
+        assert all(torch.equal(dequantize(codes).bfloat16()[0], row) for codes, row in zip(filter(None, found), given))
+        huge = torch.full((1, 32), 3e38, dtype=torch.bfloat16)
+        huge[0, ::2] *= -1
+        assert exact(huge, bits) is None
+    assert _native.core.exact_codes(weight.float(), 4) is None  # left to PyTorch, which refuses it
+    assert _native.core.exact_codes(weight, 5) is None
+    with pytest.raises(TypeError):
+        _native.core.exact_codes(weight)
 
 
 def test_errors():
