@@ -104,7 +104,7 @@ def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[s
         ({"chosen": [GOOD], "rejected": [BAD]}, "field 'prompt': expected messages before the responses"),
         (
             {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]},
-            "field 'chosen': expected one assistant message",
+            "field 'chosen': expected messages that begin and end with the .*, got assistant, user",
         ),
         (
             {"prompt": "hi ", "chosen": [USER, GOOD], "rejected": [USER, BAD]},

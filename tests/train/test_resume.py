@@ -39,7 +39,7 @@ def on_step_end(self, args, state, control, **kwargs):
 torch.set_num_threads(1)
 Narrator.on_step_end = on_step_end
 options = json.loads(sys.argv[1])
-lists = {name: tuple(options[name]) for name in ("lora_targets", "columns")}
+lists = {name: tuple(options[name]) for name in ("lora_targets", "columns", "report_to")}
 train(TrainConfig(**{**options, **lists}), progress=False)
 """
 
@@ -98,7 +98,7 @@ def untimed(report: Any) -> Any:
         return [untimed(each) for each in report]
     if not isinstance(report, dict):
         return report
-    timed = ("seconds", "tokens_per_second", "continued_from_step", "output")
+    timed = ("seconds", "tokens_per_second", "pairs_per_second", "continued_from_step", "output")
     return {name: untimed(value) for name, value in report.items() if name not in timed}
 
 
