@@ -233,11 +233,15 @@ def _parse_transcript(index: int, row: Mapping[str, Any]) -> Pair:
 
 def _joined(prompt: list[Message], common: list[Message]) -> list[Message]:
     """The prompt and what both sides begin with, once where they are the same but for a system message, say."""
-    if not common or prompt[-len(common) :] == common:
+    if not common:
+        return prompt
+    if common[0]["role"] == "assistant":  # they go on, also where the user says the same again
+        return [*prompt, *common]
+    if prompt[-len(common) :] == common:
         return prompt
     if common[-len(prompt) :] == prompt:
         return common
-    if prompt[-1]["role"] == "user" and common[0]["role"] != "assistant":
+    if prompt[-1]["role"] == "user":
         raise ValueError("field 'chosen': expected the messages of 'prompt' first, or the response alone")
     return [*prompt, *common]
 

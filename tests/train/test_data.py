@@ -43,6 +43,14 @@ TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
             "yes",
             "no",
         ),
+        # responses that begin alike belong behind the prompt, though the user says again what the prompt is
+        (
+            {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [GOOD, USER, BAD]},
+            "messages",
+            [USER, GOOD, USER],
+            "yes",
+            "no",
+        ),
         ({"prompt": HH, "chosen": HH + " yes", "rejected": HH + " no"}, "text", HH, " yes", " no"),
         (
             {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
