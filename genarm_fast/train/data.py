@@ -130,6 +130,8 @@ def _rows(
     if not isinstance(source, str):
         if isinstance(source, Mapping):  # a DatasetDict
             raise TypeError(f"{name}: expected rows, got splits {sorted(source)}: choose one of them")
+        if not isinstance(source, Iterable):
+            raise TypeError(f"{name}={source!r:.60}: expected rows, an iterable of mappings")
         yield from enumerate(source, 1)
     elif Path(source).is_file():
         if source.endswith(TABLES):
@@ -150,5 +152,6 @@ def _rows(
         except KeyError as error:
             raise ValueError(f"{name}={source!r}: dataset_split={dataset_split!r}: expected a split of it") from error
         except (ValueError, OSError) as error:  # no data there, no such split, or the hub out of reach
-            raise ValueError(f"{name}={source!r}, dataset_split={dataset_split!r}: {error}") from error
+            which = f"dataset_config={dataset_config!r}, dataset_split={dataset_split!r}"
+            raise ValueError(f"{name}={source!r}, {which}: {error}") from error
         yield from enumerate(rows, 1)

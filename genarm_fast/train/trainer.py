@@ -238,7 +238,7 @@ class ArmTrainer(Trainer):
         save_file(trained, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint, WEIGHTS), device=str(self.args.device))
+        weights = load_file(Path(resume_from_checkpoint, WEIGHTS))
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
