@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on guided text: a task of your own, without and with an ARM.
 
-pip install lm-eval, then
+pip install lm-eval vaderSentiment, then, in the clone,
 python examples/harness.py [--base FOLDER] [--arm FOLDER]
 """
 
@@ -25,14 +25,12 @@ folder = args.base or demo.base()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
 # The task is three files: YAML, its data, and its metric.
-task = Path(__file__).with_name("harness")
-manager = TaskManager(include_path=str(task), include_defaults=False)
-cheerful = {"task": "cheerful", "dataset_kwargs": {"data_files": {"test": str(task / "beginnings.jsonl")}}}
+manager = TaskManager(include_path=str(Path(__file__).with_name("harness")), include_defaults=False)
 generate = model.generate
 for name, weight in (("base", None), ("guided, weight 1", 1.0), ("guided, weight 2", 2.0)):
     if weight is not None:  # the harness knows `model.generate` alone
         arm = ARM(args.arm, weight=weight)
         model.generate = partial(generate, custom_generate=guided(arm, tokenizer=tokenizer))
     lm = HFLM(model, tokenizer=tokenizer, batch_size=4, max_length=512)
-    found = simple_evaluate(lm, tasks=[cheerful], task_manager=manager, limit=args.limit, bootstrap_iters=0)
+    found = simple_evaluate(lm, tasks=["cheerful"], task_manager=manager, limit=args.limit, bootstrap_iters=0)
     print(f"{name}: mood {found['results']['cheerful']['mood,none']:+.3f}")
