@@ -105,7 +105,7 @@ def test_rows_in_memory_that_are_none(make_config, toy):
         train(make_config(""), data=toy, progress=False)
     with pytest.raises(ValueError, match="data line 1: expected a row with named columns, got 'prompt'"):
         train(make_config(""), data=["prompt"], progress=False)
-    with pytest.raises(ValueError, match="data='.*': expected none in the config where rows are given"):
+    with pytest.raises(ValueError, match=r"data='.*': expected none in the config where rows are given"):
         train(make_config(toy), data=[TEXT], progress=False)
     with pytest.raises(ValueError, match="data='': expected a non-empty string, or rows given to `train`"):
         train(make_config(""), progress=False)
