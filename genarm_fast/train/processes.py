@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 
 T = TypeVar("T")
+LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def count() -> int:
@@ -26,8 +27,17 @@ def rank() -> int:
 
 
 def join() -> None:
-    """Meets the other processes: over gloo on a CPU, over NCCL on CUDA."""
+    """Meets the other processes: over gloo on a CPU, over NCCL on CUDA.
+
+    Raises:
+        ValueError: WORLD_SIZE says that there are others, and not how to meet them.
+    """
     if count() > 1:
+        if missing := [name for name in LAUNCHED if name not in os.environ]:
+            raise ValueError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected {', '.join(missing)} beside it, as torchrun and "
+                "accelerate launch set them"
+            )
         from accelerate import PartialState
 
         PartialState(cpu=not torch.accelerator.is_available())
