@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from genarm_fast.models.files import check_files, refusing
@@ -100,6 +101,11 @@ def train(
         raise ValueError("ACCELERATE_USE_FSDP: expected plain data parallelism, FSDP is not supported")
     if config.optimizer not in (names := [name.value for name in OptimizerNames]):
         raise ValueError(f"optimizer={config.optimizer!r}: expected one of {', '.join(names)}")
+    if missing := sorted(set(config.report_to) - set(found := get_available_reporting_integrations())):
+        raise ValueError(
+            f"report_to={config.report_to!r}: {missing[0]!r} is unknown to transformers or not installed: "
+            f"expected some of {', '.join(found) or 'none: none is installed'}"
+        )
     processes.join()
     processes.from_first(lambda: check_folder(config))
     with ExitStack() as held:  # before anything is read there: another run may just be about to finish
