@@ -46,7 +46,7 @@ class PairStats:
 
     @classmethod
     def of_rows(cls, beta: float, rows: list[tuple[float, ...]]) -> PairStats:
-        return cls(beta, *(list(column) for column in zip(*rows)))  # type: ignore[arg-type]
+        return cls(beta, *(list(column) for column in zip(*rows)))
 
     def summary(self) -> dict[str, float]:
         """Accuracy counts ties as half. `length_*` say how much of it length explains."""

@@ -106,7 +106,7 @@ class ArmTrainer(Trainer):
             model=model,
             args=arguments,
             data_collator=collator,
-            train_dataset=[*train, NOTHING],  # type: ignore[arg-type]
+            train_dataset=[*train, NOTHING],
             eval_dataset=evaluated or None,
         )
         self.remove_callback(PrinterCallback)
