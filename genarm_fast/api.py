@@ -185,11 +185,11 @@ class GenARM(AsyncCalls):
         Args:
             prompts: a prompt or a list of prompts. A prompt is a string (put into each member's prompt_template, if it
                 has one), a list of chat messages (each member's chat template), or a list of token ids (the same for
-                every member).
+                every member). {"messages", "tools", "chat_template_kwargs"} is a chat with what its template takes.
             sampling_params: for all prompts, or one per prompt.
             progress: show a progress bar.
             speculation: "auto", "off" or a `Speculation`, instead of the model's. It never changes a token.
-            overrides: fields of `SamplingParams` to replace.
+            overrides: fields of `SamplingParams` to replace; `tools` and `chat_template_kwargs` for all chats.
 
         Raises:
             TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.

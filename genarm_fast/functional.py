@@ -20,6 +20,7 @@ from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import SamplingParams, check_integer, weights_per_arm
 
 _SAMPLING = {field.name: field.default for field in fields(SamplingParams)}
+_SAMPLING |= {"tools": None, "chat_template_kwargs": None}  # of chats
 _kept = KeptModels()
 
 

@@ -106,7 +106,7 @@ def test_what_event_loops_get(tiny_model, tokenizer, loads):
 
 def test_options_and_sampling_parameters_are_told_apart():
     options = set(inspect.signature(GenARM.from_pretrained).parameters) - {"base", "arms"}
-    sampling = {field.name for field in fields(SamplingParams)}
+    sampling = {field.name for field in fields(SamplingParams)} | {"tools", "chat_template_kwargs"}
     assert not options & sampling
     own = {"base", "arms", "prompts", "sampling_params", "progress", "ahead"}
     for function in (genarm_fast.generate, genarm_fast.stream, genarm_fast.agenerate, genarm_fast.astream):

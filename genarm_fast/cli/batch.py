@@ -65,7 +65,8 @@ def setup_digest(args: argparse.Namespace) -> str:
     chat_template = args.chat_template and read_text(args.chat_template)
     templates = (args.prompt_template, args.arm_prompt_template, chat_template, args.chat, args.system)
     precision = [args.dtype] if args.quantization is None else [args.dtype, args.quantization]
-    return digest([identity(resolve(args.base)), arms, templates, *precision])
+    arguments = [] if args.chat_template_kwargs is None else [args.chat_template_kwargs]
+    return digest([identity(resolve(args.base)), arms, templates, *precision, *arguments])
 
 
 @contextmanager

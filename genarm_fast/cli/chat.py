@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genarm_fast.cli.display import console, reward_table
 from genarm_fast.cli.loading import add_loading_arguments, load
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for member in model.members:
         if member.chat_template is None:
             raise ValueError(f"{member.name}: expected a model with a chat template, or --chat-template")
-    chat = Chat(model, params, args.system)
+    chat = Chat(model, params, args.system, args.chat_template_kwargs)
     lines = _typed_lines() if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin)
     if sys.stdin.isatty():
         chat.console.print(f"base {args.base}, {chat.describe('weights')}; /help lists the commands", style="dim")
@@ -60,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
 class Chat:
     """A conversation. Answers go to stdout, all else to stderr."""
 
-    def __init__(self, model: GenARM, params: SamplingParams, system: str | None) -> None:
-        self.model = model
+    def __init__(
+        self, model: GenARM, params: SamplingParams, system: str | None, arguments: dict[str, Any] | None = None
+    ) -> None:
+        self.model, self.arguments = model, arguments
         self.params = params
         self.system = system
         self.messages: list[dict[str, str]] = []
@@ -106,7 +108,8 @@ class Chat:
     def answer(self, messages: list[dict[str, str]]) -> None:
         """Streams an answer; Ctrl-C keeps what there is of it. The conversation is unchanged if it fails."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        with self.model.stream([*system, *messages], self.params) as stream:
+        chat = [*system, *messages]
+        with self.model.stream(chat, self.params, chat_template_kwargs=self.arguments) as stream:
             try:
                 for chunk in stream:
                     print(chunk.text, end="", flush=True)

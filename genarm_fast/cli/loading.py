@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from genarm_fast.cli.options import unescaped
+from genarm_fast.cli.options import json_object, unescaped
 from genarm_fast.params import check_weights
 
 if TYPE_CHECKING:
@@ -99,6 +99,12 @@ def add_loading_arguments(
     group.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja file: the base's, and ARMs' without one"
     )
+    group.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        help="what the chat templates get besides, e.g. '{\"enable_thinking\": false}'",
+    )
     if in_chat:
         parser.set_defaults(prompt_template=None, arm_prompt_template=None, max_batch_size=1, cache_bytes=None)
         return
@@ -137,13 +143,19 @@ def is_chat(args: argparse.Namespace, model: GenARM) -> bool:
 
 def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt:
     """A text prompt as chat messages if that is how it is meant; other prompts as they are."""
-    if not isinstance(prompt, str):
+    arguments = args.chat_template_kwargs
+    if not isinstance(prompt, str) and (arguments is None or not isinstance(prompt[0], dict)):
         return prompt
     if not prompt:
         raise ValueError("prompt: expected text, got none")
-    if is_chat(args, model):
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        return [*system, {"role": "user", "content": prompt}]
+    if not isinstance(prompt, str) or is_chat(args, model):
+        from genarm_fast.text.prompts import as_prompts
+
+        system: list[Any] = [{"role": "system", "content": args.system}] if args.system else []
+        messages = [*system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return as_prompts([messages], chat_template_kwargs=arguments)[0]
+    if arguments is not None:
+        raise ValueError(f"--chat-template-kwargs {arguments}: expected a chat, but text is continued as it stands")
     if args.system:
         raise ValueError(f"--system {args.system!r}: expected a chat, but text is continued as it stands (see --chat)")
     return prompt

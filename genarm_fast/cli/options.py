@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Collection
@@ -100,6 +101,17 @@ def shown(weight: Weight) -> str:
 def unescaped(text: str) -> str:
     r"""Text as typed between a shell's quotes, with \n, \t, \r and \\ for what they stand for elsewhere."""
     return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object, as an option's type."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")
+    return value
 
 
 def _bias(text: str) -> tuple[int, float]:

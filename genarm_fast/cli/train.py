@@ -46,13 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, then prints where the ARM is and how good, or the whole report."""
+    from genarm_fast.train import processes
     from genarm_fast.train.run import train
 
     values = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
     if args.chat_template:
         values["chat_template"] = read_text(Path(args.chat_template))
-    config = TrainConfig(**{**values, **{name: tuple(values[name]) for name in ("lora_targets", "columns")}})
-    result = train(config, progress=not args.json)
+    config = TrainConfig(
+        **{**values, **{name: tuple(values[name]) for name in ("lora_targets", "columns", "report_to")}}
+    )
+    try:
+        result = train(config, progress=not args.json)
+    finally:
+        processes.leave()
+    if processes.rank() > 0:  # the first one speaks for all
+        return 0
     if args.json:
         print(json.dumps(result.report, ensure_ascii=False))
         return 0

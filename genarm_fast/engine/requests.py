@@ -27,14 +27,20 @@ class RequestMaker:
     draft_model: Member | None = None
 
     def make(
-        self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **overrides: Any
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Any = None,
+        chat_template_kwargs: Any = None,
+        **overrides: Any,
     ) -> list[Request]:
         """One request per prompt, in order. Arguments as in `GenARM.generate`.
 
         Raises:
             TypeError, ValueError: naming the prompt, the argument and what was expected.
         """
-        parsed = as_prompts(prompts)
+        parsed = as_prompts(prompts, tools=tools, chat_template_kwargs=chat_template_kwargs)
         each = _one_per_prompt(sampling_params, len(parsed))
         if overrides:
             each = [params.override(**overrides) for params in each]

@@ -2,7 +2,8 @@
 
 Each line is an object with `prompt` (text, chat messages or token ids), optionally `id` (any JSON value, by default the
 line number) and any field of SamplingParams but `max_time` and `priority`, by which bytes would depend on the machine.
-`metadata` (any JSON value) goes to the output as it is. Lines of OpenAI's batch files are taken too: see `openai`.
+`tools` and `chat_template_kwargs` go to the chat templates, `metadata` (any JSON value) to the output. Lines of
+OpenAI's batch files are taken too: see `openai`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from genarm_fast.jobs import openai
 from genarm_fast.jobs.identity import digest
 from genarm_fast.params import SamplingParams, check_weights
+from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.prompts import Prompt, as_prompts
 from genarm_fast.utils.jsonlines import dumps, located, read_objects
 
@@ -27,6 +29,7 @@ DEFAULTS = {
     if field.name not in ("logits_processors", "max_time", "priority")
 }
 FIELDS = tuple(DEFAULTS)
+TEMPLATE = ("tools", "chat_template_kwargs")
 OUTPUT = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
 
 
@@ -47,7 +50,8 @@ class JobRequest:
         # Fields at their default do not count, so that a job outlives a version with more fields.
         values = {name: getattr(self.params, name) for name in FIELDS}
         parameters = {name: value for name, value in values.items() if value != DEFAULTS[name]}
-        head = {"id": self.id, "setup": setup, "request": digest([self.prompt, parameters]), **self.kept}
+        template = [arguments] if (arguments := arguments_of(self.prompt)) else []
+        head = {"id": self.id, "setup": setup, "request": digest([self.prompt, parameters, *template]), **self.kept}
         return head if self.openai is None else openai.head_of(self.openai, head)
 
 
@@ -60,7 +64,7 @@ def read_requests(
 
     Raises ValueError naming file, line, field, value and expectation.
     """
-    if taken := [name for name in keep if name in (*OUTPUT, *FIELDS)]:
+    if taken := [name for name in keep if name in (*OUTPUT, *FIELDS, *TEMPLATE)]:
         raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
     requests: list[JobRequest] = []
     lines: dict[str, int] = {}
@@ -82,11 +86,11 @@ def line_seed(job_seed: int, line: int) -> int:
 def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> JobRequest:
     source = row if openai.is_openai(row) else None
     row = row if source is None else openai.request_of(row)
-    unknown = sorted(set(row) - {"id", "prompt", *keep, *FIELDS})
+    unknown = sorted(set(row) - {"id", "prompt", *TEMPLATE, *keep, *FIELDS})
     if unknown:
         raise ValueError(
-            f"{unknown[0]}={row[unknown[0]]!r:.60}: expected one of id, prompt, {', '.join((*keep, *FIELDS))}; other"
-            " fields go to the output if they are named by --keep"
+            f"{unknown[0]}={row[unknown[0]]!r:.60}: expected one of id, prompt, "
+            f"{', '.join((*TEMPLATE, *keep, *FIELDS))}; other fields go to the output if they are named by --keep"
         )
     try:
         json.dumps(row.get("id"), ensure_ascii=False, allow_nan=False).encode()
@@ -94,7 +98,7 @@ def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: 
         raise ValueError(f"id={row['id']!r}: expected what an output line can hold and a resumed job find") from None
     if not isinstance(row.get("prompt"), (str, list)):
         raise ValueError(f"prompt={row.get('prompt')!r:.60}: expected text, chat messages or token ids")
-    (prompt,) = as_prompts([row["prompt"]])
+    (prompt,) = as_prompts([row["prompt"]], **{name: row.get(name) for name in TEMPLATE})
     given = {name: row[name] for name in FIELDS if name in row}
     if given.get("seed") is None:
         given["seed"] = line_seed(defaults.seed or 0, line)

@@ -69,6 +69,8 @@ def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name}={value!r:.60}: expected none, or {NOTHING[name][0]!r}")
         elif name in ("logprobs", "top_logprobs") and chat:
             continue
+        elif name == "chat_template_kwargs" and chat:  # as vLLM takes it
+            request[name] = value
         elif (known := RENAMED.get(name, name)) in SAMPLING:
             if known in request:
                 raise ValueError(f"{name}={value!r:.60}: expected one limit, it has two names here")

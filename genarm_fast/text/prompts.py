@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from genarm_fast.text.chats import KEYS, Chat, arguments_of, is_chat_object, template_arguments
 from genarm_fast.text.messages import Message, as_message, check_text
 from genarm_fast.text.templates import (
     Rendered,
@@ -45,24 +46,48 @@ class Reader(Protocol):
     context: int | None
 
 
-def as_prompts(prompts: Any) -> list[Prompt]:
+def as_prompts(prompts: Any, *, tools: Any = None, chat_template_kwargs: Any = None) -> list[Prompt]:
     """One prompt or a sequence of them → a list of prompts.
+
+    tools, chat_template_kwargs: what the chat templates get with each prompt that has none of its own.
 
     Raises:
         TypeError, ValueError: something that is no prompt, named by its index.
     """
+    arguments = template_arguments(tools, chat_template_kwargs)
     prompts = _unwrapped(prompts)
-    if isinstance(prompts, str) or (_is_sequence(prompts) and prompts and _begins_a_prompt(prompts[0])):
+    if (
+        isinstance(prompts, str)
+        or is_chat_object(prompts)
+        or (_is_sequence(prompts) and prompts and _begins_a_prompt(prompts[0]))
+    ):
         prompts = [prompts]
     if not _is_sequence(prompts):
         raise TypeError(f"prompts={prompts!r:.80}: expected a string, chat messages, token ids, or a list of such")
     if not prompts:
         raise ValueError("prompts=[]: expected at least one prompt")
-    return [_as_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+    parsed = [_as_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+    return [_with(arguments, index, prompt) for index, prompt in enumerate(parsed)] if arguments else parsed
+
+
+def _with(arguments: Mapping[str, Any], index: int, prompt: Prompt) -> Prompt:
+    if isinstance(prompt, str) or not isinstance(prompt[0], dict):
+        raise ValueError(f"prompts[{index}]: expected chat messages with {min(arguments)!r}, got text or token ids")
+    messages: Any = prompt
+    return Chat(messages, {**arguments, **arguments_of(prompt)})
 
 
 def _as_prompt(index: int, prompt: Any) -> Prompt:
     prompt = _unwrapped(prompt)
+    if is_chat_object(prompt):
+        if unknown := sorted(set(prompt) - set(KEYS)):
+            raise ValueError(f"prompts[{index}]: {unknown[0]!r}: expected {', '.join(KEYS)}")
+        try:
+            arguments = template_arguments(prompt.get("tools"), prompt.get("chat_template_kwargs"))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompts[{index}]: {error}") from None
+        return _with(arguments, index, _as_prompt(index, prompt["messages"]))
+    own = arguments_of(prompt)
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(
@@ -75,7 +100,8 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
         prompt = prompt[0]  # of one row, as tokenizers return tensors
     if _is_sequence(prompt) and all(isinstance(item, Mapping) for item in prompt):
         try:
-            return [as_message(message) for message in prompt]
+            messages = [as_message(message) for message in prompt]
+            return Chat(messages, own) if own else messages
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from None
     if _are_ids(prompt):
@@ -101,7 +127,8 @@ def _unmasked(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
 
 def _begins_a_prompt(first: Any) -> bool:
     """Whether a list that begins so is one prompt: a chat, or token ids."""
-    return isinstance(first, Integral) or (isinstance(first, Mapping) and "input_ids" not in first)
+    message = isinstance(first, Mapping) and "input_ids" not in first and not is_chat_object(first)
+    return isinstance(first, Integral) or message
 
 
 def as_responses(responses: Any, count: int) -> list[str | list[int]]:
@@ -158,6 +185,12 @@ def _rendered(reader: Reader, prompt: Prompt, index: int = 0) -> Rendered | None
     if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
         return None
     given: Any = prompt
+    arguments = arguments_of(prompt)
+    if "tools" in arguments and reader.prompt_format in ("text", "transcript"):
+        raise ValueError(
+            f"prompts[{index}]: tools: {reader.name} was trained on prompts of the format {reader.prompt_format!r}, "
+            "which has no place for them"
+        )
     messages: list[Message] = (transcript_messages(given) or _as_chat(given)) if isinstance(given, str) else given
     if reader.prompt_format == "transcript":
         try:
@@ -177,9 +210,16 @@ def _rendered(reader: Reader, prompt: Prompt, index: int = 0) -> Rendered | None
             f"prompts[{index}]: {reader.name} has no chat template: pass chat_template, or a string as prompt"
         )
     try:
-        return rendered_chat(reader.tokenizer, messages, reader.chat_template)
+        rendered = rendered_chat(reader.tokenizer, messages, reader.chat_template, **arguments)
+        others = {name: value for name, value in arguments.items() if name != "tools"}
+        unseen = others != arguments and rendered == rendered_chat(
+            reader.tokenizer, messages, reader.chat_template, **others
+        )
     except ValueError as error:
         raise ValueError(f"prompts[{index}]: {reader.name}'s chat template can't render it: {error}") from error
+    if unseen:
+        raise ValueError(f"prompts[{index}]: tools: {reader.name}'s chat template leaves them out")
+    return rendered
 
 
 def _as_chat(prompt: str) -> list[Message]:

@@ -16,6 +16,8 @@ from genarm_fast.kernels.arm_logps import IGNORE
 from genarm_fast.train.encode import Encoded
 
 Layout = Literal["shared", "rows"]
+IDLE = -1  # of a data set that ends with `NOTHING`
+NOTHING = Encoded(-1, [0], [0], [0])  # stands for a pair where another process has the last one
 POOL = 32  # micro-batches that are sorted by length together
 
 
@@ -24,9 +26,12 @@ class PairBatches(Sampler[list[int]]):
 
     Pairs of similar length share a micro-batch, so that little is padding; the order of the micro-batches is random.
     One sequence for all epochs lets a resumed run skip what it has done without replaying random states.
+    Of several processes each takes every n-th micro-batch; where they end unevenly, some get the index IDLE.
     """
 
-    def __init__(self, lengths: Sequence[int], *, size: int, epochs: float, seed: int):
+    def __init__(
+        self, lengths: Sequence[int], *, size: int, epochs: float, seed: int, rank: int = 0, processes: int = 1
+    ):
         per_epoch = math.ceil(len(lengths) / size)
         batches: list[list[int]] = []
         for epoch in range(math.ceil(epochs)):
@@ -37,7 +42,9 @@ class PairBatches(Sampler[list[int]]):
             cut = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
             rng.shuffle(cut)
             batches += cut
-        self.batches = batches[: max(1, round(epochs * per_epoch))]
+        batches = batches[: max(1, round(epochs * per_epoch))]
+        batches += [[IDLE]] * (-len(batches) % processes)
+        self.batches = batches[rank::processes]
         self.batch_size = size
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -60,7 +67,8 @@ class Collator:
 
     def __call__(self, pairs: list[Encoded]) -> dict[str, Tensor]:
         batch = shared(pairs, self.pad) if self.layout == "shared" else rows(pairs, self.pad)
-        return {**batch, "tokens": torch.tensor([pair.tokens for pair in pairs])}
+        tokens = [0 if pair is NOTHING else pair.tokens for pair in pairs]
+        return {**batch, "tokens": torch.tensor(tokens), "margins": torch.tensor([pair.margin for pair in pairs])}
 
 
 def rows(pairs: list[Encoded], pad: int) -> dict[str, Tensor]:

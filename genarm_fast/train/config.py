@@ -19,6 +19,7 @@ OPERATIONAL = frozenset(
         "eval_pairs",
         "checkpoint_every",
         "log_every",
+        "report_to",
         "resume",
         "save_dtype",
         "trust_remote_code",
@@ -55,6 +56,7 @@ class TrainConfig:
     base_id: str | None = option(None, "name of the base to record in the ARM, if `base` is a local path")
     data_id: str | None = option(None, "name of the data to record in the ARM")
     dataset_split: str = option("train", "split, if `data` is a `datasets` id")
+    dataset_config: str | None = option(None, "configuration, if `data` is a `datasets` id that has several")
     dataset_dir: str | None = option(None, "folder in it, e.g. harmless-base of Anthropic/hh-rlhf")
 
     columns: tuple[str, ...] = option((), "names of columns that the data has otherwise, e.g. prompt=question")
@@ -102,13 +104,14 @@ class TrainConfig:
     eval_pairs: int = option(256, "at most so many pairs in those; 0: all")
     checkpoint_every: int = option(50, "steps between checkpoints; 0: none")
     log_every: int = option(5, "steps between logged losses")
+    report_to: tuple[str, ...] = option((), "where else to log to, as of transformers: tensorboard, wandb, mlflow, ...")
     resume: Literal["auto", "never"] = option("auto", "continue an interrupted run in `output`, or refuse to")
     save_dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "precision of the written weights")
 
     def __post_init__(self) -> None:
         for name, hint in hints().items():
             self._check_type(name, hint)
-        for name in ("base", "data", "output"):
+        for name in ("base", "output"):
             self._need(name, bool(getattr(self, name)), "a non-empty string")
         for name, least in AT_LEAST.items():
             value = getattr(self, name)

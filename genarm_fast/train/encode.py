@@ -24,18 +24,19 @@ from genarm_fast.text.templates import (
 )
 from genarm_fast.text.transcripts import ASSISTANT, HUMAN, transcript_messages
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.data import Dropped, Pair
+from genarm_fast.train.formats import Dropped, Pair, Side
 from genarm_fast.utils.jsonlines import located
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one pair; complete responses end with EOS."""
+    """Token ids of one pair; complete responses end with EOS. margin: as of `Pair`."""
 
     row: int
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    margin: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -77,7 +78,7 @@ class Encoder:
                 dropped["prompt truncated, kept"] += 1
                 bos = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id else []
                 prompt = bos + prompt[len(prompt) - config.max_prompt_tokens + len(bos) :]
-            kept.append(Encoded(pair.row, prompt, chosen, rejected))
+            kept.append(Encoded(pair.row, prompt, chosen, rejected, pair.margin))
         return kept, dropped
 
     def encode(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
@@ -120,11 +121,12 @@ class Encoder:
             responses.append(ended(response, end) if complete else response)
         return ids, responses[0], responses[1]
 
-    def _answer(self, prompt: list[Message], side: str | Message, rendered: Rendered, options: Any) -> str:
+    def _answer(self, prompt: list[Message], side: Side, rendered: Rendered, options: Any) -> str:
         """An answer as the chat template renders it behind the prompt, without what ends it."""
-        message = {"role": "assistant", "content": side} if isinstance(side, str) else side
+        answer = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+        messages = [answer] if isinstance(answer, dict) else answer
         template = str(self.chat_template)
-        chat = [*prompt, message]
+        chat = [*prompt, *messages]
         whole = render(self.tokenizer, chat, template, **options)
         for place, each in enumerate(chat):
             for name in set(PAYLOAD) & set(each):
@@ -134,8 +136,8 @@ class Encoder:
         rest, end = whole.removeprefix(rendered.text), self._after_answer
         if whole.startswith(rendered.text) and end and rest.endswith(end):
             text = rest.removesuffix(end)
-        elif set(message) == {"role", "content"}:  # a template that begins answers with more than it renders of them
-            text = message["content"]
+        elif len(messages) == 1 and set(messages[0]) == {"role", "content"}:
+            text = messages[0]["content"]  # a template that begins answers with more than it renders of them
         elif whole.startswith(rendered.text):
             text = rest
         else:

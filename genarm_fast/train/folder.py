@@ -23,7 +23,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig, training: list[Encoded], held_out: list[Encoded]) -> None:
         self.folder, self.path = config.folder, config.folder / "run.json"
         # By content, not by name: base and data may have moved.
-        names = OPERATIONAL | {"base", "data", "dataset_split", "dataset_dir", "eval_data"}
+        names = OPERATIONAL | {"base", "data", "dataset_split", "dataset_dir", "dataset_config", "eval_data"}
         self.identity: dict[str, Any] = {
             "config": {name: value for name, value in _plain(asdict(config)).items() if name not in names},
             "train_sha256": _digest(training),
@@ -81,5 +81,6 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 def _digest(pairs: list[Encoded]) -> str:
     digest = hashlib.sha256()
     for pair in pairs:
-        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected]).encode())
+        margin = [pair.margin] if pair.margin else []
+        digest.update(json.dumps([pair.prompt, pair.chosen, pair.rejected, *margin]).encode())
     return digest.hexdigest()

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pair_losses(logps: Tensor, beta: float) -> Tensor:
-    """−log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l)) of N pairs (arXiv 2410.08193).
+def pair_losses(logps: Tensor, beta: float, margins: Tensor | float = 0.0) -> Tensor:
+    """−log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l) − margin) of N pairs (arXiv 2410.08193; margins as in TRL).
 
-    `logps` [2N] holds Σ log π over the tokens of each response, EOS included, the chosen ones first.
+    `logps` [2N] holds Σ log π over the tokens of each response, EOS included, the chosen ones first. margins: [N].
     """
     chosen, rejected = logps.chunk(2)
-    return -F.logsigmoid(beta * (chosen - rejected))
+    return -F.logsigmoid(beta * (chosen - rejected) - margins)
 
 
 @dataclass
@@ -28,14 +28,25 @@ class PairStats:
     rejected: list[float] = field(default_factory=list)
     chosen_tokens: list[int] = field(default_factory=list)
     rejected_tokens: list[int] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
 
-    def add(self, logps: Tensor, tokens: Tensor) -> None:
-        """`logps`, `tokens`: [2N], chosen first."""
+    def add(self, logps: Tensor, tokens: Tensor, margins: Tensor) -> None:
+        """`logps`, `tokens`: [2N], chosen first. margins: [N], those that the loss asks for."""
         half = len(logps) // 2
         self.chosen += logps[:half].tolist()
         self.rejected += logps[half:].tolist()
         self.chosen_tokens += tokens[:half].tolist()
         self.rejected_tokens += tokens[half:].tolist()
+        self.margins += margins.tolist()
+
+    def rows(self) -> list[tuple[float, ...]]:
+        """What is held of each pair; `of_rows` makes them one again."""
+        margins = self.margins or [0.0] * len(self.chosen)
+        return list(zip(self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens, margins))
+
+    @classmethod
+    def of_rows(cls, beta: float, rows: list[tuple[float, ...]]) -> PairStats:
+        return cls(beta, *(list(column) for column in zip(*rows)))
 
     def summary(self) -> dict[str, float]:
         """Accuracy counts ties as half. `length_*` say how much of it length explains."""
@@ -46,10 +57,11 @@ class PairStats:
         margin = chosen - rejected
         tokens_chosen, tokens_rejected = torch.tensor([self.chosen_tokens, self.rejected_tokens], dtype=torch.float64)
         longer = tokens_chosen - tokens_rejected
+        required = torch.tensor(self.margins or [0.0], dtype=torch.float64)
         accuracy = _wins(margin)
         result = {
             "pairs": n,
-            "loss": float(-F.logsigmoid(self.beta * margin).mean()),
+            "loss": float(-F.logsigmoid(self.beta * margin - required).mean()),
             "accuracy": accuracy,
             "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / n),
             "margin_mean": float(margin.mean()),

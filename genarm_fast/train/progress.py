@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +28,7 @@ class Narrator(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step, visible=True)
+        self.began, self.first = time.monotonic(), state.global_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
@@ -35,10 +38,13 @@ class Narrator(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
-            line = f"loss {logs['loss']:.3f}, {logs['tokens_per_second']:.0f} tokens/s"
+            line = (
+                f"loss {logs['loss']:.3f}, accuracy {logs['train_accuracy']:.3f}, "
+                f"{logs['pairs_per_second']:.1f} pairs/s, {logs['tokens_per_second']:.0f} tokens/s"
+            )
             self.bar.update(self.task, description=f"training: {line}")
             if not self.bar.console.is_terminal:  # a log file shows no bar
-                self.say(f"step {state.global_step}/{state.max_steps}: {line}")
+                self.say(f"step {state.global_step}/{state.max_steps}: {line}, {self._left(state)} left")
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         metrics = kwargs["metrics"]
@@ -47,6 +53,11 @@ class Narrator(TrainerCallback):
             f"accuracy {metrics['eval_accuracy']:.3f} ± {metrics['eval_accuracy_stderr']:.3f}, "
             f"margin {metrics['eval_margin_mean']:.2f} nats"
         )
+
+    def _left(self, state: TrainerState) -> timedelta:
+        """The time for the steps to come, by those of this process, evaluations included."""
+        each = (time.monotonic() - self.began) / max(1, state.global_step - self.first)
+        return timedelta(seconds=round(each * (state.max_steps - state.global_step)))
 
     def say(self, line: str) -> None:
         if not self.bar.disable:

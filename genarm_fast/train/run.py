@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from genarm_fast.models.files import check_files, refusing
@@ -21,6 +23,7 @@ from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source, find_file, locate
 from genarm_fast.models.loader import load_tokenizer
 from genarm_fast.models.support import check_supported
+from genarm_fast.train import processes
 from genarm_fast.train.artifacts import save_artifacts
 from genarm_fast.train.batches import Collator
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
@@ -50,14 +53,25 @@ class TrainReport:
         return self.report["final"].get("accuracy")
 
 
+Rows = Iterable[Mapping[str, Any]]
+
+
 def train(
-    config: TrainConfig, *, progress: bool = True, auxiliary_loss: Callable[[nn.Module, int], Tensor] | None = None
+    config: TrainConfig,
+    *,
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
+    progress: bool = True,
+    auxiliary_loss: Callable[[nn.Module, int], Tensor] | None = None,
 ) -> TrainReport:
     """Trains an ARM from preference pairs (arXiv 2410.08193) and writes it to `config.output`.
 
     A run that was killed continues from its last checkpoint and ends with the weights that it would have had; one that
-    has finished returns its report at once. The folder is complete once report.json is in it.
+    has finished returns its report at once. The folder is complete once report.json is in it. Processes that torchrun
+    or `accelerate launch` started train together, and all return the report.
 
+    data, eval_data: rows in memory instead of those that the config names: a `datasets.Dataset`, or any iterable of
+        dicts. `data_id` is their name in the report.
     auxiliary_loss: of the causal LM and the number of the micro-batch, from 0; a scalar that is added to each
         micro-batch's mean loss. A term that keeps a small ARM near the base, say, so that it can draft for it. A run
         must be continued with the same one: nothing can compare two functions.
@@ -65,21 +79,46 @@ def train(
     Raises:
         ValueError: malformed data, options that do not fit the model or the data, or an output folder that holds a run
             with other options, data or base.
+        TypeError: data that are no rows: all splits of a `DatasetDict`, say.
         FileNotFoundError: the base is nowhere.
         BlockingIOError: another process trains in that folder.
         FloatingPointError: the loss is no longer finite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected one process; training uses a single device")
+    for name, rows in (("data", data), ("eval_data", eval_data)):
+        if rows is not None and getattr(config, name):
+            raise ValueError(f"{name}={getattr(config, name)!r}: expected none in the config where rows are given")
+    if data is None and not config.data:
+        raise ValueError("data='': expected a non-empty string, or rows given to `train`")
+    if eval_data is not None and config.holdout_every is not None:
+        raise ValueError(f"holdout_every={config.holdout_every}: expected None when eval_data is given")
+    at_once = config.micro_batch_size * processes.count()
+    if config.batch_size % at_once:
+        raise ValueError(
+            f"batch_size={config.batch_size}: expected a multiple of {at_once}: "
+            f"micro_batch_size={config.micro_batch_size} times {processes.count()} processes"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
+        raise ValueError("ACCELERATE_USE_FSDP: expected plain data parallelism, FSDP is not supported")
     if config.optimizer not in (names := [name.value for name in OptimizerNames]):
         raise ValueError(f"optimizer={config.optimizer!r}: expected one of {', '.join(names)}")
-    check_folder(config)
-    with locked(config.folder):  # before anything is read there: another process may just be about to finish
-        return _train(config, progress, auxiliary_loss)
+    if missing := sorted(set(config.report_to) - set(found := get_available_reporting_integrations())):
+        raise ValueError(
+            f"report_to={config.report_to!r}: {missing[0]!r} is unknown to transformers or not installed: "
+            f"expected some of {', '.join(found) or 'none: none is installed'}"
+        )
+    processes.join()
+    processes.from_first(lambda: check_folder(config))
+    with ExitStack() as held:  # before anything is read there: another run may just be about to finish
+        processes.from_first(lambda: bool(held.enter_context(locked(config.folder))))
+        return _train(config, data, eval_data, progress and processes.rank() == 0, auxiliary_loss)
 
 
 def _train(
-    config: TrainConfig, progress: bool, auxiliary_loss: Callable[[nn.Module, int], Tensor] | None
+    config: TrainConfig,
+    data_rows: Rows | None,
+    eval_rows: Rows | None,
+    progress: bool,
+    auxiliary_loss: Callable[[nn.Module, int], Tensor] | None,
 ) -> TrainReport:
     place = locate("base", config.base)
     check_files("base", place)
@@ -89,27 +128,29 @@ def _train(
     if tokenizer is None:
         raise ValueError(f"base={config.base!r}: expected a folder or a hub id with a model and its tokenizer")
     check_servable(config, place)
-    data = _read(config, tokenizer, place)
-    run = RunFolder(config, data.training, data.held_out)
-    if (finished := run.report()) is not None:
-        shutil.rmtree(checkpoints(config), ignore_errors=True)  # a kill may have come before that
+    data = _read(config, tokenizer, place, data_rows, eval_rows)
+    # The folder is the first process's. The others know of it what they are told, so all decide alike.
+    run = processes.from_first(lambda: RunFolder(config, data.training, data.held_out))
+    if (finished := processes.from_first(run.report)) is not None:
+        processes.from_first(lambda: _remove_checkpoints(config))  # a kill may have come before that
         return TrainReport(config.folder, finished)
-    if not os.access(config.folder, os.W_OK):
-        raise PermissionError(f"output={config.output!r}: expected a folder that can be written to")
-    dtype = choose_dtype(run.once("dtype", lambda: _name(choose_dtype(config.dtype))))
+    processes.from_first(lambda: _check_writable(config))
+    dtype = choose_dtype(run.once("dtype", lambda: processes.from_first(lambda: _name(choose_dtype(config.dtype)))))
     model, base_fingerprint = _load(config, dtype, data)
     if run.once("base_fingerprint", lambda: base_fingerprint) != base_fingerprint:
         raise ValueError(f"base={config.base!r}: expected the weights that the run in {config.output!r} began with")
-    layout, fused = choose_paths(model, sorted(data.training, key=lambda pair: pair.tokens)[:PROBE])
+    probe = sorted(data.training, key=lambda pair: pair.tokens)[:PROBE]
+    layout, fused = processes.from_first(lambda: choose_paths(model, probe))
+    model.fused = fused
     collator = Collator(layout, tokenizer.pad_token_id or 0)
 
     started = time.perf_counter()
     with progress_bar(progress) as bar:
-        run.save()
+        processes.from_first(run.save)
         trainer = ArmTrainer(config, model, data.training, data.held_out, collator, dtype, bar, auxiliary_loss)
         before = run.once("before", lambda: trainer.pair_stats(data.held_out).summary())
-        run.save()
-        checkpoint = last_checkpoint(checkpoints(config))
+        processes.from_first(run.save)
+        checkpoint = processes.from_first(lambda: last_checkpoint(checkpoints(config)))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         final = trainer.pair_stats(data.held_out).summary()
         report = {
@@ -124,8 +165,9 @@ def _train(
             "data": data.summary | {"train_sha256": run.identity["train_sha256"]},
             "steps": trainer.steps,
             "continued_from_step": int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0,
+            "processes": processes.count(),
             "seconds": time.perf_counter() - started,
-            "tokens_per_second": trainer.tokens_seen / trainer.seconds if trainer.seconds else None,
+            "tokens_per_second": trainer.speed().get("tokens_per_second"),
             "before": before,
             "final": final,
             "history": [
@@ -134,11 +176,20 @@ def _train(
                 {"step": trainer.steps, **_prefixed(final)},
             ],
         }
-        report = json.loads(json.dumps(report))  # the same whether just made or read again
+        report = processes.from_first(lambda: json.loads(json.dumps(report)))  # the same whether made or read again
         with resumable(config.folder):
-            save_artifacts(model, tokenizer, config, report)
-        shutil.rmtree(checkpoints(config), ignore_errors=True)
+            processes.from_first(lambda: save_artifacts(model, tokenizer, config, report))
+        processes.from_first(lambda: _remove_checkpoints(config))
     return TrainReport(config.folder, report)
+
+
+def _remove_checkpoints(config: TrainConfig) -> None:
+    shutil.rmtree(checkpoints(config), ignore_errors=True)
+
+
+def _check_writable(config: TrainConfig) -> None:
+    if not os.access(config.folder, os.W_OK):
+        raise PermissionError(f"output={config.output!r}: expected a folder that can be written to")
 
 
 @dataclass(frozen=True)
@@ -148,12 +199,18 @@ class _Data:
     summary: dict[str, Any]
 
 
-def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
+def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None, eval_rows: Rows | None) -> _Data:
     encoder = Encoder(tokenizer, config, stop_ids(config, place))
-    source = load_pairs(config.data, **reading(config))
-    train_pairs, held_out_pairs = split_pairs(source.pairs, config)
-    training, dropped = encoder(train_pairs, config.data)
-    held_out, held_out_dropped = encoder(held_out_pairs, config.eval_data or config.data)
+    source = load_pairs(config.data if rows is None else rows, **reading(config))
+    if source.format == "implicit" and (config.as_chat or config.prompt_template):
+        raise ValueError(
+            f"as_chat={config.as_chat}, prompt_template={config.prompt_template!r}: expected none where the rows "
+            "have no 'prompt': what both texts begin with is a beginning, not a request"
+        )
+    train_pairs, held_out_pairs = split_pairs(source.pairs, config, eval_rows)
+    training, dropped = encoder(train_pairs, config.data or "data")
+    held_out_name = "eval_data" if eval_rows is not None else config.eval_data or config.data or "data"
+    held_out, held_out_dropped = encoder(held_out_pairs, held_out_name)
     training = sample(training, config.max_pairs, config.seed)
     if not training:
         raise ValueError(
@@ -168,6 +225,7 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source) -> _Data:
         "end_token_id": encoder.end_of_chat_answer if chat else tokenizer.eos_token_id,
         "rows": source.rows,
         "train_pairs": len(training),
+        "train_pairs_with_margin": sum(bool(pair.margin) for pair in training),
         "train_tokens": sum(pair.tokens for pair in training),
         "held_out_pairs": len(held_out),
         "held_out_prompts_in_training": len({p.key for p in train_pairs} & {p.key for p in held_out_pairs}),
@@ -236,7 +294,7 @@ def _shown(config: TrainConfig) -> dict[str, Any]:
     for name in ("data", "eval_data"):
         path = shown[name]
         shown[name] = Path(path).name if path and Path(path).exists() else path
-    return shown | {"data": config.data_id or shown["data"]}
+    return shown | {"data": config.data_id or shown["data"] or "rows in memory"}
 
 
 def _name(dtype: torch.dtype) -> str:

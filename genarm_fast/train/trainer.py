@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from genarm_fast.train.batches import Collator, PairBatches
+from genarm_fast.train import processes
+from genarm_fast.train.batches import NOTHING, Collator, PairBatches
 from genarm_fast.train.checkpoints import checkpoints, seal
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
@@ -33,7 +34,11 @@ DIVERGED = "expected a finite number; a lower learning_rate, or dtype='float32',
 
 
 class ArmTrainer(Trainer):
-    """Minimises −log σ(β_r · margin), averaged over all pairs of a step whatever the sizes of its micro-batches."""
+    """Minimises −log σ(β_r · margin), averaged over all pairs of a step whatever the sizes of its micro-batches.
+
+    Several processes take turns with the micro-batches of a step, and dropout is drawn by a micro-batch's number: how
+    many processes there are changes nothing but the order of sums.
+    """
 
     model: Any
     data_collator: Any
@@ -51,10 +56,18 @@ class ArmTrainer(Trainer):
     ) -> None:
         self.config, self.held_out, self.bar, self.auxiliary_loss = config, held_out, bar, auxiliary_loss
         lengths = [pair.tokens for pair in train]
-        self.batches = PairBatches(lengths, size=config.micro_batch_size, epochs=config.epochs, seed=config.seed)
-        self.tokens_seen, self.seconds, self.micro_batch = 0, 0.0, 0  # of this process
+        self.rank, self.processes = processes.rank(), processes.count()
+        self.batches = PairBatches(
+            lengths,
+            size=config.micro_batch_size,
+            epochs=config.epochs,
+            seed=config.seed,
+            rank=self.rank,
+            processes=self.processes,
+        )
+        self.tokens_seen, self.pairs_seen, self.seconds, self.micro_batch = 0, 0, 0.0, 0  # of this process
         self.recent, self.losses, self.logged_step = PairStats(config.beta), list[Tensor](), 0  # since the last log
-        accumulate = config.batch_size // config.micro_batch_size
+        accumulate = config.batch_size // config.micro_batch_size // self.processes
         self.steps = math.ceil(len(self.batches) / accumulate)
         evaluate, save = bool(config.eval_every and held_out), bool(config.checkpoint_every)
         arguments = TrainingArguments(
@@ -80,7 +93,8 @@ class ArmTrainer(Trainer):
             save_steps=config.checkpoint_every or 1,
             save_total_limit=2,
             disable_tqdm=True,
-            report_to="none",
+            report_to=list(config.report_to) or "none",
+            ddp_find_unused_parameters=config.method == "full",  # experts that no token went to, say
             remove_unused_columns=False,
             use_cpu=not torch.accelerator.is_available(),  # or bf16=True looks for a GPU
             dataloader_pin_memory=torch.cuda.is_available(),
@@ -92,19 +106,19 @@ class ArmTrainer(Trainer):
             model=model,
             args=arguments,
             data_collator=collator,
-            train_dataset=train,
+            train_dataset=[*train, NOTHING],
             eval_dataset=evaluated or None,
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(Narrator(bar))
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
-        return self.accelerator.prepare(loader)
+        # Not by `accelerator.prepare`, which would share the batches out once more.
+        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(len(batch["tokens"]) for batch in batches)
+        return batches, sum(processes.gathered([int((batch["tokens"] > 0).sum()) for batch in batches]))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)
@@ -116,36 +130,54 @@ class ArmTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
-        self.losses.append(loss.detach())
+        self.losses.append(loss.detach() / self.processes)
         self.seconds += time.perf_counter() - start
         return loss
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        self.tokens_seen += int(inputs.pop("tokens").sum())
+        tokens, margins = inputs.pop("tokens"), inputs.pop("margins")
+        accumulate = self.args.gradient_accumulation_steps
+        step, turn = self.state.global_step, self.micro_batch % accumulate
+        number = (step * accumulate + turn) * self.processes + self.rank  # among those of all processes
+        self.micro_batch += 1
+        torch.manual_seed((self.config.seed << 31) + number)
         logps = model(**inputs)
-        self.recent.add(logps.detach(), (inputs["targets"] >= 0).sum(-1))
-        loss = pair_losses(logps, self.config.beta).sum() / num_items_in_batch
+        if not tokens.any():  # the other processes wait for this one's share of nothing
+            return (logps.sum() * 0.0, logps) if return_outputs else logps.sum() * 0.0
+        self.tokens_seen, self.pairs_seen = self.tokens_seen + int(tokens.sum()), self.pairs_seen + len(tokens)
+        self.recent.add(logps.detach(), (inputs["targets"] >= 0).sum(-1), margins)
+        loss = pair_losses(logps, self.config.beta, margins).sum() / num_items_in_batch
         if self.auxiliary_loss is not None:
-            accumulate = self.args.gradient_accumulation_steps
-            number = self.state.global_step * accumulate + self.micro_batch % accumulate
-            loss = loss + self.auxiliary_loss(self.model.lm, number) * (len(logps) / 2 / num_items_in_batch)
-            self.micro_batch += 1
+            loss = loss + self.auxiliary_loss(self.model.lm, number) * (len(tokens) / num_items_in_batch)
+        loss = loss * self.processes  # gradients are averaged over them
         return (loss, logps) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             steps = self.state.global_step - self.logged_step
             # transformers' own leaves out what came before a resume.
-            logs["loss"] = math.fsum(loss.item() for loss in self.losses) / max(1, steps)
+            logs["loss"] = math.fsum(processes.gathered([loss.item() for loss in self.losses])) / max(1, steps)
             self.losses, self.logged_step = [], self.state.global_step
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}: {DIVERGED}")
-            recent, self.recent = self.recent.summary(), PairStats(self.config.beta)
+            recent = PairStats.of_rows(self.config.beta, processes.gathered(self.recent.rows())).summary()
+            self.recent = PairStats(self.config.beta)
             logs |= {f"train_{name}": recent[name] for name in ("accuracy", "margin_mean")}
-            logs["tokens_per_second"] = self.tokens_seen / self.seconds
+            logs |= self.speed()
         super().log(logs, *args, **kwargs)
+
+    def speed(self) -> dict[str, float]:
+        """Tokens and pairs per second of all processes, {} before the first. All must call this."""
+        each = processes.gathered([(self.tokens_seen, self.pairs_seen, self.seconds)])
+        tokens, pairs, seconds = (list(column) for column in zip(*each))
+        if not max(seconds):
+            return {}
+        return {
+            "tokens_per_second": sum(tokens) / max(seconds),
+            "pairs_per_second": sum(pairs) / max(seconds),
+        }
 
     def history(self) -> list[dict[str, float]]:
         """What was logged, continuations included, without what transformers only knows of this process.
@@ -167,31 +199,37 @@ class ArmTrainer(Trainer):
 
     def pair_stats(self, pairs: Sequence[Encoded]) -> PairStats:
         """Rewards and lengths of pairs, in evaluation mode."""
-        stats = PairStats(self.config.beta)
+        rows: list[tuple[int, list[tuple[float, ...]]]] = []
         training = self.model.training
         self.model.eval()
         # The longest first: what does not fit into memory fails at once.
         ordered = sorted(pairs, key=lambda pair: -pair.tokens)
         task = self.bar.add_task("evaluating", total=len(pairs))
         with torch.no_grad():
-            for i in range(0, len(ordered), self.config.micro_batch_size):
-                batch = self._prepare_inputs(self.data_collator(ordered[i : i + self.config.micro_batch_size]))
-                self.bar.advance(task, len(batch.pop("tokens")))
-                stats.add(self.model(**batch), (batch["targets"] >= 0).sum(-1))
+            size = self.config.micro_batch_size
+            for i in range(self.rank * size, len(ordered), self.processes * size):
+                batch = self._prepare_inputs(self.data_collator(ordered[i : i + size]))
+                self.bar.advance(task, len(batch.pop("tokens")) * self.processes)
+                margins, stats = batch.pop("margins"), PairStats(self.config.beta)
+                stats.add(self.model(**batch), (batch["targets"] >= 0).sum(-1), margins)
+                rows.append((i, stats.rows()))
         self.bar.remove_task(task)
         self.model.train(training)
-        return stats
+        in_order = sorted(processes.gathered(rows), key=lambda part: part[0])
+        return PairStats.of_rows(self.config.beta, [row for _, part in in_order for row in part])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = checkpoints(self.config) / f"checkpoint-{self.state.global_step}"
         with resumable(folder):
             super()._save_checkpoint(model, trial)
-            self._save_since_log(folder)
-            seal(folder)
+            losses = processes.gathered([loss.item() for loss in self.losses])
+            recent = PairStats.of_rows(self.config.beta, processes.gathered(self.recent.rows()))
+            since = {"losses": losses, "logged_step": self.logged_step, "recent": vars(recent)}
+            processes.from_first(lambda: self._finish_checkpoint(folder, since))  # once all have written
 
-    def _save_since_log(self, folder: Path) -> None:
-        since = {"losses": [loss.item() for loss in self.losses], "logged_step": self.logged_step}
-        write_json(folder / SINCE_LOG, since | {"recent": dict(vars(self.recent))})
+    def _finish_checkpoint(self, folder: Path, since: dict[str, Any]) -> None:
+        write_json(folder / SINCE_LOG, since)
+        seal(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or checkpoints(self.config))
@@ -200,15 +238,17 @@ class ArmTrainer(Trainer):
         save_file(trained, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint, WEIGHTS), device=str(self.args.device))
+        weights = load_file(Path(resume_from_checkpoint, WEIGHTS))
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
         if (path := Path(resume_from_checkpoint, SINCE_LOG)).is_file():  # an older version's has none
             since = read_json(path)
-            self.losses, self.logged_step = [torch.tensor(loss) for loss in since["losses"]], since["logged_step"]
-            self.recent = PairStats(**since["recent"])
+            self.logged_step = since["logged_step"]
+            if self.rank == 0:  # it has what all have seen
+                self.losses = [torch.tensor(loss) for loss in since["losses"]]
+                self.recent = PairStats(**since["recent"])
 
 
 def sample(pairs: list[Encoded], n: int | None, seed: int) -> list[Encoded]:

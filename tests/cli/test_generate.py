@@ -48,6 +48,21 @@ def test_raw_prompts_and_system_messages(cli: Callable, options: list[str], mode
     assert cli("generate", "the cat", *options, "--raw", "--system", "be brief").code == 2
 
 
+def test_arguments_of_the_chat_template(cli: Callable, options: list[str], tokenizer: Any, tmp_path: Path) -> None:
+    """In generate, chat and score; where there is no chat, an error."""
+    (tmp_path / "own.jinja").write_text("{{ style }}" + tokenizer.chat_template)
+    own = [*options, "--chat-template", str(tmp_path / "own.jinja")]
+    brief = ["--chat-template-kwargs", '{"style": "brief"}']
+    shown = [json.loads(cli("generate", "the cat", *own, *more, "--json").out) for more in ([], brief)]
+    read = [tokenizer.decode(each["prompt_token_ids"]) for each in shown]
+    assert read == ["<s>[user] the cat</s>[assistant] ", "brief<s>[user] the cat</s>[assistant] "]
+    result = cli("generate", "the cat", *own, "--raw", *brief)
+    assert (result.code, "--chat-template-kwargs {'style': 'brief'}: expected a chat" in result.err) == (2, True)
+    for wrong in ("[1]", "{", "brief"):
+        result = cli("generate", "the cat", *own, "--chat-template-kwargs", wrong)
+        assert (result.code, "expected a JSON object" in result.err) == (2, True)
+
+
 def test_sampling_options_reach_the_request(cli: Callable, options: list[str], model: GenARM) -> None:
     params = SamplingParams(
         weights=(0.5, -1.0), temperature=0.7, top_k=20, top_p=0.9, stop=("e",), logprobs=2, rewards=True, n=2, seed=7,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -69,6 +70,26 @@ def test_train_then_use(run, tmp_path):
     assert "accuracy on held-out pairs:" in out
     assert (tmp_path / "arms" / "cheerful" / "report.json").is_file()
     assert "weight 1.0: " in out
+
+
+def test_train_on_dataset(run, tmp_path):
+    out = run("train_on_dataset.py", "--pairs", "24")
+    assert "accuracy on held-out pairs: " in out
+    report = json.loads((tmp_path / "arms" / "of-rows" / "report.json").read_text())
+    assert (report["config"]["data"], report["data"]["format"]) == ("films", "messages")
+    assert report["data"]["train_pairs_with_margin"] == report["data"]["train_pairs"] == 18
+
+
+def test_harness(run, folders, monkeypatch):
+    """In an environment with lm-eval; docs/drop_in.md says when it was last run."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not in the development environment: see docs/drop_in.md")
+    monkeypatch.chdir(EXAMPLES.parent)  # where the task's YAML finds its data
+    out = run("harness.py", "--arm", str(folders / "arm"), "--limit", "2")
+    assert [line.split(":")[0] for line in out.splitlines() if "mood" in line] == [
+        "base",
+        "guided, weight 1",
+        "guided, weight 2",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -238,7 +238,10 @@ def test_seeds_of_lines_and_jobs_differ() -> None:
     ("line", "message"),
     [
         ('{"prompt": "a", "top_p": 1.5}', r"top_p=1.5: expected a number in \(0, 1\]"),
-        ('{"prompt": "a", "temprature": 1}', "temprature=1: expected one of id, prompt, metadata, weights"),
+        (
+            '{"prompt": "a", "temprature": 1}',
+            "temprature=1: expected one of id, prompt, tools, chat_template_kwargs, metadata, weights",
+        ),
         ('{"prompt": "a", "logits_processors": []}', r"logits_processors=\[\]: expected one of"),
         ('{"prompt": "a", "weights": [1, 2, 3]}', r"weights=.*: expected 2 numbers, one per ARM, got 3"),
         ('{"prompt": "a", "weights": ["1", 2]}', "weights=.*expected finite numbers"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from genarm_fast.train import TrainConfig
+from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.data import SWAPPED, load_pairs, reading
 
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -62,6 +64,71 @@ def test_objects_and_folders_of_datasets(tmp_path):
         load_pairs(str(tmp_path / "splits"))
     with pytest.raises(TypeError, match=r"expected rows, got splits \['dev'\]"):
         load_pairs(datasets.DatasetDict({"dev": data}))
+
+
+def test_training_on_rows_in_memory(make_config, toy, tmp_path):
+    """A `Dataset`, a split of a `DatasetDict`, streamed rows and dicts make the ARM that the file makes."""
+    datasets = pytest.importorskip("datasets")
+    rows = [json.loads(line) for line in toy.read_text().splitlines()]
+    data = datasets.Dataset.from_list(rows)
+    splits = datasets.DatasetDict({"train": data, "dev": data.select(range(4))})
+    data.save_to_disk(tmp_path / "saved")
+    splits.save_to_disk(tmp_path / "splits")
+    expected = train(make_config(toy, output=str(tmp_path / "file")), progress=False).report
+    given = {
+        "dataset": data,
+        "split": splits["train"],
+        "streamed": data.to_iterable_dataset(),
+        "dicts": (row for row in rows),
+    }
+    for name, source in given.items():
+        output = str(tmp_path / name)
+        report = train(make_config("", output=output, data_id="toy"), data=source, progress=False).report
+        assert report["config"]["data"] == "toy"
+        for part in ("data", "steps", "final"):
+            assert report[part] == expected[part], (name, part)
+    again = train(make_config("", output=str(tmp_path / "dicts")), data=rows, progress=False)
+    assert again.report["config"]["data_id"] == "toy", "the run that was there"
+    for name in ("saved", "splits"):
+        report = train(make_config(tmp_path / name, output=str(tmp_path / f"of-{name}")), progress=False).report
+        assert (report["data"], report["final"]) == (expected["data"], expected["final"])
+    own = make_config("", output=str(tmp_path / "own"), holdout_every=None)
+    held = train(own, data=rows, eval_data=splits["dev"], progress=False).report
+    assert (held["config"]["data"], held["data"]["train_pairs"], held["final"]["pairs"]) == ("rows in memory", 48, 4)
+
+
+def test_rows_in_memory_that_are_none(make_config, toy):
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(TypeError, match=r"data: expected rows, got splits \['dev'\]: choose one"):
+        train(make_config(""), data=datasets.DatasetDict({"dev": datasets.Dataset.from_list([TEXT])}), progress=False)
+    with pytest.raises(TypeError, match=r"data=PosixPath\(.*expected rows, an iterable"):
+        train(make_config(""), data=toy, progress=False)
+    with pytest.raises(ValueError, match="data line 1: expected a row with named columns, got 'prompt'"):
+        train(make_config(""), data=["prompt"], progress=False)
+    with pytest.raises(ValueError, match=r"data='.*': expected none in the config where rows are given"):
+        train(make_config(toy), data=[TEXT], progress=False)
+    with pytest.raises(ValueError, match="data='': expected a non-empty string, or rows given to `train`"):
+        train(make_config(""), progress=False)
+    with pytest.raises(ValueError, match="holdout_every=4: expected None when eval_data is given"):
+        train(make_config(toy), eval_data=[TEXT], progress=False)
+
+
+def test_configurations_of_a_data_set(write_jsonl, tmp_path):
+    """As the README of a data set names them."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("easy", "hard"):
+        write_jsonl([TEXT | {"prompt": name}], f"set/{name}.jsonl")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name in ("easy", "hard"):
+        found = load_pairs(str(folder), **reading(config(dataset_config=name))).pairs
+        assert [pair.prompt for pair in found] == [name]
+    with pytest.raises(ValueError, match=r"dataset_split='train'.*(?s:.)*easy"):
+        load_pairs(str(folder))
+    with pytest.raises(ValueError, match="dataset_config='odd'"):
+        load_pairs(str(folder), dataset_config="odd")
 
 
 def test_malformed_rows_are_dropped_and_counted_if_asked(write_jsonl):

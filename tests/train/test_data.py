@@ -43,6 +43,14 @@ TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
             "yes",
             "no",
         ),
+        # responses that begin alike belong behind the prompt, though the user says again what the prompt is
+        (
+            {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [GOOD, USER, BAD]},
+            "messages",
+            [USER, GOOD, USER],
+            "yes",
+            "no",
+        ),
         ({"prompt": HH, "chosen": HH + " yes", "rejected": HH + " no"}, "text", HH, " yes", " no"),
         (
             {"chosen": [USER, GOOD, USER, GOOD], "rejected": [USER, GOOD, USER, BAD]},
@@ -104,7 +112,7 @@ def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[s
         ({"chosen": [GOOD], "rejected": [BAD]}, "field 'prompt': expected messages before the responses"),
         (
             {"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]},
-            "field 'chosen': expected one assistant message",
+            "field 'chosen': expected messages that begin and end with the .*, got assistant, user",
         ),
         (
             {"prompt": "hi ", "chosen": [USER, GOOD], "rejected": [USER, BAD]},

@@ -255,9 +255,11 @@ def test_held_out_prompts_that_are_trained_on_are_counted(make_config: Config, t
     assert report["data"]["held_out_prompts_in_training"] == 48
 
 
-def test_several_processes_are_refused(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_nobody_launched_are_refused(
+    make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2: expected one process"):
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: expected RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT beside it"):
         train(make_config(toy), progress=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 from toy_pairs import toy_rows
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from genarm_fast.cli import main
 from genarm_fast.cli.train import add_arguments
 from genarm_fast.train import TrainConfig, train
 
+SWAP = {"prompt": "prompt", "chosen": "rejected", "rejected": "chosen"}
+SWAPPED_ROW = {name: row[other] for row in toy_rows(1) for name, other in SWAP.items()}
 RUN = ["--dtype", "float32", "--batch-size", "8", "--holdout-every", "4"]
 
 
@@ -48,6 +52,43 @@ def test_trains(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixt
     assert main([*argv, "--json"]) == 0
     shown = capfd.readouterr()
     assert json.loads(shown.out) == json.loads((tmp_path / "arm" / "report.json").read_text())
+
+
+def test_what_a_run_says(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Loss, accuracy, speed and the time left, a line each `log_every` steps; what was dropped is in the report."""
+    toy.write_text(toy.read_text() + '{"prompt": "q"}\n' + json.dumps(SWAPPED_ROW) + "\n")
+    argv = ["train", str(base), str(toy), "--output", str(tmp_path / "arm"), *RUN]
+    assert main([*argv, "--log-every", "2"]) == 2
+    assert "line 49: field 'chosen' is missing" in capfd.readouterr().err
+    assert main([*argv, "--log-every", "2", "--on-bad-row", "drop"]) == 0
+    shown = capfd.readouterr().err
+    steps = re.findall(
+        r"^step (\d)/5: loss \d\.\d{3}, accuracy [01]\.\d{3}, [\d.]+ pairs/s, \d+ tokens/s, 0:00:\d\d left$",
+        shown,
+        re.M,
+    )
+    assert steps == ["1", "2", "4"]
+    dropped = json.loads((tmp_path / "arm" / "report.json").read_text())["data"]["dropped"]
+    assert dropped == {"malformed row": 1, "also there with chosen and rejected swapped, kept": 1}
+
+
+def test_logs_go_where_trainer_sends_them(
+    base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["train", str(base), str(toy), "--output", str(tmp_path / "arm"), *RUN, "--report-to", "tensorboard"]
+    monkeypatch.setattr("genarm_fast.train.run.get_available_reporting_integrations", lambda: [])
+    assert main(argv) == 2
+    assert "report_to=('tensorboard',): 'tensorboard' is unknown to transformers or not" in capfd.readouterr().err
+    logged: list[dict[str, float]] = []
+
+    class Board(TrainerCallback):
+        def on_log(self, args: object, state: object, control: object, logs: dict[str, float], **_: object) -> None:
+            logged.append(logs)
+
+    monkeypatch.setattr("genarm_fast.train.run.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Board)
+    assert main(argv) == 0
+    assert {"loss", "train_accuracy", "pairs_per_second"} <= set(logged[0])
 
 
 def test_json_is_all_there_is(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

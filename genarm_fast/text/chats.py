@@ -1,0 +1,53 @@
+"""Chats with what their templates take besides messages: tools, and arguments such as `enable_thinking`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from genarm_fast.text.messages import Message
+
+KEYS = ("messages", "tools", "chat_template_kwargs")
+# What the messages, the model and the call say themselves.
+OWN = {"messages", "conversation", "chat_template", "tools", "documents", "tokenize", "return_tensors", "return_dict"}
+OWN |= {"add_generation_prompt", "continue_final_message", "tokenizer"}
+
+
+class Chat(list[Message]):
+    """Messages, and the arguments that each member's chat template gets with them, tools among them."""
+
+    def __init__(self, messages: Iterable[Message] = (), arguments: Mapping[str, Any] | None = None) -> None:
+        super().__init__(messages)  # `dataclasses.asdict` makes lists of a kind from their items alone
+        self.arguments = dict(arguments or {})
+
+
+def is_chat_object(value: Any) -> bool:
+    """Whether a prompt is an object with messages in it, as chat APIs take it."""
+    return isinstance(value, Mapping) and "messages" in value and "role" not in value
+
+
+def arguments_of(prompt: Any) -> dict[str, Any]:
+    """The arguments of a prompt's chat template, {} where it has none."""
+    return prompt.arguments if isinstance(prompt, Chat) else {}
+
+
+def template_arguments(tools: Any, chat_template_kwargs: Any) -> dict[str, Any]:
+    """Both as one: what a chat template is given besides messages.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected.
+    """
+    arguments: dict[str, Any] = {}
+    if chat_template_kwargs is not None:
+        if not isinstance(chat_template_kwargs, Mapping):
+            raise TypeError(f"chat_template_kwargs={chat_template_kwargs!r:.80}: expected a mapping")
+        for name in chat_template_kwargs:
+            if name in OWN:
+                raise ValueError(f"chat_template_kwargs={name!r}: expected what only the template knows")
+        arguments |= chat_template_kwargs
+    if tools is not None:
+        if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise TypeError(f"tools={tools!r:.80}: expected a list of tools, each a mapping (a JSON schema)")
+        if tools:
+            arguments["tools"] = list(tools)
+    return arguments

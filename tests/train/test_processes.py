@@ -1,0 +1,167 @@
+"""Two processes train as one does: the same steps, report and weights, through a kill of both too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genarm_fast.train import TrainConfig, processes, train
+from genarm_fast.train.batches import IDLE, NOTHING, Collator, PairBatches
+from genarm_fast.train.encode import Encoded
+
+Config = Callable[..., TrainConfig]
+OPTIONS = {"epochs": 3, "lora_dropout": 0.2, "checkpoint_every": 4, "micro_batch_size": 2, "eval_every": 5}
+KILLED = """
+import json, os, signal, sys
+from genarm_fast.train import TrainConfig, processes, train, run, trainer
+from genarm_fast.train.folder import RunFolder
+from genarm_fast.train.progress import Narrator
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def writes(*args):
+    raise SystemExit("the second process writes")
+
+processes.join()
+try:  # what the first one raises, both raise
+    processes.from_first(lambda: {}[processes.rank()])
+    raise SystemExit("nothing was raised")
+except KeyError as error:
+    assert error.args == (0,)
+if processes.rank():
+    trainer.write_json = trainer.seal = RunFolder.save = run.save_artifacts = writes
+Narrator.on_step_end = on_step_end
+options = json.loads(sys.argv[1])
+lists = {name: tuple(options[name]) for name in ("lora_targets", "columns", "report_to")}
+train(TrainConfig(**{**options, **lists}), progress=False)
+"""
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def compared(report: Any) -> Any:
+    """What does not depend on the clock, the number of processes, or where the run was continued."""
+    if isinstance(report, list):
+        return [compared(each) for each in report]
+    if not isinstance(report, dict):
+        return report
+    other = ("seconds", "tokens_per_second", "pairs_per_second", "continued_from_step", "output", "processes")
+    return {name: compared(value) for name, value in report.items() if name not in other}
+
+
+def assert_close(found: Any, expected: Any, path: str = "report") -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for name in expected:
+            assert_close(found[name], expected[name], f"{path}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), path
+        for at, (one, other) in enumerate(zip(found, expected)):
+            assert_close(one, other, f"{path}[{at}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), path
+    else:
+        assert found == expected, path
+
+
+def test_two_processes_are_as_one_through_a_kill(make_config: Config, toy: Path, tmp_path: Path) -> None:
+    """36 pairs in 18 micro-batches an epoch, 54 in all: the last step is half a step. Dropout is on."""
+    config = make_config(toy, **OPTIONS, output=str(tmp_path / "two"), save_dtype="float32")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = subprocess.run(
+        [*launch, str(tmp_path / "killed.py"), json.dumps(dataclasses.asdict(config))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert killed.returncode != 0
+    assert "Signal 9" in killed.stderr, killed.stderr
+    assert "the second process writes" not in killed.stderr
+    assert (config.folder / "checkpoints" / "checkpoint-8" / "complete.json").is_file()
+    assert not (config.folder / "report.json").exists()
+
+    defaults = {f.name: f.default for f in fields(TrainConfig)}
+    options: list[str] = []
+    for name, value in dataclasses.asdict(config).items():
+        if name not in ("base", "data") and value != defaults[name]:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    # accelerate's launcher of several processes, whatever their devices are.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "genarm_fast"]
+    ended = subprocess.run(
+        [*launch, "train", config.base, config.data, *options, "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((config.folder / "report.json").read_text())
+    assert ended.stdout.count('"train_sha256"') == 1, "one process speaks for both"
+    assert (report["processes"], report["continued_from_step"]) == (2, 8)
+
+    alone = train(dataclasses.replace(config, output=str(tmp_path / "one")), progress=False)
+    assert alone.report["steps"] == 14
+    assert {path.name for path in config.folder.iterdir()} == {path.name for path in alone.folder.iterdir()}
+    assert_close(compared(report), compared(alone.report))
+    one, two = weights(alone.folder), weights(config.folder)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    # The comparison sees another dropout, which is less than another batch.
+    other = train(make_config(toy, **OPTIONS | {"lora_dropout": 0.1}, output=str(tmp_path / "other")), progress=False)
+    assert any(not torch.allclose(weights(other.folder)[name].float(), one[name], atol=1e-3) for name in one)
+
+
+@pytest.mark.parametrize("pairs", [36, 37, 1])
+def test_micro_batches_are_shared_out(pairs: int) -> None:
+    """Each is some process's, in its turn, and all processes have equally many."""
+    options = {"size": 2, "epochs": 1.5, "seed": 3}
+    whole = PairBatches([5] * pairs, **options).batches
+    shares = [PairBatches([5] * pairs, **options, rank=rank, processes=3).batches for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    together = [batch for turn in zip(*shares) for batch in turn]
+    assert together[: len(whole)] == whole
+    assert together[len(whole) :] == [[IDLE]] * (-len(whole) % 3)
+
+
+@pytest.mark.parametrize("layout", ["rows", "shared"])
+def test_a_share_of_nothing_counts_nothing(layout: Any) -> None:
+    assert Collator(layout, 0)([NOTHING])["tokens"].tolist() == [0]
+    batch = Collator(layout, 0)([Encoded(0, [3], [4, 1], [5, 1], margin=0.5)])
+    assert (batch["tokens"].tolist(), batch["margins"].tolist()) == ([5], [0.5])
+
+
+def test_what_cannot_be_shared_is_refused(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"batch_size=4: expected a multiple of 8: micro_batch_size=4 times 2 proc"):
+        train(make_config(toy, batch_size=4), progress=False)
+
+
+def test_fsdp_is_refused_by_name(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP: expected plain data parallelism"):
+        train(make_config(toy), progress=False)
+
+
+def test_alone_nothing_is_sent() -> None:
+    assert (processes.count(), processes.rank(), processes.gathered([1, 2])) == (1, 0, [1, 2])
+    assert processes.from_first(lambda: 3) == 3
