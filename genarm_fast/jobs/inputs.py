@@ -11,14 +11,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 from genarm_fast.jobs import openai
 from genarm_fast.jobs.identity import digest
 from genarm_fast.params import SamplingParams, check_weights
 from genarm_fast.text.prompts import Prompt, as_prompts
-from genarm_fast.utils.jsonlines import dumps, located, read_objects
 
 # What JSON can express, and what does not make an answer depend on the time of day.
 DEFAULTS = {
@@ -33,7 +32,7 @@ OUTPUT = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "comp
 @dataclass(frozen=True)
 class JobRequest:
     """One input line. `params` has a seed. kept: fields that its output line has too. openai: the line, if it is one of
-    OpenAI's batch files."""
+    OpenAI's batch files. file: where the line is, for errors."""
 
     line: int
     id: Any
@@ -41,6 +40,7 @@ class JobRequest:
     params: SamplingParams
     kept: Mapping[str, Any] = field(default_factory=dict)
     openai: Mapping[str, Any] | None = None
+    file: str = "requests"
 
     def head(self, setup: str) -> dict[str, Any]:
         """What its output line begins with: `setup` stands for the models, `request` for prompt and parameters."""
@@ -51,60 +51,65 @@ class JobRequest:
         return head if self.openai is None else openai.head_of(self.openai, head)
 
 
-def read_requests(
-    path: str | Path, defaults: SamplingParams, *, arms: int, keep: Sequence[str] = ()
-) -> list[JobRequest]:
-    """Reads and checks all lines. `defaults` are the parameters that a line leaves out; its seed is the job's seed
-    (None: 0), from which each line without a seed derives its own. `arms`: how many weights a list must have. `keep`:
-    names of fields that go to the output as they are, besides `metadata`.
-
-    Raises ValueError naming file, line, field, value and expectation.
-    """
-    if taken := [name for name in keep if name in (*OUTPUT, *FIELDS)]:
-        raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
-    requests: list[JobRequest] = []
-    lines: dict[str, int] = {}
-    for number, row in read_objects(path):
-        with located(path, number):
-            request = _request(row, number, defaults, arms, ("metadata", *keep))
-            other = lines.setdefault(dumps(request.id), number)
-            if other != number:
-                raise ValueError(f"id={request.id!r}: expected each id once, line {other} has it too")
-        requests.append(request)
-    return requests
-
-
 def line_seed(job_seed: int, line: int) -> int:
     """The seed of an input line, 64 bits."""
     return int.from_bytes(hashlib.sha256(f"{job_seed}:{line}".encode()).digest()[:8], "little")
 
 
-def _request(row: Mapping[str, Any], line: int, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> JobRequest:
-    source = row if openai.is_openai(row) else None
-    row = row if source is None else openai.request_of(row)
-    unknown = sorted(set(row) - {"id", "prompt", *keep, *FIELDS})
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]}={row[unknown[0]]!r:.60}: expected one of id, prompt, {', '.join((*keep, *FIELDS))}; other"
-            " fields go to the output if they are named by --keep"
+class Form:
+    """Makes requests of lines. Arguments as in `read_requests`. Raises ValueError for a name that cannot be kept."""
+
+    def __init__(self, file: str, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> None:
+        if taken := [name for name in keep if name in (*OUTPUT, *FIELDS)]:
+            raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
+        self.file, self.defaults, self.arms, self.keep = file, defaults, arms, ("metadata", *keep)
+        self._known = {"id", "prompt", *self.keep, *FIELDS}
+        # Most lines have the parameters of others: checking them takes ten times as long as all else.
+        self._params = lru_cache(1024)(self._checked)
+
+    def request(self, row: Mapping[str, Any], line: int) -> JobRequest:
+        """Raises TypeError, ValueError: naming the field, its value and what was expected."""
+        source = row if openai.is_openai(row) else None
+        row = row if source is None else openai.request_of(row)
+        if not self._known.issuperset(row):
+            raise self._unknown(row)
+        if "id" in row:
+            _check_id(row["id"])
+        prompt = row.get("prompt")
+        if not isinstance(prompt, (str, list)):
+            raise ValueError(f"prompt={prompt!r:.60}: expected text, chat messages or token ids")
+        (prompt,) = as_prompts([prompt])
+        given = {name: row[name] for name in row if name in DEFAULTS and name != "seed"}
+        seed = row.get("seed")
+        params = self._params(json.dumps(given)).with_seed(
+            line_seed(self.defaults.seed or 0, line) if seed is None else seed
         )
+        kept = {name: row[name] for name in self.keep if name in row}
+        return JobRequest(line, row.get("id", line), prompt, params, kept, source, self.file)
+
+    def _checked(self, text: str) -> SamplingParams:
+        """Parameters, from the JSON of those that a line gives."""
+        given = json.loads(text)
+        if given.get("logit_bias") is not None:
+            given["logit_bias"] = _biases(given["logit_bias"])
+        params = self.defaults.override(**given)
+        if params.weights is not None:
+            check_weights(params.weights, self.arms)
+        return params
+
+    def _unknown(self, row: Mapping[str, Any]) -> ValueError:
+        name = min(set(row) - self._known)
+        return ValueError(
+            f"{name}={row[name]!r:.60}: expected one of id, prompt, {', '.join((*self.keep, *FIELDS))}; other fields go"
+            " to the output if they are named by --keep"
+        )
+
+
+def _check_id(value: Any) -> None:
     try:
-        json.dumps(row.get("id"), ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:  # NaN, infinity or half a surrogate pair
-        raise ValueError(f"id={row['id']!r}: expected what an output line can hold and a resumed job find") from None
-    if not isinstance(row.get("prompt"), (str, list)):
-        raise ValueError(f"prompt={row.get('prompt')!r:.60}: expected text, chat messages or token ids")
-    (prompt,) = as_prompts([row["prompt"]])
-    given = {name: row[name] for name in FIELDS if name in row}
-    if given.get("seed") is None:
-        given["seed"] = line_seed(defaults.seed or 0, line)
-    if given.get("logit_bias") is not None:
-        given["logit_bias"] = _biases(given["logit_bias"])
-    params = defaults.override(**given)
-    if params.weights is not None:
-        check_weights(params.weights, arms)
-    kept = {name: row[name] for name in keep if name in row}
-    return JobRequest(line, row.get("id", line), prompt, params, kept, source)
+        raise ValueError(f"id={value!r}: expected what an output line can hold and a resumed job find") from None
 
 
 def _biases(value: Any) -> dict[int, Any]:
