@@ -91,13 +91,13 @@ def read_requests(
     for number, line in read_lines(path, name):
         row = parsed(name, number, line)
         try:
-            request = form.request(row, number)
+            id, prompt = form.check(row)
+            if (own := _size(prompt)) > size:
+                longest, size = form.request(row, number), own
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} line {number}: {error}") from error
         hashes.append(hash(line))
-        ids.append(hash(dumps(request.id)))
-        if (own := _size(request.prompt)) > size:
-            longest, size = request, own
+        ids.append(_id_hash(number if "id" not in row and id is None else id))
         count += 1
         if count % 1000 == 0:
             progress(count)
@@ -133,6 +133,10 @@ def _size(prompt: Prompt) -> int:
     return sum(TOKEN_CHARACTERS if isinstance(item, int) else len(item.get("content") or "") for item in prompt)
 
 
+def _id_hash(id: Any) -> int:
+    return hash(id if isinstance(id, str) else dumps(id))
+
+
 def _check_unique(requests: Requests, ids: array[int]) -> None:
     """Raises ValueError for an id that two lines have. ids: hashes, which get sorted; few are equal by chance."""
     values = numpy.frombuffer(ids, numpy.int64)  # shares their memory
@@ -143,6 +147,6 @@ def _check_unique(requests: Requests, ids: array[int]) -> None:
     lines: dict[str, int] = {}
     for request in requests:
         text = dumps(request.id)
-        if hash(text) in suspected and lines.setdefault(text, request.line) != request.line:
+        if _id_hash(request.id) in suspected and lines.setdefault(text, request.line) != request.line:
             with located(requests.form.file, request.line):
                 raise ValueError(f"id={request.id!r}: expected each id once, line {lines[text]} has it too")
