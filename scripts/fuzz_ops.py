@@ -124,11 +124,13 @@ def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Co
     sets = _native.core.instruction_sets() if _native.core is not None and not triton else ["interpreter"]
     known = cases(triton)
     rng, done, end = random.Random(seed), Counter[str](), time.monotonic() + seconds
-    while time.monotonic() < end:
-        name, case, isa = rng.choice(list(known)), rng.getrandbits(48), rng.choice(sets)
+    rest: list[str] = []
+    while time.monotonic() < end or rest or not done:  # whole rounds, so that a short run has all of them
+        if not rest:
+            rest = rng.sample(list(known), len(known))
+        name, case, isa = rest.pop(), rng.getrandbits(48), rng.choice(sets)
         if only is not None:
-            name, isa, case = only.split(":")[0], only.split(":")[1], int(only.split(":")[2])
-            end = 0.0
+            (name, isa), case, end, rest = only.split(":")[:2], int(only.split(":")[2]), 0.0, []
         if isa != "interpreter":
             _native.core.use(isa)
         torch.manual_seed(case)
