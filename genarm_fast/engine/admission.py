@@ -44,7 +44,6 @@ class Admission:
             if not self._fits(sequence):
                 self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             if self._fits(sequence):
-                scheduler.waiting.remove(sequence)
                 scheduler.place(sequence, len(self.executor.members))
             elif held := [each for each in scheduler.placed if each.held]:
                 scheduler.preempt(held[-1])

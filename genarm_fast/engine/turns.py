@@ -11,7 +11,8 @@ from contextlib import contextmanager
 class Turns:
     """Who steps now, and what has to be done before the next step.
 
-    `ask` never waits for a step: what is asked in mid-step is done after it.
+    `ask` never waits for a step: what is asked in mid-step is done after it. Where an interrupt comes in the middle of
+    that, it is done once more from the beginning.
     """
 
     def __init__(self) -> None:
@@ -79,4 +80,15 @@ class Turns:
 
     def _answer(self) -> None:
         while self._inbox:
-            self._inbox.popleft()()
+            what = self._inbox[0]
+            try:
+                what()
+            except Exception:
+                self._done(what)
+                raise
+            self._done(what)  # only now: an interrupt in the middle would lose what another thread asked for
+
+    def _done(self, what: Callable[[], None]) -> None:
+        """Take it out, unless what it set free has asked in turn, and done so already."""
+        if self._inbox and self._inbox[0] is what:
+            self._inbox.popleft()
