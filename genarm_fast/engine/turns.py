@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Turns:
@@ -50,7 +51,7 @@ class Turns:
                 self._queue.append(ticket)
                 try:
                     while (self._stepper is not None or self._queue[0] is not ticket) and not unless():
-                        self._changed.wait()
+                        self._wait()
                     if not unless():
                         self._stepper = threading.get_ident()
                 finally:
@@ -65,6 +66,17 @@ class Turns:
             except BaseException:  # an interrupt that came meanwhile: nobody would have a turn any more
                 self._give_back(ticket)
                 raise
+
+    def _wait(self) -> None:
+        """Until something changed. The lock is held afterwards, whatever happens."""
+        lock: Any = self._lock
+        try:
+            self._changed.wait()
+        finally:
+            if (
+                not lock._is_owned()
+            ):  # the condition is Python: an interrupt came as it had let go, and did not wait yet
+                lock.acquire()
 
     def _give_back(self, ticket: object) -> None:
         """What a thread has of the turn: itself, or a place in the queue that an interrupt left behind."""

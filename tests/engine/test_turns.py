@@ -363,3 +363,33 @@ def test_an_interrupt_in_what_another_thread_asked_for_loses_none_of_it(model, m
     within_seconds(lambda: list(runs[0]))
     assert len(sequences[0].tokens) == 3
     assert calls == [False, True]
+
+
+def test_an_interrupt_as_a_wait_begins_leaves_the_lock_whole(monkeypatch):
+    """Between the two lines of `Condition.wait` that let go of the lock and see to it that it comes back."""
+    turns, entered, leave = Turns(), threading.Event(), threading.Event()
+
+    def hold():
+        with turns.take():
+            entered.set()
+            leave.wait(20)
+
+    def interrupted():
+        turns._lock.release()
+        raise KeyboardInterrupt
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(turns._changed, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), turns.take():
+            pass
+    leave.set()
+    holder.join()
+
+    def take():
+        with turns.take() as taken:
+            return taken
+
+    assert within_seconds(take)
