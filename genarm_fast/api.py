@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from threading import Lock
 from typing import Any
@@ -19,7 +19,7 @@ from genarm_fast.engine.scoring import score_responses
 from genarm_fast.engine.selfcheck import self_check_policy
 from genarm_fast.engine.sequence import Request
 from genarm_fast.engine.sequence import Sequence as EngineSequence
-from genarm_fast.engine.stream import Stream, outputs_of
+from genarm_fast.engine.stream import Stream, completed, outputs_of
 from genarm_fast.engine.warm_up import warm_up as warm_up_engine
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
@@ -201,6 +201,24 @@ class GenARM(AsyncCalls):
             for advanced in run:
                 advance(sum(sequence.ended for sequence in advanced))
         return outputs_of(groups, self.arm_names)
+
+    def as_completed(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        speculation: str | Speculation | None = None,
+        **overrides: Any,
+    ) -> Iterator[tuple[int, GenerationOutput | Exception]]:
+        """(index of the prompt, its output or the error that ended it), in the order in which they end.
+
+        Arguments as in `generate`. Leaving the iterator (`close`, or dropping it) takes out what has not ended.
+
+        Raises:
+            TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.
+        """
+        engine, groups = self._decoding(prompts, sampling_params, speculation, overrides)
+        return completed(engine, groups, self.arm_names)
 
     def stream(
         self,

@@ -25,9 +25,6 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 import sanitized_core  # noqa: E402
 
-DTYPES = ["float32", "bfloat16", "float16"]
-TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
-
 
 def sampling(rng: random.Random, triton: bool) -> None:
     import torch
@@ -100,100 +97,29 @@ def settling(rng: random.Random, triton: bool) -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def layers(rng: random.Random, triton: bool) -> None:
-    """Norm, gate and rotation."""
+def lookups(rng: random.Random, triton: bool) -> None:
     import torch
 
-    from genarm_fast.kernels import (
-        rms_norm,
-        rms_norm_reference,
-        rotary,
-        rotary_reference,
-        silu_mul,
-        silu_mul_reference,
-    )
+    from genarm_fast.kernels import ngram_lookup, ngram_lookup_reference
 
-    dtype = rng.choice(DTYPES)
-    kind, width, rows = getattr(torch, dtype), rng.randint(1, 200), rng.randint(0, 4)
-    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    x, weight = _odd(rng, rows, width).to(kind), _odd(rng, width).to(kind)
-    offset = rng.choice([0.0, 1.0])
-    torch.testing.assert_close(
-        rms_norm(x, weight, 1e-6, offset=offset), rms_norm_reference(x, weight, 1e-6, offset), **close
-    )
-    gate, up = _odd(rng, rows, width).to(kind), _odd(rng, rows, width).to(kind)
-    torch.testing.assert_close(silu_mul(gate, up), silu_mul_reference(gate, up), **close)
-    turned = [_odd(rng, rows, heads, 2, 2 * width).to(kind) for heads in (3, 1)]
-    angles = [_odd(rng, rng.choice([1, rows]) if rows else 1, 2, 2 * width).to(kind) for _ in range(2)]
-    if angles[0].shape == angles[1].shape:
-        for found, expected in zip(rotary(*turned, *angles), rotary_reference(*turned, *angles)):
-            torch.testing.assert_close(found, expected, **close)
+    rows, width, kinds = rng.randint(0, 8), rng.randint(1, 90), rng.randint(1, 8)
+    tokens = torch.randint(0, kinds, (rows, width))
+    ends = torch.iinfo(torch.int64)
+    lengths = torch.tensor([rng.choice([0, 1, width, rng.randint(0, width), ends.max, ends.min]) for _ in range(rows)])
+    least = rng.randint(1, 3)
+    arguments = lengths.long(), rng.randint(0, 9), rng.randint(least, 6), least
+    lengths, k, longest, least = arguments
+    expected = ngram_lookup_reference(tokens, lengths, k, max_n=longest, min_n=least)
+    if triton:
+        from canaries import Canaries
 
+        from genarm_fast.kernels.ngram_lookup.triton import launch
 
-def attention(rng: random.Random, triton: bool) -> None:
-    import torch
-
-    from genarm_fast.kernels import (
-        ragged_append,
-        ragged_append_reference,
-        ragged_attention,
-        ragged_attention_reference,
-    )
-
-    dtype = rng.choice(DTYPES[:2])
-    kind, close = getattr(torch, dtype), {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    rows, block, heads, group = rng.randint(0, 3), rng.randint(1, 9), rng.randint(1, 3), rng.randint(1, 5)
-    width, value_width, capacity = rng.randint(1, 130), rng.randint(1, 130), rng.randint(block := min(block, 5), 80)
-    caches = [_odd(rng, 4, heads, capacity, w).to(kind) for w in (width, value_width)]
-    new = [_odd(rng, rows, heads, block, w).to(kind) for w in (width, value_width)]
-    slots = torch.randperm(4)[:rows]
-    starts = torch.tensor([[rng.randint(0, capacity - block)] for _ in range(rows)]).long().view(rows, 1)
-    positions = starts + torch.arange(block)
-    copies = [cache.clone() for cache in caches]
-    ragged_append(*caches, *new, slots, positions)
-    ragged_append_reference(*copies, *new, slots, positions)
-    assert all(torch.equal(x, y) for x, y in zip(caches, copies))
-    query = _odd(rng, rows, heads * group, block, width).to(kind)
-    options = {"scale": 0.1, "window": rng.choice([None, rng.randint(1, 90)]), "softcap": rng.choice([None, 10.0])}
-    found = ragged_attention(query, *caches, slots, positions, **options)
-    torch.testing.assert_close(found, ragged_attention_reference(query, *caches, slots, positions, **options), **close)
-
-
-def linears(rng: random.Random, triton: bool) -> None:
-    import torch
-
-    from genarm_fast.kernels import small_linear
-    from genarm_fast.kernels.small_linear.reference import Lora, specification
-
-    rows, width, out = rng.randint(0, 40), rng.randint(1, 200), rng.randint(1, 100)
-    x, weight = _odd(rng, rows, width).bfloat16(), _odd(rng, out, width).bfloat16()
-    bias = _odd(rng, out).bfloat16() if rng.random() < 0.5 else None
-    a, b = torch.randn(rng.randint(1, 20), width).bfloat16(), torch.randn(0, out).bfloat16()
-    b = torch.randn(len(a), out).bfloat16()
-    first = rng.randint(0, rows)
-    spans = [(first, rng.randint(first, rows))]
-    found = small_linear(x, weight, bias, loras=[(*span, a, b, 0.5) for span in spans])
-    exact = [None if each is None else each.double() for each in (x, weight, bias)]
-    lora = Lora(a.double(), b.double(), 0.5)
-    expected = torch.nn.functional.linear(*exact)
-    for begin, end in spans:
-        expected[begin:end] += 0.5 * (exact[0][begin:end] @ lora.a.T @ lora.b)
-    scale = 1 + float(expected.abs().amax()) if rows else 1.0
-    assert specification(x, weight, bias, [], []).shape == found.shape
-    assert float((found.double() - expected).abs().amax() if rows else 0) < 0.05 * scale
-
-
-def _odd(rng: random.Random, *shape: int) -> object:
-    """A tensor that begins at an odd place of its memory, sometimes with the negative bit or transposed."""
-    import math
-
-    import torch
-
-    skipped = rng.randint(0, 3)
-    tensor = torch.randn(skipped + math.prod(shape))[skipped:].view(shape)
-    if rng.random() < 0.2 and len(shape) > 1:
-        tensor = tensor.transpose(0, 1).contiguous().transpose(0, 1)
-    return torch._neg_view(tensor) if rng.random() < 0.1 else tensor
+        canaries = Canaries()
+        found = _with_canaries(canaries, lambda: launch(canaries.embed(tokens), *arguments))
+    else:
+        found = ngram_lookup(tokens, lengths, k, max_n=longest, min_n=least)
+    assert torch.equal(found, expected)
 
 
 def _with_canaries(canaries: object, launch: Callable[[], object]) -> object:
@@ -207,7 +133,11 @@ def _with_canaries(canaries: object, launch: Callable[[], object]) -> object:
     return found
 
 
-CASES = {"sampling": sampling, "settling": settling, "layers": layers, "attention": attention, "linears": linears}
+def cases(triton: bool) -> dict[str, Callable[[random.Random, bool], None]]:
+    import fuzz_layers
+
+    own = {"sampling": sampling, "settling": settling, "lookups": lookups, **fuzz_layers.CASES}
+    return own if triton else own | fuzz_layers.ONLY_ON_THE_CPU
 
 
 def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Counter[str]:
@@ -217,19 +147,21 @@ def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Co
     from genarm_fast.kernels import _native
 
     sets = _native.core.instruction_sets() if _native.core is not None and not triton else ["interpreter"]
-    names = ["sampling", "settling"] if triton else list(CASES)
+    known = cases(triton)
     rng, done, end = random.Random(seed), Counter[str](), time.monotonic() + seconds
-    while time.monotonic() < end:
-        name, case, isa = rng.choice(names), rng.getrandbits(48), rng.choice(sets)
+    rest: list[str] = []
+    while time.monotonic() < end or rest or not done:  # whole rounds, so that a short run has all of them
+        if not rest:
+            rest = rng.sample(list(known), len(known))
+        name, case, isa = rest.pop(), rng.getrandbits(48), rng.choice(sets)
         if only is not None:
-            name, isa, case = only.split(":")[0], only.split(":")[1], int(only.split(":")[2])
-            end = 0.0
+            (name, isa), case, end, rest = only.split(":")[:2], int(only.split(":")[2]), 0.0, []
         if isa != "interpreter":
             _native.core.use(isa)
         torch.manual_seed(case)
         print(f"{name}:{isa}:{case}", file=sys.stderr, flush=True)  # a sanitizer ends the process behind this line
         try:
-            CASES[name](random.Random(case), triton)
+            known[name](random.Random(case), triton)
         except Exception as error:
             raise AssertionError(f"{name} is wrong or failed: repeat it with --case {name}:{isa}:{case}") from error
         done.update([name, f"on {isa}"])

@@ -43,6 +43,43 @@ def test_one_call(tiny_model, tmp_path, tokenizer, model):
     assert output.token_ids == model.generate("hi", seed=1, max_new_tokens=6)[0].token_ids
 
 
+def test_outputs_come_as_they_are_complete(model, monkeypatch):
+    lengths = [9, 2, 5, 1, 7]
+    params = [SamplingParams(seed=i, max_new_tokens=n, n=1 + i % 2, ignore_eos=True) for i, n in enumerate(lengths)]
+    prompts = [f"prompt {i}" for i in range(5)]
+    together = model.generate(prompts, params)
+    found = list(model.as_completed(prompts, params))
+    assert [index for index, _ in found] == [3, 1, 2, 4, 0]
+    for index, output in found:
+        assert [each.token_ids for each in output.completions] == [
+            each.token_ids for each in together[index].completions
+        ]
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        model.as_completed("hi", max_new_tokens=0)  # before it is iterated
+
+
+def test_a_request_that_fails_comes_as_its_error_and_a_left_iterator_frees_its_slots(model, monkeypatch):
+    append = genarm_fast.engine.sequence.Sequence.append
+
+    def failing(sequence, drawn):
+        append(sequence, drawn)
+        if sequence.request.index == 1:
+            sequence.error = FloatingPointError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(genarm_fast.engine.sequence.Sequence, "append", failing)
+        found = dict(model.as_completed(["a", "b", "c"], max_new_tokens=3, seed=1))
+    assert isinstance(found[1], FloatingPointError)
+    assert [found[i].token_ids for i in (0, 2)] == [
+        each.token_ids for each in model.generate(["a", "c"], max_new_tokens=3, seed=1)
+    ]
+    outputs = model.as_completed(["a", "b"], [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 100)])
+    assert next(outputs)[0] == 0
+    assert len(model.engine().scheduler.running) == 1
+    outputs.close()
+    assert not model.engine().scheduler
+
+
 @pytest.mark.parametrize(
     ("prompts", "count"),
     [

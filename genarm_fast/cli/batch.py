@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, load, read_text, resolve
 from genarm_fast.jobs.identity import digest, identity
 from genarm_fast.params import SamplingParams
-from genarm_fast.utils.jsonlines import dumps, located
+from genarm_fast.utils.jsonlines import dumps
 
 SHOWN_ERRORS = 5
 
@@ -29,29 +30,28 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
         raise ValueError("--input and --output: expected both, and no other prompt")
     if args.stream:
         raise ValueError("--stream: expected no --input with it")
-    requests = jobs.read_requests(args.input, params, arms=len(args.arm), keep=args.keep)
+    out = console(stderr=True)
+    with _counted(out, "checked") as count:
+        requests = jobs.read_requests(args.input, params, arms=len(args.arm), keep=args.keep, progress=count)
     if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         raise ValueError(f"--output {args.output}: expected another file than --input")
     setup = setup_digest(args)
-    heads = [request.head(setup) for request in requests]
-    out = console(stderr=True)
-    with jobs.ResultsFile(args.output, heads, overwrite=args.overwrite) as results:
+    with _counted(out, "found in the output") as count:
+        output = jobs.ResultsFile(args.output, requests, setup, overwrite=args.overwrite, progress=count)
+    with output as results:
         model = load(args)
-        requests = [replace(request, prompt=formatted(args, model, request.prompt)) for request in requests]
-        for request in requests:
-            with located(args.input, request.line):
-                model.prepare([request.prompt], request.params)
         with _progress(out, len(requests), sum(results.answered)) as progress:
             try:
-                summary = jobs.run(model, requests, results, progress)
-            except KeyboardInterrupt:
-                out.print(f"{args.output}: lines so far: {len(results.answered)}; the same command resumes")
+                summary = jobs.run(model, requests, results, progress, as_prompt=partial(formatted, args, model))
+            except (KeyboardInterrupt, ValueError):
+                if results.answered:
+                    out.print(f"{args.output}: lines so far: {len(results.answered)}; the same command resumes")
                 raise
     if args.json:
         print(dumps(asdict(summary)))
     for id, message in summary.errors[:SHOWN_ERRORS]:
         out.print(f"id {dumps(id)}: {message}", style="red")
-    failed = len(summary.errors)
+    failed = summary.failed
     out.print(
         f"{args.output}: {summary.answered} answered, {summary.kept} kept from an earlier run, {failed} failed"
         + (" (the same command tries them again)" if failed else "")
@@ -67,6 +67,13 @@ def setup_digest(args: argparse.Namespace) -> str:
     precision = [args.dtype] if args.quantization is None else [args.dtype, args.quantization]
     arguments = [] if args.chat_template_kwargs is None else [args.chat_template_kwargs]
     return digest([identity(resolve(args.base)), arms, templates, *precision, *arguments])
+
+
+@contextmanager
+def _counted(out: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """Shows how many lines were read; gives the function that is told."""
+    with out.status("") as status:
+        yield lambda lines: status.update(f"{lines:,} lines {what} ...")
 
 
 @contextmanager

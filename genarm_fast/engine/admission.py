@@ -44,7 +44,6 @@ class Admission:
             if not self._fits(sequence):
                 self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             if self._fits(sequence):
-                scheduler.waiting.remove(sequence)
                 scheduler.place(sequence, len(self.executor.members))
             elif held := [each for each in scheduler.placed if each.held]:
                 scheduler.preempt(held[-1])
@@ -79,23 +78,29 @@ class Admission:
         placed = scheduler.placed
         waiting = [each for each in queue if cache_bytes is None or self._bytes(each) <= cache_bytes]
         places = min(len(waiting), max_batch_size - len(scheduler.active))
-        if cache_bytes is not None and self._cost(len(placed) + places, [*placed, *waiting]) > cache_bytes:
+        wanted = len(placed) + places
+        if cache_bytes is not None and self._cost(wanted, [*placed, *waiting]) > cache_bytes:
             waiting = waiting[:places]  # a long one far back would take slots from the short ones before it
+            while len(waiting) > 1 and self._cost(len(placed) + len(waiting), [*placed, *waiting]) > cache_bytes:
+                waiting.pop()  # so would a long one near the front
         together = [*placed, *waiting]
         if not together:
             return
-        slots = len(placed) + places
+        slots = len(placed) + min(places, len(waiting))
         in_use = max((each.slot + 1 for each in placed if each.slot >= 0), default=0)
         if in_use:  # those who come later pay for few growths
             slots = max(slots, min(2 * workspace.slots, max_batch_size))
         members, capacity = self._members(together), self._capacity(together)
-        if self._denied and workspace.holds(members, capacity):
+        # Where nothing has to stay, slots that a long one made few are made anew for the short ones behind it.
+        fitting = cache_bytes is not None and self._cost(slots, together) <= cache_bytes
+        anew = fitting and not in_use and slots > workspace.slots
+        if self._denied and not anew and workspace.holds(members, capacity):
             return  # more slots are all that growing could give
         attempt = members, slots, capacity, in_use
         if attempt != self._attempted:
             self._attempted = attempt
             workspace.reserve(*attempt, cache_bytes)
-            self._denied = workspace.slots < slots
+            self._denied = workspace.slots < max(slots, wanted)
             self._follow()
 
     def _follow(self) -> None:

@@ -80,8 +80,18 @@ class Engine:
     def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
         """Queue a request; returns its sequences, which grow in place while the engine steps."""
         sequences = request.sequences(self.tokenizer, speculation)
-        self.turns.ask(lambda: self.scheduler.enqueue(sequences))
+        self._enqueue(sequences)
         return sequences
+
+    def _enqueue(self, sequences: list[Sequence]) -> None:
+        begun = False
+
+        def enqueue() -> None:
+            nonlocal begun
+            again, begun = begun, True
+            self.scheduler.enqueue(sequences, again=again)
+
+        self.turns.ask(enqueue)
 
     def join(self, sequences: list[Sequence], news: Callable[[Sequence], None], *, stepwise: bool = False) -> None:
         """Queue new sequences. stepwise: none goes on before its `held` is taken away.
@@ -91,7 +101,7 @@ class Engine:
         for sequence in sequences:
             sequence.stepwise = stepwise
             self._news[sequence.id] = news
-        self.turns.ask(lambda: self.scheduler.enqueue(sequences))
+        self._enqueue(sequences)
 
     def abort(self, sequences: list[Sequence]) -> None:
         """Take sequences out; their slots are free before the next step.
@@ -111,8 +121,9 @@ class Engine:
         """Draw a sequence's next token with other ARM weights; one that is in flight is drawn again."""
 
         def change() -> None:
-            if not sequence.ended and sequence.weights != weights:
-                sequence.steer(weights)
+            if not sequence.ended:
+                if sequence.weights != weights:
+                    sequence.steer(weights)
                 self.scheduler.catch_up(sequence)
 
         self.turns.ask(change)

@@ -52,8 +52,15 @@ class Scheduler:
         """Placed sequences that somebody waits for."""
         return [sequence for sequence in self.placed if not sequence.held]
 
-    def enqueue(self, sequences: list[Sequence]) -> None:
-        """Let sequences wait, those of a higher priority before others that were not overtaken too often."""
+    def enqueue(self, sequences: list[Sequence], *, again: bool = False) -> None:
+        """Let sequences wait, those of a higher priority before others that were not overtaken too often.
+
+        again: an earlier call was interrupted in the middle.
+        """
+        for sequence in sequences if again else ():
+            for queue in (self.waiting, self.timed):
+                while sequence in queue:
+                    queue.remove(sequence)
         for sequence in sequences:
             place = len(self.waiting)
             while place and self._overtakes(sequence, self.waiting[place - 1]):
@@ -85,8 +92,10 @@ class Scheduler:
         """Copy no prompt from a slot any more: weights may have changed since it was prefilled."""
         self.residents = [None] * len(self.residents)
 
+    # Sequences join their next queue before they leave the last one: an interrupt in between must not lose them.
+
     def place(self, sequence: Sequence, members: int) -> None:
-        """Give a sequence a free slot; a beginning that any slot holds will not be prefilled again.
+        """Give a waiting sequence a free slot; a beginning that any slot holds will not be prefilled again.
 
         Of all slots the one that shares most tokens is the donor. If it is free, the sequence takes it as it is. Else
         the tokens are copied from it: at once, or when the donor's own prefill has come that far (`copies`).
@@ -108,6 +117,8 @@ class Scheduler:
                 sequence.donor, sequence.shared, sequence.donor_slot = donor, shared, slot
         self.residents[sequence.slot] = sequence
         self.prefilling.append(sequence)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
 
     def next_chunk(self, most: int | None = None, factor: int = 1) -> Chunk | None:
         """What to prefill next, all of it from one position on; None if there is nothing.
@@ -149,15 +160,16 @@ class Scheduler:
         for sequence in [*self.prefilling]:
             if sequence.donor is None and not behind(sequence)[1]:
                 sequence.prefilled = now if sequence.prefilled is None else sequence.prefilled
-                self.prefilling.remove(sequence)
                 self.running.append(sequence)
+                self.prefilling.remove(sequence)
 
     def catch_up(self, sequence: Sequence) -> None:
         """Prefill members that a sequence did not need before; what it shares with a donor was found without them."""
         sequence.donor = None
         if sequence in self.running and behind(sequence)[1]:
+            if sequence not in self.prefilling:
+                self.prefilling.append(sequence)
             self.running.remove(sequence)
-            self.prefilling.append(sequence)
 
     def due(self, most: int) -> list[Sequence]:
         """Running sequences for the next step, at most so many; those left out come first the next time."""
@@ -172,10 +184,13 @@ class Scheduler:
         """Take a slot away; the sequence waits first in the queue, and its text so far is prefilled again later."""
         slot, sequence.unread = sequence.slot, 0
         sequence.epoch += 1  # what was launched, or drafted ahead, for the old slot counts no more
-        self.leave(sequence)
+        self.waiting.appendleft(sequence)
+        for queue in (self.prefilling, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
         if slot >= 0:
             self.residents[slot] = None
-        self.waiting.appendleft(sequence)
+        sequence.slot, sequence.donor = -1, None
 
     def leave(self, sequence: Sequence) -> None:
         """Free the slot of a sequence. What a failed one left behind is not shared."""

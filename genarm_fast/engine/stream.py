@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -185,3 +185,17 @@ def outputs_of(groups: list[list[Sequence]], arm_names: list[str]) -> list[Gener
         error = failure(failed, outputs)
         raise error from error.__cause__
     return [output for output in outputs if output is not None]
+
+
+def completed(
+    engine: Engine, groups: list[list[Sequence]], arm_names: list[str]
+) -> Iterator[tuple[int, GenerationOutput | Exception]]:
+    """(index of a request, its output or error), as the last of its sequences ends. Raises what a step raises."""
+    told: set[int] = set()
+    with engine.run([sequence for group in groups for sequence in group]) as run:
+        for advanced in run:
+            for index in dict.fromkeys(sequence.request.index for sequence in advanced if sequence.ended):
+                group = groups[index]
+                if index not in told and all(sequence.ended for sequence in group):
+                    told.add(index)
+                    yield index, next((each.error for each in group if each.error), output_of(group, arm_names))

@@ -6,12 +6,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Turns:
     """Who steps now, and what has to be done before the next step.
 
-    `ask` never waits for a step: what is asked in mid-step is done after it.
+    `ask` never waits for a step: what is asked in mid-step is done after it. Where an interrupt comes in the middle of
+    that, it is done once more from the beginning.
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class Turns:
                 self._queue.append(ticket)
                 try:
                     while (self._stepper is not None or self._queue[0] is not ticket) and not unless():
-                        self._changed.wait()
+                        self._wait()
                     if not unless():
                         self._stepper = threading.get_ident()
                 finally:
@@ -65,6 +67,17 @@ class Turns:
                 self._give_back(ticket)
                 raise
 
+    def _wait(self) -> None:
+        """Until something changed. The lock is held afterwards, whatever happens."""
+        lock: Any = self._lock
+        try:
+            self._changed.wait()
+        finally:
+            if (
+                not lock._is_owned()
+            ):  # the condition is Python: an interrupt came as it had let go, and did not wait yet
+                lock.acquire()
+
     def _give_back(self, ticket: object) -> None:
         """What a thread has of the turn: itself, or a place in the queue that an interrupt left behind."""
         if self.mine or ticket in self._queue:
@@ -79,4 +92,15 @@ class Turns:
 
     def _answer(self) -> None:
         while self._inbox:
-            self._inbox.popleft()()
+            what = self._inbox[0]
+            try:
+                what()
+            except Exception:
+                self._done(what)
+                raise
+            self._done(what)  # only now: an interrupt in the middle would lose what another thread asked for
+
+    def _done(self, what: Callable[[], None]) -> None:
+        """Take it out, unless what it set free has asked in turn, and done so already."""
+        if self._inbox and self._inbox[0] is what:
+            self._inbox.popleft()

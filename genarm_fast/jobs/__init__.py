@@ -1,25 +1,36 @@
 """Batch jobs: requests in a JSON-lines file, answers in another, in the same order; killed jobs resume.
 
 The same input, setup and batch size give the same bytes. A request without a seed takes one from the job's seed and its
-line number (see `inputs`). Requests are decoded in the same groups whether or not a kill came between.
+line number (see `inputs`). Requests are decoded in the same groups whether or not a kill came between (`run`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
-from genarm_fast.errors import GenerationError
 from genarm_fast.jobs import openai
-from genarm_fast.jobs.inputs import JobRequest, read_requests
+from genarm_fast.jobs.checks import Checks
+from genarm_fast.jobs.inputs import JobRequest
+from genarm_fast.jobs.requests import Requests, read_requests
 from genarm_fast.jobs.results import ResultsFile
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import SamplingParams
 from genarm_fast.text.detokenize import token_text
+from genarm_fast.text.prompts import Prompt
 
-__all__ = ["JobRequest", "ResultsFile", "Summary", "read_requests", "run"]
+__all__ = ["JobRequest", "Requests", "ResultsFile", "Summary", "read_requests", "run"]
+
+BATCHES = 8  # a group has so many batches of lines: at its end slots are empty, so few groups waste less
+CHECKING = 5.0  # seconds for prompts to be tokenised before the first answer: 50,000 short ones
+SHARE = 0.1  # of the time that answers take, for the prompts after those
+WRITING = 1.0  # seconds that an answer waits for others to be synced to disk with it
+REPLACED = 4096  # lines that are held until the file is written anew
+KEPT_ERRORS = 1000
 
 
 class Model(Protocol):
@@ -28,16 +39,22 @@ class Model(Protocol):
     max_batch_size: int
     tokenizer: Any
 
-    def generate(self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]) -> list[GenerationOutput]: ...
+    def prepare(self, prompts: Sequence[Prompt], sampling_params: SamplingParams) -> Any: ...
+
+    def as_completed(
+        self, prompts: Sequence[Prompt], sampling_params: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, GenerationOutput | Exception]]: ...
 
 
 @dataclass
 class Summary:
-    """How a run went. requests: all of the job's. kept: answered by earlier runs. errors: (id, message)."""
+    """How a run went. requests: all of the job's. kept: answered by earlier runs. errors: (id, message) of the first
+    thousand of those that failed."""
 
     requests: int
     kept: int
     answered: int = 0
+    failed: int = 0
     completion_tokens: int = 0
     errors: list[tuple[Any, str]] = field(default_factory=list)
 
@@ -47,55 +64,159 @@ def run(
     requests: Sequence[JobRequest],
     results: ResultsFile,
     progress: Callable[[int, int], None] = lambda lines, tokens: None,
+    *,
+    as_prompt: Callable[[Prompt], Prompt] = lambda prompt: prompt,
 ) -> Summary:
-    """Answers the requests that `results` does not answer yet, `model.max_batch_size` at a time.
+    """Answers the requests that `results` does not answer yet, and writes each once those before it are written.
+
+    Groups of `BATCHES * model.max_batch_size` lines are decoded together, fewer where lines ask for several
+    completions. They count from the first line of the job: a resumed job decodes the group that was cut once more, so
+    that its numbers are rounded alike. Prompts are tokenised ahead, some before the first answer, others between
+    groups.
 
     A request that fails alone gets a line with `error`, and the next run tries it again. `progress` is told of lines
-    settled and tokens generated.
+    answered and tokens generated. as_prompt: what the model is given in the place of a line's prompt.
+
+    Raises:
+        ValueError: naming file and line of a prompt that the model cannot take. What was written before stays.
+        OSError: the output's disk is full.
     """
-    summary = Summary(len(requests), kept=sum(results.answered))
-
-    def answer(indices: Sequence[int], skip: int = 0) -> list[dict[str, Any]]:
-        answers = _generate(model, [requests[index] for index in indices])[skip:]
-        for index, result in zip(indices[skip:], answers):
-            if isinstance(result, str):
-                summary.errors.append((requests[index].id, result))
-        right = [result for result in answers if not isinstance(result, str)]
-        tokens = sum(result.usage.completion_tokens for result in right)
-        summary.answered += len(right)
-        summary.completion_tokens += tokens
-        progress(len(answers), tokens)
-        heads = results.heads
-        return [
-            _line(requests[index], heads[index], result, model.tokenizer)
-            for index, result in zip(indices[skip:], answers)
-        ]
-
-    size = model.max_batch_size
-    failed = [index for index, answered in enumerate(results.answered) if not answered]
-    if failed:
-        again = [result for at in range(0, len(failed), size) for result in answer(failed[at : at + size])]
-        results.replace(dict(zip(failed, again)))
-    # Groups count from the job's first line: a resumed job repeats a group that was cut, for the same rounding.
-    for at in range(0, len(requests), size):
-        group = range(at, min(at + size, len(requests)))
-        if group.stop > len(results.answered):
-            results.append(answer(group, skip=max(0, len(results.answered) - at)))
-    return summary
+    return _Job(model, requests, results, progress, as_prompt).run()
 
 
-def _generate(model: Model, requests: Sequence[JobRequest]) -> list[GenerationOutput | str]:
-    """Answers, or messages. Those that fail in a group are tried alone, so that an error is the request's own."""
-    outputs: Sequence[GenerationOutput | None]
+class _Job:
+    """One run. Arguments as in `run`."""
+
+    def __init__(
+        self,
+        model: Model,
+        requests: Sequence[JobRequest],
+        results: ResultsFile,
+        progress: Callable[[int, int], None],
+        as_prompt: Callable[[Prompt], Prompt],
+    ) -> None:
+        self.model, self.requests, self.results = model, requests, results
+        self.progress, self.as_prompt = progress, as_prompt
+        self.most = BATCHES * model.max_batch_size
+        self.summary = Summary(len(requests), kept=sum(results.answered))
+
+    def run(self) -> Summary:
+        done = len(self.results.answered)
+        checks = Checks(self.model.prepare, self.requests[done:], self.as_prompt)
+        if done < len(self.requests):
+            if isinstance(self.requests, Requests):
+                checks.one(self.requests.longest)
+            checks.spend(CHECKING)
+        if not all(self.results.answered):
+            self._again()
+        first = done - done % self.most
+        rest = iter(self.requests[first:])
+        # A group never crosses a multiple of `most`, so that a resumed job finds its beginning without those before it.
+        while block := list(islice(rest, self.most)):
+            for group in self._groups(block):
+                stop = first + len(group)
+                if stop > done:
+                    checks.through(stop - done)
+                    start = time.monotonic()
+                    self._append(first, group)
+                    checks.spend(SHARE * (time.monotonic() - start))
+                first = stop
+        return self.summary
+
+    def _groups(self, requests: Sequence[JobRequest]) -> Iterator[Sequence[JobRequest]]:
+        """Parts that ask for at most `most` completions each, but for a request that asks for more by itself."""
+        group: list[JobRequest] = []
+        completions = 0
+        for request in requests:
+            if group and completions + request.params.n > self.most:
+                yield group
+                group, completions = [], 0
+            group.append(request)
+            completions += request.params.n
+        yield group
+
+    def _append(self, first: int, group: Sequence[JobRequest]) -> None:
+        """Answers a group and writes what is new of it. first: the index of its first request."""
+        waiting: dict[int, dict[str, Any]] = {}
+        rows: list[dict[str, Any]] = []  # next in order, from index `begin` of the group on
+        begin, written = len(self.results.answered) - first, time.monotonic()
+        for index, result in _answers(self.model, [self._asked(request) for request in group]):
+            if index < begin:
+                continue  # written before a kill
+            waiting[index] = self._row(group[index], result)
+            while (row := waiting.pop(begin + len(rows), None)) is not None:
+                rows.append(row)
+            if rows and (len(rows) >= self.model.max_batch_size or time.monotonic() - written > WRITING):
+                self.results.append(rows)
+                begin, rows, written = begin + len(rows), [], time.monotonic()
+        if rows:
+            self.results.append(rows)
+
+    def _again(self) -> None:
+        """Tries those once more that failed in an earlier run."""
+        lines = zip(self.requests, self.results.answered)
+        failed = ((index, request) for index, (request, answered) in enumerate(lines) if not answered)
+        while part := list(islice(failed, REPLACED)):
+            rows: dict[int, dict[str, Any]] = {}
+            at = iter(part)
+            for group in self._groups([request for _, request in part]):
+                indices = [index for index, _ in islice(at, len(group))]
+                for i, result in _answers(self.model, [self._asked(request) for request in group]):
+                    rows[indices[i]] = self._row(group[i], result)
+            self.results.replace(rows)
+
+    def _asked(self, request: JobRequest) -> tuple[Prompt, SamplingParams]:
+        return self.as_prompt(request.prompt), request.params
+
+    def _row(self, request: JobRequest, result: GenerationOutput | str) -> dict[str, Any]:
+        """A request's output line, counted."""
+        summary, tokens = self.summary, 0
+        if isinstance(result, str):
+            summary.failed += 1
+            if len(summary.errors) < KEPT_ERRORS:
+                summary.errors.append((request.id, result))
+        else:
+            tokens = result.usage.completion_tokens
+            summary.answered += 1
+            summary.completion_tokens += tokens
+        self.progress(1, tokens)
+        head = request.head(self.results.setup)
+        return {**head, **_line(request, head, result, self.model.tokenizer)}
+
+
+def _answers(
+    model: Model, asked: Sequence[tuple[Prompt, SamplingParams]]
+) -> Iterator[tuple[int, GenerationOutput | str]]:
+    """(index, answer or message), as they come.
+
+    Those that fail in a group are tried alone, so that an error is the request's own. Where the group fails as a whole,
+    its halves are tried: one bad request among a hundred costs about as much again as the group.
+    """
+    left = dict.fromkeys(range(len(asked)), "")
+    whole = True
     try:
-        outputs = model.generate([request.prompt for request in requests], [request.params for request in requests])
+        for index, result in model.as_completed([prompt for prompt, _ in asked], [params for _, params in asked]):
+            if isinstance(result, Exception):
+                left[index] = _message(result)
+            else:
+                del left[index]
+                yield index, result
     except Exception as error:
-        if len(requests) == 1:
-            return [f"{type(error).__name__}: {error}"]
-        outputs = error.outputs if isinstance(error, GenerationError) else [None] * len(requests)
-    return [
-        output if output is not None else _generate(model, [request])[0] for output, request in zip(outputs, requests)
-    ]
+        whole = False
+        left = dict.fromkeys(left, _message(error))
+    if len(asked) == 1:
+        yield from left.items()
+        return
+    rest = list(left)
+    size = 1 if whole else (len(rest) + 1) // 2
+    for at in range(0, len(rest), size):
+        part = rest[at : at + size]
+        for index, result in _answers(model, [asked[i] for i in part]):
+            yield part[index], result
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _line(request: JobRequest, head: Any, result: GenerationOutput | str, tokenizer: Any) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from genarm_fast.jobs.inputs import JobRequest
 from genarm_fast.utils.disk import resumable
 from genarm_fast.utils.jsonlines import dumps, located
 
@@ -18,22 +19,29 @@ _OTHERWISE = "; choose another output file, or overwrite"
 
 
 class ResultsFile:
-    """Line i begins with `heads[i]` and holds the answer to request i, or its `error`.
+    """Line i is the answer to request i, or has its `error`. setup: what stands for the models, see `JobRequest.head`.
 
-    Opening locks the file until it is closed and checks the lines that are there. With `overwrite` it passes over them;
-    the first write replaces them, and only then.
+    Opening locks the file until it is closed and checks the lines that are there against as many of the requests. With
+    `overwrite` it passes over them; the first write replaces them, and only then.
     answered: for each line, True for an answer, False for an error.
 
     Raises ValueError if it is no regular file or holds another job's lines, BlockingIOError if a running job writes it.
     """
 
-    def __init__(self, path: str | Path, heads: Sequence[Mapping[str, Any]], *, overwrite: bool = False) -> None:
-        self.path = Path(path)
-        self.heads = heads
+    def __init__(
+        self,
+        path: str | Path,
+        requests: Iterable[JobRequest],
+        setup: str,
+        *,
+        overwrite: bool = False,
+        progress: Callable[[int], None] = lambda lines: None,
+    ) -> None:
+        self.path, self.setup = Path(path), setup
         self.answered: list[bool] = []
         self._file = _open_locked(self.path)
         try:
-            self._kept_bytes = 0 if overwrite else self._check()
+            self._kept_bytes = 0 if overwrite else self._check(requests, progress)
         except BaseException:
             self._file.close()
             raise
@@ -51,55 +59,60 @@ class ResultsFile:
                 if error is None:  # else it is the one that is told already
                     raise
 
-    def append(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the next lines at once; they are on disk when this returns."""
-        start = len(self.answered)
-        lines = b"".join(self._line(index, result) for index, result in enumerate(results, start))
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the next lines at once, each with its head; they are on disk when this returns."""
+        lines = b"".join(map(_line, rows))
         with resumable(self.path):
             self._file.truncate(self._kept_bytes)  # cuts off half a line from a kill
             self._file.write(lines)
             _sync(self._file)
         self._kept_bytes = self._file.tell()
-        self.answered += [result.get("error") is None for result in results]
+        self.answered += [row.get("error") is None for row in rows]
 
-    def replace(self, results: Mapping[int, Mapping[str, Any]]) -> None:
-        """Puts new results in the place of lines, by index: all of them or, if killed, none."""
+    def replace(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Puts new rows in the place of lines, by index: all of them or, if killed, none."""
         path = self.path.resolve()
         temporary = path.with_name(path.name + ".tmp")
         temporary.unlink(missing_ok=True)
         file = _open_locked(temporary)
         with resumable(temporary), open(path, "rb") as old:
             whole = enumerate(islice(old, len(self.answered)))
-            file.writelines(self._line(i, results[i]) if i in results else line for i, line in whole)
+            file.writelines(_line(rows[i]) if i in rows else line for i, line in whole)
             _sync(file)
         os.replace(temporary, path)
         _sync_folder(path.parent)
         self._file.close()
         self._file = file
         self._kept_bytes = file.tell()
-        for index, result in results.items():
-            self.answered[index] = result.get("error") is None
+        for index, row in rows.items():
+            self.answered[index] = row.get("error") is None
 
-    def _line(self, index: int, result: Mapping[str, Any]) -> bytes:
-        return dumps({**self.heads[index], **result}).encode() + b"\n"
-
-    def _check(self) -> int:
+    def _check(self, requests: Iterable[JobRequest], progress: Callable[[int], None]) -> int:
         """Fills `answered` and returns how many bytes the whole lines take."""
-        size = 0
+        size, rest = 0, iter(requests)
         with open(self.path, "rb") as file:
             for index, line in enumerate(file):
                 with located(self.path, index + 1):
-                    if index >= len(self.heads):
-                        raise ValueError(f"expected one line per request, {len(self.heads)} at most{_OTHERWISE}")
-                    head = self.heads[index]
+                    request = next(rest, None)
+                    if request is None:
+                        raise ValueError(f"expected one line per request, {index} at most{_OTHERWISE}")
+                    head = request.head(self.setup)
+                    start = dumps(head).encode()[:-1]
                     if not line.endswith(b"\n"):
-                        start = dumps(head).encode()[:-1]
                         if not (line.startswith(start) or start.startswith(line)):
                             raise ValueError(f"expected a line of this job, found {line[:40]!r}{_OTHERWISE}")
                         break
-                    self.answered.append(_checked_row(line, head).get("error") is None)
+                    # Most lines begin with the bytes of their head and have no error: to parse them takes longer.
+                    whole = line.startswith(start) and line.endswith(b"}\n") and b'"error"' not in line[len(start) :]
+                    self.answered.append(whole or _checked_row(line, head).get("error") is None)
                 size += len(line)
+                if index % 1000 == 0:
+                    progress(index)
         return size
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return dumps(row).encode() + b"\n"
 
 
 def _checked_row(line: bytes, head: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from genarm_fast.models.hub import Source, find_file
+from genarm_fast.utils.disk import FULL
 
 MIB = 1 << 20
 JSON_LIMITS = {  # largest sizes; the largest of the hub are a tenth of these
@@ -112,6 +113,8 @@ def refusing(what: str, expected: str) -> Iterator[None]:
     except BaseException as error:
         # The Rust of tokenizers panics over some files, with an exception of its own that is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if getattr(error, "errno", None) in FULL:  # of a temporary file: nothing is wrong with the model's
             raise
         raise ValueError(f"{what}: expected {expected}{_reason(error)}") from error
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from genarm_fast.utils.disk import resumable
+
 PARTIAL = "partial-"
 
 
@@ -18,8 +20,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives a path to write to, which takes the place of `path` if the block succeeds."""
     partial = path.with_name(PARTIAL + path.name)
     try:
-        yield partial
-        os.replace(partial, path)
+        with resumable(path):
+            yield partial
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

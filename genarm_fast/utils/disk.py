@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SAID = ("No space left", "os error 28", "File too large", "quota exceeded")  # by libraries that lose the number
+SAID = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")  # where the number is lost
+TORCH = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")  # torch.save loses the reason
+RESUMES = "; the same command resumes"
 
 
 @contextmanager
@@ -18,7 +20,8 @@ def resumable(path: str | Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        if number not in FULL and not any(said in str(error) for said in SAID):
+        if RESUMES in str(error) or (number not in FULL and not any(said in str(error) for said in (*SAID, *TORCH))):
             raise
-        said = f"{getattr(error, 'strerror', None) or 'No space left on device'}; the same command resumes"
+        unknown = "can't be written whole" if any(said in str(error) for said in TORCH) else "No space left on device"
+        said = f"{getattr(error, 'strerror', None) or unknown}{RESUMES}"
         raise OSError(number or errno.ENOSPC, said, str(path)) from error

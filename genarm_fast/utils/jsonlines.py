@@ -11,39 +11,50 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
+LONGEST = 1 << 26  # bytes of a line: ten million token ids
+
 
 def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) for every line that is not blank; `.gz` files are unpacked.
 
-    Raises ValueError for a line that is no JSON object, a compressed file that is cut off or damaged, or if the file
-    holds no object.
+    Raises ValueError for a line that is no JSON object or too long for one, a compressed file that is cut off or
+    damaged, or if the file holds no object.
     """
     empty = True
-    with _open(path) as file:
-        for number, line in _lines(path, file):
-            if not line.strip():
-                continue
-            with located(path, number):
-                try:
-                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows marks files so
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"expected a JSON object, got {line.strip()[:40]!r}: {error}") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected a JSON object, got {line.strip()[:40]!r}")
-            yield number, row
-            empty = False
+    for number, line in read_lines(path):
+        yield number, parsed(path, number, line)
+        empty = False
     if empty:
         raise ValueError(f"{path}: expected one JSON object a line, found none")
 
 
-def _lines(path: str | Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers, from 1."""
-    number = 0
+def read_lines(path: str | Path, name: str | Path | None = None) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) for every line that is not blank. name: of the file in errors, if not its path.
+
+    Raises as `read_objects`.
+    """
+    name, number = path if name is None else name, 0
+    with _open(path) as file:
+        try:
+            while line := file.readline(LONGEST + 1):
+                number += 1
+                if len(line) > LONGEST:
+                    raise ValueError(f"{name} line {number}: expected at most {LONGEST:,} bytes")
+                if not line.isspace():
+                    yield number, line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{name} line {number + 1}: expected whole gzip data: {error}") from error
+
+
+def parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+    """The object of a line. Raises ValueError that names file and line where it is none."""
     try:
-        for number, line in enumerate(file, 1):
-            yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} line {number + 1}: expected whole gzip data: {error}") from error
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows marks files so
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} line {number}: expected a JSON object, got {line.strip()[:40]!r}: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path} line {number}: expected a JSON object, got {line.strip()[:40]!r}")
+    return row
 
 
 @contextlib.contextmanager

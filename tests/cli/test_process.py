@@ -86,13 +86,13 @@ def test_a_full_disk_names_the_file_and_the_way_out(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "out.jsonl"
-    with ResultsFile(path, [{"id": 1}]) as results:
+    with ResultsFile(path, [], "setup") as results:
         monkeypatch.setattr("os.fsync", full)
         with pytest.raises(OSError, match=r"No space left on device; the same command resumes: '.*out\.jsonl'"):
-            results.append([{"text": "a"}])
+            results.append([{"id": 1, "text": "a"}])
         monkeypatch.undo()
-    with ResultsFile(path, [{"id": 1}], overwrite=True) as results:
-        results.append([{"text": "a"}])
+    with ResultsFile(path, [], "setup", overwrite=True) as results:
+        results.append([{"id": 1, "text": "a"}])
     assert path.read_text() == '{"id": 1, "text": "a"}\n'
 
 

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -148,6 +149,67 @@ def test_a_late_request_does_not_wait_for_a_long_one(guided):
     done.append("short")
     thread.join()
     assert done == ["short", "long"]
+
+
+@pytest.mark.parametrize("device", [None, Lagging])
+def test_a_late_request_is_admitted_in_the_next_step(guided, device):
+    """While there is a slot, whatever else runs; its first token comes with that step, or the one after it."""
+    with engines_on(device()) if device else nullcontext():
+        model = guided(max_batch_size=4)
+        engine = model.engine()
+        (long,) = engine.add(request(model, [5, 6], max_new_tokens=200))
+        for count in range(1, 60):
+            engine.step()
+            if count % 5 == 0:
+                (late,) = engine.add(request(model, [7, 8, count], max_new_tokens=4))
+                engine.step()
+                assert late.slot >= 0
+                engine.step()
+                assert len(late.tokens) >= 1
+        assert not long.ended
+        engine.abort([long])
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_nobody_starves(guided, scarce):
+    """Short requests never stop coming. A long one waits for those before it alone: a bound in steps.
+
+    scarce: it takes the caches of all others together, so it can only run alone.
+    """
+    model = guided(max_batch_size=3)
+    if scarce:
+        model.cache_bytes = model.engine().workspace.token_bytes([0, 1]) * 70
+    engine, length, steps = model.engine(), 6, 0
+    shorts, admitted = [], {}
+
+    def step(more):
+        nonlocal steps
+        for _ in range(more):
+            shorts.append((steps, engine.add(request(model, [7, 8, 1 + len(shorts) % 99], max_new_tokens=length))[0]))
+        engine.step()
+        steps += 1
+        for _, each in shorts:
+            if each.slot >= 0 or each.ended:
+                admitted.setdefault(each, steps)
+
+    for _ in range(5):
+        step(more=2)  # more than three slots and six steps each can take: the queue grows
+    ahead, begun = len(engine.scheduler.waiting), steps
+    (long,) = engine.add(request(model, [9] * 50, max_new_tokens=10))
+    while long.slot < 0:
+        step(more=1)
+        # Three at a time take six steps and one to be admitted; and those that run must end first.
+        assert steps - begun <= (ahead // 3 + 2) * (length + 2)
+    first = steps
+    while not long.ended:
+        step(more=1)
+    assert steps - first <= 10 + 2
+    while engine.scheduler:
+        step(more=0)
+    order = [admitted[each] for _, each in shorts]
+    assert order == sorted(order)  # first come, first served
+    alone = tokens_alone(guided(), [[9] * 50], [PARAMS.override(max_new_tokens=10)])[0]
+    assert long.tokens == alone
 
 
 def test_a_failing_step_fails_those_in_it_and_nobody_else(guided, monkeypatch):

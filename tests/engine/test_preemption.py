@@ -139,6 +139,25 @@ def test_short_requests_run_together_before_a_long_one(guided):
     assert [sequence.tokens for sequence in sequences] == expected
 
 
+def test_a_long_request_among_the_first_does_not_part_the_short_ones(guided):
+    """One slot of its length is all that there may be, or eight of theirs. It waits for those before it, no longer."""
+    model = guided()
+    prompts, params = [[5, 6, 7], [8, 9], [7] * 60, [4, 5], [3, 4]], {**SEEDED, "max_new_tokens": 4}
+    engine = room(model, 70)
+    model.max_batch_size = 4
+    sequences = [sequences_of(model, prompt, **params)[0] for prompt in prompts]
+    run = model.engine().run(sequences)
+    placed = []
+    while not all(sequence.ended for sequence in sequences):
+        engine.step()
+        placed.append([i for i, sequence in enumerate(sequences) if sequence.slot >= 0])
+    run.close()
+    assert placed[0] == [0, 1]
+    assert {tuple(each) for each in placed if each} == {(0, 1), (2,), (3, 4)}
+    expected = [output.token_ids for output in guided().generate(prompts, **params)]
+    assert [sequence.tokens for sequence in sequences] == expected
+
+
 def test_no_prompt_is_shared_from_caches_that_were_dropped(guided):
     """A longer request makes larger caches; what the smaller ones held is gone."""
     model, prompt = guided(), list(range(20, 40))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from tiny_models import build_model
 
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine.engine import Engine
+from genarm_fast.engine.run import Run
 from genarm_fast.engine.turns import Turns
 from genarm_fast.speculation.config import OFF, Speculation
 
@@ -80,14 +82,17 @@ def test_a_step_within_a_step_is_refused():
 
 def test_an_interrupt_while_taking_the_turn_gives_it_back(model):
     """Ctrl-C may come while something that was asked for is done."""
-    turns = model.engine().turns
+    turns, calls = model.engine().turns, []
 
     def interrupt():
-        raise KeyboardInterrupt
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
 
     turns._inbox.append(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.generate([5, 6], **SEEDED)
+    assert len(calls) == 2  # done once more, whole
     assert within_seconds(lambda: model.generate([5, 6], **SEEDED)[0].token_ids)
 
 
@@ -291,3 +296,100 @@ def test_interrupts_never_leave_the_lock_held():
     thread.start()
     thread.join(10)
     assert taken == [True]
+
+
+def test_an_interrupt_at_any_line_of_the_scheduling_loses_no_sequence(model):
+    """The thread that is interrupted steps for another's sequence as well, which ends, or is told that it failed."""
+    engine, files = model.engine(), ("scheduler.py", "admission.py")
+    whole = model.generate([5, 6, 7], max_new_tokens=2, seed=1)[0].token_ids
+    for at in range(1, 10_000):
+        other = engine.run(sequences_of(model, [5, 6, 7], max_new_tokens=2, seed=1))
+        mine = engine.run(sequences_of(model, [8, 9], max_new_tokens=2))
+        lines, interrupted = 0, False
+
+        def trace(frame, event, _):
+            nonlocal lines
+            if not frame.f_code.co_filename.endswith(files):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == at:  # noqa: B023 (called in this turn of the loop alone)
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            list(mine)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        mine.close()
+        for _ in range(20):
+            if engine.scheduler:
+                engine.step()
+        (sequence,) = other.sequences
+        assert sequence.ended, f"lost by an interrupt at line {at}"
+        assert sequence.error is not None or sequence.tokens == whole
+        assert not engine.scheduler
+        if not interrupted:
+            break
+    assert at > 100
+
+
+def test_an_interrupt_in_what_another_thread_asked_for_loses_none_of_it(model, monkeypatch):
+    """What was asked in mid-step is done by the thread that stepped, where Ctrl-C may reach it."""
+    engine = model.engine()
+    enqueue, calls = engine.scheduler.enqueue, []
+
+    def interrupted(sequences, *, again=False):
+        calls.append(again)
+        enqueue(sequences, again=again)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    runs, sequences = [], sequences_of(model, [5, 6], max_new_tokens=3)
+    monkeypatch.setattr(engine.scheduler, "enqueue", interrupted)
+
+    def step():
+        with engine.turns.take():
+            asked = threading.Thread(target=lambda: runs.append(Run(engine, sequences, False)))
+            asked.start()
+            asked.join()
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    within_seconds(lambda: list(runs[0]))
+    assert len(sequences[0].tokens) == 3
+    assert calls == [False, True]
+
+
+def test_an_interrupt_as_a_wait_begins_leaves_the_lock_whole(monkeypatch):
+    """Between the two lines of `Condition.wait` that let go of the lock and see to it that it comes back."""
+    turns, entered, leave = Turns(), threading.Event(), threading.Event()
+
+    def hold():
+        with turns.take():
+            entered.set()
+            leave.wait(20)
+
+    def interrupted():
+        turns._lock.release()
+        raise KeyboardInterrupt
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    entered.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(turns._changed, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), turns.take():
+            pass
+    leave.set()
+    holder.join()
+
+    def take():
+        with turns.take() as taken:
+            return taken
+
+    assert within_seconds(take)

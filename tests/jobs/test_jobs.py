@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from genarm_fast import GenerationError, SamplingParams
+from genarm_fast import SamplingParams
 from genarm_fast.jobs import JobRequest, ResultsFile, Summary, read_requests, run
 from genarm_fast.jobs.identity import identity
 from genarm_fast.jobs.inputs import line_seed
@@ -26,25 +26,31 @@ class FakeModel:
     max_batch_size = 3
     tokenizer = None
 
-    def __init__(self, failing: Sequence[str] = (), crashing: Sequence[str] = ()) -> None:
-        self.failing, self.crashing = failing, crashing
+    def __init__(self, failing: Sequence[str] = (), crashing: Sequence[str] = (), refused: Sequence[str] = ()) -> None:
+        self.failing, self.crashing, self.refused = failing, crashing, refused
         self.batches: list[list[Any]] = []
+        self.prepared: list[Any] = []
 
-    def generate(self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]) -> list[GenerationOutput]:
+    def prepare(self, prompts: Sequence[Any], sampling_params: SamplingParams) -> None:
+        self.prepared += prompts
+        if prompts[0] in self.refused:
+            raise ValueError("too long")
+
+    def as_completed(
+        self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, GenerationOutput | Exception]]:
+        """Answers with odd indices come first."""
         self.batches.append(list(prompts))
-        for prompt in prompts:
+        for i, (prompt, params) in sorted(enumerate(zip(prompts, sampling_params)), key=lambda pair: -(pair[0] % 2)):
             if prompt in self.crashing:
                 raise MemoryError("out of memory")
-        outputs: list[Any] = []
-        for prompt, params in zip(prompts, sampling_params):
+            if prompt in self.failing:
+                yield i, RuntimeError("not finite")
+                continue
             text = f"{prompt} {params.seed} {params.temperature} in {prompts}"
             completion = Completion(text, [1, 2], "length", None, params.seed or 0, [(1.0,), (1.0,)])
             timing = Timing(0.1, 0.2, 10.0)
-            outputs.append(GenerationOutput(prompt, [1], [completion], Usage(1, 2), timing, Rounds(2, 0, 0)))
-        failed = [f"prompts[{i}]: not finite" for i, prompt in enumerate(prompts) if prompt in self.failing]
-        if failed:
-            raise GenerationError("; ".join(failed), [None if o.prompt in self.failing else o for o in outputs])
-        return outputs
+            yield i, GenerationOutput(prompt, [1], [completion], Usage(1, 2), timing, Rounds(2, 0, 0))
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
@@ -56,15 +62,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def one_batch_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 1)
+
+
 @pytest.fixture
 def requests(tmp_path: Path) -> list[JobRequest]:
     """Seven, so that batches of three leave a short one."""
     rows = [{"prompt": f"p{i}"} for i in range(7)]
-    return read_requests(write_lines(tmp_path / "in.jsonl", rows), SamplingParams(), arms=1)
+    return list(read_requests(write_lines(tmp_path / "in.jsonl", rows), SamplingParams(), arms=1))
 
 
 def run_job(model: FakeModel, requests: list[JobRequest], path: Path, **options: Any) -> Summary:
-    with ResultsFile(path, [request.head(SETUP) for request in requests], **options) as results:
+    with ResultsFile(path, requests, SETUP, **options) as results:
         return run(model, requests, results)
 
 
@@ -80,9 +91,9 @@ def test_answers_are_in_order_with_ids_and_without_timing(requests: list[JobRequ
 
 def test_progress_counts_lines_and_tokens(requests: list[JobRequest], tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    with ResultsFile(tmp_path / "out.jsonl", [request.head(SETUP) for request in requests]) as results:
+    with ResultsFile(tmp_path / "out.jsonl", requests, SETUP) as results:
         run(FakeModel(), requests, results, lambda lines, tokens: seen.append((lines, tokens)))
-    assert seen == [(3, 6), (3, 6), (1, 2)]
+    assert seen == [(1, 2)] * 7
 
 
 def test_every_cut_resumes_to_the_same_bytes(requests: list[JobRequest], tmp_path: Path) -> None:
@@ -132,7 +143,7 @@ def test_other_models_are_refused(requests: list[JobRequest], tmp_path: Path) ->
     path = tmp_path / "out.jsonl"
     run_job(FakeModel(), requests, path)
     with pytest.raises(ValueError, match="line 1: made with other models"):
-        ResultsFile(path, [request.head("another setup") for request in requests])
+        ResultsFile(path, requests, "another setup")
 
 
 @pytest.mark.parametrize("content", [b"my notes", b"my notes\n", b'{"a": 1}\n', b"[1]\n", b"\0\0\0\n", b'{"id": 2'])
@@ -193,27 +204,26 @@ def test_overwriting_spares_the_old_lines_until_there_are_new_ones(requests: lis
     path = tmp_path / "out.jsonl"
     run_job(FakeModel(), requests, path)
     before = path.read_bytes()
-    with ResultsFile(path, [request.head("other") for request in requests], overwrite=True) as results:
+    with ResultsFile(path, requests, "other", overwrite=True) as results:
         assert path.read_bytes() == before
         run(FakeModel(), requests[:2], results)
     assert [row["setup"] for row in read_lines(path)] == ["other", "other"]
 
 
 def test_two_jobs_cannot_write_one_file(requests: list[JobRequest], tmp_path: Path) -> None:
-    heads = [request.head(SETUP) for request in requests]
     with (
-        ResultsFile(tmp_path / "out.jsonl", heads),
+        ResultsFile(tmp_path / "out.jsonl", requests, SETUP),
         pytest.raises(BlockingIOError, match="another running job"),
     ):
-        ResultsFile(tmp_path / "out.jsonl", heads)
-    ResultsFile(tmp_path / "out.jsonl", heads).__exit__(None, None, None)
+        ResultsFile(tmp_path / "out.jsonl", requests, SETUP)
+    ResultsFile(tmp_path / "out.jsonl", requests, SETUP).__exit__(None, None, None)
 
 
 def test_what_cannot_be_read_again_is_refused(requests: list[JobRequest], tmp_path: Path) -> None:
     """A terminal, a pipe, /dev/full: they would be read for ever."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe: expected a regular file"):
-        ResultsFile(tmp_path / "pipe", [])
+        ResultsFile(tmp_path / "pipe", [], SETUP)
 
 
 def test_lines_override_the_defaults(tmp_path: Path) -> None:

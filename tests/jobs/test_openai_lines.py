@@ -31,7 +31,7 @@ def answers(model, tmp_path, *rows, keep=(), **defaults):
     requests = read_requests(lines(tmp_path, *rows), SamplingParams(**defaults), arms=1, keep=keep)
     path = tmp_path / "out.jsonl"
     for _ in range(2):  # the second time all of it is there
-        with ResultsFile(path, [request.head("setup") for request in requests]) as results:
+        with ResultsFile(path, requests, "setup") as results:
             summary = run(model, requests, results)
     assert summary.answered == 0
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -70,20 +70,19 @@ def test_answers_have_the_shape_of_openais(model, tokenizer, tmp_path):
 
 def test_a_line_that_fails_is_tried_again(model, tmp_path):
     requests = read_requests(lines(tmp_path, {**TEXT, "body": {"prompt": "x", "seed": 1}}), SamplingParams(), arms=1)
-    heads = [request.head("setup") for request in requests]
 
     class Broken:
-        max_batch_size, tokenizer = 1, model.tokenizer
+        max_batch_size, tokenizer, prepare = 1, model.tokenizer, model.prepare
 
-        def generate(self, prompts, params):
+        def as_completed(self, prompts, params):
             raise RuntimeError("no")
 
-    with ResultsFile(tmp_path / "out.jsonl", heads) as results:
+    with ResultsFile(tmp_path / "out.jsonl", requests, "setup") as results:
         assert run(Broken(), requests, results).errors == [("b", "RuntimeError: no")]
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert row["response"] is None
     assert row["error"] == {"code": "generation_error", "message": "RuntimeError: no"}
-    with ResultsFile(tmp_path / "out.jsonl", heads) as results:
+    with ResultsFile(tmp_path / "out.jsonl", requests, "setup") as results:
         assert run(model, requests, results).answered == 1
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert row["error"] is None
@@ -124,7 +123,7 @@ def test_fields_are_passed_on_if_they_are_named(model, tmp_path):
     assert "absent" not in out
     (other,) = read_requests(lines(tmp_path, row | {"source": 2}), SamplingParams(), arms=1, keep=["source"])
     with pytest.raises(ValueError, match="another prompt or other parameters"):
-        ResultsFile(tmp_path / "out.jsonl", [other.head("setup")])
+        ResultsFile(tmp_path / "out.jsonl", [other], "setup")
     with pytest.raises(ValueError, match="keep='usage': expected a name that means nothing"):
         read_requests(lines(tmp_path, row), SamplingParams(), arms=1, keep=["usage"])
 

@@ -23,6 +23,7 @@ def run(*command, **environment):
 
 
 INTERPRETED = [
+    "interpreted_values_in_memory",
     "guided_sample/interpreted_guided_sample",
     "guided_sample/interpreted_known_calls",
     "settle/interpreted_settle",

@@ -1,24 +1,20 @@
-"""Every op takes tensors with PyTorch's negative bit, tensors of zero rows, and numbers at the ends of int64."""
+"""Every op takes tensors with the negative bit, of zero rows, at odd addresses, with numbers at the ends of int64,
+or refuses them."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from every_op import OPS, called, misaligned, negated, tensors_of, without_rows
 
+from genarm_fast import kernels
 from genarm_fast.kernels import (
-    Lora,
-    SiblingLinears,
-    SmallLinear,
     _native,
-    arm_logps,
     guided_sample,
     guided_sample_reference,
     ragged_append,
-    ragged_attention,
-    rms_norm,
-    rotary,
     settle,
     settle_reference,
-    silu_mul,
-    small_linear,
 )
 
 ENDS = torch.iinfo(torch.int64)
@@ -32,74 +28,97 @@ def core(request, monkeypatch):
         pytest.skip("built without a compiler")
 
 
-def negated(tensor):
-    """A tensor equal to this one, with its strides, whose memory holds the opposite."""
-    out = torch._neg_view(tensor.neg())
-    assert out.is_neg()
-    assert torch.equal(out, tensor)
-    assert out.stride() == tensor.stride()
-    return out
-
-
-def sample(base, arm, weights, temperature, top_p, min_p, bias):
-    drawn = guided_sample(
-        base, (arm,), weights, temperature=temperature, top_p=top_p, min_p=min_p, logit_bias=bias, seeds=1, positions=0,
-        top_logprobs=2,
-    )  # fmt: skip
-    return tuple(drawn)
-
-
-def append(keys, values, new_keys, new_values):
-    ragged_append(keys, values, new_keys, new_values, torch.tensor([1]), torch.tensor([[2, 3]]))
-    return keys, values
-
-
-def linear(x, weight, bias, a, b):
-    whole = SmallLinear(weight, bias, [Lora(a, b, 0.5)])
-    one = small_linear(x, weight, bias, loras=[(0, 1, a, b, 0.5)])
-    return whole(x, [(0, 1, 0)]), one, *SiblingLinears([whole])(x, [()])
-
-
-def attend(query, keys, values):
-    return ragged_attention(query, keys, values, torch.tensor([1]), torch.tensor([[2, 3]]), scale=0.5)
-
-
-OPS = {  # the op and the shapes of its floating-point tensors
-    "guided_sample": (sample, [(3, 50), (3, 51), (3, 1), (3,), (3,), (3,), (3, 50)]),
-    "ragged_attention": (attend, [(1, 4, 2, 8), (2, 2, 5, 8), (2, 2, 5, 8)]),
-    "ragged_append": (append, [(2, 2, 5, 8), (2, 2, 5, 8), (1, 2, 2, 8), (1, 2, 2, 8)]),
-    "rms_norm": (lambda x, weight: rms_norm(x, weight, 1e-5), [(2, 16), (16,)]),
-    "rotary": (rotary, [(1, 2, 2, 8), (1, 1, 2, 8), (1, 2, 8), (1, 2, 8)]),
-    "silu_mul": (silu_mul, [(2, 16), (2, 16)]),
-    "small_linear": (linear, [(2, 32), (16, 32), (16,), (2, 32), (2, 16)]),
-    "arm_logps": (lambda h, w, b: arm_logps(h, w, torch.tensor([[1, 2]]), bias=b), [(1, 2, 8), (9, 8), (9,)]),
-}
+def test_every_op_is_here():
+    folders = {path.parent.name for path in Path(kernels.__file__).parent.glob("*/reference.py")}
+    assert folders | {"ragged_append"} == set(OPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # bfloat16 has no complex counterpart, so no bit
 @pytest.mark.parametrize("name", OPS)
 def test_the_negative_bit_counts(name, dtype):
-    op, shapes = OPS[name]
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.rand(shape, generator=generator).to(dtype) for shape in shapes]
-
-    def result(changed=None):
-        inputs = [negated(t) if i == changed else t.clone() for i, t in enumerate(tensors)]
-        with torch.inference_mode():
-            out = op(*inputs)
-        return [out] if isinstance(out, torch.Tensor) else out
-
-    expected = result()
-    for i in range(len(tensors)):
-        for found, exact in zip(result(i), expected, strict=True):
+    run, (floats, integers) = OPS[name].run, tensors_of(name, dtype)
+    expected = called(run, [each.clone() for each in floats], integers)
+    for i in range(len(floats)):
+        inputs = [negated(t) if i == changed else t.clone() for changed, t in enumerate(floats)]
+        for found, exact in zip(called(run, inputs, integers), expected, strict=True):
             torch.testing.assert_close(found, exact, msg=f"argument {i}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_memory_that_no_vector_is_aligned_to(name, dtype):
+    run, (floats, integers) = OPS[name].run, tensors_of(name, dtype)
+    expected = called(run, [each.clone() for each in floats], integers)
+    found = called(run, [misaligned(each) for each in floats], [misaligned(each) for each in integers])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OPS)
+def test_no_rows_at_all(name, dtype):
+    op = OPS[name]
+    floats, integers = without_rows(name, dtype)
+    before = [floats[i].clone() for i in op.writes]
+    whole = called(op.run, *(list(each) for each in tensors_of(name, dtype)))
+    found = called(op.run, floats, integers)
+    assert [each.ndim for each in found] == [each.ndim for each in whole]
+    caches = [any(each is floats[i] for i in op.writes) for each in found]
+    assert all(is_cache or not each.numel() for each, is_cache in zip(found, caches, strict=True))
+    assert all(torch.equal(floats[i], other) for i, other in zip(op.writes, before, strict=True))
+
+
+@pytest.mark.parametrize("end", [ENDS.min, ENDS.max, -1])
+@pytest.mark.parametrize(
+    ("name", "index", "named"),
+    [
+        ("ragged_attention", 0, "slots"),
+        ("ragged_attention", 1, "positions"),
+        ("ragged_append", 0, "slots"),
+        ("ragged_append", 1, "positions"),
+        ("rotary_append", 0, "slots"),
+        ("rotary_append", 1, "positions"),
+        ("rotary_append", 2, "lanes.adapters"),
+        ("add_rms_norm", 0, "lanes.adapters"),
+        ("gated_mul", 0, "lanes.adapters"),
+        ("arm_logps", 0, "label"),
+    ],
+)
+def test_indices_that_there_are_not_are_refused(name, index, named, end):
+    if named == "lanes.adapters" and end == -1:
+        end = 2
+    floats, integers = tensors_of(name, torch.float32)
+    integers[index].view(-1)[0] = end
+    before = [each.clone() for each in floats]
+    with pytest.raises(ValueError, match=named):
+        called(OPS[name].run, floats, integers)
+    assert all(torch.equal(one, other) for one, other in zip(floats, before, strict=True))
+
+
+@pytest.mark.parametrize("op", [guided_sample, guided_sample_reference])
+def test_seeds_positions_and_filters_at_the_ends(op):
+    base = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
+    ends = torch.tensor([ENDS.min, ENDS.max, -1, 0])
+    found = [
+        op(base, (), [], seeds=seeds, positions=positions, top_k=top_k).tokens.tolist()
+        for seeds, positions, top_k in (
+            (ends, ends, 0),
+            (ends, ends, ENDS.max),
+            (ends, ends, torch.full((4,), ENDS.max)),
+        )
+    ]
+    assert found[0] == found[1] == found[2]
+    expected = guided_sample_reference(base, (), [], seeds=ends, positions=ends)
+    assert found[0] == expected.tokens.tolist()
+    none = op(base, (), [], seeds=ends, positions=ends, top_k=torch.full((4,), ENDS.min))  # as 0: keeps all
+    assert none.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_the_conjugate_bit_counts():
     """ragged_append copies entries of every dtype."""
     keys, new = torch.zeros(2, 1, 5, 4, dtype=torch.complex64), torch.randn(1, 1, 2, 4, dtype=torch.complex64)
     values = keys.clone()
-    append(keys, values, new.conj(), new)
+    ragged_append(keys, values, new.conj(), new, torch.tensor([1]), torch.tensor([[2, 3]]))
     assert torch.equal(keys[1, :, 2:4], new[0].conj().resolve_conj())
     assert torch.equal(values[1, :, 2:4], new[0])
 
@@ -114,25 +133,6 @@ def test_no_rows_to_sample(op, block):
     assert [tuple(field.shape) for field in drawn] == [
         (0, *block), (0, *block), (0, *block), (2, 0, *block), (0, *block, 2), (0, *block, 2),
     ]  # fmt: skip
-
-
-def test_no_rows():
-    none, cache = torch.zeros(0, dtype=torch.int64), torch.randn(2, 2, 5, 8)
-    nobody = torch.zeros(0, 2, 1, 8)
-    places = none, none.view(0, 1)
-    assert ragged_attention(nobody, cache, cache, *places, scale=1.0).shape == (0, 1, 2, 8)
-    before = cache.clone()
-    ragged_append(cache, cache.clone(), nobody, nobody, *places)
-    assert torch.equal(cache, before)
-    assert rms_norm(torch.zeros(0, 16), torch.ones(16), 1e-5).shape == (0, 16)
-    assert silu_mul(torch.zeros(0, 16), torch.zeros(0, 16)).shape == (0, 16)
-    assert [x.shape[0] for x in rotary(nobody, nobody, torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))] == [0, 0]
-    weight = torch.zeros(16, 32).bfloat16()
-    assert small_linear(torch.zeros(0, 32).bfloat16(), weight).shape == (0, 16)
-    assert arm_logps(torch.zeros(0, 2, 8), torch.zeros(9, 8), none.view(0, 1).expand(0, 2)).shape == (0,)
-    rest = {"lengths": none, "limits": none, "finished": none.bool(), "stop_ids": torch.tensor([1])}
-    for op in (settle, settle_reference):
-        assert [len(field) for field in op(torch.zeros(0, 3).long(), torch.zeros(0, 2).long(), **rest)] == [0] * 4
 
 
 @pytest.mark.parametrize("op", [settle, settle_reference])

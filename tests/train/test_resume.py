@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, train
+from genarm_fast.train import run as run_module
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.files import locked
 from genarm_fast.train.model import load_base
@@ -275,13 +277,68 @@ def test_a_full_disk_leaves_the_folder_free(make_config: Config, toy: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", half)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"No space left on device; the same command resumes: '.*run\.json'"):
             train(config, progress=False)
     assert not config.folder.exists()
     config.folder.mkdir()
     (config.folder / "partial-run.json").write_text("{")  # of a kill
     train(config, progress=False)
     assert not (config.folder / "partial-run.json").exists()
+
+
+@pytest.fixture
+def most_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
+    """most_bytes(n): no file grows beyond, once the base is loaded: real failures of real writes, as of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most: list[int | None] = [None]
+    plain = run_module.choose_paths
+
+    def limited(*arguments: Any) -> Any:
+        if most[0] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most[0], before[1]))
+        return plain(*arguments)
+
+    def set_most(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        most[0] = size
+
+    monkeypatch.setattr(run_module, "choose_paths", limited)
+    yield set_most
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_every_file_that_does_not_fit_is_named_and_the_same_command_resumes(
+    make_config: Config, toy: Path, tmp_path: Path, most_bytes: Callable[[int | None], None]
+) -> None:
+    options = {**LONG, "epochs": 1, "checkpoint_every": 2}
+    whole = train(make_config(toy, output=str(tmp_path / "whole"), **options), progress=False)
+    config = make_config(toy, **options)
+    failures: list[str] = []
+    size = 0
+    while size < 1 << 24:
+        most_bytes(size)
+        failure = None
+        try:
+            train(config, progress=False)
+        except OSError as error:
+            failure = error
+        most_bytes(None)
+        if failure is None:
+            break
+        assert str(failure).count("; the same command resumes") == 1, str(failure)
+        name = Path(str(failure.filename)).relative_to(config.folder)
+        failures.append("/".join(part for part in name.parts if not part.startswith("checkpoint-")))
+        size = size * 2 if size else 64
+    assert len(failures) > 3
+    assert {"run.json", "checkpoints"} <= set(failures), failures
+    assert_same(config.folder, whole.folder)
+    again = json.loads((config.folder / "report.json").read_text())
+    assert again["final"] == whole.report["final"]
+    times = {"tokens_per_second"}
+    for found, expected in zip(again["history"], whole.report["history"], strict=True):
+        assert {n: v for n, v in found.items() if n not in times} == {
+            n: v for n, v in expected.items() if n not in times
+        }
 
 
 def test_a_folder_that_is_read_only(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

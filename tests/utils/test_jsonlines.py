@@ -32,3 +32,12 @@ def test_compressed_data_under_another_name_and_deep_json(tmp_path):
     (tmp_path / "deep.jsonl").write_text('{"a": 1}\n{"a": ' + "[" * 200_000 + "\n")
     with pytest.raises(ValueError, match=r"deep\.jsonl line 2: expected a JSON object"):
         list(read_objects(tmp_path / "deep.jsonl"))
+
+
+def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("genarm_fast.utils.jsonlines.LONGEST", 100)
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 86 + '"}\n')
+    assert len(list(read_objects(tmp_path / "rows.jsonl"))) == 2
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": "' + "x" * 10**6)
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 3: expected at most 100 bytes"):
+        list(read_objects(tmp_path / "rows.jsonl"))

@@ -26,7 +26,7 @@ ngram_lookup_reference = checked_reference(check, specification)
 
 def ngram_lookup(
     tokens: Tensor,  # int64 [R, H], prompt and response of each row; what lies behind its length is not looked at
-    lengths: Tensor,  # int64 [R], at most H
+    lengths: Tensor,  # int64 [R]; more than H counts as H
     k: int,
     *,
     max_n: int = 4,

@@ -14,7 +14,7 @@ from torch import Tensor
 def specification(tokens: Tensor, lengths: Tensor, k: int, max_n: int, min_n: int) -> Tensor:
     """The specification of `ngram_lookup` in plain PyTorch."""
     width = tokens.shape[1]
-    ends, last = torch.arange(width, device=tokens.device), lengths[:, None].to(torch.int64) - 1
+    ends, last = torch.arange(width, device=tokens.device), lengths[:, None].to(torch.int64).clamp(0, width) - 1
     alive = ends <= last
     matched = torch.zeros(tokens.shape, dtype=torch.int64, device=tokens.device)
     for j in range(max_n if width else 0):

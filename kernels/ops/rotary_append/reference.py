@@ -90,9 +90,10 @@ def specification(
     """The specification of `rotary_append`."""
     rows, block, _ = y.shape
     heads, kv_heads, width = query_heads(y, keys, values, b)[0], keys.shape[1], keys.shape[3]
-    widths = (heads * width, kv_heads * width, kv_heads * values.shape[3])
+    sizes = ((heads, width), (kv_heads, width), (kv_heads, values.shape[3]))
+    widths = [each * size for each, size in sizes]
     parts = product(y, widths, bias, b, index).split(widths, -1)
-    query, key, value = (part.reshape(rows, block, each, -1) for part, each in zip(parts, (heads, kv_heads, kv_heads)))
+    query, key, value = (part.reshape(rows, block, *size) for part, size in zip(parts, sizes))
     if query_norm is not None and key_norm is not None:
         query, key = rms_norm_reference(query, query_norm, eps), rms_norm_reference(key, key_norm, eps)
     query, key = rotary_reference(query.transpose(1, 2), key.transpose(1, 2), cos, sin)

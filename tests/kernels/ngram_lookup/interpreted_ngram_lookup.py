@@ -22,7 +22,7 @@ def test_values(seed, block, monkeypatch):
 
 
 def test_a_length_beyond_the_row_reads_the_row_alone():
-    tokens = torch.tensor([[1, 2, 3, 1, 2]])
+    ends, tokens = torch.iinfo(torch.int64), torch.tensor([[1, 2, 3, 1, 2]]).repeat(3, 1)
     with between_canaries() as canaries:
-        got = on_gpu.launch(canaries.embed(tokens), torch.tensor([99]), 2, 4, 2)
-    assert got.tolist() == [[3, 1]]
+        got = on_gpu.launch(canaries.embed(tokens), torch.tensor([ends.max, 99, ends.min]), 2, 4, 2)
+    assert got.tolist() == [[3, 1], [3, 1], [-1, -1]]

@@ -44,6 +44,12 @@ def test_by_hand():
     assert got.tolist() == [[9, 2, 3], [5, 6, 5], [-1, -1, -1]]
 
 
+def test_lengths_at_the_ends_of_int64():
+    ends, tokens = torch.iinfo(torch.int64), torch.tensor([[1, 2, 3, 1, 2]]).repeat(4, 1)
+    got = ngram_lookup(tokens, torch.tensor([ends.max, 5, -1, ends.min]), 1)
+    assert got.tolist() == [[3], [3], [-1], [-1]]
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_nothing_to_look_at(shape):
     got = ngram_lookup(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], dtype=torch.int64), 2)

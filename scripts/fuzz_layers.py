@@ -1,0 +1,317 @@
+"""Cases of the fuzz of the ops of a decoder layer and of training, for C++ and for Triton's interpreter (fuzz_ops.py).
+
+Each case draws shapes, dtypes and places in memory, and compares with the op's reference in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from stacked_products import stacked
+
+from genarm_fast import kernels
+from genarm_fast.kernels.gated_mul.reference import ACTIVATIONS
+from genarm_fast.kernels.gated_mul.reference import specification as gated_mul_reference
+from genarm_fast.kernels.quant_linear import quantize
+from genarm_fast.kernels.rotary_append.reference import specification as rotary_append_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Triton's interpreter truncates where a GPU rounds to bfloat16.
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 8e-2, torch.float16: 8e-3}
+
+
+def norms(rng: random.Random, triton: bool) -> None:
+    dtype, width, eps, offset = rng.choice(DTYPES), rng.randint(1, 200), 1e-6, rng.choice([0.0, 1.0])
+    x, weight = torch.randn(rng.randint(0, 4), width), torch.randn(width)
+    found, _ = called(rng, triton, rms_norm, [x, weight], dtype, eps, offset)
+    close(found, kernels.rms_norm_reference(*exact(dtype, x, weight), eps, offset), dtype)
+    y, lanes, merged = product(rng, (width,), dtype)
+    hidden = torch.randn(*y.shape[:-1], width)
+    (total, normed), _ = called(rng, triton, add_rms_norm, [hidden, y, weight], dtype, eps, offset, *lanes)
+    close(total, exact(dtype, hidden)[0] + merged, dtype)
+    # The sum is rounded before it is normalised.
+    close(normed, kernels.rms_norm_reference(total.double(), *exact(dtype, weight), eps, offset), dtype)
+
+
+def gates(rng: random.Random, triton: bool) -> None:
+    dtype, width, activation = rng.choice(DTYPES), rng.randint(1, 300), rng.choice(list(ACTIVATIONS))
+    gate, up = torch.randn(2, rng.randint(0, 4), width)
+    found, _ = called(rng, triton, silu_mul, [gate, up], dtype)
+    close(found, kernels.silu_mul_reference(*exact(dtype, gate, up)), dtype)
+    y, lanes, merged = product(rng, (width, width), dtype)
+    found, _ = called(rng, triton, gated_mul, [y], dtype, activation, *lanes)
+    close(found, gated_mul_reference(merged, activation, None, None), dtype)
+
+
+def rotations(rng: random.Random, triton: bool) -> None:
+    dtype, width = rng.choice(DTYPES), 2 * rng.randint(1, 100)
+    rows, block, heads = rng.randint(0, 3), rng.randint(1, 4), (rng.randint(1, 4), rng.randint(1, 2))
+    turned = [torch.randn(rows, each, block, width) for each in heads]
+    angles = list(torch.randn(2, rng.choice([1, rows]), block, width))
+    found, _ = called(rng, triton, rotary, [*turned, *angles], dtype)
+    for got, expected in zip(found, kernels.rotary_reference(*exact(dtype, *turned, *angles)), strict=True):
+        close(got, expected, dtype)
+
+
+def appending(rng: random.Random, triton: bool) -> None:
+    """rotary_append: rows of a product into slots that differ, at any positions."""
+    few = 2 if triton else 3  # the interpreter takes 0.5 s for the programs of these
+    dtype, kv_heads = rng.choice(DTYPES), rng.randint(1, few)
+    heads, width, value_width = kv_heads * rng.randint(1, few), 2 * rng.randint(1, 20), rng.randint(1, 40)
+    rows, block, capacity = rng.randint(1, few), rng.randint(1, few), rng.randint(3, 12)
+    sizes = (heads * width, kv_heads * width, kv_heads * value_width)
+    y, lanes, merged = product(rng, sizes, dtype, rows, block)
+    cos, sin = torch.randn(2, rng.choice([1, rows]), block, width)
+    caches = [torch.randn(4, kv_heads, capacity, each) for each in (width, value_width)]
+    slots = torch.randperm(4)[:rows]
+    positions = torch.stack([torch.randperm(capacity)[:block] for _ in range(rows)])
+    normed, biased = rng.random() < 0.5, rng.random() < 0.5
+    extra = [*(torch.randn(2, width) if normed else [None, None]), 1e-6, torch.randn(sum(sizes)) if biased else None]
+    found, placed = called(
+        rng, triton, rotary_append, [y, cos, sin, *caches, slots, positions, *extra], dtype, *lanes, in_place=(3, 4)
+    )
+    own = exact(dtype, cos, sin, *caches, *extra)
+    whole = merged if own[7] is None else merged + own[7]
+    expected = rotary_append_reference(whole, *own[:4], slots, positions, *own[4:7], None, None, None)
+    for got, wanted in zip((found, *placed[3:5]), (expected, *own[2:4]), strict=True):
+        close(got, wanted, dtype, 2.0)
+
+
+def attention(rng: random.Random, triton: bool) -> None:
+    dtype = rng.choice(DTYPES[: 3 if triton else 2])
+    few = 2 if triton else 3  # the interpreter takes 0.5 s for the programs of these
+    rows, heads, group = rng.randint(0, few), rng.randint(1, few), rng.randint(1, few)
+    width, value_width = rng.randint(1, 130), rng.randint(1, 130)
+    capacity = rng.randint(1, 80)
+    block = min(capacity, rng.choice([1, 2, 5, 9, 20]))
+    caches = [torch.randn(4, heads, capacity, each) for each in (width, value_width)]
+    new = [torch.randn(rows, heads, block, each) for each in (width, value_width)]
+    slots = torch.randperm(4)[:rows]
+    starts = torch.tensor([rng.randint(0, capacity - block) for _ in range(rows)]).long().view(rows, 1)
+    positions = starts + torch.arange(block)
+    _, placed = called(rng, triton, ragged_append, [*caches, *new, slots, positions], dtype, in_place=(0, 1))
+    own = [tensor.to(dtype) for tensor in (*caches, *new)]
+    kernels.ragged_append_reference(*own, slots, positions)
+    assert all(torch.equal(x, y) for x, y in zip(placed, own[:2], strict=False)), "ragged_append"
+    query = torch.randn(rows, heads * group, block, width)
+    options = {"window": rng.choice([None, rng.randint(1, 90)]), "softcap": rng.choice([None, 10.0])}
+    plans = import_module("genarm_fast.kernels.ragged_attention.plan")
+    with patch.object(plans, "CHUNK", rng.choice([16, 256])), patch.object(plans, "TILE_BYTES", 1024):
+        found, _ = called(rng, triton, ragged_attention, [query, *own[:2], slots, positions], dtype, *options.values())
+    expected = kernels.ragged_attention_reference(
+        *exact(dtype, query), own[0].double(), own[1].double(), slots, positions, scale=0.1, **options
+    )
+    close(found, expected, dtype)
+
+
+def linears(rng: random.Random, triton: bool) -> None:
+    """small_linear, quant_linear, and both as siblings."""
+    rows, width, out = rng.randint(0, 40), rng.randint(1, 200), rng.randint(1, 100)
+    x, weight = torch.randn(rows, width).bfloat16(), torch.randn(out, width).bfloat16()
+    bias = torch.randn(out).bfloat16() if rng.random() < 0.5 else None
+    lora = kernels.Lora(
+        torch.randn(rank := rng.randint(1, 20), width).bfloat16(), torch.randn(rank, out).bfloat16(), 0.5
+    )
+    first = rng.randint(0, rows)
+    span = first, rng.randint(first, rows)
+    placed = [odd(rng, each) for each in (x, weight, bias)]
+    found = kernels.small_linear(*placed, loras=[(*span, *map_odd(rng, lora[:2]), 0.5)])
+    added = torch.zeros(rows, out, dtype=torch.float64)
+    added[span[0] : span[1]] = 0.5 * (x[span[0] : span[1]].double() @ lora.a.double().T @ lora.b.double())
+    plain = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    near(found, plain + added)
+    quantized = quantize(weight.float(), rng.choice([8, 4]))
+    found = kernels.quant_linear(placed[0], quantized, bias)
+    assert torch.equal(found, kernels.quant_linear_reference(x, quantized, bias)), "quant_linear"
+    siblings = [
+        kernels.SmallLinear(weight, bias, [lora]),
+        kernels.QuantLinear(quantized, bias),
+        kernels.SmallLinear(weight[:1]),
+    ]
+    spans = [[(*span, 0)], (), ()]
+    for linear, own, y in zip(siblings, spans, kernels.SiblingLinears(siblings)(placed[0], spans), strict=True):
+        assert torch.equal(linear(x, own), y), "siblings"
+
+
+def logps(rng: random.Random, triton: bool) -> None:
+    """arm_logps with its gradients."""
+    dtype = rng.choice(DTYPES[:2])
+    rows, tokens, width, vocab = rng.randint(0, 3), rng.randint(1, 6), rng.randint(1, 40), rng.randint(1, 300)
+    hidden, weight = torch.randn(rows, tokens, width), torch.randn(vocab, width)
+    labels = torch.randint(0, vocab, (rows, tokens))
+    labels[torch.rand(rows, tokens) < 0.3] = -100
+    options = {"bias": torch.randn(vocab) if rng.random() < 0.5 else None}
+    options |= {"logit_scale": rng.choice([1.0, 0.5]), "softcap": rng.choice([None, 5.0])}
+    gradients = []
+    for run, own in ((kernels.arm_logps, dtype), (kernels.arm_logps_reference, torch.float64)):
+        inputs = [each.to(dtype).to(own) for each in (hidden, weight)]
+        inputs = [
+            odd(rng, each).requires_grad_() if run is kernels.arm_logps else each.requires_grad_() for each in inputs
+        ]
+        bias = options["bias"]
+        result = run(*inputs, labels, **options | {"bias": None if bias is None else bias.to(dtype).to(own)})
+        result.sum().backward()
+        gradients.append([result.detach(), *(each.grad for each in inputs)])
+    for found, expected in zip(*gradients, strict=True):
+        near(found, expected, 0.05 if dtype == torch.bfloat16 else 1e-4)
+
+
+def rms_norm(triton: bool, x: Any, weight: Any, eps: float, offset: float) -> Any:
+    if triton:
+        from genarm_fast.kernels.rms_norm.triton import launch
+
+        return launch(x, weight, eps, offset)
+    return kernels.rms_norm(x, weight, eps, offset=offset)
+
+
+def add_rms_norm(triton: bool, *arguments: Any) -> Any:
+    if triton:
+        from genarm_fast.kernels.rms_norm.triton import run
+
+        return run(*arguments)
+    *plain, offset, b, index = arguments
+    return kernels.add_rms_norm(*plain, offset=offset, lanes=lanes_of(b, index))
+
+
+def silu_mul(triton: bool, gate: Any, up: Any) -> Any:
+    if triton and gate.numel():  # what the launcher leaves to the reference
+        from genarm_fast.kernels.gated_mul.triton import launch_silu_mul
+
+        return launch_silu_mul(gate, up)
+    return kernels.silu_mul(gate, up)
+
+
+def gated_mul(triton: bool, y: Any, activation: str, b: Any, index: Any) -> Any:
+    if triton:
+        from genarm_fast.kernels.gated_mul.triton import launch
+
+        return launch(y, activation, b, index)
+    return kernels.gated_mul(y, activation=activation, lanes=lanes_of(b, index))
+
+
+def rotary(triton: bool, *arguments: Any) -> Any:
+    if triton:
+        from genarm_fast.kernels.rotary.triton import launch
+
+        return launch(*arguments, 1)
+    return kernels.rotary(*arguments)
+
+
+def rotary_append(triton: bool, *arguments: Any) -> Any:
+    if triton:
+        from genarm_fast.kernels.rotary_append.triton import launch
+
+        return launch(*arguments)
+    *plain, query_norm, key_norm, eps, bias, b, index = arguments
+    norms = {"query_norm": query_norm, "key_norm": key_norm}
+    return kernels.rotary_append(*plain, **norms, eps=eps, bias=bias, lanes=lanes_of(b, index))
+
+
+def ragged_append(triton: bool, *arguments: Any) -> Any:
+    if triton:
+        from genarm_fast.kernels.ragged_attention.triton import append
+
+        return append(*arguments)
+    return kernels.ragged_append(*arguments)
+
+
+def ragged_attention(triton: bool, *arguments: Any) -> Any:
+    *plain, window, softcap = arguments
+    if triton:
+        from genarm_fast.kernels.ragged_attention.triton import attention
+
+        return attention(*plain, 0.1, window, softcap, None)
+    return kernels.ragged_attention(*plain, scale=0.1, window=window, softcap=softcap)
+
+
+def lanes_of(b: Any, index: Any) -> Any:
+    return None if b is None else kernels.Lanes(b, index)
+
+
+def product(rng: random.Random, widths: Sequence[int], dtype: Any, rows: int = 3, block: int = 2) -> Any:
+    """(y [rows, block, columns], B and index of its lanes or (None, None), in float64 what it stands for)."""
+    index = rng.choice([(), (), (-1, 1, 0)[:rows] if rows in (1, 3) else (-1, 1)])
+    rank, seed = rng.randint(1, 17), rng.getrandbits(30)
+    y, lanes, merged = stacked(widths, index, rows=rows * block, rank=rank, dtype=dtype, seed=seed)
+    return y.view(rows, block, -1), lanes or (None, None), merged.view(rows, block, -1)
+
+
+def called(
+    rng: random.Random, triton: bool, op: Callable[..., Any], tensors: list[Any], dtype: Any, *rest: Any,
+    in_place: Sequence[int] = (),
+) -> Any:  # fmt: skip
+    """(what an op gives, its tensors as it had them). Tensors lie at odd places, for Triton between canaries.
+
+    in_place: which of them the op writes; launchers leave those with the negative bit alone.
+    """
+
+    def typed(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    tensors, rest = [typed(each) for each in tensors], tuple(map(typed, rest))
+    if not triton:
+        placed = [odd(rng, each, negated=i not in in_place) for i, each in enumerate(tensors)]
+        return op(False, *placed, *rest), placed
+    from interpreter import between_canaries, bfloat16_products
+
+    with between_canaries() as canaries, bfloat16_products():
+        placed = [odd(rng, each, canaries.embed, negated=i not in in_place) for i, each in enumerate(tensors)]
+        extra = [canaries.embed(each) if isinstance(each, torch.Tensor) else each for each in rest]
+        found = op(True, *placed, *extra)
+    assert found is not None, f"{op.__name__} was not launched"
+    return found, placed
+
+
+def odd(rng: random.Random, tensor: Any, place: Callable[[Any], Any] | None = None, *, negated: bool = True) -> Any:
+    """An equal tensor that begins at an odd place of its memory, sometimes transposed or with the negative bit."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    place = place or (lambda each: at_an_odd_place(each, rng.randint(0, 3)))
+    if rng.random() < 0.2 and tensor.ndim > 1:
+        return place(tensor.transpose(0, 1).contiguous()).transpose(0, 1)
+    if negated and rng.random() < 0.1 and tensor.dtype in (torch.float32, torch.float16):  # bfloat16 has no such bit
+        return torch._neg_view(place(tensor.neg()))
+    return place(tensor)
+
+
+def map_odd(rng: random.Random, tensors: Sequence[Any]) -> list[Any]:
+    return [odd(rng, each) for each in tensors]
+
+
+def at_an_odd_place(tensor: Any, skipped: int) -> Any:
+    memory = torch.empty(skipped + math.prod(tensor.shape), dtype=tensor.dtype)
+    return memory[skipped:].view(tensor.shape).copy_(tensor)
+
+
+def exact(dtype: Any, *tensors: Any) -> list[Any]:
+    """In float64, of the values that `dtype` has; what is no tensor stays."""
+    return [each.to(dtype).double() if isinstance(each, torch.Tensor) else each for each in tensors]
+
+
+def close(found: Any, expected: Any, dtype: Any, factor: float = 1.0) -> None:
+    tolerance = factor * TOLERANCE[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def near(found: Any, expected: Any, tolerance: float = 0.05) -> None:
+    """Within a part of the largest number: products of many terms."""
+    assert found.shape == expected.shape
+    if found.numel():
+        scale = 1 + float(expected.abs().amax())
+        assert float((found.double() - expected).abs().amax()) < tolerance * scale
+
+
+CASES = {
+    "norms": norms,
+    "gates": gates,
+    "rotations": rotations,
+    "appending": appending,
+    "attention": attention,
+}
+ONLY_ON_THE_CPU = {"linears": linears, "logps": logps}
