@@ -211,8 +211,8 @@ def _answers(
     size = 1 if whole else (len(rest) + 1) // 2
     for at in range(0, len(rest), size):
         part = rest[at : at + size]
-        for index, result in _answers(model, [asked[i] for i in part]):
-            yield part[index], result
+        for index, answer in _answers(model, [asked[i] for i in part]):
+            yield part[index], answer
 
 
 def _message(error: Exception) -> str:
