@@ -24,8 +24,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 
+from genarm_fast.text.messages import Message
 from genarm_fast.text.transcripts import transcript_messages
-from genarm_fast.train.data import Message, load_pairs
+from genarm_fast.train.data import load_pairs
 
 HOLD_OUT_EVERY = 5
 MAX_PROMPT_TOKENS = 96

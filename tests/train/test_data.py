@@ -152,7 +152,7 @@ def test_tables_are_no_json_lines(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data='.*pairs.csv': expected JSON lines, or a folder of such tables"):
         load_pairs(str(path))
     assert load_pairs(str(tmp_path)).pairs == [Pair(0, "p", "a", "b")]
-    with pytest.raises(ValueError, match=rf"data='{tmp_path}', dataset_split='tast': .*tast"):
+    with pytest.raises(ValueError, match=rf"data='{tmp_path}', dataset_config=None, dataset_split='tast': .*tast"):
         load_pairs(str(tmp_path), dataset_split="tast")
 
 
