@@ -201,6 +201,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 if lines:
                     axis.plot(loads, [line[what][name] for line in lines], style, color=colour, label=label)
         axis.set(title=title, xlabel="load, % of capacity", ylabel="ms", yscale="log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks("{x:.0f}")
     axes[1].legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
@@ -214,8 +216,8 @@ def show(found: dict[str, Any]) -> None:
         numbers = [f"{line[what][share]:.0f}" for what in ("first", "gap") for share in SHARES]
         table.add_row(line["contender"], str(line["callers"]), line["load"], f"{line['requests/s']:.2f}", *numbers)
     Console(width=180).print(table)
-    for name in ("ticker alone", "ticker"):
-        late = ", ".join(f"{key} {value:.1f}" for key, value in found.get(name, {}).items())
+    for name in [name for name in ("ticker alone", "ticker") if name in found]:
+        late = ", ".join(f"{key} {value:.1f}" for key, value in found[name].items())
         print(f"{name}, late by, in ms: {late}")
 
 
