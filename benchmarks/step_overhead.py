@@ -22,7 +22,6 @@ from unittest.mock import patch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-os.environ.setdefault("GENARM_FAST_SELFCHECK", "never")  # tokens mean nothing here
 from cuda_driver import FakeGraph, OnCpuTensors, cuda_driver
 from doubles import engines_on
 from tiny_models import build_model, build_tokenizer
@@ -49,7 +48,8 @@ def measure(rows: int, plan: Speculation, steps: int) -> float:
     model = GenARM.from_pretrained(*models, tokenizer=build_tokenizer(), max_batch_size=rows)
     params = SamplingParams(max_new_tokens=steps, ignore_eos=True, seed=1)
     nothing = patch.object(FakeGraph, "replay", lambda _: None)
-    with cuda_driver(), engines_on(OnCpuTensors()), nothing, patch.object(Engine, "_step", timed):
+    unchecked = patch.dict(os.environ, GENARM_FAST_SELFCHECK="never")  # tokens mean nothing here
+    with cuda_driver(), engines_on(OnCpuTensors()), nothing, unchecked, patch.object(Engine, "_step", timed):
         model.generate([[5, 6, 7]] * rows, params, speculation=plan)
     return 1e6 * statistics.median(times[CAPTURED_AFTER:-2])
 

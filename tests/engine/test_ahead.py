@@ -309,8 +309,17 @@ def test_a_draft_model_and_plain_steps_take_turns(tiny_model, tokenizer, monkeyp
         turns.append(rows)
         return choose(self, rows) if len(turns) % 5 else PLAIN
 
+    launch, launched = Steps._launch_whole, set()
+
+    def noted(self, batch, choice):
+        launched.add((None if self.in_flight is None else self.in_flight.choice.k, choice.k))
+        return launch(self, batch, choice)
+
     monkeypatch.setattr(DraftPolicy, "choose", now_and_then)
+    monkeypatch.setattr(Steps, "_launch_whole", noted)
     with engines_on(Lagging()):
         params = FREE.override(max_new_tokens=60)
         (output,) = model.generate([5, 6, 7], params, speculation=Speculation("draft_model", 3))
     assert output.rounds.drafted == output.rounds.accepted > 5
+    assert {(3, 3), (3, 0)} <= launched  # drafts before the step with drafts, and before a plain one, are read
+    assert (0, 3) not in launched
