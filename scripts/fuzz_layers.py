@@ -136,7 +136,7 @@ def linears(rng: random.Random, triton: bool) -> None:
     ]
     spans = [[(*span, 0)], (), ()]
     for linear, own, y in zip(siblings, spans, kernels.SiblingLinears(siblings)(placed[0], spans), strict=True):
-        assert torch.equal(linear(x, own), y), "siblings"
+        assert torch.equal(linear(placed[0], own), y), "siblings"
 
 
 def logps(rng: random.Random, triton: bool) -> None:
