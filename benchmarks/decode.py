@@ -7,7 +7,7 @@
 The last is of a random Llama of so many billion weights, with the tokenizer of BASE, and two random LoRA ARMs.
 Variants take turns in one process, after one unmeasured round of all; medians are shown, without drafts everywhere.
 The clock is the process's CPU time: with one thread that is the time on an idle machine, and other processes on a
-shared one do not count. GB/s are bytes of the base's weights per second of a decode step.
+shared one do not count. GB/s are bytes of the base's weights, before any quantization, per second of a decode step.
 """
 
 from __future__ import annotations
@@ -74,14 +74,23 @@ def compiled(models: list[Any], weights: list[float], prompts: Tensor, tokens: i
 
 
 def variants(
-    base: str, arms: list[str], dtype: torch.dtype, batch: int, tokens: int, *, compile_too: bool
+    base: str,
+    arms: list[str],
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    *,
+    compile_too: bool,
+    quantization: str | None = None,
 ) -> tuple[dict[str, Callable[[], Any]], int]:
-    """By name; and the bytes of the base's weights."""
-    lanes = GenARM.from_pretrained(base, arms, dtype=dtype, speculation="off")
-    separate = GenARM.from_pretrained(lanes.base.model, arms, tokenizer=lanes.tokenizer, speculation="off")
+    """By name; and the bytes of the base's weights. quantization: of our lanes alone."""
+    lanes = GenARM.from_pretrained(base, arms, dtype=dtype, speculation="off", quantization=quantization)
+    bare = lanes.base.model  # which the engine leaves as it is: it runs modules of its own over these weights
+    if quantization:
+        bare = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
+    separate = GenARM.from_pretrained(bare, arms, tokenizer=lanes.tokenizer, speculation="off")
     for member in separate.members:
         member.shared = member.model
-    bare = lanes.base.model  # which the engine leaves as it is: it runs modules of its own over these weights
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False), arms[0]
     )
@@ -191,6 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--quantization", choices=["exact", "int8", "int4"], help="of our lanes, with --dtype bf16")
     parser.add_argument("--compiled", action="store_true", help="also a compiled loop")
     parser.add_argument("--wall", action="store_true", help="wall-clock time, for several threads on an idle machine")
     parser.add_argument("--memory", action="store_true", help="only peak memory")
@@ -222,7 +232,8 @@ def run(args: argparse.Namespace) -> None:
     results = []
     for dtype in args.dtype:
         for batch in args.batch:
-            runs, size = variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens, compile_too=args.compiled)
+            options = {"compile_too": args.compiled, "quantization": args.quantization}
+            runs, size = variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens, **options)
             found = measure(runs, args.rounds, time.perf_counter if args.wall else time.process_time)
             for name, seconds in found.items():
                 ratio = found[HUGGING_FACE] / seconds
@@ -236,6 +247,7 @@ def run(args: argparse.Namespace) -> None:
         "transformers": transformers.__version__,
         "tokens": args.tokens,
         "rounds": args.rounds,
+        "quantization": args.quantization,
     }
     if args.json:
         print(json.dumps({"about": about, "results": results}, indent=1))

@@ -66,10 +66,13 @@ class Case:
         self.args = args
         self.tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
         self.base = AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, trust_remote_code=False).eval()
-        self.model = GenARM.from_pretrained(
-            self.base, str(args.arm), tokenizer=self.tokenizer, dtype=dtype, max_batch_size=max(args.batch)
-        )
-        self.arm = self.model.arms[0].model
+        shared = {"tokenizer": self.tokenizer, "dtype": dtype, "max_batch_size": max(args.batch)}
+        if args.quantization:  # a copy of ours in fewer bits; the others keep the weights as they are
+            self.model = GenARM.from_pretrained(args.base, str(args.arm), quantization=args.quantization, **shared)
+            self.arm = AutoModelForCausalLM.from_pretrained(args.arm, dtype=dtype, trust_remote_code=False).eval()
+        else:
+            self.model = GenARM.from_pretrained(self.base, str(args.arm), **shared)
+            self.arm = self.model.arms[0].model
         texts = [COPY.format(passage) for passage in PASSAGES] if args.part == "lookup" else QUESTIONS[:6]
         self.prompts = [chat(text) for text in texts]
 
@@ -243,6 +246,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 2.0], help="for agreement")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--quantization", choices=["exact", "int8", "int4"], help="of our base and ARM (default: none)")
     parser.add_argument("--skip", nargs="+", default=[], metavar="CONTENDER", help="leave these out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -258,6 +262,7 @@ def main() -> None:
         "weight": args.weight,
         "temperature": args.temperature,
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "tokens": args.tokens,
         "rounds": args.rounds,
         "threads": torch.get_num_threads(),

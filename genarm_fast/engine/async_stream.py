@@ -97,8 +97,21 @@ class AsyncStream:
         """The output of the first prompt. Raises as `outputs`."""
         return self.outputs[0]
 
-    async def aclose(self) -> None:
-        """Stop here, in mid-generation too: when it returns, the slots are free."""
+    async def aclose(self, index: int | None = None) -> None:
+        """Stop here, in mid-generation too: when it returns, the slots are free.
+
+        index: of the prompt whose text ends here, after the step that runs, while the others go on; None for all.
+
+        Raises:
+            IndexError: no such prompt.
+            RuntimeError: an index before the stream begins.
+        """
+        if index is not None:
+            if self._call is None or self._steering is None:
+                raise RuntimeError("aclose: expected the stream to have begun, by its first chunk or `async with`")
+            for i in self._steering.chosen(index):
+                self._call.drop(self._call.sequences[i])
+            return
         self._closed = True
         if self._call is not None:
             await self._call.closing()

@@ -90,6 +90,10 @@ class Call:
         while not self.over:
             await self._changed()
 
+    def drop(self, sequence: Sequence) -> None:
+        """Have one unfinished sequence taken out, while the others go on."""
+        self.inbox.put(lambda shift: shift.drop(self, sequence))
+
     def steer(self, sequence: Sequence, weights: tuple[Weight, ...]) -> None:
         """Draw a sequence's next token with other weights, before what is asked for after this."""
         self.inbox.put(lambda _: self.engine.steer(sequence, weights))

@@ -152,6 +152,10 @@ class _Shift:
     def leave(self, call: Call) -> None:
         call.open.clear()
 
+    def drop(self, call: Call, sequence: Sequence) -> None:
+        call.engine.abort([sequence])
+        call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.take(call, sequence, None, True)))
+
     def stop(self) -> None:
         for call in self.calls:
             self.close(call)

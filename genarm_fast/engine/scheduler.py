@@ -38,6 +38,7 @@ class Scheduler:
         self.residents: list[Sequence | None] = []
         self.timed: list[Sequence] = []  # those with a deadline: a step need not look through a long queue for them
         self._served = 0  # where `due` goes on if not all sequences fit into a step
+        self._shortest = True  # whether the next chunk is of the shortest rest of a prompt
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.prefilling or self.running)
@@ -123,6 +124,9 @@ class Scheduler:
     def next_chunk(self, most: int | None = None, factor: int = 1) -> Chunk | None:
         """What to prefill next, all of it from one position on; None if there is nothing.
 
+        Chunks are in turn of the prompt with the fewest tokens left and of the one that came first. So a short prompt
+        waits for one chunk of a long one, not for all, and short ones that keep coming take half of the chunks at most.
+
         most: tokens, of all sequences together. factor: of the usual number, which is never exceeded.
         """
         usual = factor * CHUNK_TOKENS
@@ -130,14 +134,16 @@ class Scheduler:
         ready = [(each, key) for each in self.prefilling if each.donor is None and (key := behind(each))[1]]
         if not ready:
             return None
+        if self._shortest:
+            ready.sort(key=lambda pair: left(*pair))
+        self._shortest = not self._shortest
         start, members = ready[0][1]
         sequences = [each for each, key in ready if key == (start, members)]
         while True:
-            width = min(max(each.position(m) for each in sequences for m in members) - start, most)
-            fitting = max(1, most // width)
-            if len(sequences) <= fitting:
+            width = min(max(left(each, (start, members)) for each in sequences), most)
+            if len(sequences) <= max(1, most // width):
                 return Chunk(sequences, members, start, width)
-            sequences = sequences[:fitting]
+            sequences.pop()
 
     def copies(self) -> Iterator[tuple[int, Sequence]]:
         """(slot of the donor, sequence) of sequences whose donor holds all that they share by now."""
@@ -209,6 +215,12 @@ def behind(sequence: Sequence) -> tuple[int, list[int]]:
     lacking = [m for m in sequence.needed if sequence.cached[m] < sequence.position(m)]
     start = min((sequence.cached[m] for m in lacking), default=0)
     return start, [m for m in lacking if sequence.cached[m] == start]
+
+
+def left(sequence: Sequence, place: tuple[int, list[int]]) -> int:
+    """Tokens of its prompt that these members lack from this position on (`behind`)."""
+    start, members = place
+    return max(sequence.position(m) for m in members) - start
 
 
 def shared_tokens(donor: Sequence, sequence: Sequence) -> int:

@@ -212,6 +212,41 @@ def test_cancelling_a_task_frees_its_slot(model, slow_steps):
     assert not engine.scheduler
 
 
+def test_one_prompt_of_a_stream_is_closed(model, slow_steps):
+    params = SamplingParams(seed=5, max_new_tokens=12, ignore_eos=True)
+    whole = [output.token_ids for output in model.generate([[5, 6], [7, 8]], params)]
+
+    async def main():
+        stream = model.astream([[5, 6], [7, 8]], params)
+        with pytest.raises(RuntimeError, match="aclose: expected the stream to have begun"):
+            await stream.aclose(0)
+        await anext(stream), await anext(stream)
+        await stream.aclose(0)
+        with pytest.raises(IndexError, match=r"index=2: expected 0\.\.1"):
+            await stream.aclose(2)
+        indices = [chunk.index async for chunk in stream]
+        return indices, stream.outputs
+
+    indices, outputs = run(main())
+    assert set(indices[2:]) == {1}  # one of the first may be there already
+    assert [output.finish_reason for output in outputs] == ["cancelled", "length"]
+    assert outputs[0].token_ids == whole[0][: len(outputs[0].token_ids)]
+    assert (len(outputs[0].token_ids) < 12, outputs[1].token_ids) == (True, whole[1])
+
+
+def test_all_prompts_of_a_stream_are_closed_one_by_one(model, slow_steps):
+    async def main():
+        async with model.astream([[5, 6], [7, 8]], PARAMS, max_new_tokens=200) as stream:
+            await anext(stream)
+            await stream.aclose(0)
+            await stream.aclose(1)
+            assert len([chunk async for chunk in stream]) <= 4
+            return stream.outputs
+
+    assert [output.finish_reason for output in run(main())] == ["cancelled", "cancelled"]
+    assert not model.engine().scheduler
+
+
 async def leave_by_break(stream):
     async for _ in stream:
         break

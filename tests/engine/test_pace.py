@@ -101,6 +101,27 @@ def test_a_late_request_gets_its_first_token_within_two_steps(guided):
     assert step_until(model, lambda: longer.tokens) <= 2 + 3
 
 
+def test_a_short_prompt_behind_a_long_one(guided, monkeypatch):
+    """It waits for one chunk of the long prompt; as many short ones as come take every second chunk at most."""
+    monkeypatch.setattr(scheduler, "CHUNK_TOKENS", 16)
+    model = guided()
+    long = add(model, [(7 * i) % 290 + 2 for i in range(1 + 6 * 16)])
+    model.engine().step()
+    assert long.cached == [16]
+    short = add(model, [5, 6, 7])
+    assert step_until(model, lambda: short.tokens) == 2
+    assert long.cached == [32]
+    count = 0
+    while not long.tokens:
+        add(model, [9 + count, 8, 7], max_new_tokens=1)
+        model.engine().step()
+        count += 1
+    assert count == 7  # its four chunks, and three of short prompts between them
+    step_until(model, lambda: long.ended)
+    alone = GenARM.from_pretrained(model.base.model, tokenizer=model.tokenizer)
+    assert long.tokens == alone.generate(list(long.request.token_ids[0]), PARAMS)[0].token_ids
+
+
 def test_prompts_alone_are_prefilled_at_once(guided):
     """Nobody waits for a token meanwhile."""
     model = guided(max_step_ms=5.0)
