@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from threading import Lock
 from typing import Any
 
 from genarm_fast.engine.async_stream import AsyncStream, Parts
-from genarm_fast.engine.engine import Engine
-from genarm_fast.engine.engine_thread import EngineThread
-from genarm_fast.engine.sequence import Sequence
+from genarm_fast.engine.owner import EngineOwner
 from genarm_fast.engine.stream import outputs_of
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import SamplingParams, check_integer
@@ -21,23 +16,8 @@ from genarm_fast.speculation.config import Speculation
 from genarm_fast.utils.progress import progress_bar
 
 
-class AsyncCalls(ABC):
+class AsyncCalls(EngineOwner):
     """A model's calls for event loops. One thread steps its engine for all of them, while there are any."""
-
-    def __init__(self) -> None:
-        self._engine: Engine | None = None
-        self._thread: EngineThread | None = None
-        self._starting = Lock()
-
-    @property
-    @abstractmethod
-    def arm_names(self) -> list[str]: ...
-
-    @abstractmethod
-    def _decoding(
-        self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False
-    ) -> tuple[Engine, list[list[Sequence]]]:
-        """The engine, and new sequences of every prompt. Raises before any work for wrong arguments."""
 
     async def agenerate(
         self,
@@ -110,10 +90,3 @@ class AsyncCalls(ABC):
     def _refuse_in_mid_step(self) -> None:
         if self._engine is not None and self._engine.turns.mine:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected `generate` or `stream`")
-
-    def _engine_thread(self) -> EngineThread:
-        with self._starting:
-            if self._thread is None:
-                self._thread = EngineThread()
-                weakref.finalize(self, self._thread.end).atexit = False
-            return self._thread

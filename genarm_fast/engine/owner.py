@@ -1,0 +1,159 @@
+"""What all calls of a model share: its members, the engine that decodes them, and the thread of its event loops."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from dataclasses import astuple
+from threading import Lock
+from typing import Any
+
+from genarm_fast.engine.engine import Engine, EngineConfig
+from genarm_fast.engine.engine_thread import EngineThread
+from genarm_fast.engine.requests import RequestMaker
+from genarm_fast.engine.sequence import Request, Sequence
+from genarm_fast.engine.warm_up import warm_up as warm_up_engine
+from genarm_fast.models.member import Member
+from genarm_fast.models.quantized import Quantized
+from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
+from genarm_fast.params import AnyWeights, SamplingParams, Weight
+from genarm_fast.speculation.config import Speculation, as_speculation
+from genarm_fast.speculation.policy import Tuners
+
+
+class EngineOwner:
+    """Members that decode together, and their engine, which the first call makes. Attributes as of `GenARM`."""
+
+    def __init__(
+        self,
+        members: Many[Member],
+        *,
+        max_batch_size: int = 16,
+        cache_bytes: int | None = None,
+        max_step_ms: float | None = None,
+        speculation: str | Speculation = "auto",
+        draft_model: Member | None = None,
+    ) -> None:
+        config = EngineConfig(max_batch_size, cache_bytes, max_step_ms)
+        self.max_batch_size, self.cache_bytes, self.max_step_ms = astuple(config)
+        self.members = list(members)
+        self.base, self.arms = self.members[0], self.members[1:]
+        self.tokenizer = self.base.tokenizer
+        self.draft_model = draft_model
+        self.speculation = as_speculation(speculation)
+        self.tuners = Tuners()
+        self._engine: Engine | None = None
+        self._thread: EngineThread | None = None
+        self._making = Lock()  # engine or thread
+        self.vocab_size = common_vocabulary(self.members)
+        if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
+            raise ValueError(
+                f"draft_model: expected a vocabulary of at least {self.vocab_size} tokens, as the members have"
+            )
+        self.eos_token_ids = end_of_sequence(self.base, self.vocab_size)
+        self._requests = RequestMaker(self.members, self.vocab_size, self.eos_token_ids, draft_model)
+
+    @property
+    def forwards(self) -> dict[str, str]:
+        """Which forward runs each member, ours or transformers' own, and why."""
+        return {member.name: member.runs_by for member in self.members}
+
+    @property
+    def quantized(self) -> dict[str, Quantized | None]:
+        """What `quantization` did to each member, by name, matrix by matrix; None: nothing."""
+        return {member.name: getattr(member.model, "quantized", None) for member in self.members}
+
+    @property
+    def arm_names(self) -> list[str]:
+        return [arm.name for arm in self.arms]
+
+    def prepare(
+        self, prompts: Any, sampling_params: SamplingParams | Many[SamplingParams] | None = None, **overrides: Any
+    ) -> list[Request]:
+        """Checked and tokenised requests; raises before any work. See `generate`."""
+        return self._requests.make(prompts, sampling_params, **overrides)
+
+    def expand_weights(self, weights: AnyWeights | None) -> tuple[Weight, ...]:
+        """One weight per ARM, or one for each of its tokens; None for their defaults. Raises as `SamplingParams`."""
+        return self._requests.expand_weights(weights)
+
+    def warm_up(
+        self,
+        *,
+        batch_sizes: int | Many[int] = 1,
+        prompt_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        speculation: str | Speculation | None = None,
+    ) -> None:
+        """Do beforehand what a first request would wait for: self-check, caches, memory pages, graphs, kernels.
+
+        Args:
+            batch_sizes: how many requests will be decoded together; one number or several.
+            prompt_tokens, max_new_tokens: of the longest request; None: 128, or what the narrowest context takes.
+            speculation: what requests will ask for, instead of the model's own.
+
+        Raises:
+            TypeError, ValueError: before any work; and for a model that fails the self-check.
+            MemoryError: the caches for such requests take more than there is, or than cache_bytes.
+            RuntimeError: requests are running.
+        """
+        plan = self._speculation(speculation)
+        warm_up_engine(self.engine(), self.prepare, plan, batch_sizes, prompt_tokens, max_new_tokens)
+
+    def release(self) -> None:
+        """Free the caches and graphs that calls leave for the next one, which take at most as much as the weights."""
+        if self._engine is not None:
+            with self._engine.turns.take():
+                self._engine.release()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the caches that calls have left for the next one."""
+        return 0 if self._engine is None else self._engine.workspace.bytes
+
+    @property
+    def drafters(self) -> list[str]:
+        """Names for `Speculation`: members, if not all of them run in one forward, n-grams, the draft model."""
+        names = (name for drafter in self.engine().drafters for name in drafter.names)
+        return sorted(names, key=lambda name: name != "base")
+
+    def engine(self) -> Engine:
+        """The engine, which all calls of all threads share; one of its own for a call from inside a step."""
+        config = self._config()
+        with self._making:
+            if self._engine is None:
+                self._engine = self._new_engine(config)
+        if self._engine.turns.mine:  # a logits processor that generates
+            return self._new_engine(config)
+        self._engine.config = config
+        return self._engine
+
+    def _config(self) -> EngineConfig:
+        return EngineConfig(self.max_batch_size, self.cache_bytes, self.max_step_ms)  # may have been set since
+
+    def _new_engine(self, config: EngineConfig) -> Engine:
+        return Engine(self.members, self.vocab_size, config, self.tuners, self.draft_model)
+
+    def _decoding(
+        self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False
+    ) -> tuple[Engine, list[list[Sequence]]]:
+        plan, requests = self._speculation(speculation), self.prepare(prompts, params, **overrides)
+        if streamed and (n := max(request.params.n for request in requests)) != 1:
+            raise ValueError(f"n={n}: expected 1 in a stream")
+        return self.engine(), [request.sequences(self.tokenizer, plan) for request in requests]
+
+    def _speculation(self, speculation: str | Speculation | None) -> Speculation:
+        """What a call asks for, else the model's. Raises ValueError for a drafter that is not here."""
+        plan = as_speculation(self.speculation if speculation is None else speculation)
+        if plan.drafter is not None and plan.drafter not in self.drafters:
+            known = ", ".join(map(repr, self.drafters))
+            raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {known}")
+        return plan
+
+    def _engine_thread(self) -> EngineThread:
+        with self._making:
+            if self._thread is None:
+                self._thread = EngineThread()
+                weakref.finalize(self, self._thread.end).atexit = False
+            return self._thread
