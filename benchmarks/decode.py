@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,8 +28,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from result_files import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -201,6 +200,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--quantization", choices=["exact", "int8", "int4"], help="of our lanes, with --dtype bf16")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="VARIANT", help="leave these out")
     parser.add_argument("--compiled", action="store_true", help="also a compiled loop")
     parser.add_argument("--wall", action="store_true", help="wall-clock time, for several threads on an idle machine")
     parser.add_argument("--memory", action="store_true", help="only peak memory")
@@ -234,21 +234,14 @@ def run(args: argparse.Namespace) -> None:
         for batch in args.batch:
             options = {"compile_too": args.compiled, "quantization": args.quantization}
             runs, size = variants(args.base, args.arms, DTYPES[dtype], batch, args.tokens, **options)
+            runs = {name: run for name, run in runs.items() if name not in args.skip}
             found = measure(runs, args.rounds, time.perf_counter if args.wall else time.process_time)
             for name, seconds in found.items():
                 ratio = found[HUGGING_FACE] / seconds
                 tokens = batch * args.tokens / seconds
                 line = {"dtype": dtype, "batch": batch, "variant": name, "tokens/s": tokens, "ratio": ratio}
                 results.append(line | {"GB/s": size * args.tokens / seconds / 1e9})
-    about = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokens": args.tokens,
-        "rounds": args.rounds,
-        "quantization": args.quantization,
-    }
+    about = machine() | {"tokens": args.tokens, "rounds": args.rounds, "quantization": args.quantization}
     if args.json:
         print(json.dumps({"about": about, "results": results}, indent=1))
         return

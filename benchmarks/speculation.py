@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from decode import DTYPES, naive
+from result_files import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -67,12 +65,11 @@ class Case:
         self.tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
         self.base = AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, trust_remote_code=False).eval()
         shared = {"tokenizer": self.tokenizer, "dtype": dtype, "max_batch_size": max(args.batch)}
-        if args.quantization:  # a copy of ours in fewer bits; the others keep the weights as they are
+        if args.quantization:  # a copy of ours in fewer bits; Hugging Face's base keeps its weights as they are
             self.model = GenARM.from_pretrained(args.base, str(args.arm), quantization=args.quantization, **shared)
-            self.arm = AutoModelForCausalLM.from_pretrained(args.arm, dtype=dtype, trust_remote_code=False).eval()
         else:
             self.model = GenARM.from_pretrained(self.base, str(args.arm), **shared)
-            self.arm = self.model.arms[0].model
+        self.arm = None if args.quantization else self.model.arms[0].model  # for loops of others
         texts = [COPY.format(passage) for passage in PASSAGES] if args.part == "lookup" else QUESTIONS[:6]
         self.prompts = [chat(text) for text in texts]
 
@@ -111,12 +108,13 @@ class Case:
         runs = {
             "base alone, Hugging Face": self.hugging_face(batch),
             "base alone": self.ours(batch, "off", guided=False),
-            "naive loop over two models": self.two_models(batch),
             "K = 0": self.ours(batch, "off"),
         }
+        if self.arm is not None:
+            runs["naive loop over two models"] = self.two_models(batch)
         if batch == 1 and self.args.part == "lookup":
             runs["base alone, Hugging Face prompt lookup"] = self.hugging_face(1, prompt_lookup_num_tokens=4)
-        elif batch == 1:
+        elif batch == 1 and self.arm is not None:
             runs["base alone, Hugging Face assisted"] = self.hugging_face(1, assistant_model=self.arm)
         runs |= {f"K = {k}": self.ours(batch, Speculation(drafter, k)) for k in self.args.k}
         runs |= {"auto": self.ours(batch, "auto")}
@@ -265,12 +263,8 @@ def main() -> None:
         "quantization": args.quantization,
         "tokens": args.tokens,
         "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
     }
+    about |= machine()
     result: dict[str, Any] = {"about": about}
     if args.part == "agreement":
         result["lines"] = agreement(case)

@@ -24,6 +24,7 @@ PROMPT = "How was the film that you saw last night?"
 LINES = ("python", "import", "read", "place", "check", "first token")
 CONTENDERS = {  # ARMs, and whether the self-check has its record
     "Hugging Face, base": ([], None),
+    "Hugging Face, base + positive": (["positive"], None),
     "base": ([], True),
     "base, no record": ([], False),
     "base + small": (["small"], True),
@@ -42,12 +43,17 @@ class Clock:
         self.lines[line], self.last = now - self.last, now
 
 
-def hugging_face(base: str, clock: Clock) -> None:
+def hugging_face(base: str, arms: list[str], clock: Clock) -> None:
+    """With an adapter, as PEFT's users load one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if arms:
+        from peft import PeftModel
     clock.end("import")
     model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False).eval()
+    if arms:
+        model = PeftModel.from_pretrained(model, arms[0]).eval()
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     clock.end("read")
     with torch.inference_mode():
@@ -77,7 +83,7 @@ def child(kind: str, base: str, arms: list[str]) -> None:
     clock = Clock()
     clock.end("python")
     if CONTENDERS[kind][1] is None:
-        hugging_face(base, clock)
+        hugging_face(base, arms, clock)
     else:
         ours(base, arms, clock)
     print(json.dumps(clock.lines))

@@ -18,7 +18,15 @@ def case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model, tokenizer)
         tokenizer.save_pretrained(tmp_path / name)
     monkeypatch.setattr(speculation, "QUESTIONS", ["a cat", "the sea"])
     args = {"part": "pair", "base": tmp_path / "base", "arm": tmp_path / "arm", "dtype": "fp32", "skip": []}
-    args |= {"batch": [1, 2], "k": [2], "tokens": 6, "rounds": 2, "weight": 1.0, "weights": [0.0, 1.0]}
+    args |= {
+        "batch": [1, 2],
+        "k": [2],
+        "tokens": 6,
+        "rounds": 2,
+        "weight": 1.0,
+        "weights": [0.0, 1.0],
+        "quantization": None,
+    }
     return speculation, speculation.Case(Namespace(**args, temperature=1.0))
 
 
@@ -28,8 +36,8 @@ def test_every_contender_runs_and_drafts_change_nothing(case):
     assert [line["contender"] for line in lines if line["batch"] == 1] == [
         "base alone, Hugging Face",
         "base alone",
-        "naive loop over two models",
         "K = 0",
+        "naive loop over two models",
         "base alone, Hugging Face assisted",
         "K = 2",
         "auto",

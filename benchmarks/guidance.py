@@ -1,0 +1,170 @@
+"""What guidance costs beside Hugging Face's unguided base: the README's table, and the plot of docs/performance.md.
+
+    OMP_NUM_THREADS=1 python benchmarks/guidance.py measure [--rounds 3]    20 minutes of a core, and the three below
+    python benchmarks/guidance.py write [FILE]                              from the newest result file, or this one
+
+A result file is benchmarks/results/guidance-<date>-<machine>.json, with what `decode.py` and `speculation.py` reported.
+`write` puts the table between two marks in README.md, so that no figure there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from decode import HUGGING_FACE
+from registry import RESULTS
+from result_files import machine
+
+from genarm_fast import demo
+
+HERE = Path(__file__).parent
+README, PLOT = HERE.parent / "README.md", HERE.parent / "docs" / "img" / "guidance.png"
+BEGIN, END = "<!-- benchmarks/guidance.py write -->\n", "<!-- end -->\n"
+WEIGHTS = {"bfloat16": None, "exact": "exact"}  # how ours are held: title and --quantization
+COLUMNS = [(weights, batch) for weights in WEIGHTS for batch in (1, 8)]
+PLAIN = {  # rows of the table by variant of decode.py
+    "base alone": "base alone, here",
+    "1 LoRA ARM, lanes": "1 LoRA ARM, in one forward with the base",
+    "2 LoRA ARMs, lanes": "2 LoRA ARMs",
+    "1 ARM, naive loop over two models": "1 ARM, naive loop over two models",
+}
+DRAFTED = {  # and by part of speculation.py, whose contender is "auto"
+    "pair": "1 small ARM (0.07 of the base's cost), drafting for the base",
+    "lookup": "1 LoRA ARM, n-gram drafts, text that repeats its prompt",
+}
+OTHERS = ["1 LoRA ARM, own forward", "2 LoRA ARMs, own forwards"]
+LOOPS = ["naive loop over two models", "base alone, Hugging Face assisted", "base alone, Hugging Face prompt lookup"]
+
+
+def commands(base: str, arms: Sequence[str], rounds: int) -> dict[str, list[str]]:
+    """Arguments of python, by the name of the run."""
+    found = {}
+    for weights, quantization in WEIGHTS.items():
+        held = [] if quantization is None else ["--quantization", quantization]
+        own = ["--tokens", "16", "--rounds", str(rounds), "--dtype", "bf16", "--batch", "1", "8"]
+        skipped = [*OTHERS, *(["1 ARM, naive loop over two models"] if held else [])]
+        found[f"decode, {weights}"] = ["decode.py", base, *arms, *own, *held, "--skip", *skipped, "--json"]
+        for part in DRAFTED:
+            own = ["--tokens", "40", "--rounds", str(rounds), "--k", "3"]
+            found[f"{part}, {weights}"] = [
+                "speculation.py",
+                part,
+                *own,
+                *held,
+                "--skip",
+                *LOOPS,
+                "--json",
+                "/dev/stdout",
+            ]
+    return found
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Runs them one after another, each a process of its own."""
+    arms = [str(demo.arm(name)) for name in ("positive", "concise")]
+    found: dict[str, Any] = {"machine": machine(), "runs": {}}
+    for name, (script, *rest) in commands(str(demo.base()), arms, rounds).items():
+        print(f"{name}: {script}", file=sys.stderr, flush=True)
+        command = [sys.executable, HERE / script, *rest]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found["runs"][name], _ = json.JSONDecoder().raw_decode(output.lstrip())
+    return found
+
+
+def ratios(found: Mapping[str, Any]) -> dict[str, dict[tuple[str, int], float]]:
+    """How many times as fast as Hugging Face's unguided base, by row of the table, weights and batch."""
+    rows: dict[str, dict[tuple[str, int], float]] = {title: {} for title in (*PLAIN.values(), *DRAFTED.values())}
+    for weights in WEIGHTS:
+        for line in found["runs"][f"decode, {weights}"]["results"]:
+            if line["variant"] in PLAIN:
+                rows[PLAIN[line["variant"]]][weights, line["batch"]] = line["ratio"]
+        for part, title in DRAFTED.items():
+            for line in found["runs"][f"{part}, {weights}"]["lines"]:
+                if line["contender"] == "auto":
+                    rows[title][weights, line["batch"]] = line["x base alone, Hugging Face"]
+    return rows
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """In Markdown, with the machine above it."""
+    about, rows = found["machine"], ratios(found)
+    machine_line = f"{about['cores']} cores of an {about['device']} with {about['capability']}, one thread"
+    lines = [
+        f"{about['date']}, {machine_line}:\n",
+        "| times as fast as Hugging Face's base alone | "
+        + " | ".join(f"{weights}, batch {batch}" for weights, batch in COLUMNS)
+        + " |",
+        "|---|" + "---|" * len(COLUMNS),
+    ]
+    for title, row in rows.items():
+        cells = ("" if key not in row else f"{row[key]:.2g}" if row[key] < 1 else f"{row[key]:.1f}" for key in COLUMNS)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """A group of bars for each row of the table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = ratios(found)
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    height = 0.8 / len(COLUMNS)
+    for i, (key, colour) in enumerate(zip(COLUMNS, ("#4878a8", "#9fbfdc", "#c85200", "#f0a978"))):
+        places = [(place + i * height, row[key]) for place, row in enumerate(rows.values()) if key in row]
+        bars = axis.barh(*zip(*places), height=height, color=colour, label=f"{key[0]}, batch {key[1]}")
+        axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+    axis.set_yticks([place + 1.5 * height for place in range(len(rows))], rows)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"times as fast as {HUGGING_FACE}")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def newest() -> Path:
+    """By date; raises FileNotFoundError where there is none."""
+    files = sorted(RESULTS.glob("guidance-*.json"))
+    if not files:
+        raise FileNotFoundError(f"{RESULTS}/guidance-*.json: expected a result file; make one by `measure`")
+    return files[-1]
+
+
+def written(readme: str, found: Mapping[str, Any]) -> str:
+    """The README with this table in it. Raises ValueError if it lacks the marks."""
+    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", readme)
+    if len(parts) != 5:
+        raise ValueError(f"README.md: expected {BEGIN.strip()} and {END.strip()} around its table, once each")
+    return "".join([*parts[:2], table(found), *parts[3:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["measure", "write"])
+    parser.add_argument("file", type=Path, nargs="?", help="a result file")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    path = args.file
+    if args.action == "measure":
+        found = measure(args.rounds)
+        device = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-")
+        path = path or RESULTS / f"guidance-{found['machine']['date']}-{device}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    found = json.loads((path or newest()).read_text())
+    README.write_text(written(README.read_text(), found))
+    plot(found, PLOT)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

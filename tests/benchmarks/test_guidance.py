@@ -1,0 +1,64 @@
+"""The README's table is what the newest result file says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def guidance(script):
+    return script("guidance")
+
+
+def reported(ratio):
+    """A result file in which every figure follows from the place where it stands."""
+    lines = [("base alone", 1.0), ("1 LoRA ARM, lanes", 0.5), ("1 LoRA ARM, own forward", 9.0)]
+    decode = {"results": [{"variant": name, "batch": b, "ratio": ratio * f / b} for name, f in lines for b in (1, 8)]}
+    names = ("K = 3", "auto")
+    drafts = {"lines": [{"contender": name, "batch": 1, "x base alone, Hugging Face": ratio * 2} for name in names]}
+    return decode, drafts
+
+
+def test_table(guidance):
+    found = {"machine": {"date": "2026-11-28", "device": "CPU", "capability": "AVX2", "cores": 2}, "runs": {}}
+    for weights, ratio in (("bfloat16", 2.0), ("exact", 4.0)):
+        decode, drafts = reported(ratio)
+        found["runs"] |= {f"decode, {weights}": decode, f"pair, {weights}": drafts, f"lookup, {weights}": drafts}
+    lines = guidance.table(found).splitlines()
+    assert lines[0] == "2026-11-28, 2 cores of an CPU with AVX2, one thread:"
+    assert "| base alone, here | 2.0 | 0.25 | 4.0 | 0.5 |" in lines
+    assert "| 1 LoRA ARM, in one forward with the base | 1.0 | 0.12 | 2.0 | 0.25 |" in lines
+    assert "| 2 LoRA ARMs |  |  |  |  |" in lines
+    assert "| 1 small ARM (0.07 of the base's cost), drafting for the base | 4.0 |  | 8.0 |  |" in lines
+
+
+def test_commands_are_of_the_same_shapes(guidance):
+    commands = guidance.commands("base", ["one", "two"], 3)
+    assert len(commands) == 6
+    for name, command in commands.items():
+        assert command[0] == ("decode.py" if name.startswith("decode") else "speculation.py")
+        assert ("--quantization" in command) == name.endswith("exact")
+        assert set(guidance.PLAIN) & set(command[command.index("--skip") :]) <= {"1 ARM, naive loop over two models"}
+
+
+def test_readme_has_the_newest_figures(guidance):
+    readme = README.read_text()
+    found = json.loads(guidance.newest().read_text())
+    assert guidance.written(readme, found) == readme
+    found["machine"]["date"] = "another"
+    assert guidance.written(readme, found) != readme
+
+
+def test_a_readme_without_marks(guidance):
+    with pytest.raises(ValueError, match=r"expected <!-- benchmarks/guidance\.py write --> and <!-- end -->"):
+        guidance.written("# genarm_fast\n", {})
+
+
+def test_plot(guidance, tmp_path):
+    guidance.plot(json.loads(guidance.newest().read_text()), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

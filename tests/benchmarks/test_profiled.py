@@ -1,0 +1,77 @@
+"""benchmarks/profiled.py: what it makes of a profiler's events."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+
+def event(name, start, end, ours=True):
+    elapsed = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(name=name, is_user_annotation=ours, time_range=elapsed)
+
+
+@pytest.fixture
+def events():
+    """Two steps, of 100 and 60 us, in no order; work outside of steps and operators do not count."""
+    return [
+        event("aten::mm", 20, 30, ours=False),
+        event("ProfilerStep#1", 0, 500),
+        event("outside", 5, 9),
+        event("step", 10, 110),
+        event("base.forward", 20, 80),
+        event("decode", 15, 105),
+        event("sample", 80, 90),
+        event("step", 200, 260),
+        event("decode", 200, 250),
+    ]
+
+
+def test_ranges(script, events):
+    found = script("profiled").ranges(events)
+    assert [(each.name, each.depth, each.start, each.end, each.own) for each in found] == [
+        ("step", 0, 5, 105, 10),
+        ("decode", 1, 10, 100, 20),
+        ("base.forward", 2, 15, 75, 60),
+        ("sample", 2, 75, 85, 10),
+        ("step", 0, 195, 255, 10),
+        ("decode", 1, 195, 245, 50),
+    ]
+
+
+def test_summary(script, events):
+    profiled = script("profiled")
+    lines = {line["range"]: line for line in profiled.summary(profiled.ranges(events))}
+    assert sum(line["share"] for line in lines.values()) == pytest.approx(1)
+    expected = {"range": "decode", "a step": 1.0, "ms": 0.07, "own ms": 0.035, "share": 70 / 160}
+    assert lines["decode"] == pytest.approx(expected)
+    assert lines["sample"]["a step"] == 0.5
+
+
+def test_one_step_is_drawn(script, events, tmp_path):
+    profiled = script("profiled")
+    step = profiled.middle_step(profiled.ranges(events))
+    assert [each.name for each in step] == ["step", "decode", "base.forward", "sample"]
+    profiled.draw(step, tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 5_000
+
+
+def test_a_whole_run(tmp_path, tiny_model, tokenizer, script):
+    """As somebody types it: what the library names is in the trace, the table and the file."""
+    for name, seed in (("base", 0), ("arm", 1)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("base", "arm")]
+    command = [sys.executable, script("profiled").__file__, *folders, "--k", "2", "--tokens", "6"]
+    done = subprocess.run([*command, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = json.loads((tmp_path / "out" / "ranges.json").read_text())["ranges"]
+    names = {line["range"] for line in lines}
+    assert names >= {"step", "admit", "prefill", "decode", "draft", "base.forward", "sample", "accept", "read-back"}
+    assert sum(line["share"] for line in lines) == pytest.approx(1)
+    assert "base.forward" in (tmp_path / "out" / "trace.json").read_text()
+    assert "base.forward" in done.stdout
