@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,3 +77,26 @@ def test_a_whole_run(tmp_path, tiny_model, tokenizer, script):
     assert sum(line["share"] for line in lines) == pytest.approx(1)
     assert "base.forward" in (tmp_path / "out" / "trace.json").read_text()
     assert "base.forward" in done.stdout
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_profile_sh(tmp_path, script, cuda):
+    """With stand-ins for nsys and python: Nsight where both are there, torch.profiler else."""
+    log = tmp_path / "log"
+    for name, status in (("nsys", 0), ("python", 0 if cuda else 1)):
+        stand_in = tmp_path / name
+        stand_in.write_text(
+            f'#!/bin/sh\necho {name} "$GENARM_FAST_NVTX" "$@" >> {log}\n[ "$1" != -c ] || exit {status}\n'
+        )
+        stand_in.chmod(0o755)
+    command = Path(script("profiled").__file__).with_name("profile.sh")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    subprocess.run([command, "--k", "3"], env=environment, check=True)
+    _, *lines = log.read_text().splitlines()
+    if not cuda:
+        assert lines == ["python  benchmarks/profiled.py --k 3"]
+        return
+    recorded, shown = lines
+    assert recorded.startswith("nsys 1 profile --trace=cuda,nvtx")
+    assert recorded.endswith(f"--output=profile/guided {tmp_path / 'python'} benchmarks/profiled.py --nsight --k 3")
+    assert shown == "nsys 1 stats --report nvtx_sum,nvtx_gpu_proj_sum,cuda_gpu_kern_sum profile/guided.nsys-rep"
