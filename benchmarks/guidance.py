@@ -39,6 +39,7 @@ DRAFTED = {  # and by part of speculation.py, whose contender is "auto"
     "pair": "1 small ARM (0.07 of the base's cost), drafting for the base",
     "lookup": "1 LoRA ARM, n-gram drafts, text that repeats its prompt",
 }
+FLOAT32 = "the same base in float32, Hugging Face"
 OTHERS = ["1 LoRA ARM, own forward", "2 LoRA ARMs, own forwards"]
 LOOPS = ["naive loop over two models", "base alone, Hugging Face assisted", "base alone, Hugging Face prompt lookup"]
 
@@ -52,17 +53,10 @@ def commands(base: str, arms: Sequence[str], rounds: int) -> dict[str, list[str]
         skipped = [*OTHERS, *(["1 ARM, naive loop over two models"] if held else [])]
         found[f"decode, {weights}"] = ["decode.py", base, *arms, *own, *held, "--skip", *skipped, "--json"]
         for part in DRAFTED:
-            own = ["--tokens", "40", "--rounds", str(rounds), "--k", "3"]
-            found[f"{part}, {weights}"] = [
-                "speculation.py",
-                part,
-                *own,
-                *held,
-                "--skip",
-                *LOOPS,
-                "--json",
-                "/dev/stdout",
-            ]
+            own = ["--tokens", "40", "--rounds", str(rounds), "--k", "3", "--json", "/dev/stdout"]
+            found[f"{part}, {weights}"] = ["speculation.py", part, *own, *held, "--skip", *LOOPS]
+    own = ["--tokens", "16", "--rounds", str(rounds), "--dtype", "fp32", "--batch", "1", "8"]
+    found["decode, float32"] = ["decode.py", base, *arms, *own, "--skip", *PLAIN, *OTHERS, "--json"]
     return found
 
 
@@ -80,7 +74,16 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def ratios(found: Mapping[str, Any]) -> dict[str, dict[tuple[str, int], float]]:
     """How many times as fast as Hugging Face's unguided base, by row of the table, weights and batch."""
-    rows: dict[str, dict[tuple[str, int], float]] = {title: {} for title in (*PLAIN.values(), *DRAFTED.values())}
+    titles = (FLOAT32, *PLAIN.values(), *DRAFTED.values())
+    rows: dict[str, dict[tuple[str, int], float]] = {title: {} for title in titles}
+    speeds = {
+        (name, line["batch"]): line["tokens/s"]
+        for name in ("bfloat16", "float32")
+        for line in found["runs"][f"decode, {name}"]["results"]
+        if line["variant"] == HUGGING_FACE
+    }
+    for batch in (1, 8):  # of two processes, unlike all others
+        rows[FLOAT32]["bfloat16", batch] = speeds["float32", batch] / speeds["bfloat16", batch]
     for weights in WEIGHTS:
         for line in found["runs"][f"decode, {weights}"]["results"]:
             if line["variant"] in PLAIN:

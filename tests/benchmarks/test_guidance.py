@@ -18,7 +18,10 @@ def guidance(script):
 def reported(ratio):
     """A result file in which every figure follows from the place where it stands."""
     lines = [("base alone", 1.0), ("1 LoRA ARM, lanes", 0.5), ("1 LoRA ARM, own forward", 9.0)]
-    decode = {"results": [{"variant": name, "batch": b, "ratio": ratio * f / b} for name, f in lines for b in (1, 8)]}
+    lines += [("base alone, Hugging Face generate", 0.1)]
+    figures = [(name, batch, ratio * factor / batch) for name, factor in lines for batch in (1, 8)]
+    results = [{"variant": name, "batch": b, "ratio": each, "tokens/s": 2 * each} for name, b, each in figures]
+    decode = {"results": results}
     names = ("K = 3", "auto")
     drafts = {"lines": [{"contender": name, "batch": 1, "x base alone, Hugging Face": ratio * 2} for name in names]}
     return decode, drafts
@@ -29,7 +32,9 @@ def test_table(guidance):
     for weights, ratio in (("bfloat16", 2.0), ("exact", 4.0)):
         decode, drafts = reported(ratio)
         found["runs"] |= {f"decode, {weights}": decode, f"pair, {weights}": drafts, f"lookup, {weights}": drafts}
+    found["runs"]["decode, float32"] = reported(6.0)[0]
     lines = guidance.table(found).splitlines()
+    assert "| the same base in float32, Hugging Face | 3.0 | 3.0 |  |  |" in lines
     assert lines[0] == "2026-11-28, 2 cores of an CPU with AVX2, one thread:"
     assert "| base alone, here | 2.0 | 0.25 | 4.0 | 0.5 |" in lines
     assert "| 1 LoRA ARM, in one forward with the base | 1.0 | 0.12 | 2.0 | 0.25 |" in lines
@@ -39,7 +44,8 @@ def test_table(guidance):
 
 def test_commands_are_of_the_same_shapes(guidance):
     commands = guidance.commands("base", ["one", "two"], 3)
-    assert len(commands) == 6
+    assert len(commands) == 7
+    assert commands.pop("decode, float32")[-1] == "--json"
     for name, command in commands.items():
         assert command[0] == ("decode.py" if name.startswith("decode") else "speculation.py")
         assert ("--quantization" in command) == name.endswith("exact")
