@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.quant_linear import QuantLinear, dequantize, exact, quantize
-from genarm_fast.kernels.small_linear import Lora, SmallLinear
+from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.fingerprint import fingerprint
 
 QUANTIZATIONS = ("exact", "int8", "int4")
