@@ -15,7 +15,7 @@ from ..linear.lora import Lora, RowsLora, Span, split
 from . import custom_op
 from .reference import specification
 from .rounding import exact, quantize
-from .weights import QuantWeight, check_weight, dequantize, pack, unpack, unpack_rows
+from .weights import GROUP, TILE, QuantWeight, check_weight, dequantize, pack, unpack, unpack_rows
 
 __all__ = ["QuantLinear", "QuantWeight", "dequantize", "exact", "quant_linear", "quant_linear_reference", "quantize"]
 
@@ -81,6 +81,13 @@ class QuantLinear:
         if not cpu.plain([self.packed], torch.uint8) or self.packed.data_ptr() % 64:
             return None
         return cpu.described(self.packed, self, self.bits)
+
+    def sample(self, count: int) -> list[Tensor]:
+        """[count] bytes of codes, and [count] scales and minimums, evenly from all: what tells weights apart."""
+        size = TILE * GROUP * self.bits // 8
+        halves = self.packed[..., size:].contiguous().view(torch.int16)
+        parts = [part.flatten() for part in (self.packed[..., :size], halves) if part.numel()]
+        return [part[torch.arange(count) * (len(part) - 1) // (count - 1)] for part in parts]
 
     def rows(self, indices: Tensor) -> Tensor:
         """The weight's outputs of these indices, int64 [...] → bfloat16 [..., in]: what an embedding looks up."""
