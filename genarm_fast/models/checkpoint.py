@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
-
-try:
-    from transformers import GgufConfig
-except ImportError:  # of transformers before 5.19, which always dequantises
-    GgufConfig = None
 
 from genarm_fast.kernels.quant_linear import QuantWeight
 from genarm_fast.models import coded_checkpoint
@@ -263,7 +259,8 @@ class ModelLoader:
         if role != "base" and os.path.isdir(place) and not os.path.exists(os.path.join(place, name)):
             return {key: value for key, value in self.kwargs.items() if key != "gguf_file"}
         # Dequantised, it is a plain model, with a fingerprint, lanes and our own codes. Callers may ask for its blocks.
-        dense = {} if GgufConfig is None else {"quantization_config": GgufConfig(dequantize=True)}
+        config = getattr(transformers, "GgufConfig", None)  # None: an older one, which always dequantises
+        dense = {} if config is None else {"quantization_config": config(dequantize=True)}
         return dense | self.kwargs
 
     def _load_adapter(

@@ -119,7 +119,8 @@ _run = dispatcher(_in_pytorch, check=check_call, cpu=cpu.run, convert=cpu.conver
 
 def _from_packed(x: Tensor, held: Sequence[Any], bias: Tensor | None, loras: Sequence[RowsLora]) -> Tensor:
     own, spans = split(loras)
-    return QuantLinear.from_packed(*held, bias, own)(x, spans)
+    packed, out, width, bits = held
+    return QuantLinear.from_packed(packed, out, width, bits, bias, own)(x, spans)
 
 
 custom_op.implement(_from_packed)

@@ -94,4 +94,4 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, loras
     return SmallLinear(weight, bias, own)(x, spans)
 
 
-custom_op.implement(lambda x, held, bias, loras: small_linear(x, *held, bias, loras=loras))
+custom_op.implement(lambda x, held, bias, loras: small_linear(x, held[0], bias, loras=loras))
