@@ -7,13 +7,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from genarm_fast.kernels.quant_linear import QuantWeight
+from genarm_fast.models import coded_checkpoint
 from genarm_fast.models.adapter import check_forward, check_kind, is_adapted, load_adapter, shown
 from genarm_fast.models.files import check_files, read_object, refusing
 from genarm_fast.models.fingerprint import fingerprint
@@ -53,14 +58,41 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
             are missing, that have no place in the model, or that have another shape.
     """
     check_files(member, source)
+    _check_size(member, source, trust_remote_code, kwargs)
+    return _load(f"{member}={os.fspath(source)!r}", source, {**kwargs, "trust_remote_code": trust_remote_code})
+
+
+def load_coded(
+    member: str, source: Source, coded: dict[str, Any], *, trust_remote_code: bool = False, **kwargs: Any
+) -> tuple[Any, dict[str, QuantWeight]]:
+    """As `load_causal_lm`, of a folder whose matrices are coded by another method; and the codes that we have as well.
+
+    coded: its config's quantization_config. The model is plain: coded matrices are dequantised.
+
+    Raises:
+        ValueError: as `load_causal_lm`, and for codes, scales and zeros that do not fit together.
+    """
+    check_files(member, source)
     what = f"{member}={os.fspath(source)!r}"
+    with refusing(what, "a folder that can be loaded"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        del config.quantization_config
+        with torch.device("meta"), no_init_weights():
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    tensors, codes = coded_checkpoint.read(what, Path(source), coded)
+    return _load(what, None, {**kwargs, "config": config, "state_dict": tensors}, kind), codes
+
+
+def _check_size(member: str, source: Source, trust_remote_code: bool, kwargs: dict[str, Any]) -> None:
     if not kwargs.keys() & {"gguf_file", "subfolder", "config"}:  # whose model is not that of the folder's config.json
         hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
         check_size(member, source, trust_remote_code=trust_remote_code, **hub)
+
+
+def _load(what: str, source: Source | None, kwargs: dict[str, Any], kind: Any = AutoModelForCausalLM) -> Any:
     with refusing(what, "a folder or a hub id that can be loaded"), _quietly():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             source,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             **kwargs,
@@ -204,12 +236,32 @@ class ModelLoader:
         key = _key(source) if own in (None, self.quantization) else f"{_key(source)} ({own})"
         if key not in self.loaded:
             place = self.locate(role, source)
-            model = load_causal_lm(role, place, trust_remote_code=trust_remote_code, **self.kwargs)
+            coded = coded_checkpoint.coded(role, place) if quantization and "gguf_file" not in self.kwargs else None
+            codes: dict[str, QuantWeight] = {}
+            if coded is not None and quantization is not None:
+                coded_checkpoint.check_method(f"{role}={os.fspath(place)!r}", place, coded, quantization)
+                model, codes = load_coded(role, place, coded, trust_remote_code=trust_remote_code, **self.kwargs)
+            else:
+                model = load_causal_lm(
+                    role, place, trust_remote_code=trust_remote_code, **self._kwargs_for(role, place)
+                )
             model = (model if self.device is None else model.to(self.device)).eval()
             if quantization is not None:
-                quantize_model(role, model, quantization)
+                quantize_model(role, model, quantization, codes)
             self.loaded[key] = model
         return self.loaded[key]
+
+    def _kwargs_for(self, role: str, place: Source) -> dict[str, Any]:
+        """To transformers. An ARM's folder without the GGUF file that is the base's is an ordinary checkpoint."""
+        name = self.kwargs.get("gguf_file")
+        if name is None:
+            return self.kwargs
+        if role != "base" and os.path.isdir(place) and not os.path.exists(os.path.join(place, name)):
+            return {key: value for key, value in self.kwargs.items() if key != "gguf_file"}
+        # Dequantised, it is a plain model, with a fingerprint, lanes and our own codes. Callers may ask for its blocks.
+        config = getattr(transformers, "GgufConfig", None)  # None: an older one, which always dequantises
+        dense = {} if config is None else {"quantization_config": config(dequantize=True)}
+        return dense | self.kwargs
 
     def _load_adapter(
         self, role: str, source: str, base: Source | nn.Module | None, trust_remote_code: bool

@@ -22,10 +22,12 @@ def fingerprint(model: nn.Module) -> str | None:
 
     Returns:
         None where the weights cannot be read as numbers: on the meta device, or quantised by others. Such a model can
-        be neither confirmed nor refused. One that our `quantization=` made has that of the weights it was made from.
+        be neither confirmed nor refused. One that our `quantization=` made has that of the weights it was made from, as
+        long as its codes and scales are those that it got.
     """
     if (quantized := getattr(model, "quantized", None)) is not None:  # see quantized.py
-        return quantized.fingerprint
+        now = held_fingerprint(model)
+        return quantized.fingerprint if now == quantized.held else now
     weights = _own_weights(model)
     if getattr(model, "hf_quantizer", None) is not None:  # its tensors may pass for numbers, and be others
         return None
@@ -36,6 +38,18 @@ def fingerprint(model: nn.Module) -> str | None:
         digest.update(f"{name} {tuple(weights[name].shape[1:])}".encode())
     samples = torch.cat([_sample(weights[name]).cpu() for name in sorted(weights)])
     digest.update(samples.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def held_fingerprint(model: nn.Module) -> str:
+    """The same of codes and scales, where weights are held in 8 or 4 bits."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(_own_weights(model).items()):
+        digest.update(name.encode())
+        linear = getattr(weight, "linear", None)
+        samples = [_sample(weight)] if linear is None else linear.sample(VALUES)
+        for sample in samples:
+            digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genarm_fast.device.base import no_autocast
-from genarm_fast.kernels.small_linear import Span
+from genarm_fast.kernels.linear import Span
 
 
 class Ragged(NamedTuple):

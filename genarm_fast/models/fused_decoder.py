@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from genarm_fast.kernels.linear import SiblingLinears, Span
 from genarm_fast.kernels.quant_linear import QuantLinear
 from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
-from genarm_fast.kernels.small_linear import SiblingLinears, SmallLinear, Span
+from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.forward_context import Ragged, place, spans_of
 from genarm_fast.models.known_decoders import WINDOWS, Output, built_as_known, family_of, trial
 from genarm_fast.models.lora_lanes import LaneLinear

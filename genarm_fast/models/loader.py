@@ -80,6 +80,10 @@ def load_members(
         with suppress(FileNotFoundError):  # a given model may come from anywhere
             found = models.locate("base", source)
             base_tokenizer = load_tokenizer("base", found, trust_remote_code=trust_remote_code)
+            gguf = loading.get("gguf_file")
+            if base_tokenizer is None and gguf is not None:
+                with refusing(f"base: {gguf}", "a GGUF file whose tokenizer can be read"):
+                    base_tokenizer = AutoTokenizer.from_pretrained(found, gguf_file=gguf)
     if base_tokenizer is None:
         raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
     first = Member(

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genarm_fast.kernels.small_linear import Lora, SmallLinear
+from genarm_fast.kernels.linear import Lora
+from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.forward_context import running, running_lanes, spans_of
 from genarm_fast.models.quantized import linear_of
 from genarm_fast.models.weights import share_weights

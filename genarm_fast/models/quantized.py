@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from genarm_fast.kernels.quant_linear import QuantLinear, dequantize, exact, quantize
-from genarm_fast.kernels.small_linear import Lora, SmallLinear
-from genarm_fast.models.fingerprint import fingerprint
+from genarm_fast.kernels.linear import Lora
+from genarm_fast.kernels.quant_linear import QuantLinear, QuantWeight, dequantize, exact, quantize
+from genarm_fast.kernels.small_linear import SmallLinear
+from genarm_fast.models.fingerprint import fingerprint, held_fingerprint
 
 QUANTIZATIONS = ("exact", "int8", "int4")
 
@@ -120,6 +121,7 @@ class Quantized:
     how: str
     fingerprint: str | None  # of the weights before: adapters of that base are adapters of this one
     matrices: tuple[Matrix, ...]
+    held: str = ""  # the fingerprint of codes and scales
 
     @property
     def bytes_before(self) -> int:
@@ -144,11 +146,12 @@ def check_quantization(name: str, quantization: Any) -> None:
 
 
 @torch.no_grad()
-def quantize_model(what: str, model: Any, how: str) -> Quantized:
+def quantize_model(what: str, model: Any, how: str, codes: Mapping[str, QuantWeight] | None = None) -> Quantized:
     """Hold the matrices of a bfloat16 model on the CPU in fewer bits, in place, one after the other.
 
     how: "exact": each in the fewest bits that give it back bit for bit, else as it is. "int8": rounded to 8 bits.
-    "int4": rounded to 4 bits, embedding and head to 8. `what` names the model in errors.
+    "int4": rounded to 4 bits, embedding and head to 8. `what` names the model in errors. codes: of a checkpoint, by the
+    matrix's name: they are taken, not searched for.
 
     Raises:
         ValueError: another dtype or device, weights that are quantised already, that are NaN or infinite, or whose
@@ -174,7 +177,8 @@ def quantize_model(what: str, model: Any, how: str) -> Quantized:
         named = modules[0][0]
         at_end = any(module is end for _, module in modules for end in ends)
         with _naming(f"{asked}: {named}.weight"):
-            linear = _held(weight.detach(), how, at_end)
+            given = (codes or {}).get(f"{named}.weight")
+            linear = _held(weight.detach(), how, at_end) if given is None else QuantLinear(given)
         error = 0.0 if how == "exact" or linear is None else _largest_error(weight.detach(), linear)
         bits, after = (16, weight.nbytes) if linear is None else (linear.bits, linear.packed.nbytes)
         report.append(Matrix(f"{named}.weight", bits, weight.nbytes, after, error))
@@ -184,7 +188,7 @@ def quantize_model(what: str, model: Any, how: str) -> Quantized:
                 module.weight = held
                 module.quantized_bits = linear.bits  # what tells the self-check that it is another model
         del weight
-    model.quantized = Quantized(how, before, tuple(reversed(report)))
+    model.quantized = Quantized(how, before, tuple(reversed(report)), held_fingerprint(model))
     return model.quantized
 
 

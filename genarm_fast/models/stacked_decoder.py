@@ -18,10 +18,11 @@ from transformers import Cache
 from genarm_fast.kernels import Lanes
 from genarm_fast.kernels.add_rms_norm import add_rms_norm
 from genarm_fast.kernels.gated_mul import gated_mul
+from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary_append import rotary_append
-from genarm_fast.kernels.small_linear import Lora, SmallLinear
+from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.forward_context import place, running_lanes
 from genarm_fast.models.known_decoders import WINDOWS, Output, family_of, lanes_of
 from genarm_fast.models.kv_cache import Entry

@@ -105,7 +105,7 @@ PyMethodDef kMethods[] = {
     method("rotary", genarm::rotary_binding, "By position → (query, key), or None."),
     method("silu_mul", genarm::silu_mul_binding, "By position → the output, or None."),
     method("exact_codes", genarm::exact_codes_binding, "By position → (codes, scales, minimums), False, or None."),
-    {"linears", genarm::linears, METH_O, "Linears of one width: see ops/small_linear/cpu.py, the only caller."},
+    {"linears", genarm::linears, METH_O, "Linears of one width: see ops/linear/cpu.py, the only caller."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},
     {"use", use, METH_O, "Choose an instruction set by name."},
     {nullptr, nullptr, 0, nullptr}};

@@ -9,6 +9,7 @@ from .add_rms_norm import add_rms_norm
 from .arm_logps import arm_logps, arm_logps_reference
 from .gated_mul import gated_mul
 from .guided_sample import GuidedSample, guided_sample, guided_sample_reference
+from .linear import Lora, SiblingLinears
 from .ngram_lookup import ngram_lookup, ngram_lookup_reference
 from .philox import gumbel, seed_tensor
 from .quant_linear import QuantLinear, QuantWeight, quant_linear, quant_linear_reference
@@ -23,7 +24,7 @@ from .rotary import rotary, rotary_reference
 from .rotary_append import rotary_append
 from .settle import Settled, settle, settle_reference
 from .silu_mul import silu_mul, silu_mul_reference
-from .small_linear import Lora, SiblingLinears, SmallLinear, small_linear
+from .small_linear import SmallLinear, small_linear
 
 __all__ = [
     "GuidedSample",

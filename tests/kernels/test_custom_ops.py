@@ -231,5 +231,5 @@ def test_spans_of_a_compiled_linear():
     with pytest.raises(Exception, match="span \\(0, 1, -1\\): expected"):
         torch.compile(lambda x: linear(x, [(0, 1, -1)]), backend="aot_eager")(x)
     for op in (linear, lambda x: small_linear(x, weight)):
-        with pytest.raises(ValueError, match="small_linear has no gradient"):
+        with pytest.raises(ValueError, match=r"small_linear: .*no gradient"):
             torch.compile(op, backend="aot_eager")(x.clone().requires_grad_())

@@ -13,8 +13,8 @@ from transformers import Cache
 from triton.runtime.interpreter import InterpretedFunction
 
 from genarm_fast.kernels import _dispatch, _native
+from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import plan
-from genarm_fast.kernels.small_linear import Lora
 from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear

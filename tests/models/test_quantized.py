@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.engine.verdict_key import verdict_key
-from genarm_fast.kernels import QuantLinear, _native, quant_linear_reference, small_linear
+from genarm_fast.kernels import QuantLinear, _native, quant_linear_reference
+from genarm_fast.kernels.linear import cpu
 from genarm_fast.kernels.quant_linear import dequantize, quantize
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.quantized import QuantizedMatrix, is_quantized, quantize_model
+from genarm_fast.speculation.config import Speculation
 from genarm_fast.train.model import PairModel
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
@@ -82,13 +84,86 @@ def test_the_reference_of_the_op_gives_the_same_bits(folders, monkeypatch, quant
         return quant_linear_reference(x, self.weight, self.bias)
 
     monkeypatch.setattr(QuantLinear, "__call__", in_pytorch)
-    monkeypatch.setattr(small_linear.__globals__["cpu"], "prepare", lambda _: None)
+    monkeypatch.setattr(cpu, "prepare", lambda _: None)
     plain = run()
     assert calls
     for ours, theirs in zip(core, plain):
         assert ours.token_ids == theirs.token_ids
         assert ours.logprobs == theirs.logprobs
         assert ours.rewards == theirs.rewards
+
+
+SPECULATIONS = [Speculation("arm", 3), Speculation("base", 2)]
+
+
+@pytest.mark.parametrize("quantization", ["exact", "int8"])
+@pytest.mark.parametrize("speculation", SPECULATIONS, ids=lambda each: each.drafter)
+def test_drafts_change_no_token_and_no_bit(folders, monkeypatch, quantization, speculation):
+    """Drafts over the core, against one token after the other over the op's reference in PyTorch."""
+    arms = [ARM(folders / "arm", weight=0.5)]
+    params = SamplingParams(max_new_tokens=16, temperature=0.7, seed=3, logprobs=2, rewards=True)
+
+    def run(speculation):
+        model = GenARM.from_pretrained(folders / "base", arms, quantization=quantization, speculation=speculation)
+        outputs = model.generate(PROMPTS, params)
+        return outputs[0].rounds, outputs
+
+    rounds, drafted = run(speculation)
+    assert rounds.drafted > 0
+    monkeypatch.setattr(QuantLinear, "__call__", lambda self, x, spans=(): quant_linear_reference(x, self.weight))
+    monkeypatch.setattr(cpu, "prepare", lambda _: None)
+    _, plain = run("off")
+    for ours, theirs in zip(drafted, plain):
+        for name in ("token_ids", "logprobs", "rewards"):
+            assert getattr(ours.completions[0], name) == getattr(theirs.completions[0], name), name
+
+
+def test_changed_codes_are_another_model(folders):
+    """The fingerprint of a quantised model is that of its checkpoint until a code or a scale of any matrix changes."""
+    base = load_alone(folders)
+    plain = fingerprint(GenARM.from_pretrained(folders / "base").base.model)
+    assert fingerprint(base) == plain
+    names = [matrix.name for matrix in base.quantized.matrices]
+    assert len(names) == 16
+    for name in names:
+        packed = base.get_parameter(name).linear.packed
+        size = 32 * 4 * base.get_parameter(name).linear.bits
+        for part in (packed[..., :size], packed[..., size:]):
+            before = part.clone()
+            part.bitwise_xor_(1)
+            assert fingerprint(base) not in (plain, None), name
+            part.copy_(before)
+            assert fingerprint(base) == plain
+    with torch.no_grad():
+        packed.bitwise_xor_(1)
+    adapter = ARM(folders / "adapter", base=base)
+    with pytest.raises(ValueError, match="their weights differ from those it was trained on"):
+        GenARM.from_pretrained(base, [adapter], tokenizer=build_tokenizer())
+
+
+def load_alone(folders):
+    return GenARM.from_pretrained(folders / "base", quantization="exact").base.model
+
+
+def test_rebound_codes_are_noticed(folders):
+    """A quantised model that is given to another GenARM stays its owner's: codes in place count, moved ones do not."""
+    base = load_alone(folders)
+    model = GenARM.from_pretrained(base, tokenizer=build_tokenizer())
+    params = SamplingParams(max_new_tokens=4, temperature=0.0, logprobs=0)
+
+    def logprobs():
+        return model.generate([PROMPTS[0]], params)[0].completions[0].logprobs
+
+    before = logprobs()
+    up = base.model.layers[1].mlp.up_proj
+    up.weight.linear.packed.bitwise_xor_(1)
+    changed = logprobs()
+    assert changed != before
+    up.weight.linear.packed.bitwise_xor_(1)
+    assert logprobs() == before
+    up.weight = nn.Parameter(QuantizedMatrix(QuantLinear(up.weight.linear.weight)), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"the weight model.layers.1.mlp.up_proj.weight was moved"):
+        logprobs()
 
 
 def test_exact_gives_weights_back(folders):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import genarm_fast.functional
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.kernels import _native
-from genarm_fast.kernels.small_linear import Lora
+from genarm_fast.kernels.linear import Lora
 from genarm_fast.models import fast_modules, stacking
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.stacked_decoder import StackedDecoder

@@ -66,20 +66,11 @@ void tile_of_bits(int bits, const uint8_t* weights, const uint8_t* next, int64_t
   bits == 8 ? tile_of<8>(weights, next, groups, rows, y) : tile_of<4>(weights, next, groups, rows, y);
 }
 
-void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
-#pragma omp simd
-  for (int o = 0; o < n; ++o) {
-    const float sum = bias ? y[o] + as_float32(bias[o]) : y[o];
-    const uint32_t bits = as_bits(sum);
-    out[o] = static_cast<uint16_t>(sum == sum ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0);
-  }
-}
-
 #define TABLE_(isa) quant_##isa
 #define TABLE(isa) TABLE_(isa)
 
 }  // namespace
 
-extern const QuantLoops TABLE(ISA) = {find_grid, prepare, tile_of_bits, store_bf16};
+extern const QuantLoops TABLE(ISA) = {find_grid, prepare, tile_of_bits};
 
 }  // namespace genarm

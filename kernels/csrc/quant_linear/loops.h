@@ -29,8 +29,6 @@ struct QuantLoops {
   void (*prepare)(const uint16_t* x, int64_t n, const QuantRows& rows, int index);
   // y[r, o] of a tile for a block; each weight is fetched from `next`, where the stream goes on. y: [count, kTileOutputs]
   void (*tile)(int bits, const uint8_t* weights, const uint8_t* next, int64_t groups, const QuantRows& rows, float* y);
-  // out = bfloat16(y + bias), round to nearest even; bias may be null
-  void (*store)(const float* y, const uint16_t* bias, int n, uint16_t* out);
 };
 
 extern const QuantLoops quant_avx2, quant_avx512, quant_baseline;

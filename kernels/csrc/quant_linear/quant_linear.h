@@ -1,8 +1,7 @@
-// y = x Wᵀ + bias over weights of 8 or 4 bits, and LoRA on ranges of rows; see kernels/ops/quant_linear/reference.py.
+// Linears over weights of 8 or 4 bits; see kernels/ops/quant_linear/reference.py.
 #pragma once
 
-#include "loops.h"
-#include "small_linear/small_linear.h"
+#include "linear/linear.h"
 
 namespace genarm {
 

@@ -134,31 +134,6 @@ void spread(const uint16_t* x, int64_t n, float* out, int64_t step) {
   }
 }
 
-void expand(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y) {
-  constexpr int kBlock = 64;
-  for (int first = 0; first < n; first += kBlock) {
-    const int count = std::min(kBlock, n - first);
-    float sums[kBlock] = {};
-    std::memcpy(sums, y + first, count * sizeof *sums);
-    for (int64_t j = 0; j < rank; ++j) {
-      uint16_t padded[kBlock] = {};
-      std::memcpy(padded, b + j * b_stride + first, count == kBlock ? sizeof padded : count * sizeof *b);
-#pragma omp simd
-      for (int o = 0; o < kBlock; ++o) sums[o] += hidden[j] * as_float32(padded[o]);
-    }
-    std::memcpy(y + first, sums, count * sizeof *sums);
-  }
-}
-
-void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
-#pragma omp simd
-  for (int o = 0; o < n; ++o) {
-    const float sum = bias ? y[o] + as_float32(bias[o]) : y[o];
-    const uint32_t bits = as_bits(sum);
-    out[o] = static_cast<uint16_t>(sum == sum ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0);
-  }
-}
-
 #define TABLE_(isa) linear_##isa
 #define TABLE(isa) TABLE_(isa)
 
@@ -166,8 +141,7 @@ void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
 
 constexpr int kWide = kWidth == 16 ? 0 : kSums / kRows;  // with AVX-512 the conversion was a twentieth of the time
 
-extern const LinearLoops TABLE(ISA) = {kRows, kAlone,    kStreams, kWide,     spread,
-                                       dots,  wide_dots, expand,   store_bf16};
+extern const LinearLoops TABLE(ISA) = {kRows, kAlone, kStreams, kWide, spread, dots, wide_dots};
 
 }  // namespace genarm
 

@@ -50,10 +50,6 @@ struct LinearLoops {
   void (*spread)(const uint16_t* x, int64_t n, float* out, int64_t step);
   void (*dots)(const Dots& dots);
   void (*wide_dots)(const WideDots& dots);
-  // y[o] += Σ_j hidden[j] · b[j, o], o < n
-  void (*expand)(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y);
-  // out = bfloat16(y + bias), round to nearest even; bias may be null
-  void (*store)(const float* y, const uint16_t* bias, int n, uint16_t* out);
 };
 
 extern const LinearLoops linear_avx2, linear_avx512;

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 
-from .. import _native
 from .._dispatch import dispatcher
-from ..small_linear import cpu
-from ..small_linear.reference import Lora, Span
+from ..linear import cpu
+from ..linear.arguments import NO_GRADIENT, check_added, check_call, check_input
+from ..linear.lora import Lora, RowsLora, Span, split
 from . import custom_op
-from .arguments import check_added, check_call
 from .reference import specification
 from .rounding import exact, quantize
-from .weights import QuantWeight, check_weight, dequantize, pack, unpack, unpack_rows
+from .weights import GROUP, TILE, QuantWeight, check_weight, dequantize, pack, unpack, unpack_rows
 
 __all__ = ["QuantLinear", "QuantWeight", "dequantize", "exact", "quant_linear", "quant_linear_reference", "quantize"]
-
-NO_GRADIENT = "x requires grad: quant_linear has no gradient, call it in torch.inference_mode()"
 
 
 class QuantLinear:
@@ -42,7 +39,7 @@ class QuantLinear:
         self._set(pack(weight), out, width, weight.bits, bias, loras)
 
     def _set(self, packed: Tensor, out: int, width: int, bits: int, bias: Tensor | None, loras: Sequence[Lora]) -> None:
-        check_added((out, width), packed.device, bias, loras)
+        check_added((out, width), torch.bfloat16, packed.device, bias, loras)
         self.packed, self.out_features, self.in_features, self.bits = packed, out, width, bits
         _, self.bias, self.loras = cpu.readable(packed, bias, loras)
         self._core = cpu.prepare([self])
@@ -62,6 +59,15 @@ class QuantLinear:
         return unpack(self.packed, self.out_features, self.in_features, self.bits)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and outputs."""
+        return torch.bfloat16
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
@@ -71,10 +77,17 @@ class QuantLinear:
         return False
 
     def described(self) -> tuple[Any, ...] | None:
-        """For the C++ core, None where that does not read the tensors: see small_linear's cpu.py."""
+        """For the C++ core, None where that does not read the tensors: see linear/cpu.py."""
         if not cpu.plain([self.packed], torch.uint8) or self.packed.data_ptr() % 64:
             return None
-        return cpu.described(self.packed.data_ptr(), self.shape, self.bias, self.loras, self.bits)
+        return cpu.described(self.packed, self, self.bits)
+
+    def sample(self, count: int) -> list[Tensor]:
+        """[count] bytes of codes, and [count] scales and minimums, evenly from all: what tells weights apart."""
+        size = TILE * GROUP * self.bits // 8
+        halves = self.packed[..., size:].contiguous().view(torch.int16)
+        parts = [part.flatten() for part in (self.packed[..., :size], halves) if part.numel()]
+        return [part[torch.arange(count) * (len(part) - 1) // (count - 1)] for part in parts]
 
     def rows(self, indices: Tensor) -> Tensor:
         """The weight's outputs of these indices, int64 [...] → bfloat16 [..., in]: what an embedding looks up."""
@@ -88,51 +101,33 @@ class QuantLinear:
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
         """x bfloat16 [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or wrong spans."""
         if is_grad_enabled() and x.requires_grad:
-            raise ValueError(NO_GRADIENT)
+            raise ValueError(f"quant_linear: {NO_GRADIENT}")
         return _run(x, self, spans)
-
-
-def _check(x: Tensor, linear: QuantLinear, spans: Sequence[Span]) -> None:
-    check_call(x, linear.shape, linear.packed.device, linear.loras, spans)
 
 
 def _in_pytorch(x: Tensor, linear: QuantLinear, spans: Sequence[Span]) -> Tensor:
     return specification(x, linear.weight, linear.bias, linear.loras, spans)
 
 
-def _in_core(x: Tensor, linear: QuantLinear, spans: Sequence[Span]) -> Tensor | None:
-    if linear._core is None:
-        return None
-    y = linear._core.run(x, spans)
-    return None if y is None else y[0]
-
-
-def _convert(x: Tensor, *rest: Any) -> tuple[Any, ...] | None:
-    return (_native.plain(x).contiguous(), *rest)
-
-
 def _traced(x: Tensor, linear: QuantLinear, spans: Sequence[Span]) -> Tensor:
-    return custom_op.call(x, linear.packed, *linear.shape, linear.bits, linear.bias, linear.loras, spans)
+    held = (linear.packed, *linear.shape, linear.bits)
+    return custom_op.call(x, held, linear.bias, linear.loras, spans)
 
 
-_run = dispatcher(_in_pytorch, check=_check, cpu=_in_core, convert=_convert, custom_op=_traced)
+_run = dispatcher(_in_pytorch, check=check_call, cpu=cpu.run, convert=cpu.convert, custom_op=_traced)
 
 
-def _from_packed(
-    x: Tensor, packed: Tensor, out: int, width: int, bits: int, bias: Tensor | None, loras: Any, spans: Any
-) -> Tensor:
-    return QuantLinear.from_packed(packed, out, width, bits, bias, loras)(x, spans)
+def _from_packed(x: Tensor, held: Sequence[Any], bias: Tensor | None, loras: Sequence[RowsLora]) -> Tensor:
+    own, spans = split(loras)
+    packed, out, width, bits = held
+    return QuantLinear.from_packed(packed, out, width, bits, bias, own)(x, spans)
 
 
 custom_op.implement(_from_packed)
 
 
 def quant_linear(
-    x: Tensor,
-    weight: QuantWeight,
-    bias: Tensor | None = None,
-    *,
-    loras: Sequence[tuple[int, int, Tensor, Tensor, float]] = (),
+    x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()
 ) -> Tensor:
     """x bfloat16 [..., in], weight [out, in], bias [out] → [..., out]; for many calls, prepare a `QuantLinear`.
 
@@ -142,22 +137,17 @@ def quant_linear(
     Raises:
         TypeError, ValueError: as `QuantLinear`, and rows out of range.
     """
-    own = [Lora(*lora[2:]) for lora in loras]
-    return QuantLinear(weight, bias, own)(x, [(first, last, i) for i, (first, last, *_) in enumerate(loras)])
+    own, spans = split(loras)
+    return QuantLinear(weight, bias, own)(x, spans)
 
 
 def quant_linear_reference(
-    x: Tensor,
-    weight: QuantWeight,
-    bias: Tensor | None = None,
-    *,
-    loras: Sequence[tuple[int, int, Tensor, Tensor, float]] = (),
+    x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()
 ) -> Tensor:
     """`quant_linear` in plain PyTorch, for comparison: the same bits where there is no LoRA."""
     check_weight(weight)
-    own = [Lora(*lora[2:]) for lora in loras]
-    spans = [(first, last, i) for i, (first, last, *_) in enumerate(loras)]
-    shape = (weight.codes.shape[0], weight.codes.shape[1])
-    check_added(shape, weight.codes.device, bias, own)
-    check_call(x, shape, weight.codes.device, own, spans)
+    own, spans = split(loras)
+    shape, device = weight.codes.shape, weight.codes.device
+    check_added(shape, torch.bfloat16, device, bias, own)
+    check_input(x, shape[1], torch.bfloat16, device, own, spans)
     return specification(x, weight, bias, own, spans)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..small_linear.reference import Lora, Span
+from ..linear.lora import Lora, Span
 from .weights import QuantWeight, in_groups
 
 BITS = 14  # the largest of a group is in [2^14, 2^15)

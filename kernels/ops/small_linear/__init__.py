@@ -9,24 +9,11 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from .._dispatch import dispatcher
-from . import cpu, custom_op
-from .arguments import check_call, check_weights
-from .reference import Lora, Span, specification
-
-NO_GRADIENT = "x requires grad: small_linear has no gradient, call it in torch.inference_mode()"
-
-
-def _in_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Any, spans: Any, _prepared: Any) -> Tensor:
-    return specification(x, weight, bias, loras, spans)
-
-
-def _one_by_one(x: Tensor, linears: Sequence[Any], spans: Any, _prepared: Any) -> Sequence[Tensor]:
-    return [linear(x, own) for linear, own in zip(linears, spans)]
-
-
-_run = dispatcher(_in_pytorch, check=check_call, cpu=cpu.run, convert=cpu.convert, custom_op=custom_op.call)
-_run_once = dispatcher(_in_pytorch, check=check_call, cpu=cpu.run_once, convert=cpu.convert, custom_op=custom_op.call)
-_run_siblings = dispatcher(_one_by_one, cpu=cpu.run_siblings, differentiable=1)
+from ..linear import cpu
+from ..linear.arguments import NO_GRADIENT, check_added, check_call
+from ..linear.lora import Lora, RowsLora, Span, split
+from . import custom_op
+from .reference import specification
 
 
 class SmallLinear:
@@ -45,17 +32,27 @@ class SmallLinear:
     __slots__ = ("_address", "_core", "bias", "in_features", "loras", "out_features", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, loras: Sequence[Lora] = ()) -> None:
-        check_weights(weight, bias, loras)
+        if weight.ndim != 2 or not weight.dtype.is_floating_point:
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)}, {weight.dtype}: expected [out, in], floating point"
+            )
+        check_added(weight.shape, weight.dtype, weight.device, bias, loras)
         self.weight, self.bias, self.loras = cpu.readable(weight, bias, loras)
         self.out_features, self.in_features = weight.shape
         self._core = cpu.prepare([self])
         self._address = 0 if self._core is None else self.weight.data_ptr()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     def described(self) -> tuple[Any, ...] | None:
-        """For the C++ core, None where that does not read the tensors: see cpu.py."""
-        if not cpu.plain([self.weight], torch.bfloat16):
-            return None
-        return cpu.described(self.weight.data_ptr(), self.weight.shape, self.bias, self.loras, 16)
+        """For the C++ core, None where that does not read the tensors: see linear/cpu.py."""
+        return cpu.described(self.weight, self, 16) if cpu.plain([self.weight], torch.bfloat16) else None
 
     @property
     def moved(self) -> bool:
@@ -69,43 +66,22 @@ class SmallLinear:
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
         """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
         if is_grad_enabled() and x.requires_grad:
-            raise ValueError(NO_GRADIENT)
-        return _run(x, self.weight, self.bias, self.loras, spans, self._core)
+            raise ValueError(f"small_linear: {NO_GRADIENT}")
+        return _run(x, self, spans)
 
 
-class SiblingLinears:
-    """Linears over one input, such as query, key and value, in one call: their weights stream as those of one matrix.
-
-    linears: SmallLinears, or QuantLinears (quant_linear), or some of both.
-
-    Raises:
-        ValueError: no linears.
-    """
-
-    def __init__(self, linears: Sequence[Any]) -> None:
-        if not linears:
-            raise ValueError("linears=[]: expected one or more")
-        self.linears = list(linears)
-        same_width = len({linear.in_features for linear in self.linears}) == 1
-        self._core = cpu.prepare(self.linears) if same_width else None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SiblingLinears, (self.linears,)
-
-    def __call__(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Sequence[Tensor]:
-        """`linear(x, spans[i])` of each linear, bit for bit. Raises as they do, and ValueError if spans lack some."""
-        if len(spans) != len(self.linears):
-            raise ValueError(f"spans for {len(spans)} linears: expected {len(self.linears)}")
-        return _run_siblings(x, self.linears, spans, self._core)
+def _in_pytorch(x: Tensor, linear: SmallLinear, spans: Sequence[Span]) -> Tensor:
+    return specification(x, linear.weight, linear.bias, linear.loras, spans)
 
 
-def small_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    loras: Sequence[tuple[int, int, Tensor, Tensor, float]] = (),
-) -> Tensor:
+def _traced(x: Tensor, linear: SmallLinear, spans: Sequence[Span]) -> Tensor:
+    return custom_op.call(x, (linear.weight,), linear.bias, linear.loras, spans)
+
+
+_run = dispatcher(_in_pytorch, check=check_call, cpu=cpu.run, convert=cpu.convert, custom_op=_traced)
+
+
+def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()) -> Tensor:
     """x [..., in], weight [out, in], bias [out] → [..., out]; for many calls, prepare a `SmallLinear`.
 
     loras: (first row, last row, a [r, in], b [r, out], scale) each; rows first .. last - 1 of the flattened x get
@@ -114,12 +90,8 @@ def small_linear(
     Raises:
         ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
     """
-    own = [Lora(*lora[2:]) for lora in loras]
-    spans = [(first, last, i) for i, (first, last, *_) in enumerate(loras)]
-    check_weights(weight, bias, own)
-    if is_grad_enabled() and x.requires_grad:
-        raise ValueError(NO_GRADIENT)
-    return _run_once(x, weight, bias, own, spans, None)
+    own, spans = split(loras)
+    return SmallLinear(weight, bias, own)(x, spans)
 
 
-custom_op.implement(small_linear)
+custom_op.implement(lambda x, held, bias, loras: small_linear(x, held[0], bias, loras=loras))

@@ -14,22 +14,12 @@ PyTorch does, without that guarantee.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-
-class Lora(NamedTuple):
-    """A low-rank addition to a linear: scale · (x aᵀ) b."""
-
-    a: Tensor  # [r, in], as PEFT's lora_A
-    b: Tensor  # [r, out], the transpose of PEFT's lora_B: read in the order in which outputs are made
-    scale: float
-
-
-Span = tuple[int, int, int]  # rows first .. last - 1 get the LoRA of that index; rows are flattened
+from ..linear.lora import Lora, Span
 
 
 def specification(

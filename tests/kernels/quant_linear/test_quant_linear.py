@@ -1,20 +1,17 @@
 """quant_linear: the reference's bits on every ISA, for any rows and threads; the reference is within its roundings."""
 
-import copy
-import pickle
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linears import inputs, normal, random_weight
 
 from genarm_fast.kernels import (
     Lora,
     QuantLinear,
     QuantWeight,
-    SiblingLinears,
-    SmallLinear,
     _native,
     quant_linear,
     quant_linear_reference,
@@ -40,28 +37,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def normal(*shape, seed=0, dtype=torch.bfloat16):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def inputs(*shape, seed=0):
-    """Rows with a few large values, as the first tokens of a text have."""
-    x = normal(*shape, seed=seed, dtype=torch.float32)
-    return (x * normal(*shape, seed=seed + 1, dtype=torch.float32).mul(2).exp()).bfloat16()
-
-
-def random_weight(out, width, bits, seed=0):
-    """All codes there are, and scales of any size and sign."""
-    generator = torch.Generator().manual_seed(seed)
-    groups = -(-width // 32)
-    scales = (torch.randn(out, groups, generator=generator) * 0.01).half()
-    if bits == 8:
-        codes = torch.randint(-128, 128, (out, width), generator=generator).to(torch.int8)
-        return QuantWeight(codes, scales)
-    codes = torch.randint(0, 16, (out, width), generator=generator).to(torch.uint8)
-    return QuantWeight(codes, scales, (torch.randn(out, groups, generator=generator) * 0.1).half())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -94,23 +69,6 @@ def test_shapes(isa, bits, shape):
         x = inputs(rows, shape[1], seed=3)
         assert torch.equal(plain(x), quant_linear_reference(x, weight))
         assert torch.equal(biased(x), quant_linear_reference(x, weight, bias))
-
-
-@native
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("out", "width"), [(192, 576), (3000, 577), (300, 4096)])
-def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
-    if isa == "baseline" and out == 3000:
-        pytest.skip("slow there")
-    linear, x = QuantLinear(random_weight(out, width, bits), normal(out, seed=2)), inputs(400, width)
-    threads(1)
-    alone = torch.cat([linear(row[None]) for row in x])
-    for n in (1, 2, 3):
-        threads(n)
-        for rows in [*range(1, 34), 400]:
-            assert torch.equal(linear(x[:rows]), alone[:rows])
-    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # 2 bytes off any alignment
-    assert torch.equal(linear(shifted[5:40]), alone[5:40])
 
 
 @native
@@ -205,25 +163,6 @@ def test_loras(bits):
 
 
 @native
-@pytest.mark.parametrize("kinds", [(8, 4, 16), (8, 8), (4, 8)])
-def test_siblings_of_all_kinds(threads, kinds):
-    def made(bits, i):
-        if bits == 16:
-            return SmallLinear(normal(300, 576, seed=i), normal(300, seed=2))
-        return QuantLinear(random_weight(200 + i, 576, bits, seed=i), normal(200 + i, seed=2))
-
-    linears = [made(bits, i) for i, bits in enumerate(kinds)]
-    siblings = SiblingLinears(linears)
-    assert siblings._core is not None or ISAS[0] == "baseline"
-    for n in (1, 2):
-        threads(n)
-        for rows in (1, 3, 9, 40):
-            x = inputs(rows, 576)
-            for found, linear in zip(siblings(x, [()] * len(kinds)), linears):
-                assert torch.equal(found, linear(x))
-
-
-@native
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_fuzz(data):
@@ -255,15 +194,6 @@ def test_without_a_core(bits, monkeypatch):
     linear = QuantLinear(weight)
     assert linear._core is None
     assert torch.equal(linear(x), quant_linear_reference(x, weight))
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))])
-def test_copies(bits, copied):
-    linear = QuantLinear(random_weight(40, 70, bits), normal(40))
-    twin, x = copied(linear), inputs(2, 70)
-    assert torch.equal(twin(x), linear(x))
-    assert all(torch.equal(*pair) for pair in zip(twin.weight, linear.weight) if pair[0] is not None)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -344,7 +274,7 @@ def test_the_search_in_the_core_gives_the_weights_back_or_nothing(isa):
 
 
 def test_errors():
-    weight, four, x = random_weight(4, 40, 8), random_weight(4, 40, 4), normal(2, 40)
+    weight, four = random_weight(4, 40, 8), random_weight(4, 40, 4)
     with pytest.raises(TypeError, match="expected a QuantWeight"):
         QuantLinear(normal(4, 40))
     for wrong, message in (
@@ -360,19 +290,6 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             QuantLinear(wrong)
-    with pytest.raises(ValueError, match=r"x of shape \(2, 39\)"):
-        quant_linear(x[:, :39], weight)
-    with pytest.raises(ValueError, match=r"x of shape .* torch.float32"):
-        quant_linear(x.float(), weight)
-    with pytest.raises(ValueError, match=r"bias of shape \(40,\).*expected \(4,\)"):
-        quant_linear(x, weight, x[0])
-    with pytest.raises(ValueError, match=r"loras\[0\].b of shape \(3, 4\).*expected \(2, 4\)"):
-        quant_linear(x, weight, loras=[(0, 1, normal(2, 40), normal(3, 4), 1.0)])
-    for first, last in ((-1, 1), (0, 3), (2, 1)):
-        with pytest.raises(ValueError, match=rf"span \({first}, {last}, 0\)"):
-            quant_linear(x, weight, loras=[(first, last, normal(2, 40), normal(2, 4), 1.0)])
-    with pytest.raises(ValueError, match="no gradient"):
-        quant_linear(x.clone().requires_grad_(), weight)
     with pytest.raises(ValueError, match="bits=5"):
         quantize(normal(2, 2), 5)
     with pytest.raises(ValueError, match="1 values are NaN"):

@@ -1,18 +1,15 @@
 """small_linear: within its rounding of float64, and every row's bits independent of its company, threads and ISA."""
 
 import copy
-import os
-import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linears import normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, _native, small_linear
+from genarm_fast.kernels import Lora, SmallLinear, _native, small_linear
 
 ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
 native = pytest.mark.skipif(not ISAS, reason="no C++ core, or no AVX2")
@@ -30,10 +27,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def normal(*shape, seed=0, dtype=torch.bfloat16):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def reference(x, weight, bias=None, loras=()):
@@ -82,22 +75,6 @@ def test_bound_catches_a_lost_product():
     halves = small_linear(x[:, :288], weight[:, :288].contiguous()) + small_linear(x[:, 288:], weight[:, 288:])
     with pytest.raises(AssertionError):
         assert_exact(halves, x, weight)
-
-
-@native
-@pytest.mark.parametrize(("out", "width"), [(192, 576), (3000, 577), (300, 4096)])
-def test_rows_do_not_depend_on_their_company(isa, threads, out, width):
-    x, weight, bias = normal(400, width), normal(out, width, seed=1), normal(out, seed=2)
-    lora = Lora(normal(8, width, seed=3), normal(8, out, seed=4), 0.5)
-    linear = SmallLinear(weight, bias, [lora])
-    threads(1)
-    alone = torch.cat([linear(row[None], ((0, 1, 0),)) for row in x])
-    for n in (1, 2, 3):
-        threads(n)
-        for rows in [*range(1, 34), 69, 400]:  # 64 + 5 of 4096 inputs: a last table of few rows
-            assert torch.equal(linear(x[:rows], ((0, rows, 0),)), alone[:rows])
-    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # 2 bytes off any alignment
-    assert torch.equal(linear(shifted[5:40], ((0, 35, 0),)), alone[5:40])
 
 
 @native
@@ -189,82 +166,12 @@ def test_pytorch_serves_other_dtypes(dtype, monkeypatch):
         small_linear(x, weight, loras=[(0, 7, *lora[2:])])
 
 
-@pytest.mark.parametrize("core", [True, False])
-@pytest.mark.parametrize("width", [100, 700])
-def test_siblings_are_the_linears_one_by_one(threads, monkeypatch, core, width):
-    if not core:
-        monkeypatch.setattr(_native, "core", None)
-    lora = [Lora(normal(rank, width, seed=rank), normal(rank, 1000, seed=rank + 50), 0.7) for rank in (4, 17)]
-    linears = [
-        SmallLinear(normal(300, width, seed=1), normal(300, seed=2)),
-        SmallLinear(normal(1000, width, seed=3), None, lora),
-        SmallLinear(normal(5, width, seed=4)),
-        SmallLinear(normal(1000, width, seed=5), normal(1000, seed=6), lora[1:]),
-    ]
-    siblings = SiblingLinears(linears)
-    for n in (1, 2):
-        threads(n)
-        for rows in (1, 3, 9, 40):
-            spans = [(), ((0, rows, 1), (1, 2, 0)), (), ((rows, 2 * rows, 0),)]
-            strided = normal(2, rows, width, seed=7).transpose(0, 1)
-            for x in (strided, strided.contiguous()):
-                alone = [linear(x, own) for linear, own in zip(linears, spans)]
-                assert all(map(torch.equal, siblings(x, spans), alone))
-            spans[3] = ()  # negative control
-            assert [torch.equal(*pair) for pair in zip(siblings(x, spans), alone)] == [True, True, True, False]
-
-
-def test_siblings_refuse():
-    linear, wide = SmallLinear(normal(4, 8)), SmallLinear(normal(4, 9))
-    with pytest.raises(ValueError, match=r"linears=\[\]"):
-        SiblingLinears([])
-    with pytest.raises(ValueError, match="spans for 1 linears: expected 2"):
-        SiblingLinears([linear, linear])(normal(2, 8), [()])
-    with pytest.raises(ValueError, match=r"x of shape \(2, 8\)"):
-        SiblingLinears([linear, wide])(normal(2, 8), [(), ()])
-    with pytest.raises(ValueError, match=r"span \(0, 3, 0\)"):
-        SiblingLinears([linear, linear])(normal(2, 8), [(), ((0, 3, 0),)])
-    with pytest.raises(ValueError, match="no gradient"):
-        SiblingLinears([linear])(normal(2, 8).requires_grad_(), [()])
-
-
 @native
 def test_changes_in_place_count():
     weight, x = normal(20, 32), normal(2, 32, seed=1)
     linear = SmallLinear(weight)
     weight.mul_(2)
     assert torch.equal(linear(x), small_linear(x, weight))
-
-
-def test_errors():
-    x, weight = normal(2, 8), normal(4, 8, seed=1)
-    with pytest.raises(ValueError, match=r"weight of shape \(8,\)"):
-        small_linear(x, weight[0])
-    with pytest.raises(ValueError, match=r"x of shape \(2, 7\)"):
-        small_linear(x[:, :7], weight)
-    with pytest.raises(ValueError, match=r"x of shape .* torch.float32"):
-        small_linear(x.float(), weight)
-    with pytest.raises(ValueError, match=r"bias of shape \(8,\).*expected \(4,\)"):
-        small_linear(x, weight, weight[0])
-    with pytest.raises(ValueError, match=r"loras\[0\].b of shape \(3, 4\).*expected \(2, 4\)"):
-        small_linear(x, weight, loras=[(0, 1, normal(2, 8), normal(3, 4), 1.0)])
-    for first, last in ((-1, 1), (0, 3), (2, 1)):
-        with pytest.raises(ValueError, match=rf"span \({first}, {last}, 0\)"):
-            small_linear(x, weight, loras=[(first, last, normal(2, 8), normal(2, 4), 1.0)])
-    with pytest.raises(ValueError, match="no gradient"):
-        small_linear(x.clone().requires_grad_(), weight)
-    with torch.no_grad():
-        small_linear(x.clone().requires_grad_(), weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_spans_that_are_none(dtype):
-    linear = SmallLinear(
-        normal(4, 8, dtype=dtype), None, [Lora(normal(2, 8, dtype=dtype), normal(2, 4, dtype=dtype), 1.0)]
-    )
-    for spans in ([[0, 1, 0]], [0], range(10**18), [(0, 1)], [(0, 1, 0, 0)], [(0, 0.5, 0)], [(0, None, 0)]):
-        with pytest.raises(TypeError, match=r"span .*: expected \(first row, last row, LoRA\), three ints"):
-            linear(normal(2, 8, dtype=dtype), spans)
 
 
 @native
@@ -278,16 +185,6 @@ def test_addresses_stay_with_their_tensors():
     ):
         with pytest.raises(TypeError):
             misuse()
-
-
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda linear: pickle.loads(pickle.dumps(linear))])
-def test_copies(copied):
-    x, spans = normal(2, 8), [(0, 1, 0)]
-    linear = SmallLinear(normal(4, 8), normal(4), [Lora(normal(2, 8), normal(2, 4), 0.5)])
-    expected, (twin,) = linear(x, spans), copied(SiblingLinears([linear])).linears
-    if copied is not copy.copy:
-        linear.weight.zero_()
-    assert torch.equal(twin(x, spans), expected)
 
 
 def test_autocast_takes_spans_along():
@@ -307,27 +204,3 @@ def test_tensors_without_memory_are_left_to_pytorch():
     assert not SmallLinear(torch._efficientzerotensor(4, 8, dtype=torch.bfloat16))(x).any()
     with FakeTensorMode() as mode:
         assert small_linear(mode.from_tensor(x), mode.from_tensor(weight)).shape == (2, 4)
-
-
-@native
-def test_siblings_of_a_generator_are_one_call():
-    assert SiblingLinears(SmallLinear(normal(4, 8)) for _ in range(2))._core is not None
-
-
-@native
-def test_a_forked_process_has_its_own_threads():
-    code = """
-import os, torch
-from genarm_fast.kernels import SmallLinear
-torch.set_num_threads(2)
-linear, x = SmallLinear(torch.ones(2048, 1024).bfloat16()), torch.ones(1, 1024).bfloat16()
-linear(x)
-pid = os.fork()
-for _ in range(50):
-    assert (linear(x) == 1024).all()
-if pid:
-    assert os.waitpid(pid, 0)[1] == 0
-    print("both")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60)
-    assert done.stdout.strip() == "both", done.stderr

@@ -1,22 +1,21 @@
-// Python arguments → small_linear, and quant_linear. The tensors of a `Linears` were checked in Python, those of a call are here.
-#include <algorithm>
-#include <atomic>
+// Python arguments → small_linear and quant_linear. A `Linears`' tensors were checked in Python, those of a call are here.
+#include <cstddef>
 #include <cstring>
-#include <memory>
 #include <new>
 
-#include "common/pool.h"
 #include "common/tensors.h"
+#include "loops.h"
+#include "quant_linear/loops.h"
 #include "quant_linear/quant_linear.h"
-#include "small_linear.h"
+#include "small_linear/loops.h"
+#include "small_linear/small_linear.h"
 
 namespace genarm {
 namespace {
 
 constexpr int kMaxDimensions = 8;
 
-const LinearLoops* loops = nullptr;
-const QuantLoops* quant_loops = &quant_baseline;
+LinearTables tables{nullptr, &quant_baseline, &output_baseline};
 
 // Linears of one width, in the object itself: one miss of the caches less on the way to the weights.
 struct Linears {
@@ -39,7 +38,7 @@ void fill(PyObject* tuple, Linear* linear) {
   long long out, in, rank;
   float scale;
   if (!PyArg_ParseTuple(tuple, "OOLLO!i", &weight, &bias, &out, &in, &PyTuple_Type, &loras, &linear->bits)) return;
-  linear->loops = loops, linear->quant = quant_loops;
+  linear->loops = tables;
   linear->weight = address(weight), linear->packed = reinterpret_cast<const uint8_t*>(linear->weight);
   linear->bias = address(bias), linear->out = out, linear->in = in;
   for (Py_ssize_t i = 0; i < PyTuple_Size(loras); ++i) {
@@ -146,57 +145,15 @@ PyObject* linears_type() {
 }  // namespace
 
 void use_linear_loops(const char* instruction_set) {
-  loops = nullptr, quant_loops = &quant_baseline;
+  tables = {nullptr, &quant_baseline, &output_baseline};
 #ifdef GENARM_X86
-  if (!std::strcmp(instruction_set, "avx2")) loops = &linear_avx2, quant_loops = &quant_avx2;
-  if (!std::strcmp(instruction_set, "avx512")) loops = &linear_avx512, quant_loops = &quant_avx512;
+  if (!std::strcmp(instruction_set, "avx2")) tables = {&linear_avx2, &quant_avx2, &output_avx2};
+  if (!std::strcmp(instruction_set, "avx512")) tables = {&linear_avx512, &quant_avx512, &output_avx512};
 #endif
   (void)instruction_set;
 }
 
-// (weight bfloat16 [out, in], bits) → (codes [out, groups · 32], scales [out, groups], minimums likewise or None), or False
-// where no search finds codes that give the weight back.
-PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
-  if (count != 2) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 2", count);
-  DLTensor weight;
-  const long bits = PyLong_AsLong(in[1]);
-  if (PyErr_Occurred()) return nullptr;
-  if (!borrow(in[0], &weight) || !(type_of(weight) == kBfloat16) || weight.ndim != 2 || !contiguous(weight) ||
-      (bits != 8 && bits != 4)) {
-    Py_RETURN_NONE;
-  }
-  const int64_t out = weight.shape[0], width = weight.shape[1], groups = (width + kGroup - 1) / kGroup;
-  Outputs outputs(3);
-  uint8_t* codes = nullptr;
-  uint16_t *scales = nullptr, *minimums = nullptr;
-  outputs.add(0, bits == 8 ? kInt8 : kUint8, {out, groups * kGroup}, &codes);
-  outputs.add(1, kFloat16, {out, groups}, &scales);
-  if (bits == 4) outputs.add(2, kFloat16, {out, groups}, &minimums);
-  if (outputs.failed()) return nullptr;
-  std::atomic<bool> found{true};
-  const int wanted = threads();
-  {
-    const WithoutGil without_gil;
-    parallel(wanted, out, [&](int64_t first, int64_t last) {
-      for (int64_t at = first * groups; at < last * groups && found.load(std::memory_order_relaxed); ++at) {
-        const int64_t begin = at % groups * kGroup;
-        const uint16_t* from = weight.at<const uint16_t>() + at / groups * width + begin;
-        uint16_t short_one[kGroup];
-        if (width - begin < kGroup) {  // which repeats its last value: that changes neither minimum nor scale
-          for (int i = 0; i < kGroup; ++i) short_one[i] = from[std::min<int64_t>(i, width - begin - 1)];
-          from = short_one;
-        }
-        uint16_t none;
-        if (!quant_loops->grid(static_cast<int>(bits), from, codes + at * kGroup, scales + at,
-                               bits == 4 ? minimums + at : &none)) {
-          found = false;
-        }
-      }
-    });
-  }
-  if (!found) Py_RETURN_FALSE;
-  return outputs.release();
-}
+LinearTables linear_tables() { return tables; }
 
 // (what `fill` takes, ...) of one width → Linears that keep the instruction set of now; None where that has no loops.
 PyObject* linears(PyObject*, PyObject* all) {
@@ -214,7 +171,7 @@ PyObject* linears(PyObject*, PyObject* all) {
   }
   bool runs = true;
   for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); ++i) {
-    runs = runs && (loops || (made[i].bits != 16 && made[i].loras.empty()));
+    runs = runs && (tables.small || (made[i].bits != 16 && made[i].loras.empty()));
   }
   if (PyErr_Occurred()) Py_CLEAR(self);
   if (runs || !self) return self;

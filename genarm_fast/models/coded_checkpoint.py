@@ -1,0 +1,106 @@
+"""Checkpoints of GPTQ, AWQ and compressed-tensors, read without these packages: plain models, and codes of matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from genarm_fast.kernels.quant_linear import QuantWeight
+from genarm_fast.models import codes
+from genarm_fast.models.files import WEIGHTS, read_object, refusing
+from genarm_fast.models.hub import Source
+
+METHODS = ("awq", "compressed-tensors", "gptq")
+PARTS = {  # what tensors of a coded matrix are called; the first is always there
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": (
+        "weight_scale",
+        "weight_packed",
+        "weight",
+        "weight_shape",
+        "weight_zero_point",
+        "weight_g_idx",
+    ),
+}
+NEEDED = {"gptq": 3, "awq": 3, "compressed-tensors": 1}  # of these
+OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")  # which stay bfloat16 here
+READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], codes.Coded]] = {
+    "gptq": codes.gptq,
+    "awq": codes.awq,
+    "compressed-tensors": codes.compressed_tensors,
+}
+
+
+def coded(member: str, place: Source) -> dict[str, Any] | None:
+    """The quantization_config of a checkpoint's config.json, None where it has none."""
+    found = read_object(member, place, "config.json").get("quantization_config")
+    return found if isinstance(found, dict) else None
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("quant_method", "")).replace("_", "-").lower()
+
+
+def check_method(what: str, place: Source, config: Mapping[str, Any], how: str) -> None:
+    """Raises ValueError for a checkpoint whose codes are not read here, naming its method."""
+    method = method_of(config)
+    if method not in METHODS:
+        raise ValueError(f"{what}: a checkpoint of quant_method={method!r}: expected none, or {', '.join(METHODS)}")
+    if how != "exact":
+        raise ValueError(f"{what}: a checkpoint of {method}: expected quantization='exact', which takes its codes")
+    if not Path(place).is_dir():
+        raise ValueError(f"{what}: a checkpoint of {method}: expected a folder, where codes are read")
+
+
+def read(what: str, folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, QuantWeight]]:
+    """The plain model's tensors, those of coded matrices as bfloat16; and the codes of those that have some of ours.
+
+    Raises ValueError for tensors that do not fit together, and for kinds that are not read, naming the matrix.
+    """
+    method, tensors = method_of(config), dict(_tensors(what, folder))
+    parts, marks = PARTS[method], ("weight_scale",) if method == "compressed-tensors" else ("qweight",)
+    taken: dict[str, QuantWeight] = {}
+    for module in sorted(name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in marks):
+        own = {part: tensors.pop(f"{module}.{part}") for part in parts if f"{module}.{part}" in tensors}
+        for part in OF_ACTIVATIONS:
+            tensors.pop(f"{module}.{part}", None)
+        name = f"{module}.weight"
+        missing = [part for part in parts[: NEEDED[method]] if part not in own]
+        if missing:
+            raise ValueError(f"{what}: {module}: expected {', '.join(parts[: NEEDED[method]])}, lacks {missing[0]}")
+        with refusing(f"{what}: {name} of {method}", "codes, zeros and scales that fit together"):
+            found = READERS[method](own, _scheme(config, method))
+            if not found.scales.isfinite().all():
+                raise ValueError("scales are NaN or infinite")
+            if int(found.group.min()) < 0 or int(found.group.max()) >= found.scales.shape[1]:
+                raise ValueError(f"groups up to {int(found.group.max())}, of {found.scales.shape[1]}")
+            held = found.held()
+            tensors[name] = codes.as_bfloat16(found, held)
+        if held is not None:
+            taken[name] = held
+    return tensors, taken
+
+
+def _scheme(config: Mapping[str, Any], method: str) -> Mapping[str, Any]:
+    """What says how all matrices are coded. compressed-tensors may have several groups of them: of one kind here."""
+    if method != "compressed-tensors":
+        return config
+    schemes = [group for group in (config.get("config_groups") or {}).values() if group.get("weights")]
+    if not schemes or any(scheme["weights"] != schemes[0]["weights"] for scheme in schemes):
+        raise ValueError(f"{len(schemes)} kinds of weights in config_groups: expected one")
+    return schemes[0]
+
+
+def _tensors(what: str, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    files = sorted(folder.glob(WEIGHTS[0]))
+    if not files:
+        raise ValueError(f"{what}: {folder}: expected safetensors, it has none")
+    for path in files:
+        with refusing(f"{what}: {path}", "a whole safetensors file"), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                yield name, file.get_tensor(name)

@@ -1,0 +1,100 @@
+// Parts of a product that do not depend on how its weights are held: blocks of rows, LoRA, bias and rounding.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "linear.h"
+#include "loops.h"
+#include "small_linear/loops.h"
+
+namespace genarm {
+
+constexpr std::align_val_t kLine{64};
+
+struct FreeAligned {
+  void operator()(void* memory) const { operator delete[](memory, kLine); }
+};
+
+template <typename T>
+using Aligned = std::unique_ptr<T[], FreeAligned>;
+
+template <typename T>
+Aligned<T> aligned(int64_t count) {
+  return Aligned<T>(static_cast<T*>(operator new[](count * sizeof(T), kLine)));
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads that are worth it, where each should have so many bytes of weights, which pass by so many times.
+inline int worth_it(const std::vector<Product>& products, int64_t passes, int64_t thread_bytes, int threads) {
+  int64_t work = 0;
+  for (const Product& product : products) work += product.linear->out * product.linear->in * product.linear->bits / 8;
+  return static_cast<int>(std::min<int64_t>(threads, work * passes / thread_bytes));
+}
+
+// Rows first .. last - 1 in blocks that have as many rows as each other, or one more.
+struct Blocks {
+  int64_t first, last, count;
+  int64_t start(int64_t block) const { return first + (last - first) * block / count; }
+};
+
+struct Adapted {
+  const Product* product;
+  Span span;
+  const Lora& lora;
+  std::vector<float> hidden;  // [rows of the span, rank]: scale · x Aᵀ
+};
+
+inline std::vector<Adapted> adapted_of(const std::vector<Product>& products) {
+  std::vector<Adapted> found;
+  for (const Product& product : products) {
+    for (const Span& span : product.spans) {
+      const Lora& lora = product.linear->loras[span.lora];
+      found.push_back({&product, span, lora, std::vector<float>((span.last - span.first) * lora.rank)});
+    }
+  }
+  return found;
+}
+
+// `hidden` of rows first .. last - 1, which lie in `blocks` as small_linear has them; `after`: weights read next, or null.
+inline void contract(const LinearLoops& loops, Dots dots, int64_t first, int64_t last, const uint16_t* after,
+                     Adapted* adapted) {
+  const Lora& lora = adapted->lora;
+  float y[kTile * kPanelRow];
+  dots.y = y, dots.cold = true;
+  for (int64_t j = 0; j < lora.rank; j += kOutputs) {
+    dots.outputs = static_cast<int>(std::min<int64_t>(kOutputs, lora.rank - j));
+    dots.w = lora.a + j * dots.in;
+    dots.next = j + kOutputs < lora.rank ? dots.w + kOutputs * dots.in : after ? after : dots.w;
+    loops.dots(dots);
+    for (int64_t row = first; row < last; ++row) {
+      float* hidden = adapted->hidden.data() + (row - adapted->span.first) * lora.rank + j;
+      for (int o = 0; o < dots.outputs; ++o) hidden[o] = lora.scale * y[(row - first) * kPanelRow + o];
+    }
+  }
+}
+
+// LoRA, bias and rounding of rows first .. last - 1 and `count` outputs from `output` on; y: their sums.
+inline void finish(const Product& product, const std::vector<Adapted>& all, int64_t first, int64_t last,
+                   int64_t output, int count, float* y, int64_t stride) {
+  const Linear& linear = *product.linear;
+  for (const Adapted& adapted : all) {
+    if (adapted.product != &product) continue;
+    const Span& span = adapted.span;
+    const Lora& lora = adapted.lora;
+    for (int64_t row = std::max(first, span.first); row < std::min(last, span.last); ++row) {
+      linear.loops.output->expand(adapted.hidden.data() + (row - span.first) * lora.rank, lora.rank, lora.b + output,
+                                  linear.out, count, y + (row - first) * stride);
+    }
+  }
+  const uint16_t* bias = linear.bias ? linear.bias + output : nullptr;
+  for (int64_t row = first; row < last; ++row) {
+    linear.loops.output->store(y + (row - first) * stride, bias, count, product.y + row * linear.out + output);
+  }
+}
+
+}  // namespace genarm

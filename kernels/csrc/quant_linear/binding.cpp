@@ -1,0 +1,57 @@
+// Python arguments → the search for codes that give a matrix back.
+#include <algorithm>
+#include <atomic>
+
+#include "common/pool.h"
+#include "common/tensors.h"
+#include "linear/linear.h"
+#include "loops.h"
+
+namespace genarm {
+
+// (weight bfloat16 [out, in], bits) → (codes [out, groups · 32], scales [out, groups], minimums likewise or None), or False
+// where no search finds codes that give the weight back.
+PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 2", count);
+  DLTensor weight;
+  const long bits = PyLong_AsLong(in[1]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!borrow(in[0], &weight) || !(type_of(weight) == kBfloat16) || weight.ndim != 2 || !contiguous(weight) ||
+      (bits != 8 && bits != 4)) {
+    Py_RETURN_NONE;
+  }
+  const int64_t out = weight.shape[0], width = weight.shape[1], groups = (width + kGroup - 1) / kGroup;
+  Outputs outputs(3);
+  uint8_t* codes = nullptr;
+  uint16_t *scales = nullptr, *minimums = nullptr;
+  outputs.add(0, bits == 8 ? kInt8 : kUint8, {out, groups * kGroup}, &codes);
+  outputs.add(1, kFloat16, {out, groups}, &scales);
+  if (bits == 4) outputs.add(2, kFloat16, {out, groups}, &minimums);
+  if (outputs.failed()) return nullptr;
+  std::atomic<bool> found{true};
+  const int wanted = threads();
+  const QuantLoops& loops = *linear_tables().quant;
+  {
+    const WithoutGil without_gil;
+    parallel(wanted, out, [&](int64_t first, int64_t last) {
+      for (int64_t at = first * groups; at < last * groups && found.load(std::memory_order_relaxed); ++at) {
+        const int64_t begin = at % groups * kGroup;
+        const uint16_t* from = weight.at<const uint16_t>() + at / groups * width + begin;
+        uint16_t short_one[kGroup];
+        if (width - begin < kGroup) {  // which repeats its last value: that changes neither minimum nor scale
+          for (int i = 0; i < kGroup; ++i) short_one[i] = from[std::min<int64_t>(i, width - begin - 1)];
+          from = short_one;
+        }
+        uint16_t none;
+        if (!loops.grid(static_cast<int>(bits), from, codes + at * kGroup, scales + at,
+                               bits == 4 ? minimums + at : &none)) {
+          found = false;
+        }
+      }
+    });
+  }
+  if (!found) Py_RETURN_FALSE;
+  return outputs.release();
+}
+
+}  // namespace genarm

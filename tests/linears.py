@@ -1,0 +1,46 @@
+"""Linears of every way of holding a weight, for tests of what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genarm_fast.kernels import Lora, QuantLinear, QuantWeight, SmallLinear
+
+KINDS = (16, 8, 4)  # bits of a weight
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(*shape: int, seed: int = 0) -> Tensor:
+    """Rows with a few large values, as the first tokens of a text have."""
+    x = normal(*shape, seed=seed, dtype=torch.float32)
+    return (x * normal(*shape, seed=seed + 1, dtype=torch.float32).mul(2).exp()).bfloat16()
+
+
+def random_weight(out: int, width: int, bits: int, seed: int = 0) -> QuantWeight:
+    """All codes there are, and scales of any size and sign."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-width // 32)
+    scales = (torch.randn(out, groups, generator=generator) * 0.01).half()
+    if bits == 8:
+        codes = torch.randint(-128, 128, (out, width), generator=generator).to(torch.int8)
+        return QuantWeight(codes, scales)
+    codes = torch.randint(0, 16, (out, width), generator=generator).to(torch.uint8)
+    return QuantWeight(codes, scales, (torch.randn(out, groups, generator=generator) * 0.1).half())
+
+
+def made(
+    bits: int, out: int, width: int, bias: Tensor | None = None, loras: Sequence[Lora] = (), seed: int = 1
+) -> SmallLinear | QuantLinear:
+    if bits == 16:
+        return SmallLinear(normal(out, width, seed=seed), bias, loras)
+    return QuantLinear(random_weight(out, width, bits, seed), bias, loras)
+
+
+def ranks(out: int, width: int, *each: int) -> list[Lora]:
+    return [Lora(normal(rank, width, seed=rank), normal(rank, out, seed=rank + 50), 0.7) for rank in each]
