@@ -8,6 +8,9 @@ from engines import PROMPTS, TOKENIZER, asking, engine, generated, loaded, naive
 from vllm.exceptions import VLLMValidationError
 
 from genarm_fast import ARM, SamplingParams
+from genarm_fast.integrations.vllm import sampler
+from genarm_fast.integrations.vllm.member_logits import MemberLogits
+from genarm_fast.kernels import guided_sample
 
 ARMS = ["qwen", "padded", "window"]
 DEFAULTS = [0.8, 1.0, -0.4]
@@ -81,12 +84,54 @@ def assert_same(llm, ours, kinds, tokens=TOKENS):
     assert found != [list(output.token_ids) for output in ours.generate(prompts, others)]
 
 
-def test_same_seed_same_tokens(llm, ours):
-    assert_same(llm, ours, SAMPLED)
-
-
 def test_penalties_bias_and_allowed_tokens_act_as_in_genarm(llm, ours):
     assert_same(llm, ours, ADJUSTED)
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """How many members' logits each call of `guided_sample` read: 1 where they were combined before."""
+    counts = []
+
+    def counted(base, arms, weights, **options):
+        counts.append(1 + len(arms))
+        return guided_sample(base, arms, weights, **options)
+
+    monkeypatch.setattr(sampler, "guided_sample", counted)
+    return counts
+
+
+def test_same_seed_same_tokens(llm, ours, draws, monkeypatch):
+    """By one read of the members' own logits, and through a combined tensor."""
+    assert_same(llm, ours, SAMPLED)
+    assert set(draws) == {1 + len(ARMS)}
+    draws.clear()
+    monkeypatch.setattr(sampler.GuidedSampler, "takes_members", lambda self, requests: False)
+    assert_same(llm, ours, SAMPLED)
+    assert set(draws) == {1}
+
+
+def test_exchanged_members_are_noticed(llm, ours, monkeypatch):
+    """The control of the test above: ARMs' logits under each other's weights give other tokens."""
+    right = MemberLogits.__init__
+
+    def exchanged(self, base, arms, weights, vocab_size):
+        right(self, base, arms[::-1], weights, vocab_size)
+
+    monkeypatch.setattr(MemberLogits, "__init__", exchanged)
+    with pytest.raises(AssertionError):
+        assert_same(llm, ours, SAMPLED[:2])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"logprobs": 0}, {"repetition_penalty": 1.1}, {"logit_bias": {70: 1.0}}, {"bad_words": ["the"]}, {"min_tokens": 2}],
+)
+def test_what_reads_combined_logits_gets_them(llm, draws, asked):
+    """In a batch with a request that does not need them."""
+    requests = [asking([0.5, 0.5, 0.5], max_tokens=3, **each) for each in ({}, asked)]
+    assert all(len(tokens) == 3 for tokens in generated(llm, PROMPTS[:2], requests))
+    assert 1 in draws
 
 
 def test_log_probabilities_are_the_guided_ones(llm, members):

@@ -23,8 +23,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.sequence import IntermediateTensors
 
 from genarm_fast.integrations.vllm.lanes import add_lanes, load_lanes
+from genarm_fast.integrations.vllm.member_logits import MemberLogits
 from genarm_fast.integrations.vllm.served import Served, ServedARM
-from genarm_fast.kernels.guided_sample.reference import combine
 
 PARTS = 3  # a float32 weight as so many bfloat16 numbers, whose sum it is exactly: 3 x 8 bits
 
@@ -56,6 +56,7 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         self.order = [i for i, arm in enumerate(self.served.arms) if arm.lane]
         self.order += [i for i, arm in enumerate(self.served.arms) if not arm.lane]
         self.vocab_size = self.served.vocab_size or vllm_config.model_config.get_vocab_size()
+        self.apart = False  # whether the next `compute_logits` leaves the members' logits as they are
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -119,16 +120,27 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
             arm_weights = torch.zeros(len(hidden[0]), self.arms, device=hidden[0].device)
         return torch.cat([*hidden, *self.parts(arm_weights[: len(hidden[0])], hidden[0].dtype)], dim=-1)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Combined logits, float32 [N, V] of the base's width; -inf behind the tokens that all members share."""
-        *hidden, a, b, c = hidden_states.split(self.sizes, dim=-1)
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | MemberLogits | None:
+        """Combined logits, float32 [N, V] of the base's width; -inf behind the tokens that all members share.
+
+        The members' own where the step asked for those, by `apart`, which holds for one call: prompt
+        log-probabilities call again in the same step. None on a tensor-parallel rank that draws nothing.
+        """
+        apart, self.apart = self.apart, False
+        logits = self.member_logits(hidden_states)
+        return logits if apart or logits is None else logits.combined()
+
+    def member_logits(self, hidden_states: Tensor) -> MemberLogits | None:
+        """Each member's head on its own part of the hidden states; lanes share one read of the base's head."""
+        rows, lanes = len(hidden_states), self.lanes
+        *hidden, a, b, c = hidden_states.split([sum(self.sizes[:lanes]), *self.sizes[lanes:]], dim=-1)
         weights = a.float() + b.float() + c.float()
-        logits = [head.compute_logits(each.contiguous()) for head, each in zip(self.heads(), hidden)]
-        if any(each is None for each in logits):  # of another tensor-parallel rank than the first
+        stacked = self.base.compute_logits(hidden[0].reshape(rows * lanes, -1).contiguous())
+        beside = [member.compute_logits(each.contiguous()) for member, each in zip(self.members()[1:], hidden[1:])]
+        if stacked is None or any(each is None for each in beside):
             return None
-        size = self.vocab_size
-        combined, _ = combine(logits[0][:, :size], [each[:, :size] for each in logits[1:]], weights[:, self.order])
-        return nn.functional.pad(combined, (0, logits[0].shape[-1] - size), value=-torch.inf)
+        base, *arms = stacked.unflatten(0, (rows, lanes)).unbind(1)
+        return MemberLogits(base, (*arms, *beside), weights[:, self.order], self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         beside = tuple(f"{name}." for name in self.names[1:])

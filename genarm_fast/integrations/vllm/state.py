@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from genarm_fast.integrations.vllm.request_weights import requested_weights
-from genarm_fast.integrations.vllm.sampler import CoupledVerifier, draw_by_our_contract
+from genarm_fast.integrations.vllm.sampler import CoupledVerifier, GuidedSampler, draw_by_our_contract
 from genarm_fast.integrations.vllm.selfcheck import check_model
 
 
@@ -20,6 +20,7 @@ class GenARMState(DefaultModelState):
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.served = model.served
+        self.sampler: GuidedSampler | None = None  # on ranks that draw, see custom_sampler
         arms = len(self.served.arms)
         self.weights = StagedWriteTensor((self.max_num_reqs, arms), dtype=torch.float32, device=device)
         # CUDA graphs read it at this address, whatever the step.
@@ -42,11 +43,13 @@ class GenARMState(DefaultModelState):
         row = torch.searchsorted(ends, torch.arange(tokens, device=self.device), right=True)
         self.by_token[:tokens] = self.weights.gpu[input_batch.idx_mapping[row].long()]
         inputs["arm_weights"] = self.by_token[: input_batch.num_tokens_after_padding]
+        self.model.apart = self.sampler is not None and self.sampler.takes_members(input_batch.idx_mapping_np)
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         inputs["arm_weights"] = self.by_token[:num_tokens]
+        self.model.apart = False
         return inputs
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -56,6 +59,6 @@ class GenARMState(DefaultModelState):
             RuntimeError: the guided model is not what the formula gives, see selfcheck.py.
         """
         check_model(self.model)
-        sampler = draw_by_our_contract(sampler)
+        self.sampler = draw_by_our_contract(sampler)
         speculation = self.vllm_config.speculative_config
-        return sampler, None if speculation is None else CoupledVerifier(sampler, speculation, self.device)
+        return self.sampler, None if speculation is None else CoupledVerifier(self.sampler, speculation, self.device)
