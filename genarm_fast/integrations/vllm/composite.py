@@ -51,11 +51,12 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
             setattr(self, name, initialize_model(config, prefix=name))
             sizes.append(config.model_config.hf_config.get_text_config().hidden_size)
             self.secondary_weights.append(DefaultModelLoader.Source(arm.model, None, prefix=f"{name}."))
-        self.sizes = [*sizes, *[self.arms] * PARTS]
+        self.sizes = [*sizes, *[1 + self.arms] * PARTS]
         # Rows of `compute_logits` come lanes first; weights come in the order of the ARMs.
         self.order = [i for i, arm in enumerate(self.served.arms) if arm.lane]
         self.order += [i for i, arm in enumerate(self.served.arms) if not arm.lane]
         self.vocab_size = self.served.vocab_size or vllm_config.model_config.get_vocab_size()
+        self.rewards = False  # whether the step has rows that are an ARM's rewards, without the base
         self.apart = False  # whether the next `compute_logits` leaves the members' logits as they are
 
     @staticmethod
@@ -101,9 +102,9 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         arm_weights: Tensor | None = None,
         **_: Any,
     ) -> Tensor | IntermediateTensors:
-        """Hidden states of tokens [N]: [N, sum of the members' sizes + 3 m], where m weights are as three parts each.
+        """Hidden states of tokens [N]: [N, sum of the members' sizes + 3 (1 + m)]: weights are three parts each.
 
-        arm_weights: float32 [N, m], in the order of the ARMs.
+        arm_weights: float32 [N, 1 + m], the base's, 1 or 0, and then in the order of the ARMs.
         """
         outputs: list[Any] = []
         for name, member in zip(self.names, self.members()):
@@ -117,7 +118,7 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
             return IntermediateTensors(sent)
         hidden = [*outputs[0].chunk(self.lanes), *outputs[1:]]
         if arm_weights is None:  # a profiling run, whose result nobody reads
-            arm_weights = torch.zeros(len(hidden[0]), self.arms, device=hidden[0].device)
+            arm_weights = torch.zeros(len(hidden[0]), 1 + self.arms, device=hidden[0].device)
         return torch.cat([*hidden, *self.parts(arm_weights[: len(hidden[0])], hidden[0].dtype)], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | MemberLogits | None:
@@ -128,7 +129,9 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         """
         apart, self.apart = self.apart, False
         logits = self.member_logits(hidden_states)
-        return logits if apart or logits is None else logits.combined()
+        if apart or logits is None:
+            return logits
+        return logits.combined(self.rewards)
 
     def member_logits(self, hidden_states: Tensor) -> MemberLogits | None:
         """Each member's head on its own part of the hidden states; lanes share one read of the base's head."""
@@ -140,7 +143,7 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         if stacked is None or any(each is None for each in beside):
             return None
         base, *arms = stacked.unflatten(0, (rows, lanes)).unbind(1)
-        return MemberLogits(base, (*arms, *beside), weights[:, self.order], self.vocab_size)
+        return MemberLogits(base, (*arms, *beside), weights[:, 1:][:, self.order], weights[:, 0], self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         beside = tuple(f"{name}." for name in self.names[1:])

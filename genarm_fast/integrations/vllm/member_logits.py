@@ -18,12 +18,14 @@ class MemberLogits:
     processor, grammar or log-probability looks at: a shape, and slices of rows. All else raises.
 
     base, arms: [N, V] each, of any dtype; widths may differ. weights: float32 [N, m], in the order of `arms`.
+    own: float32 [N], 0 in rows that leave the base out, which are for `combined` alone; 1 in all others.
     vocab_size: token ids that all members share.
     """
 
     base: Tensor
     arms: tuple[Tensor, ...]
     weights: Tensor
+    own: Tensor
     vocab_size: int
 
     @property
@@ -35,10 +37,16 @@ class MemberLogits:
 
     def __getitem__(self, rows: slice) -> MemberLogits:
         arms = tuple(each[rows] for each in self.arms)
-        return replace(self, base=self.base[rows], arms=arms, weights=self.weights[rows])
+        return replace(self, base=self.base[rows], arms=arms, weights=self.weights[rows], own=self.own[rows])
 
-    def combined(self) -> Tensor:
-        """float32 [N, V] of the base's width; -inf behind the tokens that all members share."""
+    def combined(self, rewards: bool = False) -> Tensor:
+        """float32 [N, V] of the base's width; -inf behind the tokens that all members share.
+
+        rewards: whether a row may leave the base out, which costs a pass over its logits.
+        """
         size = self.vocab_size
-        found, _ = combine(self.base[:, :size], [each[:, :size] for each in self.arms], self.weights)
+        base = self.base[:, :size]
+        if rewards:
+            base = base.masked_fill((self.own == 0)[:, None], 0.0)
+        found, _ = combine(base, [each[:, :size] for each in self.arms], self.weights)
         return nn.functional.pad(found, (0, self.base.shape[-1] - size), value=-torch.inf)

@@ -32,13 +32,13 @@ def check_model(model: Any) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(parameter.device)
 
-    weights = random(ROWS, model.arms)
-    weights[-1] = 0.0
+    weights = torch.cat([random(ROWS, 1).fill_(1.0), random(ROWS, model.arms)], dim=-1)
+    weights[-1, 1:] = 0.0
     hidden = [random(ROWS, size).to(dtype) for size in model.sizes[: -len(model.parts(weights, dtype))]]
     found = model.compute_logits(torch.cat([*hidden, *model.parts(weights, dtype)], dim=-1))
     own = [head.compute_logits(each) for head, each in zip(model.heads(), hidden)]
     if found is not None:
-        _check_logits(found, own, weights[:, model.order], model.vocab_size)
+        _check_logits(found, own, weights[:, 1:][:, model.order], model.vocab_size)
     linears = [m for m in model.base.modules() if isinstance(getattr(m, "quant_method", None), LaneMethod)]
     for linear in linears[:LINEARS]:
         _check_lanes(linear, random)
