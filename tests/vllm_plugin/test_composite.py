@@ -123,16 +123,10 @@ def test_exchanged_members_are_noticed(llm, ours, monkeypatch):
         assert_same(llm, ours, SAMPLED[:2])
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"logprobs": 0},
-        {"repetition_penalty": 1.1},
-        {"logit_bias": {70: 1.0}},
-        {"bad_words": ["the"]},
-        {"min_tokens": 2},
-    ],
-)
+READERS = [{"logprobs": 0}, {"repetition_penalty": 1.1}, {"logit_bias": {70: 1.0}}, {"bad_words": ["the"]}]
+
+
+@pytest.mark.parametrize("asked", READERS)
 def test_what_reads_combined_logits_gets_them(llm, draws, asked):
     """In a batch with a request that does not need them."""
     requests = [asking([0.5, 0.5, 0.5], max_tokens=3, **each) for each in ({}, asked)]
