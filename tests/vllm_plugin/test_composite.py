@@ -181,9 +181,17 @@ def test_grammars_hold(llm):
 
 
 @pytest.mark.parametrize(
-    "wrong", [[1.0], {"arm_weights": "x"}, {"arm_weights.nobody": 1.0}, {"arm_reward": "nobody"}, [9.0, 0.0, 0.0]]
+    "wrong",
+    [
+        [1.0],
+        {"arm_weights": "x"},
+        {"arm_weights.nobody": 1.0},
+        {"arm_reward": "nobody"},
+        {"arm_reward": "qwen"},
+        [9.0, 0.0, 0.0],
+    ],
 )
 def test_wrong_weights_are_refused_and_the_engine_lives_on(llm, wrong):
-    with pytest.raises(VLLMValidationError, match=r"arm_(weights: |reward=).*expected"):
+    with pytest.raises(VLLMValidationError, match=r"arm_(weights: |reward).*expected"):
         generated(llm, PROMPTS[:1], asking(wrong))
     assert len(generated(llm, PROMPTS[:1], asking([0.5, 0.5, 0.5], max_tokens=2))[0]) == 2
