@@ -23,7 +23,7 @@ import torch
 from engines import PROMPTS, TEXTS, TOKENIZER, loaded, naive
 
 TOKENS = 8
-START = 200  # seconds for a start, on a machine that is busy
+START = 270  # seconds for a start, on a machine that is busy
 
 
 class Server:
