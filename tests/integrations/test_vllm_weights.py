@@ -45,6 +45,7 @@ def test_by_position_by_name_and_by_default(extra, expected):
         ({"arm_weights": [[1.0, 0.5], 1.0]}, r"a number for each ARM \(kind, terse.2\), not one for each token"),
         ({"arm_weights.kind": [1.0, 2.0]}, "not one for each token"),
         ({"arm_reward": "nobody"}, "arm_reward='nobody': expected the name of an ARM, one of kind, terse.2"),
+        ({"arm_rewards": "kind"}, "arm_rewards: expected arm_reward, with the name of an ARM: kind, terse.2"),
         ({"arm_reward": 1}, "arm_reward=1: expected the name of an ARM"),
         ({"arm_reward": "kind", "arm_weights": [1, 1]}, "arm_reward, arm_weights: expected one of them"),
         ({"arm_weights.kind": -2.5}, "kind=-2.5: expected -2..2"),

@@ -66,7 +66,7 @@ class LaneMethod(LinearMethodBase):
         self.inner.process_weights_after_loading(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        # Out of place: of `y[rows] += ...` Inductor's code for CPUs (torch 2.13) leaves rows unwritten, at random.
+        # Out of place: with `y[rows] += ...` Inductor's code for CPUs (torch 2.13) gave NaN in some rows, now and then.
         lanes = 1 + len(self.deltas)
         first, *rows = self.inner.apply(layer, x, bias).chunk(lanes)
         for i, (delta, own) in enumerate(zip(self.deltas, x.chunk(lanes)[1:])):

@@ -18,6 +18,9 @@ def rewarding(extra_args: Mapping[str, Any] | None, served: Served) -> str | Non
     Raises:
         ValueError: no name of an ARM, or weights beside it.
     """
+    for key in extra_args or {}:
+        if key.startswith(REWARD) and key != REWARD:
+            raise ValueError(f"{key}: expected {REWARD}, with the name of an ARM: {', '.join(served.names)}")
     name = (extra_args or {}).get(REWARD)
     if name is None:
         return None
