@@ -43,7 +43,8 @@ test: $(VENV)/.installed-dev
 
 # The folder `site` lets vLLM's V2 runner start without a GPU.
 test-vllm: $(VLLM)/.installed
-	PYTHONPATH=tests/vllm_plugin/site OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile tests/vllm_plugin $(ARGS)
+	PYTHONPATH=tests/vllm_plugin/site OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n 2 --dist loadfile \
+		--durations 20 tests/vllm_plugin $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) ruff check .

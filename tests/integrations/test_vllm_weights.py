@@ -20,6 +20,7 @@ SERVED = Served((ServedARM("kind", "a", 0.5), ServedARM("terse.2", "b", -1.0)), 
         ({"arm_weights": 1.5}, (1.5, 1.5)),
         ({"arm_weights": {"kind": 0.0}}, (0.0, -1.0)),
         ({"arm_weights.terse.2": 0.25}, (0.5, 0.25)),
+        ({"arm_reward": "kind"}, (1.0, 0.0)),
         ({"arm_weights.kind": -1, "arm_weights.terse.2": 1, "session_id": "x"}, (-1.0, 1.0)),
     ],
 )
@@ -43,6 +44,10 @@ def test_by_position_by_name_and_by_default(extra, expected):
         ({"arm_weights": [1.0, 2.5]}, "terse.2=2.5: expected -2..2, the range of this server"),
         ({"arm_weights": [[1.0, 0.5], 1.0]}, r"a number for each ARM \(kind, terse.2\), not one for each token"),
         ({"arm_weights.kind": [1.0, 2.0]}, "not one for each token"),
+        ({"arm_reward": "nobody"}, "arm_reward='nobody': expected the name of an ARM, one of kind, terse.2"),
+        ({"arm_rewards": "kind"}, "arm_rewards: expected arm_reward, with the name of an ARM: kind, terse.2"),
+        ({"arm_reward": 1}, "arm_reward=1: expected the name of an ARM"),
+        ({"arm_reward": "kind", "arm_weights": [1, 1]}, "arm_reward, arm_weights: expected one of them"),
         ({"arm_weights.kind": -2.5}, "kind=-2.5: expected -2..2"),
     ],
 )

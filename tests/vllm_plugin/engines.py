@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from processes import end, show_stacks, started
 from tiny_models import build_model, build_tokenizer, save_adapter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -66,11 +67,16 @@ def engine(folder: Path, arms: Sequence[Any], *, base: str = "base", **options: 
         "kv_cache_memory_bytes": 64 << 20,
         "distributed_executor_backend": "uni",
     }
-    llm = LLM(**engine_args(folder / base, specs, **(settings | options)))
+    before = {process.pid for process in started()}
     try:
+        llm = LLM(**engine_args(folder / base, specs, **(settings | options)))
         yield llm
-    finally:
         llm.llm_engine.engine_core.shutdown()
+    except BaseException:
+        show_stacks([process for process in started() if process.pid not in before])
+        raise
+    finally:
+        end([process for process in started() if process.pid not in before])
 
 
 def generated(llm: Any, prompts: Sequence[Sequence[int]], params: Any) -> list[list[int]]:

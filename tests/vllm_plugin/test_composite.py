@@ -8,6 +8,9 @@ from engines import PROMPTS, TOKENIZER, asking, engine, generated, loaded, naive
 from vllm.exceptions import VLLMValidationError
 
 from genarm_fast import ARM, SamplingParams
+from genarm_fast.integrations.vllm import sampler
+from genarm_fast.integrations.vllm.member_logits import MemberLogits
+from genarm_fast.kernels import guided_sample
 
 ARMS = ["qwen", "padded", "window"]
 DEFAULTS = [0.8, 1.0, -0.4]
@@ -81,12 +84,54 @@ def assert_same(llm, ours, kinds, tokens=TOKENS):
     assert found != [list(output.token_ids) for output in ours.generate(prompts, others)]
 
 
-def test_same_seed_same_tokens(llm, ours):
-    assert_same(llm, ours, SAMPLED)
-
-
 def test_penalties_bias_and_allowed_tokens_act_as_in_genarm(llm, ours):
     assert_same(llm, ours, ADJUSTED)
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """How many members' logits each call of `guided_sample` read: 1 where they were combined before."""
+    counts = []
+
+    def counted(base, arms, weights, **options):
+        counts.append(1 + len(arms))
+        return guided_sample(base, arms, weights, **options)
+
+    monkeypatch.setattr(sampler, "guided_sample", counted)
+    return counts
+
+
+def test_same_seed_same_tokens(llm, ours, draws, monkeypatch):
+    """By one read of the members' own logits, and through a combined tensor."""
+    assert_same(llm, ours, SAMPLED)
+    assert set(draws) == {1 + len(ARMS)}
+    draws.clear()
+    monkeypatch.setattr(sampler.GuidedSampler, "takes_members", lambda self, requests: False)
+    assert_same(llm, ours, SAMPLED)
+    assert set(draws) == {1}
+
+
+def test_exchanged_members_are_noticed(llm, ours, monkeypatch):
+    """The control of the test above: ARMs' logits under each other's weights give other tokens."""
+    right = MemberLogits.__init__
+
+    def exchanged(self, base, arms, *rest):
+        right(self, base, arms[::-1], *rest)
+
+    monkeypatch.setattr(MemberLogits, "__init__", exchanged)
+    with pytest.raises(AssertionError):
+        assert_same(llm, ours, SAMPLED[:2])
+
+
+READERS = [{"logprobs": 0}, {"repetition_penalty": 1.1}, {"logit_bias": {70: 1.0}}, {"bad_words": ["the"]}]
+
+
+@pytest.mark.parametrize("asked", READERS)
+def test_what_reads_combined_logits_gets_them(llm, draws, asked):
+    """In a batch with a request that does not need them."""
+    requests = [asking([0.5, 0.5, 0.5], max_tokens=3, **each) for each in ({}, asked)]
+    assert all(len(tokens) == 3 for tokens in generated(llm, PROMPTS[:2], requests))
+    assert 1 in draws
 
 
 def test_log_probabilities_are_the_guided_ones(llm, members):
@@ -107,6 +152,25 @@ def test_log_probabilities_are_the_guided_ones(llm, members):
     assert [p for *_, p in prompt] != pytest.approx([float(own[0][i - 1, t]) for i, t, _ in prompt], abs=1e-1)
 
 
+def test_rewards_are_the_arms_own_log_probabilities(llm, members):
+    """In a batch with a guided request, for which they change nothing."""
+    guided = asking([0.7, -0.3, 1.3], max_tokens=4)
+    (plain,) = generated(llm, PROMPTS[:1], guided)
+    params = [asking({"arm_reward": name}, max_tokens=1, prompt_logprobs=0) for name in ARMS]
+    prompts = [{"prompt_token_ids": ids} for ids in (*[PROMPTS[3]] * len(ARMS), PROMPTS[0])]
+    *scored, output = llm.generate(prompts, [*params, guided], use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == plain
+    rows, targets = torch.tensor([PROMPTS[3]]), torch.tensor(PROMPTS[3][1:])
+    with torch.no_grad():
+        own = [member(rows).logits[0, :-1, :300].double().log_softmax(-1) for member in members]
+    expected = [each.gather(1, targets[:, None])[:, 0] for each in own]
+    for score, right, other in zip(scored, expected[1:], expected):
+        pairs = zip(PROMPTS[3][1:], score.prompt_logprobs[1:])
+        found = torch.tensor([row[token].logprob for token, row in pairs], dtype=torch.float64)
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=0)
+        assert not torch.allclose(found, other, atol=1e-1)
+
+
 def test_grammars_hold(llm):
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -116,8 +180,18 @@ def test_grammars_hold(llm):
     assert TOKENIZER.decode(output.outputs[0].token_ids, skip_special_tokens=True) in ("the sea", "no mat")
 
 
-@pytest.mark.parametrize("wrong", [[1.0], {"arm_weights": "x"}, {"arm_weights.nobody": 1.0}, [9.0, 0.0, 0.0]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [1.0],
+        {"arm_weights": "x"},
+        {"arm_weights.nobody": 1.0},
+        {"arm_reward": "nobody"},
+        {"arm_reward": "qwen"},
+        [9.0, 0.0, 0.0],
+    ],
+)
 def test_wrong_weights_are_refused_and_the_engine_lives_on(llm, wrong):
-    with pytest.raises(VLLMValidationError, match=r"arm_weights: .*expected"):
+    with pytest.raises(VLLMValidationError, match=r"arm_(weights: |reward).*expected"):
         generated(llm, PROMPTS[:1], asking(wrong))
     assert len(generated(llm, PROMPTS[:1], asking([0.5, 0.5, 0.5], max_tokens=2))[0]) == 2

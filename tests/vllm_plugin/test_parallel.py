@@ -5,11 +5,10 @@ from __future__ import annotations
 from engines import PROMPTS, asking, engine, generated, loaded, naive
 
 WEIGHTS = [[1.0, 1.0], [0.7, -0.3], [2.5, 0.5], [0.0, 1.0]]
-TOKENS = 8
+TOKENS = 4
 
 
 def test_two_ranks_give_the_tokens_of_one(models, monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with engine(models, ["lora1", "small"], tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
         found = generated(llm, PROMPTS, [asking(each, max_tokens=TOKENS) for each in WEIGHTS])

@@ -12,7 +12,7 @@ def test_preemption_and_shared_prefixes_change_no_token(models):
     common = [rng.randrange(3, 300) for _ in range(40)]
     prompts = [common + [rng.randrange(3, 300) for _ in range(rng.randrange(1, 30))] for _ in range(24)]
     weights = [[round(rng.uniform(-1, 2), 3) for _ in range(2)] for _ in prompts]
-    lengths = [rng.randrange(10, 60) for _ in prompts]
+    lengths = [rng.randrange(8, 32) for _ in prompts]
     options = {
         "block_size": 32,
         "num_gpu_blocks_override": 10,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genarm_fast.integrations.vllm.composite import PARTS, GenARMForCausalLM
-from genarm_fast.integrations.vllm.lanes import Delta, LaneMethod
+from genarm_fast.integrations.vllm.lanes import Delta, LaneMethod, packed_delta
 from genarm_fast.integrations.vllm.selfcheck import check_model
 
 
@@ -37,9 +37,10 @@ def made(order=(1, 0)) -> GenARMForCausalLM:
     model.base, model.arm0 = Head(40), Head(36, 8)
     model.config = SimpleNamespace()
     model.lanes, model.arms, model.names, model.order = 2, 2, ["base", "arm0"], list(order)
-    model.sizes, model.vocab_size = [16, 16, 8, *[2] * PARTS], 30
-    deltas = [Delta(1, 4, torch.randn(2, 16), torch.randn(6, 2))]
-    model.base.quant_method = LaneMethod(Plain(), 2, deltas)
+    model.sizes, model.vocab_size = [16, 16, 8, *[3] * PARTS], 30
+    model.apart = model.rewards = False
+    deltas = [Delta(1, 4, torch.randn(2, 16), torch.randn(6, 2)), Delta(1, 20, torch.randn(3, 16), torch.randn(4, 3))]
+    model.base.quant_method = LaneMethod(Plain(), [packed_delta(deltas, 40)])
     return model
 
 
@@ -63,9 +64,23 @@ def unmasked(model):
 
 def dead_lane(model):
     right = model.base.quant_method
-    model.base.quant_method = LaneMethod(Plain(), 2, [])
+    model.base.quant_method = LaneMethod(Plain(), [])
     model.base.quant_method.deltas = right.deltas
     model.base.quant_method.apply = Plain().apply
+
+
+def test_parts_of_a_packed_linear_are_added_where_they_belong():
+    torch.manual_seed(1)
+    deltas = [Delta(1, 0, torch.randn(2, 16), torch.randn(6, 2)), Delta(1, 10, torch.randn(3, 16), torch.randn(4, 3))]
+    linear = Head(14)
+    x = torch.randn(6, 16)
+    found = LaneMethod(Plain(), [None, packed_delta(deltas, 14)]).apply(linear, x)
+    expected = Plain().apply(linear, x)
+    assert torch.equal(found[:4], expected[:4])  # of the bare base, and of a lane that leaves this linear alone
+    for _, start, a, b in deltas:
+        expected[4:, start : start + len(b)] += (x[4:] @ a.t()) @ b.t()
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found[4:], Plain().apply(linear, x)[4:])
 
 
 @pytest.mark.parametrize("fault", [narrow_weights, exchanged, unmasked, dead_lane])

@@ -19,10 +19,11 @@ from typing import Any
 import psutil
 import pytest
 import requests
+import torch
 from engines import PROMPTS, TEXTS, TOKENIZER, loaded, naive
 
 TOKENS = 8
-START = 300  # seconds for a start, on a machine that is busy
+START = 270  # seconds for a start, on a machine that is busy
 
 
 class Server:
@@ -145,6 +146,20 @@ def test_wrong_weights_are_a_400_that_says_what_was_expected(server, weights, me
         assert answer.status_code == 400
         assert message in answer.json()["error"]["message"]
     assert len(server.tokens("the")) == TOKENS
+
+
+def test_rewards(server, members):
+    """The ARM's own log-probability of each token of a text, in fields that vLLM's answer has."""
+    asked = {"prompt": PROMPTS[0], "max_tokens": 1, "prompt_logprobs": 0, "vllm_xargs": {"arm_reward": "kind"}}
+    answer = server.post("completions", **asked)
+    assert answer.status_code == 200, answer.text
+    rows = answer.json()["choices"][0]["prompt_logprobs"][1:]
+    found = [row[str(token)]["logprob"] for row, token in zip(rows, PROMPTS[0][1:])]
+    with torch.no_grad():
+        logits = [member(torch.tensor([PROMPTS[0]])).logits[0, :-1, :300] for member in members]
+    base, kind, _ = (each.log_softmax(-1).gather(1, torch.tensor(PROMPTS[0][1:])[:, None])[:, 0] for each in logits)
+    assert found == pytest.approx(kind.tolist(), abs=1e-4)
+    assert found != pytest.approx(base.tolist(), abs=1e-1)
 
 
 def test_metrics(server):

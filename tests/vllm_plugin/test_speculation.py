@@ -27,13 +27,15 @@ def test_drafts_change_no_token(drafter, models):
         counted = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     for prompt, each, tokens in zip(PROMPTS, weights, found):
         assert tokens == naive(members, prompt, each, TOKENS)
+    assert found[3] != naive(members, PROMPTS[3], weights[2], TOKENS)
     ours = own_engine(models, ["small"])
     here = [
         SamplingParams(weights=w, seed=i, max_new_tokens=TOKENS, ignore_eos=True, temperature=0.8)
         for i, w in enumerate(weights)
     ]
     assert drawn == [list(output.token_ids) for output in ours.generate(PROMPTS, here)]
-    assert drawn != found
+    others = [params.override(seed=params.seed + 9) for params in here]
+    assert drawn != [list(output.token_ids) for output in ours.generate(PROMPTS, others)]
     assert counted["vllm:spec_decode_num_drafts"] > 0
     if drafter == "ARM":
         assert 0 < counted["vllm:spec_decode_num_accepted_tokens"] < counted["vllm:spec_decode_num_draft_tokens"]

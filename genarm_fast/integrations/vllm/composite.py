@@ -23,8 +23,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.sequence import IntermediateTensors
 
 from genarm_fast.integrations.vllm.lanes import add_lanes, load_lanes
+from genarm_fast.integrations.vllm.member_logits import MemberLogits
 from genarm_fast.integrations.vllm.served import Served, ServedARM
-from genarm_fast.kernels.guided_sample.reference import combine
 
 PARTS = 3  # a float32 weight as so many bfloat16 numbers, whose sum it is exactly: 3 x 8 bits
 
@@ -51,11 +51,13 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
             setattr(self, name, initialize_model(config, prefix=name))
             sizes.append(config.model_config.hf_config.get_text_config().hidden_size)
             self.secondary_weights.append(DefaultModelLoader.Source(arm.model, None, prefix=f"{name}."))
-        self.sizes = [*sizes, *[self.arms] * PARTS]
+        self.sizes = [*sizes, *[1 + self.arms] * PARTS]
         # Rows of `compute_logits` come lanes first; weights come in the order of the ARMs.
         self.order = [i for i, arm in enumerate(self.served.arms) if arm.lane]
         self.order += [i for i, arm in enumerate(self.served.arms) if not arm.lane]
         self.vocab_size = self.served.vocab_size or vllm_config.model_config.get_vocab_size()
+        self.rewards = False  # whether the step has rows that are an ARM's rewards, without the base
+        self.apart = False  # whether the next `compute_logits` leaves the members' logits as they are
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -100,9 +102,9 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         arm_weights: Tensor | None = None,
         **_: Any,
     ) -> Tensor | IntermediateTensors:
-        """Hidden states of tokens [N]: [N, sum of the members' sizes + 3 m], where m weights are as three parts each.
+        """Hidden states of tokens [N]: [N, sum of the members' sizes + 3 (1 + m)]: weights are three parts each.
 
-        arm_weights: float32 [N, m], in the order of the ARMs.
+        arm_weights: float32 [N, 1 + m], the base's, 1 or 0, and then in the order of the ARMs.
         """
         outputs: list[Any] = []
         for name, member in zip(self.names, self.members()):
@@ -116,19 +118,32 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
             return IntermediateTensors(sent)
         hidden = [*outputs[0].chunk(self.lanes), *outputs[1:]]
         if arm_weights is None:  # a profiling run, whose result nobody reads
-            arm_weights = torch.zeros(len(hidden[0]), self.arms, device=hidden[0].device)
+            arm_weights = torch.zeros(len(hidden[0]), 1 + self.arms, device=hidden[0].device)
         return torch.cat([*hidden, *self.parts(arm_weights[: len(hidden[0])], hidden[0].dtype)], dim=-1)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Combined logits, float32 [N, V] of the base's width; -inf behind the tokens that all members share."""
-        *hidden, a, b, c = hidden_states.split(self.sizes, dim=-1)
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | MemberLogits | None:
+        """Combined logits, float32 [N, V] of the base's width; -inf behind the tokens that all members share.
+
+        The members' own where the step asked for those, by `apart`, which holds for one call: prompt
+        log-probabilities call again in the same step. None on a tensor-parallel rank that draws nothing.
+        """
+        apart, self.apart = self.apart, False
+        logits = self.member_logits(hidden_states)
+        if apart or logits is None:
+            return logits
+        return logits.combined(self.rewards)
+
+    def member_logits(self, hidden_states: Tensor) -> MemberLogits | None:
+        """Each member's head on its own part of the hidden states; lanes share one read of the base's head."""
+        rows, lanes = len(hidden_states), self.lanes
+        *hidden, a, b, c = hidden_states.split([sum(self.sizes[:lanes]), *self.sizes[lanes:]], dim=-1)
         weights = a.float() + b.float() + c.float()
-        logits = [head.compute_logits(each.contiguous()) for head, each in zip(self.heads(), hidden)]
-        if any(each is None for each in logits):  # of another tensor-parallel rank than the first
+        stacked = self.base.compute_logits(hidden[0].reshape(rows * lanes, -1).contiguous())
+        beside = [member.compute_logits(each.contiguous()) for member, each in zip(self.members()[1:], hidden[1:])]
+        if stacked is None or any(each is None for each in beside):
             return None
-        size = self.vocab_size
-        combined, _ = combine(logits[0][:, :size], [each[:, :size] for each in logits[1:]], weights[:, self.order])
-        return nn.functional.pad(combined, (0, logits[0].shape[-1] - size), value=-torch.inf)
+        base, *arms = stacked.unflatten(0, (rows, lanes)).unbind(1)
+        return MemberLogits(base, (*arms, *beside), weights[:, 1:][:, self.order], weights[:, 0], self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         beside = tuple(f"{name}." for name in self.names[1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
@@ -47,10 +48,13 @@ class LaneAttention(nn.Module):
 
 
 class LaneMethod(LinearMethodBase):
-    """Computes a linear as its own method does, quantised or not, and adds the lanes' LoRAs."""
+    """Computes a linear as its own method does, quantised or not, and adds the lanes' LoRAs.
 
-    def __init__(self, inner: Any, lanes: int, deltas: Sequence[Delta]) -> None:
-        self.inner, self.lanes, self.deltas = inner, lanes, deltas
+    deltas: for each lane but the bare one A [R, in] and B [out, R], or None where its adapter leaves the linear alone.
+    """
+
+    def __init__(self, inner: Any, deltas: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        self.inner, self.deltas = inner, deltas
 
     def __getattr__(self, name: str) -> Any:  # settings of the method that vLLM reads, such as requires_device_loading
         return getattr(self.__dict__["inner"], name)
@@ -62,12 +66,27 @@ class LaneMethod(LinearMethodBase):
         self.inner.process_weights_after_loading(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self.inner.apply(layer, x, bias)
-        rows = x.shape[0] // self.lanes
-        for lane, start, a, b in self.deltas:
-            own = slice(lane * rows, (lane + 1) * rows)
-            y[own, start : start + len(b)] += (x[own] @ a.t()) @ b.t()
-        return y
+        # Out of place: with `y[rows] += ...` Inductor's code for CPUs (torch 2.13) gave NaN in some rows, now and then.
+        lanes = 1 + len(self.deltas)
+        first, *rows = self.inner.apply(layer, x, bias).chunk(lanes)
+        for i, (delta, own) in enumerate(zip(self.deltas, x.chunk(lanes)[1:])):
+            if delta is not None:
+                rows[i] = torch.addmm(rows[i], own @ delta[0].t(), delta[1].t())
+        return torch.cat([first, *rows])
+
+
+def packed_delta(parts: Sequence[Delta], width: int) -> tuple[Tensor, Tensor] | None:
+    """One lane's LoRAs on the parts of a packed linear as one: A's one below another, B's along the diagonal.
+
+    Two products instead of two for each part; the zeros of B are a few per mille of the linear's own weights.
+    """
+    if not parts:
+        return None
+    ranks = [len(part.a) for part in parts]
+    b = parts[0].b.new_zeros(width, sum(ranks))
+    for part, end, rank in zip(parts, accumulate(ranks), ranks):
+        b[part.start : part.start + len(part.b), end - rank : end] = part.b
+    return torch.cat([part.a for part in parts]), b
 
 
 @contextmanager
@@ -146,7 +165,9 @@ def load_lanes(base: nn.Module, arms: Sequence[ServedARM]) -> None:
             )
     for name, module in linears:
         if name in deltas:
-            module.quant_method = LaneMethod(module.quant_method, 1 + len(arms), deltas[name])
+            lanes = [[each for each in deltas[name] if each.lane == lane] for lane in range(1, 1 + len(arms))]
+            width = sum(_widths(module))
+            module.quant_method = LaneMethod(module.quant_method, [packed_delta(parts, width) for parts in lanes])
 
 
 def _widths(linear: LinearBase) -> list[int]:

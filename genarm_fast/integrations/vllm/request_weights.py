@@ -8,7 +8,27 @@ from typing import Any
 from genarm_fast.integrations.vllm.served import Served
 from genarm_fast.params import weights_per_arm
 
+REWARD = "arm_reward"  # the name of an ARM, whose own log-probabilities stand for the guided ones
 KEY = "arm_weights"  # for all ARMs, or by position; arm_weights.NAME for one of them, since HTTP takes no nested object
+
+
+def rewarding(extra_args: Mapping[str, Any] | None, served: Served) -> str | None:
+    """The ARM whose rewards a request asks for, instead of the guided law.
+
+    Raises:
+        ValueError: no name of an ARM, or weights beside it.
+    """
+    for key in extra_args or {}:
+        if key.startswith(REWARD) and key != REWARD:
+            raise ValueError(f"{key}: expected {REWARD}, with the name of an ARM: {', '.join(served.names)}")
+    name = (extra_args or {}).get(REWARD)
+    if name is None:
+        return None
+    if name not in served.names:
+        raise ValueError(f"{REWARD}={name!r}: expected the name of an ARM, one of {', '.join(served.names)}")
+    if any(key.startswith(KEY) for key in extra_args or {}):
+        raise ValueError(f"{REWARD}, {KEY}: expected one of them; rewards are an ARM's own, whatever its weight")
+    return str(name)
 
 
 def requested_weights(extra_args: Mapping[str, Any] | None, served: Served) -> tuple[float, ...]:
@@ -17,6 +37,9 @@ def requested_weights(extra_args: Mapping[str, Any] | None, served: Served) -> t
     Raises:
         ValueError: naming the key, its value and what was expected.
     """
+    name = rewarding(extra_args, served)
+    if name is not None:
+        return tuple(float(each == name) for each in served.names)
     given = {key: value for key, value in (extra_args or {}).items() if key.startswith(KEY.rstrip("s"))}
     named = {key.removeprefix(f"{KEY}."): value for key, value in given.items() if key.startswith(f"{KEY}.")}
     names = ", ".join(served.names)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.logger import init_logger
+from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
+from genarm_fast.integrations.vllm.member_logits import MemberLogits
 from genarm_fast.kernels import guided_sample
 
 logger = init_logger(__name__)
@@ -27,10 +29,30 @@ class GuidedSampler(Sampler):
 
     failed: Tensor
     steps: int
+    adjusts: np.ndarray  # [slots]: a bias, a penalty, a processor or a budget changes the request's logits
+    reads: np.ndarray  # [slots]: those, a grammar or log-probabilities read its combined logits
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        """As vLLM's, and remembers what the request needs: vLLM's own mark also stands for temperature and filters."""
+        changed = self.thinking_budget_state.add_request(req_idx, sampling_params)
+        for processor in self.logits_processors:
+            changed |= processor.add_request(req_idx, sampling_params)
+        filtered = self.sampling_states.add_request(req_idx, sampling_params)
+        self.needs_logits_processing[req_idx] = filtered or changed
+        self.logprob_token_ids_state.add_request(req_idx, sampling_params)
+        if self.trace_replay_state is not None:
+            self.trace_replay_state.add_request(req_idx, sampling_params)
+        asked = (sampling_params.logprobs, sampling_params.logprob_token_ids, sampling_params.structured_outputs)
+        self.adjusts[req_idx] = changed
+        self.reads[req_idx] = changed or any(each is not None for each in asked)
+
+    def takes_members(self, requests: np.ndarray) -> bool:
+        """Whether the members' own logits are all that a step of these slots needs."""
+        return not (self.compute_nans or self.return_sampling_mask or np.any(self.reads[requests]))
 
     def sample(
         self,
-        logits: Tensor,
+        logits: Tensor | MemberLogits,
         expanded_idx_mapping: Tensor,
         idx_mapping: Tensor,
         idx_mapping_np: np.ndarray,
@@ -39,20 +61,33 @@ class GuidedSampler(Sampler):
         expanded_local_pos: Tensor,
         seq_lens_upper_bound_np: np.ndarray,
         return_logprobs: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [N] for rows of combined logits [N, V], and what log-probabilities are reported of."""
+    ) -> tuple[Tensor, Tensor | MemberLogits]:
+        """Tokens int64 [N] for rows of logits [N, V], and what log-probabilities are reported of."""
         rows = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos)
         tokens = self.draw(logits, *rows, seq_lens_upper_bound_np)
-        if return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+        if isinstance(logits, Tensor) and return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
             logits = self.apply_sampling_params(logits, *rows, seq_lens_upper_bound_np)
         return tokens, logits
 
     def draw(
-        self, logits: Tensor, slots: Tensor, requests: Tensor, requests_np: np.ndarray, pos: Tensor, *rest: Any
+        self,
+        logits: Tensor | MemberLogits,
+        slots: Tensor,
+        requests: Tensor,
+        requests_np: np.ndarray,
+        pos: Tensor,
+        *rest: Any,
     ) -> Tensor:
         """Tokens int64 [N]: penalties and the like, then temperature, top-k, top-p and min-p, in one kernel."""
-        if np.any(self.needs_logits_processing[requests_np]):
-            logits = self._adjusted(logits, slots, requests, requests_np, pos, *rest)
+        members: Any
+        if isinstance(logits, MemberLogits):
+            members = (logits.base, logits.arms, logits.weights)
+            size = logits.vocab_size
+        else:
+            if np.any(self.adjusts[requests_np]):
+                logits = self._adjusted(logits, slots, requests, requests_np, pos, *rest)
+            members = (logits.float(), (), logits.new_empty(len(logits), 0, dtype=torch.float32))
+            size = logits.shape[-1]
         slots = slots.long()
         states = self.sampling_states
         filters: dict[str, Any] = {}
@@ -64,9 +99,8 @@ class GuidedSampler(Sampler):
         if np.any(states.min_p.np[requests_np] > 0):
             filters["min_p"] = states.min_p.gpu[slots]
         drawn = guided_sample(
-            logits.float(),
-            (),
-            logits.new_empty(len(logits), 0, dtype=torch.float32),
+            *members,
+            vocab_size=size,
             temperature=states.temperature.gpu[slots],
             seeds=states.seeds.gpu[slots],
             positions=(pos + 1 - self.req_states.prompt_len.gpu[slots]).long().clamp_min(0),
@@ -115,6 +149,7 @@ def draw_by_our_contract(sampler: Sampler) -> GuidedSampler:
     assert isinstance(sampler, GuidedSampler)
     sampler.failed = torch.zeros((), dtype=torch.bool, device=sampler.req_states.device)
     sampler.steps = 0
+    sampler.adjusts, sampler.reads = (np.zeros_like(sampler.needs_logits_processing) for _ in range(2))
     return sampler
 
 
@@ -126,7 +161,7 @@ class CoupledVerifier(RejectionSampler):
 
     def _verify(
         self,
-        logits: Tensor,
+        logits: Tensor | MemberLogits,
         draft_logits: Tensor | None,
         draft_sampled: Tensor,
         pos: Tensor,
@@ -137,12 +172,12 @@ class CoupledVerifier(RejectionSampler):
         expanded_local_pos: Tensor,
         seq_lens_upper_bound_np: np.ndarray,
         verify_draft_sampled: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | MemberLogits, Tensor, Tensor]:
         """Log-probabilities' logits [N, V], targets int64 [R, K + 1], and how many of them each request keeps [R]."""
         rows = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, draft_sampled, expanded_local_pos)
         targets, processed = self.sampler.sample(logits, *rows, seq_lens_upper_bound_np, return_logprobs=True)
         starts, counts = cu_num_logits[:-1].long(), cu_num_logits.diff().long()
-        steps = torch.arange(self.num_speculative_steps + 1, device=logits.device)
+        steps = torch.arange(self.num_speculative_steps + 1, device=targets.device)
         index = (starts[:, None] + steps).clamp_max(len(targets) - 1)
         tokens = targets[index]
         # Row j holds the draft that was fed there; it was proposed for the target of row j - 1.

@@ -32,13 +32,13 @@ def check_model(model: Any) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(parameter.device)
 
-    weights = random(ROWS, model.arms)
-    weights[-1] = 0.0
+    weights = torch.cat([random(ROWS, 1).fill_(1.0), random(ROWS, model.arms)], dim=-1)
+    weights[-1, 1:] = 0.0
     hidden = [random(ROWS, size).to(dtype) for size in model.sizes[: -len(model.parts(weights, dtype))]]
     found = model.compute_logits(torch.cat([*hidden, *model.parts(weights, dtype)], dim=-1))
     own = [head.compute_logits(each) for head, each in zip(model.heads(), hidden)]
     if found is not None:
-        _check_logits(found, own, weights[:, model.order], model.vocab_size)
+        _check_logits(found, own, weights[:, 1:][:, model.order], model.vocab_size)
     linears = [m for m in model.base.modules() if isinstance(getattr(m, "quant_method", None), LaneMethod)]
     for linear in linears[:LINEARS]:
         _check_lanes(linear, random)
@@ -62,12 +62,15 @@ def _check_logits(found: Tensor, own: list[Tensor], weights: Tensor, size: int) 
 
 def _check_lanes(linear: nn.Module, random: Any) -> None:
     method: Any = linear.quant_method
-    inputs = method.deltas[0].a.shape[1]
-    x = random(ROWS * method.lanes, inputs).to(method.deltas[0].a.dtype)
+    deltas = [None, *method.deltas]
+    sample = next(delta for delta in deltas if delta is not None)[0]
+    inputs = sample.shape[1]
+    x = random(ROWS * len(deltas), inputs).to(sample.dtype)
     expected = method.inner.apply(linear, x.clone(), None).double()
-    for lane, start, a, b in method.deltas:
-        rows = slice(lane * ROWS, (lane + 1) * ROWS)
-        expected[rows, start : start + len(b)] += (x[rows].double() @ a.double().t()) @ b.double().t()
+    for lane, delta in enumerate(deltas):
+        if delta is not None:
+            rows, (a, b) = slice(lane * ROWS, (lane + 1) * ROWS), delta
+            expected[rows] += (x[rows].double() @ a.double().t()) @ b.double().t()
     found = method.apply(linear, x, None).double()
     off = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-6)
     if not off <= 4 * torch.finfo(x.dtype).eps * inputs**0.5:

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from genarm_fast.integrations.vllm.request_weights import requested_weights
-from genarm_fast.integrations.vllm.sampler import CoupledVerifier, draw_by_our_contract
+from genarm_fast.integrations.vllm.request_weights import requested_weights, rewarding
+from genarm_fast.integrations.vllm.sampler import CoupledVerifier, GuidedSampler, draw_by_our_contract
 from genarm_fast.integrations.vllm.selfcheck import check_model
 
 
 class GenARMState(DefaultModelState):
-    """Weights by request slot. Slots are used again and again, so a new request writes all of its own."""
+    """Weights by request slot: the base's, which is 1 or 0, and the ARMs'.
+
+    Slots are used again and again, so a new request writes all of its own.
+    """
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.served = model.served
+        self.sampler: GuidedSampler | None = None  # on ranks that draw, see custom_sampler
         arms = len(self.served.arms)
-        self.weights = StagedWriteTensor((self.max_num_reqs, arms), dtype=torch.float32, device=device)
+        self.weights = StagedWriteTensor((self.max_num_reqs, 1 + arms), dtype=torch.float32, device=device)
         # CUDA graphs read it at this address, whatever the step.
-        self.by_token = torch.zeros(self.max_num_tokens, arms, device=device)
+        self.by_token = torch.zeros(self.max_num_tokens, 1 + arms, device=device)
+        self.rewarded = np.zeros(self.max_num_reqs, dtype=bool)  # those that ask for an ARM's rewards, on the host
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        weights = requested_weights(None if params is None else params.extra_args, self.served)
-        self.weights.stage_write(req_index, 0, list(weights))
+        asked = None if params is None else params.extra_args
+        self.rewarded[req_index] = rewarding(asked, self.served) is not None
+        own = 0.0 if self.rewarded[req_index] else 1.0
+        self.weights.stage_write(req_index, 0, [own, *requested_weights(asked, self.served)])
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
@@ -42,11 +50,15 @@ class GenARMState(DefaultModelState):
         row = torch.searchsorted(ends, torch.arange(tokens, device=self.device), right=True)
         self.by_token[:tokens] = self.weights.gpu[input_batch.idx_mapping[row].long()]
         inputs["arm_weights"] = self.by_token[: input_batch.num_tokens_after_padding]
+        slots = input_batch.idx_mapping_np
+        self.model.rewards = bool(np.any(self.rewarded[slots]))
+        self.model.apart = not self.model.rewards and self.sampler is not None and self.sampler.takes_members(slots)
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         inputs["arm_weights"] = self.by_token[:num_tokens]
+        self.model.apart = self.model.rewards = False
         return inputs
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -56,6 +68,6 @@ class GenARMState(DefaultModelState):
             RuntimeError: the guided model is not what the formula gives, see selfcheck.py.
         """
         check_model(self.model)
-        sampler = draw_by_our_contract(sampler)
+        self.sampler = draw_by_our_contract(sampler)
         speculation = self.vllm_config.speculative_config
-        return sampler, None if speculation is None else CoupledVerifier(sampler, speculation, self.device)
+        return self.sampler, None if speculation is None else CoupledVerifier(self.sampler, speculation, self.device)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from genarm_fast.integrations.vllm.request_weights import requested_weights
+from genarm_fast.integrations.vllm.request_weights import REWARD, requested_weights, rewarding
 from genarm_fast.integrations.vllm.served import Served
 
 PREFIX = "Weights_"
@@ -32,6 +32,11 @@ class RequestWeights(LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         requested_weights(sampling_params.extra_args, cls.served)
+        if rewarding(sampling_params.extra_args, cls.served) is not None and sampling_params.max_tokens != 1:
+            raise ValueError(
+                f"{REWARD}, max_tokens={sampling_params.max_tokens}: expected 1, since such a request scores its"
+                " prompt; what an ARM writes alone is outside of the server's range of weights"
+            )
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return False  # it changes no logits, so the sampler may take its short way

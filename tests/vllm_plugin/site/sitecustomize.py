@@ -2,9 +2,15 @@
 
 Python imports this by itself in each process that has the folder in PYTHONPATH, before vLLM and Triton. Upstream has no
 such way yet: vllm#55847 has PyTorch fallbacks, and triton-cpu is not on PyPI.
+
+Each process also ends when the one in GENARM_TESTS_PID does, however that ended, and writes its stacks on SIGUSR1.
 """
 
+import faulthandler
 import os
+import select
+import signal
+import threading
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
@@ -37,3 +43,21 @@ class NoDriver(DriverBase):
 
 
 triton.backends.backends["cpu"] = triton.backends.Backend(compiler=None, driver=NoDriver)
+
+
+def end_with(pid: int) -> None:
+    try:
+        ended = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(1)
+    select.select([ended], [], [])
+    os._exit(1)
+
+
+tests = int(os.environ.get("GENARM_TESTS_PID", "0"))
+if tests and tests != os.getpid():
+    watch = {"target": end_with, "args": (tests,), "daemon": True}
+    threading.Thread(**watch).start()
+    # Threads stay behind in a fork.
+    os.register_at_fork(after_in_child=lambda: threading.Thread(**watch).start())
+faulthandler.register(signal.SIGUSR1)
