@@ -27,8 +27,6 @@ class Admission:
     def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Give slots to waiting sequences; returns those that can never have one, with their `error` set."""
         scheduler = self.scheduler
-        if not self.workspace.whole:  # since an interrupt, say
-            self._start_over()
         self._follow()
         failed = self._keep_up(max_batch_size, cache_bytes)
         if scheduler.waiting and not scheduler.placed:
@@ -101,7 +99,7 @@ class Admission:
         if attempt != self._attempted:
             self._attempted = attempt
             workspace.reserve(*attempt, cache_bytes)
-            if not workspace.whole:
+            if not workspace.whole:  # no memory to go back, or an interrupt in an earlier growth
                 self._start_over()
                 return self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             self._denied = workspace.slots < max(slots, wanted)
