@@ -19,7 +19,7 @@ from genarm_fast.params import check_weights
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
-    from genarm_fast.text.prompts import Prompt
+    from genarm_fast.text.given import Prompt
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -149,7 +149,7 @@ def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt
     if not prompt:
         raise ValueError("prompt: expected text, got none")
     if not isinstance(prompt, str) or is_chat(args, model):
-        from genarm_fast.text.prompts import as_prompts
+        from genarm_fast.text.given import as_prompts
 
         system: list[Any] = [{"role": "system", "content": args.system}] if args.system else []
         messages = [*system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -30,7 +30,7 @@ def score_all(
     model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
 ) -> list[ScoreOutput]:
     """`model.score` with a progress bar. Checks everything first; errors name the input line."""
-    from genarm_fast.text.prompts import check_text  # imports transformers
+    from genarm_fast.text.messages import check_text
 
     for line, prompt, response in zip(lines, prompts, responses):
         with located(path, line):

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from genarm_fast import ARM, GenARM
+from genarm_fast.text.given import as_prompts
 from genarm_fast.text.messages import UnsupportedContent, as_message
-from genarm_fast.text.prompts import as_prompts
 from genarm_fast.text.templates import Rendered, end_of_answer, render, response_ids, token_ids
 from genarm_fast.text.transcripts import as_transcript, transcript_messages
 

@@ -19,9 +19,9 @@ from genarm_fast import GenARM
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.artifacts import curve
+from genarm_fast.train.checks import stop_ids
 from genarm_fast.train.data import load_pairs, split_pairs
 from genarm_fast.train.model import default_targets
-from genarm_fast.train.run import stop_ids
 
 Config = Callable[..., TrainConfig]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "genarm.json", "report.json"}
