@@ -29,6 +29,7 @@ RECORDED = {
     "chat_template": (str, type(None)),
     "prompt_format": (str, type(None)),
     "end_token_id": (int, type(None)),
+    "chat_template_kwargs": (dict, type(None)),
 }
 
 
@@ -118,6 +119,7 @@ def load_members(
                 float(spec.weight),
                 isinstance(spec.model, nn.Module),
                 recorded.get("prompt_format"),
+                recorded.get("chat_template_kwargs") or {},
             )
         )
         if (end := recorded.get("end_token_id")) is not None:

@@ -33,7 +33,8 @@ class Reader(Protocol):
     """Who reads prompts: a member of a guided decoder, as far as text is concerned.
 
     prompt_format: what it was trained on; None where nobody recorded that, and texts stay texts, messages messages.
-    vocab_size: width of its logits. context: tokens that prompt and response may have together, None without a bound.
+    chat_template_kwargs: what its chat template got with every row of the training. vocab_size: width of its logits.
+    context: tokens that prompt and response may have together, None without a bound.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Reader(Protocol):
     prompt_template: str | None
     chat_template: str | None
     prompt_format: PromptFormat | None
+    chat_template_kwargs: dict[str, Any]
     vocab_size: int
     context: int | None
 
@@ -72,7 +74,13 @@ def _rendered(reader: Reader, prompt: Prompt, index: int = 0) -> Rendered | None
     if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
         return None
     given: Any = prompt
-    arguments = arguments_of(prompt)
+    arguments = dict(arguments_of(prompt))
+    for name, trained in reader.chat_template_kwargs.items():
+        if arguments.setdefault(name, trained) != trained:
+            raise ValueError(
+                f"prompts[{index}]: {name}={arguments[name]!r:.60}: expected {trained!r:.60}, with which {reader.name} "
+                "was trained"
+            )
     if "tools" in arguments and reader.prompt_format in ("text", "transcript"):
         raise ValueError(
             f"prompts[{index}]: tools: {reader.name} was trained on prompts of the format {reader.prompt_format!r}, "

@@ -181,6 +181,10 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
             f"as_chat={config.as_chat}, prompt_template={config.prompt_template!r}: expected none where the rows "
             "have no 'prompt': what both texts begin with is a beginning, not a request"
         )
+    if config.chat_template_kwargs and source.format != "messages" and not config.as_chat:
+        raise ValueError(
+            f"chat_template_kwargs={config.chat_template_kwargs!r}: expected none, the data is no chats (see as_chat)"
+        )
     train_pairs, held_out_pairs = split_pairs(source.pairs, config, eval_rows)
     training, dropped = encoder(train_pairs, config.data or "data")
     held_out_name = "eval_data" if eval_rows is not None else config.eval_data or config.data or "data"
@@ -196,6 +200,7 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
         "format": source.format,
         "prompt_format": "chat" if chat else "transcript" if transcripts else "text",
         "chat_template": encoder.chat_template if chat else None,
+        "chat_template_kwargs": encoder.recorded(train_pairs) if chat else None,
         "end_token_id": encoder.end_of_chat_answer if chat else tokenizer.eos_token_id,
         "rows": source.rows,
         "train_pairs": len(training),
