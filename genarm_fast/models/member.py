@@ -49,6 +49,8 @@ class Member:
         text = self.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size  # width of the logits
         self.context = context_of(text)
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"{self.name}: max_position_embeddings={self.context}: expected at least 1")
         self.shared = self.model  # runs it together with the other members that have the same one: see lora_lanes.py
         self.lane = 0
 

@@ -57,7 +57,10 @@ def encode_prompt(reader: Reader, prompt: Prompt, index: int, vocab_size: int) -
     rendered = _rendered(reader, prompt, index)
     if rendered is not None:
         _check_length(reader, rendered.text, index)
-        ids = token_ids(reader.tokenizer, rendered)
+        try:
+            ids = token_ids(reader.tokenizer, rendered)
+        except ValueError as error:
+            raise ValueError(f"prompts[{index}]: {reader.name}: {error}") from error
     else:
         given: Any = prompt
         ids = list(given)

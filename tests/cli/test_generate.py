@@ -73,7 +73,7 @@ def test_tools(cli: Callable, models: Any, options: list[str], tokenizer: Any, t
         shown = json.loads(cli("generate", "the cat", *own, "--tools", given, "--json").out)
         assert tokenizer.decode(shown["prompt_token_ids"]) == "<look><s>[user] the cat</s>[assistant] "
     (tmp_path / "in.jsonl").write_text(
-        json.dumps({"prompt": CHAT}) + "\n" + json.dumps({"prompt": CHAT, "tools": [{"name": "own"}]}) + "\n"
+        "".join(json.dumps({"prompt": CHAT, "seed": 7, **own}) + "\n" for own in ({}, {"tools": [{"name": "own"}]}))
     )
     job = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     assert cli("generate", *own, *job, "--tools", given).code == 0
