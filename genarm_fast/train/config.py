@@ -155,7 +155,8 @@ class TrainConfig:
         if get_origin(hint) is Literal:
             self._need(name, value in get_args(hint), f"one of {', '.join(get_args(hint))}")
             return
-        if Mapping in map(get_origin, get_args(hint)):
+        mapping = any(get_origin(each) is Mapping for each in get_args(hint))
+        if mapping:
             ok = value is None or (isinstance(value, Mapping) and _is_json(value))
         elif get_origin(hint) is tuple:
             ok = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
@@ -164,7 +165,7 @@ class TrainConfig:
             ok = isinstance(value, (*kinds, int) if float in kinds else kinds)
             ok = ok and (not isinstance(value, bool) or bool in kinds)
         if not ok:
-            if Mapping in map(get_origin, get_args(hint)):
+            if mapping:
                 raise TypeError(f"{name}={value!r:.80}: expected a mapping that JSON can hold, or None")
             expected = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
             raise TypeError(f"{name}={value!r}: expected {expected}")
