@@ -78,7 +78,8 @@ def check_files(member: str, source: Source) -> None:
     folder = Path(source)
     for path in (path for pattern in TEMPLATES for path in folder.glob(pattern)):
         _check_template(f"{member}: {path}", path)
-    largest, quantized = 0, "quantization_config" in str(objects["config.json"])
+    largest = 0
+    quantized = any(f"{how}_config" in str(objects["config.json"]) for how in ("quantization", "compression"))
     for path in _weight_files(member, folder, objects):
         if path.suffix == ".safetensors":
             with refusing(f"{member}: {path}", "a whole safetensors file"), safe_open(path, "pt") as file:
