@@ -10,6 +10,7 @@ compared with the request's answer given alone beforehand. Resident memory, desc
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -164,7 +165,7 @@ class Soak:
 def soak_faults(seconds: float, *, threads: int = 6, seed: int = 0) -> dict[str, Any]:
     """Figures of a run of so many seconds."""
     rng = random.Random(seed)
-    readings: list[tuple[float, int, int, int]] = []
+    readings: list[tuple[float, int, int, int, int]] = []
     own, chance = ModelRunner.reserve, random.Random(seed + 1)
 
     def reserve(self: ModelRunner, *inputs: Any) -> Any:
@@ -203,11 +204,12 @@ def soak_faults(seconds: float, *, threads: int = 6, seed: int = 0) -> dict[str,
         "resident slope, KiB a minute": 60 * slope([(int(1000 * t), r) for t, r, *_ in steady]) * 1000 / 2**10,
         "descriptors, a quarter and the end": [steady[0][2], steady[-1][2]],
         "threads, a quarter and the end": [steady[0][3], steady[-1][3]],
+        "Python objects, a quarter and the end": [steady[0][4], steady[-1][4]],
     }
 
 
-def _reading() -> tuple[int, int, int]:
-    return resident_bytes(), len(os.listdir("/proc/self/fd")), threading.active_count()
+def _reading() -> tuple[int, int, int, int]:
+    return resident_bytes(), len(os.listdir("/proc/self/fd")), threading.active_count(), len(gc.get_objects())
 
 
 def main() -> None:

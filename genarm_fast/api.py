@@ -21,7 +21,7 @@ from genarm_fast.models.quantized import check_quantization
 from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams
 from genarm_fast.speculation.config import Speculation, as_speculation
-from genarm_fast.text.prompts import as_prompts
+from genarm_fast.text.given import as_prompts
 from genarm_fast.utils.progress import progress_bar
 
 ModelSource = str | os.PathLike[str] | nn.Module

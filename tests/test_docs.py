@@ -56,6 +56,35 @@ def test_what_a_page_names_exists(page: Path) -> None:
     assert faults(page, page.read_text(encoding="utf-8")) == []
 
 
+def unproved(text: str) -> list[str]:
+    """Rows of the tables whose last column says what holds them, and which name neither a test nor a command."""
+    rows, bare = iter(text.splitlines()), []
+    for row in rows:
+        if row.endswith(("| held by |", "| kept by |")):
+            next(rows)  # the line below the heading
+            for each in rows:
+                if not each.startswith("|"):
+                    break
+                if not re.search(r"`(tests/\S+\.py(::\w+)?|make \w+)`", each.rsplit("|", 2)[1]):
+                    bare.append(each)
+    return bare
+
+
+@pytest.mark.parametrize("name", ["compatibility.md", "reliability.md"])
+def test_every_promise_names_what_holds_it(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert text.count("::test_") > 5
+    assert unproved(text) == []
+
+
+def test_a_promise_without_a_test_is_found() -> None:
+    heading = "| what | held by |\n|---|---|\n"
+    assert unproved(heading + "| a | `tests/test_docs.py::test_b` |\n| c | by hand |\n\n| d | e |") == [
+        "| c | by hand |"
+    ]
+    assert unproved(heading + "| a | `make soak` |\n") == []
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

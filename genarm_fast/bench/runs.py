@@ -15,7 +15,8 @@ from genarm_fast.bench.timing import LEAST_ROUNDS, Interval, clock_of, interval,
 from genarm_fast.models.member import Member
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import SamplingParams
-from genarm_fast.text.prompts import Prompt, left_padded
+from genarm_fast.text.given import Prompt
+from genarm_fast.text.prompts import left_padded
 
 CONTENDERS = ("hugging_face", "base", "guided", "guided_drafts")
 TRUSTED = 0.1  # figures of a larger spread say little

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ COMMANDS = {
     "serve": ("genarm_fast.cli.serve", "vLLM's OpenAI server with guided decoding"),
 }
 EXIT_CODES = "exit codes: 0 done, 1 failed while running, 2 bad arguments or input, 130 interrupted, 128+N signal N"
+BAD_PATHS = (errno.ELOOP, errno.ENAMETOOLONG)
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:
             forget_output()
-        return 2 if isinstance(error, BAD_INPUT) else 1
+        return 2 if isinstance(error, BAD_INPUT) or getattr(error, "errno", None) in BAD_PATHS else 1
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -93,6 +95,8 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return ": ".join(filter(None, ("out of memory", _joined(error))))
     text = _joined(error) or type(error).__name__
     expected = isinstance(error, (*BAD_INPUT, RuntimeError, OSError))
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"

@@ -65,7 +65,7 @@ def setup_digest(args: argparse.Namespace) -> str:
     chat_template = args.chat_template and read_text(args.chat_template)
     templates = (args.prompt_template, args.arm_prompt_template, chat_template, args.chat, args.system)
     precision = [args.dtype] if args.quantization is None else [args.dtype, args.quantization]
-    arguments = [] if args.chat_template_kwargs is None else [args.chat_template_kwargs]
+    arguments = [value for value in (args.chat_template_kwargs, args.tools) if value is not None]
     return digest([identity(resolve(args.base)), arms, templates, *precision, *arguments])
 
 

@@ -22,7 +22,7 @@ from genarm_fast.utils.jsonlines import dumps, located, read_objects
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
     from genarm_fast.bench.runs import Drafts, Measured
-    from genarm_fast.text.prompts import Prompt
+    from genarm_fast.text.given import Prompt
 
 QUESTIONS = (
     "Write a short review of the film that you saw last night.",

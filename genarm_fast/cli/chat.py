@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     for member in model.members:
         if member.chat_template is None:
             raise ValueError(f"{member.name}: expected a model with a chat template, or --chat-template")
-    chat = Chat(model, params, args.system, args.chat_template_kwargs)
+    arguments = {name: getattr(args, name) for name in ("tools", "chat_template_kwargs")}
+    chat = Chat(model, params, args.system, arguments)
     lines = _typed_lines() if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin)
     if sys.stdin.isatty():
         chat.console.print(f"base {args.base}, {chat.describe('weights')}; /help lists the commands", style="dim")
@@ -63,7 +64,7 @@ class Chat:
     def __init__(
         self, model: GenARM, params: SamplingParams, system: str | None, arguments: dict[str, Any] | None = None
     ) -> None:
-        self.model, self.arguments = model, arguments
+        self.model, self.arguments = model, arguments or {}
         self.params = params
         self.system = system
         self.messages: list[dict[str, str]] = []
@@ -109,7 +110,7 @@ class Chat:
         """Streams an answer; Ctrl-C keeps what there is of it. The conversation is unchanged if it fails."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         chat = [*system, *messages]
-        with self.model.stream(chat, self.params, chat_template_kwargs=self.arguments) as stream:
+        with self.model.stream(chat, self.params, **self.arguments) as stream:
             try:
                 for chunk in stream:
                     print(chunk.text, end="", flush=True)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from genarm_fast.cli.options import json_object, unescaped
+from genarm_fast.cli.options import json_object, tools_list, unescaped
 from genarm_fast.params import check_weights
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
-    from genarm_fast.text.prompts import Prompt
+    from genarm_fast.text.given import Prompt
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -100,6 +100,12 @@ def add_loading_arguments(
         "--chat-template", type=Path, metavar="FILE", help="Jinja file: the base's, and ARMs' without one"
     )
     group.add_argument(
+        "--tools",
+        type=tools_list,
+        metavar="FILE|JSON",
+        help="tools that the chat templates get: a JSON list, or a file with one",
+    )
+    group.add_argument(
         "--chat-template-kwargs",
         type=json_object,
         metavar="JSON",
@@ -143,19 +149,21 @@ def is_chat(args: argparse.Namespace, model: GenARM) -> bool:
 
 def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt:
     """A text prompt as chat messages if that is how it is meant; other prompts as they are."""
-    arguments = args.chat_template_kwargs
-    if not isinstance(prompt, str) and (arguments is None or not isinstance(prompt[0], dict)):
+    given = {"tools": args.tools, "chat_template_kwargs": args.chat_template_kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not isinstance(prompt, str) and (not given or not isinstance(prompt[0], dict)):
         return prompt
     if not prompt:
         raise ValueError("prompt: expected text, got none")
     if not isinstance(prompt, str) or is_chat(args, model):
-        from genarm_fast.text.prompts import as_prompts
+        from genarm_fast.text.given import as_prompts
 
         system: list[Any] = [{"role": "system", "content": args.system}] if args.system else []
         messages = [*system, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return as_prompts([messages], chat_template_kwargs=arguments)[0]
-    if arguments is not None:
-        raise ValueError(f"--chat-template-kwargs {arguments}: expected a chat, but text is continued as it stands")
+        return as_prompts([messages], **given)[0]
+    for name, value in given.items():
+        option = "--" + name.replace("_", "-")
+        raise ValueError(f"{option} {value!r:.80}: expected a chat, but text is continued as it stands (see --chat)")
     if args.system:
         raise ValueError(f"--system {args.system!r}: expected a chat, but text is continued as it stands (see --chat)")
     return prompt

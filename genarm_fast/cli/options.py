@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 from genarm_fast.params import SamplingParams, Weight, check_weights
@@ -103,11 +104,25 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
+def tools_list(text: str) -> list[dict[str, Any]]:
+    """A JSON list of tools, or the name of a file that holds one, as an option's type."""
+    what = "expected a JSON list of tools, each an object, or a file with one"
+    try:
+        tools = json.loads(text if text.lstrip()[:1] in ("[", "{") else Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: {what}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: {what}: {error}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: {what}")
+    return tools
+
+
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object, as an option's type."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")

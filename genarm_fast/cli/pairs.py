@@ -12,7 +12,8 @@ from rich.table import Table
 from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, is_chat
 from genarm_fast.cli.scoring import load_to_score, score_all
-from genarm_fast.text.prompts import Prompt, encode_response
+from genarm_fast.text.given import Prompt
+from genarm_fast.text.prompts import encode_response
 from genarm_fast.text.transcripts import transcript_messages
 from genarm_fast.train.data import Pair, load_pairs
 from genarm_fast.train.metrics import PairStats

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from genarm_fast.cli.loading import read_text
-from genarm_fast.cli.options import unescaped
+from genarm_fast.cli.options import json_object, unescaped
 from genarm_fast.train.config import TrainConfig, hints, scalar_type
 
 
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(hint) is Literal:
             options["choices"] = get_args(hint)
+        elif f.name == "chat_template_kwargs":
+            options |= {"type": json_object, "metavar": "JSON"}
         elif get_origin(hint) is tuple:
             options |= {"nargs": "+", "metavar": "NAME"}
         else:

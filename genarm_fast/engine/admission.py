@@ -15,8 +15,7 @@ class Admission:
     """Fills slots from the queue in order. Caches grow with what waits; out of memory, fewer sequences run together.
 
     All slots are equally long, so one long request makes all of them long. Where slots are in use, growing copies what
-    they hold, and needs memory for the old and the new caches at once; without it, what waits has to wait until others
-    have left.
+    they hold, a tensor at a time; without memory for that, what waits has to wait until others have left.
     """
 
     def __init__(self, executor: Executor, scheduler: Scheduler, workspace: Workspace) -> None:
@@ -59,7 +58,7 @@ class Admission:
         lacking = [each for each in self.scheduler.placed if not self.workspace.holds(each.needed, 0)]
         if lacking:
             self._grow(max_batch_size, cache_bytes, [])
-        without = [each for each in lacking if not self.workspace.holds(each.needed, 0)]
+        without = [each for each in lacking if each.slot >= 0 and not self.workspace.holds(each.needed, 0)]
         return [self._refuse(each, "out of memory", self.workspace.failure) for each in without]
 
     def _fits(self, sequence: Sequence) -> bool:
@@ -100,8 +99,19 @@ class Admission:
         if attempt != self._attempted:
             self._attempted = attempt
             workspace.reserve(*attempt, cache_bytes)
+            if not workspace.whole:  # no memory to go back, or an interrupt in an earlier growth
+                self._start_over()
+                return self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             self._denied = workspace.slots < max(slots, wanted)
             self._follow()
+
+    def _start_over(self) -> None:
+        """Free caches that lost what they held; whose slots are in them wait, first in the queue, for a new prefill."""
+        for sequence in reversed(self.scheduler.placed):
+            self.scheduler.preempt(sequence)
+        self.workspace.free()
+        self.begin()
+        self._follow()
 
     def _follow(self) -> None:
         """Let the scheduler have the slots that the caches have, and nothing of what was dropped with older caches."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ class ModelRunner:
         self.lanes = [member.lane for member in members]
         self.layers: list[RaggedLayer] = []
         self.slots = self.capacity = self.generation = 0
+        self.whole = True  # all layers are of these sizes
         self.blocks: dict[int, int] = {}  # lane (an index of `members`) -> its block of slots in the cache
         self._rows: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self._given = [member.lane for member in members if member.given and len(members) > 1]
@@ -66,22 +68,42 @@ class ModelRunner:
     def reserve(self, entries: Sequence[Entry | None], lanes: Sequence[int], slots: int, capacity: int) -> None:
         """Make the cache hold these lanes with at least so many slots and tokens. What it holds already stays.
 
-        entries: what each layer caches of one token. The old tensors go when all new ones are there, so that running
-        out of memory changes nothing.
+        entries: what each layer caches of one token.
+
+        Tensors grow one after the other, so that growing needs one of them above the larger size. Out of memory, they
+        get their old size back. If there is no memory for that either, or if an interrupt comes meanwhile, `whole` is
+        False: the cache must be freed, and whose tokens it held must be prefilled again.
         """
         blocks = dict(self.blocks)
         for lane in lanes:
             blocks.setdefault(lane, len(blocks))
         slots, capacity = max(slots, self.slots), max(capacity, self.capacity)
-        old = len(self.blocks), self.slots
-        new = len(blocks), slots
-        pairs = zip(self.layers, entries)
-        self.layers = [layer if entry is None else layer.grown(entry, old, new, capacity) for layer, entry in pairs]
-        self.cache = Cache(layers=list(self.layers))
-        self.blocks, self.slots, self.capacity = blocks, slots, capacity
-        self.generation += 1
-        self._rows.clear()
+        old, new = (len(self.blocks), self.slots), (len(blocks), slots)
         self.device.forget(self.stream)
+        self._rows.clear()
+        self.generation += 1
+        self.whole = False
+        try:
+            self._resize(entries, old, new, capacity)
+        except (RuntimeError, MemoryError):
+            if not self.slots:
+                self.free()
+                raise
+            with suppress(RuntimeError, MemoryError):
+                self._resize(entries, new, old, self.capacity)
+                self.whole = True
+            raise
+        self.blocks, self.slots, self.capacity, self.whole = blocks, slots, capacity, True
+
+    def _resize(
+        self, entries: Sequence[Entry | None], old: tuple[int, int], new: tuple[int, int], capacity: int
+    ) -> None:
+        for layer, entry in zip(self.layers, entries):
+            if entry is not None and layer.keys is not None:
+                layer.resize(old, new, capacity)
+            elif entry is not None:
+                layer.slots, layer.capacity = new[0] * new[1], capacity
+                layer.allocate(entry)
 
     def discover(self, slots: int, capacity: int) -> None:
         """Let each layer make its cache when its first keys come, for all lanes: afterwards its `entry` is known."""
@@ -97,6 +119,7 @@ class ModelRunner:
         self.cache = Cache(layers=list(self.layers))
         self.slots = self.capacity = 0
         self.blocks = {}
+        self.whole = True
         self._rows.clear()
         self.device.forget(self.stream)
 

@@ -10,7 +10,8 @@ from typing import Any
 from genarm_fast.engine.sequence import Request
 from genarm_fast.models.member import Member
 from genarm_fast.params import AnyWeights, SamplingParams, Weight, weights_per_arm
-from genarm_fast.text.prompts import Prompt, as_prompts, check_context, check_ids, encode_prompt, special_stops
+from genarm_fast.text.given import Prompt, as_prompts
+from genarm_fast.text.prompts import check_context, check_ids, encode_prompt, special_stops
 
 MANY = 1024  # completions of a prompt whose bookkeeping is looked at
 SEQUENCE_BYTES = 8192  # of the host's memory that a sequence takes before its first token

@@ -13,7 +13,8 @@ from genarm_fast.engine.scheduler import CHUNK_TOKENS
 from genarm_fast.engine.selfcheck import entries_of, token_bytes
 from genarm_fast.models.member import Member
 from genarm_fast.outputs import ArmRewards, ScoreOutput
-from genarm_fast.text.prompts import Prompt, as_responses, check_context, encode_prompt, encode_response
+from genarm_fast.text.given import Prompt, as_responses
+from genarm_fast.text.prompts import check_context, encode_prompt, encode_response
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
 

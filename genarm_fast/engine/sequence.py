@@ -14,7 +14,7 @@ from genarm_fast.outputs import ArmRewards, Completion, GenerationOutput, Rounds
 from genarm_fast.params import MAX_SEED, SamplingParams, Weight, weight_at
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.text.detokenize import Detokenizer, StopStrings
-from genarm_fast.text.prompts import Prompt
+from genarm_fast.text.given import Prompt
 
 GOLDEN = 0x9E3779B97F4A7C15
 _ids = itertools.count()

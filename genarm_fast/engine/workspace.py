@@ -45,7 +45,8 @@ class Workspace:
         That is as many as fit beside what the device keeps for forwards; if that is not one, what fits at all.
 
         in_use: slots, counted from 0, whose sequences must stay. With none in use, too small caches are freed before
-        larger ones are made. Afterwards `slots` and `capacity` say what there is.
+        larger ones are made; else they grow tensor by tensor. Afterwards `slots` and `capacity` say what there is, or
+        `whole` is False.
         """
         held = {m for m in range(len(self.executor.members)) if self.slots and self.holds([m], 0)}
         if self.slots >= slots and self.holds(members, capacity) and self.allowed(cache_bytes):
@@ -57,7 +58,7 @@ class Workspace:
             self.free()
         token, least = self.token_bytes(members), max(in_use, 1)
         groups = self.executor.by_runner(sorted(members))
-        rooms = self._rooms(groups)
+        rooms = self._rooms(groups, growing=in_use > 0)
 
         def allowed(slots: int, tokens: int) -> bool:
             return cache_bytes is None or slots * tokens * token <= cache_bytes
@@ -71,13 +72,31 @@ class Workspace:
                 return
             if not in_use:
                 self.free()
+            elif not self.whole:
+                return
 
-    def _rooms(self, groups: dict[int, list[int]]) -> list[tuple[int, float]]:
-        """For each device: bytes that its caches take for one token, and bytes that they may take."""
+    @property
+    def whole(self) -> bool:
+        """False where a growth ended half-way: nothing in the caches counts any more, and they have to be freed."""
+        return all(runner.whole for runner in self.executor.runners)
+
+    def _rooms(self, groups: dict[int, list[int]], growing: bool) -> list[tuple[int, float]]:
+        """For each device: bytes that its caches take for one token, and bytes that they may take.
+
+        Those of caches that are there count as free. Growing takes one tensor above the new size, at most a layer.
+        """
         taken: Counter[torch.device] = Counter()
-        for members in groups.values():
-            taken[self.executor.members[members[0]].device] += self.token_bytes(members)
-        return [(each, self.executor.device.spare_bytes(device)) for device, each in taken.items()]
+        copied: Counter[torch.device] = Counter()
+        held: Counter[torch.device] = Counter()
+        for g, members in groups.items():
+            device, token = self.executor.members[members[0]].device, self.token_bytes(members)
+            taken[device] += token
+            held[device] += self.executor.runners[g].bytes
+            copied[device] = max(copied[device], -(-token // len(self.executor.runners[g].layers)))
+        return [
+            (each + growing * copied[device], self.executor.device.spare_bytes(device) + held[device])
+            for device, each in taken.items()
+        ]
 
     def _grow(self, groups: dict[int, list[int]], slots: int, tokens: int) -> bool:
         """Have so much for these members by runner; whether there was memory."""

@@ -21,7 +21,7 @@ from genarm_fast.jobs.results import ResultsFile
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import SamplingParams
 from genarm_fast.text.detokenize import token_text
-from genarm_fast.text.prompts import Prompt
+from genarm_fast.text.given import Prompt
 
 __all__ = ["JobRequest", "Requests", "ResultsFile", "Summary", "read_requests", "run"]
 

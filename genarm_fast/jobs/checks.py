@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from genarm_fast.jobs.inputs import JobRequest
-from genarm_fast.text.prompts import Prompt
+from genarm_fast.text.given import Prompt
 from genarm_fast.utils.jsonlines import located
 
 

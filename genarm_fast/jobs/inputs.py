@@ -18,7 +18,7 @@ from genarm_fast.jobs import openai
 from genarm_fast.jobs.identity import digest
 from genarm_fast.params import SamplingParams, check_weights
 from genarm_fast.text.chats import arguments_of
-from genarm_fast.text.prompts import Prompt, as_prompts
+from genarm_fast.text.given import Prompt, as_prompts
 
 # What JSON can express, and what does not make an answer depend on the time of day.
 DEFAULTS = {

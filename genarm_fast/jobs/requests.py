@@ -15,7 +15,7 @@ import numpy
 
 from genarm_fast.jobs.inputs import Form, JobRequest
 from genarm_fast.params import SamplingParams
-from genarm_fast.text.prompts import Prompt
+from genarm_fast.text.given import Prompt
 from genarm_fast.utils.jsonlines import dumps, located, parsed, read_lines
 
 TOKEN_CHARACTERS = 4  # of a usual text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -14,6 +15,7 @@ from torch import nn
 from genarm_fast.models.files import read_object, refusing
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source
+from genarm_fast.models.patterns import check_patterns
 from genarm_fast.models.weights import own_weights, share_weights
 
 TASKS = (None, "CAUSAL_LM")
@@ -44,6 +46,8 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
 
     config = _config(what, source)
     check_kind(what, config)
+    _check_scales(what, config)
+    check_patterns(what, config, [name for name, _ in base.named_modules()])
     with refusing(what, "an adapter with weights that can be read"):
         saved = load_peft_weights(os.fspath(source), device="cpu")
     _check_vocabulary(what, base, saved)
@@ -95,6 +99,16 @@ def check_forward(what: str, adapted: Any) -> None:
     if not torch.allclose(theirs, ours, atol=1e-2 * float(ours.std())):
         kinds = ", ".join(sorted({_plain(config.peft_type) for config in adapted.peft_config.values()}))
         raise ValueError(f"{what}: expected an adapter whose modules do all of its work, as LoRA's do, got {kinds}")
+
+
+def _check_scales(what: str, config: Any) -> None:
+    """Raises ValueError for a scale of a LoRA that is no number, which JSON can hold as NaN or Infinity."""
+    patterns = getattr(config, "alpha_pattern", None)
+    scales = [("lora_alpha", getattr(config, "lora_alpha", 1))]
+    scales += [(f"alpha_pattern[{name!r:.60}]", value) for name, value in (patterns or {}).items()]
+    for name, value in scales:
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{what}: {name}={value!r:.60}: expected a finite number")
 
 
 def is_adapted(model: nn.Module) -> bool:

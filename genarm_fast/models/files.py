@@ -72,18 +72,36 @@ def check_files(member: str, source: Source) -> None:
             if path.name.endswith(READ):
                 _check_regular(member, path)
     objects = {name: read_object(member, source, name) for name in JSON_LIMITS}
+    _check_code(f"{member}: {Path(source, 'config.json')}", objects["config.json"])
     if not os.path.isdir(source):
         return
     folder = Path(source)
     for path in (path for pattern in TEMPLATES for path in folder.glob(pattern)):
         _check_template(f"{member}: {path}", path)
     largest = 0
+    quantized = any(f"{how}_config" in str(objects["config.json"]) for how in ("quantization", "compression"))
     for path in _weight_files(member, folder, objects):
         if path.suffix == ".safetensors":
             with refusing(f"{member}: {path}", "a whole safetensors file"), safe_open(path, "pt") as file:
-                largest = max([largest, *(max(file.get_slice(name).get_shape(), default=0) for name in file.keys())])  # noqa: SIM118 (it is no dict)
+                tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                largest = max([largest, *(max(tensor.get_shape(), default=0) for tensor in tensors.values())])
+            for name, tensor in tensors.items():
+                if name.endswith("weight") and not quantized and "F" not in tensor.get_dtype():
+                    kind = tensor.get_dtype()
+                    raise ValueError(f"{member}: {path}: {name} is {kind}: expected floating-point numbers")
     check_sizes(f"{member}: {folder / 'config.json'}", objects["config.json"], weight_bytes(folder))
     _check_ranks(f"{member}: {folder / 'adapter_config.json'}", objects["adapter_config.json"], largest)
+
+
+def _check_code(what: str, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a repository of kernels that a config names: transformers would fetch and run it."""
+    for name, value in config.items():
+        if name.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
+            raise ValueError(
+                f"{what}: {name}={value!r:.60}: expected none that brings code of its own; the caller may pass it"
+            )
+        if isinstance(value, Mapping):
+            _check_code(f"{what}: {name}", value)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -184,6 +202,8 @@ def _weight_files(member: str, folder: Path, objects: Mapping[str, Mapping[str, 
     """The weights of a folder, and the shards that its indices name, which must be there."""
     for index in INDICES:
         named = objects[index].get("weight_map", {})
+        if named and not isinstance(objects[index].get("metadata"), Mapping):  # transformers reads it
+            raise ValueError(f"{member}: {folder / index}: expected an object 'metadata' in it")
         if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named.values()):
             raise ValueError(f"{member}: {folder / index}: expected a weight_map from tensors to files")
         for name in sorted(set(named.values())):

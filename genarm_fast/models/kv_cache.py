@@ -43,22 +43,28 @@ class RaggedLayer(CacheLayerMixin):
         self.allocate(Entry(key_states.shape[1], widths, key_states.dtype, key_states.device))
 
     def allocate(self, entry: Entry) -> None:
-        self.keys, self.values = (
-            torch.zeros(self.slots, entry.heads, self.capacity, width, dtype=entry.dtype, device=entry.device)
-            for width in entry.widths
-        )
+        rows, device = (self.slots, entry.heads, self.capacity), entry.device
+        self.keys, self.values = (zeros(rows, width, entry.dtype, device) for width in entry.widths)
         self.is_initialized = True
 
-    def grown(self, entry: Entry, old: tuple[int, int], new: tuple[int, int], capacity: int) -> RaggedLayer:
-        """A layer of more (lanes, slots) and tokens; what each lane's slot holds is in the same slot there."""
-        layer = RaggedLayer(new[0] * new[1], capacity)
-        layer.allocate(entry)
-        for before, after in zip((self.keys, self.values), (layer.keys, layer.values)):
-            if before is not None and after is not None:
-                (lanes, slots), shape = old, before.shape
-                whole = after.view(*new, *after.shape[1:])
-                whole[:lanes, :slots, :, : shape[2]] = before.view(lanes, slots, *shape[1:])
-        return layer
+    def resize(self, old: tuple[int, int], new: tuple[int, int], capacity: int) -> None:
+        """Have other numbers of (lanes, slots) and tokens; of what each lane's slot holds, what fits stays there.
+
+        Each old tensor goes before the next new one is made, so only one of them is needed above the larger size. If
+        memory runs out in between, the keys have the new size and the values the old one: go back by the same call.
+        """
+        lanes, slots = min(old[0], new[0]), min(old[1], new[1])
+        for name in ("keys", "values"):
+            before: Tensor = getattr(self, name)
+            rows, heads, tokens, width = before.shape
+            if (rows, tokens) != (new[0] * new[1], capacity):
+                after = zeros((new[0] * new[1], heads, capacity), width, before.dtype, before.device)
+                kept = slice(lanes), slice(slots), slice(None), slice(min(tokens, capacity))
+                after.view(*new, *after.shape[1:])[kept] = before.view(*old, heads, tokens, width)[kept]
+                setattr(self, name, after)
+                del after
+            del before  # or it would stay while the next one is made, and as long as an error's traceback
+        self.slots, self.capacity = new[0] * new[1], capacity
 
     @property
     def entry(self) -> Entry | None:
@@ -86,3 +92,8 @@ class RaggedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.capacity, 0
+
+
+def zeros(rows: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a cache: where its memory is taken."""
+    return torch.zeros(*rows, width, dtype=dtype, device=device)

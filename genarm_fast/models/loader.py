@@ -20,6 +20,7 @@ from genarm_fast.models.hub import Source, find_file
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
 from genarm_fast.models.rebound import WeightWatch
+from genarm_fast.text.chats import template_arguments
 from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
@@ -29,6 +30,7 @@ RECORDED = {
     "chat_template": (str, type(None)),
     "prompt_format": (str, type(None)),
     "end_token_id": (int, type(None)),
+    "chat_template_kwargs": (dict, type(None)),
 }
 
 
@@ -118,9 +120,15 @@ def load_members(
                 float(spec.weight),
                 isinstance(spec.model, nn.Module),
                 recorded.get("prompt_format"),
+                recorded.get("chat_template_kwargs") or {},
             )
         )
         if (end := recorded.get("end_token_id")) is not None:
+            if end >= first.vocab_size:
+                raise ValueError(
+                    f"{role}: {Path(place or '', 'genarm.json')}: end_token_id={end}: expected a token of the base, "
+                    f"less than {first.vocab_size}"
+                )
             first.stop_ids |= {end}
     drafter = None
     if draft_model is not None:
@@ -153,7 +161,15 @@ def _recorded(member: str, place: Source | None) -> dict[str, Any]:
     recorded = {} if place is None else read_object(member, place, "genarm.json")
     for name, kinds in RECORDED.items():
         value = recorded.get(name)
-        if not isinstance(value, kinds) or (name == "prompt_format" and value not in (None, *get_args(PromptFormat))):
+        known = isinstance(value, kinds) and not isinstance(value, bool)
+        if name == "prompt_format":
+            known = known and value in (None, *get_args(PromptFormat))
+        elif name == "end_token_id":
+            known = known and (value is None or value >= 0)
+        elif name == "chat_template_kwargs" and known:
+            with refusing(f"{member}: {Path(place or '', 'genarm.json')}", "what training records"):
+                template_arguments(None, value)
+        if not known:
             file = Path(place or "", "genarm.json")
             raise ValueError(f"{member}: {file}: {name}={recorded[name]!r:.60}: expected what training records")
     return recorded

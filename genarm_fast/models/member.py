@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,8 @@ from genarm_fast.text.prompts import PromptFormat
 @dataclass
 class Member:
     """A loaded member. `weight` is the ARM's default weight. given: somebody else has its model, and may change it.
-    prompt_format: what it was trained on; None: nobody recorded that. stop_ids: tokens that end its answers, too."""
+    prompt_format: what it was trained on; None: nobody recorded that. chat_template_kwargs: what its chat template got
+    with every row of the training. stop_ids: tokens that end its answers, too."""
 
     name: str
     model: Any  # a transformers causal LM in eval mode
@@ -31,6 +32,7 @@ class Member:
     weight: float = 1.0
     given: bool = False
     prompt_format: PromptFormat | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     stop_ids: frozenset[int] = frozenset()
     watch: WeightWatch | None = None  # of a given model
     relatives: Sequence[nn.Module] = ()  # models some of whose weights are its own as well
@@ -47,6 +49,8 @@ class Member:
         text = self.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size  # width of the logits
         self.context = context_of(text)
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"{self.name}: max_position_embeddings={self.context}: expected at least 1")
         self.shared = self.model  # runs it together with the other members that have the same one: see lora_lanes.py
         self.lane = 0
 

@@ -43,9 +43,12 @@ def end_of_sequence(base: Member, vocab_size: int) -> frozenset[int]:
         base.model.config.get_text_config().eos_token_id,
     )
     eos = next((value for value in candidates if value is not None), [])
-    configured = frozenset([eos] if isinstance(eos, int) else eos)
+    listed = eos if isinstance(eos, (list, tuple)) else [eos]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in listed):
+        raise ValueError(f"base: eos_token_id={eos!r:.60} of its generation config or config: expected token ids")
+    configured = frozenset(listed)
     ends = (base.tokenizer.eos_token_id, end_of_answer(base.tokenizer, base.chat_template, configured))
     ids = configured | base.stop_ids | {end for end in ends if end is not None}
-    if not any(token_id < vocab_size for token_id in ids):
+    if not any(0 <= token_id < vocab_size for token_id in ids):
         warnings.warn(f"end-of-sequence ids {sorted(ids)} of the base: expected one below {vocab_size}", stacklevel=2)
     return ids

@@ -45,9 +45,23 @@ def rendered_chat(
     return Rendered(render(tokenizer, messages, chat_template, **{ahead: True}, **options), False)
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text; special: with what the tokenizer adds.
+
+    Raises:
+        ValueError: the tokenizer gives up, as over a pattern that would take for ever.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    except BaseException as error:  # the Rust of tokenizers panics with an exception of its own that is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{len(text)} characters: expected a text that the tokenizer can read: {error}") from error
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Rendered) -> list[int]:
     """Token ids of a prompt. An EOS that the tokenizer would put behind it is left out: the response follows."""
-    ids = list(tokenizer(prompt.text, add_special_tokens=prompt.special)["input_ids"])
+    ids = encoded(tokenizer, prompt.text, special=prompt.special)
     eos = tokenizer.eos_token
     if prompt.special and eos and ids[-1:] == [tokenizer.eos_token_id] and not prompt.text.endswith(eos):
         ids.pop()
@@ -67,12 +81,10 @@ def response_ids(
         if joined[: len(prompt_ids)] == list(prompt_ids):
             return joined[len(prompt_ids) :]
     for anchor in ANCHORS:
-        before, joined = (
-            list(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (anchor, anchor + response)
-        )
+        before, joined = (encoded(tokenizer, t) for t in (anchor, anchor + response))
         if joined[: len(before)] == before:
             return joined[len(before) :]
-    return list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    return encoded(tokenizer, response)
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -89,7 +101,7 @@ def end_of_answer(
     They differ for Llama 3, say. `chat_template` None: not a chat.
     """
     if chat_template is not None and (after := after_answer(tokenizer, chat_template)):
-        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        ids = encoded(tokenizer, after)
         if ids and (ids[0] in stop_ids or ids[0] in special_tokens(tokenizer)):
             return ids[0]
     return tokenizer.eos_token_id

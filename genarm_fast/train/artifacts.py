@@ -67,6 +67,7 @@ def genarm_info(config: TrainConfig, report: dict[str, Any]) -> dict[str, Any]:
         "prompt_format": report["data"]["prompt_format"],
         "prompt_template": config.prompt_template,
         "chat_template": report["data"]["chat_template"],
+        "chat_template_kwargs": report["data"]["chat_template_kwargs"],
         "end_token_id": report["data"]["end_token_id"],
         "max_prompt_tokens": config.max_prompt_tokens,
         "max_response_tokens": config.max_response_tokens,

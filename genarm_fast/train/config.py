@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from genarm_fast.text.chats import template_arguments
 
 # A run can be continued with other values of these: the trained weights stay the same.
 OPERATIONAL = frozenset(
@@ -70,6 +74,9 @@ class TrainConfig:
     as_chat: bool = option(False, "turn text prompts and HH transcripts into chat messages")
     prompt_template: str | None = option(None, "wraps text prompts, e.g. '<|user|>\\n{prompt}\\n<|assistant|>\\n'")
     chat_template: str | None = option(None, "Jinja chat template; default: the tokenizer's")
+    chat_template_kwargs: Mapping[str, Any] | None = option(
+        None, "what the chat template gets with rows that don't say so themselves, e.g. '{\"enable_thinking\": false}'"
+    )
     max_prompt_tokens: int = option(512, "longest prompt")
     max_response_tokens: int = option(512, "longest response with its EOS; pairs over it are dropped, never cut")
     long_prompts: Literal["drop", "truncate"] = option("drop", "longer prompts: drop the pair, or cut on the left")
@@ -136,6 +143,7 @@ class TrainConfig:
         self._need("prompt_template", template is None or "{prompt}" in template, "a text with {prompt} in it")
         template = self.chat_template
         self._need("chat_template", template is None or "{" in template, "the text of a Jinja template")
+        template_arguments(None, self.chat_template_kwargs)
         self._need("as_chat", not (self.as_chat and self.prompt_template), "False when prompt_template is given")
 
     @property
@@ -147,13 +155,18 @@ class TrainConfig:
         if get_origin(hint) is Literal:
             self._need(name, value in get_args(hint), f"one of {', '.join(get_args(hint))}")
             return
-        if get_origin(hint) is tuple:
+        mapping = any(get_origin(each) is Mapping for each in get_args(hint))
+        if mapping:
+            ok = value is None or (isinstance(value, Mapping) and _is_json(value))
+        elif get_origin(hint) is tuple:
             ok = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
         else:
             kinds = get_args(hint) or (hint,)
             ok = isinstance(value, (*kinds, int) if float in kinds else kinds)
             ok = ok and (not isinstance(value, bool) or bool in kinds)
         if not ok:
+            if mapping:
+                raise TypeError(f"{name}={value!r:.80}: expected a mapping that JSON can hold, or None")
             expected = getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)
             raise TypeError(f"{name}={value!r}: expected {expected}")
         self._need(name, not isinstance(value, float) or math.isfinite(value), "a finite number")
@@ -161,6 +174,13 @@ class TrainConfig:
     def _need(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
             raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 @cache

@@ -89,6 +89,7 @@ class Encoder:
             ValueError: no chat template, or one that fails; a prompt without tokens.
         """
         prompt, sides = pair.prompt, [pair.chosen, pair.rejected]
+        options = self.options(pair)
         if isinstance(prompt, str) and self.config.as_chat:
             messages = transcript_messages(prompt)
             if messages:
@@ -103,8 +104,8 @@ class Encoder:
             raise ValueError("the data has chat messages: expected a tokenizer with a chat template, or chat_template")
         else:
             try:
-                rendered = rendered_chat(self.tokenizer, prompt, self.chat_template, **pair.options)
-                texts = [self._answer(prompt, side, rendered, pair.options) for side in sides]
+                rendered = rendered_chat(self.tokenizer, prompt, self.chat_template, **options)
+                texts = [self._answer(prompt, side, rendered, options) for side in sides]
             except Dropped:
                 raise
             except ValueError as error:
@@ -120,6 +121,20 @@ class Encoder:
             response = response_ids(self.tokenizer, rendered, ids, text)
             responses.append(ended(response, end) if complete else response)
         return ids, responses[0], responses[1]
+
+    def options(self, pair: Pair) -> dict[str, Any]:
+        """What the chat template gets with a pair besides messages; what its row says comes first."""
+        return {**(self.config.chat_template_kwargs or {}), **pair.options}
+
+    def recorded(self, pairs: list[Pair]) -> dict[str, Any] | None:
+        """What the template got with every pair alike, tools aside: decoding gives it, too. None: nothing."""
+        options = [self.options(pair) for pair in pairs]
+        alike = {
+            name: value
+            for name, value in (options[0] if options else {}).items()
+            if name != "tools" and all(name in each and each[name] == value for each in options)
+        }
+        return alike or None
 
     def _answer(self, prompt: list[Message], side: Side, rendered: Rendered, options: Any) -> str:
         """An answer as the chat template renders it behind the prompt, without what ends it."""

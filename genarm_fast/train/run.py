@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
-from transformers.integrations import get_available_reporting_integrations
-from transformers.training_args import OptimizerNames
 
-from genarm_fast.models.files import check_files, refusing
+from genarm_fast.models.files import check_files
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source, find_file, locate
 from genarm_fast.models.loader import load_tokenizer
@@ -27,6 +24,7 @@ from genarm_fast.train import processes
 from genarm_fast.train.artifacts import save_artifacts
 from genarm_fast.train.batches import Collator
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
+from genarm_fast.train.checks import Rows, check_call, check_servable, stop_ids
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.data import load_pairs, reading, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
@@ -51,9 +49,6 @@ class TrainReport:
     def accuracy(self) -> float | None:
         """Share of held-out pairs whose chosen response has the higher reward; None if none were held out."""
         return self.report["final"].get("accuracy")
-
-
-Rows = Iterable[Mapping[str, Any]]
 
 
 def train(
@@ -84,28 +79,7 @@ def train(
         BlockingIOError: another process trains in that folder.
         FloatingPointError: the loss is no longer finite.
     """
-    for name, rows in (("data", data), ("eval_data", eval_data)):
-        if rows is not None and getattr(config, name):
-            raise ValueError(f"{name}={getattr(config, name)!r}: expected none in the config where rows are given")
-    if data is None and not config.data:
-        raise ValueError("data='': expected a non-empty string, or rows given to `train`")
-    if eval_data is not None and config.holdout_every is not None:
-        raise ValueError(f"holdout_every={config.holdout_every}: expected None when eval_data is given")
-    at_once = config.micro_batch_size * processes.count()
-    if config.batch_size % at_once:
-        raise ValueError(
-            f"batch_size={config.batch_size}: expected a multiple of {at_once}: "
-            f"micro_batch_size={config.micro_batch_size} times {processes.count()} processes"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes"):
-        raise ValueError("ACCELERATE_USE_FSDP: expected plain data parallelism, FSDP is not supported")
-    if config.optimizer not in (names := [name.value for name in OptimizerNames]):
-        raise ValueError(f"optimizer={config.optimizer!r}: expected one of {', '.join(names)}")
-    if missing := sorted(set(config.report_to) - set(found := get_available_reporting_integrations())):
-        raise ValueError(
-            f"report_to={config.report_to!r}: {missing[0]!r} is unknown to transformers or not installed: "
-            f"expected some of {', '.join(found) or 'none: none is installed'}"
-        )
+    check_call(config, data, eval_data)
     processes.join()
     processes.from_first(lambda: check_folder(config))
     with ExitStack() as held:  # before anything is read there: another run may just be about to finish
@@ -207,6 +181,10 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
             f"as_chat={config.as_chat}, prompt_template={config.prompt_template!r}: expected none where the rows "
             "have no 'prompt': what both texts begin with is a beginning, not a request"
         )
+    if config.chat_template_kwargs and source.format != "messages" and not config.as_chat:
+        raise ValueError(
+            f"chat_template_kwargs={config.chat_template_kwargs!r}: expected none, the data is no chats (see as_chat)"
+        )
     train_pairs, held_out_pairs = split_pairs(source.pairs, config, eval_rows)
     training, dropped = encoder(train_pairs, config.data or "data")
     held_out_name = "eval_data" if eval_rows is not None else config.eval_data or config.data or "data"
@@ -222,6 +200,7 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
         "format": source.format,
         "prompt_format": "chat" if chat else "transcript" if transcripts else "text",
         "chat_template": encoder.chat_template if chat else None,
+        "chat_template_kwargs": encoder.recorded(train_pairs) if chat else None,
         "end_token_id": encoder.end_of_chat_answer if chat else tokenizer.eos_token_id,
         "rows": source.rows,
         "train_pairs": len(training),
@@ -264,28 +243,6 @@ def lora_targets(model: PairModel) -> list[str]:
     """Names of the linear layers that the run trained a LoRA on; [] without LoRA."""
     configs = getattr(model.lm, "peft_config", {})
     return sorted({name for config in configs.values() for name in config.target_modules})
-
-
-def check_servable(config: TrainConfig, place: Source) -> None:
-    """Raises ValueError for a kind of model that the engine refuses to decode with; before any weights are read."""
-    with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
-        found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
-    if kind is not None:  # else code of its own, which is looked at once it is loaded
-        check_supported("base", kind, found)
-
-
-def stop_ids(config: TrainConfig, place: Source) -> frozenset[int]:
-    """The tokens that end a response in decoding, too (`models.vocabulary.end_of_sequence`)."""
-    try:
-        eos = GenerationConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).eos_token_id
-    except OSError:  # the model has no generation config
-        eos = None
-    if eos is None:
-        eos = (
-            AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).get_text_config().eos_token_id
-        )
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
 def _shown(config: TrainConfig) -> dict[str, Any]:

@@ -58,9 +58,44 @@ def test_arguments_of_the_chat_template(cli: Callable, options: list[str], token
     assert read == ["<s>[user] the cat</s>[assistant] ", "brief<s>[user] the cat</s>[assistant] "]
     result = cli("generate", "the cat", *own, "--raw", *brief)
     assert (result.code, "--chat-template-kwargs {'style': 'brief'}: expected a chat" in result.err) == (2, True)
-    for wrong in ("[1]", "{", "brief"):
+    for wrong in ("[1]", "{", "brief", '{"a": ' * 100_000):
         result = cli("generate", "the cat", *own, "--chat-template-kwargs", wrong)
         assert (result.code, "expected a JSON object" in result.err) == (2, True)
+
+
+def test_tools(cli: Callable, models: Any, options: list[str], tokenizer: Any, tmp_path: Path) -> None:
+    """A list or a file of one, in generate, score and a batch job, whose lines may have their own."""
+    (tmp_path / "own.jinja").write_text("{% if tools %}<{{ tools[0].name }}>{% endif %}" + tokenizer.chat_template)
+    (tmp_path / "tools.json").write_text('[{"name": "look"}]')
+    alone = ["--base", str(models.base), "--chat-template", str(tmp_path / "own.jinja")]
+    own = [*alone, "--max-new-tokens", "12", "--seed", "7"]
+    for given in (str(tmp_path / "tools.json"), ' [{"name": "look"}]'):
+        shown = json.loads(cli("generate", "the cat", *own, "--tools", given, "--json").out)
+        assert tokenizer.decode(shown["prompt_token_ids"]) == "<look><s>[user] the cat</s>[assistant] "
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"prompt": CHAT, "seed": 7, **own}) + "\n" for own in ({}, {"tools": [{"name": "own"}]}))
+    )
+    job = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert cli("generate", *own, *job, "--tools", given).code == 0
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    found = [cli("generate", "the cat", *own, "--tools", f'[{{"name": "{name}"}}]').out for name in ("look", "own")]
+    assert [answer["completions"][0]["text"] + "\n" for answer in answers] == found
+    assert found[0] != found[1]
+    changed = cli("generate", *own, *job, "--tools", '[{"name": "see"}]')
+    assert (changed.code, "other" in changed.err) == (2, True)
+
+    result = cli("generate", "the cat", *own, "--raw", "--tools", given)
+    assert (result.code, "--tools [{'name': 'look'}]: expected a chat" in result.err) == (2, True)
+    for wrong in ('{"name": "look"}', "[1]", "[", str(tmp_path / "none.json"), str(tmp_path), "[" * 100_000):
+        result = cli("generate", "the cat", *own, "--tools", wrong)
+        assert (result.code, "expected a JSON list of tools" in result.err, len(result.err) < 4000) == (2, True, True)
+    unread = cli("generate", "the cat", *options, "--tools", given)  # by the ARMs' own templates
+    assert (unread.code, "chat template leaves them out" in unread.err) == (2, True)
+    scores = [
+        json.loads(cli("score", "--prompt", "the cat", "--response", "sat", *alone, "--chat", "--json", *more).out)
+        for more in ([], ["--tools", given])
+    ]
+    assert scores[0]["base_logprobs"] != scores[1]["base_logprobs"]
 
 
 def test_sampling_options_reach_the_request(cli: Callable, options: list[str], model: GenARM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import warnings
@@ -158,3 +159,24 @@ def test_weights_may_begin_with_a_minus(cli: Cli) -> None:
     assert numbers("-1,0.5") == (-1.0, 0.5)
     err = cli("generate", "hi", "--base", "x", "--weights", "-1,0.5").err  # got past argparse
     assert "weights=(-1.0, 0.5): expected 0 numbers" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "out.jsonl"), 2, "symbolic links: 'out.jsonl'"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), 2, "File name too long"),
+        (OSError(errno.EIO, "Input/output error", "x"), 1, "Input/output error"),
+        (MemoryError(), 1, "error: out of memory\n"),
+        (MemoryError("220 tokens take 9 bytes of cache"), 1, "error: out of memory: 220 tokens"),
+    ],
+)
+def test_exit_codes_of_what_the_system_says(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+) -> None:
+    def fails(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("genarm_fast.cli.generate.run", fails)
+    result = cli("generate", "hi", "--base", "b")
+    assert (result.code, said in result.err) == (code, True)

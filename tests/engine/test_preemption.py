@@ -12,7 +12,6 @@ from tiny_models import build_model, save_adapter
 
 from genarm_fast import GenARM, GenerationError, SamplingParams
 from genarm_fast.engine import scheduler
-from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.observations import Choice
 from genarm_fast.speculation.policy import DraftPolicy
@@ -248,36 +247,6 @@ def test_members_that_are_needed_no_more_stop_drafting(tmp_path, tokenizer, devi
     for tokens, (prompt, count, weights, _) in zip(found, requests):
         alone = model.generate(prompt, max_new_tokens=count, weights=weights, ignore_eos=True, seed=1)[0]
         assert tokens == alone.token_ids
-
-
-def test_growth_that_fails_half_way_keeps_what_runs(tmp_path, tokenizer, monkeypatch):
-    """The second layer of a larger cache does not fit: the smaller one stays, and so does what it holds."""
-    build_model("llama", 0).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    save_adapter(tmp_path / "lane", base=tmp_path / "base", seed=1)
-    model = GenARM.from_pretrained(tmp_path / "base", tmp_path / "lane", dtype=torch.float32, speculation="off")
-    prompts = [[3, 4, 5], [6, 7], [8, 9], [10, 11]]
-    expected = [output.token_ids for output in model.generate([PROMPT[:10], *prompts], **SEEDED)]
-    model.release()
-    engine = model.engine()
-    run = engine.run(sequences_of(model, PROMPT[:10], **SEEDED))
-    next(run)
-    allocate, large = RaggedLayer.allocate, []
-
-    def fail(layer, entry):
-        if layer.slots > 6:  # of both lanes
-            large.append(layer.slots)
-            if len(large) % 2 == 0:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-        allocate(layer, entry)
-
-    monkeypatch.setattr(RaggedLayer, "allocate", fail)
-    outputs = model.generate(prompts, **SEEDED)
-    for _ in run:
-        pass
-    assert len(large) == 2
-    assert engine.workspace.slots <= 3
-    assert [run.sequences[0].tokens, *(output.token_ids for output in outputs)] == expected
 
 
 def test_a_draft_model_knows_what_it_was_shown(guided, monkeypatch):

@@ -243,6 +243,79 @@ def test_every_other_file_that_is_none(base, adapter, name, damage, said):
         GenARM.from_pretrained(base, adapter)
 
 
+ENDLESS = "([a-z0-9_.]+)+!"
+HOSTILE_SETTINGS = [
+    # transformers fetches kernels that a config names from the hub, and runs their code
+    *(
+        ("config.json", {name: value}, f"{name}=.*: expected none that brings code of its own")
+        for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+        for value in ("someone/kernel", "paged|someone/kernel@main:flash", {"": "someone/kernel"})
+    ),
+    ("config.json", {"text_config": {"attn_implementation": "a/b"}}, "text_config: attn_implementation='a/b'"),
+    ("config.json", {"experts_implementation": "a/b"}, "experts_implementation='a/b': expected none"),
+    # patterns that take for ever, in `re`, which nothing interrupts
+    ("adapter_config.json", {"target_modules": ENDLESS}, "target_modules=.*expected a pattern that ends within"),
+    ("adapter_config.json", {"exclude_modules": ENDLESS}, "exclude_modules=.*expected a pattern that ends within"),
+    ("adapter_config.json", {"rank_pattern": {ENDLESS: 4}}, "rank_pattern=.*expected a pattern that ends within"),
+    ("adapter_config.json", {"alpha_pattern": {ENDLESS: 4}}, "alpha_pattern=.*expected a pattern that ends within"),
+    (
+        "adapter_config.json",
+        {"layers_pattern": ENDLESS, "layers_to_transform": [0]},
+        "layers_pattern=.*expected a pattern that ends within",
+    ),
+    ("adapter_config.json", {"lora_alpha": float("nan")}, "lora_alpha=nan: expected a finite number"),
+    ("adapter_config.json", {"lora_alpha": float("inf")}, "lora_alpha=inf: expected a finite number"),
+    ("adapter_config.json", {"lora_alpha": None}, "lora_alpha=None: expected a finite number"),
+    ("adapter_config.json", {"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\['q_proj'\]='x': expected a finite"),
+    ("config.json", {"max_position_embeddings": 0}, "base: max_position_embeddings=0: expected at least 1"),
+    ("config.json", {"max_position_embeddings": -1}, "base: max_position_embeddings=-1: expected at least 1"),
+    ("generation_config.json", {"eos_token_id": "x"}, "base: eos_token_id='x' .*: expected token ids"),
+    ("generation_config.json", {"eos_token_id": [1, "2"]}, "base: eos_token_id=.*: expected token ids"),
+    ("generation_config.json", {"eos_token_id": True}, "base: eos_token_id=True .*: expected token ids"),
+    ("genarm.json", {"end_token_id": -1}, "genarm.json: end_token_id=-1: expected what training records"),
+    ("genarm.json", {"end_token_id": True}, "genarm.json: end_token_id=True: expected what training records"),
+    ("genarm.json", {"end_token_id": 10**12}, "genarm.json: end_token_id=1000000000000: expected a token of the base"),
+    ("genarm.json", {"chat_template_kwargs": [1]}, r"chat_template_kwargs=\[1\]: expected what training records"),
+    ("genarm.json", {"chat_template_kwargs": {"messages": []}}, "genarm.json: .*chat_template_kwargs='messages'"),
+    ("model.safetensors.index.json", {"weight_map": {"a": "model.safetensors"}}, "expected an object 'metadata' in it"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "said"), HOSTILE_SETTINGS)
+def test_settings_that_nobody_means(base, adapter, monkeypatch, name, changes, said):
+    monkeypatch.setattr("genarm_fast.models.patterns.SECONDS", 1.0)
+    place = (adapter if name in ("adapter_config.json", "genarm.json") else base) / name
+    old = json.loads(place.read_text()) if place.exists() else {}
+    place.write_text(json.dumps(old | changes))
+    with pytest.raises(ValueError, match=said):
+        GenARM.from_pretrained(base, adapter)
+
+
+def test_patterns_that_end_are_no_fault(base, adapter):
+    """As Unsloth and PEFT's own documentation write them."""
+    whole = GenARM.from_pretrained(base, adapter).generate([5, 6], seed=1, max_new_tokens=4)[0].token_ids
+    found = json.loads((adapter / "adapter_config.json").read_text())
+    names = "|".join(found["target_modules"])
+    for pattern in (
+        rf".*\.({names})$",
+        rf"(?:.*?(?:self_attn|mlp).*?(?:{names}).*?)|(?:\bmodel\.layers\.[\d]{{1,}}\.x)",
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(found | {"target_modules": pattern}))
+        assert GenARM.from_pretrained(base, adapter).generate([5, 6], seed=1, max_new_tokens=4)[0].token_ids == whole
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64])
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_weights_that_are_no_floating_point_numbers(base, adapter, which, dtype):
+    """Unquantised ones would be cast without a word, and the imaginary part left out."""
+    path = base / "model.safetensors" if which == "base" else adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(name for name in tensors if "q_proj" in name)
+    save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: {re.escape(name)} is \w+: expected floating-point"):
+        GenARM.from_pretrained(base, adapter)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [

@@ -11,7 +11,7 @@ from genarm_fast import ARM, GenARM
 from genarm_fast.jobs import read_requests
 from genarm_fast.params import SamplingParams
 from genarm_fast.text.chats import Chat
-from genarm_fast.text.prompts import as_prompts
+from genarm_fast.text.given import as_prompts
 
 USER = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "look"}}

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from tiny_models import build_model, build_tokenizer
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from genarm_fast import ARM, GenARM
+from genarm_fast.text.given import as_prompts
 from genarm_fast.text.messages import UnsupportedContent, as_message
-from genarm_fast.text.prompts import as_prompts
 from genarm_fast.text.templates import Rendered, end_of_answer, render, response_ids, token_ids
 from genarm_fast.text.transcripts import as_transcript, transcript_messages
 
@@ -192,3 +192,13 @@ def test_a_response_that_goes_on_with_a_word():
     prompt = Rendered("the", True)
     assert response_ids(tokenizer, prompt, [1], "cat") == [3]
     assert response_ids(tokenizer, prompt, [1], " cat") == [2]
+
+
+def test_a_tokenizer_that_gives_up(model, monkeypatch):
+    """Its regular expression would take for ever, say: Rust panics with what is no Exception."""
+    tokenizer = build_tokenizer()
+    pattern = Regex("([a-z ]+)+!")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    monkeypatch.setattr(model.base, "tokenizer", tokenizer)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: base: 72 characters: expected a text that the tokenizer can"):
+        model.generate("the cat " * 9, max_new_tokens=1)

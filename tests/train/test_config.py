@@ -52,6 +52,14 @@ def test_accepts_integers_as_numbers() -> None:
         ({"method": "full", "lora_targets": ("q",)}, ValueError, r"lora_targets=\('q',\): expected none with"),
         ({"lora_targets": "q_proj"}, TypeError, r"lora_targets='q_proj': expected tuple\[str, ...\]"),
         ({"as_chat": 1}, TypeError, "as_chat=1: expected bool"),
+        (
+            {"chat_template_kwargs": [1]},
+            TypeError,
+            r"chat_template_kwargs=\[1\]: expected a mapping that JSON can hold",
+        ),
+        ({"chat_template_kwargs": {"a": print}}, TypeError, "chat_template_kwargs=.*: expected a mapping that JSON"),
+        ({"chat_template_kwargs": {1: 2}}, TypeError, "chat_template_kwargs={1: 2}: expected a mapping that JSON"),
+        ({"chat_template_kwargs": {"tokenize": 1}}, ValueError, "chat_template_kwargs='tokenize': expected what only"),
         ({"data_id": 3}, TypeError, "data_id=3: expected str | None"),
     ],
 )

@@ -156,10 +156,77 @@ def test_what_cannot_be_shared_is_refused(make_config: Config, toy: Path, monkey
         train(make_config(toy, batch_size=4), progress=False)
 
 
-def test_fsdp_is_refused_by_name(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP: expected plain data parallelism"):
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_what_shards_weights_is_refused_by_name(
+    make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{way}=true: expected plain data parallelism: .* all weights"):
         train(make_config(toy), progress=False)
+    assert not (toy.parent / "arm").exists()
+
+
+SHARDED = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from genarm_fast.train import TrainConfig
+from genarm_fast.train.batches import rows
+from genarm_fast.train.encode import Encoded
+from genarm_fast.train.metrics import pair_losses
+from genarm_fast.train.model import PairModel, add_lora, load_base
+
+distributed.init_process_group("gloo")
+for method, dtype in (("full", torch.float32), ("lora", torch.float32), ("lora", torch.bfloat16)):
+    config = TrainConfig(base=sys.argv[1], data="-", output="-", method=method, lora_dropout=0.0)
+    losses, gradients = [], []
+    for sharded in (False, True):
+        lm = load_base(config, dtype)
+        if method == "lora":
+            lm = add_lora(lm, config)
+            torch.manual_seed(1)
+            for name, parameter in lm.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.02)
+        model = PairModel(lm)
+        if sharded:
+            for layer in model.causal.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        batch = rows([Encoded(i, [3 + i, 4, 5], [6, 7, 1], [8, 9 + i, 10, 1]) for i in range(2)], 0)
+        loss = pair_losses(model(**batch), 0.05, torch.zeros(2)).mean()
+        loss.backward()
+        losses.append(loss.item())
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append({name: g.full_tensor() if sharded else g for name, g in found.items()})
+    assert losses[0] == losses[1], losses
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    try:  # as checkpoints are written
+        save_file({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, sys.argv[2])
+    except RuntimeError:
+        print(f"{method} {dtype} as alone, and no file of shards")
+distributed.destroy_process_group()
+"""
+
+
+def test_what_shards_could_and_could_not_do(base: Path, tmp_path: Path) -> None:
+    """PyTorch's FSDP2 gives the loss and the gradients of one process; a checkpoint of shards is what is lacking."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launch, str(tmp_path / "sharded.py"), str(base), str(tmp_path / "shards")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("as alone, and no file of shards") == 6, ended.stdout
 
 
 def test_alone_nothing_is_sent() -> None:

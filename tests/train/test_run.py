@@ -19,9 +19,9 @@ from genarm_fast import GenARM
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.artifacts import curve
+from genarm_fast.train.checks import stop_ids
 from genarm_fast.train.data import load_pairs, split_pairs
 from genarm_fast.train.model import default_targets
-from genarm_fast.train.run import stop_ids
 
 Config = Callable[..., TrainConfig]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "curve.png", "genarm.json", "report.json"}
@@ -281,6 +281,43 @@ def test_the_defaults_leave_routers_and_experts_alone() -> None:
         names = set(default_targets(AutoModelForCausalLM.from_config(config)))
         attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
         assert names == (attention if more else attention | {"gate_proj", "up_proj", "down_proj"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "recorded"),
+    [
+        ([{}, {}], {"shout": True}, {"shout": True}),
+        ([{"shout": False}, {"shout": False}], {"shout": True, "loud": 1}, {"shout": False, "loud": 1}),
+        ([{"shout": False}, {}], None, None),
+        ([{"shout": False}, {"shout": True}], None, None),
+    ],
+)
+def test_arguments_of_the_chat_template_are_trained_with_recorded_and_read(
+    make_config: Config, write_jsonl: Callable[..., Path], base: Path, rows: Any, given: Any, recorded: Any
+) -> None:
+    """A row's own come first. What all rows had, the ARM's template gets in decoding; a conflict is an error."""
+    template = "{{ 'LOUD' if shout else 'low' }}{{ loud }} {{ messages[0].content }} {% for m in messages[1:] %}"
+    template += "{{ m.content }}{% endfor %}"
+    sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    chat = [{"role": "user", "content": "the cat"}]
+    prompts = [[{"role": "user", "content": text}] for text in ("a dog", "a man")]
+    data = write_jsonl({"prompt": p, **sides, "chat_template_kwargs": row} for p, row in zip(prompts, rows))
+    options = {"holdout_every": None, "holdout_fraction": 0.0, "chat_template": template}
+    result = train(make_config(data, **options, chat_template_kwargs=given), progress=False)
+    assert json.loads((result.folder / "genarm.json").read_text())["chat_template_kwargs"] == recorded
+    model = GenARM.from_pretrained(base, result.folder, chat_template=template)
+    read = [model.tokenizer.decode(ids).split()[0] for ids in model.prepare([chat])[0].token_ids]
+    loud = (recorded or {}).get("shout")
+    assert read == ["low", f"{'LOUD' if loud else 'low'}{(recorded or {}).get('loud', '')}"]
+    if recorded:
+        with pytest.raises(ValueError, match=rf"prompts\[0\]: shout=None: expected {loud}, with which arm was trained"):
+            model.prepare([chat], chat_template_kwargs={"shout": None})
+        model.prepare([chat], chat_template_kwargs={"shout": loud})
+
+
+def test_arguments_of_no_chat_template_are_refused(make_config: Config, toy: Path) -> None:
+    with pytest.raises(ValueError, match=r"chat_template_kwargs=\{'shout': True\}: expected none, the data is no chat"):
+        train(make_config(toy, chat_template_kwargs={"shout": True}), progress=False)
 
 
 @pytest.mark.parametrize(

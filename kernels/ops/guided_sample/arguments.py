@@ -118,8 +118,10 @@ def check(arguments: SamplingArguments) -> None:
 def _check_logits(name: str, logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} of {type(logits)}: expected a tensor")
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"{name} of dtype {logits.dtype}: expected floating point")
+    if not logits.dtype.is_floating_point or logits.dtype.itemsize < 2:
+        raise TypeError(f"{name} of dtype {logits.dtype}: expected floating point of 16 bits or more")
+    if logits.layout != torch.strided:
+        raise TypeError(f"{name} of layout {logits.layout}: expected a dense tensor")
 
 
 def _check_number(name: str, value: Any, low: float, high: float, why: str = "") -> None:

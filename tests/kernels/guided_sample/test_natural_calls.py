@@ -90,3 +90,19 @@ def test_refused(sample, logits, options, message):
         sample(logits[0], **options)
     with pytest.raises(TypeError, match="base_logits of <class 'list'>: expected a tensor"):
         sample([1.0, 2.0])
+
+
+@pytest.mark.parametrize("which", ["base_logits", r"arm_logits\[0\]"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda logits: logits.to_sparse(), "of layout torch.sparse_coo: expected a dense tensor"),
+        (lambda logits: logits.to(torch.float8_e4m3fn), "of dtype torch.float8_e4m3fn: expected floating point of 16"),
+        (lambda logits: logits.to(torch.complex64), "of dtype torch.complex64: expected floating point"),
+    ],
+)
+def test_tensors_that_no_kernel_reads(which, change, said):
+    base, arm = torch.randn(2, 16), torch.randn(2, 16)
+    base, arm = (change(base), arm) if which == "base_logits" else (base, change(arm))
+    with pytest.raises(TypeError, match=f"{which} {said}"):
+        guided_sample(base, arm, 1.0)

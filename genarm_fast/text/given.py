@@ -1,0 +1,132 @@
+"""What callers give as prompts and responses: texts, chat messages, token ids, and what tokenizers return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from genarm_fast.text.chats import KEYS, Chat, arguments_of, is_chat_object, template_arguments
+from genarm_fast.text.messages import Message, as_message, check_text
+
+Prompt = str | list[Message] | list[int]
+
+
+def as_prompts(prompts: Any, *, tools: Any = None, chat_template_kwargs: Any = None) -> list[Prompt]:
+    """One prompt or a sequence of them → a list of prompts.
+
+    tools, chat_template_kwargs: what the chat templates get with each prompt that has none of its own.
+
+    Raises:
+        TypeError, ValueError: something that is no prompt, named by its index.
+    """
+    arguments = template_arguments(tools, chat_template_kwargs)
+    prompts = _unwrapped(prompts)
+    if (
+        isinstance(prompts, str)
+        or is_chat_object(prompts)
+        or (_is_sequence(prompts) and prompts and _begins_a_prompt(prompts[0]))
+    ):
+        prompts = [prompts]
+    if not _is_sequence(prompts):
+        raise TypeError(f"prompts={prompts!r:.80}: expected a string, chat messages, token ids, or a list of such")
+    if not prompts:
+        raise ValueError("prompts=[]: expected at least one prompt")
+    parsed = [_as_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+    return [_with(arguments, index, prompt) for index, prompt in enumerate(parsed)] if arguments else parsed
+
+
+def _with(arguments: Mapping[str, Any], index: int, prompt: Prompt) -> Prompt:
+    if isinstance(prompt, str) or not isinstance(prompt[0], dict):
+        raise ValueError(f"prompts[{index}]: expected chat messages with {min(arguments)!r}, got text or token ids")
+    messages: Any = prompt
+    return Chat(messages, {**arguments, **arguments_of(prompt)})
+
+
+def _as_prompt(index: int, prompt: Any) -> Prompt:
+    prompt = _unwrapped(prompt)
+    if is_chat_object(prompt):
+        if unknown := sorted(set(prompt) - set(KEYS)):
+            raise ValueError(f"prompts[{index}]: {unknown[0]!r}: expected {', '.join(KEYS)}")
+        try:
+            arguments = template_arguments(prompt.get("tools"), prompt.get("chat_template_kwargs"))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompts[{index}]: {error}") from None
+        return _with(arguments, index, _as_prompt(index, prompt["messages"]))
+    own = arguments_of(prompt)
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError(
+                f"prompts[{index}]='': expected a non-empty prompt (to start from nothing, give token ids)"
+            )
+        return check_text(f"prompts[{index}]", prompt)
+    if _is_sequence(prompt) and not prompt:
+        raise ValueError(f"prompts[{index}]=[]: expected at least one token id or chat message")
+    if _is_sequence(prompt) and len(prompt) == 1 and _is_sequence(prompt[0]) and _are_ids(prompt[0]):
+        prompt = prompt[0]  # of one row, as tokenizers return tensors
+    if _is_sequence(prompt) and all(isinstance(item, Mapping) for item in prompt):
+        try:
+            messages = [as_message(message) for message in prompt]
+            return Chat(messages, own) if own else messages
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompts[{index}]: {error}") from None
+    if _are_ids(prompt):
+        return [int(item) for item in prompt]
+    raise TypeError(f"prompts[{index}]={prompt!r:.80}: expected a string, chat messages or token ids")
+
+
+def _unwrapped(value: Any) -> Any:
+    """Lists in place of tensors, arrays and what a tokenizer returns; tokens that its mask hides are left out."""
+    if isinstance(value, Mapping) and "input_ids" in value:
+        ids, mask = (_unwrapped(value.get(name)) for name in ("input_ids", "attention_mask"))
+        if mask is None:
+            return ids
+        if ids and _is_sequence(ids[0]):
+            return [_unmasked(row, shown) for row, shown in zip(ids, mask)]
+        return _unmasked(ids, mask)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _unmasked(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    return [token for token, shown in zip(ids, mask) if shown]
+
+
+def _begins_a_prompt(first: Any) -> bool:
+    """Whether a list that begins so is one prompt: a chat, or token ids."""
+    message = isinstance(first, Mapping) and "input_ids" not in first and not is_chat_object(first)
+    return isinstance(first, Integral) or message
+
+
+def as_responses(responses: Any, count: int) -> list[str | list[int]]:
+    """One response or a sequence of them → a list of `count` responses.
+
+    Raises:
+        TypeError, ValueError: something that is no response, named by its index, or another number of them.
+    """
+    if hasattr(responses, "tolist"):
+        responses = responses.tolist()
+    if isinstance(responses, str) or (_is_sequence(responses) and responses and isinstance(responses[0], Integral)):
+        responses = [responses]
+    if not _is_sequence(responses):
+        raise TypeError(f"responses={responses!r:.80}: expected a string, token ids, or a list of such")
+    if len(responses) != count:
+        raise ValueError(f"responses: expected {count}, one per prompt, got {len(responses)}")
+    return [_as_response(index, response) for index, response in enumerate(responses)]
+
+
+def _as_response(index: int, response: Any) -> str | list[int]:
+    if hasattr(response, "tolist"):
+        response = response.tolist()
+    if isinstance(response, str):
+        return check_text(f"responses[{index}]", response)
+    if _are_ids(response):
+        return [int(item) for item in response]
+    raise TypeError(f"responses[{index}]={response!r:.80}: expected a string or token ids")
+
+
+def _are_ids(value: Any) -> bool:
+    return _is_sequence(value) and all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))

@@ -1,0 +1,72 @@
+"""What a training refuses before any weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
+
+from genarm_fast.models.files import refusing
+from genarm_fast.models.hub import Source
+from genarm_fast.models.support import check_supported
+from genarm_fast.train import processes
+from genarm_fast.train.config import TrainConfig
+
+Rows = Iterable[Mapping[str, Any]]
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # as `accelerate launch` says it
+
+
+def check_call(config: TrainConfig, data: Rows | None, eval_data: Rows | None) -> None:
+    """Raises ValueError for what does not go together, with these processes, or with what is installed."""
+    for name, rows in (("data", data), ("eval_data", eval_data)):
+        if rows is not None and getattr(config, name):
+            raise ValueError(f"{name}={getattr(config, name)!r}: expected none in the config where rows are given")
+    if data is None and not config.data:
+        raise ValueError("data='': expected a non-empty string, or rows given to `train`")
+    if eval_data is not None and config.holdout_every is not None:
+        raise ValueError(f"holdout_every={config.holdout_every}: expected None when eval_data is given")
+    at_once = config.micro_batch_size * processes.count()
+    if config.batch_size % at_once:
+        raise ValueError(
+            f"batch_size={config.batch_size}: expected a multiple of {at_once}: "
+            f"micro_batch_size={config.micro_batch_size} times {processes.count()} processes"
+        )
+    for name in (f"ACCELERATE_USE_{way}" for way in SHARDING):
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes", "on"):
+            raise ValueError(
+                f"{name}={os.environ[name]}: expected plain data parallelism: checkpoints and the finished ARM are "
+                "written by one process, which has all weights"
+            )
+    if config.optimizer not in (names := [name.value for name in OptimizerNames]):
+        raise ValueError(f"optimizer={config.optimizer!r}: expected one of {', '.join(names)}")
+    if missing := sorted(set(config.report_to) - set(found := get_available_reporting_integrations())):
+        raise ValueError(
+            f"report_to={config.report_to!r}: {missing[0]!r} is unknown to transformers or not installed: "
+            f"expected some of {', '.join(found) or 'none: none is installed'}"
+        )
+
+
+def check_servable(config: TrainConfig, place: Source) -> None:
+    """Raises ValueError for a kind of model that the engine refuses to decode with; before any weights are read."""
+    with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
+        found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
+    if kind is not None:  # else code of its own, which is looked at once it is loaded
+        check_supported("base", kind, found)
+
+
+def stop_ids(config: TrainConfig, place: Source) -> frozenset[int]:
+    """The tokens that end a response in decoding, too (`models.vocabulary.end_of_sequence`)."""
+    try:
+        eos = GenerationConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).eos_token_id
+    except OSError:  # the model has no generation config
+        eos = None
+    if eos is None:
+        eos = (
+            AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).get_text_config().eos_token_id
+        )
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
