@@ -15,7 +15,7 @@ from genarm_fast.engine.executor import Executor
 from genarm_fast.kernels import _native
 from genarm_fast.kernels.arm_logps import streamed
 from genarm_fast.kernels.arm_logps.triton import TILES
-from genarm_fast.models import fast_modules
+from genarm_fast.models import fast_modules, few_rows, stacked_decoder
 from genarm_fast.speculation.config import OFF, Speculation
 
 
@@ -99,6 +99,17 @@ def test_stacked_lanes(lanes, monkeypatch):
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
     launched = decode(lanes())
     assert {"scores_kernel", "draw_kernel", "settle_kernel", *STACKED} <= set(launched)
+
+
+def test_products_of_few_rows_in_steps(two_models, monkeypatch):
+    """Decoders for which our kernel was measured to be faster, which nothing without a GPU can tell."""
+
+    def serves(product, x):
+        return x.is_cuda and x.shape[:-1].numel() <= max(few_rows.ROWS)
+
+    monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
+    monkeypatch.setattr(stacked_decoder, "serves", serves)
+    assert "few_rows_kernel" in decode(two_models("qwen2"), Speculation("arm", 2))
 
 
 def test_log_probs_of_training():

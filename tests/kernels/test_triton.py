@@ -33,6 +33,7 @@ INTERPRETED = [
     "gated_mul/interpreted_gated_mul",
     "rotary_append/interpreted_rotary_append",
     "arm_logps/interpreted_arm_logps",
+    "small_linear/interpreted_few_rows",
 ]
 
 
@@ -53,10 +54,12 @@ ATTENTION = [
 ]
 LAYER = ["8B layer", "8B layer, r = 16", "0.5B layer, r = 8, norms, gelu", "rotary"]
 TRAINING = ["log-probs", "log-probs, softcap, bias"]
-TYPICAL = [*SAMPLING, *ATTENTION, *LAYER, *TRAINING]
+PRODUCTS = ["few rows", "few rows, splits", "few rows, float32"]
+TYPICAL = [*SAMPLING, *ATTENTION, *LAYER, *TRAINING, *PRODUCTS]
 KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "settle_kernel", "lookup_kernel"}
 KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
 KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel", "absorb_kernel", "slopes_kernel"}
+KERNELS |= {"few_rows_kernel", "total_kernel"}
 ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # few programs, where occupancy matters less
 SHARED = {"gfx942": 65536}  # bytes that a program may have; on NVIDIA what the least of them has, sm_86 and sm_89
 
