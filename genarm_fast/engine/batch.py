@@ -218,7 +218,7 @@ class Batch:
             torch.zeros(len(sequences), dtype=torch.bool),
             torch.tensor([each + [-1] * (width - len(each)) for each in stops]),
         )
-        return State(*map(self.executor.upload, known), texts)
+        return State._make([*map(self.executor.upload, known), texts])
 
     def tokens(self, members: list[int]) -> Tensor:
         """As of `State`, on the main stream; so are the next three."""
