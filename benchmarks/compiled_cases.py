@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from genarm_fast.kernels.arm_logps.streamed import target_logps
+from genarm_fast.kernels.arm_logps.tiles import Layer
+from genarm_fast.kernels.arm_logps.triton import TILES
 from genarm_fast.kernels.gated_mul import triton as gated_kernels
 from genarm_fast.kernels.guided_sample.arguments import SamplingArguments
 from genarm_fast.kernels.guided_sample.triton import launch as launch_sample
@@ -17,6 +20,7 @@ from genarm_fast.kernels.rms_norm import triton as norm_kernels
 from genarm_fast.kernels.rotary import triton as rotary_kernels
 from genarm_fast.kernels.rotary_append import triton as rotary_append_kernels
 from genarm_fast.kernels.settle.triton import launch as launch_settle
+from genarm_fast.kernels.small_linear import triton as few_rows_kernels
 
 BF16 = torch.bfloat16
 
@@ -116,6 +120,18 @@ def rotary() -> None:
     rotary_kernels.launch(query, query, angles, angles, 1)
 
 
+def logps(softcap: float | None = None, bias: bool = False, dtype: torch.dtype = BF16, vocab: int = 128256) -> None:
+    """Forward and backward of a trained output layer; the products are PyTorch's, so a narrow one will do."""
+    rows, weight = (torch.zeros(each, 1, dtype=dtype, requires_grad=True) for each in (2, vocab))
+    layer = Layer(torch.zeros(vocab) if bias else None, 1.0, softcap)
+    target_logps(rows, weight, torch.zeros(2, dtype=torch.int64), layer, TILES).sum().backward()
+
+
+def few_rows(outputs: int, width: int, *, rows: int = 2, bias: bool = False, dtype: torch.dtype = BF16) -> None:
+    x, weight = torch.zeros(rows, width, dtype=dtype), torch.zeros(outputs, width, dtype=dtype)
+    few_rows_kernels.launch(x, weight, torch.zeros(outputs, dtype=dtype) if bias else None)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "base only": partial(sample, arms=0),
     "1 ARM": sample,
@@ -136,6 +152,14 @@ CASES: dict[str, Callable[[], None]] = {
     "0.5B layer, r = 8, norms, gelu": partial(layer, 8, 896, 4864, (14, 2), 64, activation="gelu", norms=True),
     "70B layer, r = 16, gelu_tanh": partial(layer, 16, 8192, 28672, (64, 8), activation="gelu_tanh"),
     "rotary": rotary,
+    "few rows": partial(few_rows, 28672, 4096),
+    "few rows, splits": partial(few_rows, 576, 1536, bias=True),
+    "few rows, float32, splits": partial(few_rows, 576, 1536, dtype=torch.float32),
+    "few rows, float32": partial(few_rows, 28672, 4096, dtype=torch.float32),
+    "log-probs": logps,
+    "log-probs, softcap, bias": partial(logps, softcap=30.0, bias=True),
+    "log-probs, float32": partial(logps, dtype=torch.float32),
+    "log-probs, V = 50257": partial(logps, vocab=50257),
     "8B": attend,
     "8B, q = 4": partial(attend, block=4),
     "8B, q = 16": partial(attend, block=16),

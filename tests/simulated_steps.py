@@ -136,6 +136,26 @@ class Ahead(World):
         return (self.drafting(i, rows) * missing + self.verifying(rows * (k + 1), i)) / self.gain(choice)
 
 
+@dataclass
+class Whole(World):
+    """Steps are one launch: every row has k drafts, found or not, and the parts of a step have no times."""
+
+    def step(self, tuner: Tuner, choice: Choice, rows: int) -> None:
+        i, k = choice
+        if i is None:
+            return super().step(tuner, choice, rows)
+        proposed, accepted = self.drafts_of(i, [k] * rows)
+        seconds = self.timed(self.launched(choice, rows))
+        tuner.observe(StepObservation(i, rows, k, proposed, accepted, None, seconds))
+
+    def launched(self, choice: Choice, rows: int) -> float:
+        assert choice.drafter is not None
+        return choice.k * self.drafting(choice.drafter, rows) + self.verifying(rows * (choice.k + 1), choice.drafter)
+
+    def seconds_per_token(self, choice: Choice, rows: int) -> float:
+        return (self.plain(rows) if choice.drafter is None else self.launched(choice, rows)) / self.gain(choice)
+
+
 def tuner_for(world: World, config: TunerConfig = DEFAULT_TUNER_CONFIG) -> Tuner:
     return Tuner([f"d{i}" for i in range(len(world.drafts))], MAX_K, config=config)
 

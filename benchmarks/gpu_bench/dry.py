@@ -67,6 +67,7 @@ def standing_in() -> Iterator[None]:
             (torch.cuda, "empty_cache", lambda: None),
             (torch.cuda, "reset_peak_memory_stats", lambda: None),
             (torch.cuda, "max_memory_allocated", resident),
+            (torch.cuda, "memory_allocated", resident),
             (_dispatch, "GPUS", ("cpu",)),
         ]:
             stack.enter_context(patch.object(target, name, stand_in))

@@ -32,6 +32,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     said += ["", *(f"A decoder ran {way}." for way in sorted(ways))]
     if "sampler" in rows:
         said += ["", *_sampler_table(rows["sampler"]["lines"])]
+    if "training" in rows:
+        said += ["", *_training_table(rows["training"])]
     peaks = [(name, row["peak_bytes"]) for name, row in rows.items() if "peak_bytes" in row]
     if peaks:
         said += ["", "| row | peak, GB |", "|---|---|", *(f"| {name} | {peak / 1e9:.2f} |" for name, peak in peaks)]
@@ -82,6 +84,16 @@ def _sampler_table(lines: list[dict[str, Any]]) -> list[str]:
     said += ["", "| sampler | goal | measured |", "|---|---|---|"]
     for what, value, limit, unit in sampler_goals(lines):
         said.append(f"| {what} | ≤ {limit:g} {unit} | {'-' if value is None else f'{value:.3g} {unit}'} |")
+    return said
+
+
+def _training_table(row: Mapping[str, Any]) -> list[str]:
+    names = [name for name in row["lines"][0] if name != "head"]
+    said = [f"A loss over [{row['rows']}, {row['tokens']}] tokens, width {row['width']}, V = {row['vocab']}:", ""]
+    said += [f"| head | {' | '.join(f'{name}, ms | GB' for name in names)} |", "|---" * (1 + 2 * len(names)) + "|"]
+    for line in row["lines"]:
+        cells = [f"{line[name]['ms']:.3g} | {line[name]['peak_bytes'] / 1e9:.3g}" for name in names]
+        said.append(f"| {line['head']} | {' | '.join(cells)} |")
     return said
 
 

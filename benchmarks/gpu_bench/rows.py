@@ -13,6 +13,7 @@ from .models import weight_bytes
 from .profile import profile
 from .sampler import table
 from .schedule import Row
+from .training import table as training_table
 
 
 def floor(bench: Bench) -> dict[str, Any]:
@@ -85,6 +86,7 @@ ROWS = [
     Row("2 LoRAs", partial(lanes, name="8b", arms=2, batch=0), group="8b + 2"),
     Row("8B + 1B ARM", two_streams, group="8b + 1b"),
     Row("sampler", table, 0.2, group="sampler"),
+    Row("training", training_table, group="training"),
     Row("context 4,000, 8 requests", long_context, group="long"),
     Row("first token", first_token, group="first"),
     Row("135M", partial(lanes, name="135m", arms=0, batch=0), group="135m"),

@@ -39,6 +39,7 @@ class Setting:
     repeats: measurements of a decode row, and of a kernel. texts: how many are compared with the reference, and their
     tokens. batches: requests of the decode rows. long_context, first_token: tokens of prompts. widened: parameters of
     the widened base and ARM. drafts: K. sampler_rows, sampler_vocab: R and V of its table; sampler_calls: in a graph.
+    training: N, T, H and V of a loss.
     cold_bytes: a sampler's inputs take turns until they fill so many bytes, which no cache holds. read_bytes: that W's
     read speed is measured on. test_seconds: for the tests marked gpu. compile_options: of Hugging Face's compiled row.
     """
@@ -61,6 +62,7 @@ class Setting:
     sampler_rows: tuple[int, ...]
     sampler_vocab: tuple[int, ...]
     sampler_calls: int
+    training: tuple[int, int, int, int]
     cold_bytes: int
     read_bytes: int
     test_seconds: float
@@ -73,6 +75,7 @@ GPU_TESTS = (
     "tests/kernels/guided_sample/test_guided_sample_gpu.py",
     "tests/kernels/ragged_attention/test_ragged_attention_gpu.py",
     "tests/kernels/test_decoder_layer_gpu.py",
+    "tests/kernels/arm_logps/test_arm_logps_gpu.py",
     "tests/engine/test_gpu_engine.py",
 )
 
@@ -95,6 +98,7 @@ REAL = Setting(
     sampler_rows=(1, 8, 64, 128, 256),
     sampler_vocab=(32000, 128256),
     sampler_calls=32,
+    training=(4, 512, 4096, 128256),
     cold_bytes=200 << 20,  # an H100 has 50 MB of L2
     read_bytes=2 << 30,
     test_seconds=100,
@@ -121,6 +125,7 @@ DRY = Setting(
     sampler_rows=(2,),
     sampler_vocab=(300,),
     sampler_calls=1,
+    training=(1, 3, 8, 300),
     cold_bytes=1 << 14,
     read_bytes=1 << 22,
     test_seconds=300,

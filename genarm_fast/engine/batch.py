@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from genarm_fast.device.base import WorkStream
 from genarm_fast.engine.executor import Executor
@@ -97,8 +98,9 @@ class Batch:
 
     active: indices of these members among the engine's, base first. epochs: of the sequences' weights. shape: rows of
     all tensors, if that is more than R, and H of `State.texts`. Rows after R repeat the first one, so that few shapes
-    exist, and nobody reads them. in_graph: whether its tensors are those of a graph; see `over`. numbers: where steps
-    with so many drafts, each as one launch, leave what the host reads.
+    exist, and nobody reads them. before: the batch of the step before, for its texts. in_graph: whether its tensors are
+    those of a graph; see `over`. numbers: where steps with so many drafts, each as one launch, leave what the host
+    reads.
     """
 
     def __init__(
@@ -108,13 +110,14 @@ class Batch:
         executor: Executor,
         vocab_size: int,
         shape: tuple[int, int] = (0, 0),
+        before: Batch | None = None,
     ) -> None:
         width, text_width = shape
         self.sequences, self.active, self.executor, self.vocab_size = sequences, active, executor, vocab_size
         self.rows = sequences + sequences[:1] * (width - len(sequences))
         self.slots = [sequence.slot for sequence in self.rows]
         self.epochs = [sequence.epoch for sequence in sequences]
-        self.state = self._upload(text_width)
+        self.state = self._upload(self._texts(before, text_width))
         self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
@@ -149,7 +152,7 @@ class Batch:
             own = max(shape[0], len(slots)), shape[1]
             if (before.slots[: len(slots)], before.epochs, before.state.texts.shape) == (slots, epochs, own):
                 return before
-        batch = cls(sequences, active, executor, vocab_size, shape)
+        batch = cls(sequences, active, executor, vocab_size, shape, before)
         if before is not None and in_flight:
             rows = {id(sequence): row for row, sequence in enumerate(before.sequences)}
             kept = [
@@ -174,29 +177,48 @@ class Batch:
         for name in ("last", "lengths", "finished"):
             mine, other = getattr(self.state, name), getattr(before.state, name)
             mine.index_copy_(-1, target, other.index_select(-1, source))
-        mine, other = self.state.texts, before.state.texts
-        if mine.shape[1] == other.shape[1]:  # else drafts may be worse for a while
-            mine.index_copy_(0, target, other.index_select(0, source))
 
-    def _upload(self, text_width: int) -> State:
-        """What the host knows of the sequences."""
+    def _texts(self, before: Batch | None, width: int) -> Tensor:
+        """`State.texts`. Those of `before` that are still right stay on the device; the host copies the others alone.
+
+        A text that the host has not read all of is right as far as it goes. Rows of nobody keep what stands there.
+        """
+        count, upload = len(self.rows), self.executor.upload
+        known = None if before is None or before.state.texts.shape[1] != width else before.state.texts
+        there: dict[int, int] = {}
+        if before is not None and known is not None:
+            there = {id(each): row for row, each in enumerate(before.sequences) if before.epochs[row] == each.epoch}
+        new = [row for row, each in enumerate(self.sequences) if id(each) not in there]
+        if known is None or not width:
+            texts = upload(torch.zeros(1, dtype=torch.int64)).new_zeros(count, width)
+        else:
+            source = [row if row < len(known) else 0 for row in range(count)]
+            for row, each in enumerate(self.sequences):
+                source[row] = there.get(id(each), source[row])
+            same = source == list(range(len(known)))
+            texts = known if same else known.index_select(0, upload(torch.tensor(source)))
+        if new and width:
+            joined = [self.sequences[row] for row in new]
+            lines = [torch.tensor([*each.request.token_ids[0], *each.tokens]) for each in joined]
+            block = pad_sequence(lines, batch_first=True)
+            texts.narrow(1, 0, block.shape[1]).index_copy_(0, upload(torch.tensor(new)), upload(block))
+        return texts
+
+    def _upload(self, texts: Tensor) -> State:
+        """What the host knows of the sequences, and the texts."""
         sequences, members = self.rows, range(len(self.executor.members))
         stops = [sorted(sequence.request.stop_ids) for sequence in sequences]
         width = 1 << max(2, (max(map(len, stops)) - 1).bit_length())  # one of few: graphs are made for it
-        texts = torch.zeros(len(sequences), text_width, dtype=torch.int64)
-        for line, each in zip(texts if text_width else (), sequences):
-            line[: each.position(0) + 1] = torch.tensor([*each.request.token_ids[0], *each.tokens])
         prompts = [[len(each.request.token_ids[m]) - 1 for each in sequences] for m in members]
-        state = State(
-            last=torch.tensor([[each.last_token(m) for each in sequences] for m in members]),
-            starts=torch.tensor(prompts),
-            lengths=torch.tensor([len(each.tokens) for each in sequences]),
-            limits=torch.tensor([each.request.params.max_new_tokens for each in sequences]),
-            finished=torch.zeros(len(sequences), dtype=torch.bool),
-            stop_ids=torch.tensor([each + [-1] * (width - len(each)) for each in stops]),
-            texts=texts,
+        known = (
+            torch.tensor([[each.last_token(m) for each in sequences] for m in members]),
+            torch.tensor(prompts),
+            torch.tensor([len(each.tokens) for each in sequences]),
+            torch.tensor([each.request.params.max_new_tokens for each in sequences]),
+            torch.zeros(len(sequences), dtype=torch.bool),
+            torch.tensor([each + [-1] * (width - len(each)) for each in stops]),
         )
-        return State(*map(self.executor.upload, state))
+        return State._make([*map(self.executor.upload, known), texts])
 
     def tokens(self, members: list[int]) -> Tensor:
         """As of `State`, on the main stream; so are the next three."""

@@ -220,7 +220,7 @@ class Engine:
             shadows.judge()
             if before is None:  # the first step of a row of them is not waited for
                 return []
-            policy.observe(steps.observation(before, time.perf_counter() - start))
+            steps.observe(before, time.perf_counter() - start)
             return before.advanced
         if steps.in_flight is not None:  # who is due, and who may draft, is only known after it
             return steps.drain()

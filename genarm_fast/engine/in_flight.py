@@ -15,6 +15,7 @@ from genarm_fast.engine.sequence import Sequence
 from genarm_fast.kernels import GuidedSample
 from genarm_fast.speculation.drafter import Drafts
 from genarm_fast.speculation.observations import Choice
+from genarm_fast.speculation.policy import DraftPolicy
 from genarm_fast.speculation.shadow import Judge
 
 
@@ -24,7 +25,8 @@ class InFlight:
 
     most: tokens that it may give each sequence. read: waits for the targets and for how many of them were accepted.
     epochs: of each sequence's weights, as the step was launched. judge: tells shadow evaluation what was accepted.
-    logits: of the running members, by member, from which a bonus token may be drawn.
+    logits: of the running members, by member, from which a bonus token may be drawn. policy: who chose the step, if the
+    host went on meanwhile; sequences that came or left since may have another one.
     """
 
     batch: Batch
@@ -36,6 +38,7 @@ class InFlight:
     epochs: list[int]
     judge: Judge = lambda _: None
     logits: dict[int, Tensor] = field(default_factory=dict)
+    policy: DraftPolicy | None = None
     advanced: list[Sequence] = field(default_factory=list)  # once it is finished; so are the next two
     right: list[int] = field(default_factory=list)  # accepted drafts of each sequence
     judged: list[int] = field(default_factory=list)  # drafts of each that count as tried; see `Steps.finish`

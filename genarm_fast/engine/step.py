@@ -37,7 +37,6 @@ class Steps:
         self.graph = StepGraph(executor, sampler)
         self.before: Batch | None = None
         self.in_flight: InFlight | None = None
-        self.forward_seconds: dict[tuple[int, int], float] = {}  # of a drafter, by it and the sequences it drafts for
 
     def forget(self) -> None:
         """Drop what the device knows of sequences; the next step begins from what the host knows."""
@@ -76,8 +75,6 @@ class Steps:
         if choice.drafter is not None:
             drafter = self.drafters[choice.drafter]
             members.update(drafter.members)
-            if policy.candidates and (choice.drafter, len(sequences)) not in self.forward_seconds:
-                return False  # the tuner has to know what drafts take, which is measured between launches
             for each in sequences:  # all get as many drafts, and all positions of a step have one bias
                 if each.speculation.most < choice.k or bans_stop(each, len(each.tokens)):
                     return False
@@ -97,6 +94,7 @@ class Steps:
         texts = any(self.drafters[i].reads_texts for i in policy.allowed)
         batch = self.batch(sequences, padded=True, texts=whole and texts)
         self.in_flight = self.launch(batch, policy, choice, whole)
+        self.in_flight.policy = policy
         if before is not None:
             self.finish(before)
         return before
@@ -129,8 +127,6 @@ class Steps:
         if drafter is not None and drafts.width:
             drafter.accepted(drafts, step.right, drafting, verifying)
         drafting += elapsed(verified, ended)
-        if choice.drafter is not None and drafts.steps:
-            self.forward_seconds[choice.drafter, len(sequences)] = drafting / drafts.steps
         policy.observe(
             StepObservation(
                 choice.drafter,
@@ -144,14 +140,14 @@ class Steps:
             )
         )
 
-    def observation(self, step: InFlight, seconds: float) -> StepObservation:
-        """What the tuner learns of a finished step that the host was ahead of, which took so long in all."""
-        (drafter, k), rows = step.choice, len(step.sequences)
-        forward = 0.0 if drafter is None else self.forward_seconds.get((drafter, rows), 0.0)
-        drafting = min(k * forward, seconds)
-        return StepObservation(
-            drafter, rows, k, step.judged, step.right, drafting, seconds - drafting, step.drafts.steps
-        )
+    def observe(self, step: InFlight, seconds: float) -> None:
+        """Tell who chose a finished step that the host was ahead of, and which took so long in all."""
+        drafter, k = step.choice  # with drafts it was one launch
+        drafting = 0.0 if drafter is None else None
+        if step.policy is not None:
+            step.policy.observe(
+                StepObservation(drafter, len(step.sequences), k, step.judged, step.right, drafting, seconds)
+            )
 
     def _launch_whole(self, batch: Batch, choice: Choice) -> InFlight:
         """A step as one launch, of which all sequences get choice.k drafts."""

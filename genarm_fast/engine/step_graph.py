@@ -2,8 +2,8 @@
 accepting.
 
 For such a step the host copies what changed, launches once, and reads the step before. What the step changes stays in
-the graph's own tensors, from which its next launch goes on. Steps that the host has to see, or of which the tuner wants
-to know more, are launched piece by piece.
+the graph's own tensors, from which its next launch goes on. Steps that the host has to see, and those of shadow
+evaluation, are launched piece by piece.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.small_linear import SmallLinear
+from genarm_fast.models.few_rows import choose, ours, serves
 from genarm_fast.models.forward_context import place, running_lanes
 from genarm_fast.models.known_decoders import WINDOWS, Output, family_of, lanes_of
 from genarm_fast.models.kv_cache import Entry
@@ -77,9 +78,16 @@ class StackedDecoder:
     @torch.inference_mode()
     def reread(self) -> None:
         """Take A and B of the lanes as they are now."""
-        for layer in self.layers:
-            for product in (layer.qkv, layer.o, layer.gate_up, layer.down):
-                product.reread()
+        for product in self.products:
+            product.reread()
+
+    @property
+    def products(self) -> list[Product]:
+        return [each for layer in self.layers for each in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+
+    def choose_kernels(self) -> str:
+        """Measure which kernels multiply few rows, as `few_rows.choose` says."""
+        return choose(self.products)
 
 
 class _Layer:
@@ -137,6 +145,7 @@ class Product:
         self.b = first.new_zeros(adapters, self.rank, out) if self.rank else None
         biases = [linear.bias for linear in linears]
         self.bias = None if all(bias is None for bias in biases) else self.weight.new_zeros(len(self.weight))
+        self.ours: frozenset[int] = frozenset()
         self.columns = list(torch.arange(out).split(self.widths))
         for linear, columns in zip(linears, self.columns):
             span = slice(int(columns[0]), int(columns[-1]) + 1)
@@ -159,6 +168,8 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out, and the shrunk inputs of the adapters]."""
+        if serves(self, x):
+            return ours(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
     def lanes(self, adapters: Tensor | None) -> Lanes | None:

@@ -36,6 +36,7 @@ def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | No
     forward = StackedDecoder(decoder, movable)
     bound = tolerance(decoder)
     try:
+        chosen = forward.choose_kernels()  # before the trial, which proves them too
         far = deviation(decoder, forward)
     except Exception as error:
         if out_of_memory(error):
@@ -43,7 +44,8 @@ def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | No
         return None, f"its own forward: the stacked one failed in its trial: {type(error).__name__}: {error}"
     if not far <= bound:  # NaN, too
         return None, f"its own forward: the stacked one is {far:.2g} of a hidden state away from it, over {bound:.2g}"
-    return forward, f"stacked: {far:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
+    how = f"stacked: {far:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
+    return forward, "; ".join(filter(None, (how, chosen)))
 
 
 def tolerance(decoder: Any) -> float:

@@ -17,6 +17,7 @@ class DrafterStats:
         self.name, self.config = name, config
         self.draft_costs = ForwardCosts(config)  # of one draft, over rows
         self.verify_costs = ForwardCosts(config)  # of everything else, over rows · (K + 1) tokens
+        self.whole_costs: dict[int, ForwardCosts] = {}  # by rows: of steps that were one launch, over K + 1 tokens
         self.activity = DriftingRate(config)  # share of rows for which it proposes anything
         self.rates = [DriftingRate(config) for _ in range(max_k)]  # draft j is right, if all before it are
         self.steps = 0  # in which it drafted
@@ -37,6 +38,10 @@ class DrafterStats:
         if jumped:
             self.retry_steps = self.config.retry_steps
 
+    def observe_whole(self, rows: int, k: int, seconds: float) -> None:
+        """Learn from a step of so many rows that was one launch, with k drafts for each of them."""
+        self.whole_costs.setdefault(rows, ForwardCosts(self.config)).add(1 + k, seconds)
+
     def acceptance(self) -> list[float]:
         """The chance that draft 1, 2, ... is right if those before it are; an unknown one is as good as the last."""
         found, last = [], 0.7
@@ -53,6 +58,8 @@ class DrafterStats:
             plain_costs: of plain decoding, over rows; it has been measured.
             ahead: whether the next block is drafted while one is verified.
         """
+        if self.whole_costs:
+            return self._of_whole_steps(rows, plain_costs)
         plain = plain_costs.at(rows)
         draft, largest = 0.0, float(rows)
         if self.draft_costs.points:  # else it had nothing to propose yet
@@ -79,6 +86,29 @@ class DrafterStats:
             expected.append((idle * plain + (1 - idle) * (draft * forwards + verify)) / gain)
         return expected
 
+    def _of_whole_steps(self, rows: int, plain_costs: ForwardCosts) -> list[float]:
+        """The same from steps that were one launch: what their parts take need not be known.
+
+        Such a step costs the same whatever it drafts. Without drafts it is one of plain decoding, and more drafts than
+        were measured go on along the line from there: one through two noisy neighbours could point anywhere. Steps of
+        other rows are taken to cost in proportion to these.
+        """
+        measured = min(self.whole_costs, key=lambda each: abs(log2(each / rows)))
+        costs, plain = self.whole_costs[measured], plain_costs.at(measured)
+        factor, active = plain_costs.at(rows) / plain, self.activity.value(1.0)
+        most, longest = costs.points[-1]
+        slope = max(longest - plain, 0.0) / (most - 1)
+        expected: list[float] = []
+        all_right = gain = 1.0
+        for k, acceptance in enumerate(self.acceptance(), 1):
+            if 1 + k > 2.1 * most:
+                break
+            all_right *= acceptance
+            gain += active * all_right
+            seconds = costs.at(1 + k, (1.0, plain)) if 1 + k <= most else longest + slope * (1 + k - most)
+            expected.append(factor * seconds / gain)
+        return expected
+
     def summary(self) -> dict[str, Any]:
         """For JSON; costs are {tokens in the forward: seconds}."""
         return {
@@ -87,4 +117,5 @@ class DrafterStats:
             "acceptance": [a / d if d else None for a, d in zip(self.accepted, self.drafted)],
             "draft_seconds": self.draft_costs.table(),
             "verify_seconds": self.verify_costs.table(),
+            "whole_seconds": {rows: costs.table() for rows, costs in self.whole_costs.items()},
         }

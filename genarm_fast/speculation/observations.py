@@ -27,6 +27,7 @@ class StepObservation:
         proposed: drafts of each sequence, at most k. If no sequence has any, the step tells the cost of plain decoding.
         accepted: how many of these drafts were right, for each sequence.
         draft_seconds: time in the drafter, also where it runs once more because all drafts of a sequence were right.
+            None: the step was one launch, in which every sequence has k drafts, and its parts have no times.
         verify_seconds: time in everything else.
         drafter_steps: forwards of the drafter in `draft_seconds`. None: one for each draft of the sequence with
             most, and one more where all of them were right.
@@ -37,9 +38,14 @@ class StepObservation:
     k: int
     proposed: Sequence[int]
     accepted: Sequence[int]
-    draft_seconds: float
+    draft_seconds: float | None
     verify_seconds: float
     drafter_steps: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return (self.draft_seconds or 0.0) + self.verify_seconds
 
 
 @dataclass(frozen=True, slots=True)

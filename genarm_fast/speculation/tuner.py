@@ -76,16 +76,18 @@ class Tuner:
         choice = Choice(step.drafter, step.k)
         drafter = None if step.drafter is None else self.drafters[step.drafter]
         width = max(step.proposed, default=0)
-        seconds = step.draft_seconds + step.verify_seconds
+        seconds = step.seconds
         self.steps[choice] += 1
         self.last_steps[choice] = self.now
-        if drafter is None or width == 0:
+        if drafter is not None and step.draft_seconds is None:
+            drafter.observe_whole(step.rows, step.k, seconds)
+        elif drafter is None or width == 0:
             self.plain_costs.add(step.rows, seconds)
         else:
             forwards = step.drafter_steps
             if forwards is None:
                 forwards = width + any(a == width for a in step.accepted)
-            if forwards:  # else all were drafted ahead
+            if forwards and step.draft_seconds is not None:  # else all were drafted ahead
                 drafter.draft_costs.add(step.rows, step.draft_seconds / forwards)
             drafter.verify_costs.add(step.rows * (1 + width), step.verify_seconds)
         if drafter is not None and step.proposed:

@@ -48,7 +48,9 @@ def test_a_trial(part, tmp_path):
     assert rows["tokens, widened"]["texts that drafts leave alone"] == 1
     assert all(rows[name]["peak_bytes"] > 0 and rows[name]["x_w"] > 0 for name in ("base", "2 LoRAs", "drafts"))
     assert rows["profile"]["launches_per_token"] > 10
+    heads = [line["head"] for line in rows["training"]["lines"]]
     text = path.with_suffix(".md").read_text()
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith(("| fro", "| tra"))] == heads
     goals = [line for line in text.splitlines() if any(f"| {goal.title} |" in line for goal in part("goals").GOALS)]
     assert len(goals) == len(part("goals").GOALS)
     assert not [line for line in goals if line.split("|")[5].strip() == "-"]  # all of them were measured

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import CUDA, FakeCuda
 from tiny_models import build_model, save_adapter
 
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
 from genarm_fast.kernels import _native
-from genarm_fast.models import fast_modules
+from genarm_fast.kernels.arm_logps import streamed
+from genarm_fast.kernels.arm_logps.triton import TILES
+from genarm_fast.models import fast_modules, few_rows, stacked_decoder
 from genarm_fast.speculation.config import OFF, Speculation
 
 
@@ -95,6 +99,38 @@ def test_stacked_lanes(lanes, monkeypatch):
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
     launched = decode(lanes())
     assert {"scores_kernel", "draw_kernel", "settle_kernel", *STACKED} <= set(launched)
+
+
+def test_products_of_few_rows_in_steps(two_models, monkeypatch):
+    """Decoders for which our kernel was measured to be faster, which nothing without a GPU can tell."""
+
+    def serves(product, x):
+        return x.is_cuda and x.shape[:-1].numel() <= max(few_rows.ROWS)
+
+    monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
+    monkeypatch.setattr(stacked_decoder, "serves", serves)
+    assert "few_rows_kernel" in decode(two_models("qwen2"), Speculation("arm", 2))
+
+
+def test_log_probs_of_training():
+    """Forward and backward of a trained output layer with a bias: no tensor of the CPU, and no read on the host.
+
+    Called by hand: autograd's own threads ask for the driver.
+    """
+    saved = []
+    context = SimpleNamespace(needs_input_grad=[True] * 3, save_for_backward=lambda *given: saved.extend(given))
+    with FakeCuda() as fake:
+        rows, weight, bias = (
+            torch.empty(shape, dtype=torch.bfloat16, device=CUDA) for shape in ((3, 8), (100, 8), (100,))
+        )
+        targets = torch.empty(3, dtype=torch.int64, device=CUDA)
+        logps = streamed._ArmLogps.forward(context, rows, weight, bias, targets, 1.0, 5.0, TILES)
+        direction, *rest = saved
+        gradients = [direction, *streamed._layer_gradients(context, logps, *rest)]
+    assert [(each.shape, each.dtype) for each in gradients] == [
+        (shape, torch.bfloat16) for shape in ((3, 8), (100, 8), (100,))
+    ]
+    assert fake.launched == ["absorb_kernel", "slopes_kernel"]
 
 
 def test_a_tensor_that_stays_on_the_cpu_is_noticed(two_models, monkeypatch):

@@ -103,6 +103,23 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case, whole):
     assert len(model.tuners.stats()[0]["steps"]) > 1
 
 
+def test_auto_takes_its_times_from_whole_steps(tiny_model, tokenizer, monkeypatch):
+    """The host waits for steps of shadow evaluation alone; none is launched piece by piece to see what drafts take."""
+    waited, run = [], Steps.run
+
+    def counted(self, sequences, policy, choice):
+        waited.append(bool(policy.shadow_due()))
+        run(self, sequences, policy, choice)
+
+    monkeypatch.setattr(Steps, "run", counted)
+    model = GenARM.from_pretrained(tiny_model(), similar(), tokenizer=tokenizer)
+    with engines_on(Lagging(whole_steps=True)):
+        model.generate([[5, 6, 7], [8, 9]], FREE.override(max_new_tokens=60), speculation="auto")
+    assert all(waited)
+    (stats,) = model.tuners.stats()
+    assert any(each["whole_seconds"] for each in stats["drafters"].values())
+
+
 def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):
     """In batches, too, as long as all rows are right."""
     for case in (4, 12):

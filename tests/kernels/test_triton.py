@@ -32,6 +32,8 @@ INTERPRETED = [
     "add_rms_norm/interpreted_add_rms_norm",
     "gated_mul/interpreted_gated_mul",
     "rotary_append/interpreted_rotary_append",
+    "arm_logps/interpreted_arm_logps",
+    "small_linear/interpreted_few_rows",
 ]
 
 
@@ -51,10 +53,13 @@ ATTENTION = [
     "D = 256, window, softcap, q = 5",
 ]
 LAYER = ["8B layer", "8B layer, r = 16", "0.5B layer, r = 8, norms, gelu", "rotary"]
-TYPICAL = [*SAMPLING, *ATTENTION, *LAYER]
+TRAINING = ["log-probs", "log-probs, softcap, bias"]
+PRODUCTS = ["few rows", "few rows, splits", "few rows, float32"]
+TYPICAL = [*SAMPLING, *ATTENTION, *LAYER, *TRAINING, *PRODUCTS]
 KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "settle_kernel", "lookup_kernel"}
 KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
-KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel"}
+KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel", "absorb_kernel", "slopes_kernel"}
+KERNELS |= {"few_rows_kernel", "total_kernel"}
 ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # few programs, where occupancy matters less
 SHARED = {"gfx942": 65536}  # bytes that a program may have; on NVIDIA what the least of them has, sm_86 and sm_89
 
@@ -79,5 +84,9 @@ def test_compiled(target, cases):
             if target != "gfx942":  # whose warps of 64 threads make a program of gated_kernel twice as wide
                 assert kernel["wide_loads"] == kernel["loads"], kernel
             assert kernel["registers"] <= 64, kernel
+        if kernel["kernel"] in ("absorb_kernel", "slopes_kernel"):
+            assert kernel["registers"] <= (64 if kernel["case"] == "log-probs" else 96), kernel
+            if kernel["case"] == "log-probs":
+                assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the others are numbers of the row
         if kernel["kernel"] == "attend_kernel" and "q = 512" not in kernel["case"]:
             assert kernel["wide_loads"] >= kernel["loads"] - 14, kernel  # the others are positions, a few for each warp

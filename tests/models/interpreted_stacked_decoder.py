@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from genarm_fast.kernels import _dispatch, _native
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import plan
+from genarm_fast.models import few_rows
 from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear
@@ -87,6 +88,21 @@ def test_as_the_model_itself(family, layers, rows, lanes):
         expected = torch.stack([merged[lane].model(tokens, use_cache=False).last_hidden_state for lane in lanes])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert len(lanes) == 1 or not torch.allclose(got[0], got[-1], atol=1e-2)  # the lanes differ
+
+
+def test_products_of_few_rows_by_our_kernel():
+    """Blocks of 4 and 1 tokens of three lanes, 12 and 3 rows, with biases; blocks of 9 are cuBLAS's: nine launches."""
+    tree, merged = adapted(build_model("qwen2", 0, num_hidden_layers=1), 2)
+    decoder, tokens = StackedDecoder(tree.model, Movable([tree])), torch.arange(14).view(1, 14) * 7 % VOCAB_SIZE
+    for product in decoder.products:
+        product.ours = frozenset(few_rows.ROWS)
+    launches = Launches()
+    with launches.counting():
+        got = hidden_states(decoder, tokens, [0, 1, 2], (4, 1, 9))
+    assert launches.names.count("few_rows_kernel") == 2 * 4
+    with torch.no_grad():
+        expected = torch.stack([each.model(tokens, use_cache=False).last_hidden_state for each in merged])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_changed_in_place_count():

@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from simulated_steps import MAX_K, Ahead, Draft, World, simulate, tuner_for
+from simulated_steps import MAX_K, Ahead, Draft, Whole, World, simulate, tuner_for
 
 from genarm_fast.speculation.config import TunerConfig
 from genarm_fast.speculation.observations import PLAIN, Choice, StepObservation
@@ -178,6 +178,46 @@ def test_without_drafters_it_is_plain_decoding() -> None:
     tuner = tuner_for(world)
     assert simulate(world, tuner, 3, 20) == pytest.approx(1.0)
     assert tuner.stats()["steps"] == {"plain": 20}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32])
+@pytest.mark.parametrize("name", WORLDS)
+def test_steps_that_are_one_launch(name: str, rows: int) -> None:
+    """As with times of their parts: near the best choice, and never much slower than plain decoding."""
+    found = []
+    for seed in range(3):
+        world = Whole(WORLDS[name].drafts, WORLDS[name].slope, random=random.Random(seed))
+        tuner = tuner_for(world)
+        simulate(world, tuner, rows, 60)
+        found.append(simulate(world, tuner, rows, 400))
+    best = world.seconds_per_token(world.best(rows), rows) / world.seconds_per_token(PLAIN, rows)
+    assert best * max(found) < 1.03
+    assert sum(found) / len(found) < 1.06
+
+
+def test_a_launch_counts_as_one_cost() -> None:
+    """By its drafts and rows, whatever was proposed; times of parts are not made up."""
+    tuner = Tuner(["d"], 4)
+    for _ in range(3):
+        tuner.choose(2)
+        tuner.observe(StepObservation(None, 2, 0, [], [], 0.0, 1.0))
+    for k, seconds, proposed in ((1, 1.2, [1, 1]), (3, 1.6, [3, 0]), (3, 1.6, [0, 0])):
+        tuner.choose(2)
+        tuner.observe(StepObservation(0, 2, k, proposed, [0, 0], None, seconds))
+    stats = tuner.stats()
+    assert stats["plain_seconds"] == {"2": 1.0}
+    drafter = stats["drafters"]["d"]
+    assert drafter["whole_seconds"] == {2: {"2": 1.2, "4": 1.6}}
+    assert drafter["draft_seconds"] == drafter["verify_seconds"] == {}
+    acceptance, gains = tuner.drafters[0].acceptance(), [1.0]
+    active, right = tuner.drafters[0].activity.value(1.0), 1.0
+    for each in acceptance:
+        right *= each
+        gains.append(gains[-1] + active * right)
+    for rows in (2, 4):  # 1.4 between what was measured, 1.8 along the line from plain decoding
+        factor = tuner.plain_costs.at(rows)
+        expected = [factor * seconds / gain for seconds, gain in zip((1.2, 1.4, 1.6, 1.8), gains[1:], strict=True)]
+        assert tuner.drafters[0].seconds_per_token(rows, tuner.plain_costs, ahead=False) == pytest.approx(expected)
 
 
 def test_drafts_cut_short_by_the_end_of_the_text() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,14 @@ from .streamed import token_logps
 
 __all__ = ["IGNORE", "arm_logps", "arm_logps_reference"]
 
-_run = dispatcher(token_logps, custom_op=custom_op.call)
+
+def _on_gpu(*arguments: Any) -> Tensor | None:
+    from . import triton  # the package triton takes half a second to import, and is not on every platform
+
+    return triton.launch(*arguments)
+
+
+_run = dispatcher(token_logps, triton=_on_gpu, custom_op=custom_op.call)
 custom_op.implement(_run)
 
 
@@ -27,6 +36,9 @@ def arm_logps(
     return_tokens: bool = False,
 ) -> Tensor:
     """Σ log π of the labelled tokens of each row, differentiable in `hidden`, `weight` and `bias`.
+
+    Logits are never held in full: products of blocks, with Triton kernels between them on CUDA, ROCm and XPU for
+    float32, bfloat16 and float16, else PyTorch.
 
     Args:
         hidden: [N, T, H] final hidden states, any float dtype.

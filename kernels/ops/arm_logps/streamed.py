@@ -1,4 +1,4 @@
-"""arm_logps without the full logits, in PyTorch: a block of tokens and vocabulary at a time, forward and backward.
+"""arm_logps without the full logits: a block of tokens and vocabulary at a time, forward and backward.
 
 Only labelled positions are multiplied with W, so memory is O(block) instead of O(N · T · V). In the words of
 reference.py, with p = softmax z and z' = dz/du = 1 − (z / c)², the gradient with respect to h is linear in the incoming
@@ -14,7 +14,8 @@ stands apart, as its difference from p_y would drown in the rounding of half pre
     dL / dW_v = s · Σ_t g_t (1[v = y_t] − p_tv) z'_tv h_t            (a trainable W: full fine-tuning)
 
 The sum over t needs every g_t: the backward pass goes over the blocks again and finishes a tile of dW at a time. The
-logits of the first blocks are kept for it, those of the others computed once more.
+logits of the first blocks are kept for it, those of the others computed once more. Products are PyTorch's on every
+device; what is between them, tiles.py does in PyTorch or triton.py in one kernel.
 """
 
 from __future__ import annotations
@@ -27,16 +28,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .reference import IGNORE, accumulator
+from .tiles import Layer, PyTorchTiles, Sums, Tiles, cap_slope
 
 # Tokens and vocabulary of a block, whose logits are alive at once: 8 MB on a CPU, the fastest of 512..4096 columns
-# measured with AVX-512 and 2 MB of L2; 268 MB keep a GPU's matrix units busy.
+# measured with AVX-512 and 2 MB of L2; 134 MB in bfloat16 keep a GPU's matrix units busy.
 BLOCK = {"cpu": (2048, 1024), "cuda": (2048, 1 << 15)}
-# Logits that are kept for the backward pass of a trainable output layer: 134 MB on a CPU.
+# Logits that are kept for the backward pass of a trainable output layer: 134 MB on a CPU, and of bfloat16 on a GPU.
 KEPT_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 26}
+ALIGNED = 16  # columns of memory that a row of a block takes a multiple of: so kernels load 128 bits
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    tiles: Tiles = PyTorchTiles(),  # noqa: B008  (has no state)
 ) -> Tensor:
     """Every token's log-probability, [N, T], 0 where ignored. ValueError for a label outside [0, V)."""
     labelled = labels != IGNORE
@@ -45,17 +54,21 @@ def token_logps(
         low, high = map(int, targets.aminmax())
         if low < 0 or high >= len(weight):
             raise ValueError(f"labels must be {IGNORE} or in [0, {len(weight)}), got {low}..{high}")
+    logps = target_logps(hidden[labelled], weight, targets, Layer(bias, logit_scale, softcap), tiles)
+    return torch.zeros(labels.shape, dtype=logps.dtype, device=logps.device).masked_scatter(labelled, logps)
+
+
+def target_logps(rows: Tensor, weight: Tensor, targets: Tensor, layer: Layer, tiles: Tiles) -> Tensor:
+    """[M] log-probabilities of `targets` [M], which are in [0, V), given `rows` [M, H]. Reads nothing on the host."""
+    bias, scale, softcap = layer
     if not torch.is_grad_enabled():  # which a Function does not see
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     # Autocast would redo in bf16 what is upcast on purpose, and once more per block.
-    with torch.autocast(hidden.device.type, enabled=False):
-        logps = _ArmLogps.apply(hidden[labelled], weight, bias, targets, logit_scale, softcap)
-        return torch.zeros(labels.shape, dtype=logps.dtype, device=logps.device).masked_scatter(labelled, logps)
+    with torch.autocast(rows.device.type, enabled=False):
+        return _ArmLogps.apply(rows, weight, bias, targets, scale, softcap, tiles)
 
 
 class _ArmLogps(torch.autograd.Function):
-    """[M] log-probabilities of `targets` [M] given `rows` [M, H] of hidden states."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -65,57 +78,49 @@ class _ArmLogps(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         softcap: float | None,
+        tiles: Tiles,
     ) -> Tensor:
         need_rows, *need_layer = ctx.needs_input_grad[:3]
-        ctx.scale, ctx.softcap = scale, softcap
-        dtype = accumulator(rows.dtype)
+        ctx.scale, ctx.softcap, ctx.tiles = scale, softcap, tiles
+        layer, dtype = Layer(bias, scale, softcap), accumulator(rows.dtype)
         # The maximum over the vocabulary so far. It begins with one token of the lowest logit, which the first real one
         # blots out: where a bias of −inf masks all of the first tile, zero over zero would be NaN.
         top = rows.new_full((len(rows), 1), torch.finfo(dtype).min, dtype=dtype)
-        total = torch.ones_like(top)  # Σ exp(z − top)
+        sums = Sums(top, torch.ones_like(top), torch.empty_like(top))
         mean = torch.zeros_like(rows, dtype=dtype) if need_rows else None  # Σ_{v≠y} p_v z'_v W_v
-        chosen = torch.empty_like(top)  # z[y]
         kept: list[Tensor] = []
         room = _for_device(KEPT_ELEMENTS, rows) if any(need_layer) else 0
-        for part, tile, logits, exps in _blocks(rows, weight):
+        for part, tile, logits, weights in _blocks(rows, weight, tiles):
             room -= logits.numel()
             if room >= 0:
                 logits = torch.empty_like(logits)
                 kept.append(logits)
             head = weight[tile].to(rows.dtype)
-            _logits_(logits, rows[part], head, tile, bias, scale, softcap)
-            columns, inside = _label_columns(targets[part], tile)
-            chosen[part] = logits.gather(1, columns).where(inside, chosen[part])
-            higher = torch.maximum(top[part], logits.amax(1, keepdim=True))
-            torch.sub(logits, higher, out=exps).exp_()
-            before = total[part] * (top[part] - higher).exp_()
-            total[part] = before + exps.sum(1, keepdim=True)
-            top[part] = higher
-            if mean is not None:
-                exps.scatter_(1, columns, exps.gather(1, columns).masked_fill(inside, 0.0))
-                if softcap is not None:
-                    exps *= _cap_slope(logits, softcap)
-                mean[part] *= before / total[part]
-                _add_product_(mean[part], exps.div_(total[part]), head)
-        normaliser = top + total.log()
-        logps = chosen - normaliser
+            tiles.logits_(logits, rows[part], head, tile, layer)
+            own = Sums(*(each[part] for each in sums))
+            fade = tiles.absorb(logits, weights, targets[part], tile, layer, own, mean is not None)
+            if mean is not None and fade is not None:
+                mean[part] *= fade
+                _add_product_(mean[part], weights, head)
+        normaliser = sums.top + sums.total.log()
+        logps = sums.chosen - normaliser
         direction = None  # d logp / d rows
         if mean is not None:
             gain = -torch.expm1(logps)
             if softcap is not None:
-                gain *= _cap_slope(chosen, softcap)
+                gain *= cap_slope(sums.chosen, softcap)
             direction = mean.neg_().addcmul_(gain, weight[targets].to(rows.dtype).to(dtype)).mul_(scale).to(rows.dtype)
-        layer = (rows, weight, bias, targets, normaliser, *kept) if any(need_layer) else ()
-        ctx.save_for_backward(direction, *layer)
+        saved = (rows, weight, bias, targets, normaliser, *kept) if any(need_layer) else ()
+        ctx.save_for_backward(direction, *saved)
         return logps.squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        direction, *layer = ctx.saved_tensors
+        direction, *saved = ctx.saved_tensors
         d_rows = None if direction is None else (direction * grad[:, None]).to(direction.dtype)
-        d_weight, d_bias = _layer_gradients(ctx, grad, *layer) if layer else (None, None)
-        return d_rows, d_weight, d_bias, None, None, None
+        d_weight, d_bias = _layer_gradients(ctx, grad, *saved) if saved else (None, None)
+        return d_rows, d_weight, d_bias, None, None, None, None
 
 
 def _layer_gradients(
@@ -130,49 +135,26 @@ def _layer_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and bias, as far as they are needed."""
     _, need_weight, need_bias = ctx.needs_input_grad[:3]
-    # Summed over blocks in full precision: bf16 would lose the later ones.
-    d_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype)) if need_weight else None
+    layer, tiles = Layer(bias, ctx.scale, ctx.softcap), ctx.tiles
+    d_weight = torch.zeros_like(weight) if need_weight else None
     d_bias = torch.zeros_like(bias, dtype=accumulator(bias.dtype)) if need_bias and bias is not None else None
     gains = grad[:, None] * -ctx.scale
-    for i, (part, tile, logits, slopes) in enumerate(_blocks(rows, weight)):
+    for i, (part, tile, logits, slopes) in enumerate(_blocks(rows, weight, tiles)):
         if i < len(kept):
             logits = kept[i]
         else:
-            head = weight[tile].to(rows.dtype)
-            _logits_(logits, rows[part], head, tile, bias, ctx.scale, ctx.softcap)
-        torch.sub(logits, normaliser[part], out=slopes).exp_()
-        columns, inside = _label_columns(targets[part], tile)
-        slopes.scatter_add_(1, columns, -inside.to(slopes.dtype))
-        if ctx.softcap is not None:
-            slopes *= _cap_slope(logits, ctx.softcap)
-        slopes *= gains[part]
+            tiles.logits_(logits, rows[part], weight[tile].to(rows.dtype), tile, layer)
+        tiles.slopes_(logits, slopes, targets[part], tile, layer, normaliser[part], gains[part])
         if d_bias is not None:
-            d_bias[tile] += slopes.sum(0)
+            d_bias[tile] += slopes.sum(0, dtype=d_bias.dtype)
         if d_weight is not None:
-            _add_product_(d_weight[tile], slopes.T, rows[part])
-    return (
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
-
-
-def _logits_(
-    out: Tensor, rows: Tensor, head: Tensor, tile: slice, bias: Tensor | None, scale: float, softcap: float | None
-) -> None:
-    if out.dtype == rows.dtype:
-        torch.mm(rows, head.T, out=out)
-    else:
-        out.copy_(rows @ head.T)
-    if bias is not None:
-        out += bias[tile]
-    if scale != 1.0:
-        out *= scale
-    if softcap is not None:
-        out.div_(softcap).tanh_().mul_(softcap)
-
-
-def _cap_slope(logits: Tensor, softcap: float) -> Tensor:
-    return 1.0 - (logits / softcap).square_()
+            # A tile is summed over all tokens in full precision, and then rounded: bf16 would lose the later ones.
+            if part.start == 0:
+                total = d_weight[tile].to(accumulator(weight.dtype))  # zeros; d_weight itself in full precision
+            _add_product_(total, slopes.T, rows[part])
+            if part.stop == len(rows) and total.dtype != d_weight.dtype:
+                d_weight[tile] = total
+    return d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype)
 
 
 def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -183,27 +165,23 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
         out += left.to(right.dtype) @ right
 
 
-def _label_columns(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """[M, 1] columns of the labels in a tile, any column for a label outside it, and which are inside."""
-    columns = targets[:, None] - tile.start
-    width = tile.stop - tile.start
-    return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
-
-
-def _blocks(rows: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """(tokens, vocabulary, two buffers for the block) ...; all tokens meet a tile of `weight` before the next tile.
+def _blocks(rows: Tensor, weight: Tensor, tiles: Tiles) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """(tokens, vocabulary, two buffers for the block, or one twice) ...; all tokens meet a tile of `weight` before the
+    next tile.
 
     The buffers serve all blocks: page faults of fresh memory took 5 % of the time.
     """
     tokens, width = _for_device(BLOCK, rows)
     count, vocab = len(rows), len(weight)
-    buffers = rows.new_empty((2, min(tokens, count), min(width, vocab)), dtype=accumulator(rows.dtype))
+    widest = -(-min(width, vocab) // ALIGNED) * ALIGNED
+    shape = (tiles.buffers, min(tokens, count), widest)
+    buffers = torch.empty(shape, dtype=tiles.dtype(rows), device=rows.device)
     for column in range(0, vocab, width):
         tile = slice(column, min(column + width, vocab))
         for row in range(0, count, tokens):
             part = slice(row, min(row + tokens, count))
-            first, second = buffers[:, : part.stop - row, : tile.stop - column]
-            yield part, tile, first, second
+            block = buffers[:, : part.stop - row, : tile.stop - column]
+            yield part, tile, block[0], block[-1]
 
 
 def _for_device(settings: dict[str, Any], rows: Tensor) -> Any:

@@ -182,9 +182,9 @@ def test_kept_logits_serve_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         computed += 1
         compute(*args)
 
-    module = sys.modules["genarm_fast.kernels.arm_logps.streamed"]
-    compute = module._logits_
-    monkeypatch.setattr(module, "_logits_", count)
+    module = sys.modules["genarm_fast.kernels.arm_logps.tiles"].PyTorchTiles
+    compute = module.logits_
+    monkeypatch.setattr(module, "logits_", count)
     hidden, weight, labels = inputs()
     sums = arm_logps(hidden, weight, labels)
     assert computed == 9

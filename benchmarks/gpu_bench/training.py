@@ -1,0 +1,47 @@
+"""arm_logps, the loss of training, beside full logits: time and memory of a forward and backward pass."""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genarm_fast.kernels import arm_logps, arm_logps_reference
+
+from .measure import Bench, peak_bytes, seconds_of
+
+HEADS = ("frozen", "trained")  # LoRA; full fine-tuning
+CONTENDERS = {"arm_logps": arm_logps, "full logits": arm_logps_reference}
+
+
+def table(bench: Bench) -> dict[str, Any]:
+    """A line for each head; peaks are beyond what was allocated before, the gradients included."""
+    rows, length, width, vocab = bench.setting.training
+    device, dtype = bench.setting.device, bench.setting.dtype
+    hidden, weight = (
+        torch.randn(*shape, width, device=device, dtype=torch.float32).mul_(0.1).to(dtype).requires_grad_()
+        for shape in ((rows, length), (vocab,))
+    )
+    labels = torch.randint(0, vocab, (rows, length), device=device)
+    lines = []
+    for head in HEADS:
+        weight.requires_grad_(head == "trained")
+        line: dict[str, Any] = {"head": head}
+        for name, function in CONTENDERS.items():
+            run = partial(step, function, hidden, weight, labels)
+            run()  # compiles
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            times = [seconds_of(run) for _ in range(bench.setting.rounds)]
+            line[name] = {"ms": 1e3 * statistics.median(times), "peak_bytes": peak_bytes() - before}
+        lines.append(line)
+    shape = {"rows": rows, "tokens": length, "width": width, "vocab": vocab}
+    return {**shape, "lines": lines}
+
+
+def step(function: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    function(hidden, weight, labels).sum().backward()
+    hidden.grad = weight.grad = None

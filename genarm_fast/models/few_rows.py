@@ -1,0 +1,142 @@
+"""Which kernel multiplies few rows on a GPU, cuBLAS's or ours: measured once for a shape, and kept for the process."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from genarm_fast.device.base import Device, WorkStream, out_of_memory
+from genarm_fast.device.cuda import Cuda, power_of_two
+
+ROWS = (1, 2, 4, 8, 16)  # others count as the next of these
+REPEATS = 5  # measured replays of a graph with the products of all layers
+GAIN = 0.97  # of cuBLAS's time: what ours has to take less than, as measurements scatter
+FAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}  # of the norm; float32: cuBLAS may use TF32
+logger = logging.getLogger(__name__)
+
+
+class Shape(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    outputs: int
+    inputs: int
+    bias: bool
+    rows: int
+
+
+class Seconds(NamedTuple):
+    """Of one product by each, inf where the kernel fails or gives other numbers; and why."""
+
+    cublas: float
+    ours: float
+    why: str = ""
+
+    @property
+    def ours_is_faster(self) -> bool:
+        return self.ours < GAIN * self.cublas
+
+
+class Product(Protocol):
+    """What is chosen for: `ours` has the rows for which our kernel serves."""
+
+    weight: Tensor
+    bias: Tensor | None
+    ours: frozenset[int]
+
+
+known: dict[Shape, Seconds] = {}
+
+
+@torch.no_grad()
+def choose(products: Sequence[Product], device: Device | None = None) -> str:
+    """Set `ours` of the products of a decoder, and say in words what was chosen; "" where there is no choice.
+
+    Products of one shape are measured together, layer after layer as a forward has them: their weights are not in the
+    cache. device: for its clock, and its graphs, without which the host's launches would be measured.
+    """
+    if device is None:
+        if not all(product.weight.is_cuda for product in products):
+            return ""
+        device = Cuda()
+    alike: dict[Shape, list[Product]] = defaultdict(list)
+    for product in products:
+        (outputs, inputs), weight = product.weight.shape, product.weight
+        alike[Shape(weight.device, weight.dtype, outputs, inputs, product.bias is not None, 0)].append(product)
+    chosen: Counter[bool] = Counter()
+    streams = {where: device.stream(where) for where in {shape.device for shape in alike}}
+    for shape, group in alike.items():
+        for rows in ROWS:
+            key = shape._replace(rows=rows)
+            if key not in known:
+                known[key] = _measured(key, group, device, streams[key.device])
+                logger.info("%s: %s", key, known[key])
+            chosen[known[key].ours_is_faster] += 1
+        for product in group:
+            product.ours = frozenset(rows for rows in ROWS if known[shape._replace(rows=rows)].ours_is_faster)
+    return f"of {chosen.total()} shapes of few rows, cuBLAS multiplies {chosen[False]} and our kernel {chosen[True]}"
+
+
+def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias by our kernel."""
+    from genarm_fast.kernels.small_linear.triton import launch  # triton is not on every platform
+
+    found = launch(x, weight, bias)
+    if found is None:
+        raise ValueError(f"x of {tuple(x.shape)} and {x.dtype}, weight of {weight.dtype}: no kernel of few rows")
+    return found
+
+
+def serves(product: Product, x: Tensor) -> bool:
+    """Whether our kernel was chosen for so many rows."""
+    return bool(product.ours) and power_of_two(x.shape[:-1].numel()) in product.ours
+
+
+def _measured(shape: Shape, group: Sequence[Product], device: Device, stream: WorkStream) -> Seconds:
+    x = torch.randn(shape.rows, shape.inputs, dtype=torch.float32, device=shape.device).to(shape.dtype)
+    first = group[0]
+    expected, why = functional.linear(x, first.weight, first.bias).float(), ""
+    try:
+        found = ours(x, first.weight, first.bias).float()
+        far = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
+        if not far <= FAR[shape.dtype] and float(expected.abs().max()) > 0:
+            why = f"it is {far:.2g} of the result away from cuBLAS"
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        why = f"{type(error).__name__}: {error}"
+    cublas = _seconds(functional.linear, x, group, device, stream)
+    return Seconds(cublas, math.inf if why else _seconds(ours, x, group, device, stream), why)
+
+
+def _seconds(
+    multiply: Callable[..., Tensor], x: Tensor, group: Sequence[Product], device: Device, stream: WorkStream
+) -> float:
+    """Of one product, the median of some replays of all."""
+
+    def run() -> tuple[()]:
+        for product in group:
+            multiply(x, product.weight, product.bias)
+        return ()
+
+    def launch() -> None:
+        device.launch(stream, "measure", device.repeat, stream, multiply, run)
+
+    device.begin()
+    for _ in range(max(device.launches_to_capture, 1)):
+        launch()
+    found = []
+    for _ in range(REPEATS):
+        start = device.mark(stream)
+        launch()
+        found.append(device.elapsed(start, device.mark(stream)))
+    device.finish()
+    device.forget(stream)
+    return statistics.median(found) / len(group)
