@@ -370,7 +370,11 @@ def test_other_files_that_are_damaged(base, adapter):
         (adapter / "adapter_model.safetensors", b"x" * 40, "expected a whole safetensors file"),
         (adapter / "genarm.json", b'{"prompt_template": 5}', "genarm.json: prompt_template=5: expected what"),
         (base / "config.json", json.dumps(config | {"num_hidden_layers": 10**9}).encode(), "num_hidden_layers=10000"),
-        (base / "model.safetensors.index.json", b'{"weight_map": {"a": "../b"}}', "expected the file '../b' beside it"),
+        (
+            base / "model.safetensors.index.json",
+            b'{"metadata": {}, "weight_map": {"a": "../b"}}',
+            "expected the file '../b' beside it",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=said):
