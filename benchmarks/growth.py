@@ -84,7 +84,7 @@ class HuggingFace:
     """transformers' forward of the base, with its own cache."""
 
     def __init__(self, source: Any) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, trust_remote_code=False).eval()
 
     @torch.inference_mode()
     def _run(self, prompts: list[list[int]], steps: int) -> tuple[float, float]:
