@@ -85,7 +85,9 @@ def load_members(
             gguf = loading.get("gguf_file")
             if base_tokenizer is None and gguf is not None:
                 with refusing(f"base: {gguf}", "a GGUF file whose tokenizer can be read"):
-                    base_tokenizer = AutoTokenizer.from_pretrained(found, gguf_file=gguf)
+                    base_tokenizer = AutoTokenizer.from_pretrained(
+                        found, gguf_file=gguf, trust_remote_code=trust_remote_code
+                    )
     if base_tokenizer is None:
         raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
     first = Member(
