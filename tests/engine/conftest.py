@@ -11,7 +11,8 @@ from genarm_fast.engine.step import Steps
 
 
 @pytest.fixture
-def model(tiny_model, tokenizer):
+def one_arm(tiny_model, tokenizer):
+    """A new GenARM, with a thread of its own for event loops."""
     return GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
 
 

@@ -15,6 +15,11 @@ from doubles import Lagging, engines_on
 from genarm_fast import GenARM, demo
 
 
+@pytest.fixture
+def model(one_arm):
+    return one_arm
+
+
 def test_agenerate_equals_generate(model):
     prompts = ["the cat", [5, 6], [{"role": "user", "content": "that"}]]
     params = {"n": 2, "logprobs": 1, "rewards": True, "stop": ["e"]}

@@ -19,6 +19,11 @@ from genarm_fast.engine import engine_thread
 from genarm_fast.engine.step import Steps
 
 
+@pytest.fixture
+def model(one_arm):
+    return one_arm
+
+
 def test_errors_reach_their_caller_alone(model, slow_steps):
     async def main():
         bad = model.agenerate([[5, 6], [7]], [PARAMS.override(logits_processors=[raising]), PARAMS])

@@ -12,6 +12,11 @@ from coroutines import PARAMS, leave_by_break, run, tokens_of, until
 from genarm_fast import SamplingParams
 
 
+@pytest.fixture
+def model(one_arm):
+    return one_arm
+
+
 def test_cancelling_a_task_frees_its_slot(model, slow_steps):
     """After the step that runs; the others go on."""
     engine = model.engine()
