@@ -63,7 +63,7 @@ def commands(base: str, arms: Sequence[str], rounds: int) -> dict[str, list[str]
 def measure(rounds: int) -> dict[str, Any]:
     """Runs them one after another, each a process of its own."""
     arms = [str(demo.arm(name)) for name in ("positive", "concise")]
-    found: dict[str, Any] = {"machine": machine(), "runs": {}}
+    found: dict[str, Any] = {"machine": machine(), "rounds": rounds, "runs": {}}
     for name, (script, *rest) in commands(str(demo.base()), arms, rounds).items():
         print(f"{name}: {script}", file=sys.stderr, flush=True)
         command = [sys.executable, HERE / script, *rest]
@@ -98,9 +98,11 @@ def ratios(found: Mapping[str, Any]) -> dict[str, dict[tuple[str, int], float]]:
 def table(found: Mapping[str, Any]) -> str:
     """In Markdown, with the machine above it."""
     about, rows = found["machine"], ratios(found)
-    machine_line = f"{about['cores']} cores of an {about['device']} with {about['capability']}, one thread"
+    where = (
+        f"{about['cores']} cores of an {about['device']} with {about['capability']}, one thread, load {about['load']}"
+    )
     lines = [
-        f"{about['date']}, {machine_line}:\n",
+        f"{about['date']}, {where}; medians of CPU time, {found['rounds']} round(s):\n",
         "| times as fast as Hugging Face's base alone | "
         + " | ".join(f"{weights}, batch {batch}" for weights, batch in COLUMNS)
         + " |",

@@ -29,13 +29,14 @@ def reported(ratio):
 
 def test_table(guidance):
     found = {"machine": {"date": "2026-11-28", "device": "CPU", "capability": "AVX2", "cores": 2}, "runs": {}}
+    found["machine"]["load"], found["rounds"] = 0.5, 3
     for weights, ratio in (("bfloat16", 2.0), ("exact", 4.0)):
         decode, drafts = reported(ratio)
         found["runs"] |= {f"decode, {weights}": decode, f"pair, {weights}": drafts, f"lookup, {weights}": drafts}
     found["runs"]["decode, float32"] = reported(6.0)[0]
     lines = guidance.table(found).splitlines()
     assert "| the same base in float32, Hugging Face | 3.0 | 3.0 |  |  |" in lines
-    assert lines[0] == "2026-11-28, 2 cores of an CPU with AVX2, one thread:"
+    assert lines[0] == "2026-11-28, 2 cores of an CPU with AVX2, one thread, load 0.5; medians of CPU time, 3 round(s):"
     assert "| base alone, here | 2.0 | 0.25 | 4.0 | 0.5 |" in lines
     assert "| 1 LoRA ARM, in one forward with the base | 1.0 | 0.12 | 2.0 | 0.25 |" in lines
     assert "| 2 LoRA ARMs |  |  |  |  |" in lines
