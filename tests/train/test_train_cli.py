@@ -76,7 +76,7 @@ def test_logs_go_where_trainer_sends_them(
     base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = ["train", str(base), str(toy), "--output", str(tmp_path / "arm"), *RUN, "--report-to", "tensorboard"]
-    monkeypatch.setattr("genarm_fast.train.run.get_available_reporting_integrations", lambda: [])
+    monkeypatch.setattr("genarm_fast.train.checks.get_available_reporting_integrations", lambda: [])
     assert main(argv) == 2
     assert "report_to=('tensorboard',): 'tensorboard' is unknown to transformers or not" in capfd.readouterr().err
     logged: list[dict[str, float]] = []
@@ -85,7 +85,7 @@ def test_logs_go_where_trainer_sends_them(
         def on_log(self, args: object, state: object, control: object, logs: dict[str, float], **_: object) -> None:
             logged.append(logs)
 
-    monkeypatch.setattr("genarm_fast.train.run.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("genarm_fast.train.checks.get_available_reporting_integrations", lambda: ["tensorboard"])
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Board)
     assert main(argv) == 0
     assert {"loss", "train_accuracy", "pairs_per_second"} <= set(logged[0])
