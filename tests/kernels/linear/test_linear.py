@@ -31,13 +31,6 @@ def isa(request):
     _native.core.use(ISAS[0])
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @native
 @kinds
 @pytest.mark.parametrize(("out", "width"), [(192, 576), (3000, 577), (300, 4096)])

@@ -32,13 +32,6 @@ def isa(request):
     _native.core.use(ISAS[0])
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(192, 576), (70, 100), (3, 17)])
 def test_reference_is_the_product(bits, shape):

@@ -22,13 +22,6 @@ def isa(request):
     _native.core.use(ISAS[0])
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def reference(x, weight, bias=None, loras=()):
     """(exact result, Σ |terms| of it) in float64."""
     flat = x.double().reshape(x.shape[:-1].numel(), x.shape[-1])
