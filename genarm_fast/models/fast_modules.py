@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from genarm_fast.kernels import _dispatch, _native
-from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary import rotary
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.models import attention, flash_attention
 from genarm_fast.models.fused_decoder import fused_forward
+from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.quantized import QuantizedMatrix, linear_of
 from genarm_fast.models.stacking import stacked_forward
 from genarm_fast.models.weights import Movable, trees_over
@@ -81,14 +81,15 @@ def _gated(mlp: Any, x: Tensor) -> Tensor:
     return mlp.down_proj(silu_mul(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def _fast_norm(module: nn.Module, weight: Tensor) -> Callable[[Tensor], Tensor] | None:
+def _fast_norm(module: nn.Module, weight: Tensor) -> Norm | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float):
         return None
     x = torch.linspace(-3, 5, 2 * weight.numel(), device=weight.device).view(2, -1).to(weight.dtype)
     for offset in (0.0, 1.0):
-        if torch.equal(module(x), rms_norm(x, weight, eps, offset=offset)):
-            return lambda x: rms_norm(x, weight, eps, offset=offset)
+        norm = Norm(weight, eps, offset)
+        if torch.equal(module(x), norm(x)):
+            return norm
     return None
 
 

@@ -1,8 +1,8 @@
 """The decoder of Llama and its likes without what a module call costs, for CPUs.
 
 A decode step of 30 layers calls some 370 modules, and each call asks for hooks, keywords and configuration: an eighth
-of the time of SmolLM2-135M on one core. Here a layer's parts are called one after the other. Used only where every part
-is exactly what this file knows, and where a trial gives the bits of the model's own forward.
+of the time of SmolLM2-135M on one core. Here a layer is nine calls, as on a GPU (`stacked_decoder`). Used only where
+every part is exactly what this file knows, and where a trial gives the bits of the model's own forward.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from transformers import Cache
 from genarm_fast.kernels.linear import SiblingLinears, Span
 from genarm_fast.kernels.quant_linear import QuantLinear
 from genarm_fast.kernels.ragged_attention import ragged_attention
-from genarm_fast.kernels.rotary import rotary
+from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.forward_context import Ragged, place, spans_of
-from genarm_fast.models.known_decoders import WINDOWS, Output, built_as_known, family_of, trial
+from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, trial
+from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 
 Fast = Mapping[nn.Module, Callable[..., Any]]  # what a runner put in place of forwards
@@ -39,63 +40,71 @@ def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
 
 
 def _runs_here(decoder: Any, fast: Fast) -> bool:
-    """Whether its weights are on the CPU, its rotation is `rotary`, and `silu_mul` stands between its linears."""
+    """Whether its weights are on the CPU, its rotation is `rotary`, its norms are `rms_norm`, and `silu_mul` stands
+    between its linears."""
     on_cpu = all(parameter.is_cpu for parameter in decoder.parameters())
-    return on_cpu and all(layer.self_attn in fast and layer.mlp in fast for layer in decoder.layers)
+    norms = [module for module in decoder.modules() if type(module).__name__.endswith("RMSNorm")]
+    known = all(layer.self_attn in fast and layer.mlp in fast for layer in decoder.layers)
+    return on_cpu and known and all(isinstance(fast.get(norm), Norm) for norm in norms)
 
 
 class _Decoder:
     def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
-        self.embed, self.rotary, self.norm = decoder.embed_tokens, decoder.rotary_emb, _part(decoder.norm, fast)
+        self.embed, self.rotary = _part(decoder.embed_tokens, fast), decoder.rotary_emb
         self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
+        self.norm = fast[decoder.layers[0].input_layernorm]
+        self.next_norms = [fast[layer.input_layernorm] for layer in decoder.layers[1:]] + [fast[decoder.norm]]
         adapted = [module.index for module in decoder.modules() if isinstance(module, LaneLinear)]
         self.adapted = {tuple(index): index for index in adapted}
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
         """input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
-        cos, sin = self.rotary(hidden, position_ids=position_ids)
+        angles = self.rotary(hidden, position_ids=position_ids)
         where = place(hidden.device)
         spans = {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}
-        for layer, cache in zip(self.layers, past_key_values.layers):
-            hidden = layer(hidden, cos, sin, cache, where, spans)
-        return Output(self.norm(hidden), past_key_values)
+        x = self.norm(hidden)
+        for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
+            hidden, x = layer(hidden, x, angles, cache, where, spans, next_norm)
+        return Output(x, past_key_values)
 
 
 class _Layer:
     def __init__(self, layer: Any, fast: Fast, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.norm, self.second_norm = _part(layer.input_layernorm, fast), _part(layer.post_attention_layernorm, fast)
-        self.q_norm, self.k_norm = (
-            _part(getattr(attention, name), fast) if hasattr(attention, name) else None for name in ("q_norm", "k_norm")
-        )
-        self.qkv = _siblings([attention.q_proj, attention.k_proj, attention.v_proj], fast)
+        self.second_norm: Norm = fast[layer.post_attention_layernorm]  # type: ignore[assignment]
+        self.head_norms: dict[str, Any] = {}
+        if hasattr(attention, "q_norm"):
+            query, key = fast[attention.q_norm], fast[attention.k_norm]
+            self.head_norms = {"query_norm": query.weight, "key_norm": key.weight, "eps": query.eps}
+        self.qkv = _stacked([attention.q_proj, attention.k_proj, attention.v_proj], fast)
         self.gate_up = _siblings([mlp.gate_proj, mlp.up_proj], fast)
         self.o, self.down = _linear(attention.o_proj, fast), _linear(mlp.down_proj, fast)
         self.width, self.scale, self.window = attention.head_dim, attention.scaling, window
+        self.kv_heads = attention.k_proj.out_features // self.width
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Any, where: Ragged, spans: Spans) -> Tensor:
-        rows, block, _ = hidden.shape
-        heads = (rows, block, -1, self.width)
-        query, key, value = (state.view(heads) for state in self.qkv(self.norm(hidden), spans))
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotary(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
-        keys, values = cache.update(key, value.transpose(1, 2))
-        x = ragged_attention(
-            query,
-            keys,
-            values,
-            where.slots,
-            where.positions,
-            scale=self.scale,
-            window=self.window,
-            limit=where.kv_bound,
-        )
-        hidden = hidden + self.o(x.view(rows, block, -1), spans)
-        gate, up = self.gate_up(self.second_norm(hidden), spans)
-        hidden += self.down(silu_mul(gate, up), spans)
-        return hidden
+    def __call__(
+        self,
+        hidden: Tensor,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: Any,
+        where: Ragged,
+        spans: Spans,
+        next_norm: Norm,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after this layer, and the next one's input."""
+        if not cache.is_initialized:
+            cache.allocate(Entry(self.kv_heads, (self.width, self.width), hidden.dtype, hidden.device))
+        keys, values, slots, positions = cache.keys, cache.values, where.slots, where.positions
+        query = rotary_append(self.qkv(x, spans), *angles, keys, values, slots, positions, **self.head_norms)
+        y = ragged_attention(
+            query.transpose(1, 2), keys, values, slots, positions,
+            scale=self.scale, window=self.window, limit=where.kv_bound,
+        )  # fmt: skip
+        hidden, x = self.second_norm.of_sum(hidden, self.o(y.flatten(2), spans))
+        gate, up = self.gate_up(x, spans)
+        return next_norm.of_sum(hidden, self.down(silu_mul(gate, up), spans))
 
 
 def _part(module: nn.Module, fast: Fast) -> Callable[..., Any]:
@@ -113,10 +122,25 @@ def _linear(module: nn.Module, fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
 
 def _siblings(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spans], Iterable[Tensor]]:
     """A function that applies all these linears to one input [N, q, in]; in one C++ call where each allows it."""
-    runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
-    lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
-    if all(isinstance(run, (SmallLinear, QuantLinear)) for run in runs):
-        siblings = SiblingLinears(runs)
+    if (found := _in_one_call(modules, fast)) is not None:
+        siblings, lanes = found
         return lambda x, spans: siblings(x, [spans[own] if own else () for own in lanes])
     linears = [_linear(module, fast) for module in modules]
     return lambda x, spans: [linear(x, spans) for linear in linears]
+
+
+def _stacked(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
+    """The same, with all outputs side by side: [N, q, sum of outputs]."""
+    if (found := _in_one_call(modules, fast)) is not None:
+        siblings, lanes = found
+        return lambda x, spans: siblings.stacked(x, [spans[own] if own else () for own in lanes])
+    linears = [_linear(module, fast) for module in modules]
+    return lambda x, spans: torch.cat([linear(x, spans) for linear in linears], -1)
+
+
+def _in_one_call(modules: Sequence[nn.Module], fast: Fast) -> tuple[SiblingLinears, Sequence[tuple[int, ...]]] | None:
+    """The linears, and which lanes adapt each; None where one of them runs otherwise."""
+    runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
+    if not all(isinstance(run, (SmallLinear, QuantLinear)) for run in runs):
+        return None
+    return SiblingLinears(runs), [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from genarm_fast.kernels.add_rms_norm import add_rms_norm
+from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear
@@ -20,6 +22,21 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a f
     "Qwen2": lambda attention: attention.sliding_window,
     "Qwen3": lambda attention: attention.sliding_window,
 }
+
+
+class Norm(NamedTuple):
+    """An RMSNorm as `rms_norm` computes it; see there for the offset."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, offset=self.offset)
+
+    def of_sum(self, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden + y, and its norm."""
+        return add_rms_norm(hidden, y, self.weight, self.eps, offset=self.offset)
 
 
 class Output(NamedTuple):

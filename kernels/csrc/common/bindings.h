@@ -14,6 +14,11 @@ struct WithoutGil {
   ~WithoutGil() { PyEval_RestoreThread(state); }
 };
 
+inline bool takes(Py_ssize_t count, Py_ssize_t expected) {
+  if (count != expected) PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, expected);
+  return count == expected;
+}
+
 // (torch.get_num_threads) → None: the core asks it at every call that may share its work.
 PyObject* use_threads(PyObject*, PyObject* get_num_threads);
 int threads();  // that a call may use; needs the GIL
@@ -25,10 +30,12 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* arguments, Py_ssi
 PyObject* ragged_append_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_norm_loops(const char* instruction_set);
 PyObject* rms_norm_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* add_rms_norm_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_silu_loops(const char* instruction_set);
 PyObject* silu_mul_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_rotary_loops(const char* instruction_set);
 PyObject* rotary_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* rotary_append_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 void use_linear_loops(const char* instruction_set);
 PyObject* linears(PyObject*, PyObject* all);
 PyObject* exact_codes_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);

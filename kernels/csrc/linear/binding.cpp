@@ -85,33 +85,53 @@ bool spans_of(PyObject* sequence, const Linear& linear, int64_t rows, std::vecto
   return count >= 0;
 }
 
-// Linears.run(x, spans of each...) → (y of each), or None for an x that they do not take.
-PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+// One product after the other, or all outputs as the columns of one tensor.
+enum class Form { kEach, kStacked };
+
+// The outputs that `products` will write, [..., out] each in a tuple, or [..., sum of out]; null with a Python error set.
+PyObject* outputs_of(const DLTensor& x, Form form, std::vector<Product>* products) {
+  int64_t shape[kMaxDimensions], columns = 0;
+  void* data = nullptr;
+  std::memcpy(shape, x.shape, x.ndim * sizeof *shape);
+  if (form == Form::kStacked) {
+    for (const Product& product : *products) columns += product.linear->out;
+    shape[x.ndim - 1] = columns;
+    PyObject* y = new_tensor(kBfloat16, x.ndim, shape, &data);
+    uint16_t* next = static_cast<uint16_t*>(data);
+    for (Product& product : *products) product.y = next, product.stride = columns, next += product.linear->out;
+    return y;
+  }
+  PyObject* all = PyTuple_New(static_cast<Py_ssize_t>(products->size()));
+  for (size_t i = 0; all && i < products->size(); ++i) {
+    Product& product = (*products)[i];
+    shape[x.ndim - 1] = product.stride = product.linear->out;
+    PyObject* y = new_tensor(kBfloat16, x.ndim, shape, &data);
+    if (!y) {
+      Py_DECREF(all);
+      return nullptr;
+    }
+    product.y = static_cast<uint16_t*>(data);
+    PyTuple_SetItem(all, static_cast<Py_ssize_t>(i), y);
+  }
+  return all;
+}
+
+PyObject* multiply(PyObject* self, PyObject* const* arguments, Py_ssize_t count, Form form) {
   const Linear* const linears = reinterpret_cast<Linears*>(self)->linear;
   const Py_ssize_t n = Py_SIZE(self);
   if (count != 1 + n) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, 1 + n);
   DLTensor x;
-  int64_t rows = 0, stride = 0, shape[kMaxDimensions];
+  int64_t rows = 0, stride = 0;
   if (!borrow(arguments[0], &x) || !rows_of(x, linears[0].in, &rows, &stride)) Py_RETURN_NONE;
   const int wanted = threads();
-  PyObject* results = PyTuple_New(n);
-  if (!results) return nullptr;
+  PyObject* results = nullptr;
   try {
     std::vector<Product> products(n);
-    std::memcpy(shape, x.shape, x.ndim * sizeof *shape);
     for (Py_ssize_t i = 0; i < n; ++i) {
-      void* data = nullptr;
       products[i].linear = &linears[i];
-      shape[x.ndim - 1] = linears[i].out;
-      PyObject* y = nullptr;
-      if (!spans_of(arguments[1 + i], linears[i], rows, &products[i].spans) ||
-          !(y = new_tensor(kBfloat16, x.ndim, shape, &data))) {
-        Py_DECREF(results);
-        return nullptr;
-      }
-      PyTuple_SetItem(results, i, y);
-      products[i].y = static_cast<uint16_t*>(data);
+      if (!spans_of(arguments[1 + i], linears[i], rows, &products[i].spans)) return nullptr;
     }
+    if (!(results = outputs_of(x, form, &products))) return nullptr;
 
     std::vector<Product> packed;
     for (Py_ssize_t i = n - 1; i >= 0; --i) {
@@ -123,16 +143,30 @@ PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
     if (!products.empty()) small_linear(products, x.at<const uint16_t>(), stride, rows, wanted);
     if (!packed.empty()) quant_linear(packed, x.at<const uint16_t>(), stride, rows, wanted);
   } catch (const std::bad_alloc&) {
-    Py_DECREF(results);
+    Py_XDECREF(results);
     return PyErr_NoMemory();
   }
   return results;
 }
 
+PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  return multiply(self, arguments, count, Form::kEach);
+}
+
+PyObject* run_stacked(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  return multiply(self, arguments, count, Form::kStacked);
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyObject* linears_type() {
-  static PyMethodDef methods[] = {{"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)),
-                                   METH_FASTCALL, "By position → a tuple of outputs, or None."},
-                                  {nullptr, nullptr, 0, nullptr}};
+  // (x, spans of each...), by position
+  static PyMethodDef methods[] = {
+      {"run", fast(run), METH_FASTCALL, "The outputs of each, a tuple; None for an x that they do not take."},
+      {"run_stacked", fast(run_stacked), METH_FASTCALL, "The outputs of all, side by side; or None."},
+      {nullptr, nullptr, 0, nullptr}};
   static PyType_Slot slots[] = {
       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)}, {Py_tp_methods, methods}, {0, nullptr}};
   static PyType_Spec spec{"genarm_fast.kernels._C.Linears", offsetof(Linears, linear), sizeof(Linear),

@@ -42,7 +42,8 @@ struct Span {  // rows first .. last - 1 get this LoRA
 struct Product {
   const Linear* linear;
   std::vector<Span> spans;
-  uint16_t* y;  // [rows, out]
+  uint16_t* y;     // [rows, out]
+  int64_t stride;  // of its rows
 };
 
 }  // namespace genarm

@@ -93,7 +93,7 @@ inline void finish(const Product& product, const std::vector<Adapted>& all, int6
   }
   const uint16_t* bias = linear.bias ? linear.bias + output : nullptr;
   for (int64_t row = first; row < last; ++row) {
-    linear.loops.output->store(y + (row - first) * stride, bias, count, product.y + row * linear.out + output);
+    linear.loops.output->store(y + (row - first) * stride, bias, count, product.y + row * product.stride + output);
   }
 }
 

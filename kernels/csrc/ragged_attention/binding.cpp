@@ -4,6 +4,7 @@
 #include <new>
 
 #include "common/tensors.h"
+#include "arguments.h"
 #include "ragged_attention.h"
 
 namespace genarm {
@@ -11,53 +12,9 @@ namespace {
 
 const RaggedLoops* loops = &ragged_baseline;
 
-// A tensor of four dimensions, contiguous in the last.
-bool rows_of_vectors(PyObject* object, DLTensor* out) {
-  return borrow(object, out) && out->ndim == 4 && (out->strides[3] == 1 || out->shape[3] == 1);
-}
-
-// Keys and values that share slots, heads and capacity.
-bool cache(PyObject* const* in, DLTensor* keys, DLTensor* values) {
-  return rows_of_vectors(in[0], keys) && rows_of_vectors(in[1], values) && keys->shape[0] == values->shape[0] &&
-         keys->shape[1] == values->shape[1] && keys->shape[2] == values->shape[2] && keys->shape[1] > 0;
-}
-
-// int64 [rows] and [rows, block]
-bool places(PyObject* const* in, int64_t rows, int64_t block, Places* out) {
-  DLTensor slots, positions;
-  if (!borrow(in[0], &slots) || !(type_of(slots) == kInt64) || slots.ndim != 1 || slots.shape[0] != rows) return false;
-  if (!borrow(in[1], &positions) || !(type_of(positions) == kInt64) || positions.ndim != 2) return false;
-  *out = {slots.at<int64_t>(), positions.at<int64_t>(), slots.strides[0], positions.strides[0], positions.strides[1]};
-  return positions.shape[0] == rows && positions.shape[1] == block;
-}
-
-// Whether the cache has every slot and position; else a ValueError is set.
-bool in_range(const Places& places, int64_t rows, int64_t block, const DLTensor& cache) {
-  for (int64_t row = 0; row < rows; ++row) {
-    if (const int64_t slot = places.slot(row); slot < 0 || slot >= cache.shape[0]) {
-      PyErr_Format(PyExc_ValueError, "slots[%zd] = %zd: expected 0..%zd, as the cache has", Py_ssize_t(row),
-                   Py_ssize_t(slot), Py_ssize_t(cache.shape[0] - 1));
-      return false;
-    }
-    for (int64_t i = 0; i < block; ++i) {
-      const int64_t position = places.position(row, i);
-      if (position >= 0 && position < cache.shape[2]) continue;
-      PyErr_Format(PyExc_ValueError, "positions[%zd, %zd] = %zd: expected 0..%zd, the capacity of the cache",
-                   Py_ssize_t(row), Py_ssize_t(i), Py_ssize_t(position), Py_ssize_t(cache.shape[2] - 1));
-      return false;
-    }
-  }
-  return true;
-}
-
 template <int N>
 void copy_strides(const DLTensor& tensor, int64_t unit, int64_t (&out)[N]) {
   for (int i = 0; i < N; ++i) out[i] = tensor.strides[i] * unit;
-}
-
-bool has_arguments(Py_ssize_t count, Py_ssize_t expected) {
-  if (count != expected) PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, expected);
-  return count == expected;
 }
 
 }  // namespace
@@ -74,17 +31,17 @@ void use_ragged_loops(const char* instruction_set) {
 
 PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   enum Argument { kQuery, kKeys, kValues, kSlots, kPositions, kScale, kWindow, kSoftcap, kLimit, kArguments };
-  if (!has_arguments(count, kArguments)) return nullptr;
+  if (!takes(count, kArguments)) return nullptr;
   DLTensor query, keys, values;
   RaggedAttention call;
-  if (!rows_of_vectors(in[kQuery], &query) || !cache(in + kKeys, &keys, &values)) Py_RETURN_NONE;
+  if (!rows_of_vectors(in[kQuery], &query) || !ragged_cache(in + kKeys, &keys, &values)) Py_RETURN_NONE;
   call.rows = query.shape[0], call.heads = query.shape[1], call.block = query.shape[2], call.width = query.shape[3];
   call.kv_heads = keys.shape[1], call.value_width = values.shape[3];
   const ElementType type = type_of(query);
   call.bfloat16 = type == kBfloat16;
   if (!(call.bfloat16 || type == kFloat32) || !(type == type_of(keys)) || !(type == type_of(values)) ||
       keys.shape[3] != call.width || call.heads % call.kv_heads != 0 ||
-      !places(in + kSlots, call.rows, call.block, &call.places)) {
+      !ragged_places(in + kSlots, call.rows, call.block, &call.places)) {
     Py_RETURN_NONE;
   }
   call.scale = static_cast<float>(PyFloat_AsDouble(in[kScale]));
@@ -98,7 +55,7 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t co
   }
   if (call.window < 1 || limit < 1 || limit > keys.shape[2]) Py_RETURN_NONE;
   if (capped && !(call.softcap > 0.f && call.softcap <= FLT_MAX)) Py_RETURN_NONE;
-  if (!in_range(call.places, call.rows, call.block, keys)) return nullptr;
+  if (!places_in_range(call.places, call.rows, call.block, keys)) return nullptr;
   call.query = query.at<void>(), call.keys = keys.at<void>(), call.values = values.at<void>();
   copy_strides(query, 1, call.query_strides);
   copy_strides(keys, 1, call.key_strides);
@@ -119,10 +76,10 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t co
 
 PyObject* ragged_append_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   enum Argument { kKeys, kValues, kNewKeys, kNewValues, kSlots, kPositions, kArguments };
-  if (!has_arguments(count, kArguments)) return nullptr;
+  if (!takes(count, kArguments)) return nullptr;
   DLTensor targets[2], sources[2];
   RaggedCopy copies[2];
-  if (!cache(in + kKeys, &targets[0], &targets[1])) Py_RETURN_NONE;
+  if (!ragged_cache(in + kKeys, &targets[0], &targets[1])) Py_RETURN_NONE;
   for (int i = 0; i < 2; ++i) {
     const DLTensor &target = targets[i], &source = sources[i];
     if (!rows_of_vectors(in[kNewKeys + i], &sources[i]) || !(type_of(source) == type_of(target)) ||
@@ -137,9 +94,9 @@ PyObject* ragged_append_binding(PyObject*, PyObject* const* in, Py_ssize_t count
     copy_strides(target, unit, copy.target_strides);
     copy.rows = source.shape[0], copy.heads = source.shape[1], copy.block = source.shape[2];
     copy.bytes = source.shape[3] * unit;
-    if (!places(in + kSlots, copy.rows, copy.block, &copy.places)) Py_RETURN_NONE;
+    if (!ragged_places(in + kSlots, copy.rows, copy.block, &copy.places)) Py_RETURN_NONE;
   }
-  if (!in_range(copies[0].places, copies[0].rows, copies[0].block, targets[0])) return nullptr;
+  if (!places_in_range(copies[0].places, copies[0].rows, copies[0].block, targets[0])) return nullptr;
   {
     const WithoutGil without_gil;
     for (const RaggedCopy& copy : copies) ragged_copy(copy);

@@ -40,11 +40,24 @@ float sum_of_squares(const T* x, int64_t n) {
   return total;
 }
 
+// out[i] = x[i] + y[i], rounded to the dtype.
+template <typename T>
+void add(const T* x, const T* y, int64_t n, T* out) {
+  int64_t d = 0;
+  for (; d + kWidth <= n; d += kWidth) store(out + d, load(x + d) + load(y + d));
+  if (const int64_t rest = n - d) store_some(out + d, load_some(x + d, rest) + load_some(y + d, rest), rest);
+}
+
 template <typename T>
 void rms_norm(const RmsNorm& a) {
   const T* weight = static_cast<const T*>(a.weight);
   for (int64_t row = 0; row < a.rows; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.width;
+    if (a.added) {
+      T* total = static_cast<T*>(a.total) + row * a.width;
+      add(x, static_cast<const T*>(a.added) + row * a.width, a.width, total);
+      x = total;
+    }
     T* out = static_cast<T*>(a.out) + row * a.width;
     const Floats scale = splat(1.f / std::sqrt(sum_of_squares(x, a.width) / static_cast<float>(a.width) + a.eps));
     const auto scaled = [&](Floats v, Floats w) {

@@ -1,4 +1,4 @@
-// rms_norm on the CPU; kernels/ops/rms_norm/reference.py is the specification.
+// rms_norm and add_rms_norm on the CPU; kernels/ops/{rms_norm,add_rms_norm}/reference.py are the specifications.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,15 @@ namespace genarm {
 
 struct RmsNorm {
   const void *x, *weight;  // [rows, width], [width], contiguous
+  const void* added;       // [rows, width], added to x first, or null
+  void* total;             // [rows, width]: the sums, which are normalised; null without `added`
   void* out;
   int64_t rows, width;
   float eps, offset;
   bool bfloat16;  // else float32
 };
+
+void run_norm(const RmsNorm&);  // by the instruction set in use
 
 struct NormLoops {
   void (*rms_norm)(const RmsNorm&);

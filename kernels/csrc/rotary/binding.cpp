@@ -9,15 +9,6 @@ namespace {
 
 const RotaryLoops* loops = &rotary_baseline;
 
-// [N or 1, q, D], contiguous in the last
-bool angles(const DLTensor& tensor, const DLTensor& x, const void** data, int64_t (&strides)[2]) {
-  if (!(type_of(tensor) == type_of(x)) || tensor.ndim != 3) return false;
-  if (tensor.shape[0] != 1 && tensor.shape[0] != x.shape[0]) return false;
-  *data = tensor.at<void>();
-  strides[0] = tensor.shape[0] == 1 ? 0 : tensor.strides[0], strides[1] = tensor.strides[1];
-  return tensor.shape[1] == x.shape[2] && tensor.shape[2] == x.shape[3] && tensor.strides[2] == 1;
-}
-
 bool fill(PyObject* object, const DLTensor& cos, const DLTensor& sin, DLTensor* x, Rotary* call) {
   if (!borrow(object, x) || x->ndim != 4 || x->shape[3] < 2 || x->shape[3] % 2 || x->strides[3] != 1) return false;
   const ElementType type = type_of(*x);
@@ -25,8 +16,12 @@ bool fill(PyObject* object, const DLTensor& cos, const DLTensor& sin, DLTensor* 
   call->x = x->at<void>();
   for (int i = 0; i < 3; ++i) call->x_strides[i] = x->strides[i];
   call->rows = x->shape[0], call->heads = x->shape[1], call->block = x->shape[2], call->width = x->shape[3];
-  return (call->bfloat16 || type == kFloat32) && angles(cos, *x, &call->cos, call->cos_strides) &&
-         angles(sin, *x, &call->sin, call->sin_strides);
+  call->out_strides[2] = call->width;
+  call->out_strides[1] = call->block * call->out_strides[2];
+  call->out_strides[0] = call->heads * call->out_strides[1];
+  const int64_t shape[] = {call->rows, call->block, call->width};
+  return (call->bfloat16 || type == kFloat32) && rotary_angles(cos, type, shape, &call->cos, call->cos_strides) &&
+         rotary_angles(sin, type, shape, &call->sin, call->sin_strides);
 }
 
 }  // namespace
@@ -41,8 +36,19 @@ void use_rotary_loops(const char* instruction_set) {
 #endif
 }
 
+void run_rotary(const Rotary& call) { loops->rotate(call); }
+
+bool rotary_angles(const DLTensor& tensor, ElementType type, const int64_t (&shape)[3], const void** data,
+                   int64_t (&strides)[2]) {
+  if (!(type_of(tensor) == type) || tensor.ndim != 3) return false;
+  if (tensor.shape[0] != 1 && tensor.shape[0] != shape[0]) return false;
+  *data = tensor.at<void>();
+  strides[0] = tensor.shape[0] == 1 ? 0 : tensor.strides[0], strides[1] = tensor.strides[1];
+  return tensor.shape[1] == shape[1] && tensor.shape[2] == shape[2] && tensor.strides[2] == 1;
+}
+
 PyObject* rotary_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
-  if (count != 4) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 4", count);
+  if (!takes(count, 4)) return nullptr;
   DLTensor x[2], cos, sin;
   Rotary calls[2];
   if (!borrow(in[2], &cos) || !borrow(in[3], &sin) || !fill(in[0], cos, sin, &x[0], &calls[0]) ||

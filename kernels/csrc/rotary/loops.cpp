@@ -19,11 +19,11 @@ void rotate_pairs(const T* x, const T* cos, const T* sin, int64_t half, int64_t 
 template <typename T>
 void rotate(const Rotary& a) {
   const int64_t half = a.width / 2;
-  T* out = static_cast<T*>(a.out);
   for (int64_t row = 0; row < a.rows; ++row) {
     for (int64_t head = 0; head < a.heads; ++head) {
-      for (int64_t i = 0; i < a.block; ++i, out += a.width) {
+      for (int64_t i = 0; i < a.block; ++i) {
         const T* x = static_cast<const T*>(a.x) + row * a.x_strides[0] + head * a.x_strides[1] + i * a.x_strides[2];
+        T* out = static_cast<T*>(a.out) + row * a.out_strides[0] + head * a.out_strides[1] + i * a.out_strides[2];
         const T* cos = static_cast<const T*>(a.cos) + row * a.cos_strides[0] + i * a.cos_strides[1];
         const T* sin = static_cast<const T*>(a.sin) + row * a.sin_strides[0] + i * a.sin_strides[1];
         int64_t d = 0;

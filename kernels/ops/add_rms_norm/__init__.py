@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _custom_op
 from .._dispatch import dispatcher
 from .._product import Lanes
-from . import custom_op
+from . import cpu, custom_op
 from .reference import check, specification
 
 
@@ -19,7 +19,15 @@ def _on_gpu(hidden: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor] | No
     return triton.run(hidden, y, *rest)
 
 
-_run = dispatcher(specification, check=check, triton=_on_gpu, custom_op=custom_op.call, differentiable=3)
+_run = dispatcher(
+    specification,
+    check=check,
+    cpu=cpu.run,
+    convert=cpu.convert,
+    triton=_on_gpu,
+    custom_op=custom_op.call,
+    differentiable=3,
+)
 _custom_op.implement(custom_op.call, _run)
 
 
@@ -34,8 +42,9 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(hidden + y, its rms_norm), both [..., width]: the residual stream after half a layer, and the next half's input.
 
-    In Triton on CUDA, ROCm and XPU for float32, bfloat16 and float16 of one dtype that need no gradient; otherwise in
-    PyTorch. The sum is rounded before it is normalised; `offset` is that of `rms_norm`. The lanes get no gradient.
+    In C++ on the CPU for contiguous float32 and bfloat16 without lanes; in Triton on CUDA, ROCm and XPU for these and
+    float16; of one dtype that need no gradient. Otherwise in PyTorch. The sum is rounded before it is normalised;
+    `offset` is that of `rms_norm`. The lanes get no gradient.
 
     Raises:
         TypeError: dtypes that differ; adapters that are not int64.

@@ -70,3 +70,8 @@ def run_siblings(
 ) -> Sequence[Tensor] | None:
     """y of each linear, as `run` gives them one by one; None for what `run` does not take."""
     return None if prepared is None else prepared.run(x, *spans)
+
+
+def run_stacked(x: Tensor, linears: Sequence[Any], spans: Sequence[Sequence[Span]], prepared: Any) -> Tensor | None:
+    """What `run_siblings` gives, side by side in one tensor."""
+    return None if prepared is None else prepared.run_stacked(x, *spans)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._dispatch import dispatcher
@@ -16,7 +17,12 @@ def _one_by_one(x: Tensor, linears: Sequence[Any], spans: Any, _prepared: Any) -
     return [linear(x, own) for linear, own in zip(linears, spans)]
 
 
+def _side_by_side(*arguments: Any) -> Tensor:
+    return torch.cat(list(_one_by_one(*arguments)), -1)
+
+
 _run = dispatcher(_one_by_one, cpu=cpu.run_siblings, differentiable=1)
+_run_stacked = dispatcher(_side_by_side, cpu=cpu.run_stacked, differentiable=1)
 
 
 class SiblingLinears:
@@ -40,6 +46,14 @@ class SiblingLinears:
 
     def __call__(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Sequence[Tensor]:
         """`linear(x, spans[i])` of each linear, bit for bit. Raises as they do, and ValueError if spans lack some."""
+        self._check(spans)
+        return _run(x, self.linears, spans, self._core)
+
+    def stacked(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Tensor:
+        """The same as one tensor [..., sum of outputs], side by side."""
+        self._check(spans)
+        return _run_stacked(x, self.linears, spans, self._core)
+
+    def _check(self, spans: Sequence[Sequence[Span]]) -> None:
         if len(spans) != len(self.linears):
             raise ValueError(f"spans for {len(spans)} linears: expected {len(self.linears)}")
-        return _run(x, self.linears, spans, self._core)

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _custom_op
 from .._dispatch import dispatcher
 from .._product import Lanes
-from . import custom_op
+from . import cpu, custom_op
 from .reference import check, specification
 
 
@@ -19,7 +19,15 @@ def _on_gpu(*arguments: Any) -> Tensor | None:
     return triton.launch(*arguments)
 
 
-_run = dispatcher(specification, check=check, triton=_on_gpu, custom_op=custom_op.call, differentiable=5)
+_run = dispatcher(
+    specification,
+    check=check,
+    cpu=cpu.run,
+    convert=cpu.convert,
+    triton=_on_gpu,
+    custom_op=custom_op.call,
+    differentiable=5,
+)
 _custom_op.implement(custom_op.call, _run)
 
 
@@ -40,9 +48,10 @@ def rotary_append(
 ) -> Tensor:
     """Write the keys and values of new tokens to the cache, and return their queries, rotated → [N, q, Hq, D].
 
-    `ragged_attention` takes `result.transpose(1, 2)`. The number of query heads is read off the columns. In Triton on
-    CUDA, ROCm and XPU for float32, bfloat16 and float16 that need no gradient; otherwise in PyTorch. There slots and
-    positions are not looked at, as by `ragged_append`. Rows must not share a slot. The lanes get no gradient.
+    `ragged_attention` takes `result.transpose(1, 2)`. The number of query heads is read off the columns. In C++ on
+    the CPU for float32 and bfloat16 without bias and lanes; in Triton on CUDA, ROCm and XPU for these and float16;
+    where no gradient is needed. Otherwise in PyTorch. On a GPU slots and positions are not looked at, as by
+    `ragged_append`. Rows must not share a slot. The lanes get no gradient.
 
     Raises:
         TypeError: dtypes or devices that differ; slots, positions or adapters that are not int64.

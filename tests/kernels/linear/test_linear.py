@@ -97,6 +97,7 @@ def test_siblings_are_the_linears_one_by_one(threads, monkeypatch, core, width, 
             for x in (strided, strided.contiguous()):
                 alone = [linear(x, own) for linear, own in zip(linears, spans)]
                 assert all(map(torch.equal, siblings(x, spans), alone))
+                assert torch.equal(siblings.stacked(x, spans), torch.cat(alone, -1))
             spans[3] = ()  # negative control
             assert [torch.equal(*pair) for pair in zip(siblings(x, spans), alone)] == [True, True, True, False]
 
@@ -113,6 +114,8 @@ def test_siblings_refuse():
         linear, wide = made(bits, 4, 8), made(bits, 4, 9)
         with pytest.raises(ValueError, match="spans for 1 linears: expected 2"):
             SiblingLinears([linear, linear])(normal(2, 8), [()])
+        with pytest.raises(ValueError, match="spans for 1 linears: expected 2"):
+            SiblingLinears([linear, linear]).stacked(normal(2, 8), [()])
         with pytest.raises(ValueError, match=r"x of shape \(2, 8\)"):
             SiblingLinears([linear, wide])(normal(2, 8), [(), ()])
         with pytest.raises(ValueError, match=r"span \(0, 3, 0\)"):
