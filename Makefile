@@ -8,19 +8,21 @@
 # make wheel-test   sdist and wheel, tried in a fresh environment without the clone
 # make bench-gpu   guided decoding on a GPU; ARGS=--dry tries the script out without one
 # make bench   short form of every benchmark: table, plot and benchmarks/results/<date>-<machine>.json
+# make peers   beside llama.cpp, Hugging Face and vLLM (where .venv-vllm is there) on the CPU; makes .venv-llama
 # make evidence  what guidance buys beside what it is compared with; ARGS=--quick: a reduced size, in ten minutes
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM ?= .venv-vllm
+LLAMA ?= .venv-llama
 ARGS ?=
 RUN := $(VENV)/bin/python -m
 
 # Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo check test test-vllm lint bench bench-gpu wheel-test sanitize soak evidence
+.PHONY: demo check test test-vllm lint bench bench-gpu peers wheel-test sanitize soak evidence
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed-demo
@@ -65,6 +67,9 @@ soak: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/short.py $(ARGS)
 
+peers: $(VENV)/.installed-dev $(LLAMA)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/peers.py measure $(ARGS)
+
 evidence: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality.py general weak front --json benchmarks/results $(ARGS)
 
@@ -81,4 +86,9 @@ $(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt $(wildcard kern
 	test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --no-deps -r constraints-vllm.txt
 	$(VLLM)/bin/pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+$(LLAMA)/.installed: constraints-llama.txt
+	test -x $(LLAMA)/bin/pip || $(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/pip install --no-deps -r constraints-llama.txt
 	touch $@

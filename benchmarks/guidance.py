@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,13 @@ from typing import Any
 
 from decode import HUGGING_FACE
 from registry import RESULTS
-from result_files import machine
+from result_files import machine, name_of, put_between_marks
 
 from genarm_fast import demo
 
 HERE = Path(__file__).parent
 README, PLOT = HERE.parent / "README.md", HERE.parent / "docs" / "img" / "guidance.png"
-BEGIN, END = "<!-- benchmarks/guidance.py write -->\n", "<!-- end -->\n"
+COMMAND = "benchmarks/guidance.py write"
 WEIGHTS = {"bfloat16": None, "exact": "exact"}  # how ours are held: title and --quantization
 COLUMNS = [(weights, batch) for weights in WEIGHTS for batch in (1, 8)]
 PLAIN = {  # rows of the table by variant of decode.py
@@ -145,14 +144,6 @@ def newest() -> Path:
     return files[-1]
 
 
-def written(readme: str, found: Mapping[str, Any]) -> str:
-    """The README with this table in it. Raises ValueError if it lacks the marks."""
-    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", readme)
-    if len(parts) != 5:
-        raise ValueError(f"README.md: expected {BEGIN.strip()} and {END.strip()} around its table, once each")
-    return "".join([*parts[:2], table(found), *parts[3:]])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["measure", "write"])
@@ -162,11 +153,10 @@ def main() -> None:
     path = args.file
     if args.action == "measure":
         found = measure(args.rounds)
-        device = re.sub(r"[^a-z0-9]+", "-", found["machine"]["device"].lower()).strip("-")
-        path = path or RESULTS / f"guidance-{found['machine']['date']}-{device}.json"
+        path = path or RESULTS / f"guidance-{found['machine']['date']}-{name_of(found['machine'])}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads((path or newest()).read_text())
-    README.write_text(written(README.read_text(), found))
+    README.write_text(put_between_marks(README.read_text(), COMMAND, table(found)))
     plot(found, PLOT)
     print(table(found))
 

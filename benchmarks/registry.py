@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from result_files import machine
+from result_files import machine, name_of
 from rich.console import Console
 from rich.table import Table
 
@@ -145,8 +144,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 
 def default_path(about: Mapping[str, Any]) -> Path:
     """benchmarks/results/<date>-<machine>.json"""
-    name = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
-    return RESULTS / f"{about['date']}-{name}.json"
+    return RESULTS / f"{about['date']}-{name_of(about)}.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

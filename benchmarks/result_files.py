@@ -1,10 +1,12 @@
-"""What every result file says of the machine that made it."""
+"""What every result file says of the machine that made it, and how its table gets into a page."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +34,18 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "transformers": transformers.__version__,
         "load": round(os.getloadavg()[0], 1),
     }
+
+
+def name_of(about: Mapping[str, Any]) -> str:
+    """The device of `machine`, fit for a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
+
+
+def put_between_marks(page: str, command: str, table: str) -> str:
+    """The page with this table between `<!-- command -->` and `<!-- end -->`. Raises ValueError without such marks."""
+    begin, end = f"<!-- {command} -->\n", "<!-- end -->\n"
+    before, found, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"expected {begin.strip()} and {end.strip()} around the table of a page, in this order")
+    return before + begin + table + end + after

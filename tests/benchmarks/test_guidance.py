@@ -56,14 +56,9 @@ def test_commands_are_of_the_same_shapes(guidance):
 def test_readme_has_the_newest_figures(guidance):
     readme = README.read_text()
     found = json.loads(guidance.newest().read_text())
-    assert guidance.written(readme, found) == readme
+    assert guidance.put_between_marks(readme, guidance.COMMAND, guidance.table(found)) == readme
     found["machine"]["date"] = "another"
-    assert guidance.written(readme, found) != readme
-
-
-def test_a_readme_without_marks(guidance):
-    with pytest.raises(ValueError, match=r"expected <!-- benchmarks/guidance\.py write --> and <!-- end -->"):
-        guidance.written("# genarm_fast\n", {})
+    assert guidance.put_between_marks(readme, guidance.COMMAND, guidance.table(found)) != readme
 
 
 def test_plot(guidance, tmp_path):

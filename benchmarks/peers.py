@@ -1,0 +1,226 @@
+"""This library's guided decoding beside other engines' unguided one, on the CPU: llama.cpp, Hugging Face, and vLLM.
+
+    make peers [ARGS="--shape 1b --rows 1"]          makes the environment of llama.cpp, measures, and writes the table
+    OMP_NUM_THREADS=1 python benchmarks/peers.py measure [--shape 135m|1b] [--rows 1 8] [--threads 1] [--rounds 5]
+    python benchmarks/peers.py write                 from the newest result files into docs/quantization.md
+
+Each contender is a process of its own, in its own environment (`peer_workers/`); they take turns, and who has none
+sleeps. A step's time is that of all new tokens less that of the first eight, over their number; the prompt's time is
+that of one new token after a thousand. Both are CPU time of one thread unless said; ratios are medians of those within
+a round. The 1b shape is TinyLlama's with random weights of Q4_1: fit for speed alone, so without an ARM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peer_shapes import SHAPES, Shape
+from registry import RESULTS
+from result_files import machine, name_of, put_between_marks
+from rich.console import Console
+
+from genarm_fast import demo
+from genarm_fast.bench.timing import interval, take_turns
+from genarm_fast.cli.bench import QUESTIONS
+
+HERE = Path(__file__).parent
+ROOT, WORKERS = HERE.parent, HERE / "peer_workers"
+PAGE = ROOT / "docs" / "quantization.md"
+REFERENCE = "llama.cpp, Q4_0"
+FORMATS = ("Q4_0", "Q4_1", "Q8_0")  # of llama.cpp
+SKIPPED_TOKENS, PROMPT_TOKENS, PROMPT_ROUNDS = 8, 1000, 2
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A worker of peer_workers/, the python that runs it, and what it is told."""
+
+    script: str
+    python: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Process:
+    """A peer that has loaded its model and waits for questions."""
+
+    def __init__(self, name: str, peer: Peer, **options: Any) -> None:
+        self.name = name
+        command = [str(peer.python), str(WORKERS / peer.script)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ask(**options, **peer.options)
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"{self.name}: its process ended with {self.process.wait()}; its words are above")
+        return json.loads(reply)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def peers(shape: Shape, folder: Path) -> dict[str, Peer]:
+    """By name, in the order of the table. folder: where files of other formats are kept."""
+    here = Path(sys.executable)
+    llama, vllm = (ROOT / name / "bin" / "python" for name in (".venv-llama", ".venv-vllm"))
+    if not llama.exists():
+        raise SystemExit(f"{llama}: expected the environment of llama.cpp; `make peers` makes it")
+    checkpoint = shape.checkpoint(folder)
+    found = {"ours, base, bfloat16": Peer("of_genarm_fast.py", here, checkpoint)}
+    for quantization in ("int8", "exact"):
+        options = checkpoint | {"quantization": quantization}
+        found[f"ours, base, {quantization}"] = Peer("of_genarm_fast.py", here, options)
+    for title, arm in shape.arms.items():
+        options = checkpoint | {"quantization": "exact", "arms": [str(demo.arm(arm))]}
+        found[f"ours, {title}, exact"] = Peer("of_genarm_fast.py", here, options)
+    for dtype in ("bfloat16", "float32"):
+        found[f"Hugging Face, base, {dtype}"] = Peer("of_transformers.py", here, checkpoint | {"dtype": dtype})
+    source = shape.gguf(folder)
+    for name in FORMATS:
+        path = source if name in source.name else folder / f"{source.stem}.{name}.gguf"
+        if not path.exists():
+            unfinished = path.with_suffix(".partial")
+            subprocess.run([llama, WORKERS / "of_llama_cpp.py", source, unfinished, name], check=True)
+            unfinished.rename(path)
+        found[f"llama.cpp, {name}"] = Peer("of_llama_cpp.py", llama, {"model": str(path)})
+    if vllm.exists() and "gguf" not in checkpoint:
+        found["vLLM, base, bfloat16"] = Peer("of_vllm.py", vllm, checkpoint)
+    return found
+
+
+def prompts_of(rows: int, turn: int) -> list[list[int]]:
+    """Questions with the chat template of the demo's base, cut at the front to one length."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo.base(), trust_remote_code=False)
+    chats = [[{"role": "user", "content": text}] for text in QUESTIONS[:6]]
+    found = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+    length = min(map(len, found))
+    return [found[(turn + i) % len(found)][-length:] for i in range(rows)]
+
+
+def times(
+    processes: Mapping[str, Process], rounds: int, ask: Callable[[Process, int], float]
+) -> dict[str, list[float]]:
+    """What `ask` returns for each of them, round by round; the clock of take_turns is the sum of what peers report."""
+    reported = 0.0
+
+    def run(process: Process, turn: int) -> None:
+        nonlocal reported
+        reported += ask(process, turn)
+
+    runs = {name: partial(run, process) for name, process in processes.items()}
+    return take_turns(runs, rounds, lambda: reported)
+
+
+def measure(shape: Shape, rows: Sequence[int], threads: int, rounds: int, tokens: int, folder: Path) -> dict[str, Any]:
+    """Milliseconds of a step at each number of rows, and of a prompt, by contender, with the ratio to the reference."""
+    clock = "cpu" if threads == 1 else "wall"
+    console, lines = Console(stderr=True), []
+    for count in rows:
+
+        def step(process: Process, turn: int, count: int = count) -> float:
+            question = {"prompts": prompts_of(count, turn), "seed": turn}
+            spent = [process.ask(**question, tokens=n)[clock] for n in (SKIPPED_TOKENS, SKIPPED_TOKENS + tokens)]
+            return (spent[1] - spent[0]) / tokens
+
+        def prompt(process: Process, turn: int) -> float:
+            ids = [100 + (7919 * (turn + 1) * i) % 10_000 for i in range(PROMPT_TOKENS)]
+            return process.ask(prompts=[ids], tokens=1, seed=turn)[clock]
+
+        with ExitStack() as stack:
+            processes = {}
+            for name, peer in peers(shape, folder).items():
+                console.print(f"{count} rows: {name} loads", highlight=False)
+                processes[name] = stack.enter_context(Process(name, peer, rows=count, threads=threads))
+            lines += lines_of(f"step, {count} rows", times(processes, rounds, step))
+            if count == 1:
+                lines += lines_of(f"prompt of {PROMPT_TOKENS} tokens", times(processes, PROMPT_ROUNDS, prompt))
+    about = machine() | {"threads": threads, "clock": clock, "tokens": tokens, "rounds": rounds, "shape": shape.name}
+    return {"machine": about, "results": lines}
+
+
+def lines_of(case: str, spent: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """times: how many times as fast as the reference."""
+    return [
+        {
+            "case": case,
+            "contender": name,
+            "milliseconds": 1e3 * statistics.median(each),
+            "times": vars(interval([b / a for a, b in zip(each, spent[REFERENCE])])),
+        }
+        for name, each in spent.items()
+    ]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """In Markdown, with the machine above it."""
+    about, lines = found["machine"], found["results"]
+    cases = list(dict.fromkeys(line["case"] for line in lines))
+    clock = "CPU time" if about["clock"] == "cpu" else "wall clock"
+    text = [
+        f"{SHAPES[about['shape']].title}: {about['date']}, {about['cores']} cores of an {about['device']} with"
+        f" {about['capability']}, {about['threads']} thread(s), load {about['load']}; {clock}, medians of"
+        f" {about['rounds']} rounds. In brackets: how many times as fast as {REFERENCE}.\n",
+        f"| milliseconds | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}",
+    ]
+    for name in dict.fromkeys(line["contender"] for line in lines):
+        row = {line["case"]: line for line in lines if line["contender"] == name}
+        cells = [f"{row[case]['milliseconds']:,.1f} ({row[case]['times']['median']:.2f})" for case in cases]
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def write() -> None:
+    """The tables of the newest result file of each shape."""
+    newest = {}
+    for path in sorted(RESULTS.glob("peers-*.json")):
+        found = json.loads(path.read_text())
+        newest[found["machine"]["shape"]] = found
+    tables = "\n".join(table(newest[name]) for name in SHAPES if name in newest)
+    PAGE.write_text(put_between_marks(PAGE.read_text(), "benchmarks/peers.py write", tables))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["measure", "write"])
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=1, help="above one, the wall clock is read")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=24, help="steps that are timed")
+    parser.add_argument("--work", type=Path, help="keep files of other formats here, instead of making them each time")
+    args = parser.parse_args()
+    if args.action == "measure":
+        with tempfile.TemporaryDirectory() as own:
+            folder = args.work or Path(own)
+            folder.mkdir(parents=True, exist_ok=True)
+            found = measure(SHAPES[args.shape], args.rows, args.threads, args.rounds, args.tokens, folder)
+        about = found["machine"]
+        name = f"peers-{args.shape}-{args.threads}-{about['date']}-{name_of(about)}.json"
+        (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n")
+        print(table(found))
+    write()
+
+
+if __name__ == "__main__":
+    main()
