@@ -1,4 +1,4 @@
-"""The decoder of Llama, Mistral, Qwen2 and Qwen3 in nine or ten launches a layer, for GPUs.
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3 in nine launches a layer, for GPUs.
 
 Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows; the kernel that reads
 the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). Nothing of a forward needs the host.
@@ -119,7 +119,7 @@ class _Layer:
         )
         y = ragged_attention(
             query.transpose(1, 2), keys, values, slots, positions,
-            scale=self.scale, window=self.window, limit=where.kv_bound,
+            scale=self.scale, window=self.window, limit=where.kv_bound, arrivals=where.arrivals,
         )  # fmt: skip
         hidden, x = add_rms_norm(hidden, self.o(y.flatten(2)), *self.second_norm, lanes=self.o.lanes(adapters))
         y = gated_mul(self.gate_up(x), lanes=self.gate_up.lanes(adapters))

@@ -15,6 +15,8 @@ from genarm_fast.engine.executor import Executor
 from genarm_fast.kernels import _native
 from genarm_fast.kernels.arm_logps import streamed
 from genarm_fast.kernels.arm_logps.triton import TILES
+from genarm_fast.kernels.ragged_attention import plan
+from genarm_fast.kernels.ragged_attention import triton as attention
 from genarm_fast.models import fast_modules, few_rows, stacked_decoder
 from genarm_fast.speculation.config import OFF, Speculation
 
@@ -93,6 +95,22 @@ def test_stacked_decoders(two_models, monkeypatch, speculation):
     launched = decode(model, speculation)
     assert {"scores_kernel", "draw_kernel", "settle_kernel", *STACKED} <= set(launched)
     assert "append_kernel" not in launched  # of the models' own forwards
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_splits_are_combined_where_they_are_made(two_models, monkeypatch, stacked):
+    """Rows of several splits take no launch more, in both forwards: each runner has counters of its own."""
+    monkeypatch.setattr(plan, "CHUNK", 16)
+    monkeypatch.setattr(fast_modules, "on_gpu", lambda model: stacked)
+    model, counters = two_models("qwen3"), set()
+    attend = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *given: counters.add(id(given[-1])) or attend(*given))
+    launched = decode(model)
+    assert "attend_kernel" in launched
+    assert "combine_kernel" not in launched
+    assert len(counters) == 2
+    monkeypatch.setattr(attention, "ordered", lambda _: False)
+    assert "combine_kernel" in decode(two_models("qwen3"))
 
 
 def test_stacked_lanes(lanes, monkeypatch):
