@@ -13,7 +13,7 @@ import pytest
 import torch
 from against_reference import random_params, random_prompts
 from doubles import Accesses, Lagging, Recorder, engines_on
-from tiny_models import similar
+from tiny_models import build_model, similar
 
 from genarm_fast import GenARM, SamplingParams, reference
 from genarm_fast.engine.in_flight import in_flight

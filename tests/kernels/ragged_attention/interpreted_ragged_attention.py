@@ -1,5 +1,7 @@
 """The Triton kernels of attention under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
 
+import itertools
+import random
 import sys
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -81,12 +83,15 @@ def launched(monkeypatch):
 
 
 @contextmanager
-def backwards():
-    """Programs run from the last one of a grid to the first."""
-    set_grid_idx = InterpreterBuilder.set_grid_idx
+def in_any_order(seed):
+    """Programs of a grid run in an order of chance."""
+    set_grid_idx, shuffle = InterpreterBuilder.set_grid_idx, random.Random(seed).sample
 
     def turned(builder, *index):
-        set_grid_idx(builder, *(size - 1 - i for i, size in zip(index, builder.grid_dim)))
+        if not any(index):
+            programs = list(itertools.product(*map(range, builder.grid_dim)))
+            builder.order = iter(shuffle(programs, len(programs)))
+        set_grid_idx(builder, *next(builder.order))
 
     with patch.object(InterpreterBuilder, "set_grid_idx", turned):
         yield
@@ -101,9 +106,10 @@ def test_the_last_split_combines(block, heads, options, launched):
     assert launched == ["attend_kernel", "combine_kernel"]
     expected = interpreted(*arguments, **options)
     arrivals = torch.zeros(64, dtype=torch.int32)
-    forwards = [interpreted(*arguments, **options, arrivals=arrivals) for _ in range(2)]
-    with backwards():
-        forwards.append(interpreted(*arguments, **options, arrivals=arrivals))
+    forwards = [interpreted(*arguments, **options, arrivals=arrivals)]
+    for seed in range(2):
+        with in_any_order(seed):
+            forwards.append(interpreted(*arguments, **options, arrivals=arrivals))
     assert launched == ["attend_kernel", "combine_kernel"] * 2 + ["attend_kernel"] * 3
     torch.testing.assert_close(forwards[0], expected, rtol=1e-6, atol=1e-6)
     assert all(torch.equal(forwards[0], each) for each in forwards)
