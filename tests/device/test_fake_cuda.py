@@ -151,6 +151,15 @@ def test_log_probs_of_training():
     assert fake.launched == ["absorb_kernel", "slopes_kernel"]
 
 
+def test_labels_of_log_probs_are_not_read():
+    with FakeCuda() as fake, torch.no_grad():
+        hidden, weight = torch.empty((2, 3, 8), device=CUDA), torch.empty((100, 8), device=CUDA)
+        labels = torch.empty((2, 3), dtype=torch.int64, device=CUDA)
+        logps = streamed.token_logps(hidden, weight, labels, None, 1.0, None, TILES)
+        assert (logps.shape, logps.device) == (labels.shape, CUDA)
+    assert fake.launched == ["absorb_kernel"]
+
+
 def test_a_tensor_that_stays_on_the_cpu_is_noticed(two_models, monkeypatch):
     monkeypatch.setattr(Executor, "upload", lambda self, tensor: tensor)
     with pytest.raises(Exception, match=r"cpu"):
