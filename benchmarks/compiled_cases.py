@@ -16,6 +16,7 @@ from genarm_fast.kernels.guided_sample.arguments import SamplingArguments
 from genarm_fast.kernels.guided_sample.triton import launch as launch_sample
 from genarm_fast.kernels.ngram_lookup.triton import launch as launch_lookup
 from genarm_fast.kernels.ragged_attention import triton as attention_kernels
+from genarm_fast.kernels.ragged_attention.triton_append import append as launch_append
 from genarm_fast.kernels.rms_norm import triton as norm_kernels
 from genarm_fast.kernels.rotary import triton as rotary_kernels
 from genarm_fast.kernels.rotary_append import triton as rotary_append_kernels
@@ -75,13 +76,16 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """One launch of ragged_attention, by default with the heads of Llama-3-8B, and of ragged_append."""
+    """ragged_attention, by default with the heads of Llama-3-8B, whose splits the last one combines; for one token by
+    a second launch as well, and ragged_append."""
     query = torch.zeros(2, block, heads[0], widths[0], dtype=dtype).transpose(1, 2)
     keys, values = (torch.zeros(2, heads[1], 4096, width, dtype=dtype) for width in widths)
     slots, positions = torch.zeros(2, dtype=torch.int64), torch.zeros(2, block, dtype=torch.int64)
-    attention_kernels.attention(query, keys, values, slots, positions, widths[0] ** -0.5, window, softcap, None)
+    given, options = (query, keys, values, slots, positions), (widths[0] ** -0.5, window, softcap, None)
+    attention_kernels.attention(*given, *options, torch.zeros(4096, dtype=torch.int32))
     if block == 1:
-        attention_kernels.append(keys, values, keys[:, :, :1], values[:, :, :1], slots, positions)
+        attention_kernels.attention(*given, *options)
+        launch_append(keys, values, keys[:, :, :1], values[:, :, :1], slots, positions)
 
 
 def layer(

@@ -26,13 +26,15 @@ RESULTS = Path(__file__).parent / "results"
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480, help="of all rows together (default: 480)")
+    parser.add_argument("--seconds", type=float, help="of all rows together (default: 480; 3600 if dry)")
     parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results; if dry a new one)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by their names")
     parser.add_argument("--dry", action="store_true", help="toy sizes, interpreted, with stand-ins for a GPU")
     parser.add_argument("--report", type=Path, metavar="RESULT.json", help="write its table and picture beside it")
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # what nsys runs
     args = parser.parse_args()
+    if args.seconds is None:
+        args.seconds = 3600.0 if args.dry else 480.0
     if args.seconds <= 0:
         parser.error(f"--seconds {args.seconds:g}: expected a number above 0")
     if args.dry and args.out is not None and RESULTS.resolve() in (args.out.resolve(), *args.out.resolve().parents):

@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FOLDER = "GPU_LINES_FOLDER"
 WHOLE = ("genarm_fast/device/cuda.py", "genarm_fast/models/stacked_decoder.py", "genarm_fast/models/flash_attention.py")
-LAUNCHERS = ("triton.py", "triton_filters.py", "_triton.py")
+LAUNCHERS = ("triton.py", "triton_append.py", "triton_filters.py", "_triton.py")
 ASKS = ("is_cuda", "GPUS", '"cuda"', "torch.cuda")
 TESTS = (
     "tests/device/test_cuda.py",

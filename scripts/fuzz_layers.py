@@ -226,7 +226,7 @@ def rotary_append(triton: bool, *arguments: Any) -> Any:
 
 def ragged_append(triton: bool, *arguments: Any) -> Any:
     if triton:
-        from genarm_fast.kernels.ragged_attention.triton import append
+        from genarm_fast.kernels.ragged_attention.triton_append import append
 
         return append(*arguments)
     return kernels.ragged_append(*arguments)

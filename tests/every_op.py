@@ -84,7 +84,7 @@ def append(keys, values, new_keys, new_values, slots, positions):
 
 
 def launch_append(*arguments):
-    from genarm_fast.kernels.ragged_attention.triton import append as launch
+    from genarm_fast.kernels.ragged_attention.triton_append import append as launch
 
     assert launch(*arguments)
     return arguments[:2]

@@ -21,6 +21,7 @@ from genarm_fast import GenARM
 from genarm_fast.device.cuda import Cuda
 from genarm_fast.engine import selfcheck, workspace
 from genarm_fast.engine.step import Steps
+from genarm_fast.models.stacked_decoder import stacked
 
 CUDA = torch.device("cuda", 0)
 OURS = ("genarm_fast.kernels", "genarm_fast.models.stacked_decoder")
@@ -146,6 +147,7 @@ class FakeCuda:
             return [entry and entry._replace(device=CUDA) for entry in known]
 
         model._engine = None
+        stacked.clear()  # by addresses of memory that is freed now
         with patch.object(selfcheck, "entries_of", entries), patch.object(workspace, "entries_of", entries):
             yield model
 

@@ -91,3 +91,12 @@ def save_adapter(
     adapted.save_pretrained(folder)
     (folder / "genarm.json").write_text(json.dumps({"base": str(base), "base_fingerprint": expected, **info}))
     return adapted.merge_and_unload()
+
+
+def similar(seed: int = 0, noise: float = 0.02):
+    """A model that often says what the base (seed 0) says; without noise, always."""
+    model = build_model("llama", 0)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += noise * torch.randn_like(parameter)
+    return model

@@ -99,8 +99,8 @@ class Batch:
     active: indices of these members among the engine's, base first. epochs: of the sequences' weights. shape: rows of
     all tensors, if that is more than R, and H of `State.texts`. Rows after R repeat the first one, so that few shapes
     exist, and nobody reads them. before: the batch of the step before, for its texts. in_graph: whether its tensors are
-    those of a graph; see `over`. numbers: where steps with so many drafts, each as one launch, leave what the host
-    reads.
+    those of a graph; see `over`. numbers: where steps with so many drafts, each as one launch, leave so many
+    numbers of each row that the host reads.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Batch:
         self.base_lines = [sequence.base_line for sequence in self.rows]
         self.plain_base = all(line == (1.0,) for line in self.base_lines)
         self.in_graph = False
-        self.numbers: dict[int, Tensor] = {}
+        self.numbers: dict[tuple[int, int], Tensor] = {}
         self._sampling: dict[WorkStream, SamplingTensors] = {}
         self._cache_rows: dict[int, Tensor] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)

@@ -18,6 +18,8 @@ from genarm_fast.models.lora_lanes import linears_of, reread
 from genarm_fast.models.member import Member
 from genarm_fast.models.stacked_decoder import StackedDecoder
 
+ARRIVALS = 1 << 14  # numbers of which attention counts one a row, head and tile: 2,048 rows of 8 heads, 64 KB
+
 
 class ModelRunner:
     """Runs L members over the same weights, each a lane with `slots` slots of `capacity` tokens in the KV cache.
@@ -31,6 +33,7 @@ class ModelRunner:
         self.members = list(members)
         self.model = model_of(members)
         self.device = device or Device()
+        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=first.device)  # before the stream, which waits
         self.stream = self.device.stream(first.device)
         self.on_one_device = len({parameter.device for parameter in self.model.parameters()}) == 1
         self.context = first.context
@@ -198,7 +201,8 @@ class ModelRunner:
         count = tokens.shape[1]
         tokens, positions = tokens.flatten(0, 1), positions.flatten(0, 1)
         known = positions if self.context is None else positions.clamp_max(self.context - 1)  # padding may lie beyond
-        with running([self.lanes[lane] for lane in lanes], count), placed(Ragged(rows, positions, kv_bound)):
+        ragged = Ragged(rows, positions, kv_bound, self.arrivals)
+        with running([self.lanes[lane] for lane in lanes], count), placed(ragged):
             return model(input_ids=tokens, position_ids=known, past_key_values=self.cache, use_cache=True)
 
 

@@ -26,7 +26,7 @@ from genarm_fast.engine.verify import collect_logits, launch_verification
 from genarm_fast.speculation.drafter import Drafter, Drafts, no_drafts
 from genarm_fast.speculation.observations import PLAIN, Choice, StepObservation
 from genarm_fast.speculation.policy import DraftPolicy
-from genarm_fast.speculation.shadow import model_shadows
+from genarm_fast.speculation.shadow import judge_of_first, model_shadows, shadow_drafters
 
 
 class Steps:
@@ -69,7 +69,7 @@ class Steps:
 
     def in_one(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> bool:
         """Whether the device can have such a step as one launch, and nothing of it is the host's."""
-        if any(map(needs_host, sequences)) or policy.shadow_due():
+        if any(map(needs_host, sequences)) or policy.timing_due():
             return False
         members = set(_active(sequences))
         if choice.drafter is not None:
@@ -91,8 +91,7 @@ class Steps:
         whole: as one launch; else it must be without drafts.
         """
         before, self.executor.timed = self.in_flight, bool(policy.candidates)
-        texts = any(self.drafters[i].reads_texts for i in policy.allowed)
-        batch = self.batch(sequences, padded=True, texts=whole and texts)
+        batch = self.batch(sequences, padded=True, texts=self._texts(policy))
         self.in_flight = self.launch(batch, policy, choice, whole)
         self.in_flight.policy = policy
         if before is not None:
@@ -114,7 +113,7 @@ class Steps:
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
         executor.timed = bool(policy.candidates)
         start = mark(executor.main)
-        batch = self.batch(sequences)
+        batch = self.batch(sequences, texts=self._texts(policy))
         step = self.launch(batch, policy, choice)
         self.finish(step)
         verified = mark(executor.main)
@@ -127,18 +126,8 @@ class Steps:
         if drafter is not None and drafts.width:
             drafter.accepted(drafts, step.right, drafting, verifying)
         drafting += elapsed(verified, ended)
-        policy.observe(
-            StepObservation(
-                choice.drafter,
-                len(sequences),
-                choice.k,
-                step.judged,
-                step.right,
-                drafting,
-                verifying,
-                drafts.steps,
-            )
-        )
+        rows, judged = len(sequences), (step.judged, step.right)
+        policy.observe(StepObservation(choice.drafter, rows, choice.k, *judged, drafting, verifying, drafts.steps))
 
     def observe(self, step: InFlight, seconds: float) -> None:
         """Tell who chose a finished step that the host was ahead of, and which took so long in all."""
@@ -149,23 +138,30 @@ class Steps:
                 StepObservation(drafter, len(step.sequences), k, step.judged, step.right, drafting, seconds)
             )
 
-    def _launch_whole(self, batch: Batch, choice: Choice) -> InFlight:
+    def _texts(self, policy: DraftPolicy) -> bool:
+        """Whether this step or a next one is one launch that drafts from texts on the device."""
+        return self.executor.device.lag > 0 and any(self.drafters[i].reads_texts for i in policy.allowed)
+
+    def _launch_whole(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
         """A step as one launch, of which all sequences get choice.k drafts."""
         executor, k = self.executor, choice.k
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
-        report = self.graph.launch(batch, drafter, k)
+        shadows = shadow_drafters(policy, self.drafters, batch.active, choice.drafter)
+        report = self.graph.launch(batch, drafter, k, shadows=tuple(self.drafters[i].members for i in shadows))
         rows, copy = len(batch.sequences), executor.read([report.numbers, *report.logprobs.values()])
         read = cache(lambda: report.unpack(copy()))
         drafts = no_drafts(rows, executor.main)
         if drafter is not None:
-            drafts = Drafts(report.numbers[:, -k:], [k] * rows, executor.main, lambda: read()[2], steps=k)
+            drafts = Drafts(report.drafts, [k] * rows, executor.main, lambda: read()[2], steps=k)
             drafts.fed, drafts.members = k + 1, drafter.members
-        return in_flight(executor, batch, choice, 1 + k, drafts, lambda: read()[:2])
+        step = in_flight(executor, batch, choice, 1 + k, drafts, lambda: read()[:2])
+        step.judge = judge_of_first(policy, shadows, lambda: read()[3])
+        return step
 
     def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice, whole: bool = False) -> InFlight:
         """Everything that the device has to do for a step, as one launch or piece by piece; nothing is read."""
         if whole:
-            return self._launch_whole(batch, choice)
+            return self._launch_whole(batch, policy, choice)
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
         drafting = () if drafter is None else drafter.members

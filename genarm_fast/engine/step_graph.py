@@ -2,8 +2,7 @@
 accepting.
 
 For such a step the host copies what changed, launches once, and reads the step before. What the step changes stays in
-the graph's own tensors, from which its next launch goes on. Steps that the host has to see, and those of shadow
-evaluation, are launched piece by piece.
+the graph's own tensors, from which its next launch goes on. Steps that the host has to see are launched piece by piece.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.verify import collect_logits, launch_verification
 from genarm_fast.kernels import GuidedSample
 from genarm_fast.speculation.drafter import Drafter
+from genarm_fast.speculation.model_drafter import tempered_draft
+
+Shadows = tuple[tuple[int, ...], ...]  # members of each drafter that is judged in a step without drafting there
 
 
 class StepKey(NamedTuple):
@@ -32,6 +34,7 @@ class StepKey(NamedTuple):
     active: tuple[int, ...]
     drafting: tuple[int, ...]  # members that draft
     k: int
+    shadows: Shadows
     shapes: tuple[Any, ...]
     parameters: tuple[str, ...]
     biased: bool
@@ -40,27 +43,32 @@ class StepKey(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a step tells the host.
+    """What a step of q positions tells the host.
 
-    numbers: int64 [R, 3 q], in one tensor so that one copy takes them: targets, their status, how many of them are
-    accepted, and the q - 1 drafts. logprobs: fields of `GuidedSample`, by name.
+    numbers: int64 [R, 3 q + S], in one tensor so that one copy takes them: targets, their status, how many of them are
+    accepted, the q - 1 drafts, and what each of S shadows would have drafted first. logprobs: fields of `GuidedSample`,
+    by name.
     """
 
     numbers: Tensor
+    q: int
     logprobs: dict[str, Tensor]
 
     @staticmethod
-    def pack(result: GuidedSample, counts: Tensor, drafts: Tensor) -> Tensor:
-        """`numbers`; the status, int32, is cast."""
-        return torch.cat([result.tokens, result.status.to(torch.int64), counts[:, None], drafts], dim=1)
+    def pack(result: GuidedSample, counts: Tensor, drafts: Tensor, guesses: Sequence[Tensor]) -> Tensor:
+        """`numbers`; the status, int32, is cast. guesses: int64 [R, 1] each."""
+        return torch.cat([result.tokens, result.status.to(torch.int64), counts[:, None], drafts, *guesses], dim=1)
 
-    def unpack(self, values: Sequence[Tensor]) -> tuple[GuidedSample, Tensor, Tensor]:
-        """Targets, counts and drafts, of the tensors on the host."""
-        numbers, *rest = values
-        width = numbers.shape[1] // 3
-        tokens, status, counts, drafts = numbers.split([width, width, 1, width - 1], dim=1)
+    @property
+    def drafts(self) -> Tensor:
+        return self.numbers[:, 2 * self.q + 1 : 3 * self.q]
+
+    def unpack(self, values: Sequence[Tensor]) -> tuple[GuidedSample, Tensor, Tensor, Tensor]:
+        """Targets, counts, drafts and guesses, of the tensors on the host."""
+        (numbers, *rest), q = values, self.q
+        tokens, status, counts, drafts, guesses = numbers.split([q, q, 1, q - 1, numbers.shape[1] - 3 * q], dim=1)
         logprobs: dict[str, Any] = dict(zip(self.logprobs, rest))
-        return GuidedSample(tokens=tokens, status=status, **logprobs), counts[:, 0], drafts
+        return GuidedSample(tokens=tokens, status=status, **logprobs), counts[:, 0], drafts, guesses
 
 
 class StepGraph:
@@ -75,10 +83,13 @@ class StepGraph:
         streams = [self.executor.main, *(runner.stream for runner in runners)]
         return self.executor.device.captures(streams) and all(runner.on_one_device for runner in runners)
 
-    def launch(self, batch: Batch, drafter: Drafter | None = None, k: int = 0, longest: int = 0) -> Report:
+    def launch(
+        self, batch: Batch, drafter: Drafter | None = None, k: int = 0, longest: int = 0, shadows: Shadows = ()
+    ) -> Report:
         """Launch a step; its report is the next step's as well, so it has to be read before that is launched.
 
         drafter: drafts k tokens of every sequence, by what the device knows. longest: a KV bound to have at least.
+        shadows: of members that run.
         """
         executor, main, device = self.executor, self.executor.main, self.executor.device
         drafting = drafter.members if drafter is not None and k else ()
@@ -92,9 +103,10 @@ class StepGraph:
         names, state_size = tuple(sampling.parameters), len(State._fields)
         inputs = [*batch.state, *(batch.cache_rows(g, members) for g, members in groups.items()), sampling.weights]
         inputs += [*sampling.parameters.values(), *([] if bias is None else [bias])]
-        if k not in batch.numbers:
-            batch.numbers[k] = batch.state.lengths.new_empty(len(batch.rows), 3 * (k + 1))
-        inputs.append(batch.numbers[k])
+        width = 3 * (k + 1) + len(shadows)
+        if (k, width) not in batch.numbers:
+            batch.numbers[k, width] = batch.state.lengths.new_empty(len(batch.rows), width)
+        inputs.append(batch.numbers[k, width])
         logprobs = _logprobs(batch)
 
         def step(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -103,8 +115,8 @@ class StepGraph:
             caches = {g: (bounds[g], next(given)) for g in groups}
             own = batch.over(state, SamplingTensors(next(given), dict(zip(names, given))), next(given, None))
             with executor.captured(caches):
-                result, counts, drafts = self._step(own, drafter, drafting, k)
-            numbers.copy_(Report.pack(result, counts, drafts))
+                numbers_now, result = self._step(own, drafter, drafting, k, shadows)
+            numbers.copy_(numbers_now)
             for old, new in zip(state, own.state):
                 if old is not new:
                     old.copy_(new)
@@ -117,6 +129,7 @@ class StepGraph:
             batch.active,
             drafting,
             k,
+            shadows,
             tuple(tensor.shape for tensor in inputs),
             names,
             bias is not None,
@@ -124,13 +137,14 @@ class StepGraph:
             batch.plain_base,
         )
         out = iter(executor.repeat(key, streams, step, *inputs))
-        batch.state, batch.numbers[k] = State(*islice(out, state_size)), next(out)
-        return Report(batch.numbers[k], dict(zip(logprobs, out)))
+        batch.state, batch.numbers[k, width] = State(*islice(out, state_size)), next(out)
+        return Report(batch.numbers[k, width], k + 1, dict(zip(logprobs, out)))
 
     def _step(
-        self, batch: Batch, drafter: Drafter | None, drafting: tuple[int, ...], k: int
-    ) -> tuple[GuidedSample, Tensor, Tensor]:
-        """The work of a step, on the main stream and on those of the runners, which leave it and come back."""
+        self, batch: Batch, drafter: Drafter | None, drafting: tuple[int, ...], k: int, shadows: Shadows
+    ) -> tuple[Tensor, GuidedSample]:
+        """The work of a step, on the main stream and on those of the runners, which leave it and come back; the numbers
+        that it reports, and what it drew."""
         executor = self.executor
         if drafter is not None and k:
             with span("draft"):
@@ -143,9 +157,14 @@ class StepGraph:
         logits |= collect_logits(executor, launched)
         with span("sample"):
             result = self.sampler.draw([logits[m] for m in batch.active], batch)
+            first = batch.response_positions(1)
+            guesses = [
+                tempered_draft(batch, [logits[m][:, :1] for m in members], members, first, executor.main)
+                for members in shadows
+            ]
         with span("accept"):
             settled = batch.accept(result.tokens, block)
-        return result, settled.counts, block
+        return Report.pack(result, settled.counts, block, guesses), result
 
 
 def _logprobs(batch: Batch) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Request
+from genarm_fast.engine.step_graph import Shadows
 from genarm_fast.params import SamplingParams, check_integer
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.drafter import Drafter
@@ -159,9 +160,13 @@ def _launch_steps(engine: Engine, requests: list[Request], longest: int, specula
     sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, OFF)]
     active = tuple(range(len(executor.members) if executor.draft_model is None else executor.draft_model))
     drafters = _drafters(engine, speculation)
-    plans: list[tuple[Drafter | None, int]] = [(None, 0)]
+    plans: list[tuple[Drafter | None, int, Shadows]] = [(None, 0, ())]
     for each in drafters:
-        plans += [(each, k) for k in (range(1, speculation.most + 1) if speculation.k is None else [speculation.k])]
+        plans += [(each, k, ()) for k in (range(1, speculation.most + 1) if speculation.k is None else [speculation.k])]
+    if speculation.k is None:  # a tuner judges those whose turn it is not
+        shadows = [each for each in drafters if each.members and set(each.members) <= set(active)]
+        judged = [(each, k, tuple(s.members for s in shadows if s is not each)) for each, k, _ in plans]
+        plans += [plan for plan in judged if plan[2]]
     text_width = steps.text_width if any(each.reads_texts for each in drafters) else 0
     with engine.turns.take():
         if not steps.graph.serves(tuple(sorted({*active, *(m for each in drafters for m in each.members)}))):
@@ -173,8 +178,8 @@ def _launch_steps(engine: Engine, requests: list[Request], longest: int, specula
         counts = {device.shape(n, slots, 1, capacity)[0] for n in range(1, len(sequences) + 1)}
         bounds = {device.shape(1, slots, n, capacity)[1] for n in range(1, longest + 1)}
         for count, bound in ((n, b) for n in counts for b in bounds):
-            for plan in plans:
+            for drafter, k, judged_too in plans:
                 batch = Batch(sequences[:count], active, executor, steps.sampler.vocab_size, (count, text_width))
                 for _ in range(device.launches_to_capture):
-                    executor.launch(executor.main, "warm up", steps.graph.launch, batch, *plan, bound)
+                    executor.launch(executor.main, "warm up", steps.graph.launch, batch, drafter, k, bound, judged_too)
         device.finish()

@@ -41,6 +41,7 @@ def attend(
             window=sliding_window,
             softcap=softcap,
             limit=where.kv_bound,
+            arrivals=where.arrivals,
         ),
         None,
     )

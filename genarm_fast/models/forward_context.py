@@ -20,12 +20,14 @@ from genarm_fast.kernels.linear import Span
 class Ragged(NamedTuple):
     """Where the tokens of a forward go. slots: int64 [N], rows of the cache. positions: int64 [N, q].
 
-    kv_bound: above all positions, known without reading them.
+    kv_bound: above all positions, known without reading them. arrivals: of `ragged_attention`, on the device of
+    slots, for forwards of which none runs while another one does.
     """
 
     slots: Tensor
     positions: Tensor
     kv_bound: int
+    arrivals: Tensor | None = None
 
     def to(self, device: torch.device) -> Ragged:
         if self.slots.device == device:

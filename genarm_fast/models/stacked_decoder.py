@@ -1,4 +1,4 @@
-"""The decoder of Llama, Mistral, Qwen2 and Qwen3 in nine or ten launches a layer, for GPUs.
+"""The decoder of Llama, Mistral, Qwen2 and Qwen3 in nine launches a layer, for GPUs.
 
 Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows; the kernel that reads
 the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). Nothing of a forward needs the host.
@@ -30,7 +30,7 @@ from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.weights import Movable
 
-stacked: WeakValueDictionary[int, Product] = WeakValueDictionary()  # by the address of its weight
+stacked: WeakValueDictionary[int, Stack] = WeakValueDictionary()  # by the address of its weight
 
 
 class Norm(NamedTuple):
@@ -41,8 +41,9 @@ class Norm(NamedTuple):
 class StackedDecoder:
     """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`.
 
-    The linears' parameters become views of the stacked weights, so that changes in place count; A and B of the lanes
-    are copies, which `reread` takes anew. movable: the parameters that move with them.
+    The linears' parameters become views of the stacked weights, so that changes in place count; where they are another
+    decoder's already, it shares them. A and B of the lanes are copies, which `reread` takes anew. movable: the
+    parameters that move with them.
     """
 
     @torch.inference_mode(False)  # the owner of a given model may train it
@@ -87,7 +88,12 @@ class StackedDecoder:
 
     def choose_kernels(self) -> str:
         """Measure which kernels multiply few rows, as `few_rows.choose` says."""
-        return choose(self.products)
+        return choose([product for product in self.products if product.own or not product.rank])
+
+    @property
+    def over_another(self) -> bool:
+        """Whether the weights were stacked for another decoder, and are shared."""
+        return not all(product.own for product in self.products)
 
 
 class _Layer:
@@ -119,18 +125,47 @@ class _Layer:
         )
         y = ragged_attention(
             query.transpose(1, 2), keys, values, slots, positions,
-            scale=self.scale, window=self.window, limit=where.kv_bound,
+            scale=self.scale, window=self.window, limit=where.kv_bound, arrivals=where.arrivals,
         )  # fmt: skip
         hidden, x = add_rms_norm(hidden, self.o(y.flatten(2)), *self.second_norm, lanes=self.o.lanes(adapters))
         y = gated_mul(self.gate_up(x), lanes=self.gate_up.lanes(adapters))
         return add_rms_norm(hidden, self.down(y), *next_norm, lanes=self.down.lanes(adapters))
 
 
+class Stack:
+    """Weights of linears of one input, one below the other; under them the A of the lanes of who made it.
+
+    Decoders over the same weights share it, and it lives as long as any of them does.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        stacked[weight.untyped_storage().data_ptr()] = self
+
+    def holds(self, linears: Sequence[Any]) -> bool:
+        """Whether these linears are its first ones, in this order."""
+        size = sum(len(linear.weight) for linear in linears)
+        spans = self.weight[:size].split([len(linear.weight) for linear in linears])
+        return all(
+            span.shape == linear.weight.shape and span.data_ptr() == linear.weight.data_ptr()
+            for span, linear in zip(spans, linears)
+        )
+
+
+def stack_of(linears: Sequence[Any]) -> Stack | None:
+    """Where the first of them lies already."""
+    return stacked.get(linears[0].weight.untyped_storage().data_ptr())
+
+
 class Product:
-    """Linears of one input as one, with the LoRAs of each adapted lane; `number` numbers these lanes."""
+    """Linears of one input as one, with the LoRAs of each adapted lane; `number` numbers these lanes.
+
+    The A of the lanes are rows of `weight`. Over another decoder's `stack` they are a weight of their own, `a`, which
+    costs a launch more.
+    """
 
     def __init__(self, modules: Sequence[nn.Module], number: Mapping[int, int], movable: Movable) -> None:
-        linears: list[Any] = [module.linear if isinstance(module, LaneLinear) else module for module in modules]
+        linears = [linear_of(module) for module in modules]
         self.widths = [linear.weight.shape[0] for linear in linears]
         self.loras: list[tuple[int, int, Lora]] = [
             (number[lane], part, module.loras[i])
@@ -139,41 +174,70 @@ class Product:
             for lane, i in module.index.items()
         ]
         self.rank = max((len(lora.a) for _, _, lora in self.loras), default=0)
-        out, parts, first = sum(self.widths), len(linears), linears[0].weight
+        out, first = sum(self.widths), linears[0].weight
         adapters = len(number) if self.rank else 0
-        self.weight = first.new_zeros(out + adapters * parts * self.rank, first.shape[1])
+        rows = adapters * len(linears) * self.rank
         self.b = first.new_zeros(adapters, self.rank, out) if self.rank else None
-        biases = [linear.bias for linear in linears]
-        self.bias = None if all(bias is None for bias in biases) else self.weight.new_zeros(len(self.weight))
         self.ours: frozenset[int] = frozenset()
         self.columns = list(torch.arange(out).split(self.widths))
-        for linear, columns in zip(linears, self.columns):
-            span = slice(int(columns[0]), int(columns[-1]) + 1)
-            movable.move(linear.weight, self.weight[span])
-            if self.bias is not None and linear.bias is not None:
-                movable.move(linear.bias, self.bias[span])
+        found = stack_of(linears)
+        self.own = found is None
+        self.stack = self._stacked(linears, rows, movable) if found is None else found
+        self.a = self.stack.weight[out:] if self.own else first.new_zeros(rows, first.shape[1])
+        size = len(self.stack.weight) if self.own else out
+        self.weight = self.stack.weight[:size]
+        self.bias = None if self.stack.bias is None else self.stack.bias[:size]
         for module in modules:
             if isinstance(module, LaneLinear):  # it held the weight where that lay
                 module.run = SmallLinear(module.linear.weight, module.linear.bias, module.loras)
-        stacked[self.weight.untyped_storage().data_ptr()] = self
         self.reread()
+
+    def _stacked(self, linears: Sequence[Any], rows: int, movable: Movable) -> Stack:
+        """The linears' weights and so many rows in one memory, to which they move."""
+        first = linears[0].weight
+        weight = first.new_zeros(sum(self.widths) + rows, first.shape[1])
+        bias = None if all(linear.bias is None for linear in linears) else weight.new_zeros(len(weight))
+        for linear, columns in zip(linears, self.columns):
+            span = slice(int(columns[0]), int(columns[-1]) + 1)
+            movable.move(linear.weight, weight[span])
+            if bias is not None and linear.bias is not None:
+                movable.move(linear.bias, bias[span])
+        return Stack(weight, bias)
 
     def reread(self) -> None:
         for adapter, part, (a, b, scale) in self.loras:
-            begin = sum(self.widths) + (adapter * len(self.widths) + part) * self.rank
-            self.weight[begin : begin + len(a)] = a
+            begin = (adapter * len(self.widths) + part) * self.rank
+            self.a[begin : begin + len(a)] = a
             columns = self.columns[part]
             assert self.b is not None
             self.b[adapter, : len(a), int(columns[0]) : int(columns[-1]) + 1] = b * scale
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out, and the shrunk inputs of the adapters]."""
+        if len(self.a) and not self.own:
+            return self._beside(x)
         if serves(self, x):
             return ours(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
+    def _beside(self, x: Tensor) -> Tensor:
+        """The same, by a product of each weight into one memory."""
+        rows, out = x.reshape(-1, x.shape[-1]), len(self.weight)
+        y = x.new_empty(len(rows), out + len(self.a))
+        if self.bias is None:
+            torch.mm(rows, self.weight.T, out=y[:, :out])
+        else:
+            torch.addmm(self.bias, rows, self.weight.T, out=y[:, :out])
+        torch.mm(rows, self.a.T, out=y[:, out:])
+        return y.view(*x.shape[:-1], -1)
+
     def lanes(self, adapters: Tensor | None) -> Lanes | None:
         return None if self.b is None or adapters is None else Lanes(self.b, adapters)
+
+
+def linear_of(module: Any) -> Any:
+    """Without the adapters of lanes."""
+    return module.linear if isinstance(module, LaneLinear) else module
 
 
 def _norm(module: Any) -> Norm:

@@ -11,8 +11,7 @@ from torch import nn
 
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.models.known_decoders import WINDOWS, built_as_known, trial
-from genarm_fast.models.lora_lanes import LaneLinear
-from genarm_fast.models.stacked_decoder import StackedDecoder, stacked
+from genarm_fast.models.stacked_decoder import StackedDecoder, linear_of, stack_of
 from genarm_fast.models.weights import Movable
 
 UNIT = {
@@ -28,8 +27,8 @@ BLOCKS = (4, 1)  # tokens of the trial's forwards
 def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | None, str]:
     """A forward that may take the place of the decoder's own, or None; and in words, which one runs and why.
 
-    The decoder's linears, and all that lies over their weights in `movable`, become views of stacked weights: no number
-    is held twice, and none changes.
+    The decoder's linears, and all that lies over their weights in `movable`, become views of stacked weights, if they
+    are none of another model's: no number is held twice, and none changes.
     """
     if reason := _unfit(decoder):
         return None, f"its own forward: {reason}"
@@ -45,7 +44,8 @@ def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | No
     if not far <= bound:  # NaN, too
         return None, f"its own forward: the stacked one is {far:.2g} of a hidden state away from it, over {bound:.2g}"
     how = f"stacked: {far:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
-    return forward, "; ".join(filter(None, (how, chosen)))
+    shared = "its weights were stacked for another model, and are shared" if forward.over_another else ""
+    return forward, "; ".join(filter(None, (how, shared, chosen)))
 
 
 def tolerance(decoder: Any) -> float:
@@ -75,8 +75,9 @@ def _unfit(decoder: Any) -> str | None:
     """Why its layers can't run as stacked ones."""
     if not built_as_known(decoder):
         return f"{type(decoder).__name__} with its hooks is none of {', '.join(WINDOWS)} as transformers builds them"
-    weights = [linear.weight for layer in decoder.layers for linear in _linears(layer)]
-    if any(type(linear) is not nn.Linear for layer in decoder.layers for linear in _linears(layer)):
+    groups = [group for layer in decoder.layers for group in _linears(layer)]
+    linears = [linear for group in groups for linear in group]
+    if any(type(linear) is not nn.Linear for linear in linears):
         return "some of its linears are no plain ones"
     devices = {parameter.device for parameter in decoder.parameters()}
     dtypes = {parameter.dtype for parameter in decoder.parameters()}
@@ -84,22 +85,22 @@ def _unfit(decoder: Any) -> str | None:
         return f"its weights are on {len(devices)} devices in {len(dtypes)} dtypes"
     if any(type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for layer in decoder.layers):
         return "its activation isn't SiLU"
-    if len({weight.data_ptr() for weight in weights}) < len(weights):
+    if len({linear.weight.data_ptr() for linear in linears}) < len(linears):
         return "some of its layers share weights"
-    if any(weight.untyped_storage().data_ptr() in stacked for weight in weights):
-        return "its weights are stacked for another model already"
+    for group in groups:
+        stacks = [stack_of([linear]) for linear in group]
+        if any(stack is not None for stack in stacks) and not (stacks[0] is not None and stacks[0].holds(group)):
+            return "its weights are stacked for another model in another way"
     return None
 
 
-def _linears(layer: Any) -> list[Any]:
+def _linears(layer: Any) -> list[list[Any]]:
+    """Those of one input together, as a `StackedDecoder` has them."""
     attention, mlp = layer.self_attn, layer.mlp
-    modules = (
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
+    groups = (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
     )
-    return [module.linear if isinstance(module, LaneLinear) else module for module in modules]
+    return [[linear_of(module) for module in group] for group in groups]

@@ -79,6 +79,13 @@ class DraftPolicy:
         with self._lock:
             return self.allowed if self._tuner.shadow_due() else []
 
+    def timing_due(self) -> bool:
+        """As of `Tuner`; False where the policy is fixed."""
+        if self._k is not None:
+            return False
+        with self._lock:
+            return self._tuner.timing_due()
+
     def observe_shadow(
         self,
         drafter: int,

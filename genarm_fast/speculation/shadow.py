@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,22 @@ class TextShadows:
             self.policy.observe_shadow(i, guess, news)
 
 
+def shadow_drafters(policy: Any, drafters: list[Drafter], members: Collection[int], turn: int | None) -> list[int]:
+    """Candidates that are to be judged by the logits of these members, which a step has anyway."""
+    due = policy.shadow_due()
+    return [i for i in due if i != turn and drafters[i].members and set(drafters[i].members) <= set(members)]
+
+
+def judge_of_first(policy: Any, shadows: list[int], read: Callable[[], Tensor]) -> Judge:
+    """A judge of these candidates by the first token of each, [R, S], which the host has once the step is over."""
+
+    def judge(accepted: Sequence[Sequence[int]]) -> None:
+        for n, i in enumerate(shadows):
+            policy.observe_shadow(i, read()[:, n : n + 1].tolist(), accepted)
+
+    return judge
+
+
 def model_shadows(
     policy: Any, drafters: list[Drafter], batch: SequenceBatch, logits: dict[int, Tensor], turn: int | None
 ) -> Judge:
@@ -39,11 +55,7 @@ def model_shadows(
     logits: of every member that runs, [R, q, V]. turn: the drafter of this step, whose members' forwards say nothing of
     what one draft takes, as they are of several tokens.
     """
-    shadows = [
-        (i, drafters[i].shadow(batch, logits))
-        for i in policy.shadow_due()
-        if i != turn and drafters[i].members and set(drafters[i].members) <= set(logits)
-    ]
+    shadows = [(i, drafters[i].shadow(batch, logits)) for i in shadow_drafters(policy, drafters, logits.keys(), turn)]
 
     def judge(accepted: Sequence[Sequence[int]]) -> None:
         for i, found in shadows:

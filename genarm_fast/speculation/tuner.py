@@ -69,7 +69,11 @@ class Tuner:
 
     def shadow_due(self) -> bool:
         """Whether drafters for which a shadow evaluation takes a draw should have one in this step."""
-        return self.now % self.config.shadow_interval == 0 or self.steps[PLAIN] < 2
+        return self.now % self.config.shadow_interval == 0 or self.timing_due()
+
+    def timing_due(self) -> bool:
+        """Whether shadow evaluation has to show what a draft takes, which a step that is one launch can't."""
+        return self.steps[PLAIN] < 2
 
     def observe(self, step: StepObservation) -> None:
         """Learn from a step."""

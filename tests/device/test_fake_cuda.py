@@ -15,6 +15,8 @@ from genarm_fast.engine.executor import Executor
 from genarm_fast.kernels import _native
 from genarm_fast.kernels.arm_logps import streamed
 from genarm_fast.kernels.arm_logps.triton import TILES
+from genarm_fast.kernels.ragged_attention import plan
+from genarm_fast.kernels.ragged_attention import triton as attention
 from genarm_fast.models import fast_modules, few_rows, stacked_decoder
 from genarm_fast.speculation.config import OFF, Speculation
 
@@ -95,6 +97,22 @@ def test_stacked_decoders(two_models, monkeypatch, speculation):
     assert "append_kernel" not in launched  # of the models' own forwards
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_splits_are_combined_where_they_are_made(two_models, monkeypatch, stacked):
+    """Rows of several splits take no launch more, in both forwards: each runner has counters of its own."""
+    monkeypatch.setattr(plan, "CHUNK", 16)
+    monkeypatch.setattr(fast_modules, "on_gpu", lambda model: stacked)
+    model, counters = two_models("qwen3"), set()
+    attend = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *given: counters.add(id(given[-1])) or attend(*given))
+    launched = decode(model)
+    assert "attend_kernel" in launched
+    assert "combine_kernel" not in launched
+    assert len(counters) == 2
+    monkeypatch.setattr(attention, "ordered", lambda _: False)
+    assert "combine_kernel" in decode(two_models("qwen3"))
+
+
 def test_stacked_lanes(lanes, monkeypatch):
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
     launched = decode(lanes())
@@ -131,6 +149,15 @@ def test_log_probs_of_training():
         (shape, torch.bfloat16) for shape in ((3, 8), (100, 8), (100,))
     ]
     assert fake.launched == ["absorb_kernel", "slopes_kernel"]
+
+
+def test_labels_of_log_probs_are_not_read():
+    with FakeCuda() as fake, torch.no_grad():
+        hidden, weight = torch.empty((2, 3, 8), device=CUDA), torch.empty((100, 8), device=CUDA)
+        labels = torch.empty((2, 3), dtype=torch.int64, device=CUDA)
+        logps = streamed.token_logps(hidden, weight, labels, None, 1.0, None, TILES)
+        assert (logps.shape, logps.device) == (labels.shape, CUDA)
+    assert fake.launched == ["absorb_kernel"]
 
 
 def test_a_tensor_that_stays_on_the_cpu_is_noticed(two_models, monkeypatch):

@@ -68,10 +68,10 @@ def launches(monkeypatch):
     """Drafts of each step that was one launch. Nothing in it is read on the host."""
     launch, drafts = StepGraph.launch, []
 
-    def launched(self, batch, drafter, k):
+    def launched(self, batch, drafter, k, **shadows):
         drafts.append(k)
         with NoReads():
-            return launch(self, batch, drafter, k)
+            return launch(self, batch, drafter, k, **shadows)
 
     monkeypatch.setattr(StepGraph, "launch", launched)
     return drafts

@@ -13,7 +13,7 @@ import pytest
 import torch
 from against_reference import random_params, random_prompts
 from doubles import Accesses, Lagging, Recorder, engines_on
-from tiny_models import build_model
+from tiny_models import build_model, similar
 
 from genarm_fast import GenARM, SamplingParams, reference
 from genarm_fast.engine.in_flight import in_flight
@@ -26,15 +26,6 @@ from genarm_fast.speculation.observations import PLAIN
 from genarm_fast.speculation.policy import DraftPolicy
 
 FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
-
-
-def similar(seed: int = 0, noise: float = 0.02):
-    """A model that often says what the base (seed 0) says; without noise, always."""
-    model = build_model("llama", 0)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += noise * torch.randn_like(parameter)
-    return model
 
 
 @pytest.fixture
@@ -101,23 +92,6 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case, whole):
         outputs = model.generate(prompts, requests, speculation="auto")
     assert results(outputs) == results(model.generate(prompts, requests))
     assert len(model.tuners.stats()[0]["steps"]) > 1
-
-
-def test_auto_takes_its_times_from_whole_steps(tiny_model, tokenizer, monkeypatch):
-    """The host waits for steps of shadow evaluation alone; none is launched piece by piece to see what drafts take."""
-    waited, run = [], Steps.run
-
-    def counted(self, sequences, policy, choice):
-        waited.append(bool(policy.shadow_due()))
-        run(self, sequences, policy, choice)
-
-    monkeypatch.setattr(Steps, "run", counted)
-    model = GenARM.from_pretrained(tiny_model(), similar(), tokenizer=tokenizer)
-    with engines_on(Lagging(whole_steps=True)):
-        model.generate([[5, 6, 7], [8, 9]], FREE.override(max_new_tokens=60), speculation="auto")
-    assert all(waited)
-    (stats,) = model.tuners.stats()
-    assert any(each["whole_seconds"] for each in stats["drafters"].values())
 
 
 def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):

@@ -36,7 +36,7 @@ def test_the_negative_bit_counts(name):
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if OPS[name].writes])
 def test_caches_with_the_negative_bit_are_left_alone(name):
-    from genarm_fast.kernels.ragged_attention.triton import append
+    from genarm_fast.kernels.ragged_attention.triton_append import append
     from genarm_fast.kernels.rotary_append.triton import launch
 
     for changed in OPS[name].writes:

@@ -89,4 +89,6 @@ def test_compiled(target, cases):
             if kernel["case"] == "log-probs":
                 assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the others are numbers of the row
         if kernel["kernel"] == "attend_kernel" and "q = 512" not in kernel["case"]:
-            assert kernel["wide_loads"] >= kernel["loads"] - 14, kernel  # the others are positions, a few for each warp
+            # The others are positions, a few for each warp; where the last split combines, the splits' logarithms.
+            narrow = 14 if target == "gfx942" else 56
+            assert kernel["wide_loads"] >= kernel["loads"] - narrow, kernel

@@ -98,6 +98,18 @@ def test_no_choice_on_the_cpu():
     assert few_rows.choose([product()]) == ""
 
 
+def test_on_a_gpu_its_device_measures(clock, monkeypatch):
+    """Its clock and its graphs, which the host's launches are no part of; nothing where some weights are elsewhere."""
+    made = []
+    monkeypatch.setattr(few_rows, "Cuda", lambda: made.append(clock.device) or clock.device)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert few_rows.choose([product()]) == "of 5 shapes of few rows, cuBLAS multiplies 5 and our kernel 0"
+    assert len(made) == 1
+    elsewhere = SimpleNamespace(weight=SimpleNamespace(is_cuda=False), bias=None, ours=frozenset())
+    assert few_rows.choose([product(), elsewhere]) == ""
+    assert len(made) == 1
+
+
 def test_a_decoder_says_what_was_chosen_and_its_trial_proves_it(clock, monkeypatch):
     """A kernel that is right when it is measured and wrong later is found by the trial."""
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)

@@ -1,6 +1,7 @@
 """Models loaded as on a GPU, with PyTorch's references in place of kernels: stacked weights, or a reason."""
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -175,17 +176,71 @@ def test_weights_that_other_trees_share_move_there_as_well(tokenizer):
     assert_reference(model, [1.0])
 
 
-def test_a_second_model_over_the_same_weights_keeps_its_own_forward_while_the_first_lives(tokenizer):
+def places_of(*trees):
+    return {p.untyped_storage().data_ptr() for tree in trees for p in tree.parameters()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_second_model_shares_the_stacked_weights(family, tokenizer):
+    """Nothing moves or is copied, and what is shared lives as long as one of them does."""
+    base = build_model(family, 0)
+    first = GenARM.from_pretrained(base, tokenizer=tokenizer)
+    before = places_of(base)
+    second = GenARM.from_pretrained(base, build_model(family, 1), tokenizer=tokenizer)
+    forward, how = decoder_of(second)
+    assert isinstance(forward, StackedDecoder)
+    assert "; its weights were stacked for another model, and are shared" in how
+    assert "shared" not in decoder_of(first)[1]
+    assert places_of(base, second.base.runner) == before
+    assert forward.layers[0].qkv.weight.data_ptr() == base.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    assert_reference(first)
+    assert_reference(second, [0.7])
+    del first
+    gc.collect()
+    third = GenARM.from_pretrained(base, tokenizer=tokenizer)  # the stacks are the second's now
+    assert "shared" in decoder_of(third)[1]
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight.mul_(-2)
+    assert_reference(second, [0.7])
+    assert_reference(third)
+    del second, third, forward
+    gc.collect()
+    fourth = GenARM.from_pretrained(base, tokenizer=tokenizer)
+    assert "shared" not in decoder_of(fourth)[1]
+    assert places_of(base).isdisjoint(before - places_of(fourth.base.runner))
+    assert_reference(fourth)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_models_over_one_base_have_adapters_of_their_own(family, tmp_path, tokenizer):
+    """Those of the first are rows of the shared weights; those of the second lie by themselves."""
+    build_model(family, 0).save_pretrained(tmp_path / "base")
+    for seed in (1, 2, 3):
+        save_adapter(tmp_path / f"arm{seed}", base=tmp_path / "base", seed=seed)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    arms = [PeftModel.from_pretrained(share_weights(base), tmp_path / f"arm{seed}") for seed in (1, 2, 3)]
+    first = GenARM.from_pretrained(base, arms[0], tokenizer=tokenizer)
+    second = GenARM.from_pretrained(base, arms[1:], tokenizer=tokenizer)
+    for model, weights in ((first, [1.0]), (second, [1.0, -0.5]), (first, [0.3])):
+        assert isinstance(decoder_of(model)[0], StackedDecoder)
+        assert len(model.engine().executor.runners) == 1
+        assert_reference(model, weights)
+    products = decoder_of(second)[0].products
+    assert any(product.rank for product in products)
+    assert all(not product.own and len(product.weight) == sum(product.widths) for product in products)
+
+
+def test_weights_that_are_stacked_otherwise_are_not_shared(tokenizer):
     base = build_model("llama", 0)
     first = GenARM.from_pretrained(base, tokenizer=tokenizer)
-    second = GenARM.from_pretrained(base, tokenizer=tokenizer)
-    assert decoder_of(second) == (None, "its own forward: its weights are stacked for another model already")
-    for model in (second, first):
-        assert_reference(model)
-    del first, second, model
-    third = GenARM.from_pretrained(base, tokenizer=tokenizer)
-    assert isinstance(decoder_of(third)[0], StackedDecoder)
-    assert_reference(third)
+    layer = base.model.layers[0].mlp
+    other = share_weights(base)
+    own = other.model.layers[0].mlp
+    own.gate_proj.weight, own.up_proj.weight = own.up_proj.weight, own.gate_proj.weight
+    forward, how = stacking.stacked_forward(other.model, Movable([other]))
+    assert (forward, how) == (None, "its own forward: its weights are stacked for another model in another way")
+    assert own.up_proj.weight.data_ptr() == layer.gate_proj.weight.data_ptr()
+    assert_reference(first)
 
 
 def test_kept_models_are_stacked_once(tokenizer, monkeypatch):

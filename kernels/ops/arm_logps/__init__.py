@@ -43,7 +43,9 @@ def arm_logps(
     Args:
         hidden: [N, T, H] final hidden states, any float dtype.
         weight: [V, H] output embedding, cast to the dtype of `hidden`.
-        labels: [N, T] int64, aligned: `hidden[n, t]` predicts `labels[n, t]`; −100 is ignored.
+        labels: [N, T] int64, aligned: `hidden[n, t]` predicts `labels[n, t]`; −100 is ignored. They may lie on the
+            CPU where `hidden` is on a GPU: then only the positions that count are multiplied. On a GPU all are, since
+            the host would have to wait for their number.
         bias: [V] of the output layer, if it has one.
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma 2).
@@ -55,7 +57,8 @@ def arm_logps(
     Raises:
         TypeError: labels that are not integers.
         ValueError: shapes that do not fit together, tensors on other devices than `hidden`, a label outside [0, V), a
-            softcap that is not above 0.
+            softcap that is not above 0. A label outside that lies on a GPU fails an assertion there instead, as it does
+            in PyTorch's `cross_entropy`.
     """
     _check(hidden, weight, labels, bias, softcap)
     tokens = _run(hidden, weight, labels, bias, logit_scale, softcap)
@@ -76,7 +79,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, 
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:  # torch 2.13 multiplies with a meta tensor's nothing
+        if tensor is None or (tensor is labels and tensor.is_cpu):
+            continue
+        if tensor.device != hidden.device:  # torch 2.13 multiplies with a meta tensor's nothing
             raise ValueError(f"{name} must be on {hidden.device}, where hidden is, got {tensor.device}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be a finite number above 0, or None, got {softcap}")

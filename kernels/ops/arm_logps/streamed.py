@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _dispatch
 from .reference import IGNORE, accumulator
 from .tiles import Layer, PyTorchTiles, Sums, Tiles, cap_slope
 
@@ -47,15 +48,24 @@ def token_logps(
     softcap: float | None,
     tiles: Tiles = PyTorchTiles(),  # noqa: B008  (has no state)
 ) -> Tensor:
-    """Every token's log-probability, [N, T], 0 where ignored. ValueError for a label outside [0, V)."""
-    labelled = labels != IGNORE
-    targets = labels[labelled]
+    """Every token's log-probability, [N, T], 0 where ignored. ValueError for a label outside [0, V) that the host has.
+
+    Labels on a GPU are not read: those outside fail an assertion there, and ignored positions are multiplied like all.
+    """
+    layer, rows, ignored = Layer(bias, logit_scale, softcap), hidden.flatten(0, 1), labels == IGNORE
+    if labels.device.type in _dispatch.GPUS:
+        targets = labels.masked_fill(ignored, 0).flatten()
+        inside = ((targets >= 0) & (targets < len(weight))).all()
+        torch._assert_async(inside, f"labels must be {IGNORE} or in [0, {len(weight)})")
+        return target_logps(rows, weight, targets, layer, tiles).view(labels.shape).masked_fill(ignored, 0.0)
+    targets = labels[~ignored]
     if targets.numel():
         low, high = map(int, targets.aminmax())
         if low < 0 or high >= len(weight):
             raise ValueError(f"labels must be {IGNORE} or in [0, {len(weight)}), got {low}..{high}")
-    logps = target_logps(hidden[labelled], weight, targets, Layer(bias, logit_scale, softcap), tiles)
-    return torch.zeros(labels.shape, dtype=logps.dtype, device=logps.device).masked_scatter(labelled, logps)
+    index = (~ignored).flatten().nonzero()[:, 0].to(hidden.device)
+    logps = target_logps(rows[index], weight, targets.to(hidden.device), layer, tiles)
+    return logps.new_zeros(labels.numel()).index_put((index,), logps).view(labels.shape)
 
 
 def target_logps(rows: Tensor, weight: Tensor, targets: Tensor, layer: Layer, tiles: Tiles) -> Tensor:

@@ -146,7 +146,7 @@ TILES = TritonTiles()
 def launch(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
 ) -> Tensor | None:
-    """Launch for checked arguments; None for dtypes that the kernels do not read. Reads two labels on the host."""
+    """Launch for checked arguments; None for dtypes that the kernels do not read. Reads nothing on the host."""
     if hidden.dtype not in _native.DTYPES:
         return None
     return token_logps(hidden, weight, labels, bias, logit_scale, softcap, TILES)

@@ -19,9 +19,9 @@ def _attention_on_gpu(*arguments: Any) -> Tensor | None:
 
 
 def _append_on_gpu(*tensors: Tensor) -> bool | None:
-    from . import triton
+    from . import triton_append
 
-    return triton.append(*tensors)
+    return triton_append.append(*tensors)
 
 
 ragged_attention_reference = checked_reference(check_attention, attention_specification)
@@ -58,21 +58,27 @@ def ragged_attention(
     window: int | None = None,
     softcap: float | None = None,
     limit: int | None = None,
+    arrivals: Tensor | None = None,  # int32 [at least N · Hkv] of zeros
 ) -> Tensor:
     """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
 
     In C++ on the CPU for float32 and bfloat16; in Triton on CUDA, ROCm and XPU for these and float16, from caches of
     any strides; with sums in float32, where no gradient is needed. Otherwise `ragged_attention_reference`. `limit`, a
     bound on positions + 1 that the host knows, says how much the reference reads (the whole capacity without it), and
-    how many programs share a row on a GPU. Entries beyond a position may hold anything, NaN too, and change nothing
-    (the reference: beyond the row's furthest position).
+    how many programs share a row on a GPU; a second kernel combines what they give. Entries beyond a position may hold
+    anything, NaN too, and change nothing (the reference: beyond the row's furthest position).
+
+    `arrivals`, zeros that only kernels read, saves the second launch for q up to 16 on CUDA: programs count themselves
+    there, and the last one of a row's combines them all, in the order of the entries, and leaves zeros. Calls that may
+    run at the same time, in streams or graphs, need tensors of their own. One that is too short is not used; N · Hkv
+    numbers suffice for rows of up to 16 queries times heads that share a key.
 
     Raises:
-        TypeError: dtypes that differ; slots or positions that are not int64.
+        TypeError: dtypes that differ; slots or positions that are not int64, arrivals that are not int32.
         ValueError: shapes that do not fit together, a window, softcap or limit out of range; on the CPU, a slot or
             position that the cache does not have.
     """
-    return _attention(query, keys, values, slots, positions, scale, window, softcap, limit)
+    return _attention(query, keys, values, slots, positions, scale, window, softcap, limit, arrivals)
 
 
 def ragged_append(

@@ -16,6 +16,7 @@ def check_attention(
     window: int | None = None,
     softcap: float | None = None,
     limit: int | None = None,
+    arrivals: Tensor | None = None,
 ) -> None:
     """Raises TypeError or ValueError naming the argument of ragged_attention."""
     if query.ndim != 4:
@@ -29,6 +30,14 @@ def check_attention(
     if not query.dtype == keys.dtype == values.dtype:
         raise TypeError(f"query of {query.dtype}, keys of {keys.dtype}, values of {values.dtype}: expected the same")
     _check_numbers(keys.shape[2], scale, window, softcap, limit)
+    if arrivals is not None:
+        if arrivals.dtype != torch.int32:
+            raise TypeError(f"arrivals of dtype {arrivals.dtype}: expected int32")
+        if arrivals.ndim != 1 or not arrivals.is_contiguous() or arrivals.device != query.device:
+            raise ValueError(
+                f"arrivals of shape {tuple(arrivals.shape)} on {arrivals.device}: expected one contiguous dimension, "
+                f"on {query.device}"
+            )
 
 
 def check_append(

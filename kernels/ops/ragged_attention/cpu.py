@@ -11,10 +11,11 @@ from .. import _native
 
 def attention(*arguments: Any) -> Tensor | None:
     """The result for float32 or bfloat16 tensors on the CPU, contiguous in their last dimension; None for others.
+    `arrivals`, the last argument, is of kernels of a GPU.
 
     Raises ValueError for slots or positions that the cache does not have.
     """
-    return _native.core.ragged_attention(*arguments)
+    return _native.core.ragged_attention(*arguments[:9])
 
 
 def converted_attention(*arguments: Any) -> tuple[Any, ...] | None:

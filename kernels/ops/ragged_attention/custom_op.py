@@ -17,7 +17,7 @@ def _fake_attention(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Ten
 
 attention = _custom_op.define(
     "ragged_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor positions, float scale, "
-    "SymInt? window, float? softcap, SymInt? limit) -> Tensor",
+    "SymInt? window, float? softcap, SymInt? limit, Tensor? arrivals=None) -> Tensor",
     _fake_attention,
 )
 append = _custom_op.define(

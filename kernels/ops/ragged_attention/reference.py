@@ -27,6 +27,7 @@ def attention_specification(
     window: int | None = None,
     softcap: float | None = None,
     limit: int | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """The specification of `ragged_attention`: scaled_dot_product_attention under an explicit mask.
 

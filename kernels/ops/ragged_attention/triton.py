@@ -1,11 +1,11 @@
-"""ragged_attention and ragged_append on a GPU, in Triton: the maths are in reference.py.
+"""ragged_attention on a GPU, in Triton: the maths are in reference.py.
 
     attend    grid (rows · tiles, key-value heads, splits)   softmax over a split's entries, online
-    combine   grid (rows · queries · heads)                  only with splits: their average, weighted by their sums
-    append    grid (rows · queries, key-value heads)         a token's keys and values to its entry
+    combine   grid (rows · queries · heads)                  splits without `arrivals`: their average by their sums
 
 A tile's rows are queries times the heads of a group, so that keys are read once for all of them, straight from the
 cache. Positions are read on the device; the host's `limit` decides nothing but how many splits there are (plan.py).
+With `arrivals`, the last of a tile's splits to end averages them all, in their order, so that bits do not depend on it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from .. import _native
 from .._tensors import in_memory, launching_on
-from .plan import plan, power_of_two
+from .plan import DECODE, plan, power_of_two
 
 LOG2E = 1.4426950408889634
 INF = tl.constexpr(float("inf"))
-SPLITS_AT_ONCE = tl.constexpr(8)
+SPLITS_AT_ONCE = 8  # read by `combine`; in `attend`, as many as make AVERAGED numbers with the tile's rows
+AVERAGED = 4096
 
 
 @triton.jit
@@ -79,22 +80,52 @@ def attend_span(
 
 
 @triton.jit
+def averaged(
+    p_parts, p_logs, b_rows, m_rows, splits,
+    DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows (int32) of parts [rows, splits, DV] and logs [rows, splits] → [ROWS, VALUE_WIDTH]; SPLITS >= splits."""
+    o_splits, o_width = tl.arange(0, SPLITS), tl.arange(0, VALUE_WIDTH)
+    b_first = b_rows[:, None] * splits
+    m_logs = m_rows[:, None] & (o_splits[None, :] < splits)
+    b_logs = tl.load(p_logs + b_first + o_splits[None, :], mask=m_logs, other=-INF)
+    b_peaks = tl.max(b_logs, axis=1)[:, None]
+    b_totals = tl.sum(tl.exp2(b_logs - b_peaks), axis=1)
+    b_sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    for start in range(0, splits, AT_ONCE):
+        o_some = start + tl.arange(0, AT_ONCE)
+        b_some = tl.load(
+            p_logs + b_first + o_some[None, :], mask=m_rows[:, None] & (o_some[None, :] < splits), other=-INF
+        )
+        # splits without entries wrote nothing else
+        m_parts = (b_some != -INF)[:, :, None] & (o_width[None, None, :] < DV)
+        o_parts = (b_first + o_some[None, :])[:, :, None] * DV + o_width[None, None, :]
+        b_parts = tl.load(p_parts + o_parts, mask=m_parts, other=0.0)
+        b_sums += tl.sum(b_parts * tl.exp2(b_some - b_peaks)[:, :, None], axis=1)
+    return b_sums / b_totals[:, None]
+
+
+@triton.jit
 def attend_kernel(
     p_query, s_query_row, s_query_head, s_query_token, s_query_width,
     p_keys, s_key_slot, s_key_head, s_keys, s_key_width,
     p_values, s_value_slot, s_value_head, s_values, s_value_width,
     p_slots, p_positions,
-    p_out,  # [rows · queries · heads, DV], or [rows · queries · heads, splits, DV] in float32
+    p_out,  # [rows · queries · heads, DV]
+    p_parts,  # [rows · queries · heads, splits, DV] in float32; without splits, p_out
     p_logs,  # [rows · queries · heads, splits]: log2 of the sums of exponentials
+    p_arrivals,  # [rows · tiles · key-value heads], zeros before and after
     heads, group, block, capacity, tiles, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCKED: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr, COUNTED: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCKED: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     IEEE: tl.constexpr,
 ):  # fmt: skip
     row, i_head, i_split = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     splits = tl.num_programs(2)
-    folded = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)  # the longest tiles first
+    folded_from = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the longest tiles first
+    folded = folded_from + tl.arange(0, BLOCK_M)
     b_token, b_head = (folded // group).to(tl.int64), i_head * group + folded % group
     m_rows = b_token < block
     b_positions = tl.load(p_positions + row * block + b_token, mask=m_rows, other=-1).to(tl.int32)
@@ -149,48 +180,34 @@ def attend_kernel(
         tl.store(p_logs + o_out, b_logs, mask=m_rows)
         m_out = m_out & (begin < end)
     b_out = b_sums / tl.where(b_totals == 0, 1.0, b_totals)[:, None]
-    tl.store(p_out + o_out[:, None] * DV + o_value_width[None, :], b_out.to(p_out.dtype.element_ty), mask=m_out)
+    tl.store(p_parts + o_out[:, None] * DV + o_value_width[None, :], b_out.to(p_parts.dtype.element_ty), mask=m_out)
+    if COUNTED:
+        p_arrivals += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.debug_barrier()  # what all threads stored comes before the arrival, which is one thread's
+        if tl.atomic_add(p_arrivals, 1, sem="acq_rel", scope="gpu") == splits - 1:
+            own, before = folded_from + tl.arange(0, ROWS), row * block * heads
+            b_rows = own // group * heads + tl.program_id(1) * group + own % group
+            m_own = own // group < block
+            p_logs += before * splits
+            p_parts += before * splits * DV
+            p_out += before * DV
+            b_all = averaged(p_parts, p_logs, b_rows, m_own, splits, DV, VALUE_WIDTH, SPLITS, AT_ONCE, ROWS)
+            o_all = b_rows[:, None] * DV + o_value_width[None, :]
+            m_all = m_own[:, None] & (o_value_width[None, :] < DV)
+            tl.store(p_out + o_all, b_all.to(p_out.dtype.element_ty), mask=m_all)
+            tl.store(p_arrivals, 0)  # for the next launch
 
 
 @triton.jit
-def combine_kernel(p_parts, p_logs, p_out, splits, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    o_splits, o_width = tl.arange(0, BLOCK), tl.arange(0, VALUE_WIDTH)
-    p_logs += row * splits
-    b_logs = tl.load(p_logs + o_splits, mask=o_splits < splits, other=-INF)
-    peak = tl.max(b_logs, axis=0)
-    total = tl.sum(tl.exp2(b_logs - peak), axis=0)
-    b_sums = tl.zeros([VALUE_WIDTH], tl.float32)
-    for start in range(0, splits, SPLITS_AT_ONCE):
-        split = start + tl.arange(0, SPLITS_AT_ONCE)
-        b_some = tl.load(p_logs + split, mask=split < splits, other=-INF)
-        m_parts = (b_some != -INF)[:, None] & (o_width[None, :] < DV)  # splits without entries wrote nothing else
-        b_parts = tl.load(p_parts + (row * splits + split)[:, None] * DV + o_width[None, :], mask=m_parts, other=0.0)
-        b_sums += tl.sum(b_parts * tl.exp2(b_some - peak)[:, None], axis=0)
-    tl.store(p_out + row * DV + o_width, (b_sums / total).to(p_out.dtype.element_ty), mask=o_width < DV)
-
-
-@triton.jit
-def append_kernel(
-    p_keys, s_key_slot, s_key_head, s_keys, s_key_width,
-    p_values, s_value_slot, s_value_head, s_values, s_value_width,
-    p_new_keys, s_new_key_row, s_new_key_head, s_new_key_token, s_new_key_width,
-    p_new_values, s_new_value_row, s_new_value_head, s_new_value_token, s_new_value_width,
-    p_slots, p_positions, block,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+def combine_kernel(
+    p_parts, p_logs, p_out, splits,
+    DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row, i_token = token // block, token % block
-    slot, position = tl.load(p_slots + row), tl.load(p_positions + token)
-    o_width = tl.arange(0, BLOCK)
-    p_new_keys += row * s_new_key_row + i_head * s_new_key_head + i_token * s_new_key_token
-    p_new_values += row * s_new_value_row + i_head * s_new_value_head + i_token * s_new_value_token
-    b_keys = tl.load(p_new_keys + o_width * s_new_key_width, mask=o_width < D)
-    b_values = tl.load(p_new_values + o_width * s_new_value_width, mask=o_width < DV)
-    p_keys += slot * s_key_slot + i_head * s_key_head + position * s_keys
-    p_values += slot * s_value_slot + i_head * s_value_head + position * s_values
-    tl.store(p_keys + o_width * s_key_width, b_keys, mask=o_width < D)
-    tl.store(p_values + o_width * s_value_width, b_values, mask=o_width < DV)
+    row, b_row, o_width = tl.program_id(0).to(tl.int64), tl.arange(0, 1), tl.arange(0, VALUE_WIDTH)[None, :]
+    p_logs += row * splits
+    p_parts += row * splits * DV
+    b_out = averaged(p_parts, p_logs, b_row, b_row == 0, splits, DV, VALUE_WIDTH, SPLITS, AT_ONCE, 1)
+    tl.store(p_out + row * DV + o_width, b_out.to(p_out.dtype.element_ty), mask=o_width < DV)
 
 
 def attention(
@@ -203,6 +220,7 @@ def attention(
     window: int | None,
     softcap: float | None,
     limit: int | None,
+    arrivals: Tensor | None = None,
 ) -> Tensor | None:
     """Launch for checked arguments; None for dtypes that the kernels do not read. Reads nothing back."""
     if query.dtype not in _native.DTYPES:
@@ -215,43 +233,39 @@ def attention(
     size = (width, value_width)
     cut = plan(rows, kv_heads, group, block, size, capacity if limit is None else limit, window, query.dtype)
     out = torch.empty(rows, block, heads, value_width, dtype=query.dtype, device=device)
-    parts, logs = out, out  # nothing reads or writes the second without splits
-    if cut.splits > 1:
+    parts, logs, split = out, out, cut.splits > 1  # nothing reads or writes the second without splits
+    if split:
         parts = torch.empty(rows * block * heads, cut.splits, value_width, dtype=torch.float32, device=device)
         logs = torch.empty(rows * block * heads, cut.splits, dtype=torch.float32, device=device)
+    counters = 0 if arrivals is None or block > DECODE or not ordered(device) else len(arrivals)
+    counted = split and counters >= rows * cut.tiles * kv_heads
+    own = min(cut.block_m, power_of_two(block * group))
+    at_once = max(1, min(power_of_two(cut.splits), AVERAGED // (own * cut.value_width)))
     cap = 0.0 if softcap is None else float(softcap) * LOG2E
     factor = float(scale) * LOG2E * (1.0 if softcap is None else 2.0 / float(softcap))
     with launching_on(device):
         attend_kernel[(rows * cut.tiles, kv_heads, cut.splits)](
-            query, *query.stride(), keys, *keys.stride(), values, *values.stride(), slots, positions, parts, logs,
+            query, *query.stride(), keys, *keys.stride(), values, *values.stride(), slots, positions,
+            out, parts, logs, arrivals if counted else out,
             heads, group, block, capacity, cut.tiles, factor, cap, window or 0,
             D=width, DV=value_width, WIDTH=cut.width, VALUE_WIDTH=cut.value_width,
-            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, LEAST=cut.chunk, SPLIT=cut.splits > 1, BLOCKED=cut.blocked,
-            MANY=block > 1, WINDOW=window is not None, SOFTCAP=softcap is not None, IEEE=query.dtype == torch.float32,
-            num_warps=cut.warps, num_stages=2,
+            BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, LEAST=cut.chunk,
+            SPLIT=split, COUNTED=counted, SPLITS=power_of_two(cut.splits), ROWS=own, AT_ONCE=at_once,
+            BLOCKED=cut.blocked, MANY=block > 1, WINDOW=window is not None, SOFTCAP=softcap is not None,
+            IEEE=query.dtype == torch.float32, num_warps=cut.warps, num_stages=2,
         )  # fmt: skip
-        if cut.splits > 1:
+        if split and not counted:
             combine_kernel[(rows * block * heads,)](
                 parts, logs, out, cut.splits,
-                DV=value_width, VALUE_WIDTH=cut.value_width, BLOCK=power_of_two(cut.splits), num_warps=1,
+                DV=value_width, VALUE_WIDTH=cut.value_width, SPLITS=power_of_two(cut.splits), AT_ONCE=SPLITS_AT_ONCE,
+                num_warps=1,
             )  # fmt: skip
     return out
 
 
-def append(
-    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slots: Tensor, positions: Tensor
-) -> bool | None:
-    """Launch for checked arguments; None for dtypes that the kernel does not write, or caches of the negative bit."""
-    if keys.dtype not in _native.DTYPES or values.dtype not in _native.DTYPES or keys.is_neg() or values.is_neg():
-        return None
-    rows, kv_heads, block, width = new_keys.shape
-    new_keys, new_values = in_memory(new_keys), in_memory(new_values)
-    slots, positions = in_memory(slots).contiguous(), in_memory(positions).contiguous()
-    value_width = values.shape[3]
-    with launching_on(keys.device):
-        append_kernel[(rows * block, kv_heads)](
-            keys, *keys.stride(), values, *values.stride(), new_keys, *new_keys.stride(),
-            new_values, *new_values.stride(), slots, positions, block,
-            D=width, DV=value_width, BLOCK=power_of_two(max(width, value_width)), num_warps=1,
-        )  # fmt: skip
-    return True
+def ordered(device: torch.device) -> bool:
+    """Whether a barrier orders the stores of all of a program's threads before what one of them does next.
+
+    CUDA's does. ROCm's, compiled for gfx942, is `s_barrier` without a wait for stores; of XPU's nothing is known.
+    """
+    return torch.version.hip is None and device.type != "xpu"

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 import torch
-from interpreter import between_canaries
+from interpreter import NoReads, between_canaries
 
-from genarm_fast.kernels import arm_logps_reference
+from genarm_fast.kernels import _dispatch, arm_logps_reference
 from genarm_fast.kernels.arm_logps import IGNORE, streamed
 from genarm_fast.kernels.arm_logps.tiles import Layer
 from genarm_fast.kernels.arm_logps.triton import TILES, launch
@@ -133,3 +133,33 @@ def test_what_is_left_to_pytorch():
     assert empty.count_nonzero() == 0
     empty.sum().backward()
     assert weight.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("trained", ["hidden", "layer"])
+def test_labels_on_a_gpu_are_not_read(trained, monkeypatch):
+    """Ignored positions give 0 and have no gradient; nothing is compacted, whose size the host would have to know."""
+    hidden, weight, labels, _ = inputs(torch.float32)
+    hidden.requires_grad_(trained != "layer")
+    weight.requires_grad_(trained != "hidden")
+    with NoReads(), monkeypatch.context() as patch:
+        patch.setattr(_dispatch, "GPUS", ("cpu",))
+        for name in ("nonzero", "item", "tolist", "__bool__", "__int__"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("the host reads a tensor"))
+        found = launch(hidden, weight, labels, None, 1.0, None)
+    gains = torch.linspace(-2, 1, labels.numel()).view(labels.shape)
+    inputs_of = [each for each in (hidden, weight) if each.requires_grad]
+    expected = arm_logps_reference(hidden, weight, labels, return_tokens=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not found[labels == IGNORE].any()
+    pairs = zip(*(torch.autograd.grad(each, inputs_of, gains) for each in (found, expected)), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("label", [-1, 101])
+def test_a_label_outside_fails_an_assertion_of_the_device(label, monkeypatch):
+    hidden, weight, labels, _ = inputs(torch.float32)
+    labels[1, 1] = label
+    monkeypatch.setattr(_dispatch, "GPUS", ("cpu",))
+    with pytest.raises(RuntimeError, match=r"labels must be -100 or in \[0, 101\)"):
+        launch(hidden, weight, labels, None, 1.0, None)

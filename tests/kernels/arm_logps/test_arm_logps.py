@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from genarm_fast.kernels import arm_logps, arm_logps_reference
-from genarm_fast.kernels.arm_logps import IGNORE
+from genarm_fast.kernels.arm_logps import IGNORE, streamed
 from genarm_fast.kernels.arm_logps.streamed import BLOCK, KEPT_ELEMENTS
 
 VARIANTS = {
@@ -252,3 +252,16 @@ def test_errors(change: dict[str, Any], message: str) -> None:
     hidden, weight, labels = inputs(dtype=torch.float32)
     with pytest.raises((TypeError, ValueError), match=message):
         arm_logps(**{"hidden": hidden, "weight": weight, "labels": labels, **change})
+
+
+def test_labels_of_the_host_say_what_is_multiplied(monkeypatch):
+    """Tensors of another device, where they are not read: of six positions, the three that are labelled."""
+    rows = []
+    monkeypatch.setattr(streamed, "target_logps", lambda *given: rows.append(given[0].shape) or given[0][:, 0])
+    hidden, weight = torch.zeros(2, 3, 8, device="meta"), torch.zeros(11, 8, device="meta")
+    labels = torch.tensor([[3, -100, 10], [-100, -100, 0]])
+    found = arm_logps(hidden, weight, labels, return_tokens=True)
+    assert (found.shape, found.device.type) == (labels.shape, "meta")
+    assert rows == [(3, 8)]
+    with pytest.raises(ValueError, match=r"labels must be -100 or in \[0, 11\), got 3..12"):
+        arm_logps(hidden, weight, torch.tensor([[3, -100, 12], [-100, -100, -100]]))

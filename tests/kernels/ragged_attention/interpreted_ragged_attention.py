@@ -1,13 +1,20 @@
 """The Triton kernels of attention under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
 
+import itertools
+import random
 import sys
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
 from interpreter import between_canaries, bfloat16_products
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from genarm_fast.kernels import ragged_append_reference, ragged_attention_reference
-from genarm_fast.kernels.ragged_attention.triton import append, attention
+from genarm_fast.kernels.ragged_attention import triton as kernels
+from genarm_fast.kernels.ragged_attention.triton import attention
+from genarm_fast.kernels.ragged_attention.triton_append import append
 
 plans = sys.modules["genarm_fast.kernels.ragged_attention.plan"]
 
@@ -29,11 +36,18 @@ def problem(block=1, heads=(4, 2), widths=(16, 16), lengths=(7, 75), capacity=80
     return query, keys, values, torch.arange(slots).flip(0)[:rows], positions
 
 
-def interpreted(query, keys, values, slots, positions, *, scale=0.3, window=None, softcap=None, limit=None):
+def interpreted(
+    query, keys, values, slots, positions, *, scale=0.3, window=None, softcap=None, limit=None, arrivals=None
+):
     with between_canaries() as canaries, bfloat16_products():
         keys, values = canaries.embed(keys), canaries.embed(values)
         slots, positions = canaries.embed(slots), canaries.embed(positions)
-        return attention(query, keys, values, slots, positions, scale, window, softcap, limit)
+        if arrivals is None:
+            return attention(query, keys, values, slots, positions, scale, window, softcap, limit)
+        counters = canaries.embed(arrivals)
+        out = attention(query, keys, values, slots, positions, scale, window, softcap, limit, counters)
+        arrivals.copy_(counters)
+        return out
 
 
 def assert_same(arguments, **options):
@@ -56,6 +70,85 @@ def test_decode(block, heads, options):
 
 def test_more_splits_than_are_combined_at_once():
     assert_same(problem(lengths=(140, 3), capacity=144))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels launched."""
+    names, run = [], InterpretedFunction.__getitem__
+    monkeypatch.setattr(
+        InterpretedFunction, "__getitem__", lambda kernel, grid: names.append(kernel.fn.__name__) or run(kernel, grid)
+    )
+    return names
+
+
+@contextmanager
+def in_any_order(seed):
+    """Programs of a grid run in an order of chance."""
+    set_grid_idx, shuffle = InterpreterBuilder.set_grid_idx, random.Random(seed).sample
+
+    def turned(builder, *index):
+        if not any(index):
+            programs = list(itertools.product(*map(range, builder.grid_dim)))
+            builder.order = iter(shuffle(programs, len(programs)))
+        set_grid_idx(builder, *next(builder.order))
+
+    with patch.object(InterpreterBuilder, "set_grid_idx", turned):
+        yield
+
+
+@pytest.mark.parametrize(("block", "heads"), [(1, (4, 2)), (4, (4, 2)), (16, (4, 1))])
+@pytest.mark.parametrize("options", [{}, {"window": 37, "softcap": 5.0}])
+def test_the_last_split_combines(block, heads, options, launched):
+    """In one launch, with the same bits whichever it is, and with counters that are zero afterwards."""
+    arguments = problem(block, heads, lengths=(block, 77))
+    assert_same(arguments, **options)
+    assert launched == ["attend_kernel", "combine_kernel"]
+    expected = interpreted(*arguments, **options)
+    arrivals = torch.zeros(64, dtype=torch.int32)
+    forwards = [interpreted(*arguments, **options, arrivals=arrivals)]
+    for seed in range(2):
+        with in_any_order(seed):
+            forwards.append(interpreted(*arguments, **options, arrivals=arrivals))
+    assert launched == ["attend_kernel", "combine_kernel"] * 2 + ["attend_kernel"] * 3
+    torch.testing.assert_close(forwards[0], expected, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(forwards[0], each) for each in forwards)
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize(("width", "lengths", "capacity"), [(16, (140, 3), 144), (300, (3, 75), 80), (512, (75,), 80)])
+def test_widths_and_splits_of_the_last_one(width, lengths, capacity, launched):
+    """More splits than are averaged at once; widths that leave one at once."""
+    arguments = problem(5, (4, 2), (16, width), lengths=[max(5, each) for each in lengths], capacity=capacity)
+    got = interpreted(*arguments, arrivals=torch.zeros(64, dtype=torch.int32))
+    assert launched == ["attend_kernel"]
+    exact = (tensor.double() if tensor.is_floating_point() else tensor for tensor in arguments)
+    expected = ragged_attention_reference(*exact, scale=0.3)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_programs_count_each_on_their_own():
+    """A number for each row, tile and head: fewer are not used."""
+    arguments = problem(16, (8, 2), lengths=(16, 77))  # two rows of two heads, 64 rows each: four tiles of 16
+    enough, few = torch.zeros(16, dtype=torch.int32), torch.ones(15, dtype=torch.int32)
+    expected = interpreted(*arguments)
+    torch.testing.assert_close(interpreted(*arguments, arrivals=enough), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(interpreted(*arguments, arrivals=few), expected)
+    assert not enough.any()
+    assert few.all()
+
+
+def test_prefill_is_combined_by_a_second_launch(launched):
+    """Which costs it nothing, and saves its kernel registers."""
+    assert_same(problem(37, (2, 1), lengths=(77,)), arrivals=torch.zeros(64, dtype=torch.int32))
+    assert launched == ["attend_kernel", "combine_kernel"]
+
+
+@pytest.mark.parametrize(("hip", "device"), [("6.4", "cuda"), (None, "xpu")])
+def test_where_a_barrier_orders_no_stores(hip, device, monkeypatch):
+    assert kernels.ordered(torch.device("cuda"))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert not kernels.ordered(torch.device(device))
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"window": 37, "softcap": 5.0}, {"limit": 77}])
