@@ -1,7 +1,8 @@
 """Time to the first token, and gaps between tokens: one caller, and many that come as a Poisson process.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency.py [BASE ARM ...] [--parts one callers ticker other] [--callers 8 32]
-        [--loads 0.3 0.6 0.9] [--requests 24] [--prompt 32] [--tokens 16] [--max-step-ms 150] [--plot FILE] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/latency.py [BASE ARM ...] [--parts one callers ticker other vllm]
+        [--callers 8 32] [--loads 0.3 0.6 0.9] [--requests 24] [--prompt 32] [--tokens 16] [--max-step-ms 150]
+        [--plot FILE] [--json]
 
 Without a BASE it is the demo's, with the ARM `small`. Callers are tasks of one event loop that read `astream`. With n
 callers at most n requests are decoded together; capacity is what n give that ask again as soon as they have an answer,
@@ -9,6 +10,9 @@ and the load of a line is a share of it. Hugging Face's `generate` decodes the b
 it is used in a service without an engine; its load is a share of its own capacity. Times are wall-clock milliseconds,
 since a request's arrival. The ticker is a task that sleeps for 1 ms, again and again, while 16 requests decode,
 and before that alone, which shows what the machine is worth. `other` is Hugging Face's part.
+
+`vllm` is vLLM's engine over the base alone, which decodes as many requests together as ours. It is a part where vLLM
+is installed: `OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/latency.py --parts vllm`, after `make test-vllm`.
 """
 
 from __future__ import annotations
@@ -23,11 +27,13 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from latency_vllm import by_vllm, vllm_engine
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
@@ -36,7 +42,7 @@ from transformers.generation.streamers import BaseStreamer
 from genarm_fast import ARM, GenARM, demo
 
 SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
-PARTS = ["one", "callers", "ticker", "other"]
+PARTS = ["one", "callers", "ticker", "other", "vllm"]
 READ_AHEAD = 1_000_000  # chunks; the reader only notes the time
 Request = Callable[[int, Callable[[], None]], Awaitable[None]]  # number, and what to call at every chunk
 
@@ -158,8 +164,10 @@ async def measure(
     ]
 
 
-async def run(model: GenARM, base: Any, args: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
-    """All lines. base: a loaded model for Hugging Face's `generate`, if it is one of the parts."""
+async def run(
+    source: str, model: GenARM, base: Any, args: argparse.Namespace, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """All lines. base: the source as a loaded model for Hugging Face's `generate`, if it is one of the parts."""
     shape = args.prompt, args.tokens, model.vocab_size
     request, results = ours(model, *shape), []
     found: dict[str, Any] = {"results": results}
@@ -179,6 +187,11 @@ async def run(model: GenARM, base: Any, args: argparse.Namespace, log: Callable[
         plain = hugging_face(base, *shape)
         await closed(plain, 1, 2)
         results += await measure("Hugging Face, base", plain, 1, args.loads, args.requests, log)
+    for callers in args.callers if "vllm" in args.parts else []:
+        with vllm_engine(source, callers, args.prompt + args.tokens) as engine:
+            plain = by_vllm(engine, lambda number: prompt_of(number, args.prompt, model.vocab_size), args.tokens)
+            await closed(plain, callers, callers)
+            results += await measure("vLLM, base", plain, callers, args.loads, args.requests, log)
     return found
 
 
@@ -225,7 +238,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", nargs="?", help="a model's folder")
     parser.add_argument("arms", nargs="*", metavar="arm", help="folders of ARMs")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    here = [part for part in PARTS if part != "vllm" or find_spec("vllm")]
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=here, help="vllm: where it is installed")
     parser.add_argument("--callers", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 0.9])
     parser.add_argument("--requests", type=int, default=24, help="of each line")
@@ -245,7 +259,7 @@ def main() -> None:
     other = "other" in args.parts
     base = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False).eval() if other else None
     console = Console(stderr=True)
-    found = asyncio.run(run(model, base, args, console.print))
+    found = asyncio.run(run(source, model, base, args, console.print))
     found["about"] = {
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,

@@ -1,12 +1,13 @@
 """From process start to the first token, line by line, next to Hugging Face's load and first token.
 
-    OMP_NUM_THREADS=1 python benchmarks/startup.py [--base FOLDER] [--rounds 3] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/startup.py [CONTENDER ...] [--base FOLDER] [--rounds 3] [--json]
 
 Each run is a process of its own; contenders take turns. After a first round, which does not count, files are in memory
 and modules are compiled, as after an installation. Shown are medians of CPU time, which others on a shared machine do
 not change by much; and of the wall clock, in total. Some modules that we import at once, transformers imports as it
 reads: compare the two lines together.
-Without a --base it is the demo's, with its ARMs `small` (a model) and `positive` (a LoRA adapter).
+Without a --base it is the demo's, with its ARMs `small` (a model) and `positive` (a LoRA adapter). Hugging Face's part
+loads the adapter by PEFT; of `small` and the base it has each generate a token.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 PROMPT = "How was the film that you saw last night?"
 LINES = ("python", "import", "read", "place", "check", "first token")
 CONTENDERS = {  # ARMs, and whether the self-check has its record
     "Hugging Face, base": ([], None),
+    "Hugging Face, base + small": (["small"], None),
     "Hugging Face, base + positive": (["positive"], None),
     "base": ([], True),
     "base, no record": ([], False),
@@ -44,20 +48,25 @@ class Clock:
 
 
 def hugging_face(base: str, arms: list[str], clock: Clock) -> None:
-    """With an adapter, as PEFT's users load one."""
+    """With adapters, as PEFT's users load one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if arms:
+    adapters = [arm for arm in arms if Path(arm, "adapter_config.json").exists()]
+    if adapters:
         from peft import PeftModel
     clock.end("import")
-    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False).eval()
-    if arms:
-        model = PeftModel.from_pretrained(model, arms[0]).eval()
+    models: list[Any] = [
+        AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False).eval()
+        for source in (base, *(arm for arm in arms if arm not in adapters))
+    ]
+    for adapter in adapters:
+        models[0] = PeftModel.from_pretrained(models[0], adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     clock.end("read")
     with torch.inference_mode():
-        model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=1, do_sample=True, pad_token_id=0)
+        for model in models:
+            model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=1, do_sample=True, pad_token_id=0)
     clock.end("first token")
 
 
@@ -89,12 +98,11 @@ def child(kind: str, base: str, arms: list[str]) -> None:
     print(json.dumps(clock.lines))
 
 
-def measure(base: str, arms: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
+def measure(kinds: list[str], base: str, arms: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds by contender and line."""
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in CONTENDERS}
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as cache:
         for turn in range(rounds + 1):
-            kinds = list(CONTENDERS)
             first = turn % len(kinds)
             for kind in kinds[first:] + kinds[:first]:
                 names, recorded = CONTENDERS[kind]
@@ -120,14 +128,18 @@ def main() -> None:
         child(sys.argv[2], sys.argv[3], sys.argv[4:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contenders", nargs="*", metavar="contender", help=f"{', '.join(CONTENDERS)}; default: all")
     parser.add_argument("--base", help="a copy of the demo's model elsewhere")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    kinds = args.contenders or list(CONTENDERS)
+    if unknown := set(kinds) - set(CONTENDERS):
+        parser.error(f"{min(unknown)!r}: expected some of {', '.join(CONTENDERS)}")
     from genarm_fast import demo
 
     arms = {name: str(demo.arm(name)) for names, _ in CONTENDERS.values() for name in names}
-    found = measure(args.base or str(demo.base()), arms, args.rounds)
+    found = measure(kinds, args.base or str(demo.base()), arms, args.rounds)
     if args.json:
         print(json.dumps({"rounds": args.rounds, "seconds": found}, indent=1))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,11 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _MODULES[name] in ("api", "functional"):
-        # torch scans all loaded modules as the first op is registered: 70 ms of CPU before transformers, 350 ms after.
-        import_module(".kernels", __name__)
+    if _MODULES[name] in ("api", "functional") and f"{__name__}.api" not in sys.modules:
+        from genarm_fast.utils.collector import collector_waits
+
+        with collector_waits():
+            # torch scans all loaded modules as it registers the first op: 70 ms before transformers, 350 ms after.
+            import_module(".kernels", __name__)
+            import_module(".api", __name__)
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -22,6 +22,7 @@ from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.text.given import as_prompts
+from genarm_fast.utils.collector import collector_waits
 from genarm_fast.utils.progress import progress_bar
 
 ModelSource = str | os.PathLike[str] | nn.Module
@@ -110,9 +111,10 @@ class GenARM(AsyncCalls):
             **model_kwargs,
         }
         templates: dict[str, Any] = {"prompt_template": prompt_template, "chat_template": chat_template}
-        members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
         limits: Any = {"max_batch_size": max_batch_size, "cache_bytes": cache_bytes, "max_step_ms": max_step_ms}
-        model = cls(members, **limits, speculation=speculation, draft_model=draft)
+        with collector_waits():
+            members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
+            model = cls(members, **limits, speculation=speculation, draft_model=draft)
         if warm_up:
             model.warm_up()
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from tiny_models import build_model
 
 import genarm_fast
-from genarm_fast import ARM, GenARM, GenerationError, SamplingParams
+from genarm_fast import ARM, GenARM, GenerationError, SamplingParams, api
 from genarm_fast.engine.sequence import sample_seed
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -30,9 +31,24 @@ def test_ops_are_registered_before_transformers_is_imported(monkeypatch):
     """Registering them scans all modules that are loaded."""
     imported, anything = [], Mock()
     monkeypatch.setattr(genarm_fast, "import_module", lambda name, package: imported.append(name) or anything)
+    monkeypatch.delitem(sys.modules, "genarm_fast.api")
     for name in ("GenARM", "generate", "SamplingParams"):
         genarm_fast.__getattr__(name)
-    assert imported == [".kernels", ".api", ".kernels", ".functional", ".params"]
+    assert imported == [".kernels", ".api", ".api", ".kernels", ".api", ".functional", ".params"]
+
+
+def test_the_collector_of_circles_waits_for_imports_and_loading(monkeypatch, tiny_model, tokenizer):
+    """Once api.py is there, names cost no more than a look at `sys.modules`, and circles of others are left alone."""
+    seen, load = [], api.load_members
+    monkeypatch.setattr(genarm_fast, "import_module", lambda *_: seen.append(gc.isenabled()) or Mock())
+    genarm_fast.__getattr__("GenARM")
+    monkeypatch.delitem(sys.modules, "genarm_fast.api")
+    genarm_fast.__getattr__("GenARM")
+    assert seen == [True, False, False, True]
+    monkeypatch.setattr(api, "load_members", lambda *each, **more: seen.append(gc.isenabled()) or load(*each, **more))
+    GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
+    assert not seen[-1]
+    assert gc.isenabled()
 
 
 def test_one_call(tiny_model, tmp_path, tokenizer, model):

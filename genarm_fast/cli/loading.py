@@ -16,6 +16,7 @@ from rich.console import Console
 
 from genarm_fast.cli.options import json_object, tools_list, unescaped
 from genarm_fast.params import check_weights
+from genarm_fast.utils.collector import collector_waits
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
@@ -186,7 +187,7 @@ def load(args: argparse.Namespace) -> GenARM:
         raise ValueError(f"--arm-trust-remote-code {min(unknown)}: expected the name or the model of an --arm")
     chat_template = read_text(args.chat_template) if args.chat_template else None
     console = Console(stderr=True)
-    with console.status("loading torch and transformers ..."):
+    with console.status("loading torch and transformers ..."), collector_waits():
         import transformers
 
         from genarm_fast.api import GenARM

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from genarm_fast.cli.loading import arm_spec, resolve
@@ -84,21 +88,53 @@ def serve(base: str, arms: list[Any], weight_range: tuple[float, float] | None, 
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from genarm_fast.integrations.vllm import engine_args
+    from genarm_fast.integrations.vllm.arguments import served_arguments
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser(prog="genarm-fast serve ... [vLLM's own options]")).parse_args(rest)
     for name in ("model_tag", "config"):
         if getattr(args, name, None):
             raise ValueError(f"{getattr(args, name)}: expected options alone; the model is --base")
-    settings = engine_args(base, arms, weight_range=weight_range, hf_overrides=args.hf_overrides)
+    served, settings = served_arguments(base, arms, weight_range=weight_range, hf_overrides=args.hf_overrides)
     for name, value in settings.items():
         setattr(args, name, value)
-    validate_parsed_serve_args(args)
-    weights = {arm["name"]: arm["weight"] for arm in settings["hf_overrides"]["genarm_arms"]}
-    print(how_to_call(args, base, weights), file=sys.stderr, flush=True)
-    ServeSubcommand.cmd(args)
+    with TemporaryDirectory() as folder:
+        if (template := template_of(served.arms, args)) is not None:
+            args.chat_template = os.path.join(folder, "chat_template.jinja")  # as a text, vLLM would unescape it
+            Path(args.chat_template).write_text(template, encoding="utf-8")
+        validate_parsed_serve_args(args)
+        print(how_to_call(args, base, dict(zip(served.names, served.defaults))), file=sys.stderr, flush=True)
+        ServeSubcommand.cmd(args)
     return 0
+
+
+def template_of(arms: Sequence[Any], args: Any) -> str | None:
+    """The base's chat template with what the ARMs were trained with; None: the base's own.
+
+    args: vLLM's, of which `model`, `tokenizer`, `tokenizer_revision`, `trust_remote_code` and `chat_template` count.
+
+    Raises:
+        ValueError: ARMs that were trained with other values than each other, or a base without a chat template.
+        ValueError: a `--chat-template` beside them.
+    """
+    from genarm_fast.integrations.vllm.prompts import load_base_tokenizer, pinned_template, trained_arguments
+    from genarm_fast.text.templates import default_template
+
+    trained = trained_arguments(arms)
+    if not trained:
+        return None
+    if args.chat_template is not None:
+        raise ValueError(
+            f"--chat-template: expected none, as ARMs were trained with chat_template_kwargs={trained!r:.60} in the"
+            " base's own"
+        )
+    trusted = {"revision": args.tokenizer_revision, "trust_remote_code": args.trust_remote_code}
+    template = default_template(load_base_tokenizer(args.tokenizer or args.model, **trusted))
+    if template is None:
+        raise ValueError(
+            f"{args.model}: expected a chat template, as ARMs were trained with chat_template_kwargs={trained!r:.60}"
+        )
+    return pinned_template(template, trained)
 
 
 def how_to_call(args: Any, base: str, weights: dict[str, float]) -> str:

@@ -7,6 +7,7 @@ that are one launch these are the ones without filters, bias and log-probabiliti
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
@@ -66,6 +67,7 @@ def warm_up(
         kept = max(kept, workspace.bytes)
     finally:
         workspace.warm = kept
+    gc.collect()  # the first look at all that imports and loading made takes 0.4 s, which no request shall wait for
 
 
 def _sizes(batch_sizes: Any, most: int) -> list[int]:

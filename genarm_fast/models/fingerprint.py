@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ SMALLEST = 2.0**-14
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """16 hex digits from values of every weight matrix; 9 ms for 211 of them.
+    """16 hex digits from values of every weight matrix; 4 ms of CPU for 211 of them.
 
     The same for a bfloat16 checkpoint loaded as bfloat16, float16 or float32, for a float32 one loaded as float32 or
     bfloat16, and for a model before and after LoRA layers or vocabulary rows are added to it. Different once the
@@ -36,8 +37,8 @@ def fingerprint(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape[1:])}".encode())
-    samples = torch.cat([_sample(weights[name]).cpu() for name in sorted(weights)])
-    digest.update(samples.view(torch.int16).numpy().tobytes())
+    samples = torch.cat([_sample(weights[name]).float().cpu() for name in sorted(weights)])
+    digest.update(_rounded(samples).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -47,7 +48,7 @@ def held_fingerprint(model: nn.Module) -> str:
     for name, weight in sorted(_own_weights(model).items()):
         digest.update(name.encode())
         linear = getattr(weight, "linear", None)
-        samples = [_sample(weight)] if linear is None else linear.sample(VALUES)
+        samples = [_rounded(_sample(weight).float())] if linear is None else linear.sample(VALUES)
         for sample in samples:
             digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -65,8 +66,16 @@ def _own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """VALUES numbers, evenly from the first ROWS rows, in bfloat16."""
+    """VALUES numbers, evenly from the first ROWS rows."""
     rows = weight.detach()[:ROWS].flatten()
-    index = torch.arange(VALUES, device=weight.device) * (rows.numel() - 1) // (VALUES - 1)
-    values = rows[index].float()
+    return rows[_places(rows.numel(), weight.device)]
+
+
+@cache
+def _places(numbers: int, device: torch.device) -> Tensor:
+    return torch.arange(VALUES, device=device) * (numbers - 1) // (VALUES - 1)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """float32 → bfloat16, as all dtypes of loading give them."""
     return values.where(values.abs() >= SMALLEST, 0.0).to(torch.bfloat16)

@@ -17,6 +17,7 @@ from genarm_fast.models.checkpoint import ModelLoader
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.files import TOKENIZER_FILES, blame_tokenizer, check_files, read_object, refusing
 from genarm_fast.models.hub import Source, find_file
+from genarm_fast.models.known_decoders import built_as_known
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
 from genarm_fast.models.rebound import WeightWatch
@@ -150,7 +151,7 @@ def _make_runners(members: list[Member], drafter: Member | None) -> None:
     """The module trees that run members, one for those that share a forward."""
     models = [member.model for member in members]
     made: dict[int, Any] = {}
-    for lane, (member, shared) in enumerate(zip(members, share_forwards(models))):
+    for lane, (member, shared) in enumerate(zip(members, share_forwards(models, built_as_known))):
         member.lane, member.shared, member.relatives = lane, shared, models
         if shared is not member.model and id(shared) not in made:
             made[id(shared)] = as_runner(shared, models)

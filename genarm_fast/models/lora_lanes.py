@@ -8,7 +8,7 @@ forward.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -58,12 +58,13 @@ class _RegroupedRows(Exception):
 
 
 @torch.inference_mode()
-def share_forwards(models: Sequence[Any]) -> list[Any]:
+def share_forwards(models: Sequence[Any], known: Callable[[Any], bool] = lambda decoder: False) -> list[Any]:
     """For each model the one to run it with: common to all lanes over the same weights, else the model itself.
 
-    In a common one, lane i is `models[i]`. The models are not changed, and no weight is copied.
+    In a common one, lane i is `models[i]`. The models are not changed, and no weight is copied. known: whether a
+    decoder is one that hands its linears all rows in order, as a forward tells of others.
     """
-    shared = list(models)
+    shared = dict(enumerate(models))
     groups: dict[Any, list[int]] = {}
     skeletons = [_skeleton(model) for model in models]
     for i, (key, _) in enumerate(skeletons):
@@ -72,15 +73,21 @@ def share_forwards(models: Sequence[Any]) -> list[Any]:
     for lanes in groups.values():
         if len(lanes) > 1:
             model = _merge(models[lanes[0]], {lane: skeletons[lane][1] for lane in lanes})
-            try:  # two tokens: one would hide that rows and positions are exchanged
-                tokens = torch.zeros(len(lanes), 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-                with running(lanes, 1):
-                    model(input_ids=tokens, use_cache=False)
-            except _RegroupedRows:
-                continue
-            for lane in lanes:
-                shared[lane] = model
-    return shared
+            plain_head = not isinstance(model.get_output_embeddings(), LaneLinear)
+            if (plain_head and known(model.base_model)) or _keeps_rows(model, lanes):
+                shared.update(dict.fromkeys(lanes, model))
+    return list(shared.values())
+
+
+def _keeps_rows(model: Any, lanes: Sequence[int]) -> bool:
+    """By a forward of two tokens: one would hide that rows and positions are exchanged."""
+    tokens = torch.zeros(len(lanes), 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        with running(lanes, 1):
+            model(input_ids=tokens, use_cache=False)
+    except _RegroupedRows:
+        return False
+    return True
 
 
 def _skeleton(model: Any) -> tuple[Any, dict[str, Lora]]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,10 +22,32 @@ def latency(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("latency")
 
 
-def test_lines_of_all_contenders(latency, tiny_model, tokenizer, tmp_path, capsys):
+class StandIn:
+    """Of vLLM's engine: it answers each request with as many chunks as tokens were asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    async def generate(self, prompt, params, request_id):
+        self.asked.append((len(prompt["prompt_token_ids"]), request_id))
+        for _ in range(params["max_tokens"]):
+            await asyncio.sleep(1e-3)
+            yield
+
+
+@pytest.fixture
+def stand_in(latency, monkeypatch):
+    engine = StandIn()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", SimpleNamespace(RequestOutputKind=Mock()))
+    monkeypatch.setattr(latency, "vllm_engine", lambda source, callers, length: nullcontext(engine))
+    return engine
+
+
+def test_lines_of_all_contenders(latency, tiny_model, tokenizer, tmp_path, capsys, stand_in):
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
     args = argparse.Namespace(parts=latency.PARTS, callers=[2], loads=[0.5], requests=4, prompt=5, tokens=3, alone=0.05)
-    found = asyncio.run(latency.run(model, tiny_model(), args, lambda _: None))
+    found = asyncio.run(latency.run("base", model, tiny_model(), args, lambda _: None))
     keys = [(line["contender"], line["callers"], line["load"]) for line in found["results"]]
     assert keys == [
         ("genarm_fast", 1, "closed loop"),
@@ -30,7 +55,10 @@ def test_lines_of_all_contenders(latency, tiny_model, tokenizer, tmp_path, capsy
         ("genarm_fast", 2, "50%"),
         ("Hugging Face, base", 1, "closed loop"),
         ("Hugging Face, base", 1, "50%"),
+        ("vLLM, base", 2, "closed loop"),
+        ("vLLM, base", 2, "50%"),
     ]
+    assert stand_in.asked == [(5, str(i)) for i in range(10)]
     for line in found["results"]:
         for what in ("first", "gap"):
             values = list(line[what].values())

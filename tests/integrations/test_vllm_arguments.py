@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jinja2 import TemplateError
 from peft import LoraConfig
 from tiny_models import build_model, build_tokenizer, save_adapter
 from transformers import AutoModelForCausalLM
 
 from genarm_fast import ARM
+from genarm_fast.cli.serve import template_of
 from genarm_fast.integrations.vllm import engine_args
 from genarm_fast.integrations.vllm.adapters import checkpoint_fingerprint, lora_tensors
-from genarm_fast.integrations.vllm.prompts import member_tokenizers, shared_tokens
+from genarm_fast.integrations.vllm.arguments import served_arguments
+from genarm_fast.integrations.vllm.prompts import member_tokenizers, pinned_template, shared_tokens
 from genarm_fast.integrations.vllm.served import Served, ServedARM, check_version
 from genarm_fast.models.fingerprint import fingerprint
 
@@ -190,3 +194,47 @@ def test_only_the_integration_and_serve_import_vllm():
     assert others == {"cli/serve.py"}
     assert not re.search(r"^(?:import|from) vllm\b", sources["cli/serve.py"], re.MULTILINE)  # in a function alone
     assert "integrations/vllm/composite.py" in importing
+
+
+def record(folder, arm, **arguments):
+    """A copy of an ARM's folder, with what its training would record."""
+    place = folder.parent / arm
+    shutil.copytree(folder, place, dirs_exist_ok=True)
+    (place / "genarm.json").write_text(json.dumps({"chat_template_kwargs": arguments}))
+    return place
+
+
+def rendered(template, **arguments):
+    tokenizer = build_tokenizer()
+    messages = [{"role": "user", "content": "hi"}]
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **arguments)
+
+
+@pytest.mark.parametrize("value", [False, True, None, 3, 0.5, 'it\'s "so"\n{{ ä 😀 }}', [1, None], {"a": [True]}])
+def test_what_arms_were_trained_with_is_in_the_template(value):
+    """A request may name the same value, or none; another one is refused. Names of others are left alone."""
+    template = pinned_template("{{ thinking | tojson }} {{ other }}", {"thinking": value})
+    expected = rendered("{{ thinking | tojson }} {{ other }}", thinking=value, other=1)
+    assert rendered(template, other=1) == rendered(template, thinking=value, other=1) == expected
+    with pytest.raises(TemplateError, match=r"thinking: expected .*, with which the ARMs were trained"):
+        rendered(template, thinking="another")
+
+
+def test_a_server_gives_what_arms_were_trained_with(folder):
+    kind, terse = (record(folder / "small", name, thinking=False) for name in ("kind", "terse"))
+    other = record(folder / "small", "contrary", thinking=True, tone="dry")
+    args = SimpleNamespace(model=str(folder / "base"), tokenizer=None, tokenizer_revision=None, trust_remote_code=False)
+    args.chat_template = None
+    served, _ = served_arguments(folder / "base", [kind, terse, folder / "small"])
+    template = template_of(served.arms, args)
+    assert rendered(template) == rendered(build_tokenizer().chat_template)
+    with pytest.raises(TemplateError, match="thinking: expected False"):
+        rendered(template, thinking=True)
+    assert template_of(served_arguments(folder / "base", folder / "small")[0].arms, args) is None
+    with pytest.warns(UserWarning, match=r"chat_template_kwargs=\{'thinking': False\}: give `LLM.chat` the same"):
+        engine_args(folder / "base", kind)
+    with pytest.raises(ValueError, match=r"contrary: it was trained with thinking=True .*, kind with False"):
+        engine_args(folder / "base", [kind, other])
+    args.chat_template = "mine.jinja"
+    with pytest.raises(ValueError, match="--chat-template: expected none"):
+        template_of(served.arms, args)

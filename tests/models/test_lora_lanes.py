@@ -13,6 +13,7 @@ from tiny_models import build_model, build_tokenizer, save_adapter
 
 from genarm_fast import ARM, GenARM, SamplingParams, reference
 from genarm_fast.engine.model_runner import ModelRunner
+from genarm_fast.models import lora_lanes
 from genarm_fast.models.forward_context import running
 from genarm_fast.models.lora_lanes import LaneLinear, share_forwards
 from genarm_fast.models.weights import share_weights
@@ -304,6 +305,29 @@ def test_families(tmp_path, tokenizer, family, targets, lanes):
     outputs = model.generate(random_prompts(random.Random(0), 3, 25), max_new_tokens=9, ignore_eos=True)
     for output in outputs:
         assert_equals_merged(model, merged, output, max_new_tokens=9, ignore_eos=True, weights=[1, -0.5])
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "trials"),
+    [("llama", ATTENTION, 0), ("llama", ["q_proj", "lm_head"], 1), ("gemma2", ATTENTION, 1)],
+)
+def test_known_decoders_need_no_trial(tmp_path, tokenizer, monkeypatch, family, targets, trials):
+    """They hand their linears all rows in order. A head is none of the decoder's."""
+    tried = []
+    monkeypatch.setattr(lora_lanes, "_keeps_rows", lambda model, lanes: not tried.append(lanes))
+    build_model(family, 0, tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "arm", base=tmp_path / "base", seed=1, config=LoraConfig(r=3, target_modules=targets))
+    model = GenARM.from_pretrained(tmp_path / "base", tmp_path / "arm")
+    assert model.arms[0].shared is model.base.shared
+    assert len(tried) == trials
+
+
+def test_loading_an_adapter_draws_no_numbers(folders):
+    """What PEFT would draw for its matrices is read from the folder; the caller's generator stays as it is."""
+    before = torch.get_rng_state()
+    GenARM.from_pretrained(folders / "base", folders / "few")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_adapters_of_another_dtype_or_state_keep_their_forward(folders, merged):

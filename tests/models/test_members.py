@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from tiny_models import build_model, build_tokenizer, save_adapter
 import genarm_fast
 from genarm_fast import ARM, GenARM, reference
 from genarm_fast.kernels import _native
+from genarm_fast.models import weights
 from genarm_fast.models.checkpoint import check_device
 from genarm_fast.models.weights import share_weights
 
@@ -280,6 +282,37 @@ def test_shared_weights_stay_tied():
     copy = share_weights(model)
     assert copy.lm_head.weight is copy.model.embed_tokens.weight
     assert copy.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+class CopiesItself(torch.nn.Linear):
+    def __deepcopy__(self, memo):
+        memo[id(self)] = copy = CopiesItself(self.in_features, self.out_features)
+        copy.copied = True
+        return copy
+
+
+def test_sharing_weights_copies_as_deepcopy_does():
+    """Tied modules, modules in attributes of any kind, hooks bound to a module, copies of a module's own."""
+    model = build_model("llama", 0)
+    first, second = model.model.layers[:2]
+    first.twice = second.mlp
+    vars(first)["aside"] = {"of": [second], second: {1, 2}, "empty": set()}
+    first.register_forward_hook(first.forward)
+    first.own = CopiesItself(2, 2)
+    tree = share_weights(model)
+    plain = copy.deepcopy(model)
+    for (name, module), (_, expected), old in zip(tree.named_modules(), plain.named_modules(), model.modules()):
+        assert type(module) is type(expected), name
+        assert list(vars(module)) == list(vars(expected)), name
+        for attribute, value in vars(module).items():
+            assert type(value) is type(vars(expected)[attribute]), attribute
+            assert value is not vars(old).get(attribute) or type(value) in weights.ATOMS, attribute
+    first, second = tree.model.layers[:2]
+    assert first.twice is second.mlp
+    assert first.aside["of"][0] is second
+    assert first.aside[second] == {1, 2}
+    assert [hook.__self__ for hook in first._forward_hooks.values()] == [first]
+    assert first.own.copied
 
 
 def test_an_adapter_whose_base_has_moved(folders, tmp_path):

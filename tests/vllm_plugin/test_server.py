@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +34,9 @@ class Server:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / "server.log"
-        arms = [f"kind:{models / 'small'}=0.5", f"terse:{models / 'lora1'}=-0.3"]
+        shutil.copytree(models / "small", folder / "small")
+        (folder / "small" / "genarm.json").write_text('{"chat_template_kwargs": {"thinking": false}}')
+        arms = [f"kind:{folder / 'small'}=0.5", f"terse:{models / 'lora1'}=-0.3"]
         options = "--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager --served-model-name guided"
         command = [
             *(sys.executable, "-m", "genarm_fast", "serve", "--base", str(models / "base")),
@@ -126,6 +129,18 @@ def test_chat_and_its_stream(server, members):
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and "[DONE]" not in line]
     assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks if c["choices"]) == expected
     assert len(chunks) > 2
+
+
+def test_chats_get_what_an_arm_was_trained_with(server):
+    """By itself, or by a request that says the same; another value is refused."""
+    asked = {"messages": [{"role": "user", "content": TEXTS[0]}]}
+    plain, same, other = (
+        server.post("chat/completions", **asked, **more)
+        for more in ({}, *({"chat_template_kwargs": {"thinking": value}} for value in (False, True)))
+    )
+    assert plain.json()["choices"][0]["message"] == same.json()["choices"][0]["message"]
+    assert other.status_code == 400
+    assert "thinking: expected False, with which the ARMs were trained" in other.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

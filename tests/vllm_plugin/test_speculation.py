@@ -6,6 +6,7 @@ import pytest
 from engines import PROMPTS, asking, engine, generated, loaded, naive, own_engine
 
 from genarm_fast import SamplingParams
+from genarm_fast.integrations.vllm import drafts
 
 TOKENS = 16
 DRAFTERS = {
@@ -39,3 +40,29 @@ def test_drafts_change_no_token(drafter, models):
     assert counted["vllm:spec_decode_num_drafts"] > 0
     if drafter == "ARM":
         assert 0 < counted["vllm:spec_decode_num_accepted_tokens"] < counted["vllm:spec_decode_num_draft_tokens"]
+
+
+def test_drafts_of_an_arm_are_tempered(models):
+    """To the weight of all members, with the target's noise: more of them are right, and the text stays.
+
+    Compared with vLLM's own drafts, the most probable tokens, in the same engine. At T = 2 few tokens are those.
+    """
+    plan = {"method": "draft_model", "num_speculative_tokens": 3, "model": str(models / "small")}
+    params = [asking([w], max_tokens=TOKENS, temperature=2.0, seed=i) for i, w in enumerate((0.0, 0.5, 0.5, 1.0))]
+    with engine(models, ["small"], speculative_config=plan, disable_log_stats=False) as llm:
+
+        def run():
+            before = accepted(llm)
+            tokens = generated(llm, PROMPTS, params)
+            return tokens, accepted(llm) - before
+
+        tokens, tempered = run()
+        drafts._states.clear()
+        same, greedy = run()
+    assert tokens == same
+    assert tempered > 2 * greedy + 2, (tempered, greedy)  # GenARM keeps 16 of them, 5 are the most probable ones
+
+
+def accepted(llm):
+    (found,) = (each.value for each in llm.get_metrics() if each.name == "vllm:spec_decode_num_accepted_tokens")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from genarm_fast.integrations.vllm.adapters import adapted_model, check_lane, same_weights
+from genarm_fast.integrations.vllm.prompts import trained_arguments
 from genarm_fast.integrations.vllm.served import ARCHITECTURE, Served, ServedARM
 from genarm_fast.models.arm import ARM, arm_names, as_arms
 from genarm_fast.models.hub import Source, locate
@@ -41,10 +43,28 @@ def engine_args(
 
     Raises:
         TypeError: a loaded model, or an option that follows from the base.
-        ValueError: an adapter of another base, or of a kind that no lane computes; a template of its own; a name given
-            twice; a range that is none.
+        ValueError: an adapter of another base, or of a kind that no lane computes; a template of its own; ARMs that
+            were trained with other `chat_template_kwargs` than each other; a name given twice; a range that is none.
         FileNotFoundError: an adapter that is nowhere.
     """
+    served, arguments = served_arguments(base, arms, weight_range=weight_range, **options)
+    if trained := trained_arguments(served.arms):
+        warnings.warn(
+            f"ARMs were trained with chat_template_kwargs={trained!r:.200}: give `LLM.chat` the same, as"
+            " `genarm-fast serve` does by itself",
+            stacklevel=2,
+        )
+    return arguments
+
+
+def served_arguments(
+    base: Source,
+    arms: Source | ARM | Sequence[Source | ARM],
+    *,
+    weight_range: tuple[float, float] | None = None,
+    **options: Any,
+) -> tuple[Served, dict[str, Any]]:
+    """The ARMs as a server knows them, and what `engine_args` returns."""
     specs = as_arms(arms)
     if not specs:
         raise ValueError("arms=[]: expected an ARM at least; vLLM serves a bare base by itself")
@@ -63,11 +83,8 @@ def engine_args(
     for name in FIELDS:
         if name in overrides:
             raise ValueError(f"hf_overrides[{name!r}]: expected no such key, engine_args writes it")
-    return {
-        "model": os.fspath(base),
-        **options,
-        "hf_overrides": {**overrides, "architectures": [ARCHITECTURE], **served.overrides()},
-    }
+    overrides = {**overrides, "architectures": [ARCHITECTURE], **served.overrides()}
+    return served, {"model": os.fspath(base), **options, "hf_overrides": overrides}
 
 
 def _served(base: Source, index: int, name: str, spec: ARM) -> ServedARM:

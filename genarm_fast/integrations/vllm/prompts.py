@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -52,6 +53,46 @@ def member_tokenizers(base: Any, arms: Sequence[ServedARM]) -> list[PreTrainedTo
 
 def load_base_tokenizer(source: str, *, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+
+
+def trained_arguments(arms: Sequence[ServedARM]) -> dict[str, Any]:
+    """What the chat template got with every row of the ARMs' training, such as {"enable_thinking": False}.
+
+    Raises:
+        ValueError: two ARMs were trained with other values of one name.
+    """
+    found: dict[str, tuple[str, Any]] = {}
+    for arm in arms:
+        for name, value in (read_object(arm.name, arm.model, "genarm.json").get("chat_template_kwargs") or {}).items():
+            first, other = found.setdefault(name, (arm.name, value))
+            if other != value:
+                raise ValueError(
+                    f"{arm.name}: it was trained with {name}={value!r:.60} in its chat template, {first} with"
+                    f" {other!r:.60}: expected the same, since in vLLM all members read the same prompt ids"
+                )
+    return {name: value for name, (_, value) in found.items()}
+
+
+def pinned_template(template: str, trained: Mapping[str, Any]) -> str:
+    """A chat template that gets these values where a request names none, and refuses a request that names others."""
+    lines = []
+    for name, value in trained.items():
+        literal = _jinja(value)
+        message = _jinja(f"chat_template_kwargs: {name}: expected {value!r:.60}, with which the ARMs were trained")
+        lines.append(
+            f"{{%- if {name} is defined and {name} != {literal} %}}{{{{ raise_exception({message}) }}}}{{% endif -%}}"
+            f"{{%- set {name} = {literal} -%}}"
+        )
+    return "".join(lines) + template
+
+
+def _jinja(value: Any) -> str:
+    """A value of JSON's as a literal of Jinja's."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_jinja(str(key))}: {_jinja(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_jinja, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _check_recorded(name: str, recorded: dict[str, Any], base: PreTrainedTokenizerBase) -> None:

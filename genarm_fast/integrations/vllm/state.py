@@ -10,6 +10,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from genarm_fast.integrations.vllm.drafts import temper_drafts
 from genarm_fast.integrations.vllm.request_weights import requested_weights, rewarding
 from genarm_fast.integrations.vllm.sampler import CoupledVerifier, GuidedSampler, draw_by_our_contract
 from genarm_fast.integrations.vllm.selfcheck import check_model
@@ -70,4 +71,6 @@ class GenARMState(DefaultModelState):
         check_model(self.model)
         self.sampler = draw_by_our_contract(sampler)
         speculation = self.vllm_config.speculative_config
+        if speculation is not None:
+            temper_drafts(self)
         return self.sampler, None if speculation is None else CoupledVerifier(self.sampler, speculation, self.device)
