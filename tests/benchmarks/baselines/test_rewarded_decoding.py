@@ -11,7 +11,22 @@ import torch
 def reward_of(reward, enumerated, tokens) -> float:
     """Of the text without its stop token, whole and without a cache."""
     kept = list(itertools.takewhile(lambda token: token != enumerated.stop, tokens))
-    return reward([[*enumerated.prompt, *kept]]).item()
+    return plain_reward(reward, [*enumerated.prompt, *kept])
+
+
+@torch.inference_mode()
+def plain_reward(reward, tokens) -> float:
+    hidden = reward.decoder(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state
+    return reward.head(hidden[0, -1]).item()
+
+
+def test_rewards_of_rows_are_those_of_each_alone(judge) -> None:
+    """Rows that share a beginning, or none, in batches of any size; the shortest is the others' beginning."""
+    reward = judge(4)
+    for rows in ([[1, 2, 3], [1, 2], [1, 2, 4, 4]], [[1, 2], [3], [4, 3, 1]], [[2, 2]], [[1, 3], [1, 3]]):
+        wanted = torch.tensor([plain_reward(reward, row) for row in rows])
+        for batch in (1, 2, 16):
+            torch.testing.assert_close(reward(rows, batch=batch), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_best_of_n(lm, judge, enumerated) -> None:
