@@ -1,12 +1,12 @@
 """What guidance buys beside what it is compared with: three tables on SmolLM2-135M, each by one command.
 
-    python benchmarks/quality.py general|weak|front [--quick] [--reward FOLDER] [--policy OBJECTIVE=FOLDER]
+    python benchmarks/quality.py general|weak|front [--short | --quick] [--reward FOLDER] [--policy OBJECTIVE=FOLDER]
 
-Resumable: a method's responses are one file in --runs, written whole, and what exists is not run again. `--quick` is
-a reduced size, with few prompts and short texts; its intervals are as wide as that makes them. Every method gets the
-same prompts, seeds and lengths. The judge is fitted on film reviews of which no ARM, policy or reward model saw one
-(split by hash of the text), and its accuracy on held-out reviews stands in every result; VADER, a lexicon, is a second
-opinion.
+Resumable: a method's responses are one file in --runs, written whole, and what exists is not run again. `--short` and
+`--quick` are reduced sizes, with fewer prompts and short texts; their intervals are as wide as that makes them. Every
+method gets the same prompts, seeds and lengths; one that is too dear gets the first prompts, and its row says so. The
+judge is fitted on film reviews of which no ARM, policy or reward model saw one (split by hash of the text), and its
+accuracy on held-out reviews stands in every result; VADER, a lexicon, is a second opinion.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ from quality_measures import (
     win_rate,
 )
 from quality_methods import (
-    FULL,
     OBJECTIVES,
-    QUICK,
     REWARD,
+    SIZES,
     Method,
     Models,
     Size,
@@ -54,22 +53,32 @@ from result_files import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
 
-JUDGE_REVIEWS = {"quick": 6000, "full": None}  # read, of which a half is the judge's: fitting takes minutes on all
+JUDGE_REVIEWS = {"quick": 6000}  # read, of which a half is the judge's; else all, and fitting takes minutes
 
 
 class Texts:
-    """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token."""
+    """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token.
 
-    def __init__(self, run: dict[str, Any], prompts: int) -> None:
+    A method that was asked the first prompts only is compared with others on these: `first`."""
+
+    def __init__(self, run: dict[str, Any], seeds: int) -> None:
         samples = run["samples"]
-        self.texts = [sample["text"] for sample in samples]
-        self.tokens = np.array([sample["tokens"] for sample in samples], float).reshape(-1, prompts).T
-        self.nats = np.array([sample["base_nats"] for sample in samples]).reshape(-1, prompts).T
+        self.seeds, self.prompts = seeds, len(samples) // seeds
+        self.texts = [sample["text"] for sample in samples]  # seed by seed
+        self.tokens = self._by_prompt([sample["tokens"] for sample in samples])
+        self.nats = self._by_prompt([sample["base_nats"] for sample in samples])
         self.forwards = run["forwards_per_token"]
         self.seconds = run["seconds"]
 
-    def scores(self, judge: Any) -> np.ndarray:
-        return np.asarray(judge(self.texts)).reshape(self.tokens.T.shape).T
+    def _by_prompt(self, values: Any) -> np.ndarray:
+        return np.asarray(values, float).reshape(self.seeds, self.prompts).T
+
+    def scores(self, judge: Any, prompts: int | None = None) -> np.ndarray:
+        """Of each text [prompts, seeds], of the first so many prompts if asked."""
+        return self._by_prompt(judge(self.texts))[:prompts]
+
+    def repetition(self) -> np.ndarray:
+        return self._by_prompt(repetition(self.texts))
 
 
 def collect(
@@ -88,7 +97,8 @@ def collect(
                 forwards.update({m: forwards.get(m, 0) + n for m, n in response.forwards.items()})
                 samples.append({"ids": response.tokens, "tokens": len(response.tokens)})
         seconds = time.process_time() - start
-        scored = models.engine.score(prompts * size.seeds, [sample["ids"] for sample in samples])
+        asked = prompts[: len(samples) // size.seeds] * size.seeds
+        scored = models.engine.score(asked, [sample["ids"] for sample in samples])
         for sample, score in zip(samples, scored):
             sample["text"] = tokenizer.decode(sample.pop("ids"), skip_special_tokens=True)
             sample["base_nats"] = sum(score.base_logprobs)
@@ -103,7 +113,7 @@ def collect(
         partial.write_text(json.dumps(result))
         os.replace(partial, path)
         print(f"{name}: {total} tokens in {seconds:.0f} s of CPU time", flush=True)
-    return {name: Texts(json.loads((folder / f"{name}.json").read_text()), len(prompts)) for name in methods}
+    return {name: Texts(json.loads((folder / f"{name}.json").read_text()), size.seeds) for name in methods}
 
 
 def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
@@ -115,16 +125,16 @@ def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
     note.write_text(json.dumps(inputs, indent=1))
 
 
-def judge_of(runs: Path, quick: bool) -> Any:
+def judge_of(runs: Path, size: str) -> Any:
     """The sentiment judge; fitted once a folder."""
     from judge import SentimentJudge
     from reviews import digest, load
 
-    path = runs / f"judge-{'quick' if quick else 'full'}.pickle"
+    path = runs / "judge.pickle"
     if not path.exists():
         reviews = sorted(load(), key=lambda review: digest(review.text))
         runs.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(SentimentJudge(reviews[: JUDGE_REVIEWS["quick" if quick else "full"]])))
+        path.write_bytes(pickle.dumps(SentimentJudge(reviews[: JUDGE_REVIEWS.get(size)])))
     return pickle.loads(path.read_bytes())
 
 
@@ -133,12 +143,14 @@ def described(texts: Texts, judge: Any, base: Texts) -> dict[str, Any]:
     from judge import vader
 
     per_token = -texts.nats.sum(1) / texts.tokens.sum(1)
+    many = texts.prompts
     return {
-        "win_rate": asdict(win_rate(texts.scores(judge), base.scores(judge))),
+        "prompts": many,
+        "win_rate": asdict(win_rate(texts.scores(judge), base.scores(judge, many))),
         "score": asdict(mean(texts.scores(judge).mean(1))),
-        "vader_win_rate": asdict(win_rate(texts.scores(vader), base.scores(vader))),
+        "vader_win_rate": asdict(win_rate(texts.scores(vader), base.scores(vader, many))),
         "tokens": asdict(mean(texts.tokens.mean(1))),
-        "repetition": asdict(mean(repetition(texts.texts).reshape(-1, len(texts.tokens)).T.mean(1))),
+        "repetition": asdict(mean(texts.repetition().mean(1))),
         "perplexity": float(np.exp(np.average(per_token, weights=texts.tokens.sum(1)))),
         "distinct_2": distinct(texts.texts),
         "forwards_per_token": texts.forwards,
@@ -181,7 +193,7 @@ def trace(models: Models, prompt: list[int], tokens: int) -> list[dict[str, Any]
 
 
 def measure(
-    scenario: str, models: Models, size: Size, runs: Path, quick: bool, only: Sequence[str] | None = None
+    scenario: str, models: Models, size: Size, name_of_size: str, runs: Path, only: Sequence[str] | None = None
 ) -> dict[str, Any]:
     from prompts import held_out_prompts
 
@@ -199,8 +211,8 @@ def measure(
     folder = runs / f"{many} prompts"  # scenarios share what they have in common
     same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
     found = collect(models, methods, folder, prompts, size)
-    judge = judge_of(runs, quick)
-    about = {"scenario": scenario, "quick": quick, "size": asdict(size), "prompts": len(prompts)}
+    judge = judge_of(runs, name_of_size)
+    about = {"scenario": scenario, "size_name": name_of_size, "size": asdict(size), "prompts": len(prompts)}
     about |= {"judge_accuracy": judge.accuracy, "policies_by_dpo": models.trained_policies, "machine": machine()}
     if scenario == "front":
         return about | {"methods": front_figures(found, judge, size), "trace": trace(models, prompts[0], 24)}
@@ -233,7 +245,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row in result["methods"].items():
         forwards = ", ".join(f"{member} {count:.1f}" for member, count in row["forwards_per_token"].items())
-        cells = [name, text(row["win_rate"]), text(row["vader_win_rate"]), text(row["score"]), text(row["tokens"])]
+        shown = name if row["prompts"] == result["prompts"] else f"{name} ({row['prompts']} prompts)"
+        cells = [shown, text(row["win_rate"]), text(row["vader_win_rate"]), text(row["score"]), text(row["tokens"])]
         cells += [text(row["repetition"]), f"{row['perplexity']:.1f}", f"{row['distinct_2']:.2f}", forwards]
         cells += [text(row[share]) if share in row else "" for share in shares]
         lines.append(f"| {' | '.join(cells)} |")
@@ -253,7 +266,10 @@ def policies(given: Sequence[str]) -> dict[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=["general", "weak", "front"])
-    parser.add_argument("--quick", action="store_true", help="the reduced size")
+    parser.add_argument(
+        "--short", dest="size", action="store_const", const="short", default="full", help="one seed: an hour of a core"
+    )
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="a few prompts: minutes")
     parser.add_argument(
         "--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output (default: ours)"
     )
@@ -268,13 +284,11 @@ def main() -> None:
     if args.methods and (len(args.scenarios) > 1 or args.scenarios == ["front"]):
         parser.error("--methods: expected one scenario, general or weak")
     torch.set_num_threads(args.threads)
-    size = QUICK if args.quick else FULL
     changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
-    size = replace(size, **changed)
+    size = replace(SIZES[args.size], **changed)
     models = Models(policies(args.policy), args.reward)
     for scenario in args.scenarios:
-        runs = args.runs / ("quick" if args.quick else "full")
-        result = measure(scenario, models, size, runs, args.quick, args.methods)
+        result = measure(scenario, models, size, args.size, args.runs / args.size, args.methods)
         if args.json:
             args.json.mkdir(parents=True, exist_ok=True)
             (args.json / f"quality-{scenario}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -106,7 +106,7 @@ def test_args_greedy(lm, judge, enumerated) -> None:
             values = {}
             for c in z.topk(3).indices.tolist():
                 text = [*prompt, *tokens] + [c] * (c != enumerated.stop)
-                values[c] = z[c].item() + 3.0 * reward([text]).item()
+                values[c] = z[c].item() + 3.0 * plain_reward(reward, text)
             tokens.append(max(values, key=values.__getitem__))
         assert response.tokens == tokens
         assert response.forwards == {"lm0": len(tokens), "reward": 1 + 3 * len(tokens) + len(tokens) - 1}
@@ -174,6 +174,7 @@ def test_rewards_of_prefixes_are_those_of_whole_texts(judge) -> None:
     reward = judge(4)
     rows = reward_member("reward", reward).start([[1, 2, 3], [4]])
     found = rows.advance(torch.tensor([[0, 2], [3, 3]]))
-    wanted = reward([[1, 2, 3, 0], [1, 2, 3, 0, 2], [4, 3], [4, 3, 3]]).view(2, 2)
+    texts = [[1, 2, 3, 0], [1, 2, 3, 0, 2], [4, 3], [4, 3, 3]]
+    wanted = torch.tensor([plain_reward(reward, text) for text in texts]).view(2, 2)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert (found[:, 0] - found[:, 1]).abs().min() > 1e-3
