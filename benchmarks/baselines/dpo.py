@@ -70,11 +70,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     training = chosen_pairs(split(args.pairs, args.holdout_every)[0], args.max_pairs)
     start = time.perf_counter()
-    sizes = {"micro_batch": args.micro_batch, "batch": args.batch, "epochs": args.epochs}
-    history = train(args.base, training, args.output, **sizes)
+    schedule = {
+        "micro_batch": args.micro_batch,
+        "batch": args.batch,
+        "epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+    }
+    history = train(args.base, training, args.output, **schedule)
     seconds = time.perf_counter() - start
     (args.output / "report.json").write_text(
-        json.dumps({"pairs": len(training), "beta": 0.1, **sizes, "seconds": seconds, "history": history}, indent=1)
+        json.dumps({"pairs": len(training), "beta": 0.1, **schedule, "seconds": seconds, "history": history}, indent=1)
         + "\n"
     )
     print(f"{args.output}: {len(training)} pairs in {seconds:.0f} s")

@@ -79,6 +79,7 @@ def parse(description: str | None, **counts: str) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--micro-batch", type=int, default=4, help="pairs a forward (default: 4)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"pairs a step (default: {BATCH}, as of the ARMs)")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
     parser.add_argument("--threads", type=int, default=1)
     for name, text in counts.items():
         parser.add_argument(f"--{name}", type=int, help=text)

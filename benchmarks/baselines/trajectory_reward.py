@@ -109,8 +109,13 @@ def main() -> None:
     training, held_out = split(args.pairs, args.holdout_every)
     training, held_out = chosen_pairs(training, args.max_pairs), held_out[: args.held_out_pairs]
     start = time.perf_counter()
-    sizes = {"epochs": args.epochs, "micro_batch": args.micro_batch, "batch": args.batch}
-    model = train(args.base, training, args.output, layers=args.layers, **sizes)
+    schedule = {
+        "micro_batch": args.micro_batch,
+        "batch": args.batch,
+        "epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+    }
+    model = train(args.base, training, args.output, layers=args.layers, **schedule)
     seconds = time.perf_counter() - start
     share, error = accuracy(model, AutoTokenizer.from_pretrained(args.base, trust_remote_code=False), held_out)
     report = {
