@@ -178,3 +178,18 @@ def test_rewards_of_prefixes_are_those_of_whole_texts(judge) -> None:
     wanted = torch.tensor([plain_reward(reward, text) for text in texts]).view(2, 2)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert (found[:, 0] - found[:, 1]).abs().min() > 1e-3
+
+
+def test_siblings_see_the_text_and_themselves(judge) -> None:
+    """Each as if it came alone, over rows of different lengths; the rows go on as if nothing had been asked."""
+    from baselines.interface import reward_member
+
+    reward, prompts, candidates = judge(4), [[1, 2, 3], [1, 4]], torch.tensor([[0, 2, 2], [3, 1, 0]])
+    rows = reward_member("reward", reward).start(prompts)
+    wanted = torch.tensor(
+        [[plain_reward(reward, [*text, c]) for c in each] for text, each in zip(prompts, candidates.tolist())]
+    )
+    torch.testing.assert_close(rows.siblings(candidates), wanted, atol=1e-5, rtol=1e-4)
+    assert rows.forwards.tolist() == [4, 4]
+    after = [plain_reward(reward, [*text, 3]) for text in prompts]
+    torch.testing.assert_close(rows.advance(torch.tensor([[3], [3]]))[:, 0], torch.tensor(after), atol=1e-5, rtol=1e-4)
