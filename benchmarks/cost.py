@@ -171,15 +171,13 @@ def published(costs: dict[str, Any]) -> str:
 
 
 def table(costs: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "| batch | method | seconds | to the base | first token, s | forwards a token | peak MiB |",
-        "|---" * 7 + "|",
-    ]
+    """Markdown; without the column of peak memory where that was not measured."""
+    titles = ["batch", "method", "seconds", "to the base", "first token, s", "forwards a token"]
+    titles += ["peak MiB"] if costs["peak_mib"] else []
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for batch, measured in costs["batches"].items():
         for name, row in measured.items():
             forwards = ", ".join(f"{member} {count:.2g}" for member, count in row["forwards_per_token"].items())
-            memory = costs["peak_mib"].get(name)
             cells = [
                 batch,
                 name,
@@ -188,7 +186,10 @@ def table(costs: dict[str, Any]) -> str:
                 text(row["first_token_seconds"]),
                 forwards,
             ]
-            lines.append(f"| {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f}'} |")
+            if costs["peak_mib"]:
+                memory = costs["peak_mib"].get(name)
+                cells.append("" if memory is None else f"{memory:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

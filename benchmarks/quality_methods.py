@@ -32,12 +32,14 @@ REWARD = Path(__file__).parent / "baselines" / "positive_reward"
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is run. best_of: values of N. args_weights: the sweep of w. k: candidates of ARGS. Transfer-Q, by far
-    the dearest, has its own k, tokens of a rollout, and prompts, the first ones. points: of a front."""
+    """How much is run. best_of: values of N. args_weights: the sweep of w. k: candidates of ARGS. dear_prompts: of
+    best-of-N and ARGS, the first ones. Transfer-Q, by far the dearest, has its own k, tokens of a rollout, and prompts.
+    points: of a front."""
 
     prompts: int
     tokens: int
     seeds: int
+    dear_prompts: int
     best_of: tuple[int, ...]
     args_weights: tuple[float, ...]
     k: int
@@ -50,15 +52,15 @@ class Size:
 
 SIZES = {
     "full": Size(
-        prompts=64, tokens=48, seeds=3, best_of=(2, 16), args_weights=(1.0, 3.0, 10.0), k=10,
+        prompts=64, tokens=48, seeds=3, dear_prompts=64, best_of=(2, 16), args_weights=(1.0, 3.0, 10.0), k=10,
         transfer_k=10, rollout=20, transfer_prompts=64, front_prompts=32, points=11,
     ),
     "short": Size(
-        prompts=24, tokens=32, seeds=1, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
-        transfer_k=5, rollout=5, transfer_prompts=8, front_prompts=8, points=11,
+        prompts=32, tokens=24, seeds=1, dear_prompts=12, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
+        transfer_k=5, rollout=5, transfer_prompts=6, front_prompts=8, points=11,
     ),
     "quick": Size(
-        prompts=8, tokens=16, seeds=1, best_of=(4,), args_weights=(10.0,), k=4,
+        prompts=8, tokens=16, seeds=1, dear_prompts=8, best_of=(4,), args_weights=(10.0,), k=4,
         transfer_k=4, rollout=2, transfer_prompts=4, front_prompts=4, points=5,
     ),
 }  # fmt: skip
@@ -146,8 +148,9 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         return methods
 
     for n in size.best_of:
-        methods[f"best of {n}"] = lambda prompts, params, n=n: best_of_n(
-            by_arms(models), models.reward, n, prompts, params
+        methods[f"best of {n}"] = FirstPrompts(
+            lambda prompts, params, n=n: best_of_n(by_arms(models), models.reward, n, prompts, params),
+            size.dear_prompts,
         )
 
     def searched(weight: float, temperature: float) -> Method:
@@ -162,9 +165,9 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         return transfer_q(*given, weight=strongest, k=size.transfer_k, rollout=size.rollout)
 
     for w in size.args_weights:
-        methods[f"ARGS, sampling, w = {w:g}"] = searched(w, 1.0)
+        methods[f"ARGS, sampling, w = {w:g}"] = FirstPrompts(searched(w, 1.0), size.dear_prompts)
     strongest = size.args_weights[-1]
-    methods[f"ARGS, greedy, w = {strongest:g}"] = searched(strongest, 0.0)
+    methods[f"ARGS, greedy, w = {strongest:g}"] = FirstPrompts(searched(strongest, 0.0), size.dear_prompts)
     methods[f"Transfer-Q, w = {strongest:g}"] = FirstPrompts(transferred, size.transfer_prompts)
     return methods
 
