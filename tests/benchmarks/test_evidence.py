@@ -34,7 +34,8 @@ def test_where_and_when(evidence) -> None:
     found = {"machine": MACHINE, "size": {"tokens": 32, "seeds": 1}, "prompts": 12}
     found |= {"judge_accuracy": {"imdb": 0.9, "other": 0.75}, "policies_by_dpo": []}
     assert evidence.judged(found).startswith(
-        "12 prompts, up to 32 tokens, 1 seed(s). The judge's accuracy on held-out reviews: imdb 0.900, other 0.750. ARMs"
+        "12 prompts, up to 32 tokens, 1 seed(s). The judge's accuracy on held-out reviews: imdb 0.900, other 0.750. "
+        "ARMs stand in for policies. 2026"
     )
     assert "Policies by DPO: positive." in evidence.judged(found | {"policies_by_dpo": ["positive"]})
 
