@@ -66,7 +66,7 @@ class Texts:
         self.seeds, self.prompts = seeds, len(samples) // seeds
         self.texts = [sample["text"] for sample in samples]  # seed by seed
         self.tokens = self._by_prompt([sample["tokens"] for sample in samples])
-        self.nats = self._by_prompt([sample["base_nats"] for sample in samples])
+        self.nats = self._by_prompt([sample.get("base_nats", np.nan) for sample in samples])
         self.forwards = run["forwards_per_token"]
         self.seconds = run["seconds"]
 
@@ -82,9 +82,14 @@ class Texts:
 
 
 def collect(
-    models: Models, methods: dict[str, Method], folder: Path, prompts: list[list[int]], size: Size
+    models: Models,
+    methods: dict[str, Method],
+    folder: Path,
+    prompts: list[list[int]],
+    size: Size,
+    perplexity: bool = True,
 ) -> dict[str, Texts]:
-    """Runs what is not there yet. Files hold texts, never prompts."""
+    """Runs what is not there yet. Files hold texts, never prompts. perplexity: the base reads every text once more."""
     stops, tokenizer = tuple(models.engine.eos_token_ids), models.engine.tokenizer
     for name, method in methods.items():
         path = folder / f"{name}.json"
@@ -97,11 +102,13 @@ def collect(
                 forwards.update({m: forwards.get(m, 0) + n for m, n in response.forwards.items()})
                 samples.append({"ids": response.tokens, "tokens": len(response.tokens)})
         seconds = time.process_time() - start
-        asked = prompts[: len(samples) // size.seeds] * size.seeds
-        scored = models.engine.score(asked, [sample["ids"] for sample in samples])
-        for sample, score in zip(samples, scored):
+        if perplexity:
+            asked = prompts[: len(samples) // size.seeds] * size.seeds
+            scored = models.engine.score(asked, [sample["ids"] for sample in samples])
+            for sample, score in zip(samples, scored):
+                sample["base_nats"] = sum(score.base_logprobs)
+        for sample in samples:
             sample["text"] = tokenizer.decode(sample.pop("ids"), skip_special_tokens=True)
-            sample["base_nats"] = sum(score.base_logprobs)
         total = sum(sample["tokens"] for sample in samples)
         result = {
             "samples": samples,
@@ -210,7 +217,7 @@ def measure(
     methods = {name: methods[name] for name in methods if not only or name == "base" or name in only}
     folder = runs / f"{many} prompts"  # scenarios share what they have in common
     same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
-    found = collect(models, methods, folder, prompts, size)
+    found = collect(models, methods, folder, prompts, size, perplexity=scenario != "front")
     judge = judge_of(runs, name_of_size)
     about = {"scenario": scenario, "size_name": name_of_size, "size": asdict(size), "prompts": len(prompts)}
     about |= {"judge_accuracy": judge.accuracy, "policies_by_dpo": models.trained_policies, "machine": machine()}
