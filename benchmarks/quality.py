@@ -282,7 +282,7 @@ def main() -> None:
     )
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
-    parser.add_argument("--json", type=Path, help="folder for <scenario>.json")
+    parser.add_argument("--json", type=Path, help="folder for quality-<scenario>.json")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="of one scenario, only these and the base")
     parser.add_argument("--prompts", type=int, help="instead of the size's")
     parser.add_argument("--tokens", type=int, help="longest response, instead of the size's")
@@ -298,7 +298,8 @@ def main() -> None:
         result = measure(scenario, models, size, args.size, args.runs / args.size, args.methods)
         if args.json:
             args.json.mkdir(parents=True, exist_ok=True)
-            (args.json / f"quality-{scenario}.json").write_text(json.dumps(result, indent=1) + "\n")
+            tried = "-quick" if args.size == "quick" else ""  # a trial leaves the figures of the docs alone
+            (args.json / f"quality-{scenario}{tried}.json").write_text(json.dumps(result, indent=1) + "\n")
         accuracy = ", ".join(f"{source} {share:.3f}" for source, share in result["judge_accuracy"].items())
         print(f"\n{scenario}; judge's held-out accuracy: {accuracy}\n\n{table(result)}", flush=True)
 
