@@ -56,8 +56,8 @@ SIZES = {
         transfer_k=10, rollout=20, transfer_prompts=64, front_prompts=32, points=11,
     ),
     "short": Size(
-        prompts=24, tokens=24, seeds=1, dear_prompts=12, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
-        transfer_k=5, rollout=5, transfer_prompts=6, front_prompts=6, points=11,
+        prompts=24, tokens=24, seeds=1, dear_prompts=8, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
+        transfer_k=5, rollout=5, transfer_prompts=4, front_prompts=6, points=11,
     ),
     "quick": Size(
         prompts=8, tokens=16, seeds=1, dear_prompts=8, best_of=(4,), args_weights=(10.0,), k=4,
