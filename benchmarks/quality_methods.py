@@ -19,7 +19,8 @@ from baselines.mod import mod
 from baselines.soups import soup
 from baselines.trajectory_reward import TrajectoryReward
 from baselines.transfer_q import transfer_q
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from genarm_fast import ARM, GenARM, demo
@@ -57,7 +58,7 @@ SIZES = {
     ),
     "short": Size(
         prompts=24, tokens=24, seeds=1, dear_prompts=8, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
-        transfer_k=5, rollout=5, transfer_prompts=4, front_prompts=6, points=11,
+        transfer_k=5, rollout=5, transfer_prompts=4, front_prompts=4, points=11,
     ),
     "quick": Size(
         prompts=8, tokens=16, seeds=1, dear_prompts=8, best_of=(4,), args_weights=(10.0,), k=4,
@@ -103,6 +104,16 @@ class Models:
     def policy(self, adapter: Path, name: str = "policy") -> Member:
         bare = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
         return Member(name, PeftModel.from_pretrained(bare, str(adapter)).merge_and_unload().eval())
+
+    @cached_property
+    def _adapted(self) -> PeftModel:
+        bare = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
+        return PeftModel.from_pretrained(bare, str(self.policies[OBJECTIVES[0]])).eval()
+
+    def souped(self, adapter: Path) -> Member:
+        """A policy of the same shape as the first one, over weights that all soups share: valid until the next soup."""
+        set_peft_model_state_dict(self._adapted, load_file(adapter / "adapter_model.safetensors"))
+        return Member("policy", self._adapted)
 
     @cached_property
     def arm_alone(self) -> Member:
@@ -200,7 +211,7 @@ def fronts(models: Models, points: int) -> dict[str, Method]:
         def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
             with TemporaryDirectory() as folder:
                 soup([models.policies[name] for name in OBJECTIVES], [a, 1 - a], Path(folder))
-                return mixture([models.policy(Path(folder))], [1.0], prompts, params)
+                return mixture([models.souped(Path(folder))], [1.0], prompts, params)
 
         return run
 
