@@ -1,6 +1,6 @@
 """Writes the tables and plots of docs/results.md, from "Beside other methods" on, from the result files.
 
-    python benchmarks/evidence.py     from benchmarks/results/quality-*.json and cost.json
+    python benchmarks/evidence.py     from quality-{general,weak,front}.json and cost.json in benchmarks/results, where there
 
 `make evidence` and `cost.py` make those files. No figure in the tables is typed by hand.
 """
@@ -77,26 +77,29 @@ def plot_front(found: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def blocks() -> dict[str, str]:
-    """What stands between the marks of the page, by mark."""
+    """What stands between the marks of the page, by mark; of what was run."""
     found = {name: read(f"quality-{name}") for name in ("general", "weak", "front")}
-    tables = {name: f"{judged(each)}\n\n{quality.table(each)}" for name, each in found.items()}
-    costs = read("cost")
-    shape = f"{costs['tokens']} tokens, {' and '.join(map(str, costs['rounds']))} round(s). {about(costs)}"
-    return tables | {
-        "trace": told(found["front"]["trace"]),
-        "cost": f"{shape}\n\n{cost.table(costs)}",
-        "published": cost.published(costs),
-    }
+    tables = {name: f"{judged(each)}\n\n{quality.table(each)}" for name, each in found.items() if each}
+    if found["front"]:
+        tables["trace"] = told(found["front"]["trace"])
+    if costs := read("cost"):
+        shape = f"{costs['tokens']} tokens, {' and '.join(map(str, costs['rounds']))} round(s). {about(costs)}"
+        tables |= {"cost": f"{shape}\n\n{cost.table(costs)}", "published": cost.published(costs)}
+    return tables
 
 
 def main() -> None:
-    plot_front(read("quality-front"), IMAGES / "front.png")
-    cost.plot(read("cost"), read("quality-general"), IMAGES / "cost.png")
+    if front := read("quality-front"):
+        plot_front(front, IMAGES / "front.png")
+    general, costs = read("quality-general"), read("cost")
+    if general and costs:
+        cost.plot(costs, general, IMAGES / "cost.png")
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
 
 
