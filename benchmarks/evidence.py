@@ -1,6 +1,6 @@
 """Writes the tables and plots of docs/results.md, from "Beside other methods" on, from the result files.
 
-    python benchmarks/evidence.py     from quality-{general,weak,front}.json and cost.json in benchmarks/results, where there
+    python benchmarks/evidence.py     from benchmarks/results/quality-*.json and cost.json, where they are
 
 `make evidence` and `cost.py` make those files. No figure in the tables is typed by hand.
 """

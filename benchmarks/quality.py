@@ -17,14 +17,14 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from baselines.interface import Params
+from baselines.interface import Member, Params
 from quality_measures import (
     Estimate,
     distinct,
@@ -81,6 +81,19 @@ class Texts:
         return self._by_prompt(repetition(self.texts))
 
 
+def log_likelihoods(
+    model: Member, prompts: list[list[int]], responses: list[list[int]], batch: int = 16
+) -> Iterator[float]:
+    """Σ log π of each response, in nats. What a batch's prompts begin with is read once."""
+    for i in range(0, len(prompts), batch):
+        state, rows = model.start(prompts[i : i + batch]), responses[i : i + batch]
+        width = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        logits = torch.cat([state.last[:, None], *([state.advance(tokens[:, :-1])] if width > 1 else [])], 1)
+        found = logits.log_softmax(-1).gather(-1, tokens[:, :, None]).squeeze(-1)
+        yield from (float(each[: len(row)].sum()) for each, row in zip(found, rows))
+
+
 def collect(
     models: Models,
     methods: dict[str, Method],
@@ -104,9 +117,8 @@ def collect(
         seconds = time.process_time() - start
         if perplexity:
             asked = prompts[: len(samples) // size.seeds] * size.seeds
-            scored = models.engine.score(asked, [sample["ids"] for sample in samples])
-            for sample, score in zip(samples, scored):
-                sample["base_nats"] = sum(score.base_logprobs)
+            for sample, nats in zip(samples, log_likelihoods(models.base, asked, [s["ids"] for s in samples])):
+                sample["base_nats"] = nats
         for sample in samples:
             sample["text"] = tokenizer.decode(sample.pop("ids"), skip_special_tokens=True)
         total = sum(sample["tokens"] for sample in samples)
@@ -199,6 +211,12 @@ def trace(models: Models, prompt: list[int], tokens: int) -> list[dict[str, Any]
     return steps
 
 
+def methods_of(scenario: str, models: Models, size: Size) -> dict[str, Method]:
+    if scenario == "general":
+        return general(models, size)
+    return weak(models) if scenario == "weak" else fronts(models, size.points)
+
+
 def measure(
     scenario: str, models: Models, size: Size, name_of_size: str, runs: Path, only: Sequence[str] | None = None
 ) -> dict[str, Any]:
@@ -207,13 +225,7 @@ def measure(
     many = size.front_prompts if scenario == "front" else size.prompts
     chats = [[{"role": "user", "content": prompt}] for prompt in held_out_prompts()[:many]]
     prompts = [request.token_ids[0] for request in models.engine.prepare(chats)]
-    methods = {
-        "general": lambda: general(models, size),
-        "weak": lambda: weak(models),
-        "front": lambda: fronts(models, size.points),
-    }[scenario]()
-    if unknown := [name for name in only or () if name not in methods]:
-        raise SystemExit(f"--methods {unknown[0]!r}: expected some of {', '.join(methods)}")
+    methods = methods_of(scenario, models, size)
     methods = {name: methods[name] for name in methods if not only or name == "base" or name in only}
     folder = runs / f"{many} prompts"  # scenarios share what they have in common
     same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
@@ -283,17 +295,20 @@ def main() -> None:
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
     parser.add_argument("--json", type=Path, help="folder for quality-<scenario>.json")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of one scenario, only these and the base")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of general and weak, only these and the base")
     parser.add_argument("--prompts", type=int, help="instead of the size's")
     parser.add_argument("--tokens", type=int, help="longest response, instead of the size's")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    if args.methods and (len(args.scenarios) > 1 or args.scenarios == ["front"]):
-        parser.error("--methods: expected one scenario, general or weak")
+    if args.methods and "front" in args.scenarios:
+        parser.error("--methods: expected general or weak, a front is of all its points")
     torch.set_num_threads(args.threads)
     changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
     size = replace(SIZES[args.size], **changed)
     models = Models(policies(args.policy), args.reward)
+    known = [name for scenario in args.scenarios for name in methods_of(scenario, models, size)]
+    if unknown := [name for name in args.methods or () if name not in known]:
+        parser.error(f"--methods {unknown[0]!r}: expected some of {', '.join(dict.fromkeys(known))}")
     for scenario in args.scenarios:
         result = measure(scenario, models, size, args.size, args.runs / args.size, args.methods)
         if args.json:

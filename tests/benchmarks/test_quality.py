@@ -28,8 +28,9 @@ def quality(script, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def models(tiny_model, tokenizer) -> SimpleNamespace:
-    return SimpleNamespace(engine=GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1)], tokenizer=tokenizer))
+def models(script, tiny_model, tokenizer) -> SimpleNamespace:
+    engine = GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1)], tokenizer=tokenizer)
+    return SimpleNamespace(engine=engine, base=script("baselines.interface").Member("base", engine.base.model))
 
 
 @pytest.fixture
