@@ -53,7 +53,7 @@ from result_files import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
 
-JUDGE_REVIEWS = {"quick": 6000, "short": 16000}  # read, of which a half is the judge's; else all: minutes to fit
+JUDGE_REVIEWS = {"quick": 6000, "short": 6000}  # read, of which a half is the judge's; else all: minutes to fit
 
 
 class Texts:
