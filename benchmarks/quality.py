@@ -260,13 +260,14 @@ def table(result: dict[str, Any]) -> str:
         return "\n".join(lines)
     shares = sorted({key for row in result["methods"].values() for key in row if key.startswith("share")})
     titles = ["method", "win rate", "VADER win rate", "P(positive)", "tokens", "repeated trigrams", "perplexity"]
-    titles += ["distinct bigrams", "forwards a token", *shares]
+    titles += ["distinct bigrams", "forwards a token", "CPU ms a token", *shares]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row in result["methods"].items():
         forwards = ", ".join(f"{member} {count:.1f}" for member, count in row["forwards_per_token"].items())
         shown = name if row["prompts"] == result["prompts"] else f"{name} ({row['prompts']} prompts)"
         cells = [shown, text(row["win_rate"]), text(row["vader_win_rate"]), text(row["score"]), text(row["tokens"])]
         cells += [text(row["repetition"]), f"{row['perplexity']:.1f}", f"{row['distinct_2']:.2f}", forwards]
+        cells.append(f"{row['cpu_ms_per_token']:.0f}")
         cells += [text(row[share]) if share in row else "" for share in shares]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
