@@ -1,6 +1,6 @@
 """What every method of the quality tables costs, as ratios to the unguided base on the same engine.
 
-    OMP_NUM_THREADS=1 python benchmarks/cost.py [--reward FOLDER] [--tokens 128] [--batch 1 8 32] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/cost.py [--size short] [--tokens 128] [--batch 1 8 32] [--json FILE]
     python benchmarks/cost.py ... --quality quality-general.json --plot cost.png
 
 Methods take turns, round by round, in CPU time with one thread. A figure is of whole calls, prompts included, without
@@ -17,14 +17,14 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from baselines.interface import Params
 from baselines.mixture import mixture
-from quality_methods import FULL, REWARD, Method, Models, Size, by_arms, general
+from quality_methods import REWARD, SIZES, Method, Models, Size, by_arms, general
 from registry import text
 from result_files import machine
 
@@ -37,16 +37,27 @@ PUBLISHED = {"guided (H100, PALC's paper)": 5.67 / 1.79, "ARGS (H100, PALC's pap
 PUBLISHED_TO_GUIDED = {"CARDS (GenARM's paper)": 87.09 / 7.28, "Transfer-Q (GenARM's paper)": 130.53 / 7.28}
 
 
+# What is no row of its own, since it runs the same forwards as another one.
+AS_DEAR_AS = {
+    "control, w = 1": "base",
+    "control, w = 2": "base",
+    "guided, w = 0.5": "guided, w = 1",
+    "guided, w = 2": "guided, w = 1",
+    "the ARM alone": "policy",
+    "ARGS, sampling, w = 1": "ARGS, sampling, w = 10",
+    "ARGS, sampling, w = 3": "ARGS, sampling, w = 10",
+    "ARGS, greedy, w = 10": "ARGS, sampling, w = 10",
+}
+
+
 def methods(models: Models, size: Size) -> dict[str, Method]:
     """Those of the quality table, and what they are made of in other ways."""
-    found = general(models, size)
+    found = {name: method for name, method in general(models, size).items() if name not in AS_DEAR_AS}
     found["guided by the small ARM, w = 1"] = by_arms(models, small=1.0)
     found["two ARMs, w = 0.5 each"] = by_arms(models, positive=0.5, concise=0.5)
     found["published stack, w = 1"] = lambda prompts, params: mixture(
-        [models.base, models.objectives[0]], [1.0, 1.0], prompts, params
+        [models.base, models.arm_alone], [1.0, 1.0], prompts, params
     )
-    for same in ("control, w = 1", "control, w = 2", "guided, w = 0.5", "guided, w = 2"):  # as dear as another row
-        del found[same]
     return found
 
 
@@ -111,16 +122,16 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     batch, measured = next(iter(costs["batches"].items()))
+    rows = {name: measured.get(AS_DEAR_AS.get(name, name)) for name in quality["methods"]}
     shown = {
-        name: (row["to_base"]["median"], quality["methods"][name]["win_rate"])
-        for name, row in measured.items()
-        if name in quality["methods"]
+        name: (row["to_base"]["median"], quality["methods"][name]["win_rate"]) for name, row in rows.items() if row
     }
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for name, (cost, rate) in shown.items():
         spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
-        axis.errorbar(cost, rate["value"], yerr=spread, fmt="o", color="#4878a8", ecolor="#b0c4de")
-        axis.annotate(name, (cost, rate["value"]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        colour = "#c1440e" if name.startswith("guided") else "#4878a8"
+        axis.errorbar(cost, rate["value"], yerr=spread, fmt="o", color=colour, ecolor="#c8d3e0", elinewidth=0.8)
+        axis.annotate(name, (cost, rate["value"]), xytext=(6, 3), textcoords="offset points", fontsize=8)
     best, frontier = -1.0, []
     for cost, rate in sorted(shown.values(), key=lambda point: (point[0], -point[1]["value"])):
         if rate["value"] > best:
@@ -128,19 +139,45 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
             frontier.append((cost, best))
     axis.step(*zip(*frontier), where="post", color="#333333", linewidth=0.8)
     axis.set(xscale="log", xlabel=f"time of a response over the base's, batch {batch}", ylabel="win rate over the base")
+    axis.margins(x=0.15)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def published(costs: dict[str, Any]) -> str:
+    """Markdown: the published ratios beside ours at the first batch size."""
+    measured = next(iter(costs["batches"].values()))
+    to_base = {name: row["to_base"]["median"] for name, row in measured.items()}
+    guided = to_base.get("guided, w = 1")
+    ours = {
+        "guided (H100, PALC's paper)": [guided, to_base.get("published stack, w = 1")],
+        "ARGS (H100, PALC's paper)": [to_base.get("ARGS, sampling, w = 10")],
+        "Transfer-Q (GenARM's paper)": [
+            value / guided for name, value in to_base.items() if name.startswith("Transfer-Q") and guided
+        ],
+    }
+    lines = ["| published | its ratio | ours |", "|---|---|---|"]
+    for of, ratios in (
+        ("base", costs["published_to_base"]),
+        ("guided decoding", costs["published_to_guided"]),
+    ):
+        for name, ratio in ratios.items():
+            found = [f"{value:.1f}" for value in ours.get(name, []) if value is not None]
+            lines.append(
+                f"| {name}, to its {of} | {ratio:.2f} | {', and by the published stack '.join(found) or '-'} |"
+            )
+    return "\n".join(lines)
 
 
 def table(costs: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "| batch | method | seconds | to the base | first token, s | forwards a token | peak MiB |",
-        "|---" * 7 + "|",
-    ]
+    """Markdown; without the column of peak memory where that was not measured."""
+    titles = ["batch", "method", "seconds", "to the base", "first token, s", "forwards a token"]
+    titles += ["peak MiB"] if costs["peak_mib"] else []
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for batch, measured in costs["batches"].items():
         for name, row in measured.items():
             forwards = ", ".join(f"{member} {count:.2g}" for member, count in row["forwards_per_token"].items())
-            memory = costs["peak_mib"].get(name)
             cells = [
                 batch,
                 name,
@@ -149,7 +186,10 @@ def table(costs: dict[str, Any]) -> str:
                 text(row["first_token_seconds"]),
                 forwards,
             ]
-            lines.append(f"| {' | '.join(cells)} | {'' if memory is None else f'{memory:.0f}'} |")
+            if costs["peak_mib"]:
+                memory = costs["peak_mib"].get(name)
+                cells.append("" if memory is None else f"{memory:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -161,8 +201,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=1, help="of methods that search (default: 1)")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and the base")
-    parser.add_argument("--k", type=int, default=FULL.k, help=f"candidates of ARGS and Transfer-Q (default: {FULL.k})")
-    parser.add_argument("--rollout", type=int, default=FULL.rollout, help="tokens of a rollout of Transfer-Q")
+    parser.add_argument("--size", choices=SIZES, default="full", help="of quality.py: N, k and rollouts")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: a process a method")
     parser.add_argument("--quality", type=Path, help="quality.py's result for `general`, for the plot")
     parser.add_argument("--plot", type=Path, help="draw quality over cost there (PNG)")
@@ -173,7 +212,8 @@ def main() -> None:
         parser.error("--plot: expected --quality too")
     torch.set_num_threads(1)
     models = Models({}, args.reward)
-    chosen = methods(models, replace(FULL, k=args.k, rollout=args.rollout, args_weights=(10.0,)))
+    size = SIZES[args.size]
+    chosen = methods(models, size)
     if args.child:
         chosen[args.child](prompts_of(models, args.batch[0]), Params(8))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -181,14 +221,13 @@ def main() -> None:
     if unknown := sorted(set(args.methods or ()) - set(chosen)):
         parser.error(f"--methods: {unknown[0]!r}: expected some of {', '.join(chosen)}")
     chosen = {name: chosen[name] for name in chosen if not args.methods or name in args.methods or name == "base"}
-    own = ["--k", str(args.k), "--rollout", str(args.rollout), "--batch", str(args.batch[0])]
+    own = ["--size", args.size, "--batch", str(args.batch[0])]
     own += ["--reward", str(args.reward)] if args.reward else []
     costs = {
         "machine": machine(),
         "tokens": args.tokens,
         "rounds": [args.rounds, args.slow_rounds],
-        "k": args.k,
-        "rollout": args.rollout,
+        "size": asdict(size),
         "batches": {
             str(batch): measure(models, chosen, batch, args.tokens, args.rounds, args.slow_rounds)
             for batch in args.batch
@@ -200,7 +239,7 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(costs, indent=1) + "\n")
-    print(table(costs))
+    print(f"{table(costs)}\n\n{published(costs)}")
     if args.plot:
         plot(costs, json.loads(args.quality.read_text()), args.plot)
 

@@ -1,12 +1,12 @@
 """What guidance buys beside what it is compared with: three tables on SmolLM2-135M, each by one command.
 
-    python benchmarks/quality.py general|weak|front [--quick] [--reward FOLDER] [--policy OBJECTIVE=FOLDER]
+    python benchmarks/quality.py general|weak|front [--short | --quick] [--reward FOLDER] [--policy OBJECTIVE=FOLDER]
 
-Resumable: a method's responses are one file in --runs, written whole, and what exists is not run again. `--quick` is
-a reduced size, with few prompts and short texts; its intervals are as wide as that makes them. Every method gets the
-same prompts, seeds and lengths. The judge is fitted on film reviews of which no ARM, policy or reward model saw one
-(split by hash of the text), and its accuracy on held-out reviews stands in every result; VADER, a lexicon, is a second
-opinion.
+Resumable: a method's responses are one file in --runs, written whole, and what exists is not run again. `--short` and
+`--quick` are reduced sizes, with fewer prompts and short texts; their intervals are as wide as that makes them. Every
+method gets the same prompts, seeds and lengths; one that is too dear gets the first prompts, and its row says so. The
+judge is fitted on film reviews of which no ARM, policy or reward model saw one (split by hash of the text), and its
+accuracy on held-out reviews stands in every result; VADER, a lexicon, is a second opinion.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from baselines.interface import Params
+from baselines.interface import Member, Params
 from quality_measures import (
     Estimate,
     distinct,
@@ -37,10 +37,9 @@ from quality_measures import (
     win_rate,
 )
 from quality_methods import (
-    FULL,
     OBJECTIVES,
-    QUICK,
     REWARD,
+    SIZES,
     Method,
     Models,
     Size,
@@ -54,28 +53,56 @@ from result_files import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
 
-JUDGE_REVIEWS = {"quick": 6000, "full": None}  # read, of which a half is the judge's: fitting takes minutes on all
+JUDGE_REVIEWS = {"quick": 6000, "short": 6000}  # read, of which a half is the judge's; else all: minutes to fit
 
 
 class Texts:
-    """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token."""
+    """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token.
 
-    def __init__(self, run: dict[str, Any], prompts: int) -> None:
+    A method that was asked the first prompts only is compared with others on these: `first`."""
+
+    def __init__(self, run: dict[str, Any], seeds: int) -> None:
         samples = run["samples"]
-        self.texts = [sample["text"] for sample in samples]
-        self.tokens = np.array([sample["tokens"] for sample in samples], float).reshape(-1, prompts).T
-        self.nats = np.array([sample["base_nats"] for sample in samples]).reshape(-1, prompts).T
+        self.seeds, self.prompts = seeds, len(samples) // seeds
+        self.texts = [sample["text"] for sample in samples]  # seed by seed
+        self.tokens = self._by_prompt([sample["tokens"] for sample in samples])
+        self.nats = self._by_prompt([sample.get("base_nats", np.nan) for sample in samples])
         self.forwards = run["forwards_per_token"]
         self.seconds = run["seconds"]
 
-    def scores(self, judge: Any) -> np.ndarray:
-        return np.asarray(judge(self.texts)).reshape(self.tokens.T.shape).T
+    def _by_prompt(self, values: Any) -> np.ndarray:
+        return np.asarray(values, float).reshape(self.seeds, self.prompts).T
+
+    def scores(self, judge: Any, prompts: int | None = None) -> np.ndarray:
+        """Of each text [prompts, seeds], of the first so many prompts if asked."""
+        return self._by_prompt(judge(self.texts))[:prompts]
+
+    def repetition(self) -> np.ndarray:
+        return self._by_prompt(repetition(self.texts))
+
+
+def log_likelihoods(
+    model: Member, prompts: list[list[int]], responses: list[list[int]], batch: int = 16
+) -> Iterator[float]:
+    """Σ log π of each response, in nats. What a batch's prompts begin with is read once."""
+    for i in range(0, len(prompts), batch):
+        state, rows = model.start(prompts[i : i + batch]), responses[i : i + batch]
+        width = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        logits = torch.cat([state.last[:, None], *([state.advance(tokens[:, :-1])] if width > 1 else [])], 1)
+        found = logits.log_softmax(-1).gather(-1, tokens[:, :, None]).squeeze(-1)
+        yield from (float(each[: len(row)].sum()) for each, row in zip(found, rows))
 
 
 def collect(
-    models: Models, methods: dict[str, Method], folder: Path, prompts: list[list[int]], size: Size
+    models: Models,
+    methods: dict[str, Method],
+    folder: Path,
+    prompts: list[list[int]],
+    size: Size,
+    perplexity: bool = True,
 ) -> dict[str, Texts]:
-    """Runs what is not there yet. Files hold texts, never prompts."""
+    """Runs what is not there yet. Files hold texts, never prompts. perplexity: the base reads every text once more."""
     stops, tokenizer = tuple(models.engine.eos_token_ids), models.engine.tokenizer
     for name, method in methods.items():
         path = folder / f"{name}.json"
@@ -88,10 +115,12 @@ def collect(
                 forwards.update({m: forwards.get(m, 0) + n for m, n in response.forwards.items()})
                 samples.append({"ids": response.tokens, "tokens": len(response.tokens)})
         seconds = time.process_time() - start
-        scored = models.engine.score(prompts * size.seeds, [sample["ids"] for sample in samples])
-        for sample, score in zip(samples, scored):
+        if perplexity:
+            asked = prompts[: len(samples) // size.seeds] * size.seeds
+            for sample, nats in zip(samples, log_likelihoods(models.base, asked, [s["ids"] for s in samples])):
+                sample["base_nats"] = nats
+        for sample in samples:
             sample["text"] = tokenizer.decode(sample.pop("ids"), skip_special_tokens=True)
-            sample["base_nats"] = sum(score.base_logprobs)
         total = sum(sample["tokens"] for sample in samples)
         result = {
             "samples": samples,
@@ -103,7 +132,7 @@ def collect(
         partial.write_text(json.dumps(result))
         os.replace(partial, path)
         print(f"{name}: {total} tokens in {seconds:.0f} s of CPU time", flush=True)
-    return {name: Texts(json.loads((folder / f"{name}.json").read_text()), len(prompts)) for name in methods}
+    return {name: Texts(json.loads((folder / f"{name}.json").read_text()), size.seeds) for name in methods}
 
 
 def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
@@ -115,16 +144,16 @@ def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
     note.write_text(json.dumps(inputs, indent=1))
 
 
-def judge_of(runs: Path, quick: bool) -> Any:
+def judge_of(runs: Path, size: str) -> Any:
     """The sentiment judge; fitted once a folder."""
     from judge import SentimentJudge
     from reviews import digest, load
 
-    path = runs / f"judge-{'quick' if quick else 'full'}.pickle"
+    path = runs / "judge.pickle"
     if not path.exists():
         reviews = sorted(load(), key=lambda review: digest(review.text))
         runs.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(SentimentJudge(reviews[: JUDGE_REVIEWS["quick" if quick else "full"]])))
+        path.write_bytes(pickle.dumps(SentimentJudge(reviews[: JUDGE_REVIEWS.get(size)])))
     return pickle.loads(path.read_bytes())
 
 
@@ -133,12 +162,14 @@ def described(texts: Texts, judge: Any, base: Texts) -> dict[str, Any]:
     from judge import vader
 
     per_token = -texts.nats.sum(1) / texts.tokens.sum(1)
+    many = texts.prompts
     return {
-        "win_rate": asdict(win_rate(texts.scores(judge), base.scores(judge))),
+        "prompts": many,
+        "win_rate": asdict(win_rate(texts.scores(judge), base.scores(judge, many))),
         "score": asdict(mean(texts.scores(judge).mean(1))),
-        "vader_win_rate": asdict(win_rate(texts.scores(vader), base.scores(vader))),
+        "vader_win_rate": asdict(win_rate(texts.scores(vader), base.scores(vader, many))),
         "tokens": asdict(mean(texts.tokens.mean(1))),
-        "repetition": asdict(mean(repetition(texts.texts).reshape(-1, len(texts.tokens)).T.mean(1))),
+        "repetition": asdict(mean(texts.repetition().mean(1))),
         "perplexity": float(np.exp(np.average(per_token, weights=texts.tokens.sum(1)))),
         "distinct_2": distinct(texts.texts),
         "forwards_per_token": texts.forwards,
@@ -180,27 +211,27 @@ def trace(models: Models, prompt: list[int], tokens: int) -> list[dict[str, Any]
     return steps
 
 
+def methods_of(scenario: str, models: Models, size: Size) -> dict[str, Method]:
+    if scenario == "general":
+        return general(models, size)
+    return weak(models) if scenario == "weak" else fronts(models, size.points)
+
+
 def measure(
-    scenario: str, models: Models, size: Size, runs: Path, quick: bool, only: Sequence[str] | None = None
+    scenario: str, models: Models, size: Size, name_of_size: str, runs: Path, only: Sequence[str] | None = None
 ) -> dict[str, Any]:
     from prompts import held_out_prompts
 
     many = size.front_prompts if scenario == "front" else size.prompts
     chats = [[{"role": "user", "content": prompt}] for prompt in held_out_prompts()[:many]]
     prompts = [request.token_ids[0] for request in models.engine.prepare(chats)]
-    methods = {
-        "general": lambda: general(models, size),
-        "weak": lambda: weak(models),
-        "front": lambda: fronts(models, size.points),
-    }[scenario]()
-    if unknown := [name for name in only or () if name not in methods]:
-        raise SystemExit(f"--methods {unknown[0]!r}: expected some of {', '.join(methods)}")
+    methods = methods_of(scenario, models, size)
     methods = {name: methods[name] for name in methods if not only or name == "base" or name in only}
     folder = runs / f"{many} prompts"  # scenarios share what they have in common
     same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
-    found = collect(models, methods, folder, prompts, size)
-    judge = judge_of(runs, quick)
-    about = {"scenario": scenario, "quick": quick, "size": asdict(size), "prompts": len(prompts)}
+    found = collect(models, methods, folder, prompts, size, perplexity=scenario != "front")
+    judge = judge_of(runs, name_of_size)
+    about = {"scenario": scenario, "size_name": name_of_size, "size": asdict(size), "prompts": len(prompts)}
     about |= {"judge_accuracy": judge.accuracy, "policies_by_dpo": models.trained_policies, "machine": machine()}
     if scenario == "front":
         return about | {"methods": front_figures(found, judge, size), "trace": trace(models, prompts[0], 24)}
@@ -229,12 +260,14 @@ def table(result: dict[str, Any]) -> str:
         return "\n".join(lines)
     shares = sorted({key for row in result["methods"].values() for key in row if key.startswith("share")})
     titles = ["method", "win rate", "VADER win rate", "P(positive)", "tokens", "repeated trigrams", "perplexity"]
-    titles += ["distinct bigrams", "forwards a token", *shares]
+    titles += ["distinct bigrams", "forwards a token", "CPU ms a token", *shares]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row in result["methods"].items():
         forwards = ", ".join(f"{member} {count:.1f}" for member, count in row["forwards_per_token"].items())
-        cells = [name, text(row["win_rate"]), text(row["vader_win_rate"]), text(row["score"]), text(row["tokens"])]
+        shown = name if row["prompts"] == result["prompts"] else f"{name} ({row['prompts']} prompts)"
+        cells = [shown, text(row["win_rate"]), text(row["vader_win_rate"]), text(row["score"]), text(row["tokens"])]
         cells += [text(row["repetition"]), f"{row['perplexity']:.1f}", f"{row['distinct_2']:.2f}", forwards]
+        cells.append(f"{row['cpu_ms_per_token']:.0f}")
         cells += [text(row[share]) if share in row else "" for share in shares]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -253,31 +286,36 @@ def policies(given: Sequence[str]) -> dict[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=["general", "weak", "front"])
-    parser.add_argument("--quick", action="store_true", help="the reduced size")
+    parser.add_argument(
+        "--short", dest="size", action="store_const", const="short", default="full", help="one seed: an hour of a core"
+    )
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="a few prompts: minutes")
     parser.add_argument(
         "--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output (default: ours)"
     )
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
-    parser.add_argument("--json", type=Path, help="folder for <scenario>.json")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of one scenario, only these and the base")
+    parser.add_argument("--json", type=Path, help="folder for quality-<scenario>.json")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of general and weak, only these and the base")
     parser.add_argument("--prompts", type=int, help="instead of the size's")
     parser.add_argument("--tokens", type=int, help="longest response, instead of the size's")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    if args.methods and (len(args.scenarios) > 1 or args.scenarios == ["front"]):
-        parser.error("--methods: expected one scenario, general or weak")
+    if args.methods and "front" in args.scenarios:
+        parser.error("--methods: expected general or weak, a front is of all its points")
     torch.set_num_threads(args.threads)
-    size = QUICK if args.quick else FULL
     changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
-    size = replace(size, **changed)
+    size = replace(SIZES[args.size], **changed)
     models = Models(policies(args.policy), args.reward)
+    known = [name for scenario in args.scenarios for name in methods_of(scenario, models, size)]
+    if unknown := [name for name in args.methods or () if name not in known]:
+        parser.error(f"--methods {unknown[0]!r}: expected some of {', '.join(dict.fromkeys(known))}")
     for scenario in args.scenarios:
-        runs = args.runs / ("quick" if args.quick else "full")
-        result = measure(scenario, models, size, runs, args.quick, args.methods)
+        result = measure(scenario, models, size, args.size, args.runs / args.size, args.methods)
         if args.json:
             args.json.mkdir(parents=True, exist_ok=True)
-            (args.json / f"quality-{scenario}.json").write_text(json.dumps(result, indent=1) + "\n")
+            tried = "-quick" if args.size == "quick" else ""  # a trial leaves the figures of the docs alone
+            (args.json / f"quality-{scenario}{tried}.json").write_text(json.dumps(result, indent=1) + "\n")
         accuracy = ", ".join(f"{source} {share:.3f}" for source, share in result["judge_accuracy"].items())
         print(f"\n{scenario}; judge's held-out accuracy: {accuracy}\n\n{table(result)}", flush=True)
 

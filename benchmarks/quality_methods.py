@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from baselines.args import args as args_search
@@ -20,7 +19,8 @@ from baselines.mod import mod
 from baselines.soups import soup
 from baselines.trajectory_reward import TrajectoryReward
 from baselines.transfer_q import transfer_q
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from genarm_fast import ARM, GenARM, demo
@@ -31,24 +31,40 @@ OBJECTIVES = ("positive", "concise")
 REWARD = Path(__file__).parent / "baselines" / "positive_reward"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is run. best_of: values of N. args_weights: the sweep of w. k, rollout: of ARGS and Transfer-Q.
+    """How much is run. best_of: values of N. args_weights: the sweep of w. k: candidates of ARGS. dear_prompts: of
+    best-of-N and ARGS, the first ones. Transfer-Q, by far the dearest, has its own k, tokens of a rollout, and prompts.
     points: of a front."""
 
     prompts: int
     tokens: int
     seeds: int
+    dear_prompts: int
     best_of: tuple[int, ...]
     args_weights: tuple[float, ...]
     k: int
+    transfer_k: int
     rollout: int
+    transfer_prompts: int
     front_prompts: int
     points: int
 
 
-FULL = Size(64, 48, 3, (2, 16), (1.0, 3.0, 10.0), 10, 20, 32, 11)
-QUICK = Size(12, 20, 1, (4,), (10.0,), 4, 2, 4, 5)
+SIZES = {
+    "full": Size(
+        prompts=64, tokens=48, seeds=3, dear_prompts=64, best_of=(2, 16), args_weights=(1.0, 3.0, 10.0), k=10,
+        transfer_k=10, rollout=20, transfer_prompts=64, front_prompts=32, points=11,
+    ),
+    "short": Size(
+        prompts=24, tokens=24, seeds=1, dear_prompts=8, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
+        transfer_k=5, rollout=5, transfer_prompts=4, front_prompts=6, points=11,
+    ),
+    "quick": Size(
+        prompts=8, tokens=16, seeds=1, dear_prompts=8, best_of=(4,), args_weights=(10.0,), k=4,
+        transfer_k=4, rollout=2, transfer_prompts=4, front_prompts=4, points=5,
+    ),
+}  # fmt: skip
 
 
 class Models:
@@ -90,8 +106,33 @@ class Models:
         return Member(name, PeftModel.from_pretrained(bare, str(adapter)).merge_and_unload().eval())
 
     @cached_property
+    def _adapted(self) -> PeftModel:
+        bare = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, trust_remote_code=False)
+        return PeftModel.from_pretrained(bare, str(self.policies[OBJECTIVES[0]])).eval()
+
+    def souped(self, adapter: Path) -> Member:
+        """A policy of the same shape as the first one, over weights that all soups share: valid until the next soup."""
+        set_peft_model_state_dict(self._adapted, load_file(adapter / "adapter_model.safetensors"))
+        return Member("policy", self._adapted)
+
+    @cached_property
+    def arm_alone(self) -> Member:
+        return self.policy(demo.arm(OBJECTIVES[0]), "ARM")
+
+    @cached_property
     def objectives(self) -> list[Member]:
         return [self.policy(self.policies[name], name) for name in OBJECTIVES]
+
+
+@dataclass(frozen=True)
+class FirstPrompts:
+    """A method too dear for all prompts."""
+
+    run: Method
+    prompts: int
+
+    def __call__(self, prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
+        return self.run(prompts[: self.prompts], params)
 
 
 def by_arms(models: Models, temperature: float = 1.0, **weights: float) -> Method:
@@ -111,31 +152,34 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         "control, w = 1": by_arms(models, 1 / 2),  # the base as its own ARM: see baselines/sharpening.py
         "control, w = 2": by_arms(models, 1 / 3),
         **{f"guided, w = {w:g}": by_arms(models, positive=w) for w in (0.5, 1.0, 2.0)},
+        "the ARM alone": lambda prompts, params: mixture([models.arm_alone], [1.0], prompts, params),
         "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
     }
     if models.reward_folder is None:
         return methods
 
-    def rewarded(method: Any, **options: Any) -> Method:
+    for n in size.best_of:
+        methods[f"best of {n}"] = FirstPrompts(
+            lambda prompts, params, n=n: best_of_n(by_arms(models), models.reward, n, prompts, params),
+            size.dear_prompts,
+        )
+
+    def searched(weight: float, temperature: float) -> Method:
         def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
-            member = reward_member("reward", models.reward)
-            given = [models.base, *([models.objectives[0]] if method is transfer_q else []), member]
-            greedy = replace(params, temperature=0.0 if options.get("greedy") else 1.0)
-            rest = {name: value for name, value in options.items() if name != "greedy"}
-            return method(*given, prompts, greedy, k=size.k, **rest)
+            given = models.base, reward_member("reward", models.reward), prompts
+            return args_search(*given, replace(params, temperature=temperature), weight=weight, k=size.k)
 
         return run
 
-    for n in size.best_of:
-        methods[f"best of {n}"] = lambda prompts, params, n=n: best_of_n(models.base, models.reward, n, prompts, params)
+    def transferred(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
+        given = models.base, models.objectives[0], reward_member("reward", models.reward), prompts, params
+        return transfer_q(*given, weight=strongest, k=size.transfer_k, rollout=size.rollout)
+
     for w in size.args_weights:
-        methods[f"ARGS, sampling, w = {w:g}"] = rewarded(args_search, weight=w)
-    methods[f"ARGS, greedy, w = {size.args_weights[-1]:g}"] = rewarded(
-        args_search, weight=size.args_weights[-1], greedy=True
-    )
-    methods[f"Transfer-Q, w = {size.args_weights[-1]:g}"] = rewarded(
-        transfer_q, weight=size.args_weights[-1], rollout=size.rollout
-    )
+        methods[f"ARGS, sampling, w = {w:g}"] = FirstPrompts(searched(w, 1.0), size.dear_prompts)
+    strongest = size.args_weights[-1]
+    methods[f"ARGS, greedy, w = {strongest:g}"] = FirstPrompts(searched(strongest, 0.0), size.dear_prompts)
+    methods[f"Transfer-Q, w = {strongest:g}"] = FirstPrompts(transferred, size.transfer_prompts)
     return methods
 
 
@@ -167,7 +211,7 @@ def fronts(models: Models, points: int) -> dict[str, Method]:
         def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
             with TemporaryDirectory() as folder:
                 soup([models.policies[name] for name in OBJECTIVES], [a, 1 - a], Path(folder))
-                return mixture([models.policy(Path(folder))], [1.0], prompts, params)
+                return mixture([models.souped(Path(folder))], [1.0], prompts, params)
 
         return run
 

@@ -3,8 +3,8 @@
     s(c) = z(c) + w · r(prefix + c) for c among the k largest logits z; the argmax, or a draw from softmax(s / τ)
 
 r was trained on whole responses and is asked about beginnings of them: the weakness that GenARM's paper names. The
-reward model keeps a cache, so that a step costs it k rows of one token. The published code never ends at the stop
-token; here it is a candidate like any other, whose reward is that of the text it ends.
+reward model keeps a cache, so that a step costs it k tokens a row, in one forward. The published code never ends at the
+stop token; here it is a candidate like any other, whose reward is that of the text it ends.
 """
 
 from __future__ import annotations
@@ -41,16 +41,8 @@ def args(
 
 
 def _rewards(state: Rows, candidates: Tensor, params: Params) -> Tensor:
-    """Rewards [R, k] of each row with each candidate behind it; the rows are left as they were, k forwards dearer."""
-    rows, k = candidates.shape
-    ended, before = is_stop(candidates, params), state.last
-    state.repeat(k)
-    found = state.advance(candidates.reshape(-1, 1)).view(rows, k)
-    state.forget(1)
-    state.select(torch.arange(rows) * k)
-    state.forwards += k - 1  # `advance` counted one for each of the k copies of a row
-    state.last = before
-    return found.where(~ended, before[:, None])
+    """Rewards [R, k] of each row with each candidate behind it."""
+    return state.siblings(candidates).where(~is_stop(candidates, params), state.last[:, None])
 
 
 def is_stop(tokens: Tensor, params: Params) -> Tensor:

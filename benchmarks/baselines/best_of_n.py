@@ -11,18 +11,25 @@ from baselines.interface import Member, Params, Response
 from baselines.mixture import mixture
 
 Reward = Callable[[list[list[int]]], Tensor]  # rewards [n] of whole token sequences
+Sampler = Callable[[Sequence[Sequence[int]], Params], list[Response]]  # row i with the seed params.seed + i
 REWARD = "reward"
 
 
-def best_of_n(base: Member, reward: Reward, n: int, prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
-    """The first of equal ones. Sample j of prompt i has the seed params.seed + n · i + j. The reward model reads whole
-    responses without the token that ended them, in one forward each."""
+def best_of_n(
+    base: Member | Sampler, reward: Reward, n: int, prompts: Sequence[Sequence[int]], params: Params
+) -> list[Response]:
+    """The first of equal ones. base: a model, or what samples from it, as an engine does.
+
+    Sample j of prompt i has the seed params.seed + j · prompts + i: the first is plain sampling's response, and those
+    of a larger N begin with those of a smaller one. The reward model reads whole responses without the token that
+    ended them, in one forward each."""
     if n < 1:
         raise ValueError(f"n={n}: expected at least 1")
-    samples = mixture([base], [1.0], [prompt for prompt in prompts for _ in range(n)], params)
+    rows = [prompt for _ in range(n) for prompt in prompts]
+    samples = mixture([base], [1.0], rows, params) if isinstance(base, Member) else base(rows, params)
     best = []
     for i, prompt in enumerate(prompts):
-        mine = samples[n * i : n * (i + 1)]
+        mine = samples[i :: len(prompts)]
         forwards = sum((each.forwards for each in mine), Counter({REWARD: n}))
         rewards = reward([[*prompt, *without_stop(each.tokens, params)] for each in mine])
         best.append(Response(mine[int(rewards.argmax())].tokens, forwards))

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.interface import Member, Params, Response
 from baselines.mixture import mixture
-from baselines.pairs import chosen_pairs, dataset, lora, parse, split, training_arguments
+from baselines.pairs import BATCH, chosen_pairs, dataset, lora, parse, split, training_arguments
 from genarm_fast.train.data import Pair
 
 
@@ -30,14 +30,22 @@ def plain(policy: Member, prompts: list[list[int]], params: Params) -> list[Resp
 
 
 def trainer_of(
-    base: str | Path, pairs: list[Pair], output: Path, *, beta: float, micro_batch: int, epochs: float, **options: Any
+    base: str | Path,
+    pairs: list[Pair],
+    output: Path,
+    *,
+    beta: float,
+    micro_batch: int,
+    epochs: float,
+    batch: int = BATCH,
+    **options: Any,
 ) -> Any:
     """TRL's DPOTrainer over a fresh LoRA; its reference is the model with the LoRA switched off."""
     from trl import DPOConfig, DPOTrainer
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    arguments = training_arguments(output, micro_batch, epochs) | {"beta": beta, "max_length": 512} | options
+    arguments = training_arguments(output, micro_batch, epochs, batch) | {"beta": beta, "max_length": 512} | options
     return DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False),
         args=DPOConfig(**arguments),
@@ -62,10 +70,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     training = chosen_pairs(split(args.pairs, args.holdout_every)[0], args.max_pairs)
     start = time.perf_counter()
-    history = train(args.base, training, args.output, micro_batch=args.micro_batch, epochs=args.epochs)
+    schedule = {
+        "micro_batch": args.micro_batch,
+        "batch": args.batch,
+        "epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+    }
+    history = train(args.base, training, args.output, **schedule)
     seconds = time.perf_counter() - start
     (args.output / "report.json").write_text(
-        json.dumps({"pairs": len(training), "beta": 0.1, "seconds": seconds, "history": history}, indent=1) + "\n"
+        json.dumps({"pairs": len(training), "beta": 0.1, **schedule, "seconds": seconds, "history": history}, indent=1)
+        + "\n"
     )
     print(f"{args.output}: {len(training)} pairs in {seconds:.0f} s")
 

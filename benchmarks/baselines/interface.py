@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from genarm_fast.engine.scheduler import common_prefix
 from genarm_fast.text.prompts import left_padded
 
 
@@ -64,15 +65,25 @@ def reward_member(name: str, model: Any) -> Member:
 class Rows:
     """Texts that one model is reading, in a batch with a key-value cache.
 
-    last [R, ...]: what `read` says at each row's last token. forwards [R]: rows run so far.
+    What all prompts begin with, as the template's opening, is read once. last [R, ...]: what `read` says at each row's
+    last token. forwards [R]: rows run so far.
     """
 
     @torch.inference_mode()
     def __init__(self, member: Member, prompts: Sequence[Sequence[int]]) -> None:
-        tokens, self.mask = left_padded(prompts, 0)
+        rows = [list(prompt) for prompt in prompts]
+        opening = min(common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1)  # each keeps a token of its own
         self.member, self.cache = member, DynamicCache(config=member.model.config)
-        self.forwards = torch.zeros(len(tokens), dtype=torch.int64)
-        self.last = self._run(tokens, (self.mask.cumsum(-1) - 1).clamp(min=0), prefill=True)[:, -1]
+        self.forwards = torch.zeros(1, dtype=torch.int64)
+        if opening > 0:
+            self.mask = torch.ones(1, opening, dtype=torch.int64)
+            self._run(torch.tensor([rows[0][:opening]]), torch.arange(opening)[None], prefill=True)
+            self.cache.batch_repeat_interleave(len(rows))
+        tokens, mask = left_padded([row[opening:] for row in rows], 0)  # padded between the opening and the rest
+        self.mask = torch.cat([mask.new_ones(len(rows), opening), mask], 1)
+        self.forwards = torch.zeros(len(rows), dtype=torch.int64)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, opening:]
+        self.last = self._run(tokens, positions, prefill=True)[:, -1]
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
@@ -82,6 +93,24 @@ class Rows:
         found = self._run(tokens, start + torch.arange(tokens.shape[1]))
         self.last = found[:, -1]
         return found
+
+    @torch.inference_mode()
+    def siblings(self, tokens: Tensor) -> Tensor:
+        """What the model says at each of tokens [R, k] if it came next, [R, k, ...]; the rows stay as they were.
+
+        One forward of k tokens a row, of which each sees the text and itself: no copy of a cache."""
+        rows, k = tokens.shape
+        seen = torch.cat([self.mask[:, None].expand(-1, k, -1), torch.eye(k).expand(rows, -1, -1)], 2).bool()
+        hidden = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        output = self.member.model(
+            input_ids=tokens,
+            attention_mask=hidden[:, None],
+            position_ids=self.mask.sum(-1, keepdim=True).expand(-1, k),
+            past_key_values=self.cache,
+        )
+        self.cache.crop(-k)
+        self.forwards += k
+        return self.member.read(output)
 
     def _run(self, tokens: Tensor, positions: Tensor, *, prefill: bool = False) -> Tensor:
         self.forwards += 1

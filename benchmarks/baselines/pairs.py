@@ -45,12 +45,14 @@ def lora(task: str, **more: Any) -> LoraConfig:
     return LoraConfig(task_type=task, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", **more)
 
 
-def training_arguments(output: Path, micro_batch: int, epochs: float) -> dict[str, Any]:
-    """Options that all of TRL's trainers take, equal to those of the ARMs."""
+def training_arguments(output: Path, micro_batch: int, epochs: float, batch: int = BATCH) -> dict[str, Any]:
+    """Options that all of TRL's trainers take, equal to those of the ARMs. batch: pairs a step."""
+    if batch % micro_batch:
+        raise ValueError(f"batch={batch}: expected a multiple of micro_batch={micro_batch}")
     return {
         "output_dir": str(output),
         "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": BATCH // micro_batch,
+        "gradient_accumulation_steps": batch // micro_batch,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
@@ -75,7 +77,9 @@ def parse(description: str | None, **counts: str) -> argparse.Namespace:
     parser.add_argument("--max-pairs", type=int, help="train on so many, drawn at random (default: all)")
     parser.add_argument("--held-out-pairs", type=int, help="measure on the first so many (default: all)")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--micro-batch", type=int, default=4, help=f"pairs a forward, of {BATCH} a step (default: 4)")
+    parser.add_argument("--micro-batch", type=int, default=4, help="pairs a forward (default: 4)")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"pairs a step (default: {BATCH}, as of the ARMs)")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
     parser.add_argument("--threads", type=int, default=1)
     for name, text in counts.items():
         parser.add_argument(f"--{name}", type=int, help=text)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from baselines.pairs import chosen_pairs, dataset, lora, parse, render, split, training_arguments
+from baselines.interface import reward_member
+from baselines.pairs import BATCH, chosen_pairs, dataset, lora, parse, render, split, training_arguments
 from genarm_fast.train.data import Pair
 
 
@@ -41,17 +42,10 @@ class TrajectoryReward(nn.Module):
 
     @torch.inference_mode()
     def forward(self, sequences: list[list[int]], batch: int = 16) -> Tensor:
-        """Rewards [n] of whole token sequences, prompt and response."""
-        found = []
-        for first in range(0, len(sequences), batch):
-            rows = sequences[first : first + batch]
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-            hidden = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
-            found.append(self.head(last).squeeze(-1).float())
-        return torch.cat(found)
+        """Rewards [n] of whole token sequences, prompt and response. What a batch's rows begin with is read once: rows
+        of one prompt should stand together."""
+        asked = reward_member("reward", self)
+        return torch.cat([asked.start(sequences[i : i + batch]).last for i in range(0, len(sequences), batch)])
 
 
 def classifier_of(base: str | Path, layers: int | None) -> Any:
@@ -88,6 +82,7 @@ def train(
     layers: int | None = None,
     epochs: float = 1.0,
     micro_batch: int = 4,
+    batch: int = BATCH,
     **options: Any,
 ) -> TrajectoryReward:
     """Trains, writes the adapter into `output`, and returns the merged model. options: to TRL's RewardConfig."""
@@ -97,7 +92,7 @@ def train(
     tokenizer.pad_token = tokenizer.eos_token  # so that the head reads the token before the EOS that TRL adds
     trainer = RewardTrainer(
         model=classifier_of(base, layers),
-        args=RewardConfig(**training_arguments(output, micro_batch, epochs) | {"max_length": 512} | options),
+        args=RewardConfig(**training_arguments(output, micro_batch, epochs, batch) | {"max_length": 512} | options),
         processing_class=tokenizer,
         train_dataset=dataset(pairs, tokenizer),
         peft_config=lora("SEQ_CLS", modules_to_save=["score"]),
@@ -114,9 +109,13 @@ def main() -> None:
     training, held_out = split(args.pairs, args.holdout_every)
     training, held_out = chosen_pairs(training, args.max_pairs), held_out[: args.held_out_pairs]
     start = time.perf_counter()
-    model = train(
-        args.base, training, args.output, layers=args.layers, epochs=args.epochs, micro_batch=args.micro_batch
-    )
+    schedule = {
+        "micro_batch": args.micro_batch,
+        "batch": args.batch,
+        "epochs": args.epochs,
+        "learning_rate": args.learning_rate,
+    }
+    model = train(args.base, training, args.output, layers=args.layers, **schedule)
     seconds = time.perf_counter() - start
     share, error = accuracy(model, AutoTokenizer.from_pretrained(args.base, trust_remote_code=False), held_out)
     report = {

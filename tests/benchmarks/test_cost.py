@@ -55,6 +55,9 @@ def test_table_and_plot(costs: dict, script, tmp_path: Path) -> None:
     table = cost.table(costs)
     assert table.count("\n") == 4
     assert "| 100 |" in table
+    without = cost.table(costs | {"peak_mib": {}})
+    assert "MiB" not in without
+    assert {line.count("|") for line in without.splitlines()} == {7}
     rate = {"value": 0.7, "low": 0.6, "high": 0.8}
     quality = {"methods": {name: {"win_rate": rate} for name in ("base", "guided, w = 1", "elsewhere")}}
     cost.plot(costs, quality, tmp_path / "cost.png")

@@ -28,15 +28,16 @@ def quality(script, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def models(tiny_model, tokenizer) -> SimpleNamespace:
-    return SimpleNamespace(engine=GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1)], tokenizer=tokenizer))
+def models(script, tiny_model, tokenizer) -> SimpleNamespace:
+    engine = GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1)], tokenizer=tokenizer)
+    return SimpleNamespace(engine=engine, base=script("baselines.interface").Member("base", engine.base.model))
 
 
 @pytest.fixture
 def size(script):
     from dataclasses import replace
 
-    return replace(script("quality_methods").QUICK, prompts=3, tokens=5, seeds=2, points=3)
+    return replace(script("quality_methods").SIZES["quick"], prompts=3, tokens=5, seeds=2, points=3)
 
 
 def methods_of(script, models, asked: list[str]):
@@ -82,9 +83,24 @@ def test_runs_are_kept_and_told(quality, script, models, size, tmp_path: Path) -
     wins = ((lengths[1] > lengths[0]) + (lengths[1] == lengths[0]) / 2).mean()
     assert row["win_rate"]["value"] == pytest.approx(wins)
     assert quality.described(found["base"], Judge(), found["base"])["win_rate"]["value"] == 0.5
-    table = quality.table({"scenario": "general", "methods": {"base": row, "guided": row}})
+    table = quality.table({"scenario": "general", "prompts": 3, "methods": {"base": row, "guided": row}})
     assert table.count("\n") == 3
+    assert "prompts)" not in table
     assert f"{wins:.2f} [" in table
+
+
+def test_a_method_of_the_first_prompts_only(quality, script, models, size, tmp_path: Path) -> None:
+    """It is compared with the base on these, text by text, and its row says so."""
+    methods = methods_of(script, models, [])
+    few = script("quality_methods").FirstPrompts(methods["guided, w = 1"], 2)
+    found = quality.collect(models, methods | {"few": few}, tmp_path, PROMPTS, size)
+    assert found["few"].tokens.tolist() == found["guided, w = 1"].tokens[:2].tolist()
+    assert found["few"].nats == pytest.approx(found["guided, w = 1"].nats[:2])
+    row = quality.described(found["few"], Judge(), found["base"])
+    lengths = [np.array([len(t) for t in found[name].texts]).reshape(2, 3).T[:2] for name in ("guided, w = 1", "base")]
+    wins = ((lengths[0] > lengths[1]) + (lengths[0] == lengths[1]) / 2).mean()
+    assert row["win_rate"]["value"] == pytest.approx(wins)
+    assert "| few (2 prompts) |" in quality.table({"scenario": "general", "prompts": 3, "methods": {"few": row}})
 
 
 def test_other_inputs_are_refused(quality, tmp_path: Path) -> None:
@@ -121,7 +137,7 @@ def test_policies(quality, tmp_path: Path) -> None:
 def test_methods_of_the_scenarios(script) -> None:
     """Names alone load nothing."""
     methods = script("quality_methods")
-    models, size = methods.Models({}, methods.REWARD), methods.FULL
+    models, size = methods.Models({}, methods.REWARD), methods.SIZES["full"]
     names = set(methods.general(models, size))
     assert {"base", "control, w = 1", "best of 2", "best of 16", "ARGS, sampling, w = 3", "Transfer-Q, w = 10"} <= names
     assert not any("best of" in name for name in methods.general(methods.Models({}, None), size))

@@ -11,7 +11,22 @@ import torch
 def reward_of(reward, enumerated, tokens) -> float:
     """Of the text without its stop token, whole and without a cache."""
     kept = list(itertools.takewhile(lambda token: token != enumerated.stop, tokens))
-    return reward([[*enumerated.prompt, *kept]]).item()
+    return plain_reward(reward, [*enumerated.prompt, *kept])
+
+
+@torch.inference_mode()
+def plain_reward(reward, tokens) -> float:
+    hidden = reward.decoder(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state
+    return reward.head(hidden[0, -1]).item()
+
+
+def test_rewards_of_rows_are_those_of_each_alone(judge) -> None:
+    """Rows that share a beginning, or none, in batches of any size; the shortest is the others' beginning."""
+    reward = judge(4)
+    for rows in ([[1, 2, 3], [1, 2], [1, 2, 4, 4]], [[1, 2], [3], [4, 3, 1]], [[2, 2]], [[1, 3], [1, 3]]):
+        wanted = torch.tensor([plain_reward(reward, row) for row in rows])
+        for batch in (1, 2, 16):
+            torch.testing.assert_close(reward(rows, batch=batch), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_best_of_n(lm, judge, enumerated) -> None:
@@ -91,7 +106,7 @@ def test_args_greedy(lm, judge, enumerated) -> None:
             values = {}
             for c in z.topk(3).indices.tolist():
                 text = [*prompt, *tokens] + [c] * (c != enumerated.stop)
-                values[c] = z[c].item() + 3.0 * reward([text]).item()
+                values[c] = z[c].item() + 3.0 * plain_reward(reward, text)
             tokens.append(max(values, key=values.__getitem__))
         assert response.tokens == tokens
         assert response.forwards == {"lm0": len(tokens), "reward": 1 + 3 * len(tokens) + len(tokens) - 1}
@@ -159,6 +174,22 @@ def test_rewards_of_prefixes_are_those_of_whole_texts(judge) -> None:
     reward = judge(4)
     rows = reward_member("reward", reward).start([[1, 2, 3], [4]])
     found = rows.advance(torch.tensor([[0, 2], [3, 3]]))
-    wanted = reward([[1, 2, 3, 0], [1, 2, 3, 0, 2], [4, 3], [4, 3, 3]]).view(2, 2)
+    texts = [[1, 2, 3, 0], [1, 2, 3, 0, 2], [4, 3], [4, 3, 3]]
+    wanted = torch.tensor([plain_reward(reward, text) for text in texts]).view(2, 2)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert (found[:, 0] - found[:, 1]).abs().min() > 1e-3
+
+
+def test_siblings_see_the_text_and_themselves(judge) -> None:
+    """Each as if it came alone, over rows of different lengths; the rows go on as if nothing had been asked."""
+    from baselines.interface import reward_member
+
+    reward, prompts, candidates = judge(4), [[1, 2, 3], [1, 4]], torch.tensor([[0, 2, 2], [3, 1, 0]])
+    rows = reward_member("reward", reward).start(prompts)
+    wanted = torch.tensor(
+        [[plain_reward(reward, [*text, c]) for c in each] for text, each in zip(prompts, candidates.tolist())]
+    )
+    torch.testing.assert_close(rows.siblings(candidates), wanted, atol=1e-5, rtol=1e-4)
+    assert rows.forwards.tolist() == [4, 4]
+    after = [plain_reward(reward, [*text, 3]) for text in prompts]
+    torch.testing.assert_close(rows.advance(torch.tensor([[3], [3]]))[:, 0], torch.tensor(after), atol=1e-5, rtol=1e-4)

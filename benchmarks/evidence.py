@@ -1,0 +1,107 @@
+"""Writes the tables and plots of docs/results.md, from "Beside other methods" on, from the result files.
+
+    python benchmarks/evidence.py     from benchmarks/results/quality-*.json and cost.json, where they are
+
+`make evidence` and `cost.py` make those files. No figure in the tables is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import cost
+import quality
+from registry import RESULTS
+from report import fill  # of scripts/demo_arms, which quality.py puts on the path
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+IMAGES = PAGE.parent / "img"
+COLOURS = {"guided": "#c1440e", "MOD": "#4878a8", "soup": "#52796f"}
+
+
+def about(found: Mapping[str, Any]) -> str:
+    """Where and when, in a sentence."""
+    on = found["machine"]
+    threads = "one thread" if on["threads"] == 1 else f"{on['threads']} threads"
+    return (
+        f"{on['date']}, {on['cores']} cores of an {on['device']}, {on['capability']}, {threads}, "
+        f"while other work ran beside (load {on['load']})."
+    )
+
+
+def judged(found: Mapping[str, Any]) -> str:
+    size, trained = found["size"], found["policies_by_dpo"]
+    accuracy = ", ".join(f"{source} {share:.3f}" for source, share in found["judge_accuracy"].items())
+    policy = f"Policies by DPO: {', '.join(trained)}." if trained else "ARMs stand in for policies."
+    return (
+        f"{found['prompts']} prompts, up to {size['tokens']} tokens, {size['seeds']} seed(s). "
+        f"The judge's accuracy on held-out reviews: {accuracy}. {policy} {about(found)}"
+    )
+
+
+def told(trace: list[Mapping[str, Any]]) -> str:
+    """A text by the weights that its tokens were drawn with."""
+    parts = []
+    for weights, steps in groupby(trace, key=lambda step: step["weights"][0][:2] if step["weights"] else None):
+        text = "".join(step["text"] for step in steps).replace("\n", " ")
+        if weights is not None:
+            parts.append(f"* (positive, concise) = ({weights[0]:g}, {weights[1]:g}): “{text.strip()}”")
+    return "\n".join(parts)
+
+
+def plot_front(found: Mapping[str, Any], path: Path) -> None:
+    """Both objectives of every method's points, the share of the first one beside the ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, row in found["methods"].items():
+        xs, ys = zip(*row["points"])
+        volume = row["hypervolume"]
+        label = f"{name}: hypervolume {volume['value']:.2f} [{volume['low']:.2f}, {volume['high']:.2f}]"
+        axis.plot(xs, ys, "o-", markersize=4, linewidth=1, color=COLOURS[name], label=label)
+        for share, at in (("0", 0), ("1", -1)):
+            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8, "color": COLOURS[name]}
+            axis.annotate(share, (xs[at], ys[at]), **place)
+    axis.set(xlabel="P(positive) by the judge (labels: share of `positive`)", ylabel="1 - tokens / limit")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def blocks() -> dict[str, str]:
+    """What stands between the marks of the page, by mark; of what was run."""
+    found = {name: read(f"quality-{name}") for name in ("general", "weak", "front")}
+    tables = {name: f"{judged(each)}\n\n{quality.table(each)}" for name, each in found.items() if each}
+    if found["front"]:
+        tables["trace"] = told(found["front"]["trace"])
+    if costs := read("cost"):
+        shape = f"{costs['tokens']} tokens, {' and '.join(map(str, costs['rounds']))} round(s). {about(costs)}"
+        tables |= {"cost": f"{shape}\n\n{cost.table(costs)}", "published": cost.published(costs)}
+    return tables
+
+
+def main() -> None:
+    if front := read("quality-front"):
+        plot_front(front, IMAGES / "front.png")
+    general, costs = read("quality-general"), read("cost")
+    if general and costs:
+        cost.plot(costs, general, IMAGES / "cost.png")
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
