@@ -25,7 +25,9 @@ NVTX = ("NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID", "GENARM_FAST_NVTX"
 annotate: Any = None
 if any(map(os.environ.get, NVTX)):  # its import takes 35 ms
     with suppress(ImportError):
-        from nvtx import annotate
+        import nvtx
+
+        annotate = nvtx.annotate
 NSIGHT = annotate is not None
 _nothing = nullcontext()
 

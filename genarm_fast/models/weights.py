@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -37,7 +36,8 @@ def _copied(root: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
     Most of their attributes are empty containers. Modules that copy themselves in a way of their own still do.
     """
-    modules = [module for module in root.modules() if _copies_plainly(type(module))]
+    plain = {kind: _copies_plainly(kind) for kind in {type(module) for module in root.modules()}}
+    modules = [module for module in root.modules() if plain[type(module)]]
     for module in modules:
         memo[id(module)] = type(module).__new__(type(module))
     for module in modules:
@@ -61,7 +61,6 @@ def _copied_attribute(value: Any, memo: dict[int, Any]) -> Any:
     return made
 
 
-@cache
 def _copies_plainly(kind: type[nn.Module]) -> bool:
     return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in HOW_TO_COPY)
 

@@ -238,3 +238,11 @@ def test_a_server_gives_what_arms_were_trained_with(folder):
     args.chat_template = "mine.jinja"
     with pytest.raises(ValueError, match="--chat-template: expected none"):
         template_of(served.arms, args)
+
+
+@pytest.mark.parametrize("arguments", ["text", {"a %}{{ 1 }}{% set b": 1}, {"messages": []}])
+def test_a_record_that_training_never_writes(folder, arguments):
+    place = record(folder / "small", "odd")
+    (place / "genarm.json").write_text(json.dumps({"chat_template_kwargs": arguments}))
+    with pytest.raises(ValueError, match="odd: chat_template_kwargs"):
+        engine_args(folder / "base", place)

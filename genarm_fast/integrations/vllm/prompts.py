@@ -9,8 +9,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from genarm_fast.integrations.vllm.served import ServedARM
-from genarm_fast.models.files import read_object
+from genarm_fast.models.files import read_object, refusing
 from genarm_fast.models.loader import load_tokenizer
+from genarm_fast.text.chats import template_arguments
 from genarm_fast.text.templates import default_template
 
 PROBE = "The cat sat on the mat."  # tokenizers that put something before a text put it before this one
@@ -59,11 +60,16 @@ def trained_arguments(arms: Sequence[ServedARM]) -> dict[str, Any]:
     """What the chat template got with every row of the ARMs' training, such as {"enable_thinking": False}.
 
     Raises:
-        ValueError: two ARMs were trained with other values of one name.
+        ValueError: two ARMs were trained with other values of one name, or one records what training never does.
     """
     found: dict[str, tuple[str, Any]] = {}
     for arm in arms:
-        for name, value in (read_object(arm.name, arm.model, "genarm.json").get("chat_template_kwargs") or {}).items():
+        recorded = read_object(arm.name, arm.model, "genarm.json").get("chat_template_kwargs")
+        with refusing(f"{arm.name}: chat_template_kwargs of its genarm.json", "what training records"):
+            own = template_arguments(None, recorded)
+        for name, value in own.items():
+            if not name.isidentifier():
+                raise ValueError(f"{arm.name}: chat_template_kwargs: {name!r:.60}: expected a name of a variable")
             first, other = found.setdefault(name, (arm.name, value))
             if other != value:
                 raise ValueError(
