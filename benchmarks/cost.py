@@ -139,6 +139,8 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
             frontier.append((cost, best))
     axis.step(*zip(*frontier), where="post", color="#333333", linewidth=0.8)
     axis.set(xscale="log", xlabel=f"time of a response over the base's, batch {batch}", ylabel="win rate over the base")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.margins(x=0.15)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
