@@ -11,6 +11,7 @@ from typing import Any
 
 from genarm_fast.text.messages import Message, UnsupportedContent, as_message
 from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standard
+from genarm_fast.utils.jsonlines import loads
 
 Side = str | Message | list[Message]
 IMAGES = ("image", "images")
@@ -142,7 +143,7 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):  # as `datasets` keeps lists whose entries differ
         try:
-            tools = json.loads(tools)
+            tools = loads(tools)
         except ValueError as error:
             raise ValueError(f"field 'tools': expected a list, or the JSON of one, got {tools!r:.60}") from error
     for name, value, kind in (("tools", tools, list), ("chat_template_kwargs", options, Mapping)):

@@ -131,6 +131,25 @@ def test_failed_requests_are_reported_and_tried_again(
     assert f"1 answered, {REQUESTS - 1} kept from an earlier run, 0 failed" in " ".join(result.err.split())
 
 
+def test_an_output_that_is_not_what_its_name_says(cli: Callable, job: tuple[list[str], Path]) -> None:
+    """A job appends plain lines, which no gzip would read."""
+    command, folder = job
+    for ending in (".gz", ".zst", ".parquet"):
+        result = cli(*command, "--output", folder / f"out.jsonl{ending}")
+        assert (result.code, f"expected another ending than {ending}" in result.err) == (2, True)
+    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl"]
+
+
+def test_lines_from_stdin(job: tuple[list[str], Path]) -> None:
+    command, folder = job
+    lines = (folder / "in.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    run = [sys.executable, "-m", "genarm_fast", *command, "--input", "-", "--output", str(folder / "out.jsonl")]
+    subprocess.run(run, input=b"".join(lines), check=True, timeout=300)
+    (folder / "in.jsonl").write_bytes(b"".join(lines))
+    subprocess.run([*run[:-4], "--output", str(folder / "file.jsonl")], check=True, timeout=300)
+    assert (folder / "out.jsonl").read_bytes() == (folder / "file.jsonl").read_bytes() != b""
+
+
 def test_input_and_output_must_differ(cli: Callable, job: tuple[list[str], Path]) -> None:
     command, folder = job
     before = (folder / "in.jsonl").read_bytes()

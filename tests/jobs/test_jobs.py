@@ -257,6 +257,13 @@ def test_seeds_of_lines_and_jobs_differ() -> None:
         ('{"prompt": "a", "weights": ["1", 2]}', "weights=.*expected finite numbers"),
         ('{"prompt": "a", "logit_bias": [1]}', "logit_bias=.*expected an object"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias=.*expected an object"),
+        ('{"prompt": "a", "logit_bias": {"5": 1, "05": 2}}', "logit_bias=.*expected an object"),  # one token twice
+        ('{"prompt": "a", "logit_bias": {"\\u0665": 1}}', "logit_bias=.*expected an object"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": [{"role": "user", "role": "system", "content": "a"}]}', "the key 'role' is there twice"),
+        ('{"prompt": "a", "metadata": {"x": NaN}}', "metadata=.*nan.*: expected what an output line can hold"),
+        (r'{"prompt": "a", "metadata": "\ud800"}', "metadata=.*: expected what an output line can hold"),
+        (r'{"prompt": "a", "stop": "\ud800"}', "stop=.*: expected Unicode text"),
         ('{"text": "a"}', "text='a': expected one of"),
         ("{}", "prompt=None: expected text"),
         ('{"prompt": {"role": "user", "content": "a"}}', "prompt=.*: expected text"),

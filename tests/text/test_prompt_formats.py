@@ -44,6 +44,27 @@ def test_what_a_tokenizer_returns_is_a_prompt(tokenizer):
     assert as_prompts(padded) == [[7], [5, 6, 7]]
 
 
+@pytest.mark.parametrize("mask", [[[1]], [[1, 1], [1, 1]], torch.ones(1, 1, 2, 2), 1, [["1", "1"]]])
+def test_a_mask_of_another_shape_is_refused(mask):
+    """It would cut the prompt off where the mask ends."""
+    with pytest.raises(ValueError, match="attention_mask=.*: expected the shape of input_ids"):
+        as_prompts({"input_ids": [[5, 6]], "attention_mask": mask})
+    assert as_prompts({"input_ids": [[5, 6]], "attention_mask": [[False, True]]}) == [[6]]
+
+
+def test_prompts_as_vllm_takes_them():
+    assert as_prompts({"prompt": "the cat"}) == ["the cat"]
+    assert as_prompts([{"prompt_token_ids": [5]}, {"prompt": "a", "prompt_token_ids": None}, "b"]) == [[5], "a", "b"]
+    with pytest.raises(ValueError, match="prompts: 'multi_modal_data': expected prompt_token_ids or prompt alone"):
+        as_prompts({"prompt": "a", "multi_modal_data": {"image": 1}})
+
+
+@pytest.mark.parametrize("messages", ["hi", [5, 6], [], None, {"role": "user"}])
+def test_a_chat_without_messages(messages):
+    with pytest.raises(ValueError, match=r"prompts\[0\]: messages=.*: expected a list of messages"):
+        as_prompts({"messages": messages, "tools": []})
+
+
 def test_messages_are_kept_whole():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     message = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
