@@ -28,6 +28,9 @@ from genarm_fast.models.sizes import check_size
 from genarm_fast.models.weights import share_weights
 
 
+CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
+
+
 def check_device(device: Any) -> torch.device:
     """As torch has it; None: CUDA if there is any, else the CPU. Raises ValueError for one that is not here."""
     if device is None:
@@ -102,7 +105,7 @@ def _load(what: str, source: Source | None, kwargs: dict[str, Any], kind: Any = 
     problems = (
         ("lacks", found["missing_keys"]),
         ("has other shapes for", {name for name, *_ in found["mismatched_keys"]}),
-        ("has no place for", unexpected),
+        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANTS)}),
     )
     said = "; ".join(f"{problem} {shown(names)}" for problem, names in problems if names)
     if said:
@@ -213,8 +216,10 @@ class ModelLoader:
         if hasattr(model, "get_base_model"):
             for config in model.peft_config.values():
                 check_kind(role, config)
-            check_forward(role, model)
             inside = model.get_base_model()
+            if hasattr(inside, "get_base_model"):
+                raise ValueError(f"{role}: a PeftModel inside a PeftModel: expected one, with the inner one merged")
+            check_forward(role, model)
         elif is_adapted(model) and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"{role}: PEFT has put an adapter into this model: expected one without, loaded anew, or the PeftModel"

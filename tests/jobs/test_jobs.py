@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,10 +32,11 @@ class FakeModel:
         self.batches: list[list[Any]] = []
         self.prepared: list[Any] = []
 
-    def prepare(self, prompts: Sequence[Any], sampling_params: SamplingParams) -> None:
+    def prepare(self, prompts: Sequence[Any], sampling_params: SamplingParams) -> list[Any]:
         self.prepared += prompts
         if prompts[0] in self.refused:
             raise ValueError("too long")
+        return [SimpleNamespace(token_ids=[[1]])]
 
     def as_completed(
         self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]
