@@ -133,7 +133,9 @@ def _check_kept(name: str, value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:  # NaN, infinity or half a surrogate pair
-        raise ValueError(f"{name}={value!r:.80}: expected what an output line can hold and a resumed job find") from None
+        raise ValueError(
+            f"{name}={value!r:.80}: expected what an output line can hold and a resumed job find"
+        ) from None
 
 
 def _biases(value: Any) -> dict[int, Any]:

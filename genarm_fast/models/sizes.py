@@ -33,7 +33,9 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool, **hub: A
         return  # loading says what the repository lacks
     what = f"{member}: {Path(source, 'config.json')}" if local else f"{member}={os.fspath(source)!r}"
     if local and find_file(source, "config.json") is None:
-        inside = sorted(path.name for path in Path(source).iterdir() if any((path / name).is_file() for name in CONFIGS))
+        inside = sorted(
+            path.name for path in Path(source).iterdir() if any((path / name).is_file() for name in CONFIGS)
+        )
         meant = f"; is {' or '.join(inside[:SHOWN])} in it meant?" if inside else ""
         raise ValueError(f"{member}={os.fspath(source)!r}: expected {' or '.join(CONFIGS)} in the folder{meant}")
     with refusing(what, "a config that a causal LM can be built from"):

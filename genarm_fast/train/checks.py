@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
@@ -27,6 +28,11 @@ def check_call(config: TrainConfig, data: Rows | None, eval_data: Rows | None) -
             raise ValueError(f"{name}={getattr(config, name)!r}: expected none in the config where rows are given")
     if data is None and not config.data:
         raise ValueError("data='': expected a non-empty string, or rows given to `train`")
+    if data is not None or Path(config.data).is_file():  # which a `datasets` id or folder alone has
+        where = "rows" if data is not None else "a file"
+        for name, usual in (("dataset_split", "train"), ("dataset_config", None), ("dataset_dir", None)):
+            if (value := getattr(config, name)) != usual and config.eval_data is None:
+                raise ValueError(f"{name}={value!r}: expected none, the data is {where}")
     if eval_data is not None and config.holdout_every is not None:
         raise ValueError(f"holdout_every={config.holdout_every}: expected None when eval_data is given")
     at_once = config.micro_batch_size * processes.count()

@@ -69,6 +69,8 @@ def test_a_key_that_is_there_twice(tmp_path):
     for line in ('{"a": 1, "b": 2, "a": 1}', '{"c": [{"a": 1, "a": 2}]}'):
         assert "a" in str(json.loads(line))
         (tmp_path / "rows.jsonl").write_text('{"a": 0}\n' + line + "\n")
-        with pytest.raises(ValueError, match=r"rows\.jsonl line 2: expected a JSON object, .*the key 'a' is there twice"):
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl line 2: expected a JSON object, .*the key 'a' is there twice"
+        ):
             list(read_objects(tmp_path / "rows.jsonl"))
     assert loads('{"a": {"a": [1]}}') == {"a": {"a": [1]}}
