@@ -137,8 +137,8 @@ class SamplingParams:
             banned = {*self.suppress_tokens, *(t for t, b in (self.logit_bias or {}).items() if b == -math.inf)}
             if banned.issuperset(self.allowed_token_ids):
                 raise ValueError(
-                    f"allowed_token_ids={self.allowed_token_ids!r:.80}: expected one that suppress_tokens and logit_bias"
-                    " leave possible"
+                    f"allowed_token_ids={self.allowed_token_ids!r:.80}: expected one that suppress_tokens and"
+                    " logit_bias leave possible"
                 )
         for processor in self.logits_processors:
             if not callable(processor):

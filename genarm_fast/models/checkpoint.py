@@ -27,7 +27,6 @@ from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.sizes import check_size
 from genarm_fast.models.weights import share_weights
 
-
 CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
 
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-
 from tiny_models import build_model
 
 from genarm_fast import ARM, GenARM

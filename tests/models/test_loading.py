@@ -160,7 +160,7 @@ def test_a_matrix_under_several_names(base, tmp_path):
     tokens = torch.tensor([[3, 4, 5]])
     assert torch.allclose(found(tokens).logits, expected(tokens).logits, atol=1e-4)
     edit(tmp_path / "bank" / "adapter_model.safetensors", lambda tensors: tensors.pop(min(tensors)))
-    with pytest.raises(ValueError, match="expected the matrices of its adapter_config.json, lacks"):
+    with pytest.raises(ValueError, match=r"expected the matrices of its adapter_config\.json, lacks"):
         GenARM.from_pretrained(base, tmp_path / "bank")
 
 

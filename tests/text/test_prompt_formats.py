@@ -47,7 +47,7 @@ def test_what_a_tokenizer_returns_is_a_prompt(tokenizer):
 @pytest.mark.parametrize("mask", [[[1]], [[1, 1], [1, 1]], torch.ones(1, 1, 2, 2), 1, [["1", "1"]]])
 def test_a_mask_of_another_shape_is_refused(mask):
     """It would cut the prompt off where the mask ends."""
-    with pytest.raises(ValueError, match="attention_mask=.*: expected the shape of input_ids"):
+    with pytest.raises(ValueError, match=r"attention_mask=.*: expected the shape of input_ids"):
         as_prompts({"input_ids": [[5, 6]], "attention_mask": mask})
     assert as_prompts({"input_ids": [[5, 6]], "attention_mask": [[False, True]]}) == [[6]]
 

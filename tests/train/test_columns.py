@@ -154,7 +154,7 @@ def test_a_saved_data_set_without_splits(tmp_path):
 
 def test_a_pipe_can_not_be_read_again(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="data=.*pipe': expected a file, which a run that goes on can read again"):
+    with pytest.raises(ValueError, match=r"data=.*pipe': expected a file, which a run that goes on can read again"):
         load_pairs(str(tmp_path / "pipe"))
 
 

@@ -144,7 +144,7 @@ def test_malformed_first_rows(write_jsonl: Write, row: dict[str, Any], message: 
 def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(TEXT) + '\n{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}\n')
-    with pytest.raises(ValueError, match="line 2: expected a JSON object, .*the key 'chosen' is there twice"):
+    with pytest.raises(ValueError, match=r"line 2: expected a JSON object, .*the key 'chosen' is there twice"):
         load_pairs(str(path))
     chat = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": '[{"name": "a", "name": "b"}]'}
     with pytest.raises(ValueError, match="line 1: field 'tools': expected a list, or the JSON of one"):
