@@ -46,6 +46,15 @@ def check_device(device: Any) -> torch.device:
     return found
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raises ValueError for what transformers takes for no precision of weights."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto") or isinstance(dtype, dict):  # of each part of a composite model
+        return
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype={dtype!r:.60}: expected auto, float32, bfloat16, float16, or another float of torch")
+
+
 def _key(source: Source) -> str:
     return os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
 
@@ -140,6 +149,9 @@ class ModelLoader:
         **kwargs: Any,
     ) -> None:
         device = check_device(device)
+        check_dtype(dtype)
+        if taken := sorted({"ignore_mismatched_sizes", "output_loading_info"} & set(kwargs)):
+            raise TypeError(f"{taken[0]}: expected no such argument, what does not fit is refused")
         if sys.flags.optimize > 1:
             raise RuntimeError("python -OO, or PYTHONOPTIMIZE=2: expected at most 1, as transformers reads docstrings")
         check_quantization("quantization", quantization)

@@ -204,6 +204,15 @@ def test_stop_strings_that_are_special_tokens(model):
         model.generate("the", stop="a</s>")
 
 
+def test_a_special_token_that_no_member_can_draw(trained):
+    """A tokenizer with more tokens than there are logits: the stop could not fire."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    model = GenARM.from_pretrained(trained / "base", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: stop='<end>': token id 300: expected less than 300"):
+        model.generate("the", stop=["x", "<end>"], max_new_tokens=1)
+
+
 def test_a_response_that_goes_on_with_a_word():
     """WordPiece writes the rest of a word otherwise than a word of its own; only the joined text tells which it is."""
     vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##cat": 3, ".": 4}
