@@ -314,8 +314,11 @@ class ModelLoader:
         if expected is None or found is None:
             warnings.warn(f"{wanted}: no fingerprint to check that against, so it is believed", stacklevel=2)
         elif found != expected:
+            trained = read_object(role, source, "genarm.json").get("dtype")
+            now = str(getattr(model, "dtype", None)).removeprefix("torch.")
+            rounded = f". It was trained in float16, this is {now}: try dtype='float16'" if trained == "float16" else ""
             raise ValueError(
                 f"{wanted} with fingerprint {expected}; expected one of the loaded models ({loaded}), but their weights"
-                f" differ from those it was trained on (fingerprint {found})"
+                f" differ from those it was trained on (fingerprint {found}){rounded}"
             )
         return model
