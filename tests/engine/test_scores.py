@@ -32,7 +32,8 @@ def test_numbers_that_are_none(tiny_model, tokenizer, value):
     """Of the token itself, or of another one, after which its log-probability would pass for -inf."""
     broken = build_model("llama", 1)
     with torch.no_grad():
-        broken.lm_head.weight[42] = value
+        hidden = broken.model(torch.tensor([[5]])).last_hidden_state[0, -1]
+        broken.lm_head.weight[42] = value if value != value else hidden.sign() * 3e38  # the sum is +inf
     model = GenARM.from_pretrained(tiny_model(), ARM(broken, name="helpful"), tokenizer=tokenizer)
     for token in (42, 43):
         with pytest.raises(RuntimeError, match=r"responses\[0\]: NaN or \+inf logits from helpful at token 0"):
