@@ -194,6 +194,7 @@ class GenARM(AsyncCalls):
         Raises:
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
             MemoryError: likewise, of one whose caches take more than cache_bytes alone.
+            RuntimeError: a member gives NaN or +inf.
         """
         config = self._config()
         return score_responses(

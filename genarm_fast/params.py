@@ -133,6 +133,13 @@ class SamplingParams:
             )
         if self.allowed_token_ids == ():
             raise ValueError("allowed_token_ids=(): expected a token id at least, or None for all")
+        if self.allowed_token_ids is not None:
+            banned = {*self.suppress_tokens, *(t for t, b in (self.logit_bias or {}).items() if b == -math.inf)}
+            if banned.issuperset(self.allowed_token_ids):
+                raise ValueError(
+                    f"allowed_token_ids={self.allowed_token_ids!r:.80}: expected one that suppress_tokens and"
+                    " logit_bias leave possible"
+                )
         for processor in self.logits_processors:
             if not callable(processor):
                 raise TypeError(f"logits_processors: expected callables, got {processor!r}")
@@ -164,7 +171,7 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[We
         return dict(zip(weights, _weights(weights, weights.values())))
     if isinstance(weights, Real) and not isinstance(weights, bool):
         values: tuple[Any, ...] = (weights,)
-    elif isinstance(weights, Sequence) and not isinstance(weights, str):
+    elif isinstance(weights, Sequence) and not isinstance(weights, (str, bytes)):
         values = tuple(weights)
     elif hasattr(weights, "tolist"):  # tensors and arrays
         return check_weights(weights.tolist(), count)
@@ -271,6 +278,8 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ValueError(f"{name}={value!r}: expected non-empty strings, got {text!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no text has one
+            raise ValueError(f"{name}={value!r:.80}: expected Unicode text, got half a surrogate pair in it")
     return texts
 
 

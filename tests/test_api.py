@@ -257,6 +257,7 @@ def test_prompts_that_only_the_draft_model_cannot_read(tiny_model, tokenizer):
         ({"base": "/no/folder", "speculation": "on"}, ValueError, "speculation='on': expected"),
         ({"arms": None}, TypeError, "arms=None: expected an ARM"),
         ({"max_batchsize": 4}, TypeError, "max_batchsize: expected no such argument where all members are loaded"),
+        ({"base": ".", "ignore_mismatched_sizes": True}, TypeError, "ignore_mismatched_sizes: expected no such arg"),
         ({"tokenizer": "gpt2"}, TypeError, "tokenizer='gpt2': expected a loaded tokenizer"),
         ({"prompt_template": 5}, TypeError, "base: prompt_template=5: expected a string"),
         ({"draft_model": 5}, TypeError, "draft_model=5: expected a hub id, a folder or a loaded model"),

@@ -47,6 +47,9 @@ from genarm_fast.params import SamplingParams, check_weights
         ("stop_token_ids", 5, TypeError),
         ("stop_token_ids", "12", TypeError),
         ("ignore_eos", "no", TypeError),
+        ("weights", b"1", TypeError),
+        ("stop", "a\ud800", ValueError),  # a text never has one, so it could not fire
+        ("stop", ["b", "\udc00"], ValueError),
         ("rewards", 1, TypeError),
     ],
 )
@@ -96,3 +99,11 @@ def test_weights_are_counted():
 def test_none_is_the_default_of_every_parameter():
     assert SamplingParams(**dict.fromkeys(SamplingParams.__slots__)) == SamplingParams()
     assert SamplingParams(top_k=5, stop="a").override(top_k=None, stop=None) == SamplingParams()
+
+
+def test_allowed_tokens_that_are_all_ruled_out():
+    """Before any work, not at the first token."""
+    for banned in ({"suppress_tokens": [5, 6]}, {"suppress_tokens": [5], "logit_bias": {6: -math.inf}}):
+        with pytest.raises(ValueError, match=r"allowed_token_ids=\(5, 6\): expected one that suppress_tokens and"):
+            SamplingParams(allowed_token_ids=[5, 6], **banned)
+    SamplingParams(allowed_token_ids=[5, 6, 7], suppress_tokens=[5], logit_bias={6: -math.inf, 7: -1e30})

@@ -17,11 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from genarm_fast import jobs
 from genarm_fast.cli.display import console
 from genarm_fast.cli.loading import formatted, load, read_text, resolve
+from genarm_fast.cli.process import input_path
 from genarm_fast.jobs.identity import digest, identity
 from genarm_fast.params import SamplingParams
 from genarm_fast.utils.jsonlines import dumps
 
 SHOWN_ERRORS = 5
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet")  # endings that would lie about what a job writes
 
 
 def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
@@ -30,6 +32,9 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
         raise ValueError("--input and --output: expected both, and no other prompt")
     if args.stream:
         raise ValueError("--stream: expected no --input with it")
+    if args.output.suffix in COMPRESSED:
+        raise ValueError(f"--output {args.output}: expected another ending than {args.output.suffix}, it is plain text")
+    args.input = input_path(args.input)
     out = console(stderr=True)
     with _counted(out, "checked") as count:
         requests = jobs.read_requests(args.input, params, arms=len(args.arm), keep=args.keep, progress=count)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from genarm_fast.cli.display import console, reward_table
 from genarm_fast.cli.loading import add_loading_arguments, load
 from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params, shown
+from genarm_fast.cli.process import typed
 from genarm_fast.errors import GenerationError
 from genarm_fast.params import SamplingParams, check_weights
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{member.name}: expected a model with a chat template, or --chat-template")
     arguments = {name: getattr(args, name) for name in ("tools", "chat_template_kwargs")}
     chat = Chat(model, params, args.system, arguments)
-    lines = _typed_lines() if sys.stdin.isatty() else (line.rstrip("\n") for line in sys.stdin)
+    lines = _typed_lines() if sys.stdin.isatty() else (typed(line).rstrip("\n") for line in sys.stdin)
     if sys.stdin.isatty():
         chat.console.print(f"base {args.base}, {chat.describe('weights')}; /help lists the commands", style="dim")
     for line in lines:

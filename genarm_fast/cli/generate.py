@@ -10,6 +10,7 @@ from pathlib import Path
 from genarm_fast.cli.display import console, show_report
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load, read_text
 from genarm_fast.cli.options import add_sampling_arguments, sampling_params
+from genarm_fast.cli.process import typed
 from genarm_fast.utils.jsonlines import dumps
 
 
@@ -20,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     parser.add_argument("--stream", action="store_true", help="print text as it comes (a terminal's default)")
     job = parser.add_argument_group("batch job")
-    job.add_argument("-i", "--input", type=Path, metavar="FILE", help="JSON lines: prompt, id, sampling parameters")
+    job.add_argument(
+        "-i", "--input", type=Path, metavar="FILE", help="JSON lines: prompt, id, sampling parameters; -: stdin"
+    )
     job.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON lines; an unfinished job is resumed")
     job.add_argument(
         "--keep", action="append", default=[], metavar="FIELD", help="copy this field of each line; repeat for several"
@@ -74,7 +77,7 @@ def _prompt(args: argparse.Namespace) -> str:
     elif args.prompt is None or args.prompt == "-":
         if sys.stdin.isatty():
             raise ValueError("PROMPT: expected a prompt, --prompt-file, or text on stdin")
-        text = sys.stdin.read()
+        text = typed(sys.stdin.read())
     else:
         return args.prompt
     return text.removesuffix("\n")

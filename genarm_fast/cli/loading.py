@@ -171,9 +171,10 @@ def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt
 
 
 def read_text(path: Path) -> str:
-    """A whole file. Raises ValueError naming it if it is not UTF-8."""
+    """A whole file, without the byte order mark that Windows puts first. Raises ValueError naming it if it is not
+    UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text: {error}") from error
 

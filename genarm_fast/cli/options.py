@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import json
 import math
 import re
 from collections.abc import Callable, Collection
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from genarm_fast.params import SamplingParams, Weight, check_weights
+from genarm_fast.utils.jsonlines import loads
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
@@ -108,7 +108,7 @@ def tools_list(text: str) -> list[dict[str, Any]]:
     """A JSON list of tools, or the name of a file that holds one, as an option's type."""
     what = "expected a JSON list of tools, each an object, or a file with one"
     try:
-        tools = json.loads(text if text.lstrip()[:1] in ("[", "{") else Path(text).read_text(encoding="utf-8"))
+        tools = loads(text if text.lstrip()[:1] in ("[", "{") else Path(text).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text!r:.80}: {what}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -121,11 +121,11 @@ def tools_list(text: str) -> list[dict[str, Any]]:
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object, as an option's type."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
+        value, why = loads(text), ""
+    except (ValueError, RecursionError) as error:
+        value, why = None, f": {error}"
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r:.200}: expected a JSON object{why}")
     return value
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -50,6 +51,16 @@ def usable_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (as long as the process lives)
         elif mode == "w" and hasattr(stream, "reconfigure") and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+def typed(text: str) -> str:
+    r"""Text of a standard input as Windows writes it, as others do: without a byte order mark, lines ended by \n."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def input_path(path: Path) -> Path:
+    """The file that an option names; `-` is the standard input, unless there is a file of that name."""
+    return Path("/dev/stdin") if str(path) == "-" and not path.exists() else path
 
 
 def forget_output() -> None:

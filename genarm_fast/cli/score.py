@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from rich.table import Table
 
 from genarm_fast.cli.display import console, reward_table, token_table
 from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted
+from genarm_fast.cli.process import input_path
 from genarm_fast.cli.scoring import load_to_score, score_all
 from genarm_fast.utils.jsonlines import dumps, located, read_objects
+from genarm_fast.utils.pipes import copied, is_pipe
 
 EXPECTED = (("prompt", (str, list), "text, chat messages or token ids"), ("response", str, "text"))
 
@@ -26,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         metavar="FILE",
-        help="JSON lines: prompt and response, or preference pairs as for training (prompt, chosen, rejected); .gz too",
+        help="JSON lines (.gz too; -: stdin): prompt and response, or preference pairs as for training",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     add_loading_arguments(parser, generates=False)
@@ -40,12 +43,16 @@ def run(args: argparse.Namespace) -> int:
         return _one(args)
     if given != ["input"]:
         raise ValueError("expected --prompt and --response, or --input alone")
-    _, first = next(read_objects(args.input))
-    if "response" in first:
-        return _responses(args)
-    from genarm_fast.cli.pairs import score_pairs  # imports torch and transformers
+    args.input = input_path(args.input)
+    with ExitStack() as held:
+        if is_pipe(args.input):  # it is read twice
+            args.input = Path(held.enter_context(copied(args.input)).name)
+        _, first = next(read_objects(args.input))
+        if "response" in first:
+            return _responses(args)
+        from genarm_fast.cli.pairs import score_pairs  # imports torch and transformers
 
-    return score_pairs(args)
+        return score_pairs(args)
 
 
 def _one(args: argparse.Namespace) -> int:

@@ -61,6 +61,9 @@ class RequestMaker:
             self._check_tokens(params)
             weights = self.expand_weights(params.weights)
             special = special_stops(self.members[0].tokenizer, params.stop)
+            if special and max(special) >= self.vocab_size:
+                stop = self.members[0].tokenizer.convert_ids_to_tokens(max(special))
+                raise ValueError(f"stop={stop!r}: token id {max(special)}: expected less than {self.vocab_size}")
         except ValueError as error:
             raise ValueError(f"prompts[{index}]: {error}") from None
         eos = frozenset() if params.ignore_eos else self.eos_token_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ def score_responses(
     for batch in list(batches(members, *lengths, max_batch_size, cache_bytes)):
         lines = response_logprobs(members, [encoded[i] for i in batch], [targets[i] for i in batch], vocab_size)
         for i, line in zip(batch, lines):
+            for member, values in zip(members, line):
+                if (at := next((t for t, value in enumerate(values) if math.isnan(value)), None)) is not None:
+                    raise RuntimeError(f"responses[{i}]: NaN or +inf logits from {member.name} at token {at}")
             logprobs[i] = line
     names = [member.name for member in members[1:]]
     return [
@@ -155,5 +159,7 @@ def _lanes(
         logits = torch.stack(runner.forward(piece, positions, rows, bound, lanes))
         logits = logits[..., :vocab_size].float()
         labels = targets[:, start : start + step].to(logits.device).expand(len(members), -1, -1)[..., None]
-        pieces.append((logits.gather(-1, labels)[..., 0] - logits.logsumexp(-1)).cpu())
+        total = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, labels)[..., 0] - total
+        pieces.append(logprobs.masked_fill(total == torch.inf, torch.nan).cpu())  # another token's logit is +inf
     return torch.cat(pieces, dim=-1)

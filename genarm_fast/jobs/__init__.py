@@ -6,6 +6,7 @@ line number (see `inputs`). Requests are decoded in the same groups whether or n
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,8 @@ class _Job:
 
     def run(self) -> Summary:
         done = len(self.results.answered)
+        if self.results.last is not None and sum(self.results.answered) < len(self.requests):
+            self._check_prompt(*self.results.last)
         checks = Checks(self.model.prepare, self.requests[done:], self.as_prompt)
         if done < len(self.requests):
             if isinstance(self.requests, Requests):
@@ -122,6 +125,22 @@ class _Job:
                     checks.spend(SHARE * (time.monotonic() - start))
                 first = stop
         return self.summary
+
+    def _check_prompt(self, index: int, line: bytes) -> None:
+        """Raises ValueError where the base reads a prompt otherwise than when it was answered: nothing else that a job
+        is known by tells of a template that renders the date, say."""
+        request, row = self.requests[index], json.loads(line)
+        (prepared,) = self.model.prepare([self.as_prompt(request.prompt)], request.params)
+        now = prepared.token_ids[0]
+        if request.openai is None:
+            same = row["prompt_token_ids"] == now
+        else:
+            same = row["response"]["body"]["usage"]["prompt_tokens"] == len(now)
+        if not same:
+            raise ValueError(
+                f"{self.results.path} line {index + 1}: its prompt had other tokens than it has now, as where a chat"
+                " template renders the date: expected the same; choose another output file, or overwrite"
+            )
 
     def _groups(self, requests: Sequence[JobRequest]) -> Iterator[Sequence[JobRequest]]:
         """Parts that ask for at most `most` completions each, but for a request that asks for more by itself."""

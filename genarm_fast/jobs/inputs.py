@@ -92,7 +92,10 @@ class Form:
             raise self._unknown(row)
         id, prompt, seed = row.get("id"), row.get("prompt"), row.get("seed")
         if not isinstance(id, str) or not id.isascii():
-            _check_id(id)
+            _check_kept("id", id)
+        for name in self.keep:
+            if name in row:
+                _check_kept(name, row[name])
         template = {name: row[name] for name in TEMPLATE if name in row}
         if template or not isinstance(prompt, str) or not prompt or not prompt.isascii():
             if not isinstance(prompt, (str, list)):
@@ -126,15 +129,17 @@ class Form:
         )
 
 
-def _check_id(value: Any) -> None:
+def _check_kept(name: str, value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:  # NaN, infinity or half a surrogate pair
-        raise ValueError(f"id={value!r}: expected what an output line can hold and a resumed job find") from None
+        raise ValueError(
+            f"{name}={value!r:.80}: expected what an output line can hold and a resumed job find"
+        ) from None
 
 
 def _biases(value: Any) -> dict[int, Any]:
     """JSON has only text as keys."""
-    if not isinstance(value, dict) or not all(key.isdecimal() for key in value):
-        raise ValueError(f"logit_bias={value!r}: expected an object from token ids to numbers")
+    if not isinstance(value, dict) or not all(key.isdecimal() and str(int(key)) == key for key in value):
+        raise ValueError(f"logit_bias={value!r:.200}: expected an object from token ids to numbers")
     return {int(key): bias for key, bias in value.items()}

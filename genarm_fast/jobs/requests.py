@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +14,7 @@ from genarm_fast.jobs.inputs import Form, JobRequest
 from genarm_fast.params import SamplingParams
 from genarm_fast.text.given import Prompt
 from genarm_fast.utils.jsonlines import dumps, located, parsed, read_lines
+from genarm_fast.utils.pipes import copied, is_pipe
 
 TOKEN_CHARACTERS = 4  # of a usual text
 
@@ -84,7 +82,7 @@ def read_requests(
         ValueError: naming file, line, field, value and expectation.
     """
     path, name = Path(path), str(path)
-    form, copy = Form(name, defaults, arms, keep), _copied(path) if _is_pipe(path) else None
+    form, copy = Form(name, defaults, arms, keep), copied(path) if is_pipe(path) else None
     if copy is not None:
         path = Path(copy.name)
     hashes, ids, longest, size, count = array("q"), array("q"), None, -1, 0
@@ -107,23 +105,6 @@ def read_requests(
     _check_unique(requests, ids)
     progress(count)
     return requests
-
-
-def _is_pipe(path: Path) -> bool:
-    """Whether it can be read but once. Raises ValueError for devices, of which some never end."""
-    if not path.exists() or path.is_file() or path.is_dir():
-        return False
-    if path.is_block_device() or (path.is_char_device() and not os.path.samefile(path, "/dev/stdin")):
-        raise ValueError(f"{path}: expected a file or a pipe")
-    return True
-
-
-def _copied(path: Path) -> Any:
-    copy = tempfile.NamedTemporaryFile(prefix="genarm-fast-input-", suffix=path.suffix)  # noqa: SIM115
-    with open(path, "rb") as pipe:
-        shutil.copyfileobj(pipe, copy)
-    copy.flush()
-    return copy
 
 
 def _size(prompt: Prompt) -> int:

@@ -23,7 +23,8 @@ class ResultsFile:
 
     Opening locks the file until it is closed and checks the lines that are there against as many of the requests. With
     `overwrite` it passes over them; the first write replaces them, and only then.
-    answered: for each line, True for an answer, False for an error.
+    answered: for each line, True for an answer, False for an error. last: the number of the last answer that was there,
+    and its line.
 
     Raises ValueError if it is no regular file or holds another job's lines, BlockingIOError if a running job writes it.
     """
@@ -39,6 +40,7 @@ class ResultsFile:
     ) -> None:
         self.path, self.setup = Path(path), setup
         self.answered: list[bool] = []
+        self.last: tuple[int, bytes] | None = None
         self._file = _open_locked(self.path)
         try:
             self._kept_bytes = 0 if overwrite else self._check(requests, progress)
@@ -106,6 +108,8 @@ class ResultsFile:
                     whole = line.startswith(start) and line.endswith(b"}\n") and b'"error"' not in line[len(start) :]
                     self.answered.append(whole or _checked_row(line, head).get("error") is None)
                 size += len(line)
+                if self.answered[-1]:
+                    self.last = index, line
                 if index % 1000 == 0:
                     progress(index)
         return size

@@ -30,7 +30,9 @@ LORA_FIELDS = {
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
-KEEPS_BASE = (True, False, "gaussian", "orthogonal")  # initialisations of LoRA that leave the base's weights alone
+# Initialisations of LoRA that leave the base's weights alone, and those that loading repeats, number for number.
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+REPEATED = ("pissa", "olora", "loftq")
 SHARING = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "LN_TUNING")  # kinds that do, too
 SHOWN = 3  # names of tensors in an error
 
@@ -49,6 +51,7 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
     config = _config(what, source)
     check_kind(what, config)
     _check_scales(what, config)
+    _check_initialisation(what, config)
     check_patterns(what, config, [name for name, _ in base.named_modules()])
     with refusing(what, "an adapter with weights that can be read"):
         saved = load_peft_weights(os.fspath(source), device="cpu")
@@ -60,7 +63,8 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
         adapted = PeftModel(tree, config, autocast_adapter_dtype=False)
         renamed = getattr(tree, "_checkpoint_conversion_mapping", {})
         result = adapted.load_adapter(source, "default", autocast_adapter_dtype=False, key_mapping=renamed)
-    for problem, names in (("lacks", result.missing_keys), ("has no place for", result.unexpected_keys)):
+    missing = _not_loaded(adapted, result.missing_keys)
+    for problem, names in (("lacks", missing), ("has no place for", result.unexpected_keys)):
         if names:
             raise ValueError(f"{what}: expected the matrices of its adapter_config.json, {problem} {shown(names)}")
     if fingerprint(base) != before:
@@ -113,6 +117,27 @@ def _check_scales(what: str, config: Any) -> None:
             raise ValueError(f"{what}: {name}={value!r:.60}: expected a finite number")
 
 
+def _check_initialisation(what: str, config: Any) -> None:
+    """Raises ValueError for an initialisation that gave the base other weights when training began, and that loading
+    does not repeat: from random numbers, from gradients, from activations."""
+    how = getattr(config, "init_lora_weights", True)
+    if how not in KEEPS_BASE and str(how).lower() not in REPEATED:
+        known = ", ".join(map(repr, (*KEEPS_BASE, *REPEATED)))
+        raise ValueError(
+            f"{what}: init_lora_weights={how!r:.60}: expected one of {known}. If it changed the base as training began,"
+            " convert the adapter: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...). If this base"
+            " has been changed likewise, write true there"
+        )
+
+
+def _not_loaded(adapted: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of these names whose parameter was not loaded under another name either, as VB-LoRA's bank is."""
+    missing = set(names)
+    parameters = dict(adapted.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    return [name for name in missing if id(parameters.get(name)) not in loaded]
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether PEFT has put layers of its own into a model."""
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
@@ -135,6 +160,10 @@ def _config(what: str, source: Source) -> Any:
     if kind not in kinds:
         raise ValueError(f"{what}: peft_type={kind!r}: expected one that PEFT knows: {', '.join(sorted(kinds))}")
     known = {field.name for field in fields(kinds[kind])}
+    for field in fields(kinds[kind]):
+        value = values.get(field.name, field.default)
+        if field.type in (bool, "bool") and not isinstance(value, bool | None):  # "false" would count as true
+            raise ValueError(f"{what}: {field.name}={value!r:.60}: expected true or false")
     for name, value in values.items():
         if name not in known and value:
             raise ValueError(f"{what}: {name}={value!r:.60}: expected no such setting; a newer PEFT may know it")

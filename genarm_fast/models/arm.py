@@ -49,8 +49,12 @@ class ARM:
     def __post_init__(self) -> None:
         if not isinstance(self.model, (str, os.PathLike, nn.Module)):
             raise TypeError(f"model={self.model!r}: expected a hub id, a folder or a loaded model")
-        if not isinstance(check_weights(self.weight), float):
-            raise TypeError(f"weight={self.weight!r}: expected one number")
+        try:
+            alone = isinstance(check_weights(self.weight), float)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"weight={self.weight!r:.80}: expected a finite number") from None
+        if not alone:
+            raise TypeError(f"weight={self.weight!r:.80}: expected one number")
         if self.base is not None and not isinstance(self.base, (str, os.PathLike, nn.Module)):
             raise TypeError(f"base={self.base!r:.80}: expected a hub id, a folder or a loaded model")
         if self.name is not None and not isinstance(self.name, str):

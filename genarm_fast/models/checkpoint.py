@@ -27,6 +27,8 @@ from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.sizes import check_size
 from genarm_fast.models.weights import share_weights
 
+CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
+
 
 def check_device(device: Any) -> torch.device:
     """As torch has it; None: CUDA if there is any, else the CPU. Raises ValueError for one that is not here."""
@@ -42,6 +44,15 @@ def check_device(device: Any) -> torch.device:
     if found.type != "cpu" and (accelerator is None or found.type != accelerator.type or (found.index or 0) >= count):
         raise ValueError(f"device={device!r}: expected one that is here: {here}")
     return found
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises ValueError for what transformers takes for no precision of weights."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto") or isinstance(dtype, dict):  # of each part of a composite model
+        return
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"dtype={dtype!r:.60}: expected auto, float32, bfloat16, float16, or another float of torch")
 
 
 def _key(source: Source) -> str:
@@ -102,7 +113,7 @@ def _load(what: str, source: Source | None, kwargs: dict[str, Any], kind: Any = 
     problems = (
         ("lacks", found["missing_keys"]),
         ("has other shapes for", {name for name, *_ in found["mismatched_keys"]}),
-        ("has no place for", unexpected),
+        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANTS)}),
     )
     said = "; ".join(f"{problem} {shown(names)}" for problem, names in problems if names)
     if said:
@@ -138,6 +149,9 @@ class ModelLoader:
         **kwargs: Any,
     ) -> None:
         device = check_device(device)
+        check_dtype(dtype)
+        if taken := sorted({"ignore_mismatched_sizes", "output_loading_info"} & set(kwargs)):
+            raise TypeError(f"{taken[0]}: expected no such argument, what does not fit is refused")
         if sys.flags.optimize > 1:
             raise RuntimeError("python -OO, or PYTHONOPTIMIZE=2: expected at most 1, as transformers reads docstrings")
         check_quantization("quantization", quantization)
@@ -213,8 +227,10 @@ class ModelLoader:
         if hasattr(model, "get_base_model"):
             for config in model.peft_config.values():
                 check_kind(role, config)
-            check_forward(role, model)
             inside = model.get_base_model()
+            if hasattr(inside, "get_base_model"):
+                raise ValueError(f"{role}: a PeftModel inside a PeftModel: expected one, with the inner one merged")
+            check_forward(role, model)
         elif is_adapted(model) and not getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"{role}: PEFT has put an adapter into this model: expected one without, loaded anew, or the PeftModel"
@@ -298,8 +314,11 @@ class ModelLoader:
         if expected is None or found is None:
             warnings.warn(f"{wanted}: no fingerprint to check that against, so it is believed", stacklevel=2)
         elif found != expected:
+            trained = read_object(role, source, "genarm.json").get("dtype")
+            now = str(getattr(model, "dtype", None)).removeprefix("torch.")
+            rounded = f". It was trained in float16, this is {now}: try dtype='float16'" if trained == "float16" else ""
             raise ValueError(
                 f"{wanted} with fingerprint {expected}; expected one of the loaded models ({loaded}), but their weights"
-                f" differ from those it was trained on (fingerprint {found})"
+                f" differ from those it was trained on (fingerprint {found}){rounded}"
             )
         return model

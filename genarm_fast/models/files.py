@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import safe_open
 
 from genarm_fast.models.hub import Source, find_file
 from genarm_fast.utils.disk import FULL
+from genarm_fast.utils.jsonlines import repeated
 
 MIB = 1 << 20
 JSON_LIMITS = {  # largest sizes; the largest of the hub are a tenth of these
@@ -32,6 +34,7 @@ JSON_LIMITS = {  # largest sizes; the largest of the hub are a tenth of these
     "model.safetensors.index.json": 256 * MIB,
     "pytorch_model.bin.index.json": 256 * MIB,
 }
+OURS = "genarm.json"  # training writes it; other files are read by libraries that take the last of two equal keys
 MOST_NESTED = 100  # objects and arrays inside each other; those of the hub have 10, and libraries recurse over them
 READ = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".tiktoken")  # how names end that libraries read
 TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
@@ -144,6 +147,8 @@ def _reason(error: BaseException) -> str:
         return "; it brings Python code of its own, which runs only with trust_remote_code"
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
         return ", got a pickle of more than tensors"
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f", found nothing for {text[:300]}"
     return f": {text[:300]}" if text else f", got {type(error).__name__}"
 
 
@@ -168,8 +173,13 @@ def _parsed(what: str, path: Path, limit: int) -> dict[str, Any]:
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{what}: expected a JSON object of at most {limit} bytes, got {size}")
     expected = "a JSON object in UTF-8 without a byte order mark"
+    twice: list[str] = []
     with refusing(what, expected):
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=lambda pairs: _last(pairs, twice))
+    if twice and path.name == OURS:
+        raise ValueError(f"{what}: the key {twice[0]!r:.80} is there twice: expected it once")
+    if twice:
+        warnings.warn(f"{what}: the key {twice[0]!r:.80} is there twice: the last one counts", stacklevel=2)
     if not isinstance(value, dict):
         raise ValueError(f"{what}: expected {expected}, got {type(value).__name__}")
     level: list[Any] = [value]
@@ -179,6 +189,14 @@ def _parsed(what: str, path: Path, limit: int) -> dict[str, Any]:
     if level:
         raise ValueError(f"{what}: expected a JSON object of at most {MOST_NESTED} levels, got more")
     return value
+
+
+def _last(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
+    """As `json` makes objects, and so transformers and PEFT read them; keys that were there already are noted."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice.append(repeated(pairs))
+    return row
 
 
 def _check_template(what: str, path: Path) -> None:

@@ -29,10 +29,13 @@ def locate(
 
     Raises:
         FileNotFoundError: it is nowhere. The message names it by `what`.
+        ValueError: it is a file.
     """
     name = os.fspath(source)
     if os.path.isdir(name):
         return source
+    if os.path.isfile(name):
+        raise ValueError(f"{what}={name!r}: expected a folder or a hub id, got a file: say its folder")
     if os.path.isabs(name):
         raise FileNotFoundError(f"{what}={name!r}: no such folder")
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from genarm_fast.models.arm import ARM, active_adapters, arm_names
 from genarm_fast.models.checkpoint import ModelLoader
@@ -194,6 +194,9 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
     except ValueError as error:
         if not os.path.isdir(source) or error.__cause__ is None:
             raise
+        if find_file(source, "config.json"):  # transformers looks into it first
+            with refusing(f"{member}: {Path(source, 'config.json')}", "a config that can be read"):
+                AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with refusing(f"{member}: {blame_tokenizer(member, Path(source))}", expected):
             raise error.__cause__ from None
 

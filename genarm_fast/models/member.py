@@ -42,6 +42,9 @@ class Member:
         for name, template in (("prompt_template", self.prompt_template), ("chat_template", self.chat_template)):
             if template is not None and not isinstance(template, str):
                 raise TypeError(f"{self.name}: {name}={template!r}: expected a string")
+        named = self.tokenizer.chat_template if isinstance(self.tokenizer.chat_template, dict) else ()
+        if self.chat_template is not None and "{" not in self.chat_template and self.chat_template not in named:
+            raise ValueError(f"{self.name}: chat_template={self.chat_template!r:.80}: expected a Jinja template's text")
         if self.prompt_template is not None and "{prompt}" not in self.prompt_template:
             raise ValueError(
                 f"{self.name}: prompt_template={self.prompt_template!r}: expected a text with {{prompt}} in it"

@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from genarm_fast.models.files import refusing, weight_bytes
-from genarm_fast.models.hub import Source, find_file
+from genarm_fast.models.hub import CONFIGS, Source, find_file
 
 MOST_LAYERS = 10_000  # the deepest of the hub have 126
 MOST_NUMBERS = 1 << 43  # of a model whose weights are not here yet; the largest of the hub have 2^40
 PER_BYTE = 4  # numbers that a byte of weights can hold, at 2 bits each
+SHOWN = 3  # folders in an error
 SLACK = 1 << 20  # numbers beside those, such as tables that a model computes
 
 
@@ -31,6 +32,12 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool, **hub: A
     if not local and find_file(source, "config.json") is None:
         return  # loading says what the repository lacks
     what = f"{member}: {Path(source, 'config.json')}" if local else f"{member}={os.fspath(source)!r}"
+    if local and find_file(source, "config.json") is None:
+        inside = sorted(
+            path.name for path in Path(source).iterdir() if any((path / name).is_file() for name in CONFIGS)
+        )
+        meant = f"; is {' or '.join(inside[:SHOWN])} in it meant?" if inside else ""
+        raise ValueError(f"{member}={os.fspath(source)!r}: expected {' or '.join(CONFIGS)} in the folder{meant}")
     with refusing(what, "a config that a causal LM can be built from"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0

@@ -12,6 +12,8 @@ CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 def check_supported(role: str, kind: type, config: Any) -> None:
     """Raises ValueError for a class of transformers whose attention cannot read our key-value cache."""
+    if getattr(config, "return_dict", True) is False:
+        raise ValueError(f"{role}: return_dict=False in its config: expected true, its outputs have names here")
     unsupported = set(getattr(config.get_text_config(), "layer_types", None) or ()) - CACHED_LAYERS
     if config.is_encoder_decoder or getattr(kind, "_is_stateful", False) or unsupported:
         what = ", ".join(sorted(unsupported)) or "recurrent or encoder-decoder"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from genarm_fast.text.chats import KEYS, Chat, arguments_of, is_chat_object, template_arguments
 from genarm_fast.text.messages import Message, as_message, check_text
 
 Prompt = str | list[Message] | list[int]
+VLLM = ("prompt_token_ids", "prompt")  # of a prompt as vLLM takes it; the first that is there counts
 
 
 def as_prompts(prompts: Any, *, tools: Any = None, chat_template_kwargs: Any = None) -> list[Prompt]:
@@ -52,7 +53,10 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
             arguments = template_arguments(prompt.get("tools"), prompt.get("chat_template_kwargs"))
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from None
-        return _with(arguments, index, _as_prompt(index, prompt["messages"]))
+        messages = _unwrapped(prompt["messages"])
+        if not _is_sequence(messages) or not messages or not all(isinstance(each, Mapping) for each in messages):
+            raise ValueError(f"prompts[{index}]: messages={messages!r:.80}: expected a list of messages")
+        return _with(arguments, index, _as_prompt(index, messages))
     own = arguments_of(prompt)
     if isinstance(prompt, str):
         if not prompt:
@@ -79,21 +83,27 @@ def _unwrapped(value: Any) -> Any:
     """Lists in place of tensors, arrays and what a tokenizer returns; tokens that its mask hides are left out."""
     if isinstance(value, Mapping) and "input_ids" in value:
         ids, mask = (_unwrapped(value.get(name)) for name in ("input_ids", "attention_mask"))
-        if mask is None:
+        if mask is None or not _is_sequence(ids):
             return ids
-        if ids and _is_sequence(ids[0]):
-            return [_unmasked(row, shown) for row, shown in zip(ids, mask)]
-        return _unmasked(ids, mask)
+        if not _is_sequence(mask) or len(mask) != len(ids):
+            raise ValueError(f"attention_mask={mask!r:.60}: expected the shape of input_ids")
+        return list(map(_unmasked, ids, mask)) if ids and _is_sequence(ids[0]) else _unmasked(ids, mask)
+    if isinstance(value, Mapping) and "role" not in value and any(name in value for name in VLLM):
+        if unknown := [name for name, given in value.items() if name not in VLLM and given is not None]:
+            raise ValueError(f"prompts: {unknown[0]!r}: expected {' or '.join(VLLM)} alone")
+        return _unwrapped(next((value[name] for name in VLLM if value.get(name) is not None), None))
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _unmasked(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+def _unmasked(ids: Sequence[int], mask: Sequence[float]) -> list[int]:
+    if not _is_sequence(mask) or len(mask) != len(ids) or not all(isinstance(shown, Real) for shown in mask):
+        raise ValueError(f"attention_mask={mask!r:.60}: expected the shape of input_ids")
     return [token for token, shown in zip(ids, mask) if shown]
 
 
 def _begins_a_prompt(first: Any) -> bool:
     """Whether a list that begins so is one prompt: a chat, or token ids."""
-    message = isinstance(first, Mapping) and "input_ids" not in first and not is_chat_object(first)
+    message = isinstance(first, Mapping) and not {"input_ids", *VLLM} & set(first) and not is_chat_object(first)
     return isinstance(first, Integral) or message
 
 

@@ -51,7 +51,7 @@ def _joined(message: Any, parts: Any) -> str:
         raise TypeError(f"message {message!r:.80}: expected a string or a list of parts as 'content'")
     texts = []
     for part in parts:
-        kind = part.get("type", "text")
+        kind = part.get("type") or "text"
         if kind != "text":
             raise UnsupportedContent(f"a content part of type {kind!r}: expected text parts")
         if not isinstance(part.get("text"), str):

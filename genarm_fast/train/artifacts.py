@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from typing import Any
 
 import peft
@@ -52,6 +53,8 @@ def save_weights(model: PairModel, tokenizer: Any, config: TrainConfig, base: st
         lm.to(dtype).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
+        if file.is_dir():  # of further chat templates; a kill may have left one
+            shutil.rmtree(config.folder / file.name, ignore_errors=True)
         os.replace(file, config.folder / file.name)
     partial.rmdir()
 

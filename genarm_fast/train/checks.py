@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
+from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.files import refusing
 from genarm_fast.models.hub import Source
 from genarm_fast.models.support import check_supported
@@ -27,6 +29,11 @@ def check_call(config: TrainConfig, data: Rows | None, eval_data: Rows | None) -
             raise ValueError(f"{name}={getattr(config, name)!r}: expected none in the config where rows are given")
     if data is None and not config.data:
         raise ValueError("data='': expected a non-empty string, or rows given to `train`")
+    if data is not None or Path(config.data).is_file():  # which a `datasets` id or folder alone has
+        where = "rows" if data is not None else "a file"
+        for name, usual in (("dataset_split", "train"), ("dataset_config", None), ("dataset_dir", None)):
+            if (value := getattr(config, name)) != usual and config.eval_data is None:
+                raise ValueError(f"{name}={value!r}: expected none, the data is {where}")
     if eval_data is not None and config.holdout_every is not None:
         raise ValueError(f"holdout_every={config.holdout_every}: expected None when eval_data is given")
     at_once = config.micro_batch_size * processes.count()
@@ -43,11 +50,30 @@ def check_call(config: TrainConfig, data: Rows | None, eval_data: Rows | None) -
             )
     if config.optimizer not in (names := [name.value for name in OptimizerNames]):
         raise ValueError(f"optimizer={config.optimizer!r}: expected one of {', '.join(names)}")
-    if missing := sorted(set(config.report_to) - set(found := get_available_reporting_integrations())):
+    found = get_available_reporting_integrations()
+    missing = sorted(set(config.report_to) - set(found))
+    if missing and config.report_to not in (("none",), ("all",)):  # as transformers takes them
         raise ValueError(
             f"report_to={config.report_to!r}: {missing[0]!r} is unknown to transformers or not installed: "
-            f"expected some of {', '.join(found) or 'none: none is installed'}"
+            f"expected none, all, or some of {', '.join(found) or 'those that are installed, of which there is none'}"
         )
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raises ValueError for an optimiser whose package is not installed, or that wants what no option says."""
+    arguments = TrainingArguments(output_dir=str(config.folder), optim=config.optimizer, report_to="none")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"optimizer={config.optimizer!r}: expected one that can be used here: {error}") from error
+
+
+def check_same_base(config: TrainConfig, place: Source, report: Mapping[str, Any]) -> None:
+    """Raises ValueError where a finished run was of another base; as far as its files tell, which are not loaded."""
+    rounded = report["dtype"] == "float16" and config.method == "lora"  # its fingerprint, too
+    found = None if rounded or config.trust_remote_code else checkpoint_fingerprint(place)
+    if found is not None and report["base_fingerprint"] not in (None, found):
+        raise ValueError(f"base={config.base!r}: expected the weights that the run in {config.output!r} began with")
 
 
 def check_servable(config: TrainConfig, place: Source) -> None:

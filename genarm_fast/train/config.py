@@ -139,6 +139,8 @@ class TrainConfig:
         for each in self.columns:
             name, sign, _ = each.partition("=")
             self._need("columns", bool(sign) and name in COLUMNS, f"NAME=COLUMN each, NAME of {', '.join(COLUMNS)}")
+        names = [each.partition("=")[0] for each in self.columns]
+        self._need("columns", len(set(names)) == len(names), "each NAME once")
         template = self.prompt_template
         self._need("prompt_template", template is None or "{prompt}" in template, "a text with {prompt} in it")
         template = self.chat_template

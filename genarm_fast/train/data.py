@@ -13,10 +13,12 @@ from genarm_fast.text.transcripts import is_transcript
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.formats import Dropped, Pair, parse
 from genarm_fast.utils.jsonlines import located, read_objects
+from genarm_fast.utils.pipes import is_pipe
 
 CUT = "human turn at the end cut, kept"
 SEVERAL = "several messages in a response, kept"
 SWAPPED = "also there with chosen and rejected swapped, kept"
+SPLIT = "train"  # unless another one is asked for
 SAVED = ("state.json", "dataset_dict.json")  # in folders of `save_to_disk`
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # files of these are no JSON lines
 
@@ -51,7 +53,7 @@ def reading(config: TrainConfig) -> dict[str, Any]:
 def load_pairs(
     source: str | Iterable[Mapping[str, Any]],
     *,
-    dataset_split: str = "train",
+    dataset_split: str = SPLIT,
     dataset_dir: str | None = None,
     dataset_config: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -128,11 +130,15 @@ def _rows(
     dataset_config: str | None,
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if not isinstance(source, str):
+        if isinstance(source, Mapping) and {"chosen", "rejected"} & set(source):
+            raise TypeError(f"{name}: expected rows, a list of mappings, got one mapping with {sorted(source)}")
         if isinstance(source, Mapping):  # a DatasetDict
             raise TypeError(f"{name}: expected rows, got splits {sorted(source)}: choose one of them")
         if not isinstance(source, Iterable):
             raise TypeError(f"{name}={source!r:.60}: expected rows, an iterable of mappings")
         yield from enumerate(source, 1)
+    elif is_pipe(Path(source)):
+        raise ValueError(f"{name}={source!r}: expected a file, which a run that goes on can read again, got a pipe")
     elif Path(source).is_file():
         if source.endswith(TABLES):
             raise ValueError(f"{name}={source!r}: expected JSON lines, or a folder of such tables, for `datasets`")
@@ -146,6 +152,8 @@ def _rows(
         try:
             if any((folder / file).is_file() for file in SAVED):
                 saved = load_from_disk(str(folder))
+                if not isinstance(saved, dict) and name == "data" and dataset_split != SPLIT:
+                    raise ValueError("expected a folder with splits, this is one")
                 rows = saved[dataset_split] if isinstance(saved, dict) else saved
             else:
                 rows = load_dataset(source, dataset_config, data_dir=dataset_dir, split=dataset_split)

@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from genarm_fast.text.messages import Message, UnsupportedContent, as_message
+from genarm_fast.params import check_real
+from genarm_fast.text.chats import template_arguments
+from genarm_fast.text.messages import Message, UnsupportedContent, as_message, check_text
 from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standard
+from genarm_fast.utils.jsonlines import loads
 
 Side = str | Message | list[Message]
 IMAGES = ("image", "images")
@@ -79,11 +82,16 @@ def parse(
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a row with named columns, got {row!r:.60}")
-    row = _named(row, columns, chosen_by)
+    row = _named({name: _listed(value) for name, value in row.items()}, columns, chosen_by)
     found = _detect(row)
     if found != (format or found):
         raise ValueError(f"expected the format {format!r} of the first line, got {found!r}")
     return found, _PARSERS[found](index, row)
+
+
+def _listed(value: Any) -> Any:
+    """Plain values in place of tensors and arrays, as `Dataset.with_format` gives them; lists in place of tuples."""
+    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | None) -> Mapping[str, Any]:
@@ -122,7 +130,7 @@ def _detect(row: Mapping[str, Any]) -> str:
 def _text(row: Mapping[str, Any], name: str) -> str:
     if not isinstance(row.get(name), str):
         raise ValueError(f"field {name!r}: expected a string, got {row.get(name)!r:.60}")
-    return row[name]
+    return check_text(f"field {name!r}", row[name])
 
 
 def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
@@ -142,22 +150,26 @@ def _options(row: Mapping[str, Any]) -> dict[str, Any]:
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):  # as `datasets` keeps lists whose entries differ
         try:
-            tools = json.loads(tools)
+            tools = loads(tools)
         except ValueError as error:
             raise ValueError(f"field 'tools': expected a list, or the JSON of one, got {tools!r:.60}") from error
     for name, value, kind in (("tools", tools, list), ("chat_template_kwargs", options, Mapping)):
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"field {name!r}: expected a {'list' if kind is list else 'mapping'}, got {value!r:.60}")
-    return {**(options or {}), **({"tools": tools} if tools else {})}
+    try:
+        return template_arguments(tools, options)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _margin(row: Mapping[str, Any]) -> float:
     value = row.get("margin")
     if value is None:
         return 0.0
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"field 'margin': expected a finite number, got {value!r:.60}")
-    return float(value)
+    try:
+        return check_real("margin", value, "a finite number", -math.inf)
+    except (TypeError, ValueError):
+        raise ValueError(f"field 'margin': expected a finite number, got {value!r:.60}") from None
 
 
 def _pair(
@@ -249,10 +261,14 @@ def _joined(prompt: list[Message], common: list[Message]) -> list[Message]:
 def _parse_messages(index: int, row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt")
     prefix = (
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(row, "prompt") if prompt else []
+        [{"role": "user", "content": _text(row, "prompt")}]
+        if isinstance(prompt, str)
+        else _messages(row, "prompt")
+        if prompt
+        else []
     )
     sides = [
-        [{"role": "assistant", "content": row[name]}] if isinstance(row[name], str) else _messages(row, name)
+        [{"role": "assistant", "content": _text(row, name)}] if isinstance(row[name], str) else _messages(row, name)
         for name in ("chosen", "rejected")
     ]
     # Some data sets repeat the prompt in front of each response.

@@ -24,7 +24,7 @@ from genarm_fast.train import processes
 from genarm_fast.train.artifacts import save_artifacts
 from genarm_fast.train.batches import Collator
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
-from genarm_fast.train.checks import Rows, check_call, check_servable, stop_ids
+from genarm_fast.train.checks import Rows, check_call, check_optimizer, check_same_base, check_servable, stop_ids
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.data import load_pairs, reading, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
@@ -106,9 +106,11 @@ def _train(
     # The folder is the first process's. The others know of it what they are told, so all decide alike.
     run = processes.from_first(lambda: RunFolder(config, data.training, data.held_out))
     if (finished := processes.from_first(run.report)) is not None:
+        processes.from_first(lambda: check_same_base(config, place, finished))
         processes.from_first(lambda: _remove_checkpoints(config))  # a kill may have come before that
         return TrainReport(config.folder, finished)
     processes.from_first(lambda: _check_writable(config))
+    check_optimizer(config)
     dtype = choose_dtype(run.once("dtype", lambda: processes.from_first(lambda: _name(choose_dtype(config.dtype)))))
     model, base_fingerprint = _load(config, dtype, data)
     if run.once("base_fingerprint", lambda: base_fingerprint) != base_fingerprint:
@@ -192,7 +194,8 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
     training = sample(training, config.max_pairs, config.seed)
     if not training:
         raise ValueError(
-            f"data={config.data!r}: expected training pairs, all of {source.rows} rows dropped: {dict(dropped)}"
+            f"data={config.data!r}: expected training pairs, all of {source.rows} rows are dropped ({dict(dropped)}) or"
+            f" held out ({len(held_out_pairs)})"
         )
     chat = source.format == "messages" or config.as_chat
     transcripts = source.transcripts and config.prompt_template is None

@@ -7,11 +7,23 @@ import gzip
 import json
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
 LONGEST = 1 << 26  # bytes of a line: ten million token ids
+KINDS = {  # how files begin that are no JSON lines, and what they are
+    b"\x1f\x8b": "gzip data, whose names end with .gz",
+    b"BZh": "bzip2 data",
+    b"\xfd7zXZ": "xz data",
+    b"\x28\xb5\x2f\xfd": "Zstandard data",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet table",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+    b"[": "a JSON array",
+}
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -38,6 +50,8 @@ def read_lines(path: str | Path, name: str | Path | None = None) -> Iterator[tup
         try:
             while line := file.readline(LONGEST + 1):
                 number += 1
+                if number == 1 and (kind := _kind(line)):
+                    raise ValueError(f"{name} line 1: expected a JSON object a line, plain or in .gz, got {kind}")
                 if len(line) > LONGEST:
                     raise ValueError(f"{name} line {number}: expected at most {LONGEST:,} bytes")
                 if not line.isspace():
@@ -49,12 +63,30 @@ def read_lines(path: str | Path, name: str | Path | None = None) -> Iterator[tup
 def parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     """The object of a line. Raises ValueError that names file and line where it is none."""
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows marks files so
+        row = loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows marks files so
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} line {number}: expected a JSON object, got {line.strip()[:40]!r}: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path} line {number}: expected a JSON object, got {line.strip()[:40]!r}")
     return row
+
+
+def loads(text: str) -> Any:
+    """As `json.loads`. Raises ValueError for a key that an object has twice, of which that would take the last one."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"the key {repeated(pairs)!r:.80} is there twice")
+    return row
+
+
+def repeated(pairs: list[tuple[str, Any]]) -> str:
+    """The first key that an object has more than once."""
+    counts = Counter(key for key, _ in pairs)
+    return next(key for key, count in counts.items() if count > 1)
 
 
 @contextlib.contextmanager
@@ -82,6 +114,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
+
+
+def _kind(line: bytes) -> str | None:
+    return next((kind for begin, kind in KINDS.items() if line.startswith(begin)), None)
 
 
 def _open(path: str | Path) -> IO[bytes]:

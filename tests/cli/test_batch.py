@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,48 @@ def test_failed_requests_are_reported_and_tried_again(
     result = cli(*command)
     assert result.code == 0
     assert f"1 answered, {REQUESTS - 1} kept from an earlier run, 0 failed" in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("openai", [False, True])
+def test_a_template_that_renders_the_date(cli: Callable, models: Any, tmp_path: Path, openai: bool) -> None:
+    """The next day the rest of a job would read other prompts than its beginning did."""
+    messages = [{"role": "user", "content": "the cat"}]
+    asked = [{"custom_id": str(i), "url": "/v1/chat/completions", "body": {"messages": messages}} for i in range(2)]
+    rows = asked if openai else [{"prompt": messages}] * 2
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["generate", "--base", str(models.base), "--max-new-tokens=3", "--input", tmp_path / "in.jsonl"]
+    run += ["--chat-template", tmp_path / "day.jinja", "--output", tmp_path / "out.jsonl"]
+    (tmp_path / "day.jinja").write_text("{{ messages[0].content }}{{ strftime_now('%s') }}{{ range(8) | join }}")
+    assert cli(*run).code == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    assert cli(*run).code == 0, "nothing is left to do"
+    cut = whole.splitlines(keepends=True)[0]
+    if openai:  # of which the number of tokens is known alone
+        cut = re.sub(rb'"prompt_tokens": \d+', b'"prompt_tokens": 7', cut)
+    (tmp_path / "out.jsonl").write_bytes(cut)
+    time.sleep(1.1)
+    result = cli(*run)
+    assert (result.code, (tmp_path / "out.jsonl").read_bytes()) == (2, cut)
+    assert "out.jsonl line 1: its prompt had other tokens than it has now" in " ".join(result.err.split())
+
+
+def test_an_output_that_is_not_what_its_name_says(cli: Callable, job: tuple[list[str], Path]) -> None:
+    """A job appends plain lines, which no gzip would read."""
+    command, folder = job
+    for ending in (".gz", ".zst", ".parquet"):
+        result = cli(*command, "--output", folder / f"out.jsonl{ending}")
+        assert (result.code, f"expected another ending than {ending}" in result.err) == (2, True)
+    assert sorted(path.name for path in folder.iterdir()) == ["in.jsonl"]
+
+
+def test_lines_from_stdin(job: tuple[list[str], Path]) -> None:
+    command, folder = job
+    lines = (folder / "in.jsonl").read_bytes().splitlines(keepends=True)[:2]
+    run = [sys.executable, "-m", "genarm_fast", *command, "--input", "-", "--output", str(folder / "out.jsonl")]
+    subprocess.run(run, input=b"".join(lines), check=True, timeout=300)
+    (folder / "in.jsonl").write_bytes(b"".join(lines))
+    subprocess.run([*run[:-4], "--output", str(folder / "file.jsonl")], check=True, timeout=300)
+    assert (folder / "out.jsonl").read_bytes() == (folder / "file.jsonl").read_bytes() != b""
 
 
 def test_input_and_output_must_differ(cli: Callable, job: tuple[list[str], Path]) -> None:

@@ -50,6 +50,13 @@ def test_each_turn_sees_the_ones_before(talk: Callable, model: GenARM) -> None:
     assert talk("the cat", "", "and then")[:2] == (0, f"{first}\n{second}\n")
 
 
+def test_lines_as_windows_ends_them(talk: Callable, model: GenARM) -> None:
+    """And as it begins a file: neither is part of a message or a command."""
+    lines = ["\ufeff/weights 0.5 -1\r", "the cat\r", "/reset\r", "hello\r", "/quit\r", "more\r"]
+    texts = [answer(model, user(text), weights=[0.5, -1.0]) for text in ("the cat", "hello")]
+    assert talk(*lines)[:2] == (0, "".join(text + "\n" for text in texts))
+
+
 def test_quit_ends_it(talk: Callable, model: GenARM) -> None:
     assert talk("/quit", "the cat")[:2] == (0, "")
 

@@ -58,9 +58,10 @@ def test_arguments_of_the_chat_template(cli: Callable, options: list[str], token
     assert read == ["<s>[user] the cat</s>[assistant] ", "brief<s>[user] the cat</s>[assistant] "]
     result = cli("generate", "the cat", *own, "--raw", *brief)
     assert (result.code, "--chat-template-kwargs {'style': 'brief'}: expected a chat" in result.err) == (2, True)
-    for wrong in ("[1]", "{", "brief", '{"a": ' * 100_000):
+    for wrong in ("[1]", "{", "brief", '{"a": ' * 100_000, '{"style": 1, "style": 2}'):
         result = cli("generate", "the cat", *own, "--chat-template-kwargs", wrong)
         assert (result.code, "expected a JSON object" in result.err) == (2, True)
+    assert "the key 'style' is there twice" in result.err
 
 
 def test_tools(cli: Callable, models: Any, options: list[str], tokenizer: Any, tmp_path: Path) -> None:
@@ -143,6 +144,10 @@ def test_prompts_from_a_file_and_from_stdin(
     for arguments in ([], ["-"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
         assert cli("generate", *arguments, *options).out == expected
+    (tmp_path / "windows.txt").write_bytes("\ufeffthe cat\r\n".encode())
+    assert cli("generate", "--prompt-file", tmp_path / "windows.txt", *options).out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffthe cat\r\n", newline=""))
+    assert cli("generate", "-", *options).out == expected
 
 
 def test_templates(cli: Callable, options: list[str], models: Any, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,19 @@ def test_a_file_of_responses(cli: Callable, models: Any, model: GenARM, tmp_path
     table = cli("score", *models.options, "--input", write_lines(path, rows)).out
     assert "[b]r69[/b]" in table
     assert "[red] :cat: [/blue]" in table
+
+
+def test_a_pipe_is_read_whole(cli: Callable, models: Any, tmp_path: Path) -> None:
+    """Its first line tells what it holds, so it would be opened twice, and the second time lack what came before."""
+    rows = [{"prompt": f"the cat {i}", "response": "sat"} for i in range(9)]
+    path = write_lines(tmp_path / "responses.jsonl", rows)
+    expected = cli("score", *models.options, "--input", path, "--json")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(path.read_bytes()), daemon=True)
+    writer.start()
+    found = cli("score", *models.options, "--input", tmp_path / "pipe", "--json")
+    assert (found.code, found.out) == (0, expected.out)
+    assert len(json.loads(found.out)["scores"]) == 9
 
 
 def test_pairs_give_accuracy_and_margins(cli: Callable, models: Any, model: GenARM, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from tiny_models import build_model
 
-from genarm_fast import GenARM
+from genarm_fast import ARM, GenARM
 from genarm_fast.engine.scoring import CHUNK_ELEMENTS
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -24,6 +25,19 @@ def test_rewards_equal_scores(model):
         assert score.token_ids == output.token_ids
         for name in ("a", "b"):
             assert score.rewards[name].tokens == pytest.approx(output.rewards[name].tokens, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_none(tiny_model, tokenizer, value):
+    """Of the token itself, or of another one, after which its log-probability would pass for -inf."""
+    broken = build_model("llama", 1)
+    with torch.no_grad():
+        hidden = broken.model(torch.tensor([[5]])).last_hidden_state[0, -1]
+        broken.lm_head.weight[42] = value if value != value else hidden.sign() * 3e38  # the sum is +inf
+    model = GenARM.from_pretrained(tiny_model(), ARM(broken, name="helpful"), tokenizer=tokenizer)
+    for token in (42, 43):
+        with pytest.raises(RuntimeError, match=r"responses\[0\]: NaN or \+inf logits from helpful at token 0"):
+            model.score([[5]], [[token, 6]])
 
 
 def test_an_eos_in_the_text_is_not_doubled(model):

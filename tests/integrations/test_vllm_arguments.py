@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from genarm_fast import ARM
 from genarm_fast.cli.serve import template_of
 from genarm_fast.integrations.vllm import engine_args
-from genarm_fast.integrations.vllm.adapters import checkpoint_fingerprint, lora_tensors
+from genarm_fast.integrations.vllm.adapters import lora_tensors
 from genarm_fast.integrations.vllm.arguments import served_arguments
 from genarm_fast.integrations.vllm.prompts import member_tokenizers, pinned_template, shared_tokens
 from genarm_fast.integrations.vllm.served import Served, ServedARM, check_version
+from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.fingerprint import fingerprint
 
 DOCS = Path(__file__).parents[2] / "docs" / "vllm.md"

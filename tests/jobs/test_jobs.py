@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,10 +32,11 @@ class FakeModel:
         self.batches: list[list[Any]] = []
         self.prepared: list[Any] = []
 
-    def prepare(self, prompts: Sequence[Any], sampling_params: SamplingParams) -> None:
+    def prepare(self, prompts: Sequence[Any], sampling_params: SamplingParams) -> list[Any]:
         self.prepared += prompts
         if prompts[0] in self.refused:
             raise ValueError("too long")
+        return [SimpleNamespace(token_ids=[[1]])]
 
     def as_completed(
         self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]
@@ -257,6 +259,13 @@ def test_seeds_of_lines_and_jobs_differ() -> None:
         ('{"prompt": "a", "weights": ["1", 2]}', "weights=.*expected finite numbers"),
         ('{"prompt": "a", "logit_bias": [1]}', "logit_bias=.*expected an object"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias=.*expected an object"),
+        ('{"prompt": "a", "logit_bias": {"5": 1, "05": 2}}', "logit_bias=.*expected an object"),  # one token twice
+        ('{"prompt": "a", "logit_bias": {"\\u0665": 1}}', "logit_bias=.*expected an object"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": [{"role": "user", "role": "system", "content": "a"}]}', "the key 'role' is there twice"),
+        ('{"prompt": "a", "metadata": {"x": NaN}}', "metadata=.*nan.*: expected what an output line can hold"),
+        (r'{"prompt": "a", "metadata": "\ud800"}', "metadata=.*: expected what an output line can hold"),
+        (r'{"prompt": "a", "stop": "\ud800"}', "stop=.*: expected Unicode text"),
         ('{"text": "a"}', "text='a': expected one of"),
         ("{}", "prompt=None: expected text"),
         ('{"prompt": {"role": "user", "content": "a"}}', "prompt=.*: expected text"),

@@ -277,6 +277,8 @@ HOSTILE_SETTINGS = [
     ("genarm.json", {"end_token_id": 10**12}, "genarm.json: end_token_id=1000000000000: expected a token of the base"),
     ("genarm.json", {"chat_template_kwargs": [1]}, r"chat_template_kwargs=\[1\]: expected what training records"),
     ("genarm.json", {"chat_template_kwargs": {"messages": []}}, "genarm.json: .*chat_template_kwargs='messages'"),
+    ("config.json", {"return_dict": False}, "base: return_dict=False in its config: expected true"),
+    ("config.json", {"dtype": "floaty"}, "config.json: expected a config .*floaty"),
     ("model.safetensors.index.json", {"weight_map": {"a": "model.safetensors"}}, "expected an object 'metadata' in it"),
 ]
 

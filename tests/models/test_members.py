@@ -130,12 +130,12 @@ def test_adapter_without_fingerprint_is_believed_with_a_warning(folders, tmp_pat
 
 def test_recorded_templates(folders, tmp_path):
     """genarm.json's templates are the ARM's own; arguments go first."""
-    save_adapter(tmp_path / "arm", base=folders / "base", seed=2, prompt_template="<{prompt}>", chat_template="chat")
+    save_adapter(tmp_path / "arm", base=folders / "base", seed=2, prompt_template="<{prompt}>", chat_template="{chat")
     plain, given = GenARM.from_pretrained(
-        folders / "base", [tmp_path / "arm", ARM(tmp_path / "arm", prompt_template="({prompt})", chat_template="own")]
+        folders / "base", [tmp_path / "arm", ARM(tmp_path / "arm", prompt_template="({prompt})", chat_template="{own")]
     ).arms
-    assert (plain.prompt_template, plain.chat_template) == ("<{prompt}>", "chat")
-    assert (given.prompt_template, given.chat_template) == ("({prompt})", "own")
+    assert (plain.prompt_template, plain.chat_template) == ("<{prompt}>", "{chat")
+    assert (given.prompt_template, given.chat_template) == ("({prompt})", "{own")
 
 
 def test_tokenizers_that_disagree(folders, tmp_path, tokenizer):
@@ -173,7 +173,17 @@ def test_a_longer_tokenizer_only_shortens_the_common_vocabulary(folders, tmp_pat
             "prompt_template='no place': expected .*{prompt}",
         ),
         (lambda f: {"base": f / "base", "max_batch_size": 0}, "max_batch_size=0: expected"),
-        (lambda f: {"base": f / "base", "arms": [ARM(f / "other", weight=float("nan"))]}, "expected finite numbers"),
+        (lambda f: {"base": f / "base", "arms": [ARM(f / "other", weight=float("nan"))]}, "weight=nan: expected a f"),
+        (lambda f: {"base": f / "base" / "config.json"}, "base='.*config.json': expected a folder or .*got a file"),
+        (
+            lambda f: {"base": f / "base", "chat_template": "/c.jinja"},
+            "base: chat_template='/c.jinja': expected a Jinja",
+        ),
+        (lambda f: {"base": f / "base", "arms": [ARM(f / "base", chat_template="x")]}, "base2: chat_template='x': ex"),
+        *(
+            (lambda f, dtype=dtype: {"base": f / "base", "dtype": dtype}, "dtype=.*: expected auto, float32, bfloat16")
+            for dtype in ("bf16", "int8", float, torch.int64, 16, "__name__")
+        ),
     ],
 )
 def test_errors(folders, make, message):
@@ -260,6 +270,8 @@ def test_arm_types():
         ARM(3)
     with pytest.raises(TypeError, match=r"weight=\[1\]: expected one number"):
         ARM("a", weight=[1])
+    with pytest.raises(TypeError, match="weight='1': expected a finite number"):
+        ARM("a", weight="1")
 
 
 @pytest.mark.parametrize("family", ["mamba", "qwen3_next", "t5"])

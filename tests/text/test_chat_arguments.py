@@ -75,7 +75,7 @@ def test_text_and_rewards_follow(steered):
         (USER, {"chat_template_kwargs": [1]}, r"chat_template_kwargs=\[1\]: expected a mapping"),
         (USER, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs='tokenize': expected what only"),
         ({"messages": USER, "tool": []}, {}, r"prompts\[0\]: 'tool': expected messages, tools, chat_template_kwargs"),
-        ({"messages": "hi", "tools": [TOOL]}, {}, r"prompts\[0\]: expected chat messages with 'tools'"),
+        ({"messages": "hi", "tools": [TOOL]}, {}, r"prompts\[0\]: messages='hi': expected a list of messages"),
         ({"messages": USER, "tools": 3}, {}, r"prompts\[0\]: tools=3: expected a list of tools"),
     ],
 )

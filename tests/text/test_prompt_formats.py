@@ -44,6 +44,27 @@ def test_what_a_tokenizer_returns_is_a_prompt(tokenizer):
     assert as_prompts(padded) == [[7], [5, 6, 7]]
 
 
+@pytest.mark.parametrize("mask", [[[1]], [[1, 1], [1, 1]], torch.ones(1, 1, 2, 2), 1, [["1", "1"]]])
+def test_a_mask_of_another_shape_is_refused(mask):
+    """It would cut the prompt off where the mask ends."""
+    with pytest.raises(ValueError, match=r"attention_mask=.*: expected the shape of input_ids"):
+        as_prompts({"input_ids": [[5, 6]], "attention_mask": mask})
+    assert as_prompts({"input_ids": [[5, 6]], "attention_mask": [[False, True]]}) == [[6]]
+
+
+def test_prompts_as_vllm_takes_them():
+    assert as_prompts({"prompt": "the cat"}) == ["the cat"]
+    assert as_prompts([{"prompt_token_ids": [5]}, {"prompt": "a", "prompt_token_ids": None}, "b"]) == [[5], "a", "b"]
+    with pytest.raises(ValueError, match="prompts: 'multi_modal_data': expected prompt_token_ids or prompt alone"):
+        as_prompts({"prompt": "a", "multi_modal_data": {"image": 1}})
+
+
+@pytest.mark.parametrize("messages", ["hi", [5, 6], [], None, {"role": "user"}])
+def test_a_chat_without_messages(messages):
+    with pytest.raises(ValueError, match=r"prompts\[0\]: messages=.*: expected a list of messages"):
+        as_prompts({"messages": messages, "tools": []})
+
+
 def test_messages_are_kept_whole():
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     message = {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
@@ -181,6 +202,15 @@ def test_stop_strings_that_are_special_tokens(model):
     assert "".join(chunk.text for chunk in model.stream("the", stop=["x", "</s>"], **only_end)) == ""
     with pytest.raises(ValueError, match=r"prompts\[0\]: stop='a</s>': expected the special token '</s>' by itself"):
         model.generate("the", stop="a</s>")
+
+
+def test_a_special_token_that_no_member_can_draw(trained):
+    """A tokenizer with more tokens than there are logits: the stop could not fire."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    model = GenARM.from_pretrained(trained / "base", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: stop='<end>': token id 300: expected less than 300"):
+        model.generate("the", stop=["x", "<end>"], max_new_tokens=1)
 
 
 def test_a_response_that_goes_on_with_a_word():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -10,6 +11,7 @@ from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.data import SWAPPED, load_pairs, reading
 
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
+SIDES = (("assistant", "yes"), ("assistant", "no"))
 PKU = {
     "prompt": "how?",
     "response_0": "so",
@@ -111,6 +113,49 @@ def test_rows_in_memory_that_are_none(make_config, toy):
         train(make_config(""), progress=False)
     with pytest.raises(ValueError, match="holdout_every=4: expected None when eval_data is given"):
         train(make_config(toy), eval_data=[TEXT], progress=False)
+
+
+def test_rows_of_numpy_and_torch():
+    """As `Dataset.with_format` gives them, and lists that are tuples."""
+    datasets = pytest.importorskip("datasets")
+    user, yes, no = ({"role": role, "content": text} for role, text in (("user", "hi"), *SIDES))
+    chat = {"prompt": [user], "chosen": [yes], "rejected": [no], "margin": 0.5}
+    expected = load_pairs([chat]).pairs
+    for form in ("numpy", "torch"):
+        assert load_pairs(datasets.Dataset.from_list([chat]).with_format(form)).pairs == expected
+    assert load_pairs([{name: (value,) if value is user else value for name, value in chat.items()}]).pairs == expected
+    assert load_pairs([{**chat, "prompt": (user,), "chosen": (yes,), "rejected": (no,)}]).pairs == expected
+
+
+@pytest.mark.parametrize("rows", [TEXT, {"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]}])
+def test_one_mapping_is_no_rows(rows):
+    with pytest.raises(TypeError, match=r"data: expected rows, a list of mappings, got one mapping with \['chosen'"):
+        load_pairs(rows)
+
+
+@pytest.mark.parametrize(
+    "option", [{"dataset_split": "test"}, {"dataset_config": "hard"}, {"dataset_dir": "harmless-base"}]
+)
+def test_what_a_file_has_not_is_refused(make_config, toy, option):
+    """It would have no effect, and the run another data set than asked for."""
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}=.*: expected none, the data is a file"):
+        train(make_config(toy, **option), progress=False)
+    with pytest.raises(ValueError, match=f"{name}=.*: expected none, the data is rows"):
+        train(make_config("", **option), data=[TEXT], progress=False)
+
+
+def test_a_saved_data_set_without_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([TEXT]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="dataset_split='test': expected a folder with splits, this is one"):
+        load_pairs(str(tmp_path / "saved"), dataset_split="test")
+
+
+def test_a_pipe_can_not_be_read_again(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"data=.*pipe': expected a file, which a run that goes on can read again"):
+        load_pairs(str(tmp_path / "pipe"))
 
 
 def test_configurations_of_a_data_set(write_jsonl, tmp_path):

@@ -45,6 +45,7 @@ def test_accepts_integers_as_numbers() -> None:
         ),
         ({"method": "qlora"}, ValueError, "method='qlora': expected one of lora, full"),
         ({"dtype": "fp4"}, ValueError, "dtype='fp4': expected one of auto, float32, bfloat16, float16"),
+        ({"columns": ("prompt=a", "prompt=b")}, ValueError, "columns=.*: expected each NAME once"),
         ({"prompt_template": "Q:"}, ValueError, r"prompt_template='Q:': expected a text with \{prompt\}"),
         ({"prompt_template": "{prompt}", "as_chat": True}, ValueError, "as_chat=True: expected False when"),
         ({"chat_template": "chat.jinja"}, ValueError, "chat_template='chat.jinja': expected the text of a Jinja"),

@@ -93,6 +93,9 @@ def test_datasets(tmp_path: Path) -> None:
             "expected the format 'text' of the first line, got 'messages'",
         ),
         (TEXT | {"chosen_complete": "no"}, "field 'chosen_complete': expected true or false, got 'no'"),
+        (TEXT | {"chosen": "a\ud800"}, r"field 'chosen'='a\\ud800': expected Unicode text"),
+        (TEXT | {"prompt": "\udc00"}, r"field 'prompt'='\\udc00': expected Unicode text"),
+        (TEXT | {"margin": 10**400}, "field 'margin': expected a finite number, got 1000"),
     ],
 )
 def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[str, Any], message: str) -> None:
@@ -119,6 +122,15 @@ def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[s
             "field 'chosen': expected the messages of 'prompt' first, or the response alone",
         ),
         (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs='messages': expected what only the template knows",
+        ),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": ["look"]},
+            r"tools=\['look'\]: expected a list of tools, each a mapping",
+        ),
+        ({"prompt": [USER], "chosen": "\ud800", "rejected": [BAD]}, "field 'chosen'=.*: expected Unicode text"),
+        (
             {"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]},
             "field 'prompt': message .*expected the keys",
         ),
@@ -127,6 +139,23 @@ def test_malformed_rows_name_file_line_and_field(write_jsonl: Write, row: dict[s
 def test_malformed_first_rows(write_jsonl: Write, row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_pairs(str(write_jsonl([row])))
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(TEXT) + '\n{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}\n')
+    with pytest.raises(ValueError, match=r"line 2: expected a JSON object, .*the key 'chosen' is there twice"):
+        load_pairs(str(path))
+    chat = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": '[{"name": "a", "name": "b"}]'}
+    with pytest.raises(ValueError, match="line 1: field 'tools': expected a list, or the JSON of one"):
+        load_pairs([chat])
+
+
+def test_parts_without_a_type(write_jsonl: Write) -> None:
+    """`datasets` fills keys that some parts lack with nulls."""
+    parts = [{"type": None, "text": "hi", "image_url": None}]
+    row = {"prompt": [{"role": "user", "content": parts}], "chosen": [GOOD], "rejected": [BAD]}
+    assert load_pairs(str(write_jsonl([row]))).pairs == [Pair(0, [USER], "yes", "no")]
 
 
 def test_broken_json_names_its_line(tmp_path: Path) -> None:
@@ -246,4 +275,4 @@ def test_messages_with_more_than_text(write_jsonl: Callable[..., Path]) -> None:
     assert (pair.rejected, pair.options) == ("no", {"tools": [{"name": "f"}]})
     assert data.dropped == {"a content part of type 'image': expected text parts": 1}
     with pytest.raises(ValueError, match="line 1: field 'tools': expected messages with it"):
-        load_pairs(str(write_jsonl([{"prompt": "a", "chosen": "b", "rejected": "c", "tools": [1]}])))
+        load_pairs(str(write_jsonl([{"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"name": "f"}]}])))

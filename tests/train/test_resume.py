@@ -246,6 +246,21 @@ def test_another_base_is_refused(make_config: Config, toy: Path, base: Path, tmp
         train(dataclasses.replace(make_config(toy, **LONG), base=str(other)), progress=False)
 
 
+def test_another_base_of_a_finished_run_is_refused(
+    make_config: Config, toy: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose report would pass for that base's. Its weights are not loaded for that, and it may have moved."""
+    report = train(make_config(toy), progress=False).report
+    monkeypatch.setattr("genarm_fast.train.run._load", lambda *_: pytest.fail("it is loaded"))
+    shutil.copytree(base, tmp_path / "moved")
+    config = make_config(toy)
+    assert train(dataclasses.replace(config, base=str(tmp_path / "moved")), progress=False).report == report
+    tensors = {name: tensor * 1.1 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected the weights that the run in .* began with"):
+        train(dataclasses.replace(config, base=str(tmp_path / "moved")), progress=False)
+
+
 def test_two_processes_in_one_folder_are_refused(make_config: Config, toy: Path) -> None:
     config = make_config(toy)
     with locked(config.folder), pytest.raises(BlockingIOError, match="another running process trains there"):

@@ -194,8 +194,9 @@ def test_accumulation_is_exact(make_config: Config, toy: Path, tmp_path: Path) -
     ("options", "message"),
     [
         ({"lora_targets": ("q_proj", "c_attn")}, "no linear module 'c_attn': expected some of down_proj, .*q_proj"),
-        ({"max_response_tokens": 2}, "expected training pairs, all of 48 rows dropped: .*response too long"),
+        ({"max_response_tokens": 2}, "expected training pairs, all of 48 rows are dropped .*response too long"),
         ({"optimizer": "adamm"}, "optimizer='adamm': expected one of .*adamw_torch"),
+        ({"optimizer": "lomo"}, "optimizer='lomo': expected one that can be used here: .*lomo"),
         ({"prompt_template": "{prompt}" + "x" * 300}, "a pair has .* tokens, the base's context 256"),
     ],
 )
@@ -204,6 +205,24 @@ def test_errors_before_training(make_config: Config, toy: Path, options: dict[st
         train(make_config(toy, **options), progress=False)
     assert not make_config(toy).folder.exists()
     train(make_config(toy), progress=False)  # the folder is still free
+
+
+def test_an_arm_of_another_rounding_says_so(make_config: Config, toy: Path, base: Path) -> None:
+    """Weights of a float32 base that were rounded to float16 are others; as it was trained, it is served."""
+    folder = train(make_config(toy, dtype="float16"), progress=False).folder
+    with pytest.raises(ValueError, match=r"trained in float16, this is float32: try dtype='float16'"):
+        GenARM.from_pretrained(base, folder)
+    assert GenARM.from_pretrained(base, folder, dtype="float16").arms[0].model.dtype == torch.float16
+
+
+@pytest.mark.parametrize("way", ["none", "all"])
+def test_report_to_as_transformers_takes_it(make_config: Config, toy: Path, way: str) -> None:
+    assert train(make_config(toy, report_to=(way,)), progress=False).report["steps"] > 0
+
+
+def test_all_pairs_held_out(make_config: Config, toy: Path) -> None:
+    with pytest.raises(ValueError, match=r"all of 48 rows are dropped \(\{\}\) or held out \(48\)"):
+        train(make_config(toy, holdout_every=None, holdout_fraction=0.999), progress=False)
 
 
 def test_a_diverging_run_stops(make_config: Config, toy: Path) -> None:

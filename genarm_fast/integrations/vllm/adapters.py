@@ -6,17 +6,14 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
 
+from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.files import read_object
-from genarm_fast.models.fingerprint import ROWS, fingerprint
 from genarm_fast.models.hub import Source
 
 # Settings of PEFT that change what an adapted linear computes beyond W x + s B A x with one s and one rank.
@@ -81,38 +78,3 @@ def same_weights(what: str, folder: str, recorded: str, base: Source) -> None:
 def _same_place(recorded: str, base: Source) -> bool:
     name = os.fspath(base)
     return recorded == name or (os.path.isdir(recorded) and os.path.realpath(recorded) == os.path.realpath(name))
-
-
-def checkpoint_fingerprint(base: Source) -> str | None:
-    """`fingerprint` of a folder's checkpoint, from the first rows of each matrix; None where that can't be told.
-
-    A hub id, a quantised checkpoint, and one whose files name tensors otherwise than the model has none.
-    """
-    folder = Path(base)
-    if not folder.is_dir() or not list(folder.glob("*.safetensors")):
-        return None
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        return None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    rows = _FirstRows(model, folder)
-    return None if rows.lacking else fingerprint(rows)
-
-
-class _FirstRows(nn.Module):
-    """Stands for a model before `fingerprint`: the names of its matrices, and their first rows from the files."""
-
-    def __init__(self, model: nn.Module, folder: Path) -> None:
-        super().__init__()
-        self.names = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-        self.files: dict[str, Path] = {}
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                self.files.update(dict.fromkeys(file.keys(), path))
-        self.lacking = [name for name in self.names if name not in self.files]
-
-    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
-        for name in self.names:
-            with safe_open(self.files[name], "pt") as file:
-                yield name, file.get_slice(name)[:ROWS]
