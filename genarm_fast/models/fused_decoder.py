@@ -52,8 +52,8 @@ class _Decoder:
     def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
         self.embed, self.rotary = _part(decoder.embed_tokens, fast), decoder.rotary_emb
         self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
-        self.norm = fast[decoder.layers[0].input_layernorm]
-        self.next_norms = [fast[layer.input_layernorm] for layer in decoder.layers[1:]] + [fast[decoder.norm]]
+        self.norm, *norms = (_norm(layer.input_layernorm, fast) for layer in decoder.layers)
+        self.next_norms = [*norms, _norm(decoder.norm, fast)]
         adapted = [module.index for module in decoder.modules() if isinstance(module, LaneLinear)]
         self.adapted = {tuple(index): index for index in adapted}
 
@@ -72,10 +72,10 @@ class _Decoder:
 class _Layer:
     def __init__(self, layer: Any, fast: Fast, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.second_norm: Norm = fast[layer.post_attention_layernorm]  # type: ignore[assignment]
+        self.second_norm = _norm(layer.post_attention_layernorm, fast)
         self.head_norms: dict[str, Any] = {}
         if hasattr(attention, "q_norm"):
-            query, key = fast[attention.q_norm], fast[attention.k_norm]
+            query, key = _norm(attention.q_norm, fast), _norm(attention.k_norm, fast)
             self.head_norms = {"query_norm": query.weight, "key_norm": key.weight, "eps": query.eps}
         self.qkv = _stacked([attention.q_proj, attention.k_proj, attention.v_proj], fast)
         self.gate_up = _siblings([mlp.gate_proj, mlp.up_proj], fast)
@@ -109,6 +109,12 @@ class _Layer:
 
 def _part(module: nn.Module, fast: Fast) -> Callable[..., Any]:
     return fast.get(module, module)
+
+
+def _norm(module: nn.Module, fast: Fast) -> Norm:
+    norm = fast[module]
+    assert isinstance(norm, Norm)
+    return norm
 
 
 def _linear(module: nn.Module, fast: Fast) -> Callable[[Tensor, Spans], Tensor]:

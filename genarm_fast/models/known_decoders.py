@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from genarm_fast.kernels import Lanes
 from genarm_fast.kernels.add_rms_norm import add_rms_norm
 from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.models.forward_context import Ragged, placed, running
@@ -24,7 +26,8 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a f
 }
 
 
-class Norm(NamedTuple):
+@dataclass(frozen=True)
+class Norm:
     """An RMSNorm as `rms_norm` computes it; see there for the offset."""
 
     weight: Tensor
@@ -34,9 +37,9 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
-    def of_sum(self, hidden: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden + y, and its norm."""
-        return add_rms_norm(hidden, y, self.weight, self.eps, offset=self.offset)
+    def of_sum(self, hidden: Tensor, y: Tensor, lanes: Lanes | None = None) -> tuple[Tensor, Tensor]:
+        """hidden + y, completed by the lanes, and its norm."""
+        return add_rms_norm(hidden, y, self.weight, self.eps, offset=self.offset, lanes=lanes)
 
 
 class Output(NamedTuple):

@@ -7,7 +7,7 @@ the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). No
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,26 +16,19 @@ from torch.nn import functional
 from transformers import Cache
 
 from genarm_fast.kernels import Lanes
-from genarm_fast.kernels.add_rms_norm import add_rms_norm
 from genarm_fast.kernels.gated_mul import gated_mul
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import ragged_attention
-from genarm_fast.kernels.rms_norm import rms_norm
 from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.few_rows import choose, ours, serves
 from genarm_fast.models.forward_context import place, running_lanes
-from genarm_fast.models.known_decoders import WINDOWS, Output, family_of, lanes_of
+from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, family_of, lanes_of
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.weights import Movable
 
 stacked: WeakValueDictionary[int, Stack] = WeakValueDictionary()  # by the address of its weight
-
-
-class Norm(NamedTuple):
-    weight: Tensor
-    eps: float
 
 
 class StackedDecoder:
@@ -62,7 +55,7 @@ class StackedDecoder:
         hidden = self.embed(input_ids)
         cos, sin = self.rotary(hidden, position_ids=position_ids)
         where, adapters = place(hidden.device), self._running(hidden.device)
-        x = rms_norm(hidden, *self.layers[0].norm)
+        x = self.layers[0].norm(hidden)
         for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
             hidden, x = layer(hidden, x, cos, sin, cache, where, adapters, next_norm)
         return Output(x, past_key_values)
@@ -104,8 +97,8 @@ class _Layer:
         self.norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.head_norms: dict[str, Any] = {}
         if hasattr(attention, "q_norm"):
-            (query, eps), (key, _) = _norm(attention.q_norm), _norm(attention.k_norm)
-            self.head_norms = {"query_norm": query, "key_norm": key, "eps": eps}
+            query, key = _norm(attention.q_norm), _norm(attention.k_norm)
+            self.head_norms = {"query_norm": query.weight, "key_norm": key.weight, "eps": query.eps}
         self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], number, movable)
         self.o, self.down = Product([attention.o_proj], number, movable), Product([mlp.down_proj], number, movable)
         self.gate_up = Product([mlp.gate_proj, mlp.up_proj], number, movable)
@@ -127,9 +120,9 @@ class _Layer:
             query.transpose(1, 2), keys, values, slots, positions,
             scale=self.scale, window=self.window, limit=where.kv_bound, arrivals=where.arrivals,
         )  # fmt: skip
-        hidden, x = add_rms_norm(hidden, self.o(y.flatten(2)), *self.second_norm, lanes=self.o.lanes(adapters))
+        hidden, x = self.second_norm.of_sum(hidden, self.o(y.flatten(2)), self.o.lanes(adapters))
         y = gated_mul(self.gate_up(x), lanes=self.gate_up.lanes(adapters))
-        return add_rms_norm(hidden, self.down(y), *next_norm, lanes=self.down.lanes(adapters))
+        return next_norm.of_sum(hidden, self.down(y), self.down.lanes(adapters))
 
 
 class Stack:
