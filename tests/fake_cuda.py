@@ -7,6 +7,7 @@ reading one on the host.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from genarm_fast import GenARM
 from genarm_fast.device.cuda import Cuda
 from genarm_fast.engine import selfcheck, workspace
 from genarm_fast.engine.step import Steps
+from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.stacked_decoder import stacked
 
 CUDA = torch.device("cuda", 0)
@@ -128,6 +130,8 @@ class FakeCuda:
         if isinstance(value, (list, tuple)):
             made = [self.fake(each) for each in value]
             return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+        if isinstance(value, Norm):
+            return replace(value, weight=self.fake(value.weight))
         if type(value).__module__.startswith(OURS):  # a prepared linear, say
             for name in getattr(type(value), "__slots__", None) or list(vars(value)):
                 setattr(value, name, self.fake(getattr(value, name)))
