@@ -302,9 +302,9 @@ def test_a_draft_model_and_plain_steps_take_turns(tiny_model, tokenizer, monkeyp
 
     launch, launched = Steps._launch_whole, set()
 
-    def noted(self, batch, choice):
+    def noted(self, batch, policy, choice):
         launched.add((None if self.in_flight is None else self.in_flight.choice.k, choice.k))
-        return launch(self, batch, choice)
+        return launch(self, batch, policy, choice)
 
     monkeypatch.setattr(DraftPolicy, "choose", now_and_then)
     monkeypatch.setattr(Steps, "_launch_whole", noted)
