@@ -81,7 +81,7 @@ class _Layer:
         self.gate_up = _siblings([mlp.gate_proj, mlp.up_proj], fast)
         self.o, self.down = _linear(attention.o_proj, fast), _linear(mlp.down_proj, fast)
         self.width, self.scale, self.window = attention.head_dim, attention.scaling, window
-        self.kv_heads = attention.k_proj.out_features // self.width
+        self.kv_heads = attention.config.num_key_value_heads
 
     def __call__(
         self,

@@ -69,7 +69,7 @@ def test_bits_of_lanes(tmp_path, tokenizer, monkeypatch, dtype):
     base = tmp_path / "base"
     build_model("llama", 0).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    for name, targets in (("one", ["q_proj", "down_proj"]), ("two", ["o_proj", "q_proj"])):
+    for name, targets in (("one", ["q_proj", "k_proj", "down_proj"]), ("two", ["o_proj", "q_proj", "v_proj"])):
         save_adapter(tmp_path / name, base=base, seed=len(name), config=LoraConfig(r=4, target_modules=targets))
 
     def members(*arms):
