@@ -43,7 +43,7 @@ def _runs_here(decoder: Any, fast: Fast) -> bool:
     """Whether its weights are on the CPU, its rotation is `rotary`, its norms are `rms_norm`, and `silu_mul` stands
     between its linears."""
     on_cpu = all(parameter.is_cpu for parameter in decoder.parameters())
-    norms = [module for module in decoder.modules() if type(module).__name__.endswith("RMSNorm")]
+    norms = [decoder.norm, *(norm for layer in decoder.layers for norm in _norms_of(layer))]
     known = all(layer.self_attn in fast and layer.mlp in fast for layer in decoder.layers)
     return on_cpu and known and all(isinstance(fast.get(norm), Norm) for norm in norms)
 
@@ -109,6 +109,12 @@ class _Layer:
 
 def _part(module: nn.Module, fast: Fast) -> Callable[..., Any]:
     return fast.get(module, module)
+
+
+def _norms_of(layer: Any) -> list[nn.Module]:
+    names = [name for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name)]
+    heads = [getattr(layer.self_attn, name) for name in names]
+    return [layer.input_layernorm, layer.post_attention_layernorm, *heads]
 
 
 def _norm(module: nn.Module, fast: Fast) -> Norm:

@@ -235,9 +235,11 @@ def test_members_are_judged_in_plain_rounds(tiny_model, tokenizer, monkeypatch, 
             model.generate([[5, 6, 7], [8, 9], [4]], speculation="auto", **params)
         return model.tuners.stats()[0]["drafters"]
 
+    # Drafts in a step that is one launch have no times of their own: on a device that runs behind, the first steps have.
+    timed = ["2"] if device is Lagging else ["1", "2"]
     for found in (judged()[name] for name in ("base", "arm")):
         assert found["drafted"] == found["accepted"] == [90, *[0] * 7]
-        assert [*found["draft_seconds"]] == ["1", "2"]
+        assert [*found["draft_seconds"]] == timed
         assert not found["verify_seconds"]
     other_noise(monkeypatch)
     assert judged()["arm"]["accepted"][0] < 20
