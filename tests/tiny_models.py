@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -100,3 +101,10 @@ def similar(seed: int = 0, noise: float = 0.02):
     for parameter in model.parameters():
         parameter.data += noise * torch.randn_like(parameter)
     return model
+
+
+def edit(file, change):
+    """Rewrites a safetensors file with other tensors."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})

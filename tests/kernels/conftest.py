@@ -5,6 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from genarm_fast.kernels import _native
+
+ISAS = _native.core.instruction_sets() if _native.core else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set of the C++ core that runs here, in use until the end of the test."""
+    _native.core.use(request.param)
+    yield request.param
+    _native.core.use(ISAS[0])
+
 
 @pytest.fixture
 def threads():

@@ -8,33 +8,12 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from tiny_models import build_model, build_tokenizer, save_adapter
+from tiny_models import build_model, build_tokenizer, edit, save_adapter
 from transformers import AutoModelForCausalLM
 
 from genarm_fast import GenARM
 
 TARGETS = ["q_proj", "down_proj"]
-
-
-@pytest.fixture
-def base(tmp_path):
-    build_model("llama", 0).save_pretrained(tmp_path / "base")
-    build_tokenizer().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def adapter(tmp_path, base):
-    save_adapter(tmp_path / "adapter", base=base, seed=1)
-    return tmp_path / "adapter"
-
-
-def edit(file, change):
-    """Rewrites a safetensors file with other tensors."""
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def put(name, *shape):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import build_model, build_tokenizer, save_adapter
+from tiny_models import build_model, build_tokenizer, edit
 from transformers import AutoModelForCausalLM
 
 from genarm_fast import ARM, GenARM
@@ -24,26 +24,6 @@ from genarm_fast.train import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ["q_proj", "down_proj"]
-
-
-@pytest.fixture
-def base(tmp_path):
-    build_model("llama", 0).save_pretrained(tmp_path / "base")
-    build_tokenizer().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def adapter(tmp_path, base):
-    save_adapter(tmp_path / "adapter", base=base, seed=1)
-    return tmp_path / "adapter"
-
-
-def edit(file, change):
-    """Rewrites a safetensors file with other tensors."""
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def lose(name):

@@ -8,14 +8,6 @@ from genarm_fast.kernels.add_rms_norm import cpu
 from genarm_fast.kernels.add_rms_norm.reference import specification
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
-ISAS = _native.core.instruction_sets() if _native.core else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.core.use(request.param)
-    yield request.param
-    _native.core.use(ISAS[0])
 
 
 def tensors(shape, dtype):

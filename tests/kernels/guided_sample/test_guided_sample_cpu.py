@@ -15,15 +15,7 @@ from genarm_fast.kernels.guided_sample.reference import member_logprob
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="built without a compiler")
 VOCABS = [1, 2, 17, 999, 1024, 1025, 32001, 50257, 128256, 151936]
-ISAS = _native.core.instruction_sets() if _native.core else []
 CYCLE = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.core.use(request.param)
-    yield request.param
-    _native.core.use(ISAS[0])
 
 
 def members(rows, vocab, arms, *, seed=0, scale=3.0, mixed=True):

@@ -24,13 +24,6 @@ native = pytest.mark.skipif(ISAS in ([], ["baseline"]), reason="no C++ core, or 
 kinds = pytest.mark.parametrize("bits", KINDS)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.core.use(request.param)
-    yield request.param
-    _native.core.use(ISAS[0])
-
-
 @native
 @kinds
 @pytest.mark.parametrize(("out", "width"), [(192, 576), (3000, 577), (300, 4096)])

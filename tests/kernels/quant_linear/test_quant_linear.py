@@ -25,13 +25,6 @@ native = pytest.mark.skipif(not ISAS, reason="no C++ core")
 with_loras = pytest.mark.skipif(ISAS in ([], ["baseline"]), reason="no C++ core, or no AVX2")
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.core.use(request.param)
-    yield request.param
-    _native.core.use(ISAS[0])
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(192, 576), (70, 100), (3, 17)])
 def test_reference_is_the_product(bits, shape):

@@ -22,13 +22,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 HEADS = [(4, 4), (6, 2), (9, 3), (8, 1)]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.core.use(request.param)
-    yield request.param
-    _native.core.use(ISAS[0])
-
-
 def problem(heads=(6, 2), widths=(64, 64), block=1, lengths=(5, 40, 64), capacity=64, dtype=torch.float32, seed=0):
     """query (a transpose), keys, values, slots, positions; row n's last query sees lengths[n] entries."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,13 +15,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [1, 7, 64, 100, 576, 960, 1024, 2048, 3584, 5000, 16384]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.core.use(request.param)
-    yield request.param
-    _native.core.use(ISAS[0])
-
-
 def module(family, width, dtype):
     norm = family(width, eps=1e-5).to(dtype)
     norm.weight.data.copy_(torch.randn(width, generator=torch.Generator().manual_seed(1)))

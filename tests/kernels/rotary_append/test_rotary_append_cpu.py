@@ -8,14 +8,6 @@ from genarm_fast.kernels.rotary_append import cpu
 from genarm_fast.kernels.rotary_append.reference import specification
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
-ISAS = _native.core.instruction_sets() if _native.core else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.core.use(request.param)
-    yield request.param
-    _native.core.use(ISAS[0])
 
 
 def arguments(dtype, *, block=2, heads=6, kv_heads=2, width=16, value_width=8, norms=False, angles=3):
