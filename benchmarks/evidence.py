@@ -16,7 +16,7 @@ from typing import Any
 import cost
 import quality
 from registry import RESULTS
-from report import fill  # of scripts/demo_arms, which quality.py puts on the path
+from result_files import fill
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 IMAGES = PAGE.parent / "img"

@@ -19,13 +19,13 @@ from typing import Any
 
 from decode import HUGGING_FACE
 from registry import RESULTS
-from result_files import machine, name_of, put_between_marks
+from result_files import fill, machine, name_of
 
 from genarm_fast import demo
 
 HERE = Path(__file__).parent
 README, PLOT = HERE.parent / "README.md", HERE.parent / "docs" / "img" / "guidance.png"
-COMMAND = "benchmarks/guidance.py write"
+BLOCK = "guidance"  # its marks in README.md
 WEIGHTS = {"bfloat16": None, "exact": "exact"}  # how ours are held: title and --quantization
 COLUMNS = [(weights, batch) for weights in WEIGHTS for batch in (1, 8)]
 PLAIN = {  # rows of the table by variant of decode.py
@@ -156,7 +156,7 @@ def main() -> None:
         path = path or RESULTS / f"guidance-{found['machine']['date']}-{name_of(found['machine'])}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
     found = json.loads((path or newest()).read_text())
-    README.write_text(put_between_marks(README.read_text(), COMMAND, table(found)))
+    README.write_text(fill(README.read_text(), {BLOCK: table(found)}))
     plot(found, PLOT)
     print(table(found))
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from peer_shapes import SHAPES, Shape
 from registry import RESULTS
-from result_files import machine, name_of, put_between_marks
+from result_files import fill, machine, name_of
 from rich.console import Console
 
 from genarm_fast import demo
@@ -197,7 +197,7 @@ def write() -> None:
         found = json.loads(path.read_text())
         newest[found["machine"]["shape"]] = found
     tables = "\n".join(table(newest[name]) for name in SHAPES if name in newest)
-    PAGE.write_text(put_between_marks(PAGE.read_text(), "benchmarks/peers.py write", tables))
+    PAGE.write_text(fill(PAGE.read_text(), {"peers": tables}))
 
 
 def main() -> None:

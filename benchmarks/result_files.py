@@ -41,11 +41,17 @@ def name_of(about: Mapping[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
 
 
-def put_between_marks(page: str, command: str, table: str) -> str:
-    """The page with this table between `<!-- command -->` and `<!-- end -->`. Raises ValueError without such marks."""
-    begin, end = f"<!-- {command} -->\n", "<!-- end -->\n"
-    before, found, rest = page.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not found or not ended:
-        raise ValueError(f"expected {begin.strip()} and {end.strip()} around the table of a page, in this order")
-    return before + begin + table + end + after
+def fill(page: str, blocks: Mapping[str, str]) -> str:
+    """The page with the text between `<!-- begin X -->` and `<!-- end X -->` replaced by blocks[X].
+
+    Raises:
+        ValueError: the page lacks the marks of a block.
+    """
+    for name, text in blocks.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not found or not ended:
+            raise ValueError(f"expected {begin.strip()} and {end} around the text of a page, in this order")
+        page = f"{before}{begin}{text.strip()}\n{end}{after}"
+    return page

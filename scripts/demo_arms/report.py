@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from reviews import load
 
 from genarm_fast.demo import arm, arm_names
 from genarm_fast.train.data import load_pairs
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # what writes tables into pages
 
 RESAMPLES = 4000
 POSITIVE, CONCISE = (0.0, 0.5, 1.0), (0.0, 1.0, 2.0)  # weights of the sweep over two ARMs
@@ -180,19 +183,10 @@ def plot_tradeoff(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def fill(document: str, blocks: dict[str, str]) -> str:
-    """`document` with the text between `<!-- begin X -->` and `<!-- end X -->` replaced by blocks[X]."""
-    for name, text in blocks.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if begin not in document or end not in document:
-            raise ValueError(f"results.md: expected {begin!r} and {end!r}")
-        before, rest = document.split(begin)
-        document = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return document
-
-
 def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | None) -> None:
     """Fills docs/results.md and docs/img. The word judge is fitted on the lines of `hh` that no ARM was trained on."""
+    from result_files import fill
+
     sentiment = SentimentJudge(load(reviews))
     preference = None
     if hh:

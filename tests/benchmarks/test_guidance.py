@@ -56,9 +56,9 @@ def test_commands_are_of_the_same_shapes(guidance):
 def test_readme_has_the_newest_figures(guidance):
     readme = README.read_text()
     found = json.loads(guidance.newest().read_text())
-    assert guidance.put_between_marks(readme, guidance.COMMAND, guidance.table(found)) == readme
+    assert guidance.fill(readme, {guidance.BLOCK: guidance.table(found)}) == readme
     found["machine"]["date"] = "another"
-    assert guidance.put_between_marks(readme, guidance.COMMAND, guidance.table(found)) != readme
+    assert guidance.fill(readme, {guidance.BLOCK: guidance.table(found)}) != readme
 
 
 def test_plot(guidance, tmp_path):

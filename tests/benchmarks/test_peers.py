@@ -111,9 +111,8 @@ def test_the_page_has_the_newest_tables(peers, monkeypatch, tmp_path):
 
 
 def test_the_newest_file_of_each_shape_is_written(peers, monkeypatch, tmp_path):
-    command = "benchmarks/peers.py write"
     page = tmp_path / "page.md"
-    page.write_text(f"above\n<!-- {command} -->\nold\n<!-- end -->\nbelow\n")
+    page.write_text("above\n<!-- begin peers -->\nold\n<!-- end peers -->\nbelow\n")
     monkeypatch.setattr(peers, "PAGE", page)
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
     about = {"shape": "135m", "cores": 2, "device": "CPU", "capability": "AVX2", "threads": 1}
@@ -126,15 +125,8 @@ def test_the_newest_file_of_each_shape_is_written(peers, monkeypatch, tmp_path):
     assert "2026-11-28" in text
     assert "2026-11-27" not in text
     assert text.startswith("above\n")
-    assert text.endswith("<!-- end -->\nbelow\n")
+    assert text.endswith("<!-- end peers -->\nbelow\n")
     assert "old" not in text
-
-
-def test_a_page_without_marks(script):
-    files = script("result_files")
-    for page in ("", "<!-- end -->\n<!-- c -->\n"):
-        with pytest.raises(ValueError, match="expected <!-- c --> and <!-- end -->"):
-            files.put_between_marks(page, "c", "table\n")
 
 
 def test_a_random_shape_is_one_file_for_all(script, tmp_path, monkeypatch, tokenizer):

@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 import pytest
 from judge import PreferenceJudge, SentimentJudge, caution, judge_halves, repetition, vader
-from report import Results, bootstrap, fill
+from report import Results, bootstrap
 from reviews import Review
 
 
@@ -73,15 +73,6 @@ def test_differences_are_taken_prompt_by_prompt(tmp_path):
     assert results.estimate("positive-1", "vader", against="base").low > 0.3
     table = results.table(["base", "self-1", "positive-1"], [("Δ", "tokens", "base", 1)])
     assert table.splitlines()[2:] == ["| base |  |", "| `positive`, w = 1 | +0.0 [+0.0, +0.0] |"]
-
-
-def test_fill_replaces_marked_blocks_and_nothing_else():
-    document = "a\n<!-- begin x -->\nold\n<!-- end x -->\nb"
-    filled = fill(document, {"x": r"new \1"})
-    assert filled == "a\n<!-- begin x -->\nnew \\1\n<!-- end x -->\nb"
-    assert fill(filled, {"x": r"new \1"}) == filled
-    with pytest.raises(ValueError, match="begin y"):
-        fill(document, {"y": ""})
 
 
 def test_the_evaluation_has_a_help_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
