@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -132,10 +132,12 @@ def times(
     return take_turns(runs, rounds, lambda: reported)
 
 
-def measure(shape: Shape, rows: Sequence[int], threads: int, rounds: int, tokens: int, folder: Path) -> dict[str, Any]:
-    """Milliseconds of a step at each number of rows, and of a prompt, by contender, with the ratio to the reference."""
-    clock = "cpu" if threads == 1 else "wall"
-    console, lines = Console(stderr=True), []
+def measure(
+    shape: Shape, rows: Sequence[int], threads: int, rounds: int, tokens: int, folder: Path
+) -> Iterator[list[dict[str, Any]]]:
+    """Milliseconds of a step at each number of rows, and of a prompt, by contender, with the ratio to the reference:
+    the lines of a case as soon as it is measured."""
+    clock, console = clock_of(threads), Console(stderr=True)
     for count in rows:
 
         def step(process: Process, turn: int, count: int = count) -> float:
@@ -152,11 +154,13 @@ def measure(shape: Shape, rows: Sequence[int], threads: int, rounds: int, tokens
             for name, peer in peers(shape, folder).items():
                 console.print(f"{count} rows: {name} loads", highlight=False)
                 processes[name] = stack.enter_context(Process(name, peer, rows=count, threads=threads))
-            lines += lines_of(f"step, {count} rows", times(processes, rounds, step))
+            yield lines_of(f"step, {count} rows", times(processes, rounds, step))
             if count == 1:
-                lines += lines_of(f"prompt of {PROMPT_TOKENS} tokens", times(processes, PROMPT_ROUNDS, prompt))
-    about = machine() | {"threads": threads, "clock": clock, "tokens": tokens, "rounds": rounds, "shape": shape.name}
-    return {"machine": about, "results": lines}
+                yield lines_of(f"prompt of {PROMPT_TOKENS} tokens", times(processes, PROMPT_ROUNDS, prompt))
+
+
+def clock_of(threads: int) -> str:
+    return "cpu" if threads == 1 else "wall"
 
 
 def lines_of(case: str, spent: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -211,14 +215,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep files of other formats here, instead of making them each time")
     args = parser.parse_args()
     if args.action == "measure":
+        options = {"threads": args.threads, "rounds": args.rounds, "tokens": args.tokens}
+        about = machine() | options | {"clock": clock_of(args.threads), "shape": args.shape}
+        path = RESULTS / f"peers-{args.shape}-{args.threads}-{about['date']}-{name_of(about)}.json"
+        lines: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as own:
             folder = args.work or Path(own)
             folder.mkdir(parents=True, exist_ok=True)
-            found = measure(SHAPES[args.shape], args.rows, args.threads, args.rounds, args.tokens, folder)
-        about = found["machine"]
-        name = f"peers-{args.shape}-{args.threads}-{about['date']}-{name_of(about)}.json"
-        (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n")
-        print(table(found))
+            for found in measure(SHAPES[args.shape], args.rows, **options, folder=folder):
+                lines += found  # kept case by case: a run takes most of an hour
+                path.write_text(json.dumps({"machine": about, "results": lines}, indent=1) + "\n")
+        print(table({"machine": about, "results": lines}))
     write()
 
 

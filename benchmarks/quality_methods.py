@@ -58,7 +58,7 @@ SIZES = {
     ),
     "short": Size(
         prompts=24, tokens=24, seeds=1, dear_prompts=8, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
-        transfer_k=5, rollout=5, transfer_prompts=4, front_prompts=6, points=11,
+        transfer_k=5, rollout=5, transfer_prompts=4, front_prompts=24, points=11,
     ),
     "quick": Size(
         prompts=8, tokens=16, seeds=1, dear_prompts=8, best_of=(4,), args_weights=(10.0,), k=4,
