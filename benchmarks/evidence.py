@@ -20,7 +20,7 @@ from result_files import fill
 
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 IMAGES = PAGE.parent / "img"
-COLOURS = {"guided": "#c1440e", "MOD": "#4878a8", "soup": "#52796f"}
+COLOURS = {"guided, sum 1": "#e08e45", "guided, sum 2": "#c1440e", "MOD": "#4878a8", "soup": "#52796f"}
 
 
 def about(found: Mapping[str, Any]) -> str:

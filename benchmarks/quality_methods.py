@@ -57,8 +57,8 @@ SIZES = {
         transfer_k=10, rollout=20, transfer_prompts=64, front_prompts=32, points=11,
     ),
     "short": Size(
-        prompts=24, tokens=24, seeds=1, dear_prompts=8, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
-        transfer_k=5, rollout=5, transfer_prompts=4, front_prompts=24, points=11,
+        prompts=64, tokens=24, seeds=1, dear_prompts=24, best_of=(2, 16), args_weights=(3.0, 10.0), k=10,
+        transfer_k=5, rollout=5, transfer_prompts=8, front_prompts=24, points=11,
     ),
     "quick": Size(
         prompts=8, tokens=16, seeds=1, dear_prompts=8, best_of=(4,), args_weights=(10.0,), k=4,
@@ -205,7 +205,7 @@ def point_name(method: str, share: float) -> str:
 
 
 def fronts(models: Models, points: int) -> dict[str, Method]:
-    """Two objectives at each share a of the first: guided, MOD, and soups. Names end in the share."""
+    """Two objectives at each share a of the first: guided with weights of two sums, MOD, and soups. Names end in it."""
 
     def souped(a: float) -> Method:
         def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
@@ -219,7 +219,8 @@ def fronts(models: Models, points: int) -> dict[str, Method]:
         return lambda prompts, params: mod(models.objectives, [a, 1 - a], prompts, params)
 
     kinds = {
-        "guided": lambda a: by_arms(models, positive=a, concise=1 - a),
+        "guided, sum 1": lambda a: by_arms(models, positive=a, concise=1 - a),
+        "guided, sum 2": lambda a: by_arms(models, positive=2 * a, concise=2 * (1 - a)),
         "MOD": mixed,
         "soup": souped,
     }

@@ -51,7 +51,7 @@ def test_a_trace_is_told_by_its_weights(evidence) -> None:
 
 def test_plot_of_a_front(evidence, tmp_path: Path) -> None:
     row = {"points": [[0.1, 0.9], [0.5, 0.5]], "hypervolume": ESTIMATE, "mean_inner_product": ESTIMATE}
-    evidence.plot_front({"methods": dict.fromkeys(("guided", "MOD", "soup"), row)}, tmp_path / "front.png")
+    evidence.plot_front({"methods": dict.fromkeys(evidence.COLOURS, row)}, tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 
