@@ -103,7 +103,8 @@ def serve(base: str, arms: list[Any], weight_range: tuple[float, float] | None, 
             args.chat_template = os.path.join(folder, "chat_template.jinja")  # as a text, vLLM would unescape it
             Path(args.chat_template).write_text(template, encoding="utf-8")
         validate_parsed_serve_args(args)
-        print(how_to_call(args, base, dict(zip(served.names, served.defaults))), file=sys.stderr, flush=True)
+        if not args.headless:
+            print(how_to_call(args, base, dict(zip(served.names, served.defaults))), file=sys.stderr, flush=True)
         ServeSubcommand.cmd(args)
     return 0
 

@@ -1,4 +1,4 @@
-"""Two processes: tensor parallelism with slices of the lanes' A and B, and pipeline parallelism with layers of each member."""
+"""Two processes: tensor parallel with slices of lanes, and pipeline parallel with some layers of each member."""
 
 from __future__ import annotations
 

@@ -7,13 +7,9 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +18,18 @@ import pytest
 import requests
 import torch
 from engines import PROMPTS, TEXTS, TOKENIZER, loaded, naive
-
-TOKENS = 8
-START = 270  # seconds for a start, on a machine that is busy
-
-
-class Server:
-    def __init__(self, models: Path, folder: Path) -> None:
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = folder / "server.log"
-        shutil.copytree(models / "small", folder / "small")
-        (folder / "small" / "genarm.json").write_text('{"chat_template_kwargs": {"thinking": false}}')
-        arms = [f"kind:{folder / 'small'}=0.5", f"terse:{models / 'lora1'}=-0.3"]
-        options = "--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager --served-model-name guided"
-        command = [
-            *(sys.executable, "-m", "genarm_fast", "serve", "--base", str(models / "base")),
-            *(part for arm in arms for part in ("--arm", arm)),
-            *("--weight-range", "-3", "3", "--host", "127.0.0.1", "--port", str(self.port), *options.split()),
-            *("--kv-cache-memory-bytes", str(64 << 20)),
-        ]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-
-    def wait(self) -> None:
-        until = time.monotonic() + START
-        while time.monotonic() < until and self.process.poll() is None:
-            if self.health() == 200:
-                return
-            time.sleep(1)
-        raise RuntimeError(self.log.read_text()[-5000:])
-
-    def health(self) -> int | None:
-        """The status of /health; None where nobody answers."""
-        with suppress(requests.RequestException):
-            return requests.get(f"{self.url}/health", timeout=5).status_code
-        return None
-
-    def stop(self) -> None:
-        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        for child in children:
-            if child.is_running():
-                child.kill()
-
-    def post(self, path: str, **body: Any) -> requests.Response:
-        settings = {"model": "guided", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        return requests.post(f"{self.url}/v1/{path}", json=settings | body, timeout=120)
-
-    def tokens(self, prompt: Any, **body: Any) -> list[int]:
-        answer = self.post("completions", prompt=prompt, return_token_ids=True, **body)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["choices"][0]["token_ids"]
+from servers import TOKENS, Server
 
 
 @pytest.fixture(scope="module")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(models, tmp_path_factory.mktemp("server"))
-    try:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copytree(models / "small", folder / "small")
+    (folder / "small" / "genarm.json").write_text('{"chat_template_kwargs": {"thinking": false}}')
+    arms = [f"kind:{folder / 'small'}=0.5", f"terse:{models / 'lora1'}=-0.3"]
+    with Server(models / "base", arms, folder / "server.log", "--weight-range", "-3", "3") as made:
         made.wait()
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture(scope="module")
