@@ -11,7 +11,8 @@ from typing import Any
 
 from genarm_fast.text.transcripts import is_transcript
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.formats import Dropped, Pair, parse
+from genarm_fast.train.formats import Pair, parse
+from genarm_fast.train.rows import Dropped
 from genarm_fast.utils.jsonlines import located, read_objects
 from genarm_fast.utils.pipes import is_pipe
 

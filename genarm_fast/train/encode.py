@@ -24,7 +24,8 @@ from genarm_fast.text.templates import (
 )
 from genarm_fast.text.transcripts import ASSISTANT, HUMAN, transcript_messages
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.formats import Dropped, Pair, Side
+from genarm_fast.train.formats import Pair, Side
+from genarm_fast.train.rows import Dropped
 from genarm_fast.utils.jsonlines import located
 
 

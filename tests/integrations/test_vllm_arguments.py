@@ -22,6 +22,7 @@ from genarm_fast.integrations.vllm.adapters import lora_tensors
 from genarm_fast.integrations.vllm.arguments import served_arguments
 from genarm_fast.integrations.vllm.prompts import member_tokenizers, pinned_template, shared_tokens
 from genarm_fast.integrations.vllm.served import Served, ServedARM, check_version
+from genarm_fast.models.adapter import KEEPS_BASE, REPEATED
 from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.fingerprint import fingerprint
 
@@ -104,6 +105,36 @@ def test_without_a_fingerprint_the_recorded_base_decides(folder, tmp_path):
 def test_more_than_plain_lora_is_refused(settings, named, folder, tmp_path):
     save_adapter(tmp_path, base=folder / "base", seed=0, config=LoraConfig(r=4, target_modules=["q_proj"], **settings))
     with pytest.raises(ValueError, match=f"{named}=.*expected plain LoRA"):
+        engine_args(folder / "base", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*eva_config")
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        *(({"init_lora_weights": how}, None) for how in KEEPS_BASE),
+        *(
+            ({"init_lora_weights": how, "loftq_config": {"loftq_bits": 4}}, f"init_lora_weights='{how}': it rewrites")
+            for how in REPEATED
+        ),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda': expected one of"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens=.*expected a LoRA without it"),
+        ({"use_future_idea": True}, "use_future_idea=True: expected no such setting"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan: expected a finite number"),
+        ({"use_rslora": "false"}, "use_rslora='false': expected true or false"),
+    ],
+    ids=str,
+)
+def test_settings_of_adapters_are_read_as_everywhere(setting, said, folder, tmp_path):
+    """By the lists of genarm_fast.models.adapter: what is unknown there is no lane either."""
+    save_adapter(tmp_path, base=folder / "base", seed=0)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    if said is None:
+        (arm,) = engine_args(folder / "base", tmp_path)["hf_overrides"]["genarm_arms"]
+        assert arm["lane"]
+        return
+    with pytest.raises(ValueError, match=said):
         engine_args(folder / "base", tmp_path)
 
 
