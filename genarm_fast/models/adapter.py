@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,22 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
         raise RuntimeError(f"{what}: loading it changed the weights of its base")
     check_forward(what, adapted)
     return adapted.get_base_model().eval()
+
+
+def check_alone(what: str, folder: str, recorded: Any) -> None:
+    """Raises ValueError for a folder that holds a whole model as well, merged perhaps, of which its adapter is none.
+
+    recorded: the adapter's base, as the folder says.
+    """
+    whole = [
+        path.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in Path(folder).glob(pattern)
+    ]
+    own = os.path.isdir(str(recorded)) and os.path.samefile(str(recorded), folder)
+    if whole and not own and Path(folder, "config.json").is_file():
+        raise ValueError(
+            f"{what}: a whole model ({min(whole)}) and an adapter of {recorded!r}: expected one of them in a folder;"
+            " transformers puts such an adapter on the model beside it, which ARM(..., base=THE SAME FOLDER) does"
+        )
 
 
 def check_kind(what: str, config: Any) -> None:

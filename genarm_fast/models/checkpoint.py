@@ -13,7 +13,7 @@ from torch import nn
 
 from genarm_fast.kernels.quant_linear import QuantWeight
 from genarm_fast.models import coded_checkpoint
-from genarm_fast.models.adapter import check_forward, check_kind, is_adapted, load_adapter
+from genarm_fast.models.adapter import check_alone, check_forward, check_kind, is_adapted, load_adapter
 from genarm_fast.models.causal_lm import load_causal_lm, load_coded
 from genarm_fast.models.files import check_files, read_object
 from genarm_fast.models.fingerprint import fingerprint
@@ -201,6 +201,8 @@ class ModelLoader:
         check_files(role, source)
         what = f"{role}={source!r}"
         recorded = read_object(role, source, "adapter_config.json").get("base_model_name_or_path")
+        if base is None:
+            check_alone(what, source, recorded)
         return load_adapter(what, source, self._adapter_base(role, source, recorded, base, trust_remote_code))
 
     def _adapter_base(self, role: str, source: str, recorded: Any, named: Any, trust_remote_code: bool) -> Any:

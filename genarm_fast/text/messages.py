@@ -13,6 +13,7 @@ from typing import Any
 Message = dict[str, Any]
 PAYLOAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
 
+PART = ("type", "text", "annotations", "cache_control")  # of a part that is text alone
 SHAREGPT = ("system", "human", "gpt", "user", "assistant", "tool", "function_call", "observation")
 _STORED = re.compile(r"""\s*\[?\s*\{\s*["']""")  # how texts begin that may be messages
 
@@ -122,6 +123,8 @@ def _joined(message: Any, parts: Any) -> str:
         kind = part.get("type") or "text"
         if kind != "text":
             raise UnsupportedContent(f"a content part of type {kind!r}: expected text parts")
+        if others := [name for name, value in part.items() if name not in PART and value is not None]:
+            raise UnsupportedContent(f"a content part with {others[0]!r}: expected text parts")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {message!r:.80}: expected a string as 'text' of a part")
         texts.append(part["text"])

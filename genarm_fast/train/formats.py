@@ -13,7 +13,7 @@ from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standa
 from genarm_fast.train.rows import Dropped, margin_of, messages_of, named_row, options_of, text_of
 
 Side = str | Message | list[Message]
-IMAGES = ("image", "images")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def parse(
 def _detect(row: Mapping[str, Any]) -> str:
     for name in ("chosen", "rejected"):
         if name not in row:
-            raise ValueError(f"field {name!r} is missing, found {sorted(row)}")
+            raise ValueError(f"field {name!r} is missing, found {sorted(map(str, row))}")
     if any(isinstance(row.get(name), list) for name in ("prompt", "chosen", "rejected")):
         return "messages"
     if row.get("prompt") is not None:
@@ -108,9 +108,9 @@ def _pair(
         if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
         complete[name] = value is not False
-    for name in IMAGES:
+    for name in MEDIA:
         if row.get(name):
-            raise ValueError(f"field {name!r}: expected texts alone, images are not trained on")
+            raise ValueError(f"field {name!r}: expected texts alone, images, videos and sounds are not trained on")
     options = options_of(row)
     if options and isinstance(prompt, str):
         raise ValueError(f"field {min(options)!r}: expected messages with it")

@@ -38,17 +38,17 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | 
     """A row with the names that are used here; chosen and rejected by the column that says which is which."""
     for name, column in columns.items():
         if column not in row:
-            raise ValueError(f"field {column!r} ({name}) is missing, found {sorted(row)}")
+            raise ValueError(f"field {column!r} ({name}) is missing, found {sorted(map(str, row))}")
     row = {**row, **{name: row[column] for name, column in columns.items()}}
     sides = ("response_0", "response_1")
     if chosen_by is None:
         if "chosen" not in row and all(side in row for side in sides):
-            which = [name for name in row if name.endswith("_id")] or ["a column with 0 or 1"]
+            which = [name for name in map(str, row) if name.endswith("_id")] or ["a column with 0 or 1"]
             raise ValueError(f"field 'chosen' is missing beside {sides}: expected chosen_by, {' or '.join(which)}")
         return row
     for name in (chosen_by, *sides):
         if name not in row:
-            raise ValueError(f"field {name!r} is missing, found {sorted(row)}")
+            raise ValueError(f"field {name!r} is missing, found {sorted(map(str, row))}")
     which = row[chosen_by]
     if which not in (0, 1) or isinstance(which, float):
         raise ValueError(f"field {chosen_by!r}: expected 0 or 1, got {which!r:.60}")

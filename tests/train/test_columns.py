@@ -127,6 +127,51 @@ def test_rows_of_numpy_and_torch():
     assert load_pairs([{**chat, "prompt": (user,), "chosen": (yes,), "rejected": (no,)}]).pairs == expected
 
 
+CHAT = {"prompt": [{"role": "user", "content": "p"}], "chosen": "a", "rejected": "b"}
+TRANSCRIPT = {side: f"\n\nHuman: p\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "said"),
+    [
+        (TEXT, CHAT, "its prompts are chats: expected texts"),
+        (CHAT, TEXT, "its prompts are texts: expected chats"),
+        (TRANSCRIPT, TEXT, "its prompts are texts: expected transcripts"),
+        (TRANSCRIPT, CHAT, "its prompts are chats: expected transcripts"),
+    ],
+)
+def test_held_out_rows_of_another_format(make_config, write_jsonl, trained, held_out, said):
+    """They would be read otherwise than decoding reads prompts for that ARM, and the report tell of that."""
+    with pytest.raises(ValueError, match=f"eval_data: {said}, as those that are trained on are"):
+        train(make_config("", holdout_every=None), data=[trained], eval_data=[held_out], progress=False)
+    path = str(write_jsonl([held_out], "held.jsonl"))
+    with pytest.raises(ValueError, match=f"held.jsonl: {said}"):
+        train(make_config("", holdout_every=None, eval_data=path), data=[trained], progress=False)
+
+
+def test_held_out_rows_that_are_read_alike(make_config, tmp_path):
+    for number, (trained, held_out, options) in enumerate(
+        [(TEXT, TRANSCRIPT, {}), (TEXT, CHAT, {"as_chat": True}), (TRANSCRIPT, CHAT, {"as_chat": True})]
+    ):
+        config = make_config("", holdout_every=None, output=str(tmp_path / str(number)), **options)
+        assert train(config, data=[trained], eval_data=[held_out], progress=False).report["final"]["pairs"] == 1
+
+
+@pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
+def test_columns_of_other_media(name):
+    with pytest.raises(ValueError, match=f"data line 1: field '{name}': expected texts alone"):
+        load_pairs([TEXT | {name: ["x"]}])
+    assert len(load_pairs([TEXT | {name: None}]).pairs) == 1
+
+
+def test_columns_whose_names_are_no_text():
+    """As of a table without a header."""
+    with pytest.raises(ValueError, match=r"field 'chosen' is missing, found \['0', 'a'\]"):
+        load_pairs([{0: "x", "a": "y"}])
+    with pytest.raises(ValueError, match="expected chosen_by, a column with 0 or 1"):
+        load_pairs([{0: 1, "response_0": "y", "response_1": "z"}])
+
+
 @pytest.mark.parametrize("rows", [TEXT, {"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]}])
 def test_one_mapping_is_no_rows(rows):
     with pytest.raises(TypeError, match=r"data: expected rows, a list of mappings, got one mapping with \['chosen'"):
