@@ -84,6 +84,16 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(tied, tmp_path):
     assert checkpoint_fingerprint(tmp_path) == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors", "aaa.safetensors"])
+def test_files_that_nobody_loads_have_no_part_in_it(sharded, name, tmp_path):
+    """Variants and others' formats have tensors of the same names; those that transformers loads are what counts."""
+    build_model("llama", 3).save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "5GB")
+    build_model("llama", 4).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / name)
+    assert checkpoint_fingerprint(tmp_path) == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def test_an_adapter_of_other_weights_is_refused(folder):
     with pytest.raises(ValueError, match=r"lora' is an adapter of .*expected one of the base"):
         engine_args(folder / "other", folder / "lora")
