@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 
@@ -219,6 +220,20 @@ def test_configurations_of_a_data_set(write_jsonl, tmp_path):
         load_pairs(str(folder))
     with pytest.raises(ValueError, match="dataset_config='odd'"):
         load_pairs(str(folder), dataset_config="odd")
+
+
+@pytest.mark.parametrize("form", [json.dumps, str])
+def test_a_folder_of_csv_with_messages_in_it(tmp_path, form):
+    """As pandas and spreadsheets export chats."""
+    pytest.importorskip("datasets")
+    chat = {"prompt": [{"role": "user", "content": 'is it, "so"?\nor'}]}
+    chat |= {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    (tmp_path / "set").mkdir()
+    with open(tmp_path / "set" / "pairs.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, chat)
+        table.writeheader()
+        table.writerow({name: form(value) for name, value in chat.items()})
+    assert load_pairs(str(tmp_path / "set")).pairs == load_pairs([chat]).pairs
 
 
 def test_malformed_rows_are_dropped_and_counted_if_asked(write_jsonl):
