@@ -88,6 +88,10 @@ def test_a_prompt_that_ends_within_a_character(tokenizer):
     for before in (tokenizer("a é")["input_ids"][:-1], [0, 1], []):
         detokenizer = Detokenizer(tokenizer, before)
         assert "".join([*(detokenizer.push(token) for token in whole), detokenizer.flush()]) == "é x"
+    *before, last = tokenizer("a é")["input_ids"]
+    rest = [last, *tokenizer(" x")["input_ids"]]
+    detokenizer = Detokenizer(tokenizer, before)
+    assert "".join([*(detokenizer.push(token) for token in rest), detokenizer.flush()]) == "\ufffd x"
 
 
 def test_generated_text_keeps_its_leading_space(spaced_tokenizer, tiny_model):

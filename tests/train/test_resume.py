@@ -378,7 +378,10 @@ def test_resume_never_and_foreign_folders(make_config: Config, toy: Path, tmp_pa
         train(make_config(toy, output=str(tmp_path / "full")), progress=False)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"identity": 5}', '{"identity": {"config": {}}}'])
+RUN = {"config": 5, "train_sha256": "", "held_out_sha256": ""}
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "{}", '{"identity": 5}', json.dumps({"identity": RUN})])
 @pytest.mark.parametrize("name", ["run.json", "report.json"])
 def test_damaged_files_of_a_run_are_named(make_config: Config, toy: Path, name: str, text: str) -> None:
     train(make_config(toy), progress=False)
