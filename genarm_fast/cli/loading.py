@@ -159,7 +159,7 @@ def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt
     if isinstance(prompt, str):
         from genarm_fast.text.messages import check_plain
 
-        check_plain("prompt", prompt)
+        check_plain("prompts[0]", prompt)
     if not isinstance(prompt, str) or is_chat(args, model):
         from genarm_fast.text.given import as_prompts
 
