@@ -98,8 +98,7 @@ class Form:
             if name in row:
                 _check_kept(name, row[name])
         template = {name: row[name] for name in TEMPLATE if name in row}
-        plain = isinstance(prompt, str) and prompt and prompt.isascii() and not may_be_stored(prompt)
-        if template or not plain:
+        if template or not isinstance(prompt, str) or not prompt or not prompt.isascii() or may_be_stored(prompt):
             if not isinstance(prompt, (str, list)):
                 raise ValueError(f"prompt={prompt!r:.60}: expected text, chat messages or token ids")
             (prompt,) = as_prompts([prompt], **template)
