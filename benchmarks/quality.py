@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from baselines.interface import Member, Params
 from quality_measures import (
     Estimate,
     distinct,
@@ -33,7 +30,6 @@ from quality_measures import (
     mean,
     mean_inner_product,
     recovered,
-    repetition,
     win_rate,
 )
 from quality_methods import (
@@ -49,99 +45,12 @@ from quality_methods import (
     shares,
     weak,
 )
+from quality_runs import Texts, collect, same_inputs
 from result_files import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
 
 JUDGE_REVIEWS = {"quick": 6000, "short": 6000}  # read, of which a half is the judge's; else all: minutes to fit
-
-
-class Texts:
-    """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token.
-
-    A method that was asked the first prompts only is compared with others on these: `first`."""
-
-    def __init__(self, run: dict[str, Any], seeds: int) -> None:
-        samples = run["samples"]
-        self.seeds, self.prompts = seeds, len(samples) // seeds
-        self.texts = [sample["text"] for sample in samples]  # seed by seed
-        self.tokens = self._by_prompt([sample["tokens"] for sample in samples])
-        self.nats = self._by_prompt([sample.get("base_nats", np.nan) for sample in samples])
-        self.forwards = run["forwards_per_token"]
-        self.seconds = run["seconds"]
-
-    def _by_prompt(self, values: Any) -> np.ndarray:
-        return np.asarray(values, float).reshape(self.seeds, self.prompts).T
-
-    def scores(self, judge: Any, prompts: int | None = None) -> np.ndarray:
-        """Of each text [prompts, seeds], of the first so many prompts if asked."""
-        return self._by_prompt(judge(self.texts))[:prompts]
-
-    def repetition(self) -> np.ndarray:
-        return self._by_prompt(repetition(self.texts))
-
-
-def log_likelihoods(
-    model: Member, prompts: list[list[int]], responses: list[list[int]], batch: int = 16
-) -> Iterator[float]:
-    """Σ log π of each response, in nats. What a batch's prompts begin with is read once."""
-    for i in range(0, len(prompts), batch):
-        state, rows = model.start(prompts[i : i + batch]), responses[i : i + batch]
-        width = max(map(len, rows))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        logits = torch.cat([state.last[:, None], *([state.advance(tokens[:, :-1])] if width > 1 else [])], 1)
-        found = logits.log_softmax(-1).gather(-1, tokens[:, :, None]).squeeze(-1)
-        yield from (float(each[: len(row)].sum()) for each, row in zip(found, rows))
-
-
-def collect(
-    models: Models,
-    methods: dict[str, Method],
-    folder: Path,
-    prompts: list[list[int]],
-    size: Size,
-    perplexity: bool = True,
-) -> dict[str, Texts]:
-    """Runs what is not there yet. Files hold texts, never prompts. perplexity: the base reads every text once more."""
-    stops, tokenizer = tuple(models.engine.eos_token_ids), models.engine.tokenizer
-    for name, method in methods.items():
-        path = folder / f"{name}.json"
-        if path.exists():
-            continue
-        samples, forwards, start = [], {}, time.process_time()
-        for seed in range(size.seeds):
-            responses = method(prompts, Params(size.tokens, seed=10_000 * seed, stop_token_ids=stops))
-            for response in responses:
-                forwards.update({m: forwards.get(m, 0) + n for m, n in response.forwards.items()})
-                samples.append({"ids": response.tokens, "tokens": len(response.tokens)})
-        seconds = time.process_time() - start
-        if perplexity:
-            asked = prompts[: len(samples) // size.seeds] * size.seeds
-            for sample, nats in zip(samples, log_likelihoods(models.base, asked, [s["ids"] for s in samples])):
-                sample["base_nats"] = nats
-        for sample in samples:
-            sample["text"] = tokenizer.decode(sample.pop("ids"), skip_special_tokens=True)
-        total = sum(sample["tokens"] for sample in samples)
-        result = {
-            "samples": samples,
-            "seconds": seconds,
-            "forwards_per_token": {member: count / total for member, count in forwards.items()},
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(result))
-        os.replace(partial, path)
-        print(f"{name}: {total} tokens in {seconds:.0f} s of CPU time", flush=True)
-    return {name: Texts(json.loads((folder / f"{name}.json").read_text()), size.seeds) for name in methods}
-
-
-def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Leaves a note of what the runs in a folder were made with. Raises SystemExit where they were made with else."""
-    note = folder / "inputs.note"
-    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(inputs)):
-        raise SystemExit(f"{note}: made with other sizes, policies or reward: expected another --runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(inputs, indent=1))
 
 
 def judge_of(runs: Path, size: str) -> Any:

@@ -5,25 +5,36 @@ Each case draws shapes, dtypes and places in memory, and compares with the op's 
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
 from unittest.mock import patch
 
 import torch
-from stacked_products import stacked
+from fuzz_calls import (
+    DTYPES,
+    add_rms_norm,
+    arm_logps,
+    called,
+    close,
+    exact,
+    gated_mul,
+    map_odd,
+    near,
+    odd,
+    product,
+    ragged_append,
+    ragged_attention,
+    rms_norm,
+    rotary,
+    rotary_append,
+    silu_mul,
+)
 
 from genarm_fast import kernels
 from genarm_fast.kernels.gated_mul.reference import ACTIVATIONS
 from genarm_fast.kernels.gated_mul.reference import specification as gated_mul_reference
 from genarm_fast.kernels.quant_linear import quantize
 from genarm_fast.kernels.rotary_append.reference import specification as rotary_append_reference
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Triton's interpreter truncates where a GPU rounds to bfloat16.
-TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 8e-2, torch.float16: 8e-3}
 
 
 def norms(rng: random.Random, triton: bool) -> None:
@@ -163,159 +174,6 @@ def logps(rng: random.Random, triton: bool) -> None:
         gradients.append([result.detach(), *(each.grad for each in leaves)])
     for found, expected in zip(*gradients, strict=True):
         near(found, expected, (0.15 if triton else 0.05) if dtype == torch.bfloat16 else 1e-4)
-
-
-def arm_logps(hidden: Any, weight: Any, labels: Any, *, triton: bool, **options: Any) -> Any:
-    if not triton:
-        return kernels.arm_logps(hidden, weight, labels, **options)
-    from genarm_fast.kernels.arm_logps.triton import launch
-
-    return launch(hidden, weight, labels, *(options[name] for name in ("bias", "logit_scale", "softcap"))).sum(-1)
-
-
-def rms_norm(triton: bool, x: Any, weight: Any, eps: float, offset: float) -> Any:
-    if triton:
-        from genarm_fast.kernels.rms_norm.triton import launch
-
-        return launch(x, weight, eps, offset)
-    return kernels.rms_norm(x, weight, eps, offset=offset)
-
-
-def add_rms_norm(triton: bool, *arguments: Any) -> Any:
-    if triton:
-        from genarm_fast.kernels.rms_norm.triton import run
-
-        return run(*arguments)
-    *plain, offset, b, index = arguments
-    return kernels.add_rms_norm(*plain, offset=offset, lanes=lanes_of(b, index))
-
-
-def silu_mul(triton: bool, gate: Any, up: Any) -> Any:
-    if triton and gate.numel():  # what the launcher leaves to the reference
-        from genarm_fast.kernels.gated_mul.triton import launch_silu_mul
-
-        return launch_silu_mul(gate, up)
-    return kernels.silu_mul(gate, up)
-
-
-def gated_mul(triton: bool, y: Any, activation: str, b: Any, index: Any) -> Any:
-    if triton:
-        from genarm_fast.kernels.gated_mul.triton import launch
-
-        return launch(y, activation, b, index)
-    return kernels.gated_mul(y, activation=activation, lanes=lanes_of(b, index))
-
-
-def rotary(triton: bool, *arguments: Any) -> Any:
-    if triton:
-        from genarm_fast.kernels.rotary.triton import launch
-
-        return launch(*arguments, 1)
-    return kernels.rotary(*arguments)
-
-
-def rotary_append(triton: bool, *arguments: Any) -> Any:
-    if triton:
-        from genarm_fast.kernels.rotary_append.triton import launch
-
-        return launch(*arguments)
-    *plain, query_norm, key_norm, eps, bias, b, index = arguments
-    norms = {"query_norm": query_norm, "key_norm": key_norm}
-    return kernels.rotary_append(*plain, **norms, eps=eps, bias=bias, lanes=lanes_of(b, index))
-
-
-def ragged_append(triton: bool, *arguments: Any) -> Any:
-    if triton:
-        from genarm_fast.kernels.ragged_attention.triton_append import append
-
-        return append(*arguments)
-    return kernels.ragged_append(*arguments)
-
-
-def ragged_attention(triton: bool, *arguments: Any) -> Any:
-    *plain, window, softcap = arguments
-    if triton:
-        from genarm_fast.kernels.ragged_attention.triton import attention
-
-        return attention(*plain, 0.1, window, softcap, None)
-    return kernels.ragged_attention(*plain, scale=0.1, window=window, softcap=softcap)
-
-
-def lanes_of(b: Any, index: Any) -> Any:
-    return None if b is None else kernels.Lanes(b, index)
-
-
-def product(rng: random.Random, widths: Sequence[int], dtype: Any, rows: int = 3, block: int = 2) -> Any:
-    """(y [rows, block, columns], B and index of its lanes or (None, None), in float64 what it stands for)."""
-    index = rng.choice([(), (), (-1, 1, 0)[:rows] if rows in (1, 3) else (-1, 1)])
-    rank, seed = rng.randint(1, 17), rng.getrandbits(30)
-    y, lanes, merged = stacked(widths, index, rows=rows * block, rank=rank, dtype=dtype, seed=seed)
-    return y.view(rows, block, -1), lanes or (None, None), merged.view(rows, block, -1)
-
-
-def called(
-    rng: random.Random, triton: bool, op: Callable[..., Any], tensors: list[Any], dtype: Any, *rest: Any,
-    in_place: Sequence[int] = (),
-) -> Any:  # fmt: skip
-    """(what an op gives, its tensors as it had them). Tensors lie at odd places, for Triton between canaries.
-
-    in_place: which of them the op writes; launchers leave those with the negative bit alone.
-    """
-
-    def typed(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    tensors, rest = [typed(each) for each in tensors], tuple(map(typed, rest))
-    if not triton:
-        placed = [odd(rng, each, negated=i not in in_place) for i, each in enumerate(tensors)]
-        return op(False, *placed, *rest), placed
-    from interpreter import between_canaries, bfloat16_products
-
-    with between_canaries() as canaries, bfloat16_products():
-        placed = [odd(rng, each, canaries.embed, negated=i not in in_place) for i, each in enumerate(tensors)]
-        extra = [canaries.embed(each) if isinstance(each, torch.Tensor) else each for each in rest]
-        found = op(True, *placed, *extra)
-    assert found is not None, f"{op.__name__} was not launched"
-    return found, placed
-
-
-def odd(rng: random.Random, tensor: Any, place: Callable[[Any], Any] | None = None, *, negated: bool = True) -> Any:
-    """An equal tensor that begins at an odd place of its memory, sometimes transposed or with the negative bit."""
-    if not isinstance(tensor, torch.Tensor):
-        return tensor
-    place = place or (lambda each: at_an_odd_place(each, rng.randint(0, 3)))
-    if rng.random() < 0.2 and tensor.ndim > 1:
-        return place(tensor.transpose(0, 1).contiguous()).transpose(0, 1)
-    if negated and rng.random() < 0.1 and tensor.dtype in (torch.float32, torch.float16):  # bfloat16 has no such bit
-        return torch._neg_view(place(tensor.neg()))
-    return place(tensor)
-
-
-def map_odd(rng: random.Random, tensors: Sequence[Any]) -> list[Any]:
-    return [odd(rng, each) for each in tensors]
-
-
-def at_an_odd_place(tensor: Any, skipped: int) -> Any:
-    memory = torch.empty(skipped + math.prod(tensor.shape), dtype=tensor.dtype)
-    return memory[skipped:].view(tensor.shape).copy_(tensor)
-
-
-def exact(dtype: Any, *tensors: Any) -> list[Any]:
-    """In float64, of the values that `dtype` has; what is no tensor stays."""
-    return [each.to(dtype).double() if isinstance(each, torch.Tensor) else each for each in tensors]
-
-
-def close(found: Any, expected: Any, dtype: Any, factor: float = 1.0) -> None:
-    tolerance = factor * TOLERANCE[dtype]
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def near(found: Any, expected: Any, tolerance: float = 0.05) -> None:
-    """Within a part of the largest number: products of many terms."""
-    assert found.shape == expected.shape
-    if found.numel():
-        scale = 1 + float(expected.abs().amax())
-        assert float((found.double() - expected).abs().amax()) < tolerance * scale
 
 
 CASES = {

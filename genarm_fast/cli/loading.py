@@ -156,6 +156,10 @@ def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt
         return prompt
     if not prompt:
         raise ValueError("prompt: expected text, got none")
+    if isinstance(prompt, str):
+        from genarm_fast.text.messages import check_plain
+
+        check_plain("prompts[0]", prompt)
     if not isinstance(prompt, str) or is_chat(args, model):
         from genarm_fast.text.given import as_prompts
 

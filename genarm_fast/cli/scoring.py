@@ -30,13 +30,13 @@ def score_all(
     model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
 ) -> list[ScoreOutput]:
     """`model.score` with a progress bar. Checks everything first; errors name the input line."""
-    from genarm_fast.text.messages import check_text
+    from genarm_fast.text.messages import check_plain
     from genarm_fast.text.templates import encoded
 
     for line, prompt, response in zip(lines, prompts, responses):
         with located(path, line):
             if isinstance(response, str):
-                check_text("response", response)
+                check_plain("response", response)
                 length = len(encoded(model.tokenizer, response)) + 1  # end of sequence
             else:
                 length = len(response)

@@ -114,7 +114,9 @@ class Sequence:
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self._detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            self.tokenizer, self.request.token_ids[0], skip_special_tokens=params.skip_special_tokens
+        )
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._needed: tuple[tuple[int, int], list[int]] | None = None  # with the epoch and length that it is of
         self._varying = False

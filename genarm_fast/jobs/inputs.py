@@ -19,6 +19,7 @@ from genarm_fast.jobs.identity import digest
 from genarm_fast.params import SamplingParams, check_weights
 from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.given import Prompt, as_prompts
+from genarm_fast.text.messages import may_be_stored
 
 # What JSON can express, and what does not make an answer depend on the time of day.
 DEFAULTS = {
@@ -97,7 +98,7 @@ class Form:
             if name in row:
                 _check_kept(name, row[name])
         template = {name: row[name] for name in TEMPLATE if name in row}
-        if template or not isinstance(prompt, str) or not prompt or not prompt.isascii():
+        if template or not isinstance(prompt, str) or not prompt or not prompt.isascii() or may_be_stored(prompt):
             if not isinstance(prompt, (str, list)):
                 raise ValueError(f"prompt={prompt!r:.60}: expected text, chat messages or token ids")
             (prompt,) = as_prompts([prompt], **template)

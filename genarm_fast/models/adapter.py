@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,10 +49,7 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
     """
     from peft import PeftModel, load_peft_weights
 
-    config = _config(what, source)
-    check_kind(what, config)
-    _check_scales(what, config)
-    _check_initialisation(what, config)
+    config = checked_config(what, source)
     check_patterns(what, config, [name for name, _ in base.named_modules()])
     with refusing(what, "an adapter with weights that can be read"):
         saved = load_peft_weights(os.fspath(source), device="cpu")
@@ -73,14 +71,30 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
     return adapted.get_base_model().eval()
 
 
+def check_alone(what: str, folder: str, recorded: Any) -> None:
+    """Raises ValueError for a folder that holds a whole model as well, merged perhaps, of which its adapter is none.
+
+    recorded: the adapter's base, as the folder says.
+    """
+    whole = [
+        path.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in Path(folder).glob(pattern)
+    ]
+    own = os.path.isdir(str(recorded)) and os.path.samefile(str(recorded), folder)
+    if whole and not own and Path(folder, "config.json").is_file():
+        raise ValueError(
+            f"{what}: a whole model ({min(whole)}) and an adapter of {recorded!r}: expected one of them in a folder;"
+            " transformers puts such an adapter on the model beside it, which ARM(..., base=THE SAME FOLDER) does"
+        )
+
+
 def check_kind(what: str, config: Any) -> None:
     """Raises ValueError for an adapter whose effect is not all in the modules that it adapts."""
-    kind = _plain(config.peft_type)
+    kind = plain(config.peft_type)
     if config.is_prompt_learning:
         raise ValueError(f"{what}: {kind} adapters add virtual tokens; expected LoRA-like")
-    if _plain(config.task_type) not in TASKS:
+    if plain(config.task_type) not in TASKS:
         raise ValueError(
-            f"{what}: task_type={_plain(config.task_type)!r}: expected an adapter of a causal LM, CAUSAL_LM"
+            f"{what}: task_type={plain(config.task_type)!r}: expected an adapter of a causal LM, CAUSAL_LM"
         )
     if kind == "LORA":
         default = type(config)()
@@ -95,7 +109,7 @@ def check_kind(what: str, config: Any) -> None:
 @torch.inference_mode()
 def check_forward(what: str, adapted: Any) -> None:
     """Raises ValueError where PEFT's forward does more than the modules inside: it is they that run here."""
-    if all(_plain(config.peft_type) == "LORA" for config in adapted.peft_config.values()):
+    if all(plain(config.peft_type) == "LORA" for config in adapted.peft_config.values()):
         return  # by its fields
     inside = adapted.get_base_model().eval()
     tokens = torch.arange(1, 9, device=inside.get_input_embeddings().weight.device)[None]
@@ -103,7 +117,7 @@ def check_forward(what: str, adapted: Any) -> None:
     with refusing(what, "an adapter that runs"):
         theirs, ours = (model.eval()(input_ids=tokens, use_cache=False).logits.float() for model in (adapted, inside))
     if not torch.allclose(theirs, ours, atol=1e-2 * float(ours.std())):
-        kinds = ", ".join(sorted({_plain(config.peft_type) for config in adapted.peft_config.values()}))
+        kinds = ", ".join(sorted({plain(config.peft_type) for config in adapted.peft_config.values()}))
         raise ValueError(f"{what}: expected an adapter whose modules do all of its work, as LoRA's do, got {kinds}")
 
 
@@ -150,12 +164,24 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(ordered[:SHOWN]) + more
 
 
+def checked_config(what: str, source: Source) -> Any:
+    """The adapter's PEFT config.
+
+    Raises:
+        ValueError: a kind or a setting that is not supported, or that this version of PEFT does not know.
+    """
+    config = _config(what, source)
+    check_kind(what, config)
+    _check_scales(what, config)
+    _check_initialisation(what, config)
+    return config
+
+
 def _config(what: str, source: Source) -> Any:
-    """The adapter's PEFT config. Raises ValueError for a kind or a setting that this version of PEFT does not know."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     values = read_object(what, source, "adapter_config.json")
-    kinds = {_plain(kind): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kinds = {plain(kind): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = values.get("peft_type")
     if kind not in kinds:
         raise ValueError(f"{what}: peft_type={kind!r}: expected one that PEFT knows: {', '.join(sorted(kinds))}")
@@ -191,8 +217,8 @@ def _check_vocabulary(what: str, base: Any, saved: Mapping[str, torch.Tensor]) -
 
 def _no_numbers_to_overwrite(config: Any) -> AbstractContextManager[None]:
     """Where all that PEFT would draw is read from a file afterwards. It costs 0.1 s for 210 matrices."""
-    plain = _plain(config.peft_type) == "LORA" and config.init_lora_weights in KEEPS_BASE and not config.use_dora
-    return no_init_weights() if plain else nullcontext()
+    lora = plain(config.peft_type) == "LORA" and config.init_lora_weights in KEEPS_BASE and not config.use_dora
+    return no_init_weights() if lora else nullcontext()
 
 
 def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) -> set[int]:
@@ -206,7 +232,7 @@ def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) 
         old = parameters.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
         if old is not None and not (old.shape == value.shape and torch.equal(old, value.to(old))):
             written.add(id(old))
-    kind = _plain(config.peft_type)
+    kind = plain(config.peft_type)
     if kind not in SHARING:
         return {id(parameter) for parameter in tree.parameters()}
     if kind == "LORA" and config.init_lora_weights not in KEEPS_BASE:
@@ -216,5 +242,6 @@ def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) 
     return written
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The text of a kind or a task, of which PEFT makes enums."""
     return value.value if isinstance(value, Enum) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from genarm_fast.models.files import INDICES, read_object
 from genarm_fast.models.fingerprint import ROWS, fingerprint
 from genarm_fast.models.hub import Source
+
+WHOLE = "model.safetensors"  # comes before shards and their index
 
 
 def checkpoint_fingerprint(base: Source) -> str | None:
@@ -21,25 +24,32 @@ def checkpoint_fingerprint(base: Source) -> str | None:
     A hub id, a quantised checkpoint, and one whose files name tensors otherwise than the model has none.
     """
     folder = Path(base)
-    if not folder.is_dir() or not list(folder.glob("*.safetensors")):
+    if not folder.is_dir() or not (files := _loaded(folder)):
         return None
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    rows = _FirstRows(model, folder)
+    rows = _FirstRows(model, files)
     return None if rows.lacking else fingerprint(rows)
+
+
+def _loaded(folder: Path) -> list[Path]:
+    """The files that transformers loads: others may lie there, such as variants, an adapter's, or another format's."""
+    index = read_object("base", folder, INDICES[0]).get("weight_map", {})
+    names = [WHOLE] if (folder / WHOLE).is_file() else sorted(set(index.values()))
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 class _FirstRows(nn.Module):
     """Stands for a model before `fingerprint`: the names of its matrices, and their first rows from the files."""
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
+    def __init__(self, model: nn.Module, files: Sequence[Path]) -> None:
         super().__init__()
         self.names = [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
         self.files: dict[str, Path] = {}
-        for path in folder.glob("*.safetensors"):
+        for path in files:
             with safe_open(path, "pt") as file:
                 self.files.update(dict.fromkeys(file.keys(), path))
         self.lacking = [name for name in self.names if name not in self.files]

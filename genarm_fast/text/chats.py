@@ -10,7 +10,8 @@ from genarm_fast.text.messages import Message
 KEYS = ("messages", "tools", "chat_template_kwargs")
 # What the messages, the model and the call say themselves.
 OWN = {"messages", "conversation", "chat_template", "tools", "documents", "tokenize", "return_tensors", "return_dict"}
-OWN |= {"add_generation_prompt", "continue_final_message", "tokenizer"}
+OWN |= {"add_generation_prompt", "continue_final_message", "tokenizer", "self", "tokenizer_kwargs"}
+OWN |= {"padding", "truncation", "max_length", "return_assistant_tokens_mask"}  # which no template would see
 
 
 class Chat(list[Message]):
@@ -46,7 +47,8 @@ def template_arguments(tools: Any, chat_template_kwargs: Any) -> dict[str, Any]:
                 raise ValueError(f"chat_template_kwargs={name!r}: expected what only the template knows")
         arguments |= chat_template_kwargs
     if tools is not None:
-        if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        listed = isinstance(tools, Sequence) and not isinstance(tools, (str, bytes))
+        if not listed or not all(isinstance(tool, Mapping) for tool in tools):
             raise TypeError(f"tools={tools!r:.80}: expected a list of tools, each a mapping (a JSON schema)")
         if tools:
             arguments["tools"] = list(tools)

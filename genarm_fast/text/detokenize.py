@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 REPLACEMENT = "\ufffd"  # what a decoder makes of an unfinished UTF-8 sequence
 CHARACTER = 4  # bytes of one at most, and so tokens
+CONTEXT = 8  # tokens of the prompt that tell how a text goes on
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -40,14 +41,28 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 class Detokenizer:
     """Turns tokens into text one by one, with the same result as the tokenizer's `decode` of all of them.
 
+    before: the tokens before the first, of which the last few count: it is the text that follows theirs. Decoders of
+    SentencePiece take a leading space off a whole text, and those of WordPiece write "##" before a word's rest there.
+
     A token's text depends on its neighbours (spaces, bytes of one character). So the last piece is decoded again
     together with the new tokens, and what they add is the new text. It is held back while it ends inside a character.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
         self.tokenizer, self._decode = tokenizer, decoder(tokenizer, skip_special_tokens=skip_special_tokens)
-        self.ids: list[int] = []
-        self.start = self.read = 0  # ids[start:read] is the piece before, which gives the context
+        self.ids = self._context(before)
+        self.start, self.read = 0, len(self.ids)  # ids[start:read] is the piece before, which gives the context
+
+    def _context(self, before: Sequence[int]) -> list[int]:
+        """The last tokens before a text, as many as are whole characters; [] where they show nothing."""
+        last = list(before[-CONTEXT:])
+        for start in range(len(last)):
+            text = self._decode(last[start:])
+            if text and REPLACEMENT not in text:
+                return last[start:]
+        return []
 
     def push(self, token_id: int) -> str:
         """New text, "" while a character is unfinished."""

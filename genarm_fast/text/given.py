@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from genarm_fast.text.chats import KEYS, Chat, arguments_of, is_chat_object, template_arguments
-from genarm_fast.text.messages import Message, as_message, check_text
+from genarm_fast.text.messages import Message, as_message, check_plain
 
 Prompt = str | list[Message] | list[int]
 VLLM = ("prompt_token_ids", "prompt")  # of a prompt as vLLM takes it; the first that is there counts
@@ -63,7 +63,7 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
             raise ValueError(
                 f"prompts[{index}]='': expected a non-empty prompt (to start from nothing, give token ids)"
             )
-        return check_text(f"prompts[{index}]", prompt)
+        return check_plain(f"prompts[{index}]", prompt)
     if _is_sequence(prompt) and not prompt:
         raise ValueError(f"prompts[{index}]=[]: expected at least one token id or chat message")
     if _is_sequence(prompt) and len(prompt) == 1 and _is_sequence(prompt[0]) and _are_ids(prompt[0]):
@@ -128,7 +128,7 @@ def _as_response(index: int, response: Any) -> str | list[int]:
     if hasattr(response, "tolist"):
         response = response.tolist()
     if isinstance(response, str):
-        return check_text(f"responses[{index}]", response)
+        return check_plain(f"responses[{index}]", response)
     if _are_ids(response):
         return [int(item) for item in response]
     raise TypeError(f"responses[{index}]={response!r:.80}: expected a string or token ids")

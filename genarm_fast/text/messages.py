@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
+import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
 PAYLOAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
+
+PART = ("type", "text", "annotations", "cache_control")  # of a part that is text alone
+SHAREGPT = ("system", "human", "gpt", "user", "assistant", "tool", "function_call", "observation")
+_STORED = re.compile(r"""\s*\[?\s*\{\s*["']""")  # how texts begin that may be messages
 
 
 class UnsupportedContent(ValueError):
@@ -25,6 +34,9 @@ def as_message(value: Any) -> Message:
     if not isinstance(value["role"], str):
         raise TypeError(f"message {value!r:.80}: expected a string as 'role'")
     message = {key: item for key, item in value.items() if item is not None or key == "content"}
+    calls = message.get("tool_calls", ())
+    if not isinstance(calls, (list, tuple)) or any(isinstance(call, (str, bytes)) for call in calls):
+        raise TypeError(f"message {value!r:.80}: expected a list of calls as 'tool_calls', got {calls!r:.60}")
     content = message.get("content")
     if content is None and "content" in value and not any(message.get(name) for name in PAYLOAD):
         raise TypeError(f"message {value!r:.80}: expected a string as 'content'")
@@ -46,6 +58,63 @@ def check_text(name: str, text: str) -> str:
     return text
 
 
+def stored_messages(text: str) -> list[Any] | None:
+    """The messages of a text that is nothing but these, as JSON or as Python prints them; None for any other text.
+
+    Tables without types (CSV, SQL) hold messages so.
+
+    Raises:
+        ValueError: messages that cannot be read, since NumPy has printed them.
+    """
+    if not _STORED.match(text):
+        return None
+    for read in (json.loads, _literal):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text)
+            if isinstance(value, Mapping):
+                value = value["messages"] if set(value) == {"messages"} else [value]
+            return value if isinstance(value, list) and value and all(map(_is_message, value)) else None
+    if text.rstrip().endswith("}]") and "'role': '" in text:
+        raise ValueError(f"{text!r:.60}: expected messages as a list or as JSON, NumPy printed these without commas")
+    return None
+
+
+def check_plain(name: str, text: str) -> str:
+    """As `check_text`. Raises ValueError also for messages in the place of a text."""
+    messages = True
+    with suppress(ValueError):
+        messages = stored_messages(text) is not None
+    if messages:
+        raise ValueError(
+            f"{name}={text!r:.60}: expected a text, or messages as a list, not as the JSON or Python text of one "
+            "(json.loads and ast.literal_eval read it). If that text itself is meant, give its token ids"
+        )
+    return check_text(name, text)
+
+
+def may_be_stored(text: str) -> bool:
+    """Whether a text begins as messages do; a tenth of a microsecond."""
+    return _STORED.match(text) is not None
+
+
+def _literal(text: str) -> Any:
+    with warnings.catch_warnings():  # Python warns of escapes in it that it does not know
+        warnings.simplefilter("ignore")
+        return ast.literal_eval(text.strip())
+
+
+def _is_message(value: Any) -> bool:
+    """Also a request with messages in it, and those of `from` and `value`, which are refused by name later."""
+    if not isinstance(value, Mapping):
+        return False
+    if isinstance(value.get("role"), str):
+        return "content" in value or any(name in value for name in PAYLOAD)
+    inside = value.get("messages")
+    if isinstance(inside, list):
+        return any(map(_is_message, inside))
+    return "value" in value and value.get("from") in SHAREGPT
+
+
 def _joined(message: Any, parts: Any) -> str:
     if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
         raise TypeError(f"message {message!r:.80}: expected a string or a list of parts as 'content'")
@@ -54,6 +123,8 @@ def _joined(message: Any, parts: Any) -> str:
         kind = part.get("type") or "text"
         if kind != "text":
             raise UnsupportedContent(f"a content part of type {kind!r}: expected text parts")
+        if others := [name for name, value in part.items() if name not in PART and value is not None]:
+            raise UnsupportedContent(f"a content part with {others[0]!r}: expected text parts")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {message!r:.80}: expected a string as 'text' of a part")
         texts.append(part["text"])

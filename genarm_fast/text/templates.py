@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from genarm_fast.text import helper
 from genarm_fast.text.deadline import within
-from genarm_fast.text.messages import Message
+from genarm_fast.text.messages import Message, check_text
 from genarm_fast.text.template_kinds import is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_CHARACTERS = 1 << 24  # of a rendered chat; the longest contexts hold a quarter of that
+PRINTED = ("'type': 'text'", '"type": "text"')  # content parts in a text that a template has put together
 ANCHORS = ("\n", ".", "a", "0")  # texts that a response may follow without joining them
 
 
@@ -110,11 +112,12 @@ def end_of_answer(
 def after_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
     """What a chat template puts behind the text of an answer; "" where it can't render a plain one."""
     answer = "ANSWER"
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
     try:
-        return render(tokenizer, messages, chat_template).rpartition(answer)[2]
+        _, shown, after = render(tokenizer, messages, chat_template).rpartition(answer)
     except ValueError:
         return ""
+    return after if shown else ""
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -139,17 +142,47 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     try:
         if isinstance(tokenizer.chat_template, dict):
             template = tokenizer.get_chat_template(chat_template, options.get("tools"))
-        if is_plain(template):
-            text = within(lambda: _rendered_here(tokenizer, messages, template, options))
-        else:
-            text = _rendered_apart(tokenizer, messages, template, options)
+        text = _shown(tokenizer, messages, template, options)
     except (RecursionError, ArithmeticError, LookupError, AttributeError, TypeError, MemoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     except Exception as error:  # of Jinja: wrong itself, or it refuses these roles
         raise ValueError(str(error) or type(error).__name__) from error
     if len(text) > MOST_CHARACTERS:
         raise ValueError(_too_long(len(text)))
+    return check_text("it makes a text", text)
+
+
+def _shown(tokenizer: Any, messages: Sequence[Message], template: str, options: dict[str, Any]) -> str:
+    """What a template makes of contents that are texts, or of parts where it reads these alone and loses texts."""
+    said = [str(message["content"] or "").strip() for message in messages if message["role"] == "user"]
+    failed = None
+    try:
+        text = _rendered(tokenizer, messages, template, options)
+        if all(each in text for each in said):
+            return text
+    except ValueError as error:  # of a last message, say, that it does not show
+        if "continue_final_message" not in options:
+            raise
+        text, failed = "", error
+    with suppress(Exception):  # it wants texts, and changes them
+        in_parts = _rendered(tokenizer, [_in_parts(message) for message in messages], template, options)
+        printed = any(mark in in_parts and mark not in text for mark in PRINTED)
+        if all(each in in_parts for each in said) and not printed:
+            return in_parts
+    if failed is not None:
+        raise failed
     return text
+
+
+def _in_parts(message: Message) -> Message:
+    text = message["content"]
+    return {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message
+
+
+def _rendered(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:
+    if is_plain(template):
+        return within(lambda: _rendered_here(tokenizer, messages, template, options))
+    return _rendered_apart(tokenizer, messages, template, options)
 
 
 def _rendered_here(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:

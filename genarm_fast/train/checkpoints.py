@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.files import read_json, write_json
+from genarm_fast.train.files import read_json, with_keys, write_json
 
 COMPLETE = "complete.json"  # written last: a checkpoint without it was cut off by a kill
 BLOCK = 1 << 20
@@ -40,6 +40,8 @@ def last_checkpoint(folder: Path) -> Path | None:
     """
     sealed = {}
     for path in folder.glob("checkpoint-*"):
+        if not path.is_dir() or not path.name.removeprefix("checkpoint-").isdecimal():
+            continue  # somebody else's
         if (path / COMPLETE).is_file():
             sealed[int(path.name.removeprefix("checkpoint-"))] = path
         else:
@@ -57,7 +59,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a sealed checkpoint."""
     try:
-        expected = read_json(folder / COMPLETE)["files"]
+        expected = with_keys(folder / COMPLETE, read_json(folder / COMPLETE, "files")["files"])
         found = _digests(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{COMPLETE} can't be read ({error})"

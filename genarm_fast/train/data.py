@@ -11,7 +11,8 @@ from typing import Any
 
 from genarm_fast.text.transcripts import is_transcript
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.formats import Dropped, Pair, parse
+from genarm_fast.train.formats import Pair, parse
+from genarm_fast.train.rows import Dropped
 from genarm_fast.utils.jsonlines import located, read_objects
 from genarm_fast.utils.pipes import is_pipe
 
@@ -35,7 +36,15 @@ class Pairs:
     @property
     def transcripts(self) -> bool:
         """Whether all prompts are transcripts."""
-        return all(isinstance(pair.prompt, str) and is_transcript(pair.prompt) for pair in self.pairs)
+        return prompt_kind(self.pairs) == "transcripts"
+
+
+def prompt_kind(pairs: Iterable[Pair]) -> str:
+    """What the prompts of a source are: "chats", "transcripts" if all are such, or "texts"."""
+    prompts = [pair.prompt for pair in pairs]
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        return "chats"
+    return "transcripts" if all(is_transcript(str(prompt)) for prompt in prompts) else "texts"
 
 
 def reading(config: TrainConfig) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from genarm_fast.text.templates import (
 )
 from genarm_fast.text.transcripts import ASSISTANT, HUMAN, transcript_messages
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.formats import Dropped, Pair, Side
+from genarm_fast.train.formats import Pair, Side
+from genarm_fast.train.rows import Dropped
 from genarm_fast.utils.jsonlines import located
 
 
@@ -90,6 +91,8 @@ class Encoder:
         """
         prompt, sides = pair.prompt, [pair.chosen, pair.rejected]
         options = self.options(pair)
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise Dropped("prompt that ends with the assistant's message, which decoding would continue")
         if isinstance(prompt, str) and self.config.as_chat:
             messages = transcript_messages(prompt)
             if messages:
@@ -105,6 +108,10 @@ class Encoder:
         else:
             try:
                 rendered = rendered_chat(self.tokenizer, prompt, self.chat_template, **options)
+                if "tools" in options:
+                    others = {name: value for name, value in options.items() if name != "tools"}
+                    if rendered == rendered_chat(self.tokenizer, prompt, self.chat_template, **others):
+                        raise Dropped("the chat template leaves out 'tools'")
                 texts = [self._answer(prompt, side, rendered, options) for side in sides]
             except Dropped:
                 raise

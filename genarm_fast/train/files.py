@@ -33,8 +33,20 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The object that `write_json` wrote. Raises ValueError where the file is damaged, or lacks one of the keys."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected the JSON object that a run wrote: {error}") from error
+    return with_keys(path, value, *keys)
+
+
+def with_keys(path: Path, value: Any, *keys: str) -> dict[str, Any]:
+    """A value that is an object with these keys. Raises ValueError for any other."""
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise ValueError(f"{path}: expected a JSON object with {', '.join(keys)}, as a run wrote it, got {value!r:.60}")
+    return value
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from genarm_fast.train.config import OPERATIONAL, TrainConfig, defaults
 from genarm_fast.train.encode import Encoded
-from genarm_fast.train.files import PARTIAL, read_json, write_json
+from genarm_fast.train.files import PARTIAL, read_json, with_keys, write_json
 
 
 class RunFolder:
@@ -33,7 +33,9 @@ class RunFolder:
         if self.path.is_file():
             if config.resume == "never":
                 raise ValueError(f"output={config.output!r} holds a run: expected another folder with resume='never'")
-            self.state = read_json(self.path)
+            self.state = read_json(self.path, "identity")
+            identity = with_keys(self.path, self.state["identity"], "config", "train_sha256", "held_out_sha256")
+            with_keys(self.path, identity["config"])
             self._check(config)
         else:
             check_folder(config)
@@ -50,7 +52,7 @@ class RunFolder:
 
     def report(self) -> dict[str, Any] | None:
         path = self.folder / "report.json"
-        return read_json(path) if path.is_file() else None
+        return read_json(path, "config", "dtype", "base_fingerprint", "data", "final") if path.is_file() else None
 
     def _check(self, config: TrainConfig) -> None:
         before = self.state["identity"]

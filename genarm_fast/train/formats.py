@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from genarm_fast.params import check_real
-from genarm_fast.text.chats import template_arguments
-from genarm_fast.text.messages import Message, UnsupportedContent, as_message, check_text
+from genarm_fast.text.messages import Message
 from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standard
-from genarm_fast.utils.jsonlines import loads
+from genarm_fast.train.rows import Dropped, margin_of, messages_of, named_row, options_of, text_of
 
 Side = str | Message | list[Message]
-IMAGES = ("image", "images")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,6 @@ class Pair:
         return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).digest()
 
 
-class Dropped(Exception):
-    """This row is well-formed but no usable pair."""
-
-
 def parse(
     index: int, row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | None, format: str
 ) -> tuple[str, Pair]:
@@ -82,94 +75,23 @@ def parse(
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a row with named columns, got {row!r:.60}")
-    row = _named({name: _listed(value) for name, value in row.items()}, columns, chosen_by)
+    row = named_row(row, columns, chosen_by)
     found = _detect(row)
     if found != (format or found):
         raise ValueError(f"expected the format {format!r} of the first line, got {found!r}")
     return found, _PARSERS[found](index, row)
 
 
-def _listed(value: Any) -> Any:
-    """Plain values in place of tensors and arrays, as `Dataset.with_format` gives them; lists in place of tuples."""
-    return value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
-
-
-def _named(row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | None) -> Mapping[str, Any]:
-    """A row with the names that are used here; chosen and rejected by the column that says which is which."""
-    for name, column in columns.items():
-        if column not in row:
-            raise ValueError(f"field {column!r} ({name}) is missing, found {sorted(row)}")
-    row = {**row, **{name: row[column] for name, column in columns.items()}}
-    sides = ("response_0", "response_1")
-    if chosen_by is None:
-        if "chosen" not in row and all(side in row for side in sides):
-            which = [name for name in row if name.endswith("_id")] or ["a column with 0 or 1"]
-            raise ValueError(f"field 'chosen' is missing beside {sides}: expected chosen_by, {' or '.join(which)}")
-        return row
-    for name in (chosen_by, *sides):
-        if name not in row:
-            raise ValueError(f"field {name!r} is missing, found {sorted(row)}")
-    which = row[chosen_by]
-    if which not in (0, 1) or isinstance(which, float):
-        raise ValueError(f"field {chosen_by!r}: expected 0 or 1, got {which!r:.60}")
-    return {**row, "chosen": row[sides[int(which)]], "rejected": row[sides[1 - int(which)]]}
-
-
 def _detect(row: Mapping[str, Any]) -> str:
     for name in ("chosen", "rejected"):
         if name not in row:
-            raise ValueError(f"field {name!r} is missing, found {sorted(row)}")
+            raise ValueError(f"field {name!r} is missing, found {sorted(map(str, row))}")
     if any(isinstance(row.get(name), list) for name in ("prompt", "chosen", "rejected")):
         return "messages"
     if row.get("prompt") is not None:
         return "text"
-    texts = [standard(_text(row, name)) for name in ("chosen", "rejected")]
+    texts = [standard(text_of(row, name)) for name in ("chosen", "rejected")]
     return "transcript" if any(turn in text for text in texts for turn in (HUMAN, ASSISTANT)) else "implicit"
-
-
-def _text(row: Mapping[str, Any], name: str) -> str:
-    if not isinstance(row.get(name), str):
-        raise ValueError(f"field {name!r}: expected a string, got {row.get(name)!r:.60}")
-    return check_text(f"field {name!r}", row[name])
-
-
-def _messages(row: Mapping[str, Any], name: str) -> list[Message]:
-    value = row[name]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"field {name!r}: expected a list of messages, got {value!r:.60}")
-    try:
-        return [as_message(message) for message in value]
-    except UnsupportedContent as error:
-        raise Dropped(str(error)) from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"field {name!r}: {error}") from error
-
-
-def _options(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row wants its chat template to be given."""
-    tools, options = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str):  # as `datasets` keeps lists whose entries differ
-        try:
-            tools = loads(tools)
-        except ValueError as error:
-            raise ValueError(f"field 'tools': expected a list, or the JSON of one, got {tools!r:.60}") from error
-    for name, value, kind in (("tools", tools, list), ("chat_template_kwargs", options, Mapping)):
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"field {name!r}: expected a {'list' if kind is list else 'mapping'}, got {value!r:.60}")
-    try:
-        return template_arguments(tools, options)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _margin(row: Mapping[str, Any]) -> float:
-    value = row.get("margin")
-    if value is None:
-        return 0.0
-    try:
-        return check_real("margin", value, "a finite number", -math.inf)
-    except (TypeError, ValueError):
-        raise ValueError(f"field 'margin': expected a finite number, got {value!r:.60}") from None
 
 
 def _pair(
@@ -186,10 +108,10 @@ def _pair(
         if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
         complete[name] = value is not False
-    for name in IMAGES:
+    for name in MEDIA:
         if row.get(name):
-            raise ValueError(f"field {name!r}: expected texts alone, images are not trained on")
-    options = _options(row)
+            raise ValueError(f"field {name!r}: expected texts alone, images, videos and sounds are not trained on")
+    options = options_of(row)
     if options and isinstance(prompt, str):
         raise ValueError(f"field {min(options)!r}: expected messages with it")
     # The text of a message with nothing else in it.
@@ -198,11 +120,11 @@ def _pair(
         raise Dropped("chosen equals rejected")
     if any(isinstance(side, str) and not side.strip() for side in (chosen, rejected)):
         raise Dropped("empty response")
-    return Pair(index, prompt, chosen, rejected, **complete, options=options, trimmed=trimmed, margin=_margin(row))
+    return Pair(index, prompt, chosen, rejected, **complete, options=options, trimmed=trimmed, margin=margin_of(row))
 
 
 def _parse_text(index: int, row: Mapping[str, Any]) -> Pair:
-    prompt, *sides = (_text(row, name) for name in ("prompt", "chosen", "rejected"))
+    prompt, *sides = (text_of(row, name) for name in ("prompt", "chosen", "rejected"))
     if not is_transcript(prompt):
         return _pair(index, row, prompt, sides)
     if all(side.startswith(prompt) for side in sides):  # whole transcripts beside their beginning
@@ -213,7 +135,7 @@ def _parse_text(index: int, row: Mapping[str, Any]) -> Pair:
 
 def _parse_implicit(index: int, row: Mapping[str, Any]) -> Pair:
     """Plain texts without a prompt: it is what both begin with, up to the space before they part, as in TRL."""
-    sides = [_text(row, name) for name in ("chosen", "rejected")]
+    sides = [text_of(row, name) for name in ("chosen", "rejected")]
     shortest = min(map(len, sides))
     common = next((at for at in range(shortest) if sides[0][at] != sides[1][at]), shortest)
     if common == shortest:
@@ -228,7 +150,7 @@ def _parse_implicit(index: int, row: Mapping[str, Any]) -> Pair:
 def _parse_transcript(index: int, row: Mapping[str, Any]) -> Pair:
     prompts, sides, trimmed = [], [], False
     for name in ("chosen", "rejected"):
-        text = standard(_text(row, name))
+        text = standard(text_of(row, name))
         before, begin, answer = text.rpartition(ASSISTANT)
         if not begin and HUMAN in text:
             raise Dropped("transcript without an assistant's turn")
@@ -261,14 +183,14 @@ def _joined(prompt: list[Message], common: list[Message]) -> list[Message]:
 def _parse_messages(index: int, row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt")
     prefix = (
-        [{"role": "user", "content": _text(row, "prompt")}]
+        [{"role": "user", "content": text_of(row, "prompt")}]
         if isinstance(prompt, str)
-        else _messages(row, "prompt")
+        else messages_of(row, "prompt")
         if prompt
         else []
     )
     sides = [
-        [{"role": "assistant", "content": _text(row, name)}] if isinstance(row[name], str) else _messages(row, name)
+        [{"role": "assistant", "content": text_of(row, name)}] if isinstance(row[name], str) else messages_of(row, name)
         for name in ("chosen", "rejected")
     ]
     # Some data sets repeat the prompt in front of each response.

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from genarm_fast.kernels.arm_logps import IGNORE, arm_logps
-from genarm_fast.models.checkpoint import load_causal_lm
+from genarm_fast.models.causal_lm import load_causal_lm
 from genarm_fast.models.files import refusing
 from genarm_fast.models.quantized import is_quantized
 from genarm_fast.train.batches import Layout, rows, shared

@@ -26,10 +26,11 @@ from genarm_fast.train.batches import Collator
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.checks import Rows, check_call, check_optimizer, check_same_base, check_servable, stop_ids
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.data import load_pairs, reading, split_pairs
+from genarm_fast.train.data import load_pairs, prompt_kind, reading, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
 from genarm_fast.train.files import locked
 from genarm_fast.train.folder import RunFolder, check_folder
+from genarm_fast.train.formats import Pair
 from genarm_fast.train.model import PairModel, add_lora, choose_dtype, choose_paths, load_base
 from genarm_fast.train.progress import progress_bar
 from genarm_fast.train.trainer import ArmTrainer, sample
@@ -190,6 +191,8 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
     train_pairs, held_out_pairs = split_pairs(source.pairs, config, eval_rows)
     training, dropped = encoder(train_pairs, config.data or "data")
     held_out_name = "eval_data" if eval_rows is not None else config.eval_data or config.data or "data"
+    if not config.as_chat and (config.eval_data is not None or eval_rows is not None):
+        _check_alike(held_out_name, train_pairs, held_out_pairs)
     held_out, held_out_dropped = encoder(held_out_pairs, held_out_name)
     training = sample(training, config.max_pairs, config.seed)
     if not training:
@@ -217,6 +220,13 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
         "dropped_held_out": dict(held_out_dropped),
     }
     return _Data(training, held_out, summary)
+
+
+def _check_alike(name: str, training: list[Pair], held_out: list[Pair]) -> None:
+    """Raises ValueError for held-out prompts of another format: they would measure what no decoding asks."""
+    found, expected = prompt_kind(held_out), prompt_kind(training)
+    if held_out and found != expected and (expected, found) != ("texts", "transcripts"):  # which are texts as well
+        raise ValueError(f"{name}: its prompts are {found}: expected {expected}, as those that are trained on are")
 
 
 def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairModel, str | None]:

@@ -22,6 +22,7 @@ from genarm_fast.integrations.vllm.adapters import lora_tensors
 from genarm_fast.integrations.vllm.arguments import served_arguments
 from genarm_fast.integrations.vllm.prompts import member_tokenizers, pinned_template, shared_tokens
 from genarm_fast.integrations.vllm.served import Served, ServedARM, check_version
+from genarm_fast.models.adapter import KEEPS_BASE, REPEATED
 from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.fingerprint import fingerprint
 
@@ -83,6 +84,16 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(tied, tmp_path):
     assert checkpoint_fingerprint(tmp_path) == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors", "aaa.safetensors"])
+def test_files_that_nobody_loads_have_no_part_in_it(sharded, name, tmp_path):
+    """Variants and others' formats have tensors of the same names; those that transformers loads are what counts."""
+    build_model("llama", 3).save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "5GB")
+    build_model("llama", 4).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / name)
+    assert checkpoint_fingerprint(tmp_path) == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def test_an_adapter_of_other_weights_is_refused(folder):
     with pytest.raises(ValueError, match=r"lora' is an adapter of .*expected one of the base"):
         engine_args(folder / "other", folder / "lora")
@@ -104,6 +115,36 @@ def test_without_a_fingerprint_the_recorded_base_decides(folder, tmp_path):
 def test_more_than_plain_lora_is_refused(settings, named, folder, tmp_path):
     save_adapter(tmp_path, base=folder / "base", seed=0, config=LoraConfig(r=4, target_modules=["q_proj"], **settings))
     with pytest.raises(ValueError, match=f"{named}=.*expected plain LoRA"):
+        engine_args(folder / "base", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*eva_config")
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        *(({"init_lora_weights": how}, None) for how in KEEPS_BASE),
+        *(
+            ({"init_lora_weights": how, "loftq_config": {"loftq_bits": 4}}, f"init_lora_weights='{how}': it rewrites")
+            for how in REPEATED
+        ),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda': expected one of"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens=.*expected a LoRA without it"),
+        ({"use_future_idea": True}, "use_future_idea=True: expected no such setting"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan: expected a finite number"),
+        ({"use_rslora": "false"}, "use_rslora='false': expected true or false"),
+    ],
+    ids=str,
+)
+def test_settings_of_adapters_are_read_as_everywhere(setting, said, folder, tmp_path):
+    """By the lists of genarm_fast.models.adapter: what is unknown there is no lane either."""
+    save_adapter(tmp_path, base=folder / "base", seed=0)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    if said is None:
+        (arm,) = engine_args(folder / "base", tmp_path)["hf_overrides"]["genarm_arms"]
+        assert arm["lane"]
+        return
+    with pytest.raises(ValueError, match=said):
         engine_args(folder / "base", tmp_path)
 
 

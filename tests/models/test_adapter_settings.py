@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
 from tiny_models import build_model, build_tokenizer, edit, save_adapter
 from transformers import AutoModelForCausalLM
 
-from genarm_fast import GenARM
+from genarm_fast import ARM, GenARM
+from genarm_fast.integrations.vllm import engine_args
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -79,6 +80,31 @@ def test_a_folder_around_the_model(base, adapter, tmp_path):
         GenARM.from_pretrained(base, tmp_path / "run")
     with pytest.raises(ValueError, match=rf"base='.*empty': {expected}$"):
         GenARM.from_pretrained(tmp_path / "empty")
+
+
+def test_an_adapter_beside_a_whole_model(base, adapter):
+    """Left over where it was merged, say: transformers would put it on the merged model once more."""
+    build_model("llama", 3).save_pretrained(adapter)
+    said = rf"arms\[0\]='.*adapter': a whole model \(model.safetensors\) and an adapter of '{re.escape(str(base))}'"
+    with pytest.raises(ValueError, match=said):
+        GenARM.from_pretrained(base, adapter)
+    with pytest.raises(ValueError, match=said):
+        engine_args(base, adapter)
+    with pytest.raises(ValueError, match="their weights differ from those it was trained on"):
+        GenARM.from_pretrained(base, ARM(adapter, base=adapter))
+    (adapter / "model.safetensors").unlink()  # some trainers leave the base's config.json there
+    GenARM.from_pretrained(base, adapter)
+
+
+def test_an_adapter_inside_its_base(base, adapter):
+    """One that names the folder it is in, as transformers puts it there."""
+    path = adapter / "adapter_config.json"
+    whole = GenARM.from_pretrained(base, adapter).score([[5]], [[6, 7]])[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+    for each in adapter.iterdir():
+        each.rename(base / each.name)
+    model = GenARM.from_pretrained(build_model("llama", 0), base, tokenizer=build_tokenizer())
+    assert model.score([[5]], [[6, 7]])[0].rewards["base2"].total == whole.rewards["adapter"].total
 
 
 def test_constants_of_old_checkpoints(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from genarm_fast import ARM, GenARM
 from genarm_fast.jobs import read_requests
@@ -71,6 +73,12 @@ def test_text_and_rewards_follow(steered):
         ("hi", {"tools": [TOOL]}, r"prompts\[0\]: expected chat messages with 'tools', got text"),
         ([5, 6], {"chat_template_kwargs": {"x": 1}}, r"prompts\[0\]: expected chat messages with 'x'"),
         (USER, {"tools": "look"}, "tools='look': expected a list of tools"),
+        (USER, {"tools": ""}, "tools='': expected a list of tools"),
+        *(
+            (USER, {"chat_template_kwargs": {name: 1}}, f"chat_template_kwargs='{name}': expected what only")
+            for name in inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+            if name != "kwargs"
+        ),
         (USER, {"tools": [print]}, "tools=.*: expected a list of tools, each a mapping"),
         (USER, {"chat_template_kwargs": [1]}, r"chat_template_kwargs=\[1\]: expected a mapping"),
         (USER, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs='tokenize': expected what only"),

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from genarm_fast import GenARM
 from genarm_fast.text.detokenize import Detokenizer, StopStrings, decode, decoder
 
 TEXTS = [
@@ -58,6 +59,49 @@ def test_any_tokens(tokenizer):
     for _ in range(300):
         ids = [rng.randrange(300) for _ in range(rng.randint(1, 20))]
         assert "".join(pieces_of(tokenizer, ids)) == decode(tokenizer, ids)
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer():
+    """BERT's: what goes on with a word is written with ## before it."""
+    vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##cat": 3, "##s": 4, "[EOS]": 5}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]")
+
+
+def test_a_text_goes_on_where_the_prompt_ends(tokenizer, spaced_tokenizer, word_tokenizer):
+    """Prompt and text, one behind the other, are what the tokenizer makes of all tokens."""
+    rng = random.Random(0)
+    words = {spaced_tokenizer: range(259, 265), word_tokenizer: range(1, 6), tokenizer: range(256, 300)}
+    for each, ids in words.items():
+        for _ in range(100):
+            prompt, new = ([rng.choice(ids) for _ in range(rng.randint(1, 12))] for _ in range(2))
+            detokenizer = Detokenizer(each, prompt)
+            text = "".join([*(detokenizer.push(token) for token in new), detokenizer.flush()])
+            assert decode(each, prompt) + text == decode(each, prompt + new)
+
+
+def test_a_prompt_that_ends_within_a_character(tokenizer):
+    """Or shows nothing: the text is that of its own tokens."""
+    whole = tokenizer("é x")["input_ids"]
+    for before in (tokenizer("a é")["input_ids"][:-1], [0, 1], []):
+        detokenizer = Detokenizer(tokenizer, before)
+        assert "".join([*(detokenizer.push(token) for token in whole), detokenizer.flush()]) == "é x"
+    *before, last = tokenizer("a é")["input_ids"]
+    rest = [last, *tokenizer(" x")["input_ids"]]
+    detokenizer = Detokenizer(tokenizer, before)
+    assert "".join([*(detokenizer.push(token) for token in rest), detokenizer.flush()]) == "\ufffd x"
+
+
+def test_generated_text_keeps_its_leading_space(spaced_tokenizer, tiny_model):
+    model = GenARM.from_pretrained(tiny_model(vocab_size=len(spaced_tokenizer)), tokenizer=spaced_tokenizer)
+    cat = spaced_tokenizer.convert_tokens_to_ids("▁cat")
+    options = {"logit_bias": {cat: 1000.0}, "max_new_tokens": 2, "temperature": 0.0}
+    assert model.generate("the", **options)[0].text == " cat cat"
+    assert model.generate(spaced_tokenizer("the")["input_ids"], stop="cat", **options)[0].text == " "
+    with model.stream("the", **options) as stream:
+        assert [chunk.text for chunk in stream] == [" cat", " cat"]
 
 
 def test_long_runs_of_bytes_that_are_no_text(tokenizer):

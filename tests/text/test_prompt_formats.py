@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from genarm_fast import ARM, GenARM
 from genarm_fast.text.given import as_prompts
 from genarm_fast.text.messages import UnsupportedContent, as_message
-from genarm_fast.text.templates import Rendered, end_of_answer, render, response_ids, token_ids
+from genarm_fast.text.templates import Rendered, after_answer, end_of_answer, render, response_ids, token_ids
 from genarm_fast.text.transcripts import as_transcript, transcript_messages
 
 CHAT = [{"role": "user", "content": "the cat"}]
@@ -193,6 +193,58 @@ def test_the_token_that_a_template_puts_behind_an_answer():
 def test_templates_that_fail(tokenizer, template, said):
     with pytest.raises(ValueError, match=said):
         render(tokenizer, CHAT, template)
+
+
+PARTS = (
+    "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{{ part.text }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+FIRST = PARTS.replace("{% for part in m.content %}{{ part.text }}{% endfor %}", "{{ m.content[0].text }}")
+
+
+@pytest.mark.parametrize("template", [PARTS, FIRST])
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_template_that_reads_content_parts_alone(tokenizer, template, parts):
+    """As vision models' do: a content that is a text would be left out without a word."""
+    given = [{"type": "text", "text": "the cat"}]
+    chat = [as_message({"role": "user", "content": given if parts else "the cat"})]
+    begun = [*chat, {"role": "assistant", "content": "sat"}]
+    assert render(tokenizer, chat, template, add_generation_prompt=True) == "[user]the cat</s>[assistant]"
+    assert render(tokenizer, begun, template, continue_final_message=True) == "[user]the cat</s>[assistant]sat"
+    assert end_of_answer(tokenizer, template) == tokenizer.eos_token_id
+    theirs = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in begun]
+    assert render(tokenizer, begun, template) == tokenizer.apply_chat_template(
+        theirs, chat_template=template, tokenize=False
+    )
+
+
+@pytest.mark.parametrize("change", ["m.content | upper", "m.content[:4]", "m.content.split('a')[-1]", "m.role"])
+def test_a_template_that_changes_texts_still_gets_texts(tokenizer, change):
+    """Content parts in their place would be printed as Python prints them, or fail."""
+    template = "{% for m in messages %}[{{ " + change + " }}]{% endfor %}"
+    assert render(tokenizer, CHAT, template) == tokenizer.apply_chat_template(
+        CHAT, chat_template=template, tokenize=False
+    )
+
+
+def test_a_template_that_loses_the_answer_has_nothing_behind_it(tokenizer):
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}"
+    assert after_answer(tokenizer, template) == ""
+    assert after_answer(tokenizer, PARTS) == "</s>"
+
+
+def test_half_a_surrogate_pair_in_what_a_template_gets(model, monkeypatch):
+    monkeypatch.setattr(model.base, "chat_template", "{{ style }}{{ messages[0].content }}")
+    with pytest.raises(ValueError, match=r"prompts\[0\]: base's chat template can't render .*expected Unicode text"):
+        model.prepare([{"messages": CHAT, "chat_template_kwargs": {"style": "\ud800"}}])
+
+
+@pytest.mark.parametrize("name", ["image", "image_url", "file", "input_audio", "new_kind"])
+def test_a_part_that_is_more_than_its_text(name):
+    """Without a type it would pass for text, and the rest be lost. `datasets` fills the others' keys with nulls."""
+    with pytest.raises(UnsupportedContent, match=f"a content part with '{name}': expected text parts"):
+        as_message({"role": "user", "content": [{"text": "what?", name: "x"}]})
+    assert as_message({"role": "user", "content": [{"text": "what?", name: None}]})["content"] == "what?"
 
 
 def test_stop_strings_that_are_special_tokens(model):

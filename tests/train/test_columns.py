@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 
@@ -127,6 +128,51 @@ def test_rows_of_numpy_and_torch():
     assert load_pairs([{**chat, "prompt": (user,), "chosen": (yes,), "rejected": (no,)}]).pairs == expected
 
 
+CHAT = {"prompt": [{"role": "user", "content": "p"}], "chosen": "a", "rejected": "b"}
+TRANSCRIPT = {side: f"\n\nHuman: p\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "said"),
+    [
+        (TEXT, CHAT, "its prompts are chats: expected texts"),
+        (CHAT, TEXT, "its prompts are texts: expected chats"),
+        (TRANSCRIPT, TEXT, "its prompts are texts: expected transcripts"),
+        (TRANSCRIPT, CHAT, "its prompts are chats: expected transcripts"),
+    ],
+)
+def test_held_out_rows_of_another_format(make_config, write_jsonl, trained, held_out, said):
+    """They would be read otherwise than decoding reads prompts for that ARM, and the report tell of that."""
+    with pytest.raises(ValueError, match=f"eval_data: {said}, as those that are trained on are"):
+        train(make_config("", holdout_every=None), data=[trained], eval_data=[held_out], progress=False)
+    path = str(write_jsonl([held_out], "held.jsonl"))
+    with pytest.raises(ValueError, match=f"held.jsonl: {said}"):
+        train(make_config("", holdout_every=None, eval_data=path), data=[trained], progress=False)
+
+
+def test_held_out_rows_that_are_read_alike(make_config, tmp_path):
+    for number, (trained, held_out, options) in enumerate(
+        [(TEXT, TRANSCRIPT, {}), (TEXT, CHAT, {"as_chat": True}), (TRANSCRIPT, CHAT, {"as_chat": True})]
+    ):
+        config = make_config("", holdout_every=None, output=str(tmp_path / str(number)), **options)
+        assert train(config, data=[trained], eval_data=[held_out], progress=False).report["final"]["pairs"] == 1
+
+
+@pytest.mark.parametrize("name", ["image", "images", "video", "videos", "audio", "audios"])
+def test_columns_of_other_media(name):
+    with pytest.raises(ValueError, match=f"data line 1: field '{name}': expected texts alone"):
+        load_pairs([TEXT | {name: ["x"]}])
+    assert len(load_pairs([TEXT | {name: None}]).pairs) == 1
+
+
+def test_columns_whose_names_are_no_text():
+    """As of a table without a header."""
+    with pytest.raises(ValueError, match=r"field 'chosen' is missing, found \['0', 'a'\]"):
+        load_pairs([{0: "x", "a": "y"}])
+    with pytest.raises(ValueError, match="expected chosen_by, a column with 0 or 1"):
+        load_pairs([{0: 1, "response_0": "y", "response_1": "z"}])
+
+
 @pytest.mark.parametrize("rows", [TEXT, {"prompt": ["p"], "chosen": ["a"], "rejected": ["b"]}])
 def test_one_mapping_is_no_rows(rows):
     with pytest.raises(TypeError, match=r"data: expected rows, a list of mappings, got one mapping with \['chosen'"):
@@ -174,6 +220,20 @@ def test_configurations_of_a_data_set(write_jsonl, tmp_path):
         load_pairs(str(folder))
     with pytest.raises(ValueError, match="dataset_config='odd'"):
         load_pairs(str(folder), dataset_config="odd")
+
+
+@pytest.mark.parametrize("form", [json.dumps, str])
+def test_a_folder_of_csv_with_messages_in_it(tmp_path, form):
+    """As pandas and spreadsheets export chats."""
+    pytest.importorskip("datasets")
+    chat = {"prompt": [{"role": "user", "content": 'is it, "so"?\nor'}]}
+    chat |= {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    (tmp_path / "set").mkdir()
+    with open(tmp_path / "set" / "pairs.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, chat)
+        table.writeheader()
+        table.writerow({name: form(value) for name, value in chat.items()})
+    assert load_pairs(str(tmp_path / "set")).pairs == load_pairs([chat]).pairs
 
 
 def test_malformed_rows_are_dropped_and_counted_if_asked(write_jsonl):

@@ -149,6 +149,26 @@ def test_all_of_a_message_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> N
     }
 
 
+def test_tools_that_a_template_leaves_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Decoding refuses a prompt with such tools, so nothing is trained on one. Tools of null fields are kept so."""
+    tool = {"type": "function", "function": {"name": "look", "description": None}}
+    user = [{"role": "user", "content": "hi"}]
+    pairs = [Pair(0, user, "a", "b", options={"tools": [tool]}), Pair(1, user, "a", "b")]
+    kept, dropped = encoder(tokenizer)(pairs, "d")
+    assert [pair.row for pair in kept] == [1]
+    assert dropped == {"the chat template leaves out 'tools'": 1}
+    shows = "{{ tools | tojson }}" + TOOLS
+    assert '"description": null' in texts(tokenizer, pairs[0], chat_template=shows)[0]
+
+
+def test_prompts_that_end_with_the_assistants_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Decoding continues it: a response that begins by ending it could never be drawn, as the end stops the text."""
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I"}]
+    kept, dropped = encoder(tokenizer)([Pair(0, begun, " am", " was"), Pair(1, begun[:1], "a", "b")], "d")
+    assert [pair.row for pair in kept] == [1]
+    assert dropped == {"prompt that ends with the assistant's message, which decoding would continue": 1}
+
+
 def test_what_a_template_changes_of_an_answer_is_trained(tokenizer: PreTrainedTokenizerFast) -> None:
     trims = TOOLS.replace("m.content or ''", "(m.content or '') | trim")
     pair = Pair(0, [{"role": "user", "content": "hi"}], " yes ", "no", rejected_complete=False)

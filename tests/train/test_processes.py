@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, processes, train
 from genarm_fast.train.batches import IDLE, NOTHING, Collator, PairBatches
@@ -129,6 +131,62 @@ def test_two_processes_are_as_one_through_a_kill(make_config: Config, toy: Path,
     # The comparison sees another dropout, which is less than another batch.
     other = train(make_config(toy, **OPTIONS | {"lora_dropout": 0.1}, output=str(tmp_path / "other")), progress=False)
     assert any(not torch.allclose(weights(other.folder)[name].float(), one[name], atol=1e-3) for name in one)
+
+
+UNEVEN = """
+import json, sys
+from pathlib import Path
+from genarm_fast.train import TrainConfig, train
+
+for options in json.loads(Path(sys.argv[1]).read_text()):
+    lists = {name: tuple(options[name]) for name in ("lora_targets", "columns", "report_to")}
+    train(TrainConfig(**{**options, **lists}), progress=False)
+"""
+# Pairs, held-out pairs, pairs a forward and a step, epochs.
+SHARES = {
+    "a micro-batch that is not full, a step that is not full": (37, 5, 2, 8, 1),
+    "one pair": (1, 1, 1, 2, 1),
+    "one pair, again and again": (1, 0, 1, 2, 3),
+    "fewer pairs than a step": (3, 3, 2, 8, 1),
+    "fewer pairs than a micro-batch": (3, 1, 4, 8, 2),
+    "a micro-batch for each step and process": (5, 2, 1, 2, 2.4),
+    "one more than a step": (9, 0, 1, 8, 1),
+}
+
+
+def test_shares_that_differ(make_config: Config, write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    """Whatever is left over, two processes take the steps of one, and write its report and its weights."""
+    configs = []
+    for number, (pairs, held_out, micro, batch, epochs) in enumerate(SHARES.values()):
+        data = write_jsonl(toy_rows(pairs, seed=number), f"data{number}.jsonl")
+        options: dict[str, Any] = {"holdout_every": None, "holdout_fraction": 0.0, "eval_every": 2}
+        if held_out:
+            options["eval_data"] = str(write_jsonl(toy_rows(held_out, seed=99), f"held{number}.jsonl"))
+        options |= {"micro_batch_size": micro, "batch_size": batch, "epochs": epochs, "lora_dropout": 0.2}
+        options |= {"save_dtype": "float32", "checkpoint_every": 1, "warmup": 0}
+        configs.append(make_config(data, **options, output=str(tmp_path / f"two{number}")))
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    (tmp_path / "configs.json").write_text(json.dumps([dataclasses.asdict(config) for config in configs]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*launch, str(tmp_path / "uneven.py"), str(tmp_path / "configs.json")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for number, (config, (name, (pairs, _, _, batch, epochs))) in enumerate(zip(configs, SHARES.items())):
+        report = json.loads((config.folder / "report.json").read_text())
+        alone = train(dataclasses.replace(config, output=str(tmp_path / f"one{number}")), progress=False)
+        assert report["processes"] == 2
+        assert_close(compared(report), compared(alone.report), name)
+        if pairs % config.micro_batch_size == 0:
+            assert report["steps"] == math.ceil(pairs * epochs / batch), name
+        one, two = weights(alone.folder), weights(config.folder)
+        assert any(value.any() for key, value in one.items() if "lora_B" in key), f"{name}: nothing was trained"
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("pairs", [36, 37, 1])

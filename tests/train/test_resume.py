@@ -378,6 +378,27 @@ def test_resume_never_and_foreign_folders(make_config: Config, toy: Path, tmp_pa
         train(make_config(toy, output=str(tmp_path / "full")), progress=False)
 
 
+RUN = {"config": 5, "train_sha256": "", "held_out_sha256": ""}
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "{}", '{"identity": 5}', json.dumps({"identity": RUN})])
+@pytest.mark.parametrize("name", ["run.json", "report.json"])
+def test_damaged_files_of_a_run_are_named(make_config: Config, toy: Path, name: str, text: str) -> None:
+    train(make_config(toy), progress=False)
+    (make_config(toy).folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: expected (the|a) JSON object .*a run wrote"):
+        train(make_config(toy), progress=False)
+
+
+def test_what_is_no_checkpoint_is_left_alone(make_config: Config, toy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("checkpoint-best", "checkpoint-4"):
+        (folder / name).mkdir(parents=True)
+    (folder / "checkpoint-9").write_text("a note")
+    assert last_checkpoint(folder) is None
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-9", "checkpoint-best"]
+
+
 @pytest.mark.parametrize("damage", ["lost", "bit", "seal"])
 def test_damaged_checkpoints_are_passed_over(
     make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt, damage: str

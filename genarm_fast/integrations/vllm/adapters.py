@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -12,17 +11,16 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from genarm_fast.models.adapter import KEEPS_BASE, checked_config, plain
 from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.files import read_object
 from genarm_fast.models.hub import Source
 
-# Settings of PEFT that change what an adapted linear computes beyond W x + s B A x with one s and one rank.
+# What an adapter may have here (models.adapter) and a lane has not: more than W x + s B A x with one s and one rank.
 UNSUPPORTED: dict[str, Any] = {
     "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
     "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None, "bias": "none",
-    "alora_invocation_tokens": None, "layer_replication": None,
 }  # fmt: skip
-KEEPS_BASE = (True, False, "gaussian", "orthogonal", None)  # initialisations that leave the base's weights alone
 
 
 def adapted_model(role: str, source: Source) -> str | None:
@@ -33,26 +31,25 @@ def adapted_model(role: str, source: Source) -> str | None:
 
 def check_lane(what: str, folder: str) -> None:
     """Raises ValueError for an adapter whose effect is more than B A x on linears."""
-    config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+    config = checked_config(what, folder)
     hint = "; merge it into a copy of its base (PEFT's merge_and_unload) and serve that as the ARM"
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{what}: peft_type={config.get('peft_type')!r}: expected LORA{hint}")
+    if (kind := plain(config.peft_type)) != "LORA":
+        raise ValueError(f"{what}: peft_type={kind!r}: expected LORA{hint}")
     for name, off in UNSUPPORTED.items():
-        if config.get(name) and config[name] != off:
-            raise ValueError(f"{what}: {name}={config[name]!r:.60}: expected plain LoRA without it{hint}")
-    if config.get("init_lora_weights", True) not in KEEPS_BASE:
-        raise ValueError(f"{what}: init_lora_weights={config['init_lora_weights']!r}: it rewrites its base{hint}")
+        if (value := getattr(config, name)) and value != off:
+            raise ValueError(f"{what}: {name}={value!r:.60}: expected plain LoRA without it{hint}")
+    if (how := config.init_lora_weights) not in KEEPS_BASE:
+        raise ValueError(f"{what}: init_lora_weights={how!r}: it rewrites its base{hint}")
     if not Path(folder, "adapter_model.safetensors").is_file():
         raise ValueError(f"{what}: expected adapter_model.safetensors in {folder}")
 
 
 def lora_tensors(folder: str) -> tuple[dict[str, Tensor], float]:
     """All tensors of a lane's adapter by their names in PEFT's files, and its scale s."""
-    config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
-    rank, alpha = config["r"], config["lora_alpha"]
+    config = checked_config(folder, folder)
     with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    return tensors, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return tensors, config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
 
 
 def same_weights(what: str, folder: str, recorded: str, base: Source) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from genarm_fast.integrations.vllm.adapters import adapted_model, check_lane, same_weights
 from genarm_fast.integrations.vllm.prompts import trained_arguments
 from genarm_fast.integrations.vllm.served import ARCHITECTURE, Served, ServedARM
+from genarm_fast.models.adapter import check_alone
 from genarm_fast.models.arm import ARM, arm_names, as_arms
 from genarm_fast.models.hub import Source, locate
 
@@ -101,6 +102,7 @@ def _served(base: Source, index: int, name: str, spec: ARM) -> ServedARM:
     recorded = adapted_model(role, model)
     if recorded is not None:
         model = _folder(role, model)
+        check_alone(f"{role}={os.fspath(spec.model)!r}", model, recorded)
         check_lane(f"{role}={os.fspath(spec.model)!r}", model)
         same_weights(f"{role}={os.fspath(spec.model)!r}", model, recorded, base)
         lane = True

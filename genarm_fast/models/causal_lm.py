@@ -1,0 +1,99 @@
+"""transformers' causal LM of a folder or hub repository, with all of its weights and no others, or refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from genarm_fast.kernels.quant_linear import QuantWeight
+from genarm_fast.models import coded_checkpoint
+from genarm_fast.models.adapter import shown
+from genarm_fast.models.files import check_files, refusing
+from genarm_fast.models.hub import Source
+from genarm_fast.models.sizes import check_size
+
+CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
+
+
+def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+    """transformers' causal LM of a folder or hub repository, if that holds all of its weights and nothing else.
+
+    member: its role in errors. kwargs: to transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: files that cannot be read, code of the folder's own without `trust_remote_code`, and weights that
+            are missing, that have no place in the model, or that have another shape.
+    """
+    check_files(member, source)
+    _check_size(member, source, trust_remote_code, kwargs)
+    return _load(f"{member}={os.fspath(source)!r}", source, {**kwargs, "trust_remote_code": trust_remote_code})
+
+
+def load_coded(
+    member: str, source: Source, coded: dict[str, Any], *, trust_remote_code: bool = False, **kwargs: Any
+) -> tuple[Any, dict[str, QuantWeight]]:
+    """As `load_causal_lm`, of a folder whose matrices are coded by another method; and the codes that we have as well.
+
+    coded: its config's quantization_config. The model is plain: coded matrices are dequantised.
+
+    Raises:
+        ValueError: as `load_causal_lm`, and for codes, scales and zeros that do not fit together.
+    """
+    check_files(member, source)
+    what = f"{member}={os.fspath(source)!r}"
+    with refusing(what, "a folder that can be loaded"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        del config.quantization_config
+        with torch.device("meta"), no_init_weights():
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    tensors, codes = coded_checkpoint.read(what, Path(source), coded)
+    return _load(what, None, {**kwargs, "config": config, "state_dict": tensors}, kind), codes
+
+
+def _check_size(member: str, source: Source, trust_remote_code: bool, kwargs: dict[str, Any]) -> None:
+    if not kwargs.keys() & {"gguf_file", "subfolder", "config"}:  # whose model is not that of the folder's config.json
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
+        check_size(member, source, trust_remote_code=trust_remote_code, **hub)
+
+
+def _load(what: str, source: Source | None, kwargs: dict[str, Any], kind: Any = AutoModelForCausalLM) -> Any:
+    with refusing(what, "a folder or a hub id that can be loaded"), _quietly():
+        loaded: Any = kind.from_pretrained(
+            source,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **kwargs,
+        )
+    model, found = loaded
+    unexpected = () if getattr(model, "hf_quantizer", None) is not None else found["unexpected_keys"]
+    problems = (
+        ("lacks", found["missing_keys"]),
+        ("has other shapes for", {name for name, *_ in found["mismatched_keys"]}),
+        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANTS)}),
+    )
+    said = "; ".join(f"{problem} {shown(names)}" for problem, names in problems if names)
+    if said:
+        kinds = ", ".join(model.config.architectures or ())
+        raise ValueError(
+            f"{what}: expected all weights of {type(model).__name__} and no others, it {said} (saved: {kinds})"
+        )
+    return model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers' table of what did not fit is not for users here: the errors say it."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
