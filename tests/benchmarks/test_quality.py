@@ -142,4 +142,4 @@ def test_methods_of_the_scenarios(script) -> None:
     assert {"base", "control, w = 1", "best of 2", "best of 16", "ARGS, sampling, w = 3", "Transfer-Q, w = 10"} <= names
     assert not any("best of" in name for name in methods.general(methods.Models({}, None), size))
     assert {"base", "small ARM, w = 1", "guided, w = 1", "policy"} <= set(methods.weak(models))
-    assert len(methods.fronts(models, size.points)) == 33
+    assert len(methods.fronts(models, size.points)) == 44
