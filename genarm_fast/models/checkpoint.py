@@ -23,6 +23,7 @@ from genarm_fast.models.adapter import check_forward, check_kind, is_adapted, lo
 from genarm_fast.models.files import check_files, read_object, refusing
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import Source, locate
+from genarm_fast.models.one_load import one_load
 from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.sizes import check_size
 from genarm_fast.models.weights import share_weights
@@ -59,6 +60,7 @@ def _key(source: Source) -> str:
     return os.path.realpath(source) if os.path.isdir(source) else os.fspath(source)
 
 
+@one_load()
 def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """transformers' causal LM of a folder or hub repository, if that holds all of its weights and nothing else.
 
