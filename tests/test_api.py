@@ -318,6 +318,8 @@ def test_everything_banned(model):
     [
         (lambda ids, scores: scores[0], r"returned \(300,\), expected scores of shape \(1, 300\)"),
         (lambda ids, scores: None, "returned None, expected scores"),
+        (lambda ids, scores: scores > 0, r"returned \(1, 300\) of torch.bool, expected scores"),
+        (lambda ids, scores: scores.to(torch.complex64), r"returned \(1, 300\) of torch.complex64, expected scores"),
         (lambda ids, scores: scores * torch.nan, r"returned NaN or \+inf"),
         (lambda ids, scores: {}["missing"], "'missing'"),
     ],
