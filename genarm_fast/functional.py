@@ -20,9 +20,10 @@ from genarm_fast.kept import OPTIONS, KeptModels
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.hub import Source
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import SamplingParams, check_integer, weights_per_arm
+from genarm_fast.params import SamplingParams, weights_per_arm
 from genarm_fast.speculation.config import as_speculation
 from genarm_fast.text.given import as_prompts
+from genarm_fast.utils.checks import check_integer
 
 _SAMPLING = {field.name: field.default for field in fields(SamplingParams)}
 _SAMPLING |= {"tools": None, "chat_template_kwargs": None}  # of chats

@@ -27,7 +27,7 @@ from genarm_fast.models.arm import ARM
 from genarm_fast.models.files import weight_bytes
 from genarm_fast.models.state import ModelState, folder_state, folders_of
 from genarm_fast.models.weights import share_weights
-from genarm_fast.params import shown
+from genarm_fast.utils.checks import shown
 
 LIMIT = "GENARM_FAST_KEEP_BYTES"
 DEFAULT_LIMIT = 16 << 30  # a model of 7 B parameters in bfloat16, with its caches

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+from genarm_fast.utils.checks import LARGEST, check_integer, check_real, is_finite, shown, too_large
+
 MAX_SEED = 2**64 - 1
-# Numbers that act on scores. Arithmetic on them is in float32, which ends at 3.4e38: up to here a logit of 1e8 and a
-# million tokens of a penalty still fit.
-LARGEST = 1e30
 PRIORITIES = 2**31
 Weight = float | tuple[float, ...]  # of an ARM, or of each of its tokens, the last one for all that follow
 AnyWeight = float | Sequence[float]
@@ -199,9 +198,9 @@ def _weights(weights: object, values: Iterable[Any]) -> tuple[Any, ...]:
     for value in values:
         value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, (list, tuple)):
-            each = [number.tolist() if hasattr(number, "tolist") else number for number in value]
-            if not each or any(isinstance(number, (list, tuple)) for number in each):
+            if not value:
                 raise ValueError(f"weights={shown(weights)}: expected a number for each token, got {shown(value)}")
+            each = (number.tolist() if hasattr(number, "tolist") else number for number in value)
             line = tuple(_weight(weights, number) for number in each)
             checked.append(line if len(set(line)) > 1 else line[0])
         else:
@@ -210,7 +209,7 @@ def _weights(weights: object, values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _weight(weights: object, value: Any) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
+    if not isinstance(value, Real) or isinstance(value, bool) or not is_finite(value):
         expected = f"finite numbers{too_large(value)}"
         raise ValueError(f"weights={shown(weights)}: expected {expected}, got {shown(value)}")
     return float(value)
@@ -238,49 +237,8 @@ def weights_per_arm(weights: object, names: Sequence[str], others: Sequence[Weig
     return checked if isinstance(checked, tuple) else (checked,) * len(names)
 
 
-def check_integer(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int:
-    """As a Python int; numpy's overflow. Raises TypeError, ValueError."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}={shown(value)}: expected {expected}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name}={shown(value)}: expected {expected}")
-    return number
-
-
 def _optional(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int | None:
     return None if value is None else check_integer(name, value, expected, low, high=high)
-
-
-def check_real(
-    name: str, value: object, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
-) -> float:
-    """As a Python float, of at most `LARGEST` in size. Raises TypeError, ValueError."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}={shown(value)}: expected {expected}")
-    if not _finite(value) or not low <= float(value) <= high or (open_low and float(value) == low):
-        raise ValueError(f"{name}={shown(value)}: expected {expected}{too_large(value)}")
-    return float(value)
-
-
-def _finite(value: Any) -> bool:
-    """Whether a number is no NaN, and at most `LARGEST` in size."""
-    return bool(abs(value) <= LARGEST)
-
-
-def too_large(value: Any) -> str:
-    """What to add to what is expected where a number is finite, but too large."""
-    too_large = isinstance(value, Real) and not isinstance(value, bool) and LARGEST < abs(value) < math.inf
-    return f", of at most {LARGEST:.0e} in size" if too_large else ""
-
-
-def shown(value: object) -> str:
-    """A value in an error, in at most 80 characters; some have no text, such as integers of 5000 digits."""
-    try:
-        text = repr(value)
-    except Exception:
-        return f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _flag(name: str, value: object) -> bool:
@@ -317,7 +275,7 @@ def _biases(value: object) -> dict[int, float]:
         raise TypeError(f"logit_bias={shown(value)}: expected a mapping from token ids to numbers")
     biases = {}
     for token, bias in value.items():
-        if not isinstance(bias, Real) or isinstance(bias, bool) or not (_finite(bias) or bias == -math.inf):
+        if not isinstance(bias, Real) or isinstance(bias, bool) or not (is_finite(bias) or bias == -math.inf):
             expected = f"a finite number or -inf{too_large(bias)}"
             raise ValueError(f"logit_bias[{shown(token)}]={shown(bias)}: expected {expected}")
         biases[check_integer("logit_bias", token, "token ids >= 0 as keys", 0)] = float(bias)

@@ -22,12 +22,13 @@ from genarm_fast.engine.step import Steps
 from genarm_fast.engine.turns import Turns
 from genarm_fast.engine.workspace import Workspace
 from genarm_fast.models.member import Member
-from genarm_fast.params import AnyWeights, check_integer, check_real, weights_per_arm
+from genarm_fast.params import AnyWeights, weights_per_arm
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.observations import PLAIN
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
 from genarm_fast.speculation.registry import make_drafters
 from genarm_fast.speculation.shadow import TextShadows
+from genarm_fast.utils.checks import check_integer, check_real
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from genarm_fast.engine.sequence import Request, Sequence
-from genarm_fast.params import shown
+from genarm_fast.utils.checks import shown
 
 
 def check_request(request: object, members: int, arms: int) -> Request:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from genarm_fast.engine.sequence import Sequence
-from genarm_fast.params import SamplingParams, shown
+from genarm_fast.params import SamplingParams
+from genarm_fast.utils.checks import shown
 
 
 def needs_host(sequence: Sequence) -> bool:

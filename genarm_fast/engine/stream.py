@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import AnyWeights, Weight, check_integer, weights_per_arm
+from genarm_fast.params import AnyWeights, Weight, weights_per_arm
+from genarm_fast.utils.checks import check_integer
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine

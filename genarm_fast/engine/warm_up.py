@@ -18,9 +18,10 @@ from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Request
 from genarm_fast.engine.step_graph import Shadows
-from genarm_fast.params import SamplingParams, check_integer
+from genarm_fast.params import SamplingParams
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.drafter import Drafter
+from genarm_fast.utils.checks import check_integer
 
 
 class EngineBusy(RuntimeError):

@@ -12,7 +12,8 @@ from torch import nn
 
 from genarm_fast.models.hub import Source
 from genarm_fast.models.quantized import check_quantization
-from genarm_fast.params import check_weights, too_large
+from genarm_fast.params import check_weights
+from genarm_fast.utils.checks import too_large
 
 RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
 

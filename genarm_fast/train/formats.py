@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from genarm_fast.params import check_real
 from genarm_fast.text.chats import template_arguments
 from genarm_fast.text.messages import Message, UnsupportedContent, as_message, check_text
 from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standard
+from genarm_fast.utils.checks import check_real
 from genarm_fast.utils.jsonlines import loads
 
 Side = str | Message | list[Message]
