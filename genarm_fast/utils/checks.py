@@ -39,8 +39,10 @@ def is_finite(value: Any) -> bool:
 
 def too_large(value: Any) -> str:
     """What to add to what is expected where a number is finite, but too large."""
-    too_large = isinstance(value, Real) and not isinstance(value, bool) and LARGEST < abs(value) < math.inf
-    return f", of at most {LARGEST:.0e} in size" if too_large else ""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return ""
+    size: Any = abs(value)
+    return f", of at most {LARGEST:.0e} in size" if LARGEST < size < math.inf else ""
 
 
 def shown(value: object) -> str:
