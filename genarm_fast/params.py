@@ -198,9 +198,9 @@ def _weights(weights: object, values: Iterable[Any]) -> tuple[Any, ...]:
     for value in values:
         value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, (list, tuple)):
-            if not value:
+            each = [number.tolist() if hasattr(number, "tolist") else number for number in value]
+            if not each or any(isinstance(number, (list, tuple)) for number in each):
                 raise ValueError(f"weights={shown(weights)}: expected a number for each token, got {shown(value)}")
-            each = (number.tolist() if hasattr(number, "tolist") else number for number in value)
             line = tuple(_weight(weights, number) for number in each)
             checked.append(line if len(set(line)) > 1 else line[0])
         else:
