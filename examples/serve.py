@@ -27,9 +27,12 @@ def make_app(model: GenARM) -> Starlette:
             yield f"data: {json.dumps({'error': str(error)})}\n\n"
 
     async def whole(stream):
-        async for _ in stream:
-            pass
-        yield json.dumps(stream.output.to_dict())
+        try:
+            async for _ in stream:
+                pass
+            yield json.dumps(stream.output.to_dict())
+        except GenerationError as error:
+            yield json.dumps({"error": str(error)})
 
     async def generate(request):
         try:
@@ -37,7 +40,7 @@ def make_app(model: GenARM) -> Starlette:
             shown, prompt = body.pop("stream", False), body.pop("prompt")
             stream = model.astream(prompt, ahead=8 if shown else 10**9, **body)
             await stream.__aenter__()  # checks the arguments, and raises before the status is sent
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 400)
         kind = "text/event-stream" if shown else "application/json"
         return StreamingResponse((chunks if shown else whole)(stream), media_type=kind)

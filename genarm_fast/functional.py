@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import fields
 from typing import Any
 
@@ -17,11 +20,16 @@ from genarm_fast.kept import OPTIONS, KeptModels
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.hub import Source
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import SamplingParams, check_integer, weights_per_arm
+from genarm_fast.params import SamplingParams, weights_per_arm
+from genarm_fast.speculation.config import as_speculation
+from genarm_fast.text.given import as_prompts
+from genarm_fast.utils.checks import check_integer
 
 _SAMPLING = {field.name: field.default for field in fields(SamplingParams)}
 _SAMPLING |= {"tools": None, "chat_template_kwargs": None}  # of chats
 _kept = KeptModels()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_kept.forked)
 
 
 def generate(
@@ -48,7 +56,7 @@ def generate(
         TypeError: a keyword that is neither, before any work.
         TypeError, ValueError, FileNotFoundError, GenerationError: as from the two methods.
     """
-    model, params, overrides = _prepare(base, arms, sampling_params, keywords)
+    model, params, overrides = _prepare(base, arms, prompts, sampling_params, keywords)
     return model.generate(prompts, params, progress=progress, **overrides)
 
 
@@ -60,7 +68,7 @@ def stream(
     **keywords: Any,
 ) -> Stream:
     """One prompt or several, as their tokens come: see `GenARM.stream`. Arguments and errors as in `generate`."""
-    model, params, overrides = _prepare(base, arms, sampling_params, keywords)
+    model, params, overrides = _prepare(base, arms, prompts, sampling_params, keywords)
     return model.stream(prompts, params, **overrides)
 
 
@@ -74,7 +82,7 @@ async def agenerate(
     **keywords: Any,
 ) -> list[GenerationOutput]:
     """`generate` for event loops, which neither loading nor decoding blocks: see `GenARM.agenerate`."""
-    model, params, overrides = await asyncio.to_thread(_prepare, base, arms, sampling_params, keywords)
+    model, params, overrides = await _prepare_apart(base, arms, prompts, sampling_params, keywords)
     return await model.agenerate(prompts, params, progress=progress, **overrides)
 
 
@@ -90,7 +98,7 @@ def astream(
     """`stream` for event loops: see `GenARM.astream`. Wrong arguments are raised as the stream begins."""
 
     async def prepare() -> Parts:
-        model, params, overrides = await asyncio.to_thread(_prepare, base, arms, sampling_params, keywords)
+        model, params, overrides = await _prepare_apart(base, arms, prompts, sampling_params, keywords)
         return await model.parts_of_stream(prompts, params, overrides.pop("speculation"), overrides)
 
     return AsyncStream(prepare, check_integer("ahead", ahead, "an integer >= 0", 0))
@@ -101,7 +109,20 @@ def release() -> None:
     _kept.clear()
 
 
-def _prepare(base: Any, arms: Any, params: Any, keywords: dict[str, Any]) -> tuple[GenARM, Any, dict[str, Any]]:
+async def _prepare_apart(*given: Any) -> tuple[GenARM, Any, dict[str, Any]]:
+    """`_prepare` in a thread of its own: many calls that wait for one load would take all threads of the loop's
+    executor, and nobody else could have one."""
+    with_context = copy_context().run
+    executor = ThreadPoolExecutor(1, "genarm_fast load")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(executor, with_context, _prepare, *given)
+    finally:
+        executor.shutdown(wait=False)
+
+
+def _prepare(
+    base: Any, arms: Any, prompts: Any, params: Any, keywords: dict[str, Any]
+) -> tuple[GenARM, Any, dict[str, Any]]:
     """The model; and the sampling parameters and keywords for its methods."""
     unknown = sorted(set(keywords) - set(OPTIONS) - set(_SAMPLING))
     if unknown:
@@ -113,7 +134,7 @@ def _prepare(base: Any, arms: Any, params: Any, keywords: dict[str, Any]) -> tup
     overrides = {name: value for name, value in keywords.items() if name in _SAMPLING}
     overrides["speculation"] = options.pop("speculation", None)
     specs = as_arms(arms)
-    model = kept_model(base, specs, options)
+    model = kept_model(base, specs, options, lambda: _check(prompts, params, overrides))
     own = tuple(float(spec.weight) for spec in specs)
     if overrides.get("weights") is None:
         overrides.pop("weights", None)
@@ -124,12 +145,27 @@ def _prepare(base: Any, arms: Any, params: Any, keywords: dict[str, Any]) -> tup
     return model, params, overrides
 
 
-def kept_model(base: Any, specs: list[ARM], options: dict[str, Any]) -> GenARM:
+def _check(prompts: Any, params: Any, overrides: Mapping[str, Any]) -> None:
+    """Raises for what is wrong whatever the model, before one is loaded for minutes."""
+    sampling = {name: value for name, value in overrides.items() if name in SamplingParams.__slots__}
+    chat = {name: overrides.get(name) for name in ("tools", "chat_template_kwargs")}
+    as_prompts(prompts, **chat)
+    if overrides["speculation"] is not None:
+        as_speculation(overrides["speculation"])
+    for given in params if isinstance(params, Sequence) else [SamplingParams() if params is None else params]:
+        if isinstance(given, SamplingParams):  # anything else is refused with the number of prompts
+            given.override(**sampling)
+
+
+def kept_model(
+    base: Any, specs: list[ARM], options: dict[str, Any], check: Callable[[], object] = lambda: None
+) -> GenARM:
     """The model that the next call of `generate` with these options of loading would use too.
 
-    Its ARMs may have other default weights than the specifications: see `weights_or_own`.
+    Its ARMs may have other default weights than the specifications: see `weights_or_own`. check: called before a model
+    is loaded.
     """
-    return _kept.get(base, specs, options)
+    return _kept.get(base, specs, options, check)
 
 
 def weights_or_own(weights: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,10 +22,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from genarm_fast.api import GenARM
+from genarm_fast.engine.warm_up import EngineBusy
 from genarm_fast.models.arm import ARM
 from genarm_fast.models.files import weight_bytes
 from genarm_fast.models.state import ModelState, folder_state, folders_of
 from genarm_fast.models.weights import share_weights
+from genarm_fast.utils.checks import shown
 
 LIMIT = "GENARM_FAST_KEEP_BYTES"
 DEFAULT_LIMIT = 16 << 30  # a model of 7 B parameters in bfloat16, with its caches
@@ -34,6 +37,7 @@ OPTIONS = {  # of loading, with their defaults
     if name not in ("base", "arms")
 }
 OF_A_CALL = ("speculation", "warm_up")  # options that can be had later, so that they need no model of their own
+OF_AN_ARM = ("model", "base", "weight")  # fields that the key has otherwise, or not at all
 VALUES = (str, bytes, int, float, type(None), torch.dtype, torch.device)  # options that are known by their value
 
 
@@ -64,35 +68,45 @@ class KeptModels:
     """Slots by what was asked for, the least recently used one first."""
 
     def __init__(self) -> None:
-        self._slots: OrderedDict[Any, Slot] = OrderedDict()
+        self._slots: dict[Any, Slot] = {}
         self._lock = Lock()
 
-    def get(self, base: Any, specs: list[ARM], options: dict[str, Any]) -> GenARM:
+    def get(
+        self, base: Any, specs: list[ARM], options: dict[str, Any], check: Callable[[], object] = lambda: None
+    ) -> GenARM:
         """The one that is kept for these, or a new one. Threads that ask for the same one at a time load it once.
+
+        check: called before one is loaded.
 
         Raises:
             TypeError, ValueError, FileNotFoundError: as `GenARM.from_pretrained`; and for a limit that is no number.
         """
-        more = options.get("model_kwargs") or {}
+        more = {} if options.get("model_kwargs") is None else options["model_kwargs"]
         if not isinstance(more, Mapping) or (twice := sorted(set(more) & set(OPTIONS))):
             expected = f"no {twice[0]!r} in it" if isinstance(more, Mapping) else "a mapping"
             raise TypeError(f"model_kwargs={more!r}: expected {expected}")
+        warm = False if options.get("warm_up") is None else options["warm_up"]
+        if not isinstance(warm, bool):
+            raise TypeError(f"warm_up={shown(warm)}: expected True or False")
         key = _key(base, specs, options)
         with self._lock:
-            slot = self._slots.setdefault(key, Slot(key))
-            self._slots.move_to_end(key)
+            slot = self._slots.pop(key, None) or Slot(key)
+            self._slots[key] = slot  # as the latest
         with slot.lock:
             model = None if slot.model is None or slot.changed() else slot.model
             if model is None:
                 slot.model, slot.warm = None, False  # its memory is free for the new one
                 try:
+                    check()
                     model = self._load(slot, base, specs, options)
                 except BaseException:
                     self._drop(slot)
                     raise
-            elif options.get("warm_up") and not slot.warm:
-                model.warm_up()
-            slot.warm = slot.warm or bool(options.get("warm_up"))
+                slot.warm = warm
+            elif warm and not slot.warm:
+                with suppress(EngineBusy):  # it serves requests: a later call finds it idle
+                    model.warm_up()
+                    slot.warm = True
         return model
 
     def clear(self) -> None:
@@ -100,11 +114,20 @@ class KeptModels:
         with self._lock:
             self._slots.clear()
 
+    def forked(self) -> None:
+        """In a forked process, which has one thread alone: what others were loading is forgotten."""
+        self._lock = Lock()
+        for slot in list(self._slots.values()):
+            if slot.lock.locked():
+                self._drop(slot)
+
     def _load(self, slot: Slot, base: Any, specs: list[ARM], options: dict[str, Any]) -> GenARM:
         draft_model = options.get("draft_model")
         sources = [base, *(spec.model for spec in specs), *(spec.base for spec in specs), draft_model]
         paths = [path for kind, path in map(_identity_of_source, sources) if kind == "folder"]
         folders = list(dict.fromkeys(folder for path in paths for folder in folders_of(path)))
+        if isinstance(inside := (options.get("model_kwargs") or {}).get("subfolder"), str):
+            folders += [each for path in paths if os.path.isdir(each := os.path.join(path, inside))]
         self._make_room(slot, sum(weight_bytes(Path(folder)) for folder in folders))
         given = {id(module): module for module in map(_inside, sources) if isinstance(module, nn.Module)}
         # What can change is looked at before it is read, so that a change meanwhile is noticed by the next call.
@@ -137,7 +160,8 @@ class KeptModels:
         """Drop what was used least recently, other than this one, until all take no more than the limit."""
         limit = keep_limit()
         with self._lock:
-            others = [each for each in self._slots.values() if each is not slot and each.model is not None]
+            slots = list(self._slots.values())  # at once: the garbage collector may drop one meanwhile
+        others = [each for each in slots if each is not slot and each.model is not None]
         total = needed + sum(other.bytes for other in others)
         for other in others:
             if total <= limit:
@@ -179,7 +203,7 @@ def _key(base: Any, specs: list[ARM], options: dict[str, Any]) -> Any:
         (
             _identity_of_source(spec.model),
             _identity_of_source(spec.base),
-            _identity([spec.name, spec.prompt_template, spec.chat_template, spec.trust_remote_code, spec.active]),
+            _identity([getattr(spec, field.name) for field in fields(ARM) if field.name not in OF_AN_ARM]),
         )
         for spec in specs
     ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+from genarm_fast.utils.checks import LARGEST, check_integer, check_real, is_finite, shown, too_large
+
 MAX_SEED = 2**64 - 1
-LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which all arithmetic on scores is done
+PRIORITIES = 2**31
 Weight = float | tuple[float, ...]  # of an ARM, or of each of its tokens, the last one for all that follow
 AnyWeight = float | Sequence[float]
 AnyWeights = float | Sequence[AnyWeight] | Mapping[str, AnyWeight]  # for all ARMs, one for each, or of some by name
@@ -21,13 +23,14 @@ class SamplingParams:
 
     Order of effects, as in Hugging Face and vLLM: combine members, repetition, frequency and presence penalty, logit
     bias and tokens that are ruled out, `logits_processors`, temperature, top-k, top-p, min-p, sample. All of them act
-    on the normalised log-probabilities of the combination. None means the default, for every parameter.
+    on the normalised log-probabilities of the combination. None means the default, for every parameter. Numbers that
+    act on scores are at most 1e30 in size.
 
     Args:
-        weights: one weight per ARM (the paper's 1/β), any finite real; a number stands for every ARM; names with
+        weights: one weight per ARM (the paper's 1/β), any real; a number stands for every ARM; names with
             numbers set these ARMs' alone; None takes each ARM's own default weight. In the place of an ARM's number, a
             list has one for each token of the response; the last one repeats.
-        base_weight: coefficient of log π_base, any finite real. Tokens that the base masks stay impossible.
+        base_weight: coefficient of log π_base, any real. Tokens that the base masks stay impossible.
         temperature: T in p ∝ exp((log π_base + Σ w_i log π_arm_i)/T); 0 is greedy, ties go to the lowest token id.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
@@ -102,8 +105,10 @@ class SamplingParams:
             "min_new_tokens": check_integer("min_new_tokens", self.min_new_tokens, "an integer >= 0", 0),
             "max_time": None
             if self.max_time is None
-            else check_real("max_time", self.max_time, "seconds > 0", 0.0, open_low=True),
-            "priority": check_integer("priority", self.priority, "an integer", -(2**31), high=2**31),
+            else check_real("max_time", self.max_time, "finite seconds > 0", 0.0, open_low=True),
+            "priority": check_integer(
+                "priority", self.priority, "an integer in -2**31..2**31", -PRIORITIES, high=PRIORITIES
+            ),
             "stop": _texts("stop", self.stop),
             "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
             "stop_token_ids": _tokens("stop_token_ids", self.stop_token_ids),
@@ -114,7 +119,7 @@ class SamplingParams:
             "logprobs": _optional("logprobs", self.logprobs, "None or an integer >= 0", 0),
             "rewards": _flag("rewards", self.rewards),
             "repetition_penalty": check_real(
-                "repetition_penalty", self.repetition_penalty, "a finite number > 0", 0.0, open_low=True
+                "repetition_penalty", self.repetition_penalty, "a finite number > 0, 1e-30 at least", 1 / LARGEST
             ),
             "frequency_penalty": check_real("frequency_penalty", self.frequency_penalty, "a finite number", -math.inf),
             "presence_penalty": check_real("presence_penalty", self.presence_penalty, "a finite number", -math.inf),
@@ -142,7 +147,7 @@ class SamplingParams:
                 )
         for processor in self.logits_processors:
             if not callable(processor):
-                raise TypeError(f"logits_processors: expected callables, got {processor!r}")
+                raise TypeError(f"logits_processors: expected callables, got {shown(processor)}")
 
     def override(self, **overrides: Any) -> SamplingParams:
         """A copy with some fields replaced. Raises TypeError for a name that is not a field."""
@@ -167,7 +172,7 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[We
     """
     if isinstance(weights, Mapping):
         if not all(isinstance(name, str) for name in weights):
-            raise TypeError(f"weights={weights!r}: expected names of ARMs as keys")
+            raise TypeError(f"weights={shown(weights)}: expected names of ARMs as keys")
         return dict(zip(weights, _weights(weights, weights.values())))
     if isinstance(weights, Real) and not isinstance(weights, bool):
         values: tuple[Any, ...] = (weights,)
@@ -176,30 +181,38 @@ def check_weights(weights: object, count: int | None = None) -> float | tuple[We
     elif hasattr(weights, "tolist"):  # tensors and arrays
         return check_weights(weights.tolist(), count)
     else:
-        raise TypeError(f"weights={weights!r}: expected a number, a sequence of numbers, or numbers by name")
+        raise TypeError(f"weights={shown(weights)}: expected a number, a sequence of numbers, or numbers by name")
     checked = _weights(weights, values)
     if isinstance(weights, Real):
         return checked[0]
     if count is not None and len(values) != count:
         expected = f"{count} number{'s' * (count != 1)}, one per ARM, got {len(values)}"
-        raise ValueError(f"weights={weights!r}: expected {expected} (a list per token goes in the place of a number)")
+        raise ValueError(
+            f"weights={shown(weights)}: expected {expected} (a list per token goes in the place of a number)"
+        )
     return checked
 
 
 def _weights(weights: object, values: Iterable[Any]) -> tuple[Any, ...]:
-    checked = []
+    checked: list[Any] = []
     for value in values:
         value = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(value, (list, tuple)):
-            line = _weights(weights, value)
-            if not line or not all(isinstance(each, float) for each in line):
-                raise ValueError(f"weights={weights!r:.200}: expected a number for each token, got {value!r:.80}")
+            each = [number.tolist() if hasattr(number, "tolist") else number for number in value]
+            if not each or any(isinstance(number, (list, tuple)) for number in each):
+                raise ValueError(f"weights={shown(weights)}: expected a number for each token, got {shown(value)}")
+            line = tuple(_weight(weights, number) for number in each)
             checked.append(line if len(set(line)) > 1 else line[0])
-        elif not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
-            raise ValueError(f"weights={weights!r:.200}: expected finite numbers, got {value!r}")
         else:
-            checked.append(float(value))
+            checked.append(_weight(weights, value))
     return tuple(checked)
+
+
+def _weight(weights: object, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool) or not is_finite(value):
+        expected = f"finite numbers{too_large(value)}"
+        raise ValueError(f"weights={shown(weights)}: expected {expected}, got {shown(value)}")
+    return float(value)
 
 
 def weight_at(weight: Weight, position: int) -> float:
@@ -224,46 +237,20 @@ def weights_per_arm(weights: object, names: Sequence[str], others: Sequence[Weig
     return checked if isinstance(checked, tuple) else (checked,) * len(names)
 
 
-def check_integer(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int:
-    """As a Python int; numpy's overflow. Raises TypeError, ValueError."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: expected {expected}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
-    return number
-
-
 def _optional(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int | None:
     return None if value is None else check_integer(name, value, expected, low, high=high)
 
 
-def check_real(
-    name: str, value: object, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
-) -> float:
-    """As a Python float, finite as a float32. Raises TypeError, ValueError."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: expected {expected}")
-    if not _finite(value) or not low <= float(value) <= high or (open_low and float(value) == low):
-        raise ValueError(f"{name}={value!r}: expected {expected}")
-    return float(value)
-
-
-def _finite(value: Any) -> bool:
-    """Whether a number is finite once it is a float32."""
-    return bool(abs(value) <= LARGEST)
-
-
 def _flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r}: expected True or False")
+        raise TypeError(f"{name}={shown(value)}: expected True or False")
     return value
 
 
 def _items(name: str, value: Any, expected: str) -> tuple[Any, ...]:
     value = value.tolist() if hasattr(value, "tolist") else value  # tensors and arrays
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
-        raise TypeError(f"{name}={value!r}: expected {expected}")
+        raise TypeError(f"{name}={shown(value)}: expected {expected}")
     return tuple(value)
 
 
@@ -277,18 +264,19 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else _items(name, value, "a string or a list of strings")
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{name}={value!r}: expected non-empty strings, got {text!r}")
+            raise ValueError(f"{name}={shown(value)}: expected non-empty strings, got {shown(text)}")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # no text has one
-            raise ValueError(f"{name}={value!r:.80}: expected Unicode text, got half a surrogate pair in it")
+            raise ValueError(f"{name}={shown(value)}: expected Unicode text, got half a surrogate pair in it")
     return texts
 
 
 def _biases(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"logit_bias={value!r}: expected a mapping from token ids to numbers")
+        raise TypeError(f"logit_bias={shown(value)}: expected a mapping from token ids to numbers")
     biases = {}
     for token, bias in value.items():
-        if not isinstance(bias, Real) or isinstance(bias, bool) or not (_finite(bias) or float(bias) == -math.inf):
-            raise ValueError(f"logit_bias[{token}]={bias!r}: expected a finite number or -inf")
+        if not isinstance(bias, Real) or isinstance(bias, bool) or not (is_finite(bias) or bias == -math.inf):
+            expected = f"a finite number or -inf{too_large(bias)}"
+            raise ValueError(f"logit_bias[{shown(token)}]={shown(bias)}: expected {expected}")
         biases[check_integer("logit_bias", token, "token ids >= 0 as keys", 0)] = float(bias)
     return biases

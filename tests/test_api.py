@@ -306,8 +306,11 @@ def test_nan_fails_alone(tokenizer, tiny_model):
 
 
 def test_everything_banned(model):
-    with pytest.raises(GenerationError, match=r"prompts\[0\]: every token is masked at token 0"):
+    """By parameters: before any work. By a processor: when it comes."""
+    with pytest.raises(ValueError, match=r"prompts\[0\]: allowed_token_ids, .*: expected a token that they leave"):
         model.generate("a", logit_bias=dict.fromkeys(range(300), -torch.inf))
+    with pytest.raises(GenerationError, match=r"prompts\[0\]: every token is masked at token 0"):
+        model.generate("a", logits_processors=[lambda ids, scores: torch.full_like(scores, -torch.inf)])
 
 
 @pytest.mark.parametrize(
@@ -315,6 +318,8 @@ def test_everything_banned(model):
     [
         (lambda ids, scores: scores[0], r"returned \(300,\), expected scores of shape \(1, 300\)"),
         (lambda ids, scores: None, "returned None, expected scores"),
+        (lambda ids, scores: scores > 0, r"returned \(1, 300\) of torch.bool, expected scores"),
+        (lambda ids, scores: scores.to(torch.complex64), r"returned \(1, 300\) of torch.complex64, expected scores"),
         (lambda ids, scores: scores * torch.nan, r"returned NaN or \+inf"),
         (lambda ids, scores: {}["missing"], "'missing'"),
     ],

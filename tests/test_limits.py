@@ -14,6 +14,19 @@ def test_numbers_of_completions(model):
         model.prepare("the", n=10**12)
 
 
+def test_completions_of_all_prompts_together(model, monkeypatch):
+    """Each of them might fit alone."""
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 12_000, "SC_PAGE_SIZE": 4096}[name])
+    size = 8192 + 64 * 128
+    fits = 12_000 * 2048 // size
+    assert len(model.prepare(["a"] * 3, n=fits // 3)) == 3
+    with pytest.raises(
+        ValueError, match=rf"prompts\[2\]: n={fits // 2}: expected at most {fits}, .*less those of other"
+    ):
+        model.prepare(["a"] * 3, n=fits // 2)
+    assert len(model.prepare(["a"] * (fits + 1))) == fits + 1  # one of each is what the prompts themselves ask for
+
+
 def test_long_texts_cost_no_tokenising(model, monkeypatch):
     longest = max(map(len, model.tokenizer.get_vocab()))
     most = 2 * 256 * longest

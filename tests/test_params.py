@@ -9,6 +9,9 @@ import torch
 
 from genarm_fast.params import SamplingParams, check_weights
 
+CIRCULAR: list = []
+CIRCULAR.append(CIRCULAR)
+
 
 @pytest.mark.parametrize(
     ("name", "value", "error"),
@@ -51,6 +54,25 @@ from genarm_fast.params import SamplingParams, check_weights
         ("stop", "a\ud800", ValueError),  # a text never has one, so it could not fire
         ("stop", ["b", "\udc00"], ValueError),
         ("rewards", 1, TypeError),
+        ("weights", 3e38, ValueError),  # times a logit, infinite in float32
+        ("base_weight", -3e38, ValueError),
+        ("temperature", 3e38, ValueError),
+        ("frequency_penalty", -3e38, ValueError),
+        ("presence_penalty", 3e38, ValueError),
+        ("repetition_penalty", 3e38, ValueError),
+        ("repetition_penalty", 1e-46, ValueError),  # 0 in float32, and 0 times -inf is NaN
+        ("logit_bias", {5: 3e38}, ValueError),
+        ("logit_bias", {5: 10**400}, ValueError),
+        ("weights", [[[1.0]], 1.0], ValueError),
+        ("weights", [[[1.0, 1.0], 2.0], 1.0], ValueError),
+        ("weights", [[], 1.0], ValueError),
+        ("weights", {"a": [[1.0]]}, ValueError),
+        ("weights", CIRCULAR, ValueError),
+        ("max_time", math.inf, ValueError),
+        ("max_time", 0, ValueError),
+        ("priority", 2**31 + 1, ValueError),
+        ("priority", 1.0, TypeError),
+        ("priority", True, TypeError),
     ],
 )
 def test_bad_values_are_named(name, value, error):
@@ -107,3 +129,29 @@ def test_allowed_tokens_that_are_all_ruled_out():
         with pytest.raises(ValueError, match=r"allowed_token_ids=\(5, 6\): expected one that suppress_tokens and"):
             SamplingParams(allowed_token_ids=[5, 6], **banned)
     SamplingParams(allowed_token_ids=[5, 6, 7], suppress_tokens=[5], logit_bias={6: -math.inf, 7: -1e30})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weights": 3e38}, r"weights=3e\+38: expected finite numbers, of at most 1e\+30 in size, got 3e\+38"),
+        ({"temperature": 1e39}, r"temperature=1e\+39: expected a finite number >= 0, of at most 1e\+30 in size"),
+        ({"temperature": math.nan}, "temperature=nan: expected a finite number >= 0$"),
+        ({"logit_bias": {5: 1e31}}, r"logit_bias\[5\]=1e\+31: expected a finite number or -inf, of at most 1e\+30"),
+        ({"max_time": math.inf}, "max_time=inf: expected finite seconds > 0"),
+        ({"priority": 2**40}, r"priority=1099511627776: expected an integer in -2\*\*31..2\*\*31"),
+        ({"temperature": 1 << 20_000}, "temperature=<int>: expected a finite number >= 0"),  # Python has no text of it
+    ],
+)
+def test_messages_say_what_is_wrong(given, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**given)
+
+
+@pytest.mark.parametrize("name", ["weights", "stop", "stop_token_ids", "allowed_token_ids", "logit_bias", "seed"])
+def test_messages_are_short(name):
+    for value in ("x" * 10**6, [None] * 10**5, 10**4000, {"x" * 10**5: None}):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            SamplingParams(**{name: value if name != "stop" else [value, ""]})
+        assert name in str(caught.value)
+        assert len(str(caught.value)) < 400

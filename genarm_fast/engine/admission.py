@@ -150,6 +150,6 @@ class Admission:
         tokens, taken = self._capacity([sequence]), self._bytes(sequence)
         sequence.error = MemoryError(f"{tokens} tokens take {taken:,} bytes of cache: {why}")
         sequence.error.__cause__ = cause
-        self.scheduler.leave(sequence)
+        self.scheduler.leave([sequence])
         self.begin()
         return sequence

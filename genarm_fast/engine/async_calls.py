@@ -11,8 +11,9 @@ from genarm_fast.engine.async_stream import AsyncStream, Parts
 from genarm_fast.engine.owner import EngineOwner
 from genarm_fast.engine.stream import outputs_of
 from genarm_fast.outputs import GenerationOutput
-from genarm_fast.params import SamplingParams, check_integer
+from genarm_fast.params import SamplingParams
 from genarm_fast.speculation.config import Speculation
+from genarm_fast.utils.checks import check_integer
 from genarm_fast.utils.progress import progress_bar
 
 

@@ -85,8 +85,13 @@ class Call:
             self.inbox.put(lambda shift: shift.close(self))
 
     async def closing(self) -> None:
-        """Close it, and wait until the sequences are out."""
+        """Close it, and wait until the sequences are out.
+
+        Raises RuntimeError in another event loop, where it is closed, but can't be waited for.
+        """
         self.close()
+        if not self.over and asyncio.get_running_loop() is not self.loop:
+            raise RuntimeError("closed, but its end can be waited for in the event loop in which it began alone")
         while not self.over:
             await self._changed()
 

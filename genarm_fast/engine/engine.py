@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from genarm_fast.device.base import span
 from genarm_fast.engine import pace
 from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.executor import Executor
+from genarm_fast.engine.given import check_request, given_sequences, new_sequences
 from genarm_fast.engine.penalties import needs_host
 from genarm_fast.engine.run import Run
 from genarm_fast.engine.sampler import Sampler
@@ -21,12 +22,13 @@ from genarm_fast.engine.step import Steps
 from genarm_fast.engine.turns import Turns
 from genarm_fast.engine.workspace import Workspace
 from genarm_fast.models.member import Member
-from genarm_fast.params import Weight, check_integer, check_real
+from genarm_fast.params import AnyWeights, weights_per_arm
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.observations import PLAIN
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
 from genarm_fast.speculation.registry import make_drafters
 from genarm_fast.speculation.shadow import TextShadows
+from genarm_fast.utils.checks import check_integer, check_real
 
 
 @dataclass
@@ -74,16 +76,24 @@ class Engine:
         self.config, self.tuners, self.turns, self.pace = config, tuners, Turns(), pace.Pace()
         self.tokenizer = members[0].tokenizer
         self._policies: dict[tuple[Speculation, tuple[int, ...]], DraftPolicy] = {}
-        self._news: dict[int, Callable[[Sequence], None]] = {}  # by sequence, who is told that a step advanced it
+        self._news: dict[int, tuple[Sequence, Callable[[Sequence], None]]] = {}  # who is told that a step advanced it
+        self._arm_names = [member.name for member in members[1:]]
+        self._mark = object()  # of its own sequences
         self._idle = True  # no sequence is here, and nobody looked at weights and limits since
 
     def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
-        """Queue a request; returns its sequences, which grow in place while the engine steps."""
+        """Queue a request; returns its sequences, which grow in place while the engine steps.
+
+        Raises TypeError, ValueError for anything but a request to these members.
+        """
+        check_request(request, len(self.executor.members), len(self._arm_names))
         sequences = request.sequences(self.tokenizer, speculation)
         self._enqueue(sequences)
         return sequences
 
     def _enqueue(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.owner = self._mark
         begun = False
 
         def enqueue() -> None:
@@ -98,16 +108,21 @@ class Engine:
 
         news: called with each that a step advanced, by the thread that steps; not with those that `abort` takes out.
         """
-        for sequence in sequences:
+        for sequence in new_sequences(sequences, self._mark):
             sequence.stepwise = stepwise
-            self._news[sequence.id] = news
+            self._news[sequence.id] = sequence, news
         self._enqueue(sequences)
 
-    def abort(self, sequences: list[Sequence]) -> None:
+    def abort(self, sequences: Iterable[Sequence]) -> None:
         """Take sequences out; their slots are free before the next step.
 
         Their text stays as it is: characters held back for a stop string, or for want of their last byte, are dropped.
+        Those that have ended stay as they are.
+
+        Raises:
+            TypeError, ValueError: no sequences, or those of another engine.
         """
+        sequences = given_sequences(sequences, self._mark)
 
         def cancel() -> None:
             for sequence in sequences:
@@ -117,13 +132,19 @@ class Engine:
 
         self.turns.ask(cancel)
 
-    def steer(self, sequence: Sequence, weights: tuple[Weight, ...]) -> None:
-        """Draw a sequence's next token with other ARM weights; one that is in flight is drawn again."""
+    def steer(self, sequence: Sequence, weights: AnyWeights) -> None:
+        """Draw a sequence's next token with other ARM weights; one that is in flight is drawn again.
+
+        Raises:
+            TypeError, ValueError: no sequence of this engine, or not one finite number or list per ARM.
+        """
+        given_sequences([sequence], self._mark)
+        own = weights_per_arm(weights, self._arm_names, sequence.weights)
 
         def change() -> None:
             if not sequence.ended:
-                if sequence.weights != weights:
-                    sequence.steer(weights)
+                if sequence.weights != own:
+                    sequence.steer(own)
                 self.scheduler.catch_up(sequence)
 
         self.turns.ask(change)
@@ -170,7 +191,7 @@ class Engine:
             expired = self.scheduler.expired()
             for sequence in expired:
                 sequence.finish("time")
-                self.scheduler.leave(sequence)
+            self.scheduler.leave(expired)
             start, rushed = pace.clock(), any(not each.held for each in self.scheduler.running)
             with span("admit"):
                 advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
@@ -247,17 +268,17 @@ class Engine:
         now = time.perf_counter()
         for sequence in advanced:
             sequence.advanced = now
-            sequence.steps += 1
+            sequence.steps += sequence.finish_reason != "time"  # which no step advanced
             sequence.held = sequence.stepwise
             if sequence.ended and sequence.slot >= 0 and sequence.error is not None:
                 self.executor.clear(sequence.slot)
             if sequence.id in self._news:
-                self._news[sequence.id](sequence)
+                self._news[sequence.id][1](sequence)
         self._leave([sequence for sequence in advanced if sequence.ended])
 
-    def _leave(self, sequences: list[Sequence]) -> None:
+    def _leave(self, sequences: list[Sequence], *, everywhere: bool = False) -> None:
+        self.scheduler.leave(sequences, everywhere=everywhere)
         for sequence in sequences:
-            self.scheduler.leave(sequence)
             self._news.pop(sequence.id, None)
         if sequences and not self.scheduler:
             self.executor.device.finish()  # what is still running uses tensors that are about to be freed
@@ -269,16 +290,17 @@ class Engine:
     def _fail(self, error: BaseException, ended: list[Sequence]) -> None:
         """A step was cut short: nobody knows what the caches hold, so all that have a slot fail.
 
-        ended: sequences that the same step ended before, so that their runs hear of it.
+        Sequences that the same step ended before, in `ended` or not, are told of it as well.
         """
-        failed = [*ended, *self.scheduler.placed]
+        untold = [sequence for sequence, _ in self._news.values() if sequence.ended]
+        failed = list({each.id: each for each in (*ended, *untold, *self.scheduler.placed)}.values())
         for sequence in failed:
             if not sequence.ended:
                 sequence.error = RuntimeError(f"the step that decoded it failed: {type(error).__name__}: {error}")
                 sequence.error.__cause__ = error
             if sequence.id in self._news:
-                self._news[sequence.id](sequence)
-        self._leave(failed)
+                self._news[sequence.id][1](sequence)
+        self._leave(failed, everywhere=True)
         self.steps.forget()
         self.scheduler.forget_prompts()
         if not self.scheduler.waiting:

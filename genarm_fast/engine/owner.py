@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
@@ -20,6 +21,8 @@ from genarm_fast.models.vocabulary import common_vocabulary, end_of_sequence
 from genarm_fast.params import AnyWeights, SamplingParams, Weight
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.speculation.policy import Tuners
+
+_owners: weakref.WeakSet[EngineOwner] = weakref.WeakSet()
 
 
 class EngineOwner:
@@ -46,6 +49,7 @@ class EngineOwner:
         self._engine: Engine | None = None
         self._thread: EngineThread | None = None
         self._making = Lock()  # engine or thread
+        _owners.add(self)
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
             raise ValueError(
@@ -157,3 +161,21 @@ class EngineOwner:
                 self._thread = EngineThread()
                 weakref.finalize(self, self._thread.end).atexit = False
             return self._thread
+
+    def _forked(self) -> None:
+        """In a forked process: its other threads are not here, nor will they go on with what they began.
+
+        A stream of the thread that forked goes on in the old engine, unless it was in mid-step.
+        """
+        self._making, self.tuners.lock, self._thread = Lock(), Lock(), None
+        if self._engine is not None and (self._engine.turns.forked() or self._engine.scheduler):
+            self._engine = None
+
+
+def _anew() -> None:
+    for owner in list(_owners):
+        owner._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_anew)

@@ -7,6 +7,7 @@ Penalties depend on the tokens so far, and processors are Python: their sequence
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from genarm_fast.engine.sequence import Sequence
 from genarm_fast.params import SamplingParams
+from genarm_fast.utils.checks import shown
 
 
 def needs_host(sequence: Sequence) -> bool:
@@ -50,12 +52,12 @@ def bias_tensor(sequences: list[Sequence], lengths: list[int], vocab_size: int) 
             row.update(dict.fromkeys((t for t in sequence.request.stop_ids if t < vocab_size), -torch.inf))
     if not any(rows) and all(params.allowed_token_ids is None for params in each):
         return None
-    bias = torch.zeros(len(rows), vocab_size)
+    bias = torch.zeros(len(rows), vocab_size, dtype=torch.float32)
     for r, (row, params) in enumerate(zip(rows, each)):
         if params.allowed_token_ids is not None:
             bias[r] = -torch.inf
             bias[r, list(params.allowed_token_ids)] = 0.0
-        bias[r, list(row)] += torch.tensor(list(row.values()))
+        bias[r, list(row)] += torch.tensor(list(row.values()), dtype=torch.float32)
     return bias
 
 
@@ -84,7 +86,7 @@ class SeenTokens:
     def counts(self, sequence: Sequence, drafted: list[int], device: torch.device) -> Tensor:
         """How often it has each token in its response, and in both, float32 [2, V]; with `drafted` tokens."""
         if sequence not in self._known:
-            new = torch.zeros(2, self.vocab_size, device=device)
+            new = torch.zeros(2, self.vocab_size, dtype=torch.float32, device=device)
             self._count(new[1:], sequence.request.token_ids[0])
             self._known[sequence] = new, 0
         counts, known = self._known[sequence]
@@ -113,7 +115,7 @@ def adjusted_scores(
         counts = [seen.counts(each, tokens, scores.device) for each, tokens in zip(sequences, drafted)]
         generated, everywhere = torch.stack(counts, dim=1)
         penalties = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
-        repetition, frequency, presence = torch.tensor(penalties).to(scores).T[..., None]
+        repetition, frequency, presence = torch.tensor(penalties, dtype=torch.float32).to(scores).T[..., None]
         scores = torch.where(everywhere > 0, scores * repetition, scores)  # log-probabilities are never positive
         scores = scores - frequency * generated - presence * (generated > 0)
     if bias is not None:
@@ -128,8 +130,10 @@ def adjusted_scores(
                     rows[r] = _processed(
                         processors[stage], sequence, seen.ids(sequence, drafted[r], scores.device), scores[r]
                     )
-                except Exception as error:  # a caller's processor: its request fails, the others go on
-                    sequence.error = error
+                except BaseException as error:  # a caller's processor: its request fails, the others go on
+                    if isinstance(error, (KeyboardInterrupt, SystemExit)) and in_main_thread():
+                        raise  # a signal's
+                    sequence.error = error if isinstance(error, Exception) else _as_failure(processors[stage], error)
         scores = torch.stack(rows)
         broken = (scores.isnan() | (scores == torch.inf)).any(-1).tolist()  # one read for all sequences
         for sequence, bad in zip(sequences, broken):
@@ -141,12 +145,26 @@ def adjusted_scores(
     return scores
 
 
+def in_main_thread() -> bool:
+    """Where Python runs the handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _as_failure(processor: Any, error: BaseException) -> RuntimeError:
+    """For what is no failure elsewhere: the end of a task or of the process, which a processor must not ask for."""
+    failure = RuntimeError(f"logits_processors: {processor!r} raised {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
+
+
 def _processed(processor: Any, sequence: Sequence, ids: Tensor, scores: Tensor) -> Tensor:
     """What a caller's processor makes of scores [V]."""
     changed = sequence.context.run(processor, ids, scores.clone()[None])
-    if not isinstance(changed, Tensor) or changed.shape != (1, len(scores)):
-        shape = tuple(changed.shape) if isinstance(changed, Tensor) else changed
+    if not isinstance(changed, Tensor) or changed.shape != (1, len(scores)) or not changed.is_floating_point():
+        found = f"{tuple(changed.shape)}" if isinstance(changed, Tensor) else shown(changed)
+        if isinstance(changed, Tensor) and not changed.is_floating_point():  # a mask, say, or the tokens
+            found += f" of {changed.dtype}"
         raise ValueError(
-            f"logits_processors: {processor!r} returned {shape!r}, expected scores of shape (1, {len(scores)})"
+            f"logits_processors: {processor!r} returned {found}, expected scores of shape (1, {len(scores)})"
         )
     return changed[0].to(device=scores.device, dtype=scores.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from genarm_fast.engine.sequence import Request
@@ -13,7 +14,7 @@ from genarm_fast.params import AnyWeights, SamplingParams, Weight, weights_per_a
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.prompts import check_context, check_ids, encode_prompt, special_stops
 
-MANY = 1024  # completions of a prompt whose bookkeeping is looked at
+MANY = 1024  # completions whose bookkeeping is not looked at
 SEQUENCE_BYTES = 8192  # of the host's memory that a sequence takes before its first token
 TOKEN_BYTES = 64  # and for each token: its id, and its log-probability if that is asked for
 
@@ -45,6 +46,7 @@ class RequestMaker:
         each = _one_per_prompt(sampling_params, len(parsed))
         if overrides:
             each = [params.override(**overrides) for params in each]
+        _check_memory(each)
         return [self._request(index, prompt, params) for index, (prompt, params) in enumerate(zip(parsed, each))]
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
@@ -55,8 +57,6 @@ class RequestMaker:
             check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
             check_ids(self.draft_model, ids[0], index)
             ids.append(ids[0])
-        if params.n > MANY:
-            _check_memory(index, params)
         try:
             self._check_tokens(params)
             weights = self.expand_weights(params.weights)
@@ -64,12 +64,14 @@ class RequestMaker:
             if special and max(special) >= self.vocab_size:
                 stop = self.members[0].tokenizer.convert_ids_to_tokens(max(special))
                 raise ValueError(f"stop={stop!r}: token id {max(special)}: expected less than {self.vocab_size}")
+            eos = frozenset() if params.ignore_eos else self.eos_token_ids
+            stop_ids = frozenset(params.stop_token_ids) | special | eos
+            self._check_possible(params, stop_ids)
         except ValueError as error:
             raise ValueError(f"prompts[{index}]: {error}") from None
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
         arms = enumerate(self.members[1:], 1)
         as_base = frozenset(m for m, arm in arms if arm.model is self.members[0].model and ids[m] == ids[0])
-        return Request(index, prompt, ids, params, weights, frozenset(params.stop_token_ids) | special | eos, as_base)
+        return Request(index, prompt, ids, params, weights, stop_ids, as_base)
 
     def _check_tokens(self, params: SamplingParams) -> None:
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids", "suppress_tokens"):
@@ -78,6 +80,16 @@ class RequestMaker:
                     raise ValueError(f"{name}: token id {token}: expected less than {self.vocab_size}")
         if (params.logprobs or 0) > self.vocab_size:
             raise ValueError(f"logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary")
+
+    def _check_possible(self, params: SamplingParams, stop_ids: frozenset[int]) -> None:
+        """Raises ValueError where all tokens are ruled out, so that the first one could not be drawn."""
+        ruled_out = {*params.suppress_tokens, *(t for t, b in (params.logit_bias or {}).items() if b == -inf)}
+        if params.min_new_tokens:
+            ruled_out |= stop_ids
+        allowed = range(self.vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
+        if len(ruled_out) >= len(set(allowed)) and ruled_out.issuperset(allowed):
+            by = "allowed_token_ids, suppress_tokens, logit_bias and, before min_new_tokens, stop tokens"
+            raise ValueError(f"{by}: expected a token that they leave possible")
 
     def expand_weights(self, weights: AnyWeights | None) -> tuple[Weight, ...]:
         """One weight per ARM: None for their defaults, one number for all of them, or numbers by name.
@@ -98,15 +110,23 @@ def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
         return [params or SamplingParams()] * count
     expected = f"expected a SamplingParams, or {count}, one per prompt"
     if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
-        raise TypeError(f"sampling_params={params!r}: {expected}")
+        raise TypeError(f"sampling_params={params!r:.200}: {expected}")
     if len(params) != count:
         raise ValueError(f"sampling_params: {expected}, got {len(params)}")
     return list(params)
 
 
-def _check_memory(index: int, params: SamplingParams) -> None:
-    """Raises ValueError for more completions than half of the memory that is free holds."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    most = max(MANY, free // (SEQUENCE_BYTES + TOKEN_BYTES * params.max_new_tokens))
-    if params.n > most:
-        raise ValueError(f"prompts[{index}]: n={params.n}: expected at most {most}, for which there is memory")
+def _check_memory(each: Sequence[SamplingParams]) -> None:
+    """Raises ValueError for more completions, of all prompts together, than half of the memory that is free holds."""
+    if sum(params.n for params in each) <= MANY:
+        return
+    left = free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    for index, params in enumerate(each):
+        size = SEQUENCE_BYTES + TOKEN_BYTES * params.max_new_tokens
+        left -= params.n * size
+        if left < 0 and params.n > 1:
+            most = max(free // size, 1)
+            raise ValueError(
+                f"prompts[{index}]: n={params.n}: expected at most {most}, for which there is memory, less those"
+                " of other prompts"
+            )

@@ -33,7 +33,11 @@ class Run:
         self.engine, self.sequences = engine, sequences
         self._news: deque[Sequence] = deque()
         self._closed = False
-        engine.join(sequences, self._news.append, stepwise=stepwise)
+        try:
+            engine.join(sequences, self._news.append, stepwise=stepwise)
+        except (TypeError, ValueError):  # they are none of its own: there is nothing to take out
+            self._closed = True
+            raise
 
     def __iter__(self) -> Run:
         return self

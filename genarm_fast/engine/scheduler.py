@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -198,16 +198,25 @@ class Scheduler:
             self.residents[slot] = None
         sequence.slot, sequence.donor = -1, None
 
-    def leave(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence. What a failed one left behind is not shared."""
-        for queue in (self.waiting, self.prefilling, self.running):
-            if sequence in queue:
-                queue.remove(sequence)
-        if sequence.ended and sequence in self.timed:
-            self.timed.remove(sequence)
-        if sequence.error is not None and sequence.slot >= 0:
-            self.residents[sequence.slot] = None
-        sequence.slot, sequence.donor = -1, None
+    def leave(self, sequences: Iterable[Sequence], *, everywhere: bool = False) -> None:
+        """Free the slots of sequences, in one look at each queue. What a failed one left behind is not shared.
+
+        everywhere: they may be in two queues, since a step was cut short. Else those with a slot do not wait: a look
+        through 40,000 that do takes 2 ms (by hand), each time that one ends.
+        """
+        leaving = {id(sequence): sequence for sequence in sequences}
+        if not leaving:
+            return
+        if everywhere or any(each.slot < 0 for each in leaving.values()):
+            self.waiting = deque(each for each in self.waiting if id(each) not in leaving)
+        self.prefilling = [each for each in self.prefilling if id(each) not in leaving]
+        self.running = [each for each in self.running if id(each) not in leaving]
+        if self.timed:
+            self.timed = [each for each in self.timed if id(each) not in leaving or not each.ended]
+        for sequence in leaving.values():
+            if sequence.error is not None and sequence.slot >= 0:
+                self.residents[sequence.slot] = None
+            sequence.slot, sequence.donor = -1, None
 
 
 def behind(sequence: Sequence) -> tuple[int, list[int]]:

@@ -22,7 +22,7 @@ from genarm_fast.engine.verdict_key import verdict_key
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.member import Member
 from genarm_fast.models.weights import share_weights
-from genarm_fast.params import check_integer
+from genarm_fast.utils.checks import check_integer
 from genarm_fast.utils.records import read_record, write_record
 
 SETTING = "GENARM_FAST_SELFCHECK"

@@ -75,7 +75,7 @@ class Sequence:
     its reader takes one step at a time; held: the reader has not asked for the next step yet. slot: its place in the KV
     cache. cached[m]: how many tokens of prompt and response member m's cache holds. donor: the sequence in `donor_slot`
     that gives it the first `shared` tokens of its prompt. context: the caller's context variables, for its processors,
-    which may run in another thread.
+    which may run in another thread. owner: of the engine that it was given to.
     """
 
     request: Request
@@ -97,6 +97,7 @@ class Sequence:
     drafted: int = 0  # tokens proposed, and how many of them were right
     accepted: int = 0
     # where the engine has it
+    owner: object = None
     epoch: int = 0
     unread: int = 0
     stepwise: bool = False

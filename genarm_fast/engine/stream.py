@@ -12,6 +12,7 @@ from genarm_fast.engine.sequence import Sequence, output_of
 from genarm_fast.errors import GenerationError
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import AnyWeights, Weight, weights_per_arm
+from genarm_fast.utils.checks import check_integer
 
 if TYPE_CHECKING:
     from genarm_fast.engine.engine import Engine
@@ -62,11 +63,13 @@ class Steering:
         self._weights = [sequence.weights for sequence in sequences]  # the last ones that were asked for
 
     def chosen(self, index: int | None) -> Iterable[int]:
-        """The prompt with this index, or all. Raises IndexError where there is none."""
+        """The prompt with this index, or all. Raises TypeError for no integer, IndexError where there is none."""
         count = len(self.sequences)
-        if index is not None and not 0 <= index < count:
-            raise IndexError(f"index={index}: expected 0..{count - 1}, one of the prompts")
-        return range(count) if index is None else [index]
+        expected = f"0..{count - 1}, one of the prompts"
+        try:
+            return range(count) if index is None else [check_integer("index", index, expected, 0, high=count - 1)]
+        except ValueError as error:
+            raise IndexError(str(error)) from None
 
     def changed(self, weights: AnyWeights, index: int | None) -> list[tuple[Sequence, tuple[Weight, ...]]]:
         """Sequences with the weights that they are to have. Arguments and errors as in `Stream.set_weights`."""

@@ -24,6 +24,22 @@ class Turns:
         self._stepper: int | None = None
         self._queue: deque[object] = deque()  # tickets of those who wait for the turn, so that nobody is passed over
         self._inbox: deque[Callable[[], None]] = deque()
+        self._lost = False  # a thread of the parent process had the turn as this one was forked
+
+    def forked(self) -> bool:
+        """In a forked process, which has this thread alone: whether a step that another one began is left half done.
+
+        Then nobody has a turn any more.
+        """
+        whole = (self._stepper is None or self.mine) and self._lock.acquire(blocking=False)
+        if whole:
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+            self._stepper, self._lost = None, True
+        self._changed = threading.Condition(self._lock)
+        self._queue.clear()
+        return not whole
 
     @property
     def mine(self) -> bool:
@@ -32,6 +48,8 @@ class Turns:
 
     def ask(self, what: Callable[[], None]) -> None:
         """Do it between two steps: at once if nobody steps."""
+        if self._lost:
+            return
         with self._lock:
             self._inbox.append(what)
             if self._stepper is None:
@@ -41,8 +59,11 @@ class Turns:
     def take(self, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Wait for the turn, and have it inside; or not, once `unless` says that there is no need any more.
 
-        Gives whether the turn was taken. Raises RuntimeError in the middle of the thread's own step.
+        Gives whether the turn was taken. Raises RuntimeError in the middle of the thread's own step, and after a fork
+        in the middle of another thread's.
         """
+        if self._lost:
+            raise RuntimeError("this process was forked in the middle of a step: expected a new call")
         if self.mine:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected a call after it")
         ticket = object()

@@ -18,9 +18,15 @@ from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Request
 from genarm_fast.engine.step_graph import Shadows
-from genarm_fast.params import SamplingParams, check_integer
+from genarm_fast.params import SamplingParams
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.drafter import Drafter
+from genarm_fast.utils.checks import check_integer
+
+
+class EngineBusy(RuntimeError):
+    """Requests are running, and `warm_up` needs the engine for itself."""
+
 
 TOKENS = 3  # that a request generates before it is taken out; 128 would take seconds and show nothing new
 DEFAULT_LENGTH = 128  # of prompts and of responses
@@ -43,7 +49,7 @@ def warm_up(
     Raises:
         TypeError, ValueError: for the limits, before any work; for a model that the engine can't run.
         MemoryError: caches for them take more than there is, or than cache_bytes.
-        RuntimeError: requests are running.
+        EngineBusy: requests are running or waiting, a RuntimeError.
     """
     sizes = _sizes(batch_sizes, engine.config.max_batch_size)
     prompt, new = _lengths(engine, prompt_tokens, max_new_tokens)
@@ -82,14 +88,16 @@ def _sizes(batch_sizes: Any, most: int) -> list[int]:
 
 def _lengths(engine: Engine, prompt_tokens: int | None, max_new_tokens: int | None) -> tuple[int, int]:
     """Tokens of prompts and of responses; by default as many as the narrowest context takes, up to 128 of each."""
-    context = min((member.context for member in engine.executor.members if member.context), default=2 * DEFAULT_LENGTH)
+    context = min((member.context for member in engine.executor.members if member.context), default=None)
+    if context is not None and context < 2:
+        raise ValueError(f"context={context}: expected 2 tokens, of a prompt and of a response")
     if max_new_tokens is None:
-        max_new_tokens = min(DEFAULT_LENGTH, context // 2)
+        max_new_tokens = DEFAULT_LENGTH if context is None else min(DEFAULT_LENGTH, context // 2)
     new = check_integer("max_new_tokens", max_new_tokens, "None or an integer >= 1", 1)
     if prompt_tokens is None:
-        prompt_tokens = max(min(DEFAULT_LENGTH, context - new), 1)
+        prompt_tokens = DEFAULT_LENGTH if context is None else max(min(DEFAULT_LENGTH, context - new), 1)
     prompt = check_integer("prompt_tokens", prompt_tokens, "None or an integer >= 1", 1)
-    if prompt + new > context:
+    if context is not None and prompt + new > context:
         raise ValueError(
             f"prompt_tokens={prompt}, max_new_tokens={new}: expected at most {context} tokens, the context"
         )
@@ -102,8 +110,8 @@ def _reserve(engine: Engine, slots: int, capacity: int, *, drafting: bool) -> No
     executor, workspace = engine.executor, engine.workspace
     members = {m for m in range(len(executor.members)) if drafting or m != executor.draft_model}
     with engine.turns.take():
-        if engine.scheduler.placed:
-            raise RuntimeError("warm_up: expected no requests that are running")
+        if engine.scheduler:
+            raise EngineBusy("warm_up: expected no requests that are running")
         executor.refresh()
         workspace.reserve(members, slots, capacity, 0, engine.config.cache_bytes)
     if workspace.slots < slots or not workspace.holds(members, capacity):
@@ -135,8 +143,8 @@ def _launch(engine: Engine, rows: int, longest: int, drafts: int) -> None:
     """Write to every page of the caches, and have graphs of every shape that a forward of all lanes may have."""
     executor, device = engine.executor, engine.executor.device
     with engine.turns.take():
-        if engine.scheduler.placed:
-            raise RuntimeError("warm_up: expected no requests that are running")
+        if engine.scheduler:
+            raise EngineBusy("warm_up: expected no requests that are running")
         engine.scheduler.forget_prompts()
         for slot in engine.scheduler.free_slots():
             executor.clear(slot)

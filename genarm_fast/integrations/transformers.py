@@ -22,9 +22,10 @@ from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
 from genarm_fast.models.member import Member
 from genarm_fast.models.vocabulary import common_vocabulary
-from genarm_fast.params import check_integer, check_weights, weights_per_arm
+from genarm_fast.params import check_weights, weights_per_arm
 from genarm_fast.text.given import as_prompts
 from genarm_fast.text.prompts import encode_prompt, left_padded
+from genarm_fast.utils.checks import check_integer
 
 __all__ = ["GenARMLogitsProcessor", "guided"]
 PADDING = -1  # in place of a token that is masked

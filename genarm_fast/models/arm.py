@@ -13,6 +13,7 @@ from torch import nn
 from genarm_fast.models.hub import Source
 from genarm_fast.models.quantized import check_quantization
 from genarm_fast.params import check_weights
+from genarm_fast.utils.checks import too_large
 
 RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
 
@@ -52,7 +53,8 @@ class ARM:
         try:
             alone = isinstance(check_weights(self.weight), float)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"weight={self.weight!r:.80}: expected a finite number") from None
+            expected = f"a finite number{too_large(self.weight)}"
+            raise type(error)(f"weight={self.weight!r:.80}: expected {expected}") from None
         if not alone:
             raise TypeError(f"weight={self.weight!r:.80}: expected one number")
         if self.base is not None and not isinstance(self.base, (str, os.PathLike, nn.Module)):

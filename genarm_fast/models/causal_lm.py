@@ -18,11 +18,13 @@ from genarm_fast.models import coded_checkpoint
 from genarm_fast.models.adapter import shown
 from genarm_fast.models.files import check_files, refusing
 from genarm_fast.models.hub import Source
+from genarm_fast.models.one_load import one_load
 from genarm_fast.models.sizes import check_size
 
 CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
 
 
+@one_load()
 def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """transformers' causal LM of a folder or hub repository, if that holds all of its weights and nothing else.
 

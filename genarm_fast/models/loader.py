@@ -20,6 +20,7 @@ from genarm_fast.models.hub import Source, find_file
 from genarm_fast.models.known_decoders import built_as_known
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
+from genarm_fast.models.one_load import one_load
 from genarm_fast.models.rebound import WeightWatch
 from genarm_fast.text.chats import template_arguments
 from genarm_fast.text.prompts import PromptFormat
@@ -35,6 +36,7 @@ RECORDED = {
 }
 
 
+@one_load()
 def load_members(
     base: Source | nn.Module,
     specs: Sequence[ARM],

@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 
+MORE_TEMPLATES = "additional_chat_templates"  # a folder in a model's folder
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 ADAPTER = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")  # of PEFT's layers
 
@@ -76,10 +77,15 @@ def folders_of(source: str) -> list[str]:
 
 
 def folder_state(folder: str) -> list[tuple[str, int, int, int]] | None:
-    """Name, time, size and number of each file in a folder; None where it is none."""
+    """Name, time, size and number of each file in a folder, further templates too; None where it is none."""
     try:
         with os.scandir(folder) as entries:
-            found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+            there = list(entries)
+        found = [(entry.name, entry.stat()) for entry in there if entry.is_file()]
     except OSError:
         return None
-    return sorted((name, seen.st_mtime_ns, seen.st_size, seen.st_ino) for name, seen in found)
+    state = sorted((name, seen.st_mtime_ns, seen.st_size, seen.st_ino) for name, seen in found)
+    for entry in there:
+        if entry.name == MORE_TEMPLATES:
+            state += folder_state(entry.path) or []
+    return state

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from genarm_fast.params import check_integer
+from genarm_fast.utils.checks import check_integer
 
 MAX_K = 32
 

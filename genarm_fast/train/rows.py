@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from genarm_fast.params import check_real
 from genarm_fast.text.chats import template_arguments
 from genarm_fast.text.messages import Message, UnsupportedContent, as_message, check_text, stored_messages
+from genarm_fast.utils.checks import check_real
 from genarm_fast.utils.jsonlines import loads
 
 

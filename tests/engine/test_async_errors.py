@@ -41,6 +41,35 @@ def test_errors_reach_their_caller_alone(model, slow_steps):
     assert failed.outputs[1].token_ids == model.generate([7], PARAMS)[0].token_ids
 
 
+@pytest.mark.parametrize("raised", [asyncio.CancelledError, SystemExit, GeneratorExit, KeyboardInterrupt])
+def test_a_processor_that_raises_what_ends_tasks_and_processes(model, slow_steps, raised):
+    """In the engine's thread, where no signal comes, that is its request's failure and nobody else's."""
+
+    def ending(input_ids, scores):
+        raise raised
+
+    async def main():
+        good = asyncio.create_task(model.agenerate([8, 9], PARAMS))
+        bad = model.agenerate([5, 6], PARAMS, logits_processors=[ending])
+        return await asyncio.gather(good, bad, return_exceptions=True)
+
+    (good,), bad = run(main())
+    assert good.token_ids == model.generate([8, 9], PARAMS)[0].token_ids
+    assert isinstance(bad, GenerationError)
+    assert "ending at 0x" in str(bad)
+    assert str(bad).endswith(f"raised {raised.__name__}: ")
+    assert isinstance(bad.__cause__.__cause__, raised)
+
+
+def test_what_signals_raise_ends_a_call_of_the_main_thread(model):
+    def ending(input_ids, scores):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        model.generate([5, 6], PARAMS, logits_processors=[ending])
+    assert not model.engine().scheduler
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -83,6 +83,30 @@ async def leave_by_aclose(stream):
     assert [chunk async for chunk in stream] == []
 
 
+def test_a_stream_is_closed_from_another_loop(model, slow_steps):
+    """It can't be waited for there, but its slot is free."""
+
+    async def main():
+        stream = model.astream([5, 6], PARAMS, max_new_tokens=200)
+        await anext(stream)
+        with pytest.raises(RuntimeError, match="closed, but its end can be waited for in the event loop in which"):
+            await asyncio.to_thread(run, stream.aclose())
+        await until(lambda: not model.engine().scheduler)
+        return [chunk async for chunk in stream]
+
+    assert run(main()) == []
+
+
+@pytest.mark.parametrize("index", [True, "0", 0.0])
+def test_an_index_that_is_no_integer(model, index):
+    async def main():
+        async with model.astream([[5, 6], [7]], PARAMS) as stream:
+            with pytest.raises(TypeError, match=r"index=.*: expected 0\.\.1, one of the prompts"):
+                await stream.aclose(index)
+
+    run(main())
+
+
 async def leave_by_with(stream):
     async with stream:
         await stream.__anext__()

@@ -16,6 +16,7 @@ from tiny_models import build_model
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine import selfcheck
 from genarm_fast.engine.model_runner import ModelRunner
+from genarm_fast.engine.warm_up import EngineBusy
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.speculation.config import Speculation
 
@@ -200,3 +201,25 @@ def test_narrow_contexts(tiny_model, tokenizer):
     model = GenARM.from_pretrained(tiny_model(max_position_embeddings=16), tokenizer=tokenizer, warm_up=True)
     assert len(model.generate([5] * 8, max_new_tokens=8, ignore_eos=True)[0].token_ids) == 8
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_contexts_without_a_bound_and_of_one_token(tiny_model, tokenizer, monkeypatch):
+    model = GenARM.from_pretrained(tiny_model(max_position_embeddings=1), tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="context=1: expected 2 tokens"):
+        model.warm_up()
+    model = GenARM.from_pretrained(tiny_model(max_position_embeddings=512), tokenizer=tokenizer)
+    monkeypatch.setattr(model.base, "context", None)
+    model.warm_up()
+    assert model.engine().workspace.capacity >= 256
+    model.warm_up(prompt_tokens=300, max_new_tokens=100)
+    assert model.engine().workspace.capacity >= 400
+
+
+def test_it_leaves_requests_alone_that_wait(fresh):
+    model = fresh()
+    (waiting,) = model.engine().add(model.prepare([5, 6], PARAMS)[0])
+    with pytest.raises(EngineBusy, match="expected no requests that are running"):
+        model.warm_up()
+    assert not waiting.tokens
+    model.engine().abort([waiting])
+    model.warm_up()

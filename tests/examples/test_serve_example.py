@@ -97,4 +97,17 @@ def test_whole_answers_and_errors(model, url):
         assert answer.status_code == 400
         assert list(answer.json()) == ["error"]
     assert httpx.post(url, content=b"{", timeout=60).status_code == 400
+    assert httpx.post(url, content=b"[" * 100_000, timeout=60).status_code == 400
     assert httpx.post(url, json={"max_new_tokens": 3}, timeout=60).json() == {"error": "KeyError: 'prompt'"}
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_request_that_fails_on_its_way(model, url, monkeypatch, shown):
+    """The status is sent by then; the body says what happened."""
+
+    def fails(sequence, drawn):
+        sequence.error = FloatingPointError("no such number")
+
+    monkeypatch.setattr("genarm_fast.engine.sequence.Sequence.append", fails)
+    text = httpx.post(url, json={**BODY, "stream": shown}, timeout=60).text
+    assert json.loads(text.removeprefix("data: ")) == {"error": "prompts[0]: no such number"}

@@ -1,0 +1,38 @@
+"""What callers hand to an engine, checked in their own thread: what they ask for is done in another one's step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from genarm_fast.engine.sequence import Request, Sequence
+from genarm_fast.utils.checks import shown
+
+
+def check_request(request: object, members: int, arms: int) -> Request:
+    """Raises TypeError, ValueError for anything but a request to so many members, a draft model too, and ARMs."""
+    if not isinstance(request, Request):
+        raise TypeError(f"request={shown(request)}: expected one that `prepare` made")
+    if (len(request.token_ids), len(request.weights)) != (members, arms):
+        raise ValueError(f"request: expected one for {arms} ARMs, as `prepare` of this model makes")
+    return request
+
+
+def given_sequences(sequences: object, owner: object) -> list[Sequence]:
+    """As a list. Raises TypeError for anything but sequences, ValueError for those of another owner."""
+    if isinstance(sequences, Sequence) or not isinstance(sequences, Iterable):
+        raise TypeError(f"sequences={shown(sequences)}: expected a list of sequences")
+    given = list(sequences)
+    for sequence in given:
+        if not isinstance(sequence, Sequence):
+            raise TypeError(f"sequences: expected a list of sequences, got {shown(sequence)} in it")
+        if sequence.owner not in (None, owner):
+            raise ValueError("sequences: expected those of this engine, got one of another engine")
+    return given
+
+
+def new_sequences(sequences: object, owner: object) -> list[Sequence]:
+    """As `given_sequences`; ValueError for those that an engine has, or had, as well."""
+    given = given_sequences(sequences, owner)
+    if any(sequence.owner is not None or sequence.ended for sequence in given) or len(set(given)) < len(given):
+        raise ValueError("sequences: expected new ones, got one that an engine has or had already")
+    return given
