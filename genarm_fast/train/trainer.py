@@ -77,7 +77,7 @@ class ArmTrainer(Trainer):
             max_steps=self.steps,
             learning_rate=config.learning_rate,
             lr_scheduler_type=config.schedule,
-            warmup_steps=config.warmup,
+            warmup_steps=config.warmup if self.steps > 1 else 0,  # or the only step has a learning rate of 0
             weight_decay=config.weight_decay,
             optim=config.optimizer,
             max_grad_norm=config.max_grad_norm,

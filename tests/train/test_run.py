@@ -171,6 +171,13 @@ def test_a_sample_of_the_pairs(make_config: Config, toy: Path) -> None:
     assert (report["data"]["train_pairs"], report["data"]["held_out_pairs"], report["steps"]) == (10, 12, 2)
 
 
+def test_the_only_step_of_a_run_learns(make_config: Config, toy: Path) -> None:
+    """Its share of warmup would be all of it, at a learning rate of 0."""
+    report = train(make_config(toy, max_pairs=8), progress=False).report
+    assert report["steps"] == 1
+    assert report["final"]["loss"] < report["before"]["loss"]
+
+
 def test_accumulation_is_exact(make_config: Config, toy: Path, tmp_path: Path) -> None:
     """One step on 36 pairs: the same in micro-batches of 8, whose last one is short, and of 1."""
     weights = []
