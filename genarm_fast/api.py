@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from genarm_fast.engine.async_calls import AsyncCalls
-from genarm_fast.engine.engine import EngineConfig
+from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.scoring import score_responses
 from genarm_fast.engine.selfcheck import self_check_policy
 from genarm_fast.engine.stream import Stream, completed, outputs_of

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
 from genarm_fast.device.base import span
 from genarm_fast.engine import pace
 from genarm_fast.engine.admission import Admission
+from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.given import check_request, given_sequences, new_sequences
 from genarm_fast.engine.penalties import needs_host
@@ -28,28 +28,6 @@ from genarm_fast.speculation.observations import PLAIN
 from genarm_fast.speculation.policy import DraftPolicy, Tuners
 from genarm_fast.speculation.registry import make_drafters
 from genarm_fast.speculation.shadow import TextShadows
-from genarm_fast.utils.checks import check_integer, check_real
-
-
-@dataclass
-class EngineConfig:
-    """max_batch_size: sequences that are decoded together. cache_bytes: most that all KV caches may take together; None
-    for as much as there is. max_step_ms: what a step may take with prompts to prefill; None for as long as it takes.
-
-    Raises TypeError, ValueError for anything else.
-    """
-
-    max_batch_size: int = 16
-    cache_bytes: int | None = None
-    max_step_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        self.max_batch_size = check_integer("max_batch_size", self.max_batch_size, "an integer >= 1", 1)
-        if self.cache_bytes is not None:
-            self.cache_bytes = check_integer("cache_bytes", self.cache_bytes, "an integer >= 1 or None", 1)
-        if self.max_step_ms is not None:
-            expected = "a finite number > 0 or None"
-            self.max_step_ms = check_real("max_step_ms", self.max_step_ms, expected, 0, open_low=True)
 
 
 class Engine:

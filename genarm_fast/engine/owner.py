@@ -10,7 +10,8 @@ from dataclasses import astuple
 from threading import Lock
 from typing import Any
 
-from genarm_fast.engine.engine import Engine, EngineConfig
+from genarm_fast.engine.config import EngineConfig
+from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.engine_thread import EngineThread
 from genarm_fast.engine.requests import RequestMaker
 from genarm_fast.engine.sequence import Request, Sequence
