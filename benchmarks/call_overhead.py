@@ -37,7 +37,7 @@ def measure(base: Any, arms: list[Any], options: dict[str, Any], tokens: int, ro
     runs: dict[str, Callable[[int], Any]] = {
         "method": lambda turn: model.generate(PROMPT, **params),
         "function": lambda turn: genarm_fast.generate(base, arms, PROMPT, **options, **params),
-        "look": lambda turn: functional._prepare(base, arms, None, options | params),
+        "look": lambda turn: functional._prepare(base, arms, PROMPT, None, options | params),
     }
     seconds = take_turns(runs, rounds, time.process_time)
     differences = [ours - plain for ours, plain in zip(seconds["function"], seconds["method"])]
