@@ -19,7 +19,7 @@ from quality_methods import Method, Models, Size
 class Texts:
     """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token.
 
-    A method that was asked the first prompts only is compared with others on these: `first`."""
+    A method that was asked the first prompts only is compared with others on these."""
 
     def __init__(self, run: dict[str, Any], seeds: int) -> None:
         samples = run["samples"]

@@ -102,3 +102,13 @@ def gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
         else:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """No model that `genarm_fast.generate` keeps, before and after."""
+    from genarm_fast import release
+
+    release()
+    yield
+    release()

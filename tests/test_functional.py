@@ -18,14 +18,8 @@ from tiny_models import build_model, save_adapter
 import genarm_fast
 from genarm_fast import ARM, GenARM, SamplingParams, functional, kept
 
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 PARAMS = SamplingParams(seed=1, max_new_tokens=6, ignore_eos=True)
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    genarm_fast.release()
-    yield
-    genarm_fast.release()
 
 
 @pytest.fixture

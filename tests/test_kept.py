@@ -17,6 +17,7 @@ from tiny_models import build_model
 from genarm_fast import ARM, GenARM, SamplingParams, functional, kept
 from genarm_fast.models.checkpoint import ModelLoader
 
+pytestmark = pytest.mark.usefixtures("nothing_kept")
 PARAMS = SamplingParams(seed=1, max_new_tokens=6, ignore_eos=True)
 OTHERS = {  # another value of each field that says how an ARM is loaded
     "name": "other",
@@ -26,13 +27,6 @@ OTHERS = {  # another value of each field that says how an ARM is loaded
     "quantization": "int4",
     "active": ("second",),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    functional.release()
-    yield
-    functional.release()
 
 
 @pytest.fixture

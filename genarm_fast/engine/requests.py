@@ -86,8 +86,8 @@ class RequestMaker:
         ruled_out = {*params.suppress_tokens, *(t for t, b in (params.logit_bias or {}).items() if b == -inf)}
         if params.min_new_tokens:
             ruled_out |= stop_ids
-        allowed = range(self.vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
-        if len(ruled_out) >= len(set(allowed)) and ruled_out.issuperset(allowed):
+        allowed = range(self.vocab_size) if params.allowed_token_ids is None else set(params.allowed_token_ids)
+        if len(ruled_out) >= len(allowed) and ruled_out.issuperset(allowed):
             by = "allowed_token_ids, suppress_tokens, logit_bias and, before min_new_tokens, stop tokens"
             raise ValueError(f"{by}: expected a token that they leave possible")
 

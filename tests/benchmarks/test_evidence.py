@@ -49,6 +49,12 @@ def test_a_trace_is_told_by_its_weights(evidence) -> None:
     ]
 
 
+def test_every_method_of_a_front_has_a_colour(evidence, script) -> None:
+    methods = script("quality_methods")
+    names = methods.fronts(methods.Models({}, None), 2)
+    assert {name.rsplit(" ", 1)[0] for name in names} == set(evidence.COLOURS)
+
+
 def test_plot_of_a_front(evidence, tmp_path: Path) -> None:
     row = {"points": [[0.1, 0.9], [0.5, 0.5]], "hypervolume": ESTIMATE, "mean_inner_product": ESTIMATE}
     evidence.plot_front({"methods": dict.fromkeys(evidence.COLOURS, row)}, tmp_path / "front.png")

@@ -156,3 +156,17 @@ def test_a_random_shape_is_one_file_for_all(script, tmp_path, monkeypatch, token
         quantization="exact",
     )
     assert "14 in 4 bits, 1 in 8 bits" in str(model.quantized["base"])
+
+
+def test_a_run_that_is_cut_keeps_its_cases(peers, monkeypatch, tmp_path):
+    def measure(*_, **__):
+        yield lines(peers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["peers.py", "measure"])
+    with pytest.raises(KeyboardInterrupt):
+        peers.main()
+    (kept,) = tmp_path.glob("peers-135m-1-*.json")
+    assert json.loads(kept.read_text())["results"] == json.loads(json.dumps(lines(peers)))
