@@ -21,6 +21,7 @@ FLAGS = [
 ]
 CSRC = "kernels/csrc"
 LOOPS = glob(f"{CSRC}/*/loops.cpp")  # compiled once per instruction set
+VNNI_LOOPS = [f"{CSRC}/quant_linear/loops.cpp"]  # no other op multiplies whole numbers
 KERNELS = ["genarm_fast.kernels", *(f"genarm_fast.kernels.{op}" for op in find_packages("kernels/ops"))]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARMS = find_namespace_packages(include=["genarm_fast.demo.arms.*"])  # folders of data alone
@@ -29,6 +30,7 @@ if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"].append("-mprefer-vector-width=512")
+    INSTRUCTION_SETS["avx512vnni"] = [*INSTRUCTION_SETS["avx512"], "-mavx512vnni"]
 
 
 class BuildCore(build_ext):
@@ -38,7 +40,7 @@ class BuildCore(build_ext):
         ext.extra_objects = []
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
-                LOOPS,
+                VNNI_LOOPS if name == "avx512vnni" else LOOPS,
                 output_dir=f"{self.build_temp}/{name}",
                 include_dirs=ext.include_dirs,
                 macros=[*ext.define_macros, ("ISA", name)],

@@ -7,44 +7,51 @@
 
 namespace {
 
-const genarm::TileLoops* const kLoops[] = {
-#ifdef GENARM_X86
-    &genarm::loops_avx512, &genarm::loops_avx2,
-#endif
-    &genarm::loops_baseline};
+// Of "avx512vnni" there are loops of quant_linear alone; all others are those of `loops`.
+struct InstructionSet {
+  const char* name;
+  const genarm::TileLoops* loops;
+};
 
-bool runs_here(const genarm::TileLoops& loops) {
+constexpr InstructionSet kInstructionSets[] = {
+#ifdef GENARM_X86
+    {"avx512vnni", &genarm::loops_avx512}, {"avx512", &genarm::loops_avx512}, {"avx2", &genarm::loops_avx2},
+#endif
+    {"baseline", &genarm::loops_baseline}};
+
+bool runs_here(const InstructionSet& set) {
 #ifdef GENARM_X86
   __builtin_cpu_init();
-  if (!std::strcmp(loops.name, "avx512")) {
+  if (!std::strcmp(set.name, "avx512vnni") && !__builtin_cpu_supports("avx512vnni")) return false;
+  if (set.loops == &genarm::loops_avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
   }
-  if (!std::strcmp(loops.name, "avx2")) {
+  if (set.loops == &genarm::loops_avx2) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   }
 #endif
-  (void)loops;
+  (void)set;
   return true;
 }
 
 const genarm::TileLoops* active = nullptr;
 PyObject* number_of_threads = nullptr;  // torch.get_num_threads
 
-void activate(const genarm::TileLoops& loops) {
-  active = &loops;
-  genarm::use_ragged_loops(loops.name);
-  genarm::use_norm_loops(loops.name);
-  genarm::use_rotary_loops(loops.name);
-  genarm::use_silu_loops(loops.name);
-  genarm::use_linear_loops(loops.name);
+void activate(const InstructionSet& set) {
+  active = set.loops;
+  genarm::use_ragged_loops(set.loops->name);
+  genarm::use_norm_loops(set.loops->name);
+  genarm::use_rotary_loops(set.loops->name);
+  genarm::use_silu_loops(set.loops->name);
+  genarm::use_linear_loops(set.name);
 }
 
 PyObject* instruction_sets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
-  for (const genarm::TileLoops* loops : kLoops) {
-    if (!names || !runs_here(*loops)) continue;
-    PyObject* name = PyUnicode_FromString(loops->name);
+  for (const InstructionSet& set : kInstructionSets) {
+    if (!names || !runs_here(set)) continue;
+    PyObject* name = PyUnicode_FromString(set.name);
     if (!name || PyList_Append(names, name) != 0) Py_CLEAR(names);
     Py_XDECREF(name);
   }
@@ -52,9 +59,9 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
 }
 
 PyObject* use(PyObject*, PyObject* argument) {
-  for (const genarm::TileLoops* loops : kLoops) {
-    if (PyUnicode_CompareWithASCIIString(argument, loops->name) == 0 && runs_here(*loops)) {
-      activate(*loops);
+  for (const InstructionSet& set : kInstructionSets) {
+    if (PyUnicode_CompareWithASCIIString(argument, set.name) == 0 && runs_here(set)) {
+      activate(set);
       Py_RETURN_NONE;
     }
   }
@@ -117,8 +124,8 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, kMethods, nullp
 }  // namespace
 
 PyMODINIT_FUNC PyInit__C() {
-  for (const genarm::TileLoops* loops : kLoops) {
-    if (!active && runs_here(*loops)) activate(*loops);
+  for (const InstructionSet& set : kInstructionSets) {
+    if (!active && runs_here(set)) activate(set);
   }
   return PyModule_Create(&kModule);
 }

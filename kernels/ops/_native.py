@@ -1,6 +1,6 @@
 """The C++ core (kernels/csrc) on the CPU, where it was built.
 
-GENARM_FAST_ISA = avx512 | avx2 | baseline forces an instruction set; `none` turns the core off.
+GENARM_FAST_ISA = avx512vnni | avx512 | avx2 | baseline forces an instruction set; `none` turns the core off.
 
 Its functions take every argument by position, check all of them, and return None for a call that they do not take as it
 stands: arguments to refuse, or to convert first.

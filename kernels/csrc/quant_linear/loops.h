@@ -31,6 +31,6 @@ struct QuantLoops {
   void (*tile)(int bits, const uint8_t* weights, const uint8_t* next, int64_t groups, const QuantRows& rows, float* y);
 };
 
-extern const QuantLoops quant_avx2, quant_avx512, quant_baseline;
+extern const QuantLoops quant_avx2, quant_avx512, quant_avx512vnni, quant_baseline;
 
 }  // namespace genarm

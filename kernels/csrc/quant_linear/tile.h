@@ -33,8 +33,11 @@ inline Ints broadcast(const void* p) {
   std::memcpy(&pair, p, sizeof pair);
   return _mm512_set1_epi32(pair);
 }
-inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-inline Ints products(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
+#if defined(__AVX512VNNI__)
+inline Ints add_products(Ints sum, Ints a, Ints b) { return _mm512_dpwssd_epi32(sum, a, b); }
+#else
+inline Ints add_products(Ints sum, Ints a, Ints b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#endif
 template <int N> inline Ints right(Ints v) { return _mm512_srli_epi16(v, N); }
 inline Ints low_byte(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi16(255)); }
 inline Ints low_nibble(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi16(15)); }
@@ -58,8 +61,7 @@ inline Ints broadcast(const void* p) {
   std::memcpy(&pair, p, sizeof pair);
   return _mm256_set1_epi32(pair);
 }
-inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
-inline Ints products(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
+inline Ints add_products(Ints sum, Ints a, Ints b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 template <int N> inline Ints right(Ints v) { return _mm256_srli_epi16(v, N); }
 inline Ints low_byte(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi16(255)); }
 inline Ints low_nibble(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi16(15)); }
@@ -100,7 +102,7 @@ inline void step(const uint8_t* w, const int16_t* x, Ints (&sums)[P][R]) {
       asm("" : "+v"(inputs));  // one load for all outputs
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        sums[p][r] = add(sums[p][r], products(wide[p], inputs));
+        sums[p][r] = add_products(sums[p][r], wide[p], inputs);
         asm("" : "+v"(sums[p][r]));  // GCC 12 would add up all products of a group at its end, from memory
       }
     }
