@@ -67,14 +67,22 @@ class PairModel(nn.Module):
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base in the precision that it is served in; full fine-tuning keeps float32 master weights."""
-    return load_causal_lm(
+    """The base in the precision that it is served in; full fine-tuning keeps float32 master weights.
+
+    Where the base caps attention's scores (Gemma-2), "sdpa" becomes "eager": PyTorch's attention has no cap, and
+    transformers leaves it out in silence.
+    """
+    lm = load_causal_lm(
         "base",
         config.base,
         trust_remote_code=config.trust_remote_code,
         dtype=torch.float32 if config.method == "full" else dtype,
         attn_implementation=config.attn_implementation,
     )
+    capped = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped and config.attn_implementation == "sdpa":
+        lm.set_attn_implementation("eager")
+    return lm
 
 
 def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:

@@ -134,6 +134,23 @@ def make(base: Path, **options: Any) -> TrainConfig:
     return TrainConfig(base=str(base), data="d", output="o", **options)
 
 
+@pytest.mark.parametrize(("cap", "expected"), [(0.5, "eager"), (None, "sdpa")])
+def test_capped_attention_is_trained_with_its_cap(
+    tiny_model: MakeModel, tmp_path: Path, cap: float | None, expected: str
+) -> None:
+    """As it is served: PyTorch's own attention leaves the cap out, which moves these log-probabilities."""
+    tiny_model("gemma2", attn_logit_softcapping=cap).save_pretrained(tmp_path)
+    model = PairModel(load_base(make(tmp_path), torch.float32)).eval()
+    assert model.causal.config._attn_implementation == expected
+    choose_paths(model, PAIRS)
+    found = model(**rows(PAIRS, 0)).double()
+    for implementation in ("eager", "sdpa"):
+        lm = copy.deepcopy(tiny_model("gemma2", attn_logit_softcapping=cap))
+        lm.set_attn_implementation(implementation)
+        same = torch.allclose(found, by_hand(lm, PAIRS), rtol=1e-5, atol=1e-4)
+        assert same == (cap is None or implementation == "eager")
+
+
 def adapted(lm: torch.nn.Module) -> set[str]:
     return {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in lm.named_parameters() if ".lora_A" in name}
 
