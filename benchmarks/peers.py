@@ -195,13 +195,16 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def write() -> None:
-    """The tables of the newest result file of each shape."""
-    newest = {}
-    for path in sorted(RESULTS.glob("peers-*.json")):
-        found = json.loads(path.read_text())
-        newest[found["machine"]["shape"]] = found
-    tables = "\n".join(table(newest[name]) for name in SHAPES if name in newest)
+    """The tables of the newest result file of each shape, instruction set and number of threads."""
+    files = sorted((json.loads(path.read_text()) for path in RESULTS.glob("peers-*.json")), key=_date)
+    newest = {tuple(found["machine"][each] for each in ("shape", "capability", "threads")): found for found in files}
+    keys = sorted(newest, key=lambda key: (list(SHAPES).index(key[0]), *key[1:]))
+    tables = "\n".join(table(newest[key]) for key in keys)
     PAGE.write_text(fill(PAGE.read_text(), {"peers": tables}))
+
+
+def _date(found: Mapping[str, Any]) -> str:
+    return found["machine"]["date"]
 
 
 def main() -> None:
@@ -217,7 +220,8 @@ def main() -> None:
     if args.action == "measure":
         options = {"threads": args.threads, "rounds": args.rounds, "tokens": args.tokens}
         about = machine() | options | {"clock": clock_of(args.threads), "shape": args.shape}
-        path = RESULTS / f"peers-{args.shape}-{args.threads}-{about['date']}-{name_of(about)}.json"
+        name = f"peers-{args.shape}-{args.threads}-{about['date']}-{name_of(about)}-{about['capability'].lower()}"
+        path = RESULTS / f"{name}.json"
         lines: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as own:
             folder = args.work or Path(own)

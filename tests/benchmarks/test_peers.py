@@ -124,6 +124,11 @@ def test_the_newest_file_of_each_shape_is_written(peers, monkeypatch, tmp_path):
     text = page.read_text()
     assert "2026-11-28" in text
     assert "2026-11-27" not in text
+    other = {"machine": about | {"date": "2026-11-26", "capability": "AVX512"}, "results": lines(peers)}
+    (tmp_path / "peers-other.json").write_text(json.dumps(other))
+    peers.write()
+    assert "2026-11-26" in page.read_text()  # another instruction set is another table
+    assert "2026-11-28" in page.read_text()
     assert text.startswith("above\n")
     assert text.endswith("<!-- end peers -->\nbelow\n")
     assert "old" not in text
