@@ -33,9 +33,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # all of the texts are compared
 
 
-@pytest.fixture
-def lanes(tmp_path, tokenizer):
-    build_model("llama", 0).save_pretrained(tmp_path / "base")
+@pytest.fixture(params=[2])
+def lanes(tmp_path, tokenizer, request):
+    """Two LoRA ARMs of a base with so many layers."""
+    build_model("llama", 0, num_hidden_layers=request.param).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for seed in (1, 2):
         save_adapter(tmp_path / f"arm{seed}", base=tmp_path / "base", seed=seed)
@@ -84,6 +85,7 @@ def test_lanes(lanes, launches):
     assert set(launches) == {0}
 
 
+@pytest.mark.parametrize("lanes", [1], indirect=True)  # the interpreter takes minutes for more, which show nothing new
 def test_lanes_with_drafts_of_the_text(lanes, launches):
     log, device = decode(lanes, Speculation("ngram", 3))
     assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
@@ -98,9 +100,8 @@ def test_two_models_with_drafts(two_models, launches):
 
 def test_a_draft_model(tokenizer, launches):
     """It is no member of the target. The first step shows it the prompt, the others are one launch."""
-    model = GenARM.from_pretrained(
-        build_model("qwen2", 0), draft_model=build_model("llama", 0), tokenizer=tokenizer, max_batch_size=2
-    )
+    base, draft = (build_model(family, 0, num_hidden_layers=1) for family in ("qwen2", "llama"))
+    model = GenARM.from_pretrained(base, draft_model=draft, tokenizer=tokenizer, max_batch_size=2)
     log, device = decode(model, Speculation("draft_model", 3))
     assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
     assert launches.count(3) > 3
