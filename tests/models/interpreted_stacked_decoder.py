@@ -58,7 +58,7 @@ def adapted(model, adapters):
 
 
 def hidden_states(decoder, tokens, lanes, blocks, slots=None):
-    """A row of each lane for each of tokens, block after block; [lanes, rows, tokens, width]. slots: None is reversed."""
+    """A row of each lane for each of tokens, block after block; [lanes, rows, tokens, width]. slots: reversed."""
     rows, found, start = len(tokens) * len(lanes), [], 0
     slots = torch.arange(rows).flip(0) if slots is None else slots
     cache = Cache(layers=[RaggedLayer(rows, tokens.shape[1]) for _ in decoder.layers])
