@@ -24,6 +24,8 @@ PARAMS = [
     {"weights": [0.0, 2.0], "max_new_tokens": 7, "stop_token_ids": list(range(2, 300, 7)), "top_p": 0.8, "top_k": 30},
     {"weights": [0.3, 0.3], "max_new_tokens": 5, "temperature": 0.0, "min_new_tokens": 2},
 ]
+# Most of the interpreter's time goes to the heads of every token; more layers and heads are in `test_lanes`.
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +35,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # all of the texts are compared
 
 
-@pytest.fixture(params=[2])
+@pytest.fixture(params=[SMALL])
 def lanes(tmp_path, tokenizer, request):
-    """Two LoRA ARMs of a base with so many layers."""
-    build_model("llama", 0, num_hidden_layers=request.param).save_pretrained(tmp_path / "base")
+    """A base of this shape with two LoRA ARMs."""
+    build_model("llama", 0, **request.param).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for seed in (1, 2):
         save_adapter(tmp_path / f"arm{seed}", base=tmp_path / "base", seed=seed)
@@ -46,8 +48,8 @@ def lanes(tmp_path, tokenizer, request):
 
 @pytest.fixture
 def two_models(tokenizer):
-    arm = build_model("qwen3", 1, num_hidden_layers=1)
-    return GenARM.from_pretrained(build_model("qwen2", 0), arm, tokenizer=tokenizer, max_batch_size=2)
+    base, arm = build_model("qwen2", 0, **SMALL | {"num_hidden_layers": 2}), build_model("qwen3", 1, **SMALL)
+    return GenARM.from_pretrained(base, arm, tokenizer=tokenizer, max_batch_size=2)
 
 
 def decode(model, speculation):
@@ -78,6 +80,7 @@ def launches(monkeypatch):
     return drafts
 
 
+@pytest.mark.parametrize("lanes", [{"num_hidden_layers": 2}], indirect=True)
 def test_lanes(lanes, launches):
     log, device = decode(lanes, "off")
     assert len(log.of("replay")) >= 3
@@ -85,7 +88,6 @@ def test_lanes(lanes, launches):
     assert set(launches) == {0}
 
 
-@pytest.mark.parametrize("lanes", [1], indirect=True)  # the interpreter takes minutes for more, which show nothing new
 def test_lanes_with_drafts_of_the_text(lanes, launches):
     log, device = decode(lanes, Speculation("ngram", 3))
     assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
@@ -100,7 +102,7 @@ def test_two_models_with_drafts(two_models, launches):
 
 def test_a_draft_model(tokenizer, launches):
     """It is no member of the target. The first step shows it the prompt, the others are one launch."""
-    base, draft = (build_model(family, 0, num_hidden_layers=1) for family in ("qwen2", "llama"))
+    base, draft = (build_model(family, 0, **SMALL) for family in ("qwen2", "llama"))
     model = GenARM.from_pretrained(base, draft_model=draft, tokenizer=tokenizer, max_batch_size=2)
     log, device = decode(model, Speculation("draft_model", 3))
     assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
