@@ -1,4 +1,4 @@
-"""What a kept verdict of the self-check is bound to on a machine with a GPU; the rest is in test_selfcheck_records.py."""
+"""What a verdict of the self-check is bound to where there is a GPU; the rest is in test_selfcheck_records.py."""
 
 import torch
 
