@@ -1,10 +1,11 @@
 """Lines that only a GPU runs, and that no test of these runs without one.
 
-    python benchmarks/gpu_lines.py [TEST ...]
+    python benchmarks/gpu_lines.py [TEST ...] [--folder FOLDER]
 
 Looked at: the CUDA device, the launchers of Triton kernels (not the kernels: the interpreter has tests of its own), the
 stacked decoder, flash-attn, and functions elsewhere that ask whether a tensor is on CUDA. Tests run in pytest under a
-tracer, as do the processes of pytest that they start.
+tracer, as do the processes of pytest that they start. All tests take long: give them in pieces and one folder, where
+traces stay; what earlier pieces ran counts as run, as long as nobody edits these files in between.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -94,7 +97,7 @@ def trace(folder: str) -> None:
     def dump() -> None:
         sys.settrace(None)
         ran = {str(Path(path).relative_to(ROOT)): sorted(lines) for path, lines in wanted.items()}
-        Path(folder, f"{os.getpid()}.json").write_text(json.dumps(ran))
+        Path(folder, f"{time.time_ns()}-{os.getpid()}.json").write_text(json.dumps(ran))
 
     atexit.register(dump)
     threading.settrace(called)
@@ -119,8 +122,11 @@ def never_run(folder: Path) -> dict[str, dict[str, list[int]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", default=TESTS, help="default: those of devices, kernels and decoders")
+    parser.add_argument("--folder", type=Path, help="where traces stay, those of earlier tests too; default: nowhere")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() if args.folder is None else nullcontext(str(args.folder.resolve())) as folder:
         paths = os.pathsep.join([str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, FOLDER: folder, "PYTHONPATH": paths, "PYTEST_ADDOPTS": "-p gpu_lines"}
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *args.tests]

@@ -77,8 +77,8 @@ def test_outputs_come_as_they_are_complete(model, monkeypatch):
 def test_a_request_that_fails_comes_as_its_error_and_a_left_iterator_frees_its_slots(model, monkeypatch):
     append = genarm_fast.engine.sequence.Sequence.append
 
-    def failing(sequence, drawn):
-        append(sequence, drawn)
+    def failing(sequence, *drawn):
+        append(sequence, *drawn)
         if sequence.request.index == 1:
             sequence.error = FloatingPointError("no")
 

@@ -89,22 +89,23 @@ class Cuda(Device):
 
     def repeat(self, stream: WorkStream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
         key = (stream, key)
-        if key not in self.graphs:
+        graph = self.graphs.pop(key, None)
+        if graph is None:
             self.calls[key] += 1
             if self.calls[key] <= WARM_UP or stream in self.eager or isinstance(stream, torch.device):
                 return function(*inputs)
             pool = self.pools.setdefault(stream, torch.cuda.graph_pool_handle())
             try:
-                self.graphs[key] = Graph(stream, pool, function, inputs)
+                graph = Graph(stream, pool, function, inputs)
             except RuntimeError as error:  # experts that count their rows, say
                 if out_of_memory(error):
                     raise  # the engine runs fewer sequences, or fails; the next capture may have room
                 warnings.warn(f"a forward runs without a CUDA graph, since it can't be captured: {error}", stacklevel=2)
                 self.eager.add(stream)
                 return function(*inputs)
-            for old in list(self.graphs)[: -self.most_graphs]:  # none of them runs: a capture waits for the device
-                del self.graphs[old]
-        self.graphs[key] = graph = self.graphs.pop(key)  # the last one used comes last
+            while len(self.graphs) >= self.most_graphs:  # none of them runs: a capture waits for the device
+                del self.graphs[next(iter(self.graphs))]
+        self.graphs[key] = graph  # the last one used comes last
         return graph(*inputs)
 
     def captures(self, streams: Sequence[WorkStream]) -> bool:
@@ -169,11 +170,10 @@ class Graph:
         self.written = {id(output) for output in self.outputs if id(output) in own}
 
     def __call__(self, *inputs: Tensor) -> Any:
-        for i, (own, given) in enumerate(zip(self.inputs, inputs)):
-            if given is own or given is self.given[i]:
-                continue
-            own.copy_(given)
-            self.given[i] = None if id(own) in self.written else given
+        for i, (own, given, before) in enumerate(zip(self.inputs, inputs, self.given)):
+            if given is not own and given is not before:
+                own.copy_(given)
+                self.given[i] = None if id(own) in self.written else given
         self.graph.replay()
         return tuple(output if id(output) in self.written else output.clone() for output in self.outputs)
 

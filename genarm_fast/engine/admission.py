@@ -7,7 +7,7 @@ from typing import Any
 
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.scheduler import Scheduler
-from genarm_fast.engine.sequence import Sequence
+from genarm_fast.engine.sequence import Sequence, members_of
 from genarm_fast.engine.workspace import Workspace
 
 
@@ -55,6 +55,8 @@ class Admission:
 
     def _keep_up(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Make caches for members that sequences came to need when their weights changed."""
+        if self.workspace.holds(members_of(self.scheduler.placed), 0):
+            return []
         lacking = [each for each in self.scheduler.placed if not self.workspace.holds(each.needed, 0)]
         if lacking:
             self._grow(max_batch_size, cache_bytes, [])

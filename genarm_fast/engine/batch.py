@@ -118,7 +118,8 @@ class Batch:
         self.slots = [sequence.slot for sequence in self.rows]
         self.epochs = [sequence.epoch for sequence in sequences]
         self.state = self._upload(self._texts(before, text_width))
-        self.wants_logprobs = any(sequence.wants_logprobs for sequence in sequences)
+        self.wants_logprobs = any(sequence.request.wants_logprobs for sequence in sequences)
+        self.has_bias = any(sequence.request.has_bias for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
         self.base_lines = [sequence.base_line for sequence in self.rows]
@@ -235,7 +236,8 @@ class Batch:
 
     def kv_bound(self, members: list[int], width: int) -> int:
         """Above all positions that a forward of `width` tokens from the last one on reads or writes."""
-        return max(sequence.position(m) + sequence.unread for sequence in self.sequences for m in members) + width
+        rows = self.sequences
+        return width + max(each.request.starts[m] + len(each.tokens) + each.unread for each in rows for m in members)
 
     def accept(self, targets: Tensor, drafts: Tensor, draft_counts: Tensor | None = None) -> Settled:
         """As of `State`, which it changes."""
@@ -289,6 +291,8 @@ class Batch:
 
     def bias(self) -> Tensor | None:
         """logit_bias and banned stop tokens of the sequences, float32 [R, V] on the main stream; None without any."""
+        if not self.has_bias:
+            return None
         lengths = [len(sequence.tokens) + sequence.unread for sequence in self.rows]
         version = bias_version(self.rows, lengths)
         if self._bias[0] != version:

@@ -13,11 +13,10 @@ from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.given import check_request, given_sequences, new_sequences
-from genarm_fast.engine.penalties import needs_host
 from genarm_fast.engine.run import Run
 from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.scheduler import Scheduler
-from genarm_fast.engine.sequence import Request, Sequence
+from genarm_fast.engine.sequence import Request, Sequence, members_of
 from genarm_fast.engine.step import Steps
 from genarm_fast.engine.turns import Turns
 from genarm_fast.engine.workspace import Workspace
@@ -207,13 +206,14 @@ class Engine:
         if not going:
             return steps.drain()
         policy = self._policy(going)
-        choice, most = policy.choose(len(going)), max(each.remaining for each in going) - 1
-        if choice.k <= 0 or most <= 0:
+        choice = policy.choose(len(going))
+        most = max(each.remaining for each in going) - 1 if choice.k > 0 else 0
+        if most <= 0:
             choice = PLAIN
         whole = self.executor.device.lag > 0 and steps.in_one(going, policy, choice)
         if not whole:
             choice = choice._replace(k=min(choice.k, most))
-        if whole or (self.executor.device.lag and not choice.k and not any(map(needs_host, going))):
+        if whole or (self.executor.device.lag and not choice.k and not any(each.request.needs_host for each in going)):
             shadows = TextShadows(policy, self.drafters, due, choice.drafter)
             before = steps.run_ahead(going, policy, choice, whole=whole)
             shadows.judge()
@@ -230,29 +230,30 @@ class Engine:
 
     def _policy(self, due: list[Sequence]) -> DraftPolicy:
         """Who may draft: what the sequence that runs longest asks for, as far as the members run."""
-        active = {m for sequence in due for m in sequence.needed}
-        foreign = self.executor.draft_model
-        able = tuple(i for i, each in enumerate(self.drafters) if set(each.members) <= active | {foreign})
+        active, foreign = members_of(due), self.executor.draft_model
+        able = tuple(i for i, each in enumerate(self.drafters) if {*active, foreign}.issuperset(each.members))
         key = due[0].speculation, able
         if key not in self._policies:
             names = [each.names if i in able else () for i, each in enumerate(self.drafters)]
             # A step that is one launch begins to draft when it begins.
-            ahead = self.executor.device.lag > 0 and not self.steps.graph.serves(tuple(sorted(active)))
+            ahead = self.executor.device.lag > 0 and not self.steps.graph.serves(active)
             self._policies[key] = DraftPolicy(key[0], names, self.tuners, ahead=ahead)
         return self._policies[key]
 
     def _deliver(self, advanced: list[Sequence]) -> None:
         """Count a step, free the slots of sequences that ended in it, and tell their runs."""
-        now = time.perf_counter()
+        now, ended = time.perf_counter(), []
         for sequence in advanced:
             sequence.advanced = now
             sequence.steps += sequence.finish_reason != "time"  # which no step advanced
             sequence.held = sequence.stepwise
-            if sequence.ended and sequence.slot >= 0 and sequence.error is not None:
+            if sequence.error is not None and sequence.slot >= 0:
                 self.executor.clear(sequence.slot)
+            if sequence.ended:
+                ended.append(sequence)
             if sequence.id in self._news:
                 self._news[sequence.id][1](sequence)
-        self._leave([sequence for sequence in advanced if sequence.ended])
+        self._leave(ended)
 
     def _leave(self, sequences: list[Sequence], *, everywhere: bool = False) -> None:
         self.scheduler.leave(sequences, everywhere=everywhere)

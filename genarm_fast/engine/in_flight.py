@@ -23,19 +23,19 @@ from genarm_fast.speculation.shadow import Judge
 class InFlight:
     """What `Steps.finish` needs of a step.
 
-    most: tokens that it may give each sequence. read: waits for the targets and for how many of them were accepted.
-    epochs: of each sequence's weights, as the step was launched. judge: tells shadow evaluation what was accepted.
-    logits: of the running members, by member, from which a bonus token may be drawn. policy: who chose the step, if the
-    host went on meanwhile; sequences that came or left since may have another one.
+    most: tokens that it may give each sequence. read: waits for what it drew. drafting, fed: the members that drafted,
+    and how many tokens each of them fed. drafts: of a step that was launched piece by piece. judge: tells shadow
+    evaluation what was accepted. logits: of the running members, by member, from which a bonus token may be drawn.
+    policy: who chose the step, if the host went on meanwhile; sequences that came or left since may have another one.
     """
 
     batch: Batch
     choice: Choice
     most: int
-    drafts: Drafts
-    read: Callable[[], tuple[HostSample, list[int]]]
-    sequences: list[Sequence]
-    epochs: list[int]
+    read: Callable[[], HostSample]
+    drafting: tuple[int, ...] = ()
+    fed: int = 0
+    drafts: Drafts | None = None
     judge: Judge = lambda _: None
     logits: dict[int, Tensor] = field(default_factory=dict)
     policy: DraftPolicy | None = None
@@ -43,35 +43,23 @@ class InFlight:
     right: list[int] = field(default_factory=list)  # accepted drafts of each sequence
     judged: list[int] = field(default_factory=list)  # drafts of each that count as tried; see `Steps.finish`
 
-
-def in_flight(
-    executor: Executor,
-    batch: Batch,
-    choice: Choice,
-    most: int,
-    drafts: Drafts,
-    read: Callable[[], tuple[GuidedSample, Tensor]],
-) -> InFlight:
-    """A step that was launched now. read: waits for the targets, and for how many each sequence accepts, int64 [R]."""
-    for sequence in batch.sequences:
-        sequence.unread += most
-    names = [executor.members[m].name for m in batch.active]
-
-    def wait() -> tuple[HostSample, list[int]]:
-        with span("read-back"):
-            result, accepted = read()
-        return HostSample(result, names, batch.active), accepted.tolist()
-
-    return InFlight(batch, choice, most, drafts, wait, batch.sequences, list(batch.epochs))
+    def __post_init__(self) -> None:
+        for sequence in self.batch.sequences:
+            sequence.unread += self.most
 
 
-def reading(executor: Executor, result: GuidedSample, counts: Tensor) -> Callable[[], tuple[GuidedSample, Tensor]]:
-    """Begin to copy targets and counts of the main stream to the host; call the result to wait for them."""
+def reading(
+    executor: Executor, batch: Batch, result: GuidedSample, counts: Tensor, drafts: Drafts
+) -> Callable[[], HostSample]:
+    """Begin to copy targets and how many are accepted, int64 [R], to the host; call the result to wait for them."""
     fields = {name: value for name, value in result._asdict().items() if value is not None}
     read = executor.read([*fields.values(), counts])
 
-    def wait() -> tuple[GuidedSample, Tensor]:
-        *values, accepted = read()
-        return result._replace(**dict(zip(fields, values))), accepted
+    def wait() -> HostSample:
+        with span("read-back"):
+            *values, accepted = read()
+        logprobs = dict(zip(fields, values))
+        tokens, status = (logprobs.pop(name).tolist() for name in ("tokens", "status"))
+        return HostSample(tokens, status, accepted.tolist(), drafts.tokens, logprobs, executor.members, batch.active)
 
     return wait

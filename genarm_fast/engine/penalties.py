@@ -15,19 +15,7 @@ import torch
 from torch import Tensor
 
 from genarm_fast.engine.sequence import Sequence
-from genarm_fast.params import SamplingParams
 from genarm_fast.utils.checks import shown
-
-
-def needs_host(sequence: Sequence) -> bool:
-    """Whether its next token depends on tokens that the host has to know first."""
-    params = sequence.request.params
-    return bool(penalised(params) or params.logits_processors)
-
-
-def penalised(params: SamplingParams) -> bool:
-    """Whether tokens that were there before are less likely, or more."""
-    return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
 def bans_stop(sequence: Sequence, length: int) -> bool:
@@ -110,8 +98,8 @@ def adjusted_scores(
 
     A sequence whose processor fails gets its `error` set; the others go on.
     """
-    params = [sequence.request.params for sequence in sequences]
-    if any(map(penalised, params)):
+    if any(sequence.request.penalised for sequence in sequences):
+        params = [sequence.request.params for sequence in sequences]
         counts = [seen.counts(each, tokens, scores.device) for each, tokens in zip(sequences, drafted)]
         generated, everywhere = torch.stack(counts, dim=1)
         penalties = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]

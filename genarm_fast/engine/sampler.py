@@ -9,10 +9,11 @@ from torch import Tensor
 
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.penalties import SeenTokens, adjusted_scores, needs_host
-from genarm_fast.engine.sequence import SampledToken, Sequence
+from genarm_fast.engine.penalties import SeenTokens, adjusted_scores
+from genarm_fast.engine.sequence import Reported, Sequence
 from genarm_fast.kernels import GuidedSample, guided_sample
 from genarm_fast.kernels.guided_sample.reference import ALL_MASKED, combine, member_logprob
+from genarm_fast.models.member import Member
 from genarm_fast.speculation.drafter import Drafts
 
 
@@ -30,7 +31,7 @@ class Sampler:
         stands at the positions after it.
         """
         result = self.draw(logits, batch)
-        rows = [r for r, sequence in enumerate(batch.sequences) if needs_host(sequence)]
+        rows = [r for r, sequence in enumerate(batch.sequences) if sequence.request.needs_host]
         members = [each[..., : self.vocab_size] for each in logits]
         return self._adjusted(batch, members, drafts, result, rows) if rows else result
 
@@ -151,38 +152,52 @@ def _in_blocks(result: GuidedSample, shape: torch.Size) -> GuidedSample:
 
 
 class HostSample:
-    """A `GuidedSample` on the host, as Python values for each sequence. names: of the members that ran, `active`."""
+    """What a step drew, on the host: lists with a row for each sequence.
 
-    def __init__(self, result: GuidedSample, names: list[str], active: tuple[int, ...]) -> None:
-        self.tokens, self.status, self.names = result.tokens.tolist(), result.status.tolist(), names
-        self.result, self.places = result, {m: i for i, m in enumerate(active)}
+    tokens, status: [R, q]. accepted: how many of the tokens count. drafts: of each sequence. logprobs: the fields of a
+    `GuidedSample` beside tokens and status, by name. members: of the engine, of which those of `active` ran.
+    """
 
-    def of(self, r: int, sequence: Sequence, count: int) -> list[SampledToken]:
-        """The first `count` tokens of row r. Where one of them could not be drawn, the sequence gets its `error`."""
-        for j in range(count):
-            if self.status[r][j]:
-                sequence.error = self._failure(self.status[r][j], len(sequence.tokens) + j)
-                count = j
-                break
-        drawn = [SampledToken(token) for token in self.tokens[r][:count]]
-        result, top = self.result, sequence.request.params.logprobs
-        if sequence.wants_logprobs and result.logprobs is not None and result.member_logprobs is not None:
-            members = result.member_logprobs[:, r, :count].T.tolist()
-            for each, logprob, member in zip(drawn, result.logprobs[r, :count].tolist(), members):
-                each.logprob, each.member_logprobs = logprob, self._of_all(sequence, member)
-        if top and result.top_tokens is not None and result.top_logprobs is not None:
-            best = zip(result.top_tokens[r, :count, :top].tolist(), result.top_logprobs[r, :count, :top].tolist())
-            for each, (ids, logprobs) in zip(drawn, best):
-                each.top = dict(zip(ids, logprobs))
-        return drawn
+    def __init__(
+        self,
+        tokens: list[list[int]],
+        status: list[list[int]],
+        accepted: list[int],
+        drafts: list[list[int]],
+        logprobs: dict[str, Tensor],
+        members: list[Member],
+        active: tuple[int, ...],
+    ) -> None:
+        self.tokens, self.status, self.accepted, self.drafts = tokens, status, accepted, drafts
+        self.logprobs, self.members, self.active = logprobs, members, active
+
+    def of(self, r: int, sequence: Sequence) -> list[int]:
+        """The accepted tokens of row r. Where one of them could not be drawn, the sequence gets its `error`."""
+        count, status = self.accepted[r], self.status[r]
+        if any(status):
+            failed = next((j for j in range(count) if status[j]), None)
+            if failed is not None:
+                sequence.error = self._failure(status[failed], len(sequence.tokens) + failed)
+                count = failed
+        return self.tokens[r][:count]
+
+    def reported(self, r: int, sequence: Sequence, count: int) -> list[Reported]:
+        """What the sequence wants to know of the first `count` tokens of row r."""
+        given, most = self.logprobs, sequence.request.params.logprobs
+        members = given["member_logprobs"][:, r, :count].T.tolist()
+        top: list[dict[int, float]] = [{} for _ in members]
+        if most:
+            best = (given[name][r, :count, :most].tolist() for name in ("top_tokens", "top_logprobs"))
+            top = [dict(zip(ids, logprobs)) for ids, logprobs in zip(*best)]
+        lines = zip(given["logprobs"][r, :count].tolist(), members, top)
+        return [Reported(own, self._of_all(sequence, ran), likely) for own, ran, likely in lines]
 
     def _of_all(self, sequence: Sequence, ran: list[float]) -> list[float]:
         """Log-probabilities of the base and every ARM, of those that ran; 0 for an ARM that did not."""
-        as_base, places = sequence.request.as_base, self.places
-        arms = range(1, len(sequence.weights) + 1)
-        return [ran[0], *(ran[0] if m in as_base else ran[places[m]] if m in places else 0.0 for m in arms)]
+        known = dict(zip(self.active, ran)) | dict.fromkeys(sequence.request.as_base, ran[0])
+        return [known.get(m, 0.0) for m in range(len(sequence.weights) + 1)]
 
     def _failure(self, status: int, position: int) -> ValueError:
-        bad = [name for i, name in enumerate(self.names) if status >> (i + 1) & 1]
+        bad = [self.members[m].name for i, m in enumerate(self.active, 1) if status >> i & 1]
         what = f"NaN or +inf logits from {', '.join(bad)}" if bad else "every token is masked"
         return ValueError(f"{what} at token {position} of the response")

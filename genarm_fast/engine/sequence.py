@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from genarm_fast.outputs import ArmRewards, Completion, GenerationOutput, Rounds, Timing, TokenLogprob, Usage
 from genarm_fast.params import MAX_SEED, SamplingParams, Weight, weight_at
@@ -48,6 +49,33 @@ class Request:
     stop_ids: frozenset[int]
     as_base: frozenset[int] = frozenset()
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """The position of the last token of the prompt, by member."""
+        return [len(ids) - 1 for ids in self.token_ids]
+
+    @cached_property
+    def wants_logprobs(self) -> bool:
+        return self.params.logprobs is not None or self.params.rewards
+
+    @cached_property
+    def penalised(self) -> bool:
+        """Whether tokens that were there before are less likely, or more."""
+        params = self.params
+        return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+
+    @cached_property
+    def needs_host(self) -> bool:
+        """Whether a next token depends on tokens that the host has to know first."""
+        return self.penalised or bool(self.params.logits_processors)
+
+    @cached_property
+    def has_bias(self) -> bool:
+        """Whether numbers are added to its combined logits, at some positions or at all."""
+        params = self.params
+        lists = (params.logit_bias, params.suppress_tokens, params.min_new_tokens)
+        return any(lists) or params.allowed_token_ids is not None
+
     def sequences(self, tokenizer: Any, speculation: Speculation = OFF) -> list[Sequence]:
         """One sequence per completion."""
         seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
@@ -56,14 +84,13 @@ class Request:
         ]
 
 
-@dataclass(slots=True)
-class SampledToken:
-    """What was drawn for one sequence at one position."""
+class Reported(NamedTuple):
+    """What a sequence reports of a token: its log-probability by the guided distribution, and by the members, base
+    first; and the most probable tokens."""
 
-    token: int
-    logprob: float = 0.0
-    member_logprobs: tuple[float, ...] | list[float] = ()  # base, then every ARM
-    top: dict[int, float] = field(default_factory=dict)
+    logprob: float
+    members: list[float]
+    top: dict[int, float]
 
 
 @dataclass(eq=False)
@@ -87,7 +114,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     used_weights: list[tuple[float, ...]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    rewards: list[tuple[float, ...] | list[float]] = field(default_factory=list)  # per token, one per ARM
+    rewards: list[list[float]] = field(default_factory=list)  # per token, one per ARM
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None
@@ -119,13 +146,8 @@ class Sequence:
             self.tokenizer, self.request.token_ids[0], skip_special_tokens=params.skip_special_tokens
         )
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
-        self._needed: tuple[tuple[int, int], list[int]] | None = None  # with the epoch and length that it is of
-        self._varying = False
+        self._weigh(self.weights)
         self.deadline = None if params.max_time is None else time.perf_counter() + params.max_time
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.request.params.logprobs is not None or self.request.params.rewards
 
     @property
     def remaining(self) -> int:
@@ -136,16 +158,16 @@ class Sequence:
     def ended(self) -> bool:
         return self.error is not None or self.finish_reason is not None
 
-    @property
-    def needed(self) -> list[int]:
-        """Members whose logits its next tokens depend on, or that it reports: the base, and ARMs by their index + 1."""
-        if self._needed is None or self._needed[0] != (self.epoch, len(self.tokens) if self._varying else 0):
-            rewards, as_base, done = self.request.params.rewards, self.request.as_base, len(self.tokens)
-            arms = enumerate(self.weights, 1)
-            members = [0, *(m for m, weight in arms if m not in as_base and (rewards or _matters(weight, done)))]
-            self._varying = any(isinstance(weight, tuple) for weight in self.weights)
-            self._needed = (self.epoch, done if self._varying else 0), members
-        return self._needed[1]
+    def _weigh(self, weights: tuple[Weight, ...]) -> None:
+        """Take ARM weights: for the next token and, of those that are one for each token, for all that follow.
+
+        needed: members whose logits the next tokens depend on, or that it reports: the base, and ARMs by index + 1.
+        """
+        numbers = tuple(weight for weight in weights if not isinstance(weight, tuple))
+        self.weights, self._constant = weights, numbers if len(numbers) == len(weights) else None
+        rewards, as_base, done = self.request.params.rewards, self.request.as_base, len(self.tokens)
+        arms = enumerate(weights, 1)
+        self.needed = [0, *(m for m, weight in arms if m not in as_base and (rewards or _matters(weight, done)))]
 
     @property
     def base_line(self) -> tuple[float, ...]:
@@ -165,7 +187,7 @@ class Sequence:
 
     def position(self, member: int) -> int:
         """Where member sees the last token, which the next step feeds; its cache needs all before that."""
-        return len(self.request.token_ids[member]) - 1 + len(self.tokens)
+        return self.request.starts[member] + len(self.tokens)
 
     def last_token(self, member: int) -> int:
         """The last token as a member sees it; before the first one of the response, prompts may differ in it."""
@@ -180,27 +202,32 @@ class Sequence:
 
     def steer(self, weights: tuple[Weight, ...]) -> None:
         """Draw the next tokens with other ARM weights."""
-        self.weights = weights
+        self._weigh(weights)
         self.epoch += 1
         self.unread = 0  # what is in flight is dropped
 
-    def append(self, sampled: SampledToken) -> None:
+    def append(self, token: int, reported: Reported | None = None) -> None:
         """Append a token that was drawn with the weights as they are, and find out whether it ends the text."""
         params = self.request.params
-        self.used_weights.append(tuple(weight_at(weight, len(self.tokens)) for weight in self.weights))
-        self.tokens.append(sampled.token)
-        if params.logprobs is not None:
-            self.logprobs.append(TokenLogprob(sampled.logprob, sampled.top))
-        if params.rewards:
-            self.rewards.append(sampled.member_logprobs[1:])
-        if sampled.token in self.request.stop_ids:
-            if params.include_stop_str_in_output:
-                self._show(self._detokenizer.push(sampled.token))
-            self.finish("stop", sampled.token)
+        if self._constant is not None:
+            self.used_weights.append(self._constant)
+            self.tokens.append(token)
         else:
-            self._show(self._detokenizer.push(sampled.token))
-            if self.finish_reason is None and len(self.tokens) == params.max_new_tokens:
-                self.finish("length")
+            self.used_weights.append(tuple(weight_at(weight, len(self.tokens)) for weight in self.weights))
+            self.tokens.append(token)
+            self._weigh(self.weights)
+        if reported is not None:
+            if params.logprobs is not None:
+                self.logprobs.append(TokenLogprob(reported.logprob, reported.top))
+            if params.rewards:
+                self.rewards.append(reported.members[1:])
+        stop = token in self.request.stop_ids
+        if not stop or params.include_stop_str_in_output:
+            self._show(self._detokenizer.push(token))
+        if stop:
+            self.finish("stop", token)
+        elif self.finish_reason is None and len(self.tokens) == params.max_new_tokens:
+            self.finish("length")
 
     def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
         """End the text here, with what was held back of it."""
@@ -229,6 +256,11 @@ class Sequence:
             if params.rewards
             else None,
         )
+
+
+def members_of(sequences: list[Sequence]) -> tuple[int, ...]:
+    """Members that any of the sequences needs."""
+    return tuple(sorted(set().union(*[sequence.needed for sequence in sequences])))
 
 
 def output_of(sequences: list[Sequence], arm_names: list[str]) -> GenerationOutput:

@@ -8,8 +8,8 @@ text: drafter and target draw a position with the same noise (docs/design.md).
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from functools import partial
+from operator import eq
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from torch import Tensor
 from genarm_fast.device.base import span
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.in_flight import InFlight, in_flight, reading
-from genarm_fast.engine.penalties import bans_stop, needs_host
+from genarm_fast.engine.in_flight import InFlight, reading
+from genarm_fast.engine.penalties import bans_stop
 from genarm_fast.engine.sampler import Sampler
-from genarm_fast.engine.sequence import Sequence
+from genarm_fast.engine.sequence import Reported, Sequence, members_of
 from genarm_fast.engine.step_graph import StepGraph
 from genarm_fast.engine.verify import collect_logits, launch_verification
 from genarm_fast.speculation.drafter import Drafter, Drafts, no_drafts
@@ -54,7 +54,7 @@ class Steps:
 
         padded: with as many rows as the device likes. texts: with texts on the device, to draft from.
         """
-        active, executor = _active(sequences), self.executor
+        active, executor = members_of(sequences), self.executor
         width, flying = 0, self.in_flight is not None
         if padded:
             slots = max(executor.runners[g].slots for g in executor.by_runner(active))
@@ -69,19 +69,19 @@ class Steps:
 
     def in_one(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> bool:
         """Whether the device can have such a step as one launch, and nothing of it is the host's."""
-        if any(map(needs_host, sequences)) or policy.timing_due():
+        if any(each.request.needs_host for each in sequences) or policy.timing_due():
             return False
-        members = set(_active(sequences))
+        members = members_of(sequences)
         if choice.drafter is not None:
             drafter = self.drafters[choice.drafter]
-            members.update(drafter.members)
+            members = tuple(sorted({*members, *drafter.members}))
             for each in sequences:  # all get as many drafts, and all positions of a step have one bias
                 if each.speculation.most < choice.k or bans_stop(each, len(each.tokens)):
                     return False
-            before = None if self.in_flight is None else self.in_flight.drafts.members
+            before = None if self.in_flight is None else self.in_flight.drafting
             if not drafter.captures(sequences, before):
                 return False
-        return self.graph.serves(tuple(sorted(members)))
+        return self.graph.serves(members)
 
     def run_ahead(
         self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice, *, whole: bool
@@ -115,10 +115,11 @@ class Steps:
         start = mark(executor.main)
         batch = self.batch(sequences, texts=self._texts(policy))
         step = self.launch(batch, policy, choice)
+        drafts = step.drafts
+        assert drafts is not None
         self.finish(step)
         verified = mark(executor.main)
-        drafts = step.drafts
-        if drafter is not None and drafts.width and self._bonus(step, drafter):
+        if drafter is not None and drafts.width and self._bonus(step, drafter, drafts.width):
             drafts.steps += 1
         ended = mark(executor.main)
         drafting = elapsed(*drafts.marks) if drafts.marks else 0.0
@@ -131,12 +132,11 @@ class Steps:
 
     def observe(self, step: InFlight, seconds: float) -> None:
         """Tell who chose a finished step that the host was ahead of, and which took so long in all."""
-        drafter, k = step.choice  # with drafts it was one launch
-        drafting = 0.0 if drafter is None else None
-        if step.policy is not None:
-            step.policy.observe(
-                StepObservation(drafter, len(step.sequences), k, step.judged, step.right, drafting, seconds)
-            )
+        if step.policy is not None and step.policy.candidates:
+            drafter, k = step.choice  # with drafts it was one launch
+            drafting = 0.0 if drafter is None else None
+            rows, judged = len(step.batch), (step.judged, step.right)
+            step.policy.observe(StepObservation(drafter, rows, k, *judged, drafting, seconds))
 
     def _texts(self, policy: DraftPolicy) -> bool:
         """Whether this step or a next one is one launch that drafts from texts on the device."""
@@ -148,15 +148,11 @@ class Steps:
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
         shadows = shadow_drafters(policy, self.drafters, batch.active, choice.drafter)
         report = self.graph.launch(batch, drafter, k, shadows=tuple(self.drafters[i].members for i in shadows))
-        rows, copy = len(batch.sequences), executor.read([report.numbers, *report.logprobs.values()])
-        read = cache(lambda: report.unpack(copy()))
-        drafts = no_drafts(rows, executor.main)
-        if drafter is not None:
-            drafts = Drafts(report.drafts, [k] * rows, executor.main, lambda: read()[2], steps=k)
-            drafts.fed, drafts.members = k + 1, drafter.members
-        step = in_flight(executor, batch, choice, 1 + k, drafts, lambda: read()[:2])
-        step.judge = judge_of_first(policy, shadows, lambda: read()[3])
-        return step
+        read = executor.read([report.numbers, *report.logprobs.values()])
+        host = partial(report.unpack, read, executor.members, batch.active)
+        judge = judge_of_first(policy, shadows, lambda: report.guesses(read()[0]))
+        drafting = () if drafter is None else drafter.members
+        return InFlight(batch, choice, 1 + k, host, drafting, k + 1, judge=judge)
 
     def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice, whole: bool = False) -> InFlight:
         """Everything that the device has to do for a step, as one launch or piece by piece; nothing is read."""
@@ -183,8 +179,9 @@ class Steps:
         with span("accept"):
             block, counts = self._draft_block(drafts, result.tokens.shape[1] - 1, result.tokens)
             settled = batch.accept(result.tokens, block, counts)
+        read = reading(self.executor, batch, result, settled.counts, drafts)
         # In flight while others are launched are plain steps alone, whose one token this counts.
-        return in_flight(self.executor, batch, choice, 1, drafts, reading(self.executor, result, settled.counts))
+        return InFlight(batch, choice, 1, read, drafts.members, drafts.fed, drafts)
 
     def _propose(self, batch: Batch, choice: Choice) -> Drafts:
         most = [self._most_drafts(sequence, choice.k) for sequence in batch.sequences]
@@ -220,63 +217,65 @@ class Steps:
         that is all of them. Without one, the text may have ended before the last draft's turn: of 4 drafts, a text that
         ends with the second token has tried 2.
         """
-        host, counts = step.read()
-        news = []
-        for r, sequence in enumerate(step.sequences):
-            drafted = step.drafts.tokens[r][: max(sequence.remaining - 1, 0)]  # a step that is one launch has more
-            stale = sequence.ended or sequence.epoch != step.epochs[r] or sequence.slot != step.batch.slots[r]
-            if not stale:  # steering set `unread` to 0, so it counts launches after that alone
-                sequence.unread -= step.most
+        host, batch = step.read(), step.batch
+        news: list[list[int]] = []
+        for r, sequence in enumerate(batch.sequences):
+            stale = sequence.ended or sequence.epoch != batch.epochs[r] or sequence.slot != batch.slots[r]
+            tokens, drafted = ([], []) if stale else (host.of(r, sequence), host.drafts[r])
+            right = 0
+            if drafted:
+                drafted = drafted[: sequence.remaining - 1]  # a step that is one launch has more
+                right = sum(map(eq, tokens, drafted))
                 sequence.drafted += len(drafted)
-            drawn = [] if stale else host.of(r, sequence, counts[r])
-            right = sum(each.token == token for each, token in zip(drawn, drafted))
-            step.right.append(right)
-            step.judged.append(right if right == len(drawn) else len(drafted))
-            news.append([each.token for each in drawn])
-            if not stale:
                 sequence.accepted += right
+            step.right.append(right)
+            step.judged.append(right if right == len(tokens) else len(drafted))
+            news.append(tokens)
+            if not stale:
+                sequence.unread -= step.most  # steering set it to 0, so it counts launches after that alone
                 step.advanced.append(sequence)
-                self._append(step, sequence, r, drawn)
+                wanted = sequence.request.wants_logprobs
+                self._append(step, sequence, tokens, host.reported(r, sequence, len(tokens)) if wanted else None)
         step.judge(news)
 
-    def _append(self, step: InFlight, sequence: Sequence, r: int, drawn: list[Any]) -> None:
+    def _append(self, step: InFlight, sequence: Sequence, tokens: list[int], reported: list[Reported] | None) -> None:
         """Append tokens to a sequence, and count what the members' caches hold of it now.
 
         A member that ran fed the last token and all accepted drafts, so its cache again lacks the new last token alone:
-        `cached` grows by as much as the text. A draft model may have fed fewer, `drafts.fed`. A member whose cache was
+        `cached` grows by as much as the text. A draft model may have fed fewer, `step.fed`. A member whose cache was
         behind before the step did not run, and stays behind until it is prefilled.
         """
-        current = [m for m in range(len(sequence.cached)) if sequence.cached[m] == sequence.position(m)]
-        before = len(sequence.tokens)
-        for each in drawn:
+        before, cached, starts = len(sequence.tokens), sequence.cached, sequence.request.starts
+        for i, token in enumerate(tokens):
             if sequence.finish_reason is None:
-                sequence.append(each)
-        count = len(sequence.tokens) - before
-        for m in current:
-            if m in step.batch.active:
-                sequence.cached[m] += count
-            elif m in step.drafts.members:  # a draft model that drafted this step
-                sequence.cached[m] += min(count, step.drafts.fed)
+                sequence.append(token, reported[i] if reported else None)
+        count, active = len(sequence.tokens) - before, step.batch.active
+        for m in active:
+            if cached[m] == starts[m] + before:
+                cached[m] += count
+        for m in step.drafting:
+            if m not in active and cached[m] == starts[m] + before:  # a draft model
+                cached[m] += min(count, step.fed)
 
-    def _bonus(self, step: InFlight, drafter: Drafter) -> bool:
+    def _bonus(self, step: InFlight, drafter: Drafter, width: int) -> bool:
         """One more token for sequences whose every draft was right, where the drafter had not fed its last draft yet.
 
         With drafts a, b of an ARM: the ARM has fed the last token and a, the base the last token, a and b. If both are
         right, the base's logits after b are at hand, and the ARM's forward on b alone is missing: it is made up here.
-        Returns whether there was such a sequence.
+        width: drafts of the sequence that has most. Returns whether there was such a sequence.
         """
-        executor, width = self.executor, step.drafts.width
-        members = [m for m in drafter.members if m in step.batch.active]
-        if not members or step.drafts.fed > width:
+        executor, sequences, active = self.executor, step.batch.sequences, step.batch.active
+        members = [m for m in drafter.members if m in active]
+        if not members or step.fed > width:
             return False
         rows = [
             r
-            for r, sequence in enumerate(step.sequences)
-            if step.right[r] == width and not sequence.ended and sequence.epoch == step.epochs[r]
+            for r, sequence in enumerate(sequences)
+            if step.right[r] == width and not sequence.ended and sequence.epoch == step.batch.epochs[r]
         ]
         if not rows:
             return False
-        batch = Batch([step.sequences[r] for r in rows], step.batch.active, executor, self.sampler.vocab_size)
+        batch = Batch([sequences[r] for r in rows], active, executor, self.sampler.vocab_size)
         stream = executor.stream_of(members)
         inputs = executor.hand_over([batch.tokens(members), batch.positions(members)], executor.main, stream)
         bound = batch.kv_bound(members, 1)
@@ -286,8 +285,3 @@ class Steps:
         self.finish(self._targets(batch, PLAIN, logits, no_drafts(len(rows), executor.main)))
         self.before = None  # the device's state of the step does not know of these tokens
         return True
-
-
-def _active(sequences: list[Sequence]) -> tuple[int, ...]:
-    """Members that any of the sequences needs."""
-    return tuple(sorted({m for sequence in sequences for m in sequence.needed}))

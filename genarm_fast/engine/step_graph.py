@@ -7,7 +7,7 @@ the graph's own tensors, from which its next launch goes on. Steps that the host
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from genarm_fast.device.base import WorkStream, span
 from genarm_fast.engine.batch import Batch, SamplingTensors, State
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.sampler import Sampler
+from genarm_fast.engine.sampler import HostSample, Sampler
 from genarm_fast.engine.verify import collect_logits, launch_verification
 from genarm_fast.kernels import GuidedSample
+from genarm_fast.models.member import Member
 from genarm_fast.speculation.drafter import Drafter
 from genarm_fast.speculation.model_drafter import tempered_draft
 
@@ -27,7 +28,7 @@ Shadows = tuple[tuple[int, ...], ...]  # members of each drafter that is judged 
 
 
 class StepKey(NamedTuple):
-    """What a graph of a step holds for good. streams: of the runners, whose caches it uses."""
+    """What a graph of a step holds for good; all shapes follow from it. streams: of the runners with the caches."""
 
     streams: tuple[WorkStream, ...]
     runners: tuple[Any, ...]  # of each: KV bound, generation of its cache
@@ -35,7 +36,8 @@ class StepKey(NamedTuple):
     drafting: tuple[int, ...]  # members that draft
     k: int
     shadows: Shadows
-    shapes: tuple[Any, ...]
+    rows: int
+    widths: tuple[int, int, int]  # stop ids, texts, tokens that have weights of their own
     parameters: tuple[str, ...]
     biased: bool
     logprobs: tuple[bool, int]
@@ -46,8 +48,8 @@ class Report(NamedTuple):
     """What a step of q positions tells the host.
 
     numbers: int64 [R, 3 q + S], in one tensor so that one copy takes them: targets, their status, how many of them are
-    accepted, the q - 1 drafts, and what each of S shadows would have drafted first. logprobs: fields of `GuidedSample`,
-    by name.
+    accepted, the q - 1 drafts (all of them -1 where there are none), and what each of S shadows would have drafted
+    first. logprobs: fields of `GuidedSample`, by name.
     """
 
     numbers: Tensor
@@ -59,16 +61,26 @@ class Report(NamedTuple):
         """`numbers`; the status, int32, is cast. guesses: int64 [R, 1] each."""
         return torch.cat([result.tokens, result.status.to(torch.int64), counts[:, None], drafts, *guesses], dim=1)
 
-    @property
-    def drafts(self) -> Tensor:
-        return self.numbers[:, 2 * self.q + 1 : 3 * self.q]
+    def unpack(
+        self, read: Callable[[], Sequence[Tensor]], members: list[Member], active: tuple[int, ...]
+    ) -> HostSample:
+        """What a step of these members drew. read: waits for `numbers` and the values of `logprobs`."""
+        with span("read-back"):
+            numbers, *logprobs = read()
+        q, rows = self.q, numbers.tolist()
+        return HostSample(
+            [row[:q] for row in rows],
+            [row[q : 2 * q] for row in rows],
+            [row[2 * q] for row in rows],
+            [drafts if (drafts := row[2 * q + 1 : 3 * q]) and drafts[0] >= 0 else [] for row in rows],  # -1: none
+            dict(zip(self.logprobs, logprobs)),
+            members,
+            active,
+        )
 
-    def unpack(self, values: Sequence[Tensor]) -> tuple[GuidedSample, Tensor, Tensor, Tensor]:
-        """Targets, counts, drafts and guesses, of the tensors on the host."""
-        (numbers, *rest), q = values, self.q
-        tokens, status, counts, drafts, guesses = numbers.split([q, q, 1, q - 1, numbers.shape[1] - 3 * q], dim=1)
-        logprobs: dict[str, Any] = dict(zip(self.logprobs, rest))
-        return GuidedSample(tokens=tokens, status=status, **logprobs), counts[:, 0], drafts, guesses
+    def guesses(self, numbers: Tensor) -> Tensor:
+        """What each shadow would have drafted first, of `numbers` on the host, int64 [R, S]."""
+        return numbers[:, 3 * self.q :]
 
 
 class StepGraph:
@@ -130,7 +142,8 @@ class StepGraph:
             drafting,
             k,
             shadows,
-            tuple(tensor.shape for tensor in inputs),
+            len(batch.rows),
+            (batch.state.stop_ids.shape[1], batch.state.texts.shape[1], sampling.weights.shape[1]),
             names,
             bias is not None,
             (batch.wants_logprobs, batch.top_logprobs),

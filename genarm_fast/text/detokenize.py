@@ -105,13 +105,15 @@ class StopStrings:
 
     def push(self, piece: str) -> str:
         """Text that is safe to show; sets `found` when a stop string is complete."""
+        if not self.stops:
+            return piece
         text = self.held + piece
         ends = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if ends:
             end, at, self.found = min(ends)
             self.held = ""
             return text[: end if self.include else at]
-        keep = max((_overlap(text, stop) for stop in self.stops), default=0)
+        keep = max(_overlap(text, stop) for stop in self.stops)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

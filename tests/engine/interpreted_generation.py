@@ -24,6 +24,8 @@ PARAMS = [
     {"weights": [0.0, 2.0], "max_new_tokens": 7, "stop_token_ids": list(range(2, 300, 7)), "top_p": 0.8, "top_k": 30},
     {"weights": [0.3, 0.3], "max_new_tokens": 5, "temperature": 0.0, "min_new_tokens": 2},
 ]
+# Most of the interpreter's time goes to the heads of every token; more layers and heads are in `test_lanes`.
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +35,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # all of the texts are compared
 
 
-@pytest.fixture
-def lanes(tmp_path, tokenizer):
-    build_model("llama", 0).save_pretrained(tmp_path / "base")
+@pytest.fixture(params=[SMALL])
+def lanes(tmp_path, tokenizer, request):
+    """A base of this shape with two LoRA ARMs."""
+    build_model("llama", 0, **request.param).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for seed in (1, 2):
         save_adapter(tmp_path / f"arm{seed}", base=tmp_path / "base", seed=seed)
@@ -45,8 +48,8 @@ def lanes(tmp_path, tokenizer):
 
 @pytest.fixture
 def two_models(tokenizer):
-    arm = build_model("qwen3", 1, num_hidden_layers=1)
-    return GenARM.from_pretrained(build_model("qwen2", 0), arm, tokenizer=tokenizer, max_batch_size=2)
+    base, arm = build_model("qwen2", 0, **SMALL | {"num_hidden_layers": 2}), build_model("qwen3", 1, **SMALL)
+    return GenARM.from_pretrained(base, arm, tokenizer=tokenizer, max_batch_size=2)
 
 
 def decode(model, speculation):
@@ -77,6 +80,7 @@ def launches(monkeypatch):
     return drafts
 
 
+@pytest.mark.parametrize("lanes", [{"num_hidden_layers": 2}], indirect=True)
 def test_lanes(lanes, launches):
     log, device = decode(lanes, "off")
     assert len(log.of("replay")) >= 3
@@ -98,9 +102,8 @@ def test_two_models_with_drafts(two_models, launches):
 
 def test_a_draft_model(tokenizer, launches):
     """It is no member of the target. The first step shows it the prompt, the others are one launch."""
-    model = GenARM.from_pretrained(
-        build_model("qwen2", 0), draft_model=build_model("llama", 0), tokenizer=tokenizer, max_batch_size=2
-    )
+    base, draft = (build_model(family, 0, **SMALL) for family in ("qwen2", "llama"))
+    model = GenARM.from_pretrained(base, draft_model=draft, tokenizer=tokenizer, max_batch_size=2)
     log, device = decode(model, Speculation("draft_model", 3))
     assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
     assert launches.count(3) > 3

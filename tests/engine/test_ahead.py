@@ -16,7 +16,7 @@ from doubles import Accesses, Lagging, Recorder, engines_on
 from tiny_models import build_model, similar
 
 from genarm_fast import GenARM, SamplingParams, reference
-from genarm_fast.engine.in_flight import in_flight
+from genarm_fast.engine.in_flight import InFlight
 from genarm_fast.engine.step import Steps
 from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.speculation.drafter import Drafts
@@ -151,13 +151,13 @@ def test_the_next_block_is_drafted_while_one_is_verified(tiny_model, tokenizer, 
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
     waits = []
 
-    def checked(executor, *rest):
-        device, main = executor.device, executor.main
+    def checked(batch, *rest):
+        device, main = batch.executor.device, batch.executor.main
         (arm,) = {stream for name, stream, *_ in device.launches if name == "arm[0].forward"}
         waits.append(device.clocks[main][arm] < device.clocks[arm][arm])
-        return in_flight(executor, *rest)
+        return InFlight(batch, *rest)
 
-    monkeypatch.setattr("genarm_fast.engine.step.in_flight", checked)
+    monkeypatch.setattr("genarm_fast.engine.step.InFlight", checked)
     rounds = [[]]
     for launch in launched(model).launches:
         if launch[0].endswith(".forward"):
@@ -240,10 +240,10 @@ def test_the_device_looks_up_what_the_host_does(tiny_model, tokenizer, case, mon
     seen, finish = [], Steps.finish
 
     def checked(self, step):
-        known = [NgramIndex([*each.request.token_ids[0], *each.tokens]) for each in step.sequences]
+        known = [NgramIndex([*each.request.token_ids[0], *each.tokens]) for each in step.batch.sequences]
         finish(self, step)
         if step.choice.k and step.most > 1:
-            seen.extend((mine.propose(step.choice.k), drafted) for mine, drafted in zip(known, step.drafts.tokens))
+            seen.extend((mine.propose(step.choice.k), drafted) for mine, drafted in zip(known, step.read().drafts))
 
     monkeypatch.setattr(Steps, "finish", checked)
     with engines_on(Lagging()):

@@ -1,14 +1,21 @@
-"""What the host does for a token does not grow with the text. Counted, not timed: elements of lists that are read."""
+"""What the host does for a token, and that it does not grow with the text. Counted, not timed: elements of lists that
+are read, and calls of functions."""
 
 from __future__ import annotations
 
 import gc
+import statistics
+import sys
 
 import pytest
+from cuda_driver import FakeGraph, OnCpuTensors, cuda_driver
+from doubles import engines_on
+from tiny_models import build_model
 
-from genarm_fast import SamplingParams
+from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine import penalties
-from genarm_fast.speculation.config import Speculation
+from genarm_fast.engine.engine import Engine
+from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.text import detokenize
 
 PARAMS = SamplingParams(max_new_tokens=100, ignore_eos=True, seed=1)
@@ -125,3 +132,52 @@ def test_tokens_leave_no_circles_behind(model):
     """So that the collector has nothing to do, however long the text is."""
     garbage_of(model, 10)
     assert garbage_of(model, 60) <= garbage_of(model, 10) + 20
+
+
+def calls_of_a_step(monkeypatch, tokenizer, rows, plan):
+    """Functions called for a step of so many sequences, Python's own and C's, where a step is one graph."""
+    model = GenARM.from_pretrained(build_model("llama", 0), build_model("llama", 1), tokenizer=tokenizer)
+    counts, step = [], Engine._step
+
+    def counted(engine):
+        counts.append(0)
+
+        def count(_frame, event, _function):
+            counts[-1] += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            return step(engine)
+        finally:
+            sys.setprofile(None)
+
+    with cuda_driver(), engines_on(OnCpuTensors()), monkeypatch.context() as patch:
+        patch.setattr(Engine, "_step", counted)
+        patch.setattr(FakeGraph, "replay", lambda _: None)
+        model.generate([[5, 6, 7]] * rows, PARAMS.override(max_new_tokens=30), speculation=plan)
+    return statistics.median(counts[15:-2])  # the steps before run piece by piece, or are captured
+
+
+STEP, ROW = 420, 50  # calls; needed are 360 to 380, and 34 to 44 (Python 3.11)
+
+
+@pytest.mark.parametrize("plan", [OFF, Speculation("arm", 4), Speculation("ngram", 4)], ids=["plain", "arm", "text"])
+def test_a_step_calls_few_functions(monkeypatch, tokenizer, plan):
+    """The host's work for a step was cut from 465 calls and 92 more for each further sequence."""
+    one, eight = (calls_of_a_step(monkeypatch, tokenizer, rows, plan) for rows in (1, 8))
+    assert one <= STEP
+    assert (eight - one) / 7 <= ROW
+
+
+def test_more_work_for_each_sequence_is_noticed(monkeypatch, tokenizer):
+    """The control: ten more looks at where each sequence is."""
+    deliver = Engine._deliver
+
+    def slower(self, advanced):
+        for sequence in advanced * 10:
+            sequence.position(0)
+        deliver(self, advanced)
+
+    monkeypatch.setattr(Engine, "_deliver", slower)
+    one, eight = (calls_of_a_step(monkeypatch, tokenizer, rows, OFF) for rows in (1, 8))
+    assert (eight - one) / 7 > ROW

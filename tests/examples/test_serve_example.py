@@ -105,7 +105,7 @@ def test_whole_answers_and_errors(model, url):
 def test_a_request_that_fails_on_its_way(model, url, monkeypatch, shown):
     """The status is sent by then; the body says what happened."""
 
-    def fails(sequence, drawn):
+    def fails(sequence, *drawn):
         sequence.error = FloatingPointError("no such number")
 
     monkeypatch.setattr("genarm_fast.engine.sequence.Sequence.append", fails)

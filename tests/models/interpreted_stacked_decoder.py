@@ -23,7 +23,11 @@ from genarm_fast.models.stacked_decoder import StackedDecoder
 from genarm_fast.models.weights import Movable
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
-TARGETS = [["self_attn.q_proj", "mlp.down_proj", "mlp.up_proj"], ["self_attn.v_proj", "self_attn.o_proj"]]
+TARGETS = [
+    ["self_attn.q_proj", "mlp.down_proj", "mlp.up_proj"],
+    ["self_attn.v_proj", "self_attn.o_proj"],
+    ["self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj"],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +57,15 @@ def adapted(model, adapters):
     return tree, merged
 
 
-def hidden_states(decoder, tokens, lanes, blocks):
-    """A row of each lane for each of tokens, in slots in reverse, block after block; [lanes, rows, tokens, width]."""
+def hidden_states(decoder, tokens, lanes, blocks, slots=None):
+    """A row of each lane for each of tokens, block after block; [lanes, rows, tokens, width]. slots: reversed."""
     rows, found, start = len(tokens) * len(lanes), [], 0
+    slots = torch.arange(rows).flip(0) if slots is None else slots
     cache = Cache(layers=[RaggedLayer(rows, tokens.shape[1]) for _ in decoder.layers])
     for block in blocks:
         where = torch.arange(start, start + block).expand(rows, block)
         ids = tokens[:, start : start + block].repeat(len(lanes), 1)
-        ragged = Ragged(torch.arange(rows).flip(0), where, start + block)
+        ragged = Ragged(slots, where, start + block)
         with torch.inference_mode(), running(lanes, len(tokens)), placed(ragged):
             out = decoder(input_ids=ids, position_ids=where, past_key_values=cache).last_hidden_state
         found.append(out.view(len(lanes), len(tokens), block, -1))
@@ -68,22 +73,29 @@ def hidden_states(decoder, tokens, lanes, blocks):
     return torch.cat(found, 2)
 
 
+BLOCKS = [(4, 1, 9), (9, 4, 1), (1, 9, 4)]  # tokens of each forward, the first of which is a chunk of a prompt
+LANES = [[0], [0, 1], [2, 0, 3, 1]]  # the model itself, with one adapter, with three
+
+
 @pytest.mark.parametrize(
-    ("family", "layers", "rows", "lanes"),
+    ("family", "layers", "rows", "lanes", "blocks", "order"),
     [
-        ("llama", 2, 1, [0]),
-        ("llama", 1, 2, [1]),
-        ("llama", 2, 1, [2, 0, 1]),
-        ("mistral", 1, 1, [0, 1, 2]),
-        ("qwen2", 1, 1, [0, 1, 2]),
-        ("qwen3", 1, 1, [0, 1, 2]),
+        ("llama", 2, 1, [2, 0, 1], BLOCKS[0], 1),
+        ("llama", 1, 2, [1], BLOCKS[1], 0),
+        *(
+            (family, 1, 2 if lanes == [0] else 1, lanes, BLOCKS[(i + n) % 3], (i + 2 * n) % 3)
+            for i, family in enumerate(("llama", "mistral", "qwen2", "qwen3"))
+            for n, lanes in enumerate(LANES)
+        ),
     ],
 )
-def test_as_the_model_itself(family, layers, rows, lanes):
-    """Blocks of 4, 1 and 9 tokens; each lane as a model of merged weights, over whole prefixes, beyond the window."""
+def test_as_the_model_itself(family, layers, rows, lanes, blocks, order):
+    """Each lane as a model of merged weights, over whole prefixes, beyond the window. order: of slots."""
     tree, merged = adapted(build_model(family, 0, num_hidden_layers=layers), max(lanes))
     tokens = torch.arange(rows * 14).view(rows, 14) * 7 % VOCAB_SIZE
-    got = hidden_states(StackedDecoder(tree.model, Movable([tree])), tokens, lanes, (4, 1, 9))
+    slots = torch.arange(rows * len(lanes))
+    slots = (slots, slots.flip(0), slots.roll(1))[order]
+    got = hidden_states(StackedDecoder(tree.model, Movable([tree])), tokens, lanes, blocks, slots)
     with torch.no_grad():
         expected = torch.stack([merged[lane].model(tokens, use_cache=False).last_hidden_state for lane in lanes])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

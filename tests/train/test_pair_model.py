@@ -187,3 +187,11 @@ def test_auto_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, bf16: flo
     seconds = {torch.float32: 1.0, torch.bfloat16: bf16}
     monkeypatch.setattr("genarm_fast.train.model._matmul_seconds", seconds.__getitem__)
     assert choose_dtype("auto") == chosen
+
+
+@pytest.mark.parametrize(("able", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_of_a_gpu(monkeypatch: pytest.MonkeyPatch, able: bool, chosen: torch.dtype) -> None:
+    """Emulated bfloat16, as before sm_80, is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or able)
+    assert choose_dtype("auto") == chosen

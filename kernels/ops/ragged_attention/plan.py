@@ -15,6 +15,7 @@ PROGRAMS = 512  # about four for each of an H100's 132 multiprocessors
 CHUNK = 256  # fewest entries of a split: 128 KB of keys and values for 16-bit heads of 128
 MOST_SPLITS = 128
 TILE_BYTES = 16384  # of keys: two stages of keys and values are 64 KB, as much as gfx942 has for a program
+FLOAT32_BYTES = 8192  # the same of float32, whose products take more registers: with 16384 one token spilled on sm_80
 
 
 class Plan(NamedTuple):
@@ -57,7 +58,8 @@ def plan(
     # block_m x value_width float32 sums stay in registers: larger tiles of these widths spilled on sm_80.
     most = 16 if widest > 256 or size == 4 else 32 if widest > 128 else 64
     block_m = min(most, max(16, power_of_two(folded)))
-    block_n = min(32 if prefill else 64, max(16, TILE_BYTES // (widest * size)))
+    tile_bytes = FLOAT32_BYTES if size == 4 else TILE_BYTES
+    block_n = min(32 if prefill else 64, max(16, tile_bytes // (widest * size)))
     tiles = -(-folded // block_m)
     span = limit if window is None else min(limit, window + block)
     # Enough to fill the GPU. Beyond it, splits that balance rows of unequal lengths, so long that what they write and

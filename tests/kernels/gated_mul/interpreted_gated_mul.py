@@ -46,5 +46,6 @@ def test_what_silu_mul_leaves_to_the_reference():
     gate = torch.randn(2, 4)
     for one, other in ((gate, gate[0]), (gate.double(), gate.double()), (gate, gate.half()), (gate[:0], gate[:0])):
         assert launch_silu_mul(one, other) is None
+    assert launch_silu_mul(gate[0, 0], gate[0, 0]) is None
     assert launch(gate.double(), "silu", None, None) is None
     assert launch(gate[:0], "silu", None, None).shape == (0, 2)

@@ -171,6 +171,13 @@ def test_the_negative_bit_counts(changed):
     assert all(x is y is None or torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("arm", [False, True])
+def test_other_dtypes_are_left_to_the_reference(arm):
+    logits, exact = torch.zeros(2, 30), torch.zeros(2, 30, dtype=torch.float64)
+    base, arms = (logits, (exact,)) if arm else (exact, (logits,))
+    assert launch(SamplingArguments(base, arms, [1.0], seeds=0, positions=0)) is None
+
+
 @pytest.mark.parametrize("block", [(), (2,), (0,)])
 def test_no_rows(block):
     base = torch.zeros(0, *block, 30)

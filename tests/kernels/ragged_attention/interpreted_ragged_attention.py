@@ -24,6 +24,7 @@ def small(monkeypatch):
     """Splits of 16 entries and more than one turn of each loop, in caches of some 100 entries."""
     monkeypatch.setattr(plans, "CHUNK", 16)
     monkeypatch.setattr(plans, "TILE_BYTES", 1024)
+    monkeypatch.setattr(plans, "FLOAT32_BYTES", 1024)
 
 
 def problem(block=1, heads=(4, 2), widths=(16, 16), lengths=(7, 75), capacity=80, dtype=torch.float32, seed=0):
@@ -66,6 +67,34 @@ def assert_same(arguments, **options):
 @pytest.mark.parametrize(("block", "heads"), [(1, (4, 2)), (4, (4, 2)), (16, (2, 1))])
 def test_decode(block, heads, options):
     assert_same(problem(block, heads, lengths=(block, 77)), **options)
+
+
+@contextmanager
+def counting_loads(*tensors):
+    """A list of how many elements of these tensors a launch reads, masked ones left out."""
+    load, read = InterpreterBuilder.create_masked_load, [0] * len(tensors)
+
+    def counted(builder, ptrs, mask, *rest):
+        places = ptrs.data[mask.data].astype("int64")
+        for i, tensor in enumerate(tensors):
+            start = tensor.untyped_storage().data_ptr()
+            read[i] += int(((places >= start) & (places < start + tensor.untyped_storage().nbytes())).sum())
+        return load(builder, ptrs, mask, *rest)
+
+    with patch.object(InterpreterBuilder, "create_masked_load", counted):
+        yield read
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 9}, {"limit": 77}])
+@pytest.mark.parametrize(("block", "heads"), [(1, (4, 2)), (4, (4, 2)), (16, (2, 1)), (4, (3, 1))])
+def test_a_step_reads_once_what_its_queries_see(block, heads, options):
+    """Of the keys and values, for all heads of a group, all queries of a row and all splits together."""
+    lengths = (block, 33, 77)
+    query, keys, values, slots, positions = problem(block, heads, lengths=lengths, dtype=torch.bfloat16)
+    with counting_loads(keys, values) as read, bfloat16_products():
+        attention(query, keys, values, slots, positions, 0.3, options.get("window"), None, options.get("limit"))
+    seen = sum(min(length, options.get("window", length) + block - 1) for length in lengths)
+    assert read == [seen * heads[1] * 16] * 2
 
 
 def test_more_splits_than_are_combined_at_once():
