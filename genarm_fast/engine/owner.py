@@ -14,6 +14,7 @@ from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.engine_thread import EngineThread
 from genarm_fast.engine.requests import RequestMaker
+from genarm_fast.engine.selfcheck import check_models
 from genarm_fast.engine.sequence import Request, Sequence
 from genarm_fast.engine.warm_up import warm_up as warm_up_engine
 from genarm_fast.models.member import Member
@@ -58,6 +59,7 @@ class EngineOwner:
             )
         self.eos_token_ids = end_of_sequence(self.base, self.vocab_size)
         self._requests = RequestMaker(self.members, self.vocab_size, self.eos_token_ids, draft_model)
+        check_models(self.members, draft_model)
 
     @property
     def forwards(self) -> dict[str, str]:

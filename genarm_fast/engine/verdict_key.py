@@ -24,7 +24,10 @@ import genarm_fast.kernels as kernels
 from genarm_fast.models.member import Member
 
 PACKAGE = Path(__file__).parents[1]
-SOURCES = ("__init__.py", "models/*.py", "device/*.py", "engine/model_runner.py", "engine/selfcheck.py")
+SOURCES = (
+    *("__init__.py", "models/*.py", "device/*.py"),
+    *("engine/model_runner.py", "engine/selfcheck.py", "engine/layer_code.py", "engine/layer_kinds.py"),
+)
 SIMPLE = (bool, int, float, str, type(None))  # attributes of a module that may say how it computes
 PACKAGES = ("transformers", "peft", "flash-attn", "bitsandbytes")
 
@@ -61,7 +64,7 @@ def _described(model: Any) -> list[Any] | None:
         simple = {key: value for key, value in own.items() if isinstance(value, SIMPLE) and key != "training"}
         adapter = [repr(own.get(key)) for key in ("scaling", "merged_adapters", "_active_adapter")]
         modules.append((name, type(module).__qualname__, simple, adapter))
-    classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if not _known_by_version(base))
+    classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if not known_by_version(base))
     files = {_file(each.__module__) for each in classes}
     if None in files:
         return None
@@ -74,7 +77,7 @@ def _described(model: Any) -> list[Any] | None:
     ]
 
 
-def _known_by_version(kind: type) -> bool:
+def known_by_version(kind: type) -> bool:
     return kind.__module__.split(".")[0] in ("torch", "builtins", "typing", "abc")
 
 
@@ -84,15 +87,17 @@ def _file(module: str) -> str | None:
 
 
 def _codes(values: Iterable[Any]) -> list[str]:
-    """Hashes of functions and of those that they call by a global name: one may be replaced while its file stays."""
-    found: list[str] = []
-    for value in values:
-        for function in _functions(value):
-            names = function.__code__.co_names
-            called = [function.__globals__[name] for name in names if name in function.__globals__]
-            helpers = [each for other in called for each in _functions(other)]
-            found += [_code(each.__code__) for each in (function, *helpers)]
-    return found
+    """Hashes of what `codes_of` has of each."""
+    return [_code(code) for value in values for code in codes_of(value)]
+
+
+def codes_of(value: Any) -> Iterator[CodeType]:
+    """Of a function and of those that it calls by a global name: one may be replaced while its file stays."""
+    for function in _functions(value):
+        names = function.__code__.co_names
+        called = [function.__globals__[name] for name in names if name in function.__globals__]
+        for each in (function, *(helper for other in called for helper in _functions(other))):
+            yield each.__code__
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:

@@ -7,6 +7,7 @@ every part is exactly what this file knows, and where a trial gives the bits of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.forward_context import Ragged, place, spans_of
-from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, trial
+from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, over_layers, trial
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 
@@ -34,7 +35,7 @@ def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
     """The forward of a model without its head, over our cache; None where its own is needed."""
     if not (built_as_known(decoder, fast) and _runs_here(decoder, fast)):
         return None
-    fused = _Decoder(decoder, fast, WINDOWS[family_of(decoder)])
+    fused = FusedDecoder(decoder, fast, WINDOWS[family_of(decoder)])
     pairs = zip(*(trial(decoder, forward, [2]) for forward in (decoder, fused)))
     return fused if all(torch.equal(theirs, ours) for theirs, ours in pairs) else None
 
@@ -48,7 +49,9 @@ def _runs_here(decoder: Any, fast: Fast) -> bool:
     return on_cpu and known and all(isinstance(fast.get(norm), Norm) for norm in norms)
 
 
-class _Decoder:
+class FusedDecoder:
+    """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`."""
+
     def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
         self.embed, self.rotary = _part(decoder.embed_tokens, fast), decoder.rotary_emb
         self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
@@ -67,6 +70,13 @@ class _Decoder:
         for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
             hidden, x = layer(hidden, x, angles, cache, where, spans, next_norm)
         return Output(x, past_key_values)
+
+    def of_layers(self, kept: Sequence[int]) -> Callable[..., Output]:
+        """The forward of these layers alone, over the same cache."""
+        part, norms = copy.copy(self), [self.norm, *self.next_norms]
+        part.layers, part.norm = [self.layers[i] for i in kept], norms[kept[0]]
+        part.next_norms = [*(norms[i] for i in kept[1:]), norms[-1]]
+        return over_layers(part, kept)
 
 
 class _Layer:

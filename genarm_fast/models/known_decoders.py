@@ -83,6 +83,15 @@ def lanes_of(decoder: nn.Module) -> list[int]:
     return sorted({lane for module in decoder.modules() if isinstance(module, LaneLinear) for lane in module.index})
 
 
+def over_layers(forward: Callable[..., Output], kept: Sequence[int]) -> Callable[..., Output]:
+    """A forward of some layers, so that each finds its own part of the whole decoder's cache."""
+
+    def of_these(past_key_values: Cache, **given: Any) -> Output:
+        return forward(past_key_values=Cache(layers=[past_key_values.layers[i] for i in kept]), **given)
+
+    return of_these
+
+
 @torch.inference_mode()
 def trial(decoder: Any, forward: Callable[..., Any], blocks: Sequence[int]) -> list[Tensor]:
     """What a forward makes of a short text for each lane, fed block after block: hidden states, then keys and values.

@@ -6,6 +6,7 @@ the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). No
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -23,7 +24,7 @@ from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.few_rows import choose, ours, serves
 from genarm_fast.models.forward_context import place, running_lanes
-from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, family_of, lanes_of
+from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, family_of, lanes_of, over_layers
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.weights import Movable
@@ -59,6 +60,13 @@ class StackedDecoder:
         for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
             hidden, x = layer(hidden, x, cos, sin, cache, where, adapters, next_norm)
         return Output(x, past_key_values)
+
+    def of_layers(self, kept: Sequence[int]) -> Callable[..., Output]:
+        """The forward of these layers alone, over the same cache."""
+        part = copy.copy(self)
+        part.layers = [self.layers[i] for i in kept]
+        part.next_norms = [*(layer.norm for layer in part.layers[1:]), self.next_norms[-1]]
+        return over_layers(part, kept)
 
     def _running(self, device: torch.device) -> Tensor | None:
         """The adapter of each running lane, uploaded once."""

@@ -42,11 +42,12 @@ def test_supported_families_pass(tokenizer, family, dtype):
     assert selfcheck.entries_of([one])[0].dtype == dtype
 
 
-def test_it_runs_once_for_a_model(tokenizer, monkeypatch):
+def test_it_runs_once_for_a_model_as_it_is_loaded(tokenizer, monkeypatch):
     model = build_model("llama", 0)
     calls, deviations = [], selfcheck.deviations
     monkeypatch.setattr(selfcheck, "deviations", lambda *args: calls.append(args) or deviations(*args))
     guided = GenARM.from_pretrained(model, tokenizer=tokenizer)
+    assert len(calls) == 1
     for _ in range(2):
         guided.generate([5, 6], max_new_tokens=2)
         guided.score([5, 6], [[7]])
@@ -93,13 +94,17 @@ def asks_for_sinks(monkeypatch):
 
 @pytest.mark.parametrize("broken", [own_bias, positions_by_count, asks_for_sinks])
 def test_others_are_refused(tokenizer, monkeypatch, broken):
-    model = GenARM.from_pretrained(build_model("llama", 1), broken(monkeypatch), tokenizer=tokenizer)
-    refusal = "^arm: the (llama|gpt2) model does not give the same logits over a static cache"
-    with pytest.raises(ValueError, match=refusal):
-        model.generate([5, 6], max_new_tokens=2)
-    with pytest.raises(ValueError, match=refusal):
-        model.score([5, 6], [[7]])
-    assert model.generate([5, 6], max_new_tokens=2, weights=0)[0].token_ids  # without it
+    """As they are loaded, in any role."""
+    good, bad = build_model("llama", 1), broken(monkeypatch)
+    refusal = "the (llama|gpt2) model does not give the same logits over a static cache"
+    for name, base, options in (
+        ("arm", good, {"arms": bad}),
+        ("base", bad, {}),
+        ("draft_model", good, {"draft_model": bad}),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: {refusal}"):
+            GenARM.from_pretrained(base, tokenizer=tokenizer, **options)
+    assert GenARM.from_pretrained(good, tokenizer=tokenizer).generate([5, 6], max_new_tokens=2)
 
 
 class Rounded(torch.nn.Linear):

@@ -1,0 +1,129 @@
+"""Whether a decoder treats its layers alike, read off its source: then some of them tell of all.
+
+What passes is the plain loop of transformers' decoders over layers that write their own part of the cache. Code that
+knows which layer it is in does not pass, nor does what hands layers anything but hidden states of the one before, nor
+code of anybody but transformers and PEFT.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from genarm_fast.engine.verdict_key import codes_of, known_by_version
+
+READ = ("transformers",)  # packages whose layers may pass, if their source does
+TRUSTED = ("peft", "genarm_fast", "torch", "huggingface_hub")  # packages whose modules know of no layers
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' functions
+CACHE = r"(?:past_key_values?|layer_past)"
+ARGUMENTS = rf"attention_mask|position_embeddings|position_ids|use_cache|cache_position|{CACHE}"  # the same for all
+OWN_PART = re.compile(rf"{CACHE}\.update\(\w+, \w+, self\.layer_idx(?:, \w+)?\)")  # of the cache
+OF_CACHE = rf"{CACHE}(?:\.|\[)|= {CACHE}$|['\"]{CACHE}['\"]"
+REMEMBERED = r"^ *\w+\.[\w.]+(?:\[.*\])? [-+*/|]?= |\b(?:global|nonlocal)\b"
+TELLING = re.compile(rf"layer_idx|{OF_CACHE}|{REMEMBERED}", re.MULTILINE)  # what layers that differ may do
+
+
+def lists_read(decoder: Any, layers: str) -> frozenset[str] | None:
+    """Lists of the config of which the decoder's loop gives each layer its own entry.
+
+    layers: the name of its list of layers. None: its loop, or what a layer is made of, does not pass.
+    """
+    if (attention := decoder.config._attn_implementation) not in ATTENTION:
+        return None
+    kinds = {type(module) for layer in getattr(decoder, layers) for module in layer.modules()}
+    bases = {base for kind in kinds for base in kind.__mro__ if not known_by_version(base)}
+    forwards = [
+        type(decoder).forward,
+        ALL_ATTENTION_FUNCTIONS.get(attention, None),
+        *(value for base in bases for value in vars(base).values()),
+    ]
+    if not all(map(_package, {type(decoder), *bases})) or not _installed(forwards):
+        return None
+    own = [base for base in bases if _package(base) in READ and base is not GradientCheckpointingLayer]
+    if any(TELLING.search(OWN_PART.sub("", text)) for base in own for text in _texts(base)):
+        return None
+    return _lists_of_loop(type(decoder), layers)
+
+
+def _lists_of_loop(kind: type, layers: str) -> frozenset[str] | None:
+    """Names X of `self.config.X[i]` in the only mention of the layers, if that is a plain loop."""
+    text = _text_of(_file(kind), kind.__name__)
+    loop = re.search(
+        rf"\n        for (?:(?P<i>\w+), )?(?P<layer>\w+) in (?:enumerate\()?self\.{layers}"
+        r"(?:\[:self\.config\.num_hidden_layers\])?\)?:"
+        r"\n            hidden_states = (?P=layer)\(hidden_states(?P<given>.*)\)\n        \S",
+        text,
+    )
+    if loop is None or len(re.findall(rf"\bself\.{layers}\b", text)) != 1 or loop["layer"] in loop["given"]:
+        return None
+    lists = set()
+    given = loop["given"].removesuffix(", **kwargs")
+    if given != loop["given"] and re.search(r"\bkwargs(?:\[|\.| = )", text):
+        return None  # what is put into them may be the layers' own
+    for each in filter(None, given.split(", ")):
+        entry = rf"self\.config\.(?P<list>\w+)\[{loop['i']}\]"
+        found = re.fullmatch(rf"(?:{ARGUMENTS})=(?P<value>\w+)(?:\[{entry}\])?", each)
+        if found is None or found["value"] == loop["i"]:
+            return None
+        lists |= {found["list"]} - {None}
+    return frozenset(lists)
+
+
+def _package(kind: type) -> str | None:
+    """Which of the packages it is from."""
+    name = kind.__module__.split(".")[0]
+    return name if name in (*READ, *TRUSTED) else None
+
+
+def _installed(functions: Iterable[Any]) -> bool:
+    """Whether functions, and those that they call by name, are code of the packages, and nobody's patches."""
+    return all(code.co_filename.startswith(_folders()) for each in functions for code in codes_of(each))
+
+
+def _folders() -> tuple[str, ...]:
+    files = (sys.modules[name].__file__ for name in (*READ, *TRUSTED) if name in sys.modules)
+    return (contextlib.__file__, *(f"{Path(file).parent}/" for file in files if file))  # whose wrappers they have
+
+
+def _texts(kind: type) -> Iterator[str]:
+    """Of a class without its `__init__`, and of the functions in its file that it names."""
+    file = _file(kind)
+    yield (text := _text_of(file, kind.__name__))
+    for name in _names_of_functions(file):
+        if re.search(rf"\b{name}\b", text):
+            yield _text_of(file, name)
+
+
+def _file(kind: type) -> str:
+    return str(sys.modules[kind.__module__].__file__)
+
+
+@cache
+def _parsed(file: str) -> dict[str, ast.stmt]:
+    """Classes and functions of a file by name."""
+    parts = ast.parse(Path(file).read_text(encoding="utf-8")).body
+    return {part.name: part for part in parts if isinstance(part, (ast.ClassDef, ast.FunctionDef))}
+
+
+def _names_of_functions(file: str) -> list[str]:
+    return [name for name, part in _parsed(file).items() if isinstance(part, ast.FunctionDef)]
+
+
+@cache
+def _text_of(file: str, name: str) -> str:
+    """Source of a class, without its `__init__`, or of a function, without comments and in one layout."""
+    part = _parsed(file).get(name)
+    if part is None:
+        return "layer_idx"  # nobody knows
+    if isinstance(part, ast.ClassDef):
+        part.body = [each for each in part.body if getattr(each, "name", "") != "__init__"]
+    return ast.unparse(part)

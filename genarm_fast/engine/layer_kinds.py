@@ -1,0 +1,200 @@
+"""Kinds of layers: what is said of one is true of all that differ from it in the numbers of their weights alone.
+
+Models whose layers can be told apart like this are those of `layer_code`. Two layers are of a kind if they have the
+same modules with the same attributes, but for the layer's index; tensors of the same shapes; the same forwards of ours;
+and the same entries of the config's lists.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from genarm_fast.engine.layer_code import lists_read
+from genarm_fast.models.fused_decoder import FusedDecoder
+from genarm_fast.models.member import Member
+from genarm_fast.models.stacked_decoder import StackedDecoder
+
+PLAIN = (bool, int, float, bytes, type(None), torch.dtype, torch.device)
+INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # attributes of every module
+OURS = (FusedDecoder, StackedDecoder)  # forwards of which `of_layers` gives a part
+
+
+def kinds_of_layers(models: Sequence[Any], runner: Any) -> list[Hashable] | None:
+    """Of each layer something that is equal for those of one kind.
+
+    models: whose plain forwards say what is right. runner: the tree that runs them together.
+
+    Returns:
+        None where some layers prove nothing about others.
+    """
+    trees = [*models, runner]
+    layers = [_layers(tree) for tree in trees]
+    lists = [_read(tree) for tree in models]
+    if any(each is None or _shared(each) for each in layers) or None in lists or not _runs_alike(runner):
+        return None
+    if len({len(each) for each in layers if each}) != 1 or len({p.device for t in trees for p in t.parameters()}) != 1:
+        return None
+    names = [_name(tree.base_model) for tree in trees]
+    kinds = [
+        [tuple(_description(layer, i, name)) for i, layer in enumerate(each)]
+        for each, name in zip(layers, names)
+        if each
+    ]
+    ours = [() if (own := _own_forward(runner)) is None else _numbers(own.layers[i]) for i in range(len(kinds[0]))]
+    return list(zip(*kinds, ours, *(zip(*each) for each in lists if each)))
+
+
+def _numbers(layer: Any) -> Hashable:
+    """What a layer of our own forwards computes with, besides the modules' weights."""
+    return tuple((name, each) for name, each in vars(layer).items() if isinstance(each, PLAIN))
+
+
+def _read(model: Any) -> list[Any] | None:
+    """Lists of the config that have an entry for each layer; None where the plain forward knows layers otherwise."""
+    if any(_hooked(module) or "forward" in vars(module) for module in model.modules()) or not _layers(model):
+        return None
+    entries = _lists(model.config)
+    read = lists_read(model.base_model, _name(model.base_model))
+    return None if read is None or not read <= set(entries) else [list(map(repr, each)) for each in entries.values()]
+
+
+def _lists(config: Any) -> dict[str, Sequence[Any]]:
+    """Lists of as many entries as there are layers."""
+    count = config.num_hidden_layers
+    return {key: each for key, each in vars(config).items() if isinstance(each, (list, tuple)) and len(each) == count}
+
+
+def _runs_alike(runner: Any) -> bool:
+    return not any(map(_hooked, runner.modules())) and isinstance(_own_forward(runner), (*OURS, type(None)))
+
+
+def member_of_layers(member: Member, kept: Sequence[int]) -> Member:
+    """The member with these layers alone. It is over the same modules; the member itself stays as it is."""
+    part = copy.copy(member)
+    part.model = _of_layers(member.model, kept)
+    if member.shared is member.model:
+        part.shared = part.model
+        vars(part)["runner"] = _of_layers(member.runner, kept)
+    else:
+        part.shared = _of_layers(member.shared, kept)
+    return part
+
+
+def _of_layers(model: Any, kept: Sequence[int]) -> Any:
+    whole, decoder = _shallow(model), _shallow(model.base_model)
+    name = _name(decoder)
+    layers = decoder._modules[name]
+    decoder._modules[name] = nn.ModuleList(layers[i] for i in kept)
+    decoder.config = copy.copy(decoder.config)
+    for key, entries in _lists(decoder.config).items():
+        vars(decoder.config)[key] = [entries[i] for i in kept]
+    if (forward := _own_forward(model)) is not None:
+        decoder.forward = forward.of_layers(kept)
+    whole._modules[model.base_model_prefix] = decoder
+    return whole
+
+
+def _shallow(module: Any) -> Any:
+    made: Any = object.__new__(type(module))
+    vars(made).update(vars(module))
+    vars(made)["_modules"] = dict(module._modules)
+    return made
+
+
+def _own_forward(model: Any) -> Any:
+    return vars(model.base_model).get("forward")
+
+
+def _name(decoder: Any) -> str:
+    """Of its list of layers; "" where there is no list, or more than one."""
+    lists = [name for name, module in decoder.named_children() if isinstance(module, nn.ModuleList)]
+    return lists[0] if len(lists) == 1 else ""
+
+
+def _layers(model: Any) -> list[Any] | None:
+    """Layers of the only list of a decoder, which is right below the model and has all that its config says."""
+    decoder, config = model.base_model, model.config
+    if config.get_text_config() is not config or model._modules.get(model.base_model_prefix) is not decoder:
+        return None
+    if decoder.config is not config or not (name := _name(decoder)):
+        return None
+    layers = list(getattr(decoder, name))
+    return layers if len(layers) == config.num_hidden_layers else None
+
+
+def _shared(layers: Sequence[nn.Module]) -> bool:
+    """Whether a module or a parameter is in two of them."""
+    parts = [id(each) for layer in layers for each in (*layer.modules(), *layer.parameters())]
+    return len(set(parts)) < len(parts)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class Place(NamedTuple):
+    """Where a described attribute is. modules: names in the layer by id. path: of the layer, in its decoder."""
+
+    modules: dict[int, str]
+    path: str
+
+
+def _description(layer: nn.Module, index: int, layers: str) -> Iterator[Hashable]:
+    place = Place({id(module): name for name, module in layer.named_modules()}, f"{layers}.{index}.")
+    for name, module in layer.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in INTERNAL}
+        if type(own.get("layer_idx")) is int and own["layer_idx"] == index:
+            del own["layer_idx"]
+        tensors = {**module._parameters, **module._buffers}
+        yield (name, type(module), *((key, _described(each, place)) for key, each in {**own, **tensors}.items()))
+
+
+def _described(value: Any, place: Place) -> Hashable:
+    """Equal for attributes that do the same in modules of two layers."""
+    if isinstance(value, str):  # PEFT's modules know their names
+        return str, value.replace(place.path, "")
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if isinstance(value, Tensor):
+        held = getattr(value, "linear", None)
+        return type(value), value.shape, value.stride(), value.dtype, value.device, _described(held, place)
+    if isinstance(value, nn.Module):
+        return type(value), place.modules.get(id(value), id(value))
+    if isinstance(value, dict):
+        return dict, *((_described(key, place), _described(each, place)) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), *(_described(each, place) for each in value)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_described(each, place) for each in value)
+    if isinstance(value, partial):
+        return partial, value.func, _described(value.args, place), _described(value.keywords, place)
+    if isinstance(value, MethodType):
+        return MethodType, _code(value.__func__), _described(value.__self__, place)
+    if isinstance(value, FunctionType):
+        return _code(value)
+    if type(value).__module__.startswith("genarm_fast."):
+        return type(value), *((name, _of_ours(name, each, place)) for name, each in _attributes(value))
+    return type(value), id(value)
+
+
+def _code(function: Any) -> Hashable:
+    """The same code in two layers' functions, which must not hold anything else."""
+    code = getattr(function, "__code__", None)
+    return (FunctionType, id(function)) if code is None or function.__closure__ else (FunctionType, code)
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    names = getattr(type(value), "__slots__", None) or vars(value)
+    yield from ((name, getattr(value, name)) for name in names)
+
+
+def _of_ours(name: str, value: Any, place: Place) -> Hashable:
+    """An attribute of an object of ours. Private ones are addresses, which differ, and None where there is none."""
+    return value is None if name.startswith("_") else _described(value, place)
