@@ -148,12 +148,13 @@ class Soak:
         """Ctrl-C at any moment of a call, in the main thread."""
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         try:
-            signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.05 + 1e-4)
-            self.generate(rng)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.05 + 1e-4)
+                self.generate(rng)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)  # the alarm may come as this line begins
         except KeyboardInterrupt:
             self.count(interrupts=1)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def fork(self) -> None:
         """A child that lives on beside the model and ends, as those of data loaders do."""
