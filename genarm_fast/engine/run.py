@@ -29,6 +29,8 @@ class Run:
     Closing it takes unfinished sequences out of the engine, in mid-step after the step.
     """
 
+    _closed = True  # for `__del__` of one whose `__init__` was interrupted: nothing is in the engine yet
+
     def __init__(self, engine: Stepped, sequences: list[Sequence], stepwise: bool) -> None:
         self.engine, self.sequences = engine, sequences
         self._news: deque[Sequence] = deque()

@@ -184,6 +184,11 @@ def test_a_close_that_is_interrupted_can_be_repeated(model, monkeypatch):
     assert not engine.scheduler
 
 
+def test_a_run_that_was_interrupted_as_it_was_made_ends_in_silence():
+    """Python calls `__del__` of what has no attributes yet, and prints what it raises."""
+    Run.__new__(Run).__del__()
+
+
 def test_a_late_reader_gets_each_token_once(model):
     """Several steps went by; their news are one."""
     with engines_on(Lagging()):
