@@ -19,7 +19,7 @@ from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Request
 from genarm_fast.engine.step_graph import Shadows
 from genarm_fast.params import SamplingParams
-from genarm_fast.speculation.config import OFF, Speculation
+from genarm_fast.speculation.config import DEFAULT_TUNER_CONFIG, OFF, Speculation
 from genarm_fast.speculation.drafter import Drafter
 from genarm_fast.utils.checks import check_integer
 
@@ -28,7 +28,7 @@ class EngineBusy(RuntimeError):
     """Requests are running, and `warm_up` needs the engine for itself."""
 
 
-TOKENS = 3  # that a request generates before it is taken out; 128 would take seconds and show nothing new
+STEPS = 3  # that a request runs for before it is taken out; 128 would take seconds and show nothing new
 DEFAULT_LENGTH = 128  # of prompts and of responses
 # Filters, log-probabilities and rewards have kernels of their own on a GPU.
 VARIED: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1, "rewards": True}
@@ -60,14 +60,17 @@ def warm_up(
         kinds += [(params, Speculation(each.names[0], speculation.most)) for each in _drafters(engine, speculation)]
     vocab_size = engine.steps.sampler.vocab_size
     prompts = [[(row + i) % vocab_size for i in range(prompt)] for row in range(sizes[0])]
+    if speculation.k is None and _drafters(engine, speculation):  # a tuner times every way to draft at these sizes
+        kinds.append((params, speculation))
     requests = {(size, k): prepare(prompts[:size], kinds[k][0]) for size in sizes for k in range(len(kinds))}
     longest, workspace = prompt + new + speculation.most, engine.workspace
     kept, workspace.warm = workspace.warm, inf  # what ends meanwhile frees nothing
     try:
         with engine.executor.device.keeping_graphs():
             _reserve(engine, sizes[0], longest, drafting=speculation.most > 0)
-            for (_, k), group in requests.items():
-                _run(engine, group, kinds[k][1])
+            with engine.tuners.learning_costs_alone():
+                for (_, k), group in requests.items():
+                    _run(engine, group, kinds[k][1])
             _launch(engine, sizes[0], longest, speculation.most)
             _launch_steps(engine, prepare(prompts, params), longest, speculation)
         kept = max(kept, workspace.bytes)
@@ -129,9 +132,10 @@ def _drafters(engine: Engine, speculation: Speculation) -> list[Drafter]:
 
 def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> None:
     sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, speculation)]
+    ways = len(DEFAULT_TUNER_CONFIG.warm_drafts) * len(_drafters(engine, speculation)) if speculation.k is None else 0
     with engine.run(sequences) as run:
         for _ in run:
-            if all(sequence.ended or len(sequence.tokens) >= TOKENS for sequence in sequences):
+            if all(sequence.ended or sequence.steps >= STEPS + 2 * ways for sequence in sequences):
                 break
     for sequence in sequences:
         if sequence.error is not None:

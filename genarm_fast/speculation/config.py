@@ -65,6 +65,8 @@ class TunerConfig:
 
     # Timings kept for each size of a forward. Their lower quartile ignores the one in twenty that the machine held up.
     timings: int = 7
+    # Drafts of steps that `warm_up` times. What is between is interpolated, more goes on from there.
+    warm_drafts: tuple[int, ...] = (1, 4)
     # Rows after which evidence on acceptance counts half, since a text changes its kind within some 32 tokens.
     half_life: float = 32.0
     # The half-life of a second, short memory: 4 rows show a sudden change within a few steps.

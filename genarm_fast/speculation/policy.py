@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from threading import Lock
@@ -19,6 +20,7 @@ class Tuners:
     def __init__(self) -> None:
         self.lock = Lock()  # of all tuners: they are called for microseconds
         self._tuners: dict[tuple[tuple[str, ...], int, bool], Tuner] = {}
+        self._texts_mean_nothing = False
 
     def get(self, drafters: Sequence[str], max_k: int, ahead: bool) -> Tuner:
         """The tuner of these drafters; a new one the first time. Arguments as of `Tuner`."""
@@ -26,7 +28,23 @@ class Tuners:
         with self.lock:
             if key not in self._tuners:
                 self._tuners[key] = Tuner(drafters, max_k, ahead=ahead)
+                self._tuners[key].texts_mean_nothing = self._texts_mean_nothing
             return self._tuners[key]
+
+    @contextmanager
+    def learning_costs_alone(self) -> Iterator[None]:
+        """Meanwhile steps are timed, and what they draft and accept is not counted: nobody asked for these texts."""
+        self._set_texts_mean_nothing(True)
+        try:
+            yield
+        finally:
+            self._set_texts_mean_nothing(False)
+
+    def _set_texts_mean_nothing(self, value: bool) -> None:
+        with self.lock:
+            self._texts_mean_nothing = value
+            for tuner in self._tuners.values():
+                tuner.texts_mean_nothing = value
 
     def stats(self) -> list[dict[str, Any]]:
         """`Tuner.stats` of each, for JSON."""

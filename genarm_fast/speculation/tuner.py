@@ -43,18 +43,23 @@ class Tuner:
         self.best = PLAIN  # as far as is known
         self.trial: Choice | None = None  # what this step tries instead
         self.last_steps: dict[Choice, int] = {}  # number of the latest step of each choice
+        self.texts_mean_nothing = False  # while a model is warmed up: only what steps cost is learnt
+        self._timed: Counter[tuple[int, Choice]] = Counter()  # such steps, by their rows
+        self._plain_steps = 0  # of either kind
         self.steps: Counter[Choice] = Counter()
         self._best_seconds = 0.0  # per token of the best choice
         self._rows = 0  # of the current step
 
     def choose(self, rows: int) -> Choice:
         """The choice for the next step, with this many sequences."""
+        if self.texts_mean_nothing:
+            return self._next_untimed(rows)
         self.now += 1
         same_rows, self._rows = rows == self._rows, rows
         again, self.trial = self.trial if same_rows else None, None
-        if not self.drafters or self.steps[PLAIN] < 2 or not self.plain_costs.near(rows):
+        if not self.drafters or self.timing_due() or not self.plain_costs.near(rows):
             return PLAIN
-        if same_rows and again is None and self.steps[PLAIN] > 2 and self.now % self.config.update_interval:
+        if same_rows and again is None and self._plain_steps > 2 and self.now % self.config.update_interval:
             return self.best
         seconds = {PLAIN: self.plain_costs.at(rows)}  # per token
         for i, drafter in enumerate(self.drafters):
@@ -73,27 +78,19 @@ class Tuner:
 
     def timing_due(self) -> bool:
         """Whether shadow evaluation has to show what a draft takes, which a step that is one launch can't."""
-        return self.steps[PLAIN] < 2
+        return self._plain_steps < 2
 
     def observe(self, step: StepObservation) -> None:
         """Learn from a step."""
         choice = Choice(step.drafter, step.k)
         drafter = None if step.drafter is None else self.drafters[step.drafter]
-        width = max(step.proposed, default=0)
+        self._observe_costs(step, drafter)
+        self._plain_steps += choice == PLAIN
+        if self.texts_mean_nothing:
+            return
         seconds = step.seconds
         self.steps[choice] += 1
         self.last_steps[choice] = self.now
-        if drafter is not None and step.draft_seconds is None:
-            drafter.observe_whole(step.rows, step.k, seconds)
-        elif drafter is None or width == 0:
-            self.plain_costs.add(step.rows, seconds)
-        else:
-            forwards = step.drafter_steps
-            if forwards is None:
-                forwards = width + any(a == width for a in step.accepted)
-            if forwards and step.draft_seconds is not None:  # else all were drafted ahead
-                drafter.draft_costs.add(step.rows, step.draft_seconds / forwards)
-            drafter.verify_costs.add(step.rows * (1 + width), step.verify_seconds)
         if drafter is not None and step.proposed:
             drafter.steps += 1
             drafter.observe(step.proposed, step.accepted, self.now)
@@ -110,6 +107,20 @@ class Tuner:
             if lost > 0:  # else the next step tries it again
                 self.trial = None
 
+    def _observe_costs(self, step: StepObservation, drafter: DrafterStats | None) -> None:
+        width = max(step.proposed, default=0)
+        if drafter is not None and step.draft_seconds is None:
+            drafter.observe_whole(step.rows, step.k, step.seconds)
+        elif drafter is None or width == 0:
+            self.plain_costs.add(step.rows, step.seconds)
+        else:
+            forwards = step.drafter_steps
+            if forwards is None:
+                forwards = width + any(a == width for a in step.accepted)
+            if forwards and step.draft_seconds is not None:  # else all were drafted ahead
+                drafter.draft_costs.add(step.rows, step.draft_seconds / forwards)
+            drafter.verify_costs.add(step.rows * (1 + width), step.verify_seconds)
+
     def observe_shadow(self, shadow: ShadowObservation) -> None:
         """Learn from drafts that were not used, in a step of another drafter or of none.
 
@@ -119,8 +130,9 @@ class Tuner:
         if not shadow.proposed:
             return
         drafter = self.drafters[shadow.drafter]
-        drafter.shadow_steps += 1
-        drafter.observe(shadow.proposed, shadow.accepted, self.now)
+        if not self.texts_mean_nothing:
+            drafter.shadow_steps += 1
+            drafter.observe(shadow.proposed, shadow.accepted, self.now)
         if shadow.seconds is not None:
             drafter.draft_costs.add(len(shadow.proposed), shadow.seconds)
 
@@ -134,6 +146,14 @@ class Tuner:
             "plain_seconds": self.plain_costs.table(),
             "drafters": {drafter.name: drafter.summary() for drafter in self.drafters},
         }
+
+    def _next_untimed(self, rows: int) -> Choice:
+        """Plain decoding, then drafters with some numbers of drafts: each for two steps with so many sequences."""
+        most = max((len(drafter.rates) for drafter in self.drafters), default=0)
+        kinds = [PLAIN, *(Choice(i, min(k, most)) for i in range(len(self.drafters)) for k in self.config.warm_drafts)]
+        choice = next((each for each in kinds if self._timed[rows, each] < 2), PLAIN)
+        self._timed[rows, choice] += 1
+        return choice
 
     def _update_best(self, seconds: dict[Choice, float]) -> None:
         """Change the best choice if another one needs clearly less time per token."""

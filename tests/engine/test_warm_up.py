@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.engine.warm_up import EngineBusy
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.speculation.config import Speculation
+from genarm_fast.speculation.observations import PLAIN
+from genarm_fast.speculation.tuner import Tuner
 
 PARAMS = SamplingParams(max_new_tokens=24, seed=1, ignore_eos=True)
 LENGTHS = {"prompt_tokens": 40, "max_new_tokens": 24}  # exactly 64, of which caches have multiples
@@ -121,11 +124,53 @@ def test_every_page_of_the_caches_is_written_to(fresh, monkeypatch):
     assert not any(each.count_nonzero() for each in states)
 
 
-def test_it_teaches_the_tuner_nothing(fresh):
-    """Random tokens say nothing about drafts."""
+def test_the_tuner_learns_times_and_no_acceptance(fresh):
+    """What steps take has nothing to do with the text; random tokens say nothing about drafts."""
     model = fresh(speculation="auto")
-    model.warm_up()
-    assert not any(stats["steps"] for stats in model.tuners.stats())
+    model.warm_up(batch_sizes=[3, 1])
+    (stats,) = model.tuners.stats()
+    assert not stats["steps"]
+    assert not any(sum(each["drafted"]) for each in stats["drafters"].values())
+    assert {"1", "3"} <= {f"{float(rows):.0f}" for rows in stats["plain_seconds"]}
+    (arm,) = (each for name, each in stats["drafters"].items() if "arm" in name)
+    tokens = {round(float(size)) for size in arm["verify_seconds"]}  # rows · (K + 1), within 12 %
+    assert all(min(abs(size - each) / each for size in tokens) < 0.13 for each in (2, 5, 6, 15))
+    assert arm["draft_seconds"]
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_first_request_measures_no_plain_steps(fresh, warm):
+    """Without `warm_up` two of them come first; with it, what the first step tells is whether drafts are right."""
+    model = fresh(speculation="auto")
+    if warm:
+        model.warm_up(batch_sizes=1, **LENGTHS)
+    chosen = []
+    (tuner,) = model.tuners._tuners.values() if warm else [None]
+    choose = Tuner.choose
+
+    def choosing(self, rows):
+        chosen.append(choose(self, rows))
+        return chosen[-1]
+
+    with patch.object(Tuner, "choose", choosing):
+        model.generate([5, 6, 7], PARAMS)
+    assert (chosen[0] != PLAIN) if warm else (chosen[:2] == [PLAIN, PLAIN])
+    (now,) = model.tuners._tuners.values()
+    assert now.steps.total() == len(chosen)
+    assert tuner in (None, now)
+    assert sum(sum(each.drafted) for each in now.drafters) > 0
+
+
+def test_acceptance_learnt_before_is_kept(fresh):
+    model = fresh(speculation="auto")
+    model.generate([5, 6, 7], PARAMS)
+    (before,) = model.tuners.stats()
+    model.warm_up(batch_sizes=1, **LENGTHS)
+    (after,) = model.tuners.stats()
+    assert after["steps"] == before["steps"]
+    for name, each in before["drafters"].items():
+        assert after["drafters"][name]["drafted"] == each["drafted"]
+        assert len(after["drafters"][name]["verify_seconds"]) >= len(each["verify_seconds"])
 
 
 @pytest.mark.parametrize("speculation", ["off", Speculation("arm", 2), Speculation(max_k=3)])

@@ -37,6 +37,11 @@ def answers(model, tmp_path, *rows, keep=(), **defaults):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def near(logprobs):
+    """Float32 rounding of a logit near 10 is 1e-6, and another batch adds in another order."""
+    return pytest.approx(logprobs, abs=2e-5)
+
+
 def test_answers_have_the_shape_of_openais(model, tokenizer, tmp_path):
     sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 5, "n": 2, "top_k": 50, "weights": [0.5]}
     chat = {"model": "mine", "messages": HELLO, "max_completion_tokens": 9, **sampling}
@@ -53,9 +58,9 @@ def test_answers_have_the_shape_of_openais(model, tokenizer, tmp_path):
         assert choice["finish_reason"] == completion.finish_reason
         content = choice["logprobs"]["content"]
         assert [each["token"] for each in content] == [token_text(tokenizer, t) for t in completion.token_ids]
-        assert [each["logprob"] for each in content] == pytest.approx([each.logprob for each in completion.logprobs])
+        assert [each["logprob"] for each in content] == near([each.logprob for each in completion.logprobs])
         assert [[each["logprob"] for each in entry["top_logprobs"]] for entry in content] == [
-            pytest.approx(list(each.top.values())) for each in completion.logprobs
+            near(list(each.top.values())) for each in completion.logprobs
         ]
     total = output.usage.prompt_tokens + output.usage.completion_tokens
     assert body["usage"]["total_tokens"] == total
@@ -63,9 +68,9 @@ def test_answers_have_the_shape_of_openais(model, tokenizer, tmp_path):
     (output,) = model.generate(["the cat"], SamplingParams(seed=7, max_new_tokens=8, logprobs=2, rewards=True))
     (choice,) = body["choices"]
     assert (body["object"], choice["text"]) == ("text_completion", output.text)
-    assert choice["logprobs"]["token_logprobs"] == pytest.approx([each.logprob for each in output.logprobs])
+    assert choice["logprobs"]["token_logprobs"] == near([each.logprob for each in output.logprobs])
     assert choice["logprobs"]["text_offset"][:2] == [0, len(choice["logprobs"]["tokens"][0])]
-    assert choice["rewards"]["kind"]["total"] == pytest.approx(output.rewards["kind"].total)
+    assert choice["rewards"]["kind"]["total"] == near(output.rewards["kind"].total)
 
 
 def test_a_line_that_fails_is_tried_again(model, tmp_path):
