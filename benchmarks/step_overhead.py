@@ -1,10 +1,11 @@
-"""Host time of an engine's step on a GPU, measured without one: CPU tensors, and graphs that do nothing when replayed.
+"""What a step takes besides the models' forwards: on a GPU the host's work, and on the CPU sampling as well.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_overhead.py [--rows 1 8 32] [--steps 200] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/step_overhead.py [--cpu] [--rows 1 8 32] [--steps 200] [--json]
 
-All of Python runs as it does on CUDA: who takes part, what changed, the launch, reading the step before, text, stop
-strings, and who has ended. Copies of small tensors on the CPU stand for CUDA's launches. The clock is CPU time of the
-thread that steps, medians over steps.
+Without a GPU: CPU tensors stand for those of CUDA, and graphs do nothing when replayed. All of Python runs as it does on
+CUDA: who takes part, what changed, the launch, reading the step before, text, stop strings, and who has ended. Copies of
+small tensors on the CPU stand for CUDA's launches. With --cpu, steps on the CPU less what `ModelRunner.forward` takes in
+them, of tiny models (300 tokens of vocabulary). The clock is CPU time of the thread that steps, medians over steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,41 +30,58 @@ from tiny_models import build_model, build_tokenizer
 
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine.engine import Engine
+from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.speculation.config import OFF, Speculation
 
 PLANS = {"no drafts": OFF, "4 drafts of an ARM": Speculation("arm", 4), "4 drafts of the text": Speculation("ngram", 4)}
 CAPTURED_AFTER = 10  # steps: those before run piece by piece, or are captured
 
 
-def measure(rows: int, plan: Speculation, steps: int) -> float:
+def measure(rows: int, plan: Speculation, steps: int, *, cpu: bool = False) -> float:
     """Median microseconds of a step of so many requests."""
-    times, step = [], Engine._step
+    times, step, forward = [], Engine._step, ModelRunner.forward
+    in_forwards = 0.0
 
     def timed(engine: Engine) -> Any:
-        start = time.thread_time()
+        nonlocal in_forwards
+        start, in_forwards = time.thread_time(), 0.0
         advanced = step(engine)
-        times.append(time.thread_time() - start)
+        times.append(time.thread_time() - start - in_forwards)
         return advanced
 
+    def timed_forward(*arguments: Any) -> Any:
+        nonlocal in_forwards
+        start = time.thread_time()
+        logits = forward(*arguments)
+        in_forwards += time.thread_time() - start
+        return logits
+
     models = [build_model("llama", seed, max_position_embeddings=steps + 64) for seed in (0, 1)]
-    model = GenARM.from_pretrained(*models, tokenizer=build_tokenizer(), max_batch_size=rows)
+    with patch.dict(os.environ, GENARM_FAST_SELFCHECK="never"):  # tokens mean nothing here
+        model = GenARM.from_pretrained(*models, tokenizer=build_tokenizer(), max_batch_size=rows)
     params = SamplingParams(max_new_tokens=steps, ignore_eos=True, seed=1)
     nothing = patch.object(FakeGraph, "replay", lambda _: None)
-    unchecked = patch.dict(os.environ, GENARM_FAST_SELFCHECK="never")  # tokens mean nothing here
-    with cuda_driver(), engines_on(OnCpuTensors()), nothing, unchecked, patch.object(Engine, "_step", timed):
+    with ExitStack() as stack:
+        if cpu:
+            stack.enter_context(patch.object(ModelRunner, "forward", timed_forward))
+        else:
+            for each in (cuda_driver(), engines_on(OnCpuTensors()), nothing):
+                stack.enter_context(each)
+        stack.enter_context(patch.object(Engine, "_step", timed))
         model.generate([[5, 6, 7]] * rows, params, speculation=plan)
     return 1e6 * statistics.median(times[CAPTURED_AFTER:-2])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="steps on the CPU, less their forwards")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {
-        f"{name}, {rows} requests": measure(rows, plan, args.steps)
+        f"{name}, {rows} requests": measure(rows, plan, args.steps, cpu=args.cpu)
         for name, plan in PLANS.items()
         for rows in args.rows
     }
