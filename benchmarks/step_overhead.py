@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_overhead.py [--cpu] [--rows 1 8 32] [--steps 200] [--json]
 
-Without a GPU: CPU tensors stand for those of CUDA, and graphs do nothing when replayed. All of Python runs as it does on
-CUDA: who takes part, what changed, the launch, reading the step before, text, stop strings, and who has ended. Copies of
-small tensors on the CPU stand for CUDA's launches. With --cpu, steps on the CPU less what `ModelRunner.forward` takes in
-them, of tiny models (300 tokens of vocabulary). The clock is CPU time of the thread that steps, medians over steps.
+Without a GPU: CPU tensors stand for those of CUDA, and graphs do nothing when replayed. All of Python runs as it does
+on CUDA: who takes part, what changed, the launch, reading the step before, text, stop strings, and who has ended.
+Copies of small tensors on the CPU stand for CUDA's launches. With --cpu, steps on the CPU less what
+`ModelRunner.forward` takes in them, of tiny models (300 tokens of vocabulary). The clock is CPU time of the thread that
+steps, medians over steps.
 """
 
 from __future__ import annotations
