@@ -1,14 +1,15 @@
 """The decoder of Llama and its likes without what a module call costs, for CPUs.
 
 A decode step of 30 layers calls some 370 modules, and each call asks for hooks, keywords and configuration: an eighth
-of the time of SmolLM2-135M on one core. Here a layer is nine calls, as on a GPU (`stacked_decoder`). Used only where
-every part is exactly what this file knows, and where a trial gives the bits of the model's own forward.
+of the time of SmolLM2-135M on one core. Here all layers are one call of the C++ core (`one_call`), or nine calls a
+layer where that does not take them, with the same bits. Used only where every part is exactly what this file knows, and
+where a trial gives the bits of the model's own forward.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from genarm_fast.models.forward_context import Ragged, place, spans_of
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, over_layers, trial
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
+from genarm_fast.models.one_call import OneCall
 
 Fast = Mapping[nn.Module, Callable[..., Any]]  # what a runner put in place of forwards
 Spans = Mapping[tuple[int, ...], Sequence[Span]]  # of the rows of a forward, for linears by the lanes they adapt
@@ -59,23 +61,32 @@ class FusedDecoder:
         self.next_norms = [*norms, _norm(decoder.norm, fast)]
         adapted = [module.index for module in decoder.modules() if isinstance(module, LaneLinear)]
         self.adapted = {tuple(index): index for index in adapted}
+        self.one_call = OneCall(self.layers, self.next_norms, [(), *self.adapted])
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
         """input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
         angles = self.rotary(hidden, position_ids=position_ids)
         where = place(hidden.device)
-        spans = {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}
+        spans: dict[tuple[int, ...], Sequence[Span]] = {(): ()}
+        spans |= {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}
+        caches: Sequence[Any] = past_key_values.layers
+        for layer, cache in zip(self.layers, caches):
+            layer.prepare(cache, hidden)
         x = self.norm(hidden)
-        for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
-            hidden, x = layer(hidden, x, angles, cache, where, spans, next_norm)
-        return Output(x, past_key_values)
+        out = self.one_call(hidden, x, angles, caches, where, spans)
+        if out is None:
+            for layer, next_norm, cache in zip(self.layers, self.next_norms, caches):
+                hidden, x = layer(hidden, x, angles, cache, where, spans, next_norm)
+            out = x
+        return Output(out, past_key_values)
 
     def of_layers(self, kept: Sequence[int]) -> Callable[..., Output]:
         """The forward of these layers alone, over the same cache."""
         part, norms = copy.copy(self), [self.norm, *self.next_norms]
         part.layers, part.norm = [self.layers[i] for i in kept], norms[kept[0]]
         part.next_norms = [*(norms[i] for i in kept[1:]), norms[-1]]
+        part.one_call = OneCall(part.layers, part.next_norms, [(), *self.adapted])
         return over_layers(part, kept)
 
 
@@ -87,11 +98,16 @@ class _Layer:
         if hasattr(attention, "q_norm"):
             query, key = _norm(attention.q_norm, fast), _norm(attention.k_norm, fast)
             self.head_norms = {"query_norm": query.weight, "key_norm": key.weight, "eps": query.eps}
-        self.qkv = _stacked([attention.q_proj, attention.k_proj, attention.v_proj], fast)
-        self.gate_up = _siblings([mlp.gate_proj, mlp.up_proj], fast)
-        self.o, self.down = _linear(attention.o_proj, fast), _linear(mlp.down_proj, fast)
+        self.qkv = _Linears([attention.q_proj, attention.k_proj, attention.v_proj], fast)
+        self.gate_up = _Linears([mlp.gate_proj, mlp.up_proj], fast)
+        self.o, self.down = _Linears([attention.o_proj], fast), _Linears([mlp.down_proj], fast)
         self.width, self.scale, self.window = attention.head_dim, attention.scaling, window
         self.kv_heads = attention.config.num_key_value_heads
+
+    def prepare(self, cache: Any, hidden: Tensor) -> None:
+        """Give this layer's cache its memory, if it has none yet."""
+        if not cache.is_initialized:
+            cache.allocate(Entry(self.kv_heads, (self.width, self.width), hidden.dtype, hidden.device))
 
     def __call__(
         self,
@@ -104,17 +120,15 @@ class _Layer:
         next_norm: Norm,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream after this layer, and the next one's input."""
-        if not cache.is_initialized:
-            cache.allocate(Entry(self.kv_heads, (self.width, self.width), hidden.dtype, hidden.device))
         keys, values, slots, positions = cache.keys, cache.values, where.slots, where.positions
-        query = rotary_append(self.qkv(x, spans), *angles, keys, values, slots, positions, **self.head_norms)
+        query = rotary_append(self.qkv.stacked(x, spans), *angles, keys, values, slots, positions, **self.head_norms)
         y = ragged_attention(
             query.transpose(1, 2), keys, values, slots, positions,
             scale=self.scale, window=self.window, limit=where.kv_bound,
         )  # fmt: skip
-        hidden, x = self.second_norm.of_sum(hidden, self.o(y.flatten(2), spans))
+        hidden, x = self.second_norm.of_sum(hidden, self.o(y.flatten(2), spans)[0])
         gate, up = self.gate_up(x, spans)
-        return next_norm.of_sum(hidden, self.down(silu_mul(gate, up), spans))
+        return next_norm.of_sum(hidden, self.down(silu_mul(gate, up), spans)[0])
 
 
 def _part(module: nn.Module, fast: Fast) -> Callable[..., Any]:
@@ -133,36 +147,23 @@ def _norm(module: nn.Module, fast: Fast) -> Norm:
     return norm
 
 
-def _linear(module: nn.Module, fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
-    """A function that applies the linear to [N, q, in], with the lanes' adapters in the forward's spans."""
-    if isinstance(module, LaneLinear):
-        run, lanes = module.run, tuple(module.index)
-        return lambda x, spans: run(x, spans[lanes])
-    part = _part(module, fast)
-    return lambda x, _: part(x)
+class _Linears:
+    """Linears over one input [N, q, in], with the lanes' adapters in the forward's spans; one C++ call where they allow it."""
 
+    def __init__(self, modules: Sequence[nn.Module], fast: Fast) -> None:
+        self.lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
+        self.runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
+        ours = all(isinstance(run, (SmallLinear, QuantLinear)) for run in self.runs)
+        self.siblings = SiblingLinears(self.runs) if ours else None
 
-def _siblings(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spans], Iterable[Tensor]]:
-    """A function that applies all these linears to one input [N, q, in]; in one C++ call where each allows it."""
-    if (found := _in_one_call(modules, fast)) is not None:
-        siblings, lanes = found
-        return lambda x, spans: siblings(x, [spans[own] if own else () for own in lanes])
-    linears = [_linear(module, fast) for module in modules]
-    return lambda x, spans: [linear(x, spans) for linear in linears]
+    def __call__(self, x: Tensor, spans: Spans) -> Sequence[Tensor]:
+        """The outputs of each."""
+        if self.siblings is not None:
+            return self.siblings(x, [spans[own] for own in self.lanes])
+        return [run(x, spans[own]) if own else run(x) for run, own in zip(self.runs, self.lanes)]
 
-
-def _stacked(modules: Sequence[nn.Module], fast: Fast) -> Callable[[Tensor, Spans], Tensor]:
-    """The same, with all outputs side by side: [N, q, sum of outputs]."""
-    if (found := _in_one_call(modules, fast)) is not None:
-        siblings, lanes = found
-        return lambda x, spans: siblings.stacked(x, [spans[own] if own else () for own in lanes])
-    linears = [_linear(module, fast) for module in modules]
-    return lambda x, spans: torch.cat([linear(x, spans) for linear in linears], -1)
-
-
-def _in_one_call(modules: Sequence[nn.Module], fast: Fast) -> tuple[SiblingLinears, Sequence[tuple[int, ...]]] | None:
-    """The linears, and which lanes adapt each; None where one of them runs otherwise."""
-    runs = [module.run if isinstance(module, LaneLinear) else _part(module, fast) for module in modules]
-    if not all(isinstance(run, (SmallLinear, QuantLinear)) for run in runs):
-        return None
-    return SiblingLinears(runs), [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
+    def stacked(self, x: Tensor, spans: Spans) -> Tensor:
+        """The same side by side: [N, q, sum of outputs]."""
+        if self.siblings is not None:
+            return self.siblings.stacked(x, [spans[own] for own in self.lanes])
+        return torch.cat(list(self(x, spans)), -1)

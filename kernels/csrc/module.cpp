@@ -115,6 +115,7 @@ PyMethodDef kMethods[] = {
     method("silu_mul", genarm::silu_mul_binding, "By position → the output, or None."),
     method("exact_codes", genarm::exact_codes_binding, "By position → (codes, scales, minimums), False, or None."),
     {"linears", genarm::linears, METH_O, "Linears of one width: see ops/linear/cpu.py, the only caller."},
+    {"decoder_layers", genarm::decoder_layers_binding, METH_O, "Layers of a decoder: see models/one_call.py."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},
     {"use", use, METH_O, "Choose an instruction set by name."},
     {nullptr, nullptr, 0, nullptr}};

@@ -4,11 +4,10 @@
 #include <new>
 
 #include "common/tensors.h"
+#include "linears.h"
 #include "loops.h"
 #include "quant_linear/loops.h"
-#include "quant_linear/quant_linear.h"
 #include "small_linear/loops.h"
-#include "small_linear/small_linear.h"
 
 namespace genarm {
 namespace {
@@ -62,29 +61,6 @@ bool rows_of(const DLTensor& x, int64_t in, int64_t* rows, int64_t* stride) {
   return true;
 }
 
-// A sequence of (first row, last row, index of LoRA); false with a Python error set.
-bool spans_of(PyObject* sequence, const Linear& linear, int64_t rows, std::vector<Span>* out) {
-  const Py_ssize_t count = PySequence_Size(sequence);
-  if (count < 0) PyErr_Format(PyExc_TypeError, "spans=%R: expected a sequence of (first row, last row, LoRA)", sequence);
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    const int64_t loras = static_cast<int64_t>(linear.loras.size());
-    long long first, last, lora;
-    PyObject* span = PySequence_GetItem(sequence, i);
-    if (!span) return false;
-    const bool parsed = PyTuple_Check(span) && PyArg_ParseTuple(span, "LLL", &first, &last, &lora);
-    if (!parsed) PyErr_Format(PyExc_TypeError, "span %R: expected (first row, last row, LoRA), three ints", span);
-    Py_DECREF(span);
-    if (!parsed) return false;
-    if (first < 0 || first > last || last > rows || lora < 0 || lora >= loras) {
-      PyErr_Format(PyExc_ValueError, "span (%lld, %lld, %lld): expected rows within 0..%lld, one of %lld LoRAs", first,
-                   last, lora, static_cast<long long>(rows), static_cast<long long>(loras));
-      return false;
-    }
-    out->push_back({first, last, lora});
-  }
-  return count >= 0;
-}
-
 // One product after the other, or all outputs as the columns of one tensor.
 enum class Form { kEach, kStacked };
 
@@ -116,7 +92,7 @@ PyObject* outputs_of(const DLTensor& x, Form form, std::vector<Product>* product
   return all;
 }
 
-PyObject* multiply(PyObject* self, PyObject* const* arguments, Py_ssize_t count, Form form) {
+PyObject* outputs(PyObject* self, PyObject* const* arguments, Py_ssize_t count, Form form) {
   const Linear* const linears = reinterpret_cast<Linears*>(self)->linear;
   const Py_ssize_t n = Py_SIZE(self);
   if (count != 1 + n) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, 1 + n);
@@ -129,19 +105,12 @@ PyObject* multiply(PyObject* self, PyObject* const* arguments, Py_ssize_t count,
     std::vector<Product> products(n);
     for (Py_ssize_t i = 0; i < n; ++i) {
       products[i].linear = &linears[i];
-      if (!spans_of(arguments[1 + i], linears[i], rows, &products[i].spans)) return nullptr;
+      const int64_t loras = static_cast<int64_t>(linears[i].loras.size());
+      if (!spans_of(arguments[1 + i], loras, rows, &products[i].spans)) return nullptr;
     }
     if (!(results = outputs_of(x, form, &products))) return nullptr;
-
-    std::vector<Product> packed;
-    for (Py_ssize_t i = n - 1; i >= 0; --i) {
-      if (products[i].linear->bits == 16) continue;
-      packed.insert(packed.begin(), std::move(products[i]));
-      products.erase(products.begin() + i);
-    }
     const WithoutGil without_gil;
-    if (!products.empty()) small_linear(products, x.at<const uint16_t>(), stride, rows, wanted);
-    if (!packed.empty()) quant_linear(packed, x.at<const uint16_t>(), stride, rows, wanted);
+    multiply(&products, x.at<const uint16_t>(), stride, rows, wanted);
   } catch (const std::bad_alloc&) {
     Py_XDECREF(results);
     return PyErr_NoMemory();
@@ -150,11 +119,11 @@ PyObject* multiply(PyObject* self, PyObject* const* arguments, Py_ssize_t count,
 }
 
 PyObject* run(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  return multiply(self, arguments, count, Form::kEach);
+  return outputs(self, arguments, count, Form::kEach);
 }
 
 PyObject* run_stacked(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  return multiply(self, arguments, count, Form::kStacked);
+  return outputs(self, arguments, count, Form::kStacked);
 }
 
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
@@ -189,6 +158,35 @@ void use_linear_loops(const char* instruction_set) {
 }
 
 LinearTables linear_tables() { return tables; }
+
+const Linear* linears_in(PyObject* object, Py_ssize_t count) {
+  if (Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(linears_type()) && Py_SIZE(object) == count) {
+    return reinterpret_cast<Linears*>(object)->linear;
+  }
+  if (!PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "%R: expected Linears, %zd of them", object, count);
+  return nullptr;
+}
+
+bool spans_of(PyObject* sequence, int64_t loras, int64_t rows, std::vector<Span>* out) {
+  const Py_ssize_t count = PySequence_Size(sequence);
+  if (count < 0) PyErr_Format(PyExc_TypeError, "spans=%R: expected a sequence of (first row, last row, LoRA)", sequence);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    long long first, last, lora;
+    PyObject* span = PySequence_GetItem(sequence, i);
+    if (!span) return false;
+    const bool parsed = PyTuple_Check(span) && PyArg_ParseTuple(span, "LLL", &first, &last, &lora);
+    if (!parsed) PyErr_Format(PyExc_TypeError, "span %R: expected (first row, last row, LoRA), three ints", span);
+    Py_DECREF(span);
+    if (!parsed) return false;
+    if (first < 0 || first > last || last > rows || lora < 0 || lora >= loras) {
+      PyErr_Format(PyExc_ValueError, "span (%lld, %lld, %lld): expected rows within 0..%lld, one of %lld LoRAs", first,
+                   last, lora, static_cast<long long>(rows), static_cast<long long>(loras));
+      return false;
+    }
+    out->push_back({first, last, lora});
+  }
+  return count >= 0;
+}
 
 // (what `fill` takes, ...) of one width → Linears that keep the instruction set of now; None where that has no loops.
 PyObject* linears(PyObject*, PyObject* all) {

@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kThreadBytes = 1 << 19;  // of weights, for each thread
 constexpr int64_t kTableBytes = 1 << 20;   // of rows that stay in the L2 cache while the weights pass by
 constexpr int64_t kTileBytes = 64 << 10;   // of a tile that stays there while the rows pass by
-constexpr int64_t kAhead = 8 << 10;         // bytes of weights fetched in advance
+constexpr int64_t kAhead = 2 << 10;         // bytes of weights fetched in advance
 
 class Multiplication {
  public:

@@ -29,6 +29,8 @@ void use_ragged_loops(const char* instruction_set) {
 #endif
 }
 
+const RaggedLoops& ragged_loops() { return *loops; }
+
 PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   enum Argument { kQuery, kKeys, kValues, kSlots, kPositions, kScale, kWindow, kSoftcap, kLimit, kArguments };
   if (!takes(count, kArguments)) return nullptr;

@@ -39,6 +39,8 @@ extern const RaggedLoops ragged_baseline;
 extern const RaggedLoops ragged_avx2, ragged_avx512;
 #endif
 
+const RaggedLoops& ragged_loops();  // of the instruction set in use
+
 // Throws std::bad_alloc. Slots and positions must be in range.
 void ragged_attention(const RaggedAttention& call, const RaggedLoops& loops, int threads);
 

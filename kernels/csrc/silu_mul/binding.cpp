@@ -22,6 +22,10 @@ void use_silu_loops(const char* instruction_set) {
 #endif
 }
 
+void run_silu(const void* gate, const void* up, int64_t n, bool bfloat16, void* out) {
+  (bfloat16 ? loops->bfloat16 : loops->float32)(gate, up, n, out);
+}
+
 PyObject* silu_mul_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   if (count != 2) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 2", count);
   DLTensor gate, up;
@@ -35,7 +39,7 @@ PyObject* silu_mul_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   for (int i = 0; i < gate.ndim; ++i) n *= gate.shape[i];
   void* data;
   PyObject* out = new_tensor(type, gate.ndim, gate.shape, &data);
-  if (out) (type == kBfloat16 ? loops->bfloat16 : loops->float32)(gate.at<void>(), up.at<void>(), n, data);
+  if (out) run_silu(gate.at<void>(), up.at<void>(), n, type == kBfloat16, data);
   return out;
 }
 

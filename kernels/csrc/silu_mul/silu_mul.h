@@ -10,6 +10,8 @@ struct SiluLoops {
   void (*bfloat16)(const void* gate, const void* up, int64_t n, void* out);
 };
 
+void run_silu(const void* gate, const void* up, int64_t n, bool bfloat16, void* out);  // by the instruction set in use
+
 extern const SiluLoops silu_baseline;
 #ifdef GENARM_X86
 extern const SiluLoops silu_avx2, silu_avx512;

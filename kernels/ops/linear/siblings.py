@@ -41,6 +41,11 @@ class SiblingLinears:
         same_width = len({linear.in_features for linear in self.linears}) == 1
         self._core = cpu.prepare(self.linears) if same_width else None
 
+    @property
+    def prepared(self) -> Any:
+        """The C++ core's view of the linears, for calls that run several such; None where PyTorch has to serve."""
+        return self._core
+
     def __reduce__(self) -> tuple[Any, ...]:
         return SiblingLinears, (self.linears,)
 

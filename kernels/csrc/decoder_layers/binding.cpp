@@ -1,0 +1,233 @@
+// Python arguments → decoder_layers. Shapes that never change were checked when the layers were made, others are here.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "common/tensors.h"
+#include "decoder_layers.h"
+#include "linear/linears.h"
+#include "ragged_attention/arguments.h"
+#include "rotary/rotary.h"
+
+namespace genarm {
+namespace {
+
+// What a layer's tuple holds, in this order: see models/one_call.py.
+enum Part {
+  kQkv, kO, kGateUp, kDown,  // Linears
+  kLanes,                    // of their seven linears: indices of lists of spans
+  kNorm, kNormEps, kNormOffset, kNextNorm, kNextNormEps, kNextNormOffset,
+  kQueryNorm, kKeyNorm, kHeadEps, kHeadWidth, kScale, kWindow,
+  kParts
+};
+
+struct Layers {
+  std::vector<DecoderLayer> layers;  // but for their norms, which each call looks up
+  int lists = 0;                     // of spans that a call gives
+};
+
+struct LayersObject {
+  PyObject head;
+  PyObject* tuples;  // what the layers are made of, kept alive
+  Layers* own;
+};
+
+void destroy(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  delete reinterpret_cast<LayersObject*>(self)->own;
+  Py_XDECREF(reinterpret_cast<LayersObject*>(self)->tuples);
+  reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+  Py_DECREF(type);
+}
+
+PyObject* part(PyObject* tuple, int index) { return PyTuple_GetItem(tuple, index); }
+
+float number(PyObject* tuple, int index) { return static_cast<float>(PyFloat_AsDouble(part(tuple, index))); }
+
+// The linears of a layer and its numbers; whether their shapes fit, or false with a Python error set.
+bool fill(PyObject* tuple, DecoderLayer* layer, int* lists) {
+  if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != kParts) {
+    PyErr_Format(PyExc_TypeError, "layer %R: expected a tuple of %d parts", tuple, static_cast<int>(kParts));
+    return false;
+  }
+  AdaptedLinear* const all[] = {&layer->qkv[0], &layer->qkv[1], &layer->qkv[2], &layer->o,
+                                &layer->gate_up[0], &layer->gate_up[1], &layer->down};
+  constexpr int kCounts[] = {3, 1, 2, 1};
+  for (int i = 0, next = 0; i < 4; ++i) {
+    const Linear* linears = linears_in(part(tuple, kQkv + i), kCounts[i]);
+    if (!linears) return false;
+    for (int j = 0; j < kCounts[i]; ++j, ++next) {
+      const long lanes = PyLong_AsLong(part(part(tuple, kLanes), next));
+      if (PyErr_Occurred() || lanes < 0) return false;
+      *all[next] = {linears + j, static_cast<int>(lanes)};
+      *lists = std::max(*lists, static_cast<int>(lanes) + 1);
+    }
+  }
+  layer->norm = {nullptr, number(tuple, kNormEps), number(tuple, kNormOffset)};
+  layer->next_norm = {nullptr, number(tuple, kNextNormEps), number(tuple, kNextNormOffset)};
+  layer->head_eps = number(tuple, kHeadEps), layer->scale = number(tuple, kScale);
+  layer->head_width = PyLong_AsLongLong(part(tuple, kHeadWidth));
+  layer->window = part(tuple, kWindow) == Py_None ? INT64_MAX : PyLong_AsLongLong(part(tuple, kWindow));
+  const int64_t width = layer->qkv[0].linear->in, head = layer->head_width, inner = layer->down.linear->in;
+  return !PyErr_Occurred() && head >= 2 && head % 2 == 0 && layer->window >= 1 &&
+         layer->qkv[0].linear->out >= head && layer->qkv[0].linear->out % head == 0 &&
+         layer->qkv[1].linear->out >= head && layer->qkv[1].linear->out % head == 0 &&
+         layer->gate_up[0].linear->in == width && layer->gate_up[0].linear->out == inner &&
+         layer->gate_up[1].linear->out == inner && layer->o.linear->out == width && layer->down.linear->out == width;
+}
+
+// A bfloat16 weight [width], contiguous.
+bool weight_of(PyObject* object, int64_t width, const void** data) {
+  DLTensor weight;
+  if (!borrow(object, &weight) || !(type_of(weight) == kBfloat16) || weight.ndim != 1 || weight.shape[0] != width ||
+      !contiguous(weight)) {
+    return false;
+  }
+  *data = weight.at<void>();
+  return true;
+}
+
+bool look_up_norms(PyObject* tuple, DecoderLayer* layer) {
+  const int64_t width = layer->qkv[0].linear->in;
+  layer->query_norm = layer->key_norm = nullptr;
+  if (!weight_of(part(tuple, kNorm), width, &layer->norm.weight)) return false;
+  if (!weight_of(part(tuple, kNextNorm), width, &layer->next_norm.weight)) return false;
+  if (part(tuple, kQueryNorm) == Py_None) return true;
+  return weight_of(part(tuple, kQueryNorm), layer->head_width, &layer->query_norm) &&
+         weight_of(part(tuple, kKeyNorm), layer->head_width, &layer->key_norm);
+}
+
+// Keys and values as this layer reads and writes them, with every slot and position; false also with an error set.
+bool cache_of(PyObject* const* keys_and_values, const DecoderLayer& layer, const DecoderCall& call, LayerCache* cache) {
+  DLTensor keys, values;
+  if (!ragged_cache(keys_and_values, &keys, &values)) return false;
+  const int64_t heads = keys.shape[1], value_width = values.shape[3], of_queries = layer.qkv[0].linear->out;
+  if (!(type_of(keys) == kBfloat16) || !(type_of(values) == kBfloat16) || keys.shape[3] != layer.head_width ||
+      layer.qkv[1].linear->out != heads * layer.head_width || layer.qkv[2].linear->out != heads * value_width ||
+      of_queries / layer.head_width % heads != 0 || layer.o.linear->in != of_queries / layer.head_width * value_width) {
+    return false;
+  }
+  *cache = {keys.at<char>(), values.at<char>(), {}, {}, heads, value_width};
+  std::memcpy(cache->key_strides, keys.strides, sizeof cache->key_strides);
+  std::memcpy(cache->value_strides, values.strides, sizeof cache->value_strides);
+  return places_in_range(call.places, call.rows, call.block, keys);
+}
+
+// Whether every linear that runs LoRAs has those that its spans name.
+bool spans_fit(const DecoderLayer& layer, const DecoderCall& call) {
+  for (const AdaptedLinear& each : {layer.qkv[0], layer.qkv[1], layer.qkv[2], layer.o, layer.gate_up[0],
+                                    layer.gate_up[1], layer.down}) {
+    for (const Span& span : call.spans[each.lanes]) {
+      if (span.lora >= static_cast<int64_t>(each.linear->loras.size())) return false;
+    }
+  }
+  return true;
+}
+
+bool fill_call(PyObject* const* in, const Layers& own, DecoderCall* call) {
+  enum Argument { kHidden, kX, kCos, kSin, kSlots, kPositions, kSpans };
+  DLTensor hidden, x, cos, sin;
+  const DecoderLayer& first = own.layers[0];
+  if (!borrow(in[kHidden], &hidden) || !(type_of(hidden) == kBfloat16) || hidden.ndim != 3 || !contiguous(hidden) ||
+      hidden.shape[2] != first.qkv[0].linear->in || !borrow(in[kX], &x) || !(type_of(x) == kBfloat16) || x.ndim != 3 ||
+      !contiguous(x) || std::memcmp(x.shape, hidden.shape, 3 * sizeof *x.shape) != 0) {
+    return false;
+  }
+  call->hidden = hidden.at<const uint16_t>(), call->x = x.at<const uint16_t>();
+  call->rows = hidden.shape[0], call->block = hidden.shape[1], call->width = hidden.shape[2];
+  const int64_t angles[] = {call->rows, call->block, first.head_width};
+  const void *cos_data = nullptr, *sin_data = nullptr;
+  if (!borrow(in[kCos], &cos) || !rotary_angles(cos, kBfloat16, angles, &cos_data, call->cos_strides) ||
+      !borrow(in[kSin], &sin) || !rotary_angles(sin, kBfloat16, angles, &sin_data, call->sin_strides) ||
+      !ragged_places(in + kSlots, call->rows, call->block, &call->places)) {
+    return false;
+  }
+  call->cos = static_cast<const char*>(cos_data), call->sin = static_cast<const char*>(sin_data);
+  if (!PyTuple_Check(in[kSpans]) || PyTuple_Size(in[kSpans]) < own.lists) return false;
+  call->spans.resize(PyTuple_Size(in[kSpans]));
+  for (size_t i = 0; i < call->spans.size(); ++i) {
+    PyObject* const list = PyTuple_GetItem(in[kSpans], static_cast<Py_ssize_t>(i));
+    if (!spans_of(list, INT64_MAX, call->rows * call->block, &call->spans[i])) return false;
+  }
+  return true;
+}
+
+// (hidden, x, cos, sin, slots, positions, lists of spans, (keys, values of each layer...)) → the last norm's output
+PyObject* run(PyObject* self, PyObject* const* in, Py_ssize_t count) {
+  constexpr int kCaches = 7;
+  if (!takes(count, kCaches + 1)) return nullptr;
+  PyObject* const tuples = reinterpret_cast<LayersObject*>(self)->tuples;
+  Layers& own = *reinterpret_cast<LayersObject*>(self)->own;
+  const size_t n = own.layers.size();
+  PyObject* out = nullptr;
+  try {
+    DecoderCall call{};
+    std::vector<LayerCache> caches(n);
+    std::vector<DecoderLayer> layers = own.layers;
+    bool runs = fill_call(in, own, &call) && PyTuple_Check(in[kCaches]) &&
+                PyTuple_Size(in[kCaches]) == 2 * static_cast<Py_ssize_t>(n);
+    for (size_t i = 0; runs && i < n; ++i) {
+      PyObject* const pair[] = {PyTuple_GetItem(in[kCaches], 2 * i), PyTuple_GetItem(in[kCaches], 2 * i + 1)};
+      runs = look_up_norms(PyTuple_GetItem(tuples, i), &layers[i]) && spans_fit(layers[i], call) &&
+             cache_of(pair, layers[i], call, &caches[i]);
+    }
+    if (PyErr_Occurred()) return nullptr;
+    if (!runs) Py_RETURN_NONE;
+    int64_t shape[] = {call.rows, call.block, call.width};
+    void* data = nullptr;
+    if (!(out = new_tensor(kBfloat16, 3, shape, &data))) return nullptr;
+    call.out = static_cast<uint16_t*>(data), call.threads = threads();
+    const WithoutGil without_gil;
+    decoder_layers(call, layers, caches);
+  } catch (const std::bad_alloc&) {
+    Py_XDECREF(out);
+    return PyErr_NoMemory();
+  }
+  return out;
+}
+
+PyObject* layers_type() {
+  static PyMethodDef methods[] = {
+      {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
+       "By position → the output, or None."},
+      {nullptr, nullptr, 0, nullptr}};
+  static PyType_Slot slots[] = {
+      {Py_tp_dealloc, reinterpret_cast<void*>(destroy)}, {Py_tp_methods, methods}, {0, nullptr}};
+  static PyType_Spec spec{"genarm_fast.kernels._C.DecoderLayers", sizeof(LayersObject), 0,
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  static PyObject* type = nullptr;  // no guard of C++ while Python may switch threads: the GIL is one
+  if (!type) type = PyType_FromSpec(&spec);
+  return type;
+}
+
+}  // namespace
+
+// A tuple of layers, each a tuple of `Part`s → DecoderLayers; None where their shapes do not fit together.
+PyObject* decoder_layers_binding(PyObject*, PyObject* tuples) {
+  const Py_ssize_t n = PyTuple_Size(tuples);
+  if (n < 1) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "expected one layer or more");
+  PyObject* type = layers_type();
+  PyObject* self = type ? PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(type), 0) : nullptr;
+  if (!self) return nullptr;
+  bool fits = true;
+  try {
+    Layers* own = reinterpret_cast<LayersObject*>(self)->own = new Layers;
+    own->layers.resize(n);
+    for (Py_ssize_t i = 0; fits && i < n; ++i) {
+      DecoderLayer& layer = own->layers[i];
+      fits = fill(PyTuple_GetItem(tuples, i), &layer, &own->lists) &&
+             layer.qkv[0].linear->in == own->layers[0].qkv[0].linear->in &&
+             layer.head_width == own->layers[0].head_width;
+    }
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  Py_INCREF(tuples);
+  reinterpret_cast<LayersObject*>(self)->tuples = tuples;
+  if (fits && !PyErr_Occurred()) return self;
+  Py_DECREF(self);
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
+}  // namespace genarm

@@ -1,0 +1,52 @@
+// All layers of a decoder in one call, by the functions of the single ops: the same bits.
+// genarm_fast/models/fused_decoder.py is the specification.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "linear/linear.h"
+#include "ragged_attention/ragged_attention.h"
+
+namespace genarm {
+
+struct Norm {
+  const void* weight;  // bfloat16 [width]
+  float eps, offset;
+};
+
+struct AdaptedLinear {
+  const Linear* linear;
+  int lanes;  // which of a call's lists of spans is its own
+};
+
+struct DecoderLayer {
+  AdaptedLinear qkv[3], o, gate_up[2], down;
+  Norm norm, next_norm;             // before the MLP; before the next layer, or the head
+  const void *query_norm, *key_norm;  // bfloat16 [head_width], or null
+  float head_eps, scale;
+  int64_t head_width, window;  // window: INT64_MAX for none
+};
+
+struct LayerCache {
+  char *keys, *values;                           // bfloat16 [slots, heads, capacity, width]
+  int64_t key_strides[3], value_strides[3];      // in elements
+  int64_t heads, value_width;
+};
+
+struct DecoderCall {
+  const uint16_t *hidden, *x;  // [rows, block, width]: the residual stream, and the first layer's input
+  uint16_t* out;               // the same, after the last norm
+  const char *cos, *sin;       // bfloat16 [rows or 1, block, head_width]
+  int64_t cos_strides[2], sin_strides[2];
+  int64_t rows, block, width;
+  Places places;
+  std::vector<std::vector<Span>> spans;  // lists for linears by their `lanes`
+  int threads;
+};
+
+// Slots, positions and spans must be in range, and shapes fit. Throws std::bad_alloc.
+void decoder_layers(const DecoderCall& call, const std::vector<DecoderLayer>& layers,
+                    const std::vector<LayerCache>& caches);
+
+}  // namespace genarm
