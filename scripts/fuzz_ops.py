@@ -135,9 +135,10 @@ def _with_canaries(canaries: object, launch: Callable[[], object]) -> object:
 
 def cases(triton: bool) -> dict[str, Callable[[random.Random, bool], None]]:
     import fuzz_layers
+    from fuzz_decoders import decoders
 
     own = {"sampling": sampling, "settling": settling, "lookups": lookups, **fuzz_layers.CASES}
-    return own if triton else own | fuzz_layers.ONLY_ON_THE_CPU
+    return own if triton else own | fuzz_layers.ONLY_ON_THE_CPU | {"decoders": decoders}
 
 
 def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Counter[str]:

@@ -47,7 +47,8 @@ def build(folder: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """Variables for a Python that loads such a core; its own leaks are nobody's business."""
-    return os.environ | {"LD_PRELOAD": _runtime(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    preload = f"{_runtime()} {_runtime('stdc++')}"  # or an exception that PyTorch throws and catches ends the process
+    return os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
 
 
 def load(core: str) -> None:
@@ -65,6 +66,6 @@ def load(core: str) -> None:
     _native.core.use_threads(torch.get_num_threads)
 
 
-def _runtime() -> str:
-    found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True)
+def _runtime(name: str = "asan") -> str:
+    found = subprocess.run(["gcc", f"-print-file-name=lib{name}.so"], capture_output=True, text=True)
     return found.stdout.strip()

@@ -148,7 +148,7 @@ def _norm(module: nn.Module, fast: Fast) -> Norm:
 
 
 class _Linears:
-    """Linears over one input [N, q, in], with the lanes' adapters in the forward's spans; one C++ call where they allow it."""
+    """Linears over one input [N, q, in], with the lanes' adapters in the forward's spans."""
 
     def __init__(self, modules: Sequence[nn.Module], fast: Fast) -> None:
         self.lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]

@@ -10,13 +10,18 @@ namespace {
 constexpr int64_t kThreadBytes = 1 << 19;  // of weights, for each thread
 constexpr int64_t kTableBytes = 1 << 20;   // of rows that stay in the L2 cache while the weights pass by
 constexpr int64_t kTileBytes = 64 << 10;   // of a tile that stays there while the rows pass by
-constexpr int64_t kAhead = 2 << 10;         // bytes of weights fetched in advance
+// Bytes of weights fetched in advance. Up to so many rows the processor's own prefetching is ahead of the arithmetic: on a
+// Zen 4 a step of SmolLM2-135M in 8 bits takes 10.1 ms without ours, 11.4 with 2 KiB, 13.1 with 8. With 4 rows in 4 bits
+// it takes 12.1, 11.8 and 12.5.
+constexpr int64_t kAhead = 2 << 10;
+constexpr int64_t kStreamed = 2;
 
 class Multiplication {
  public:
   Multiplication(const std::vector<Product>& products, const uint16_t* x, int64_t x_stride, int64_t rows)
       : loops_(*products[0].linear->loops.quant), x_(x), x_stride_(x_stride), in_(products[0].linear->in), adapted_(adapted_of(products)) {
     groups_ = divide_up(in_, kGroup);
+    ahead_ = rows > kStreamed ? kAhead : 0;
     table_ = std::min(std::max<int64_t>(kTableBytes / std::max<int64_t>(groups_ * kGroup * 2, 1), 2 * kQuantRows), rows);
     codes_ = aligned<int16_t>(table_ * groups_ * kGroup);
     scales_ = aligned<float>(table_ * groups_), sums_ = aligned<float>(table_ * groups_);
@@ -81,7 +86,7 @@ class Multiplication {
     const int count = static_cast<int>(std::min<int64_t>(kTileOutputs, linear.out - tile.output));
     alignas(64) float y[kQuantRows * kTileOutputs];
     for (int64_t block = 0; block < blocks_.count; ++block) {
-      const int64_t ahead = once ? kAhead : block + 1 == blocks_.count ? bytes : 0;
+      const int64_t ahead = once ? ahead_ : block + 1 == blocks_.count ? bytes : 0;
       loops_.tile(linear.bits, weights, weights + ahead, groups_, rows_of(block), y);
       finish(*tile.product, adapted_, blocks_.start(block), blocks_.start(block + 1), tile.output, count, y, kTileOutputs);
     }
@@ -90,7 +95,7 @@ class Multiplication {
   const QuantLoops& loops_;
   const uint16_t* const x_;
   const int64_t x_stride_, in_;
-  int64_t groups_, table_;  // of a row, in rows
+  int64_t groups_, table_, ahead_;  // of a row, in rows, in bytes
   Blocks blocks_{};         // of the rows in the table
   Aligned<int16_t> codes_;  // of its blocks, as QuantRows has them
   Aligned<float> scales_, sums_;

@@ -1,0 +1,222 @@
+"""All layers in one call of the core: the bits of the calls one by one, and nothing done for a call that it refuses."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_models import VOCAB_SIZE, build_model, save_adapter
+from transformers import Cache
+
+from genarm_fast import GenARM
+from genarm_fast.kernels import _native
+from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.fused_decoder import WINDOWS
+from genarm_fast.models.kv_cache import RaggedLayer
+from genarm_fast.models.one_call import OneCall
+from genarm_fast.models.weights import share_weights
+
+pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
+SLOTS, CAPACITY = 3, 24
+ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
+# rows of the cache, first position, tokens: prefill, a step, drafts beyond Mistral's window of 8
+BLOCKS = (([2, 0], 0, 6), ([2, 0], 6, 1), ([2], 7, 5), ([0], 7, 9), ([2, 0], 12, 1))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _native.core.use(request.param)
+    yield request.param
+    _native.core.use(_native.core.instruction_sets()[0])
+
+
+class Calls(list):
+    refused = False
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """What the core made of each call. With `refused` set, ops run one by one."""
+    own, calls = OneCall.__call__, Calls()
+
+    def call(self, *arguments):
+        calls.append(None if calls.refused else own(self, *arguments))
+        return calls[-1]
+
+    monkeypatch.setattr(OneCall, "__call__", call)
+    return calls
+
+
+def states_of(decoder, lanes):
+    """Hidden states of some forwards over one cache, then its keys and values."""
+    layers = [RaggedLayer(len(lanes) * SLOTS, CAPACITY) for _ in decoder.layers]
+    found = []
+    with torch.inference_mode():
+        for slots, start, width in BLOCKS:
+            rows = torch.tensor([lane * SLOTS + slot for lane in range(len(lanes)) for slot in slots])
+            positions = torch.arange(start, start + width).expand(len(rows), width)
+            tokens = (13 * positions + 5 * rows[:, None]) % VOCAB_SIZE
+            with running(lanes, len(slots)), placed(Ragged(rows, positions, start + width)):
+                out = decoder(input_ids=tokens, position_ids=positions, past_key_values=Cache(layers=list(layers)))
+            found.append(out.last_hidden_state)
+    return [*found, *chain.from_iterable((layer.keys, layer.values) for layer in layers)]
+
+
+def assert_same(decoder, lanes, taken):
+    one = states_of(decoder, lanes)
+    assert len(taken) == len(BLOCKS)
+    assert all(out is not None for out in taken)
+    taken.refused = True
+    each = states_of(decoder, lanes)
+    assert all(torch.equal(*pair) for pair in zip(one, each, strict=True))
+    assert all(states.isfinite().all() for states in one)
+
+
+def runner_of(family, **config):
+    return as_runner(share_weights(build_model(family, 0, **config).to(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", [family.lower() for family in WINDOWS])
+def test_bits_of_families(isa, taken, family, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decoder = runner_of(family).base_model
+        taken.clear()  # of the trial
+        assert_same(decoder, [0], taken)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
+    """Adapters of other linears each; the base has none."""
+    base = tmp_path / "base"
+    build_model("llama", 0).to(torch.bfloat16).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    for name, targets in (("one", ["q_proj", "up_proj", "down_proj"]), ("two", ["o_proj", "q_proj", "v_proj"])):
+        save_adapter(tmp_path / name, base=base, seed=len(name), config=LoraConfig(r=4, target_modules=targets))
+    arms = [tmp_path / "one", tmp_path / "two"]
+    model = GenARM.from_pretrained(base, arms, dtype=torch.bfloat16, quantization=quantization)
+    decoder = model.members[0].shared.base_model
+    for lanes in ([0, 1, 2], [2, 0], [1]):
+        taken.clear()
+        taken.refused = False
+        assert_same(decoder, lanes, taken)
+
+
+def test_norms_are_read_at_every_call(taken):
+    """Their tensors are kept, not the addresses."""
+    runner = runner_of("qwen3")
+    layer = runner.base_model.layers[1]
+    for norm in (layer.post_attention_layernorm, layer.self_attn.q_norm, runner.base_model.norm):
+        before = states_of(runner.base_model, [0])[0]
+        with torch.no_grad():
+            norm.weight *= 2
+        assert not torch.equal(states_of(runner.base_model, [0])[0], before)
+        taken.clear()
+        assert_same(runner.base_model, [0], taken)
+        taken.refused = False
+
+
+def test_other_dtypes_are_not_taken(taken):
+    decoder = as_runner(share_weights(build_model("llama", 0))).base_model
+    taken.clear()
+    states_of(decoder, [0])
+    assert taken == [None] * len(BLOCKS)
+
+
+ORDER = ("hidden", "x", "cos", "sin", "slots", "positions", "spans", "caches")
+
+
+def arguments_of(decoder):
+    """The fused forward of a Llama, and what a call of two rows hands to the core."""
+    hidden = torch.randn(2, 1, 32).to(torch.bfloat16)
+    cos, sin = torch.randn(2, 2, 1, 8).to(torch.bfloat16)
+    states = [torch.zeros(3, 2, CAPACITY, 8, dtype=torch.bfloat16) for _ in range(4)]
+    given = (hidden, hidden.clone(), cos, sin, torch.tensor([2, 0]), torch.tensor([[3], [4]]), ((),), tuple(states))
+    return decoder.forward.one_call._core, dict(zip(ORDER, given, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("hidden", lambda hidden: hidden.float()),
+        ("hidden", lambda hidden: hidden[..., :31]),
+        ("hidden", lambda hidden: hidden.transpose(0, 2)),
+        ("hidden", lambda hidden: hidden[0]),
+        ("x", lambda x: x[:1]),
+        ("x", lambda x: None),
+        ("cos", lambda cos: cos.float()),
+        ("sin", lambda sin: sin[..., :4]),
+        ("slots", lambda slots: slots.int()),
+        ("slots", lambda slots: slots[:1]),
+        ("positions", lambda positions: positions.expand(2, 2)),
+        ("spans", lambda spans: ()),
+        ("spans", lambda spans: [()]),
+        ("spans", lambda spans: (((0, 1, 0),),)),  # no linear has a LoRA
+        ("caches", lambda caches: caches[:3]),
+        ("caches", lambda caches: list(caches)),
+        ("caches", lambda caches: (caches[0].float(), *caches[1:])),
+        ("caches", lambda caches: (caches[0][:, :1], caches[1][:, :1], *caches[2:])),
+        ("caches", lambda caches: (*caches[:3], caches[3][..., :4])),
+        ("caches", lambda caches: (*caches[:2], caches[2][:2], caches[3])),
+    ],
+)
+def test_what_does_not_fit_is_not_begun(name, change):
+    core, given = arguments_of(runner_of("llama").base_model)
+    states = given["caches"]
+    changed = given | {name: change(given[name])}
+    assert core.run(*changed.values()) is None
+    assert not any(cache.any() for cache in states)
+    assert core.run(*given.values()) is not None
+    assert all(cache.any() for cache in states)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("slots", torch.tensor([2, 3]), r"slots\[1\] = 3: expected 0..2"),
+        ("positions", torch.tensor([[3], [24]]), r"positions\[1, 0\] = 24: expected 0..23"),
+        ("spans", (((0, 3, 0),),), r"span \(0, 3, 0\): expected rows within 0..2"),
+        ("spans", (((0, 1, -1),),), r"span \(0, 1, -1\)"),
+    ],
+)
+def test_places_that_do_not_exist(name, value, error):
+    core, given = arguments_of(runner_of("llama").base_model)
+    with pytest.raises(ValueError, match=error):
+        core.run(*(given | {name: value}).values())
+    assert not any(cache.any() for cache in given["caches"])
+
+
+def test_another_number_of_arguments():
+    core, given = arguments_of(runner_of("llama").base_model)
+    with pytest.raises(TypeError, match="7 arguments: expected 8"):
+        core.run(*list(given.values())[:-1])
+
+
+@pytest.mark.parametrize("layers", [(), ((),), (tuple(range(19)),), ("no layer",)])
+def test_what_are_no_layers(layers):
+    with pytest.raises(TypeError):
+        _native.core.decoder_layers(layers)
+
+
+def test_layers_that_do_not_fit_together():
+    one, other = runner_of("llama").base_model.forward, runner_of("llama", hidden_size=64).base_model.forward
+    for layer in other.layers:
+        layer.second_norm = one.layers[0].second_norm
+    mixed = OneCall([one.layers[0], other.layers[0]], one.next_norms, [()])
+    assert mixed._core is None
+    layer = one.layers[1]
+    layer.down, layer.o = layer.o, layer.down
+    assert OneCall(one.layers, one.next_norms, [()])._core is None
+
+
+def test_no_rows(taken):
+    core, given = arguments_of(runner_of("llama").base_model)
+    none = {name: given[name][:0] for name in ("hidden", "x", "cos", "sin", "slots", "positions")}
+    assert core.run(*(given | none).values()).shape == (0, 1, 32)
