@@ -1,7 +1,6 @@
 // Compiled with -DISA=name and that instruction set's flags.
 #include "loops.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "common/float_math.h"
@@ -9,20 +8,25 @@
 namespace genarm {
 namespace {
 
-void expand(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y) {
-  constexpr int kBlock = 64;
-  for (int first = 0; first < n; first += kBlock) {
-    const int count = std::min(kBlock, n - first);
-    float sums[kBlock] = {};
-    std::memcpy(sums, y + first, count * sizeof *sums);
-    for (int64_t j = 0; j < rank; ++j) {
-      uint16_t padded[kBlock] = {};
-      std::memcpy(padded, b + j * b_stride + first, count == kBlock ? sizeof padded : count * sizeof *b);
+constexpr int kBlock = 32;  // outputs whose sums stay in registers
+
+// `count` of them; all, where the compiler knows that.
+inline void expand_block(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int count, float* y) {
+  float sums[kBlock] = {};
+  std::memcpy(sums, y, count * sizeof *sums);
+  for (int64_t j = 0; j < rank; ++j) {
+    uint16_t padded[kBlock] = {};
+    std::memcpy(padded, b + j * b_stride, count * sizeof *b);
 #pragma omp simd
-      for (int o = 0; o < kBlock; ++o) sums[o] += hidden[j] * as_float32(padded[o]);
-    }
-    std::memcpy(y + first, sums, count * sizeof *sums);
+    for (int o = 0; o < kBlock; ++o) sums[o] += hidden[j] * as_float32(padded[o]);
   }
+  std::memcpy(y, sums, count * sizeof *sums);
+}
+
+void expand(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y) {
+  int first = 0;
+  for (; first + kBlock <= n; first += kBlock) expand_block(hidden, rank, b + first, b_stride, kBlock, y + first);
+  if (first < n) expand_block(hidden, rank, b + first, b_stride, n - first, y + first);
 }
 
 void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
