@@ -67,6 +67,6 @@ def plan(
     programs = max(1, rows * kv_heads * tiles)
     fill, cheap = -(-PROGRAMS // programs), span // (16 * block_m)
     splits = max(1, min(-(-span // CHUNK), max(fill, 0 if prefill else cheap), MOST_SPLITS))
-    warps = 8 if block_m == 64 or prefill or size == 4 or widest > 128 else 4
+    warps = 8 if block_m > 16 or prefill or size == 4 or widest > 128 else 4
     blocked = prefill and window is None
     return Plan(block_m, block_n, width, value_width, tiles, splits, CHUNK, blocked, warps)

@@ -22,7 +22,7 @@ from .plan import DECODE, plan, power_of_two
 LOG2E = 1.4426950408889634
 INF = tl.constexpr(float("inf"))
 SPLITS_AT_ONCE = 8  # read by `combine`; in `attend`, as many as make AVERAGED numbers with the tile's rows
-AVERAGED = 4096
+AVERAGED = 2048
 
 
 @triton.jit
