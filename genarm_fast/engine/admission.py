@@ -120,7 +120,7 @@ class Admission:
         if self._denied and found[0] < wanted and found != self._said:
             level = logging.WARNING if cache_bytes is None else logging.INFO
             limit = "all that is free" if cache_bytes is None else f"cache_bytes={cache_bytes:,}"
-            said = "KV caches of %s hold %d of %d sequences, of %d tokens each: the others wait for a slot"
+            said = "KV caches of %s hold %d of %d sequences, of %d tokens each: the others wait"
             logger.log(level, said, limit, *found)
         self._said = found
 
