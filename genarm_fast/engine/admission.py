@@ -143,10 +143,8 @@ class Admission:
         logger.warning(said, len(placed), most, error)
         self.most = most
         self.executor.device.finish()  # what is still running uses caches that are about to be freed
-        ended = [each for each in placed if each.ended]
-        self.scheduler.leave(ended)
         self._start_over()
-        return ended
+        return [each for each in placed if each.ended]
 
     def _start_over(self) -> None:
         """Free caches that lost what they held; whose slots are in them wait, first in the queue, for a new prefill."""

@@ -180,7 +180,7 @@ class Engine:
                     advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
             except Exception as error:
                 advanced += self.admission.shrink(error)
-                self.steps.forget()
+                self.steps.forget()  # which may hold logits
                 tokens, rushed = 0, False
             with span("deliver"):
                 self._deliver(advanced)

@@ -82,6 +82,22 @@ def test_fewer_run_together_and_none_is_lost(model, scarce, caplog, device, most
     assert len(said) == (2 if most == 1 else 1)
 
 
+def test_nothing_of_the_step_is_held(model, scarce):
+    """Its logits and the caches are free before the next one begins."""
+    scarce(2)
+    with on_cuda():
+        engine = model.engine()
+        for request in model.prepare(PROMPTS[:4], PARAMS[:4]):
+            engine.add(request)
+        while engine.admission.most is None:
+            engine.step()
+        assert engine.steps.before is engine.steps.in_flight is None
+        assert engine.workspace.bytes == 0
+        assert [each.slot for each in engine.scheduler.waiting] == [-1] * 4
+        while engine.scheduler:
+            engine.step()
+
+
 def test_graphs_without_memory(model, monkeypatch, caplog):
     """Their capture fails: the step is done again by fewer sequences, whose graph is smaller."""
     expected = model.generate(PROMPTS, PARAMS)

@@ -44,11 +44,10 @@ def inputs(dtype, vocab=101, width=24):
 def interpreted(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None):
     """Forward between canaries; the labelled tokens' log-probabilities, differentiable."""
     labelled = labels != IGNORE
-    rows, targets = hidden[labelled], labels[labelled]
-    with between_canaries() as canaries:
+    with between_canaries(masks=True) as canaries:
         placed = None if bias is None else canaries.embed(bias.detach()).requires_grad_(bias.requires_grad)
         layer = Layer(placed, logit_scale, softcap)
-        return streamed.target_logps(rows, weight, targets, layer, TILES), placed
+        return streamed.target_logps(hidden[labelled], weight, labels[labelled], layer, TILES), placed
 
 
 CASES = [(torch.float32, "all", name) for name in VARIANTS]
@@ -68,7 +67,7 @@ def test_values_and_gradients(dtype, trained, variant):
     assert found.dtype == torch.float32
     gains = torch.linspace(-2, 1, len(found))
     tensors = [x for x in (hidden, weight, placed) if x is not None and x.requires_grad]
-    with between_canaries():
+    with between_canaries(masks=True):
         gradients = torch.autograd.grad(found, tensors, gains)
     exact = [None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in (hidden, weight, bias)]
     wanted = arm_logps_reference(*exact[:2], labels, bias=exact[2], return_tokens=True, **options)[labels != IGNORE]
