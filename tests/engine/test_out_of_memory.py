@@ -87,7 +87,12 @@ def test_nothing_of_the_step_is_held(model, scarce):
     scarce(2)
     with on_cuda():
         engine = model.engine()
-        for request in model.prepare(PROMPTS[:4], PARAMS[:4]):
+        for request in model.prepare(PROMPTS[:2], PARAMS[:2]):
+            engine.add(request)
+        for _ in range(3):
+            engine.step()
+        assert engine.steps.in_flight is not None
+        for request in model.prepare(PROMPTS[2:4], PARAMS[2:4]):
             engine.add(request)
         while engine.admission.most is None:
             engine.step()
