@@ -131,7 +131,7 @@ def no_autocast() -> Iterator[None]:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether PyTorch raised it for lack of memory; on the CPU only its words say so."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
+    words = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
+from genarm_fast.device.base import out_of_memory
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.scheduler import Scheduler
 from genarm_fast.engine.sequence import Sequence, members_of
 from genarm_fast.engine.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 class Admission:
@@ -22,11 +26,13 @@ class Admission:
         self.executor, self.scheduler, self.workspace = executor, scheduler, workspace
         self._attempted: Any = None  # the last growth that was tried: the same one again would fail again
         self._denied = False  # memory gave fewer slots than were wanted
+        self._said: Any = None  # the shortage that was logged last
+        self.most: int | None = None  # sequences that run together since a step ran out of memory
         self._generation = workspace.generation
 
     def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Give slots to waiting sequences; returns those that can never have one, with their `error` set."""
-        scheduler = self.scheduler
+        scheduler, max_batch_size = self.scheduler, self.at_most(max_batch_size)
         self._follow()
         failed = self._keep_up(max_batch_size, cache_bytes)
         if scheduler.waiting and not scheduler.placed:
@@ -105,7 +111,40 @@ class Admission:
                 self._start_over()
                 return self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             self._denied = workspace.slots < max(slots, wanted)
+            self._say(wanted, cache_bytes)
             self._follow()
+
+    def _say(self, wanted: int, cache_bytes: int | None) -> None:
+        """Log that fewer sequences run together than might: a warning where no limit of the user's asks for it."""
+        found = min(self.workspace.slots, wanted), wanted, self.workspace.capacity
+        if self._denied and found[0] < wanted and found != self._said:
+            level = logging.WARNING if cache_bytes is None else logging.INFO
+            limit = "all that is free" if cache_bytes is None else f"cache_bytes={cache_bytes:,}"
+            said = "KV caches of %s hold %d of %d sequences, of %d tokens each: the others wait"
+            logger.log(level, said, limit, *found)
+        self._said = found
+
+    def at_most(self, max_batch_size: int) -> int:
+        """Sequences that may run together."""
+        return max_batch_size if self.most is None else min(max_batch_size, self.most)
+
+    def shrink(self, error: Exception) -> list[Sequence]:
+        """A step ran out of memory: from now on half as many sequences run together, in caches that are made anew.
+
+        All that have a slot wait for it again, first in the queue, and go on where they are: what a step draws does not
+        depend on who else is in it. Returns those that the step has ended. Raises the error itself if it is of another
+        kind, or if no fewer can run.
+        """
+        placed = self.scheduler.placed
+        most = max(1, len(placed) // 2)
+        if not out_of_memory(error) or (self.most is not None and most >= self.most):
+            raise error
+        said = "a step of %d sequences ran out of memory: at most %d run together from now on (%s)"
+        logger.warning(said, len(placed), most, error)
+        self.most = most
+        self.executor.device.finish()  # what is still running uses caches that are about to be freed
+        self._start_over()
+        return [each for each in placed if each.ended]
 
     def _start_over(self) -> None:
         """Free caches that lost what they held; whose slots are in them wait, first in the queue, for a new prefill."""

@@ -142,6 +142,8 @@ class Engine:
         self.executor.refresh()
         self.scheduler.forget_prompts()
         self.admission.begin()
+        if self._idle:
+            self.admission.most = None  # there may be more memory than before
         self._idle = False
         if not self.scheduler and not self.workspace.allowed(self.config.cache_bytes):
             self.workspace.free()
@@ -172,9 +174,14 @@ class Engine:
             start, rushed = pace.clock(), any(not each.held for each in self.scheduler.running)
             with span("admit"):
                 advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
-            tokens = self._prefill(rushed)
-            if due := self.scheduler.due(self.config.max_batch_size):
-                advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
+            try:
+                tokens = self._prefill(rushed)
+                if due := self.scheduler.due(self.admission.at_most(self.config.max_batch_size)):
+                    advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
+            except Exception as error:
+                advanced += self.admission.shrink(error)
+                self.steps.forget()  # which may hold logits
+                tokens, rushed = 0, False
             with span("deliver"):
                 self._deliver(advanced)
             if rushed:
@@ -189,9 +196,9 @@ class Engine:
 
         rushed: whether others wait for their next tokens meanwhile.
         """
-        most, factor = (
-            (self.pace.tokens(self.config.max_step_ms), 1) if rushed else (None, self.executor.device.prefill_factor)
-        )
+        most, factor = self.pace.tokens(self.config.max_step_ms) if rushed else None, 1
+        if not rushed and self.admission.most is None:  # short of memory, long chunks take too much
+            factor = self.executor.device.prefill_factor
         if chunk := self.scheduler.next_chunk(most, factor):
             self.executor.prefill(*chunk)
         for donor_slot, sequence in self.scheduler.copies():

@@ -66,7 +66,8 @@ class Workspace:
         def fits(slots: int, tokens: int) -> bool:
             return allowed(slots, tokens) and all(slots * tokens * each <= room for each, room in rooms)
 
-        for count, tokens in chain(sizes(slots, least, capacity, fits), sizes(least, least, capacity, allowed)):
+        last = [(least, capacity)] if allowed(least, capacity) else []
+        for count, tokens in chain(sizes(slots, least, capacity, fits), last):
             if self._grow(groups, count, tokens):
                 self.slots, self.capacity = count, tokens
                 return

@@ -75,7 +75,7 @@ def test_parameters(two_models, params):
     decode(two_models(), **params)
 
 
-@pytest.mark.parametrize("drafter", ["arm", "base"])
+@pytest.mark.parametrize("drafter", ["arm", "base", "ngram"])
 def test_drafts(two_models, drafter):
     decode(two_models(), Speculation(drafter, 2))
 

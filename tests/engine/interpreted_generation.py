@@ -8,7 +8,7 @@ import torch
 from against_reference import assert_equals_reference, reference_completion
 from cuda_driver import OnCpuTensors, cuda_driver
 from doubles import engines_on
-from interpreter import NoReads
+from interpreter import no_reads
 from tiny_models import build_model, save_adapter
 
 from genarm_fast import GenARM, SamplingParams
@@ -73,7 +73,7 @@ def launches(monkeypatch):
 
     def launched(self, batch, drafter, k, **shadows):
         drafts.append(k)
-        with NoReads():
+        with no_reads():
             return launch(self, batch, drafter, k, **shadows)
 
     monkeypatch.setattr(StepGraph, "launch", launched)
@@ -107,6 +107,19 @@ def test_a_draft_model(tokenizer, launches):
     log, device = decode(model, Speculation("draft_model", 3))
     assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
     assert launches.count(3) > 3
+
+
+def test_lanes_with_a_draft_model(tmp_path, tokenizer, launches):
+    """A small extra model drafts for a base and a LoRA ARM in one forward, in the same launch."""
+    build_model("llama", 0, **SMALL).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "arm", base=tmp_path / "base", seed=1)
+    options = {"draft_model": build_model("qwen2", 0, **SMALL), "dtype": torch.float32, "device": "cpu"}
+    model = GenARM.from_pretrained(tmp_path / "base", tmp_path / "arm", max_batch_size=2, **options)
+    log, device = decode(model, Speculation("draft_model", 2))
+    assert len(model.engine().executor.groups[0]) == 2
+    assert {entry[-1] for entry in log.of("replay")} >= {device.streams[0]}
+    assert launches.count(2) > 3
 
 
 def test_weights_that_change(lanes):

@@ -14,6 +14,7 @@ from in_interpreter import NEEDS_NUMPY, run_interpreted
         "test_lanes_with_drafts_of_the_text",
         "test_two_models_with_drafts",
         "test_a_draft_model",
+        "test_lanes_with_a_draft_model",
         "test_weights_that_change",
     ],
 )

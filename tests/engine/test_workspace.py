@@ -115,8 +115,8 @@ class Small(Lagging):
 
 
 @pytest.mark.parametrize(("room", "slots"), [(2.5, 2), (0.5, 1)])
-def test_caches_are_planned_from_what_is_free(fresh, room, slots):
-    """Two requests at a time where three ask, one where there is no room for one; none is lost."""
+def test_caches_are_planned_from_what_is_free(fresh, room, slots, caplog):
+    """Two requests at a time where three ask, one where there is no room for one; none is lost; and it is said."""
     texts = [[5 + i] * 20 for i in range(3)]
     expected = tokens(fresh(), texts)
     one = fresh().engine().workspace.token_bytes([0, 1]) * (20 + 8)  # prompt and response
@@ -124,6 +124,19 @@ def test_caches_are_planned_from_what_is_free(fresh, room, slots):
         model = fresh()
         assert tokens(model, texts) == expected
         assert model.engine().workspace.slots == slots
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"KV caches of all that is free hold {slots} of 3 sequences, of 28 tokens each: the others wait"]
+
+
+def test_a_limit_of_the_user_s_is_no_warning(fresh, caplog):
+    """It is told to those who ask for information."""
+    texts = [[5 + i] * 20 for i in range(3)]
+    limit = 2 * 28 * fresh().engine().workspace.token_bytes([0, 1])
+    with caplog.at_level("INFO", "genarm_fast.engine.admission"):
+        tokens(fresh(cache_bytes=limit), texts)
+    (said,) = (record for record in caplog.records if record.name == "genarm_fast.engine.admission")
+    assert said.levelname == "INFO"
+    assert said.getMessage().startswith(f"KV caches of cache_bytes={limit:,} hold 2 of 3 sequences")
 
 
 def test_what_a_gpu_has_for_caches():

@@ -47,6 +47,8 @@ SAMPLING = ["1 ARM", "1 ARM, filters", "1 ARM, numbers", "5 drafts", "n-grams"]
 ATTENTION = [
     "8B",
     "8B, q = 4",
+    "8B, q = 5",
+    "70B",
     "8B, q = 512",
     "8B, float32",
     "8B, float32, q = 16",

@@ -2,15 +2,19 @@
 
 import copy
 import os
+from collections import Counter
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
+from doubles import tensors_in
 from tiny_models import VOCAB_SIZE, build_model
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 from genarm_fast.kernels import _dispatch, _native
 from genarm_fast.kernels.linear import Lora
@@ -151,6 +155,9 @@ class Launches(TorchDispatchMode):
             self.names.append(name)
         return func(*args, **kwargs or {})
 
+    def finished(self):
+        """A kernel has ended."""
+
     @contextmanager
     def counting(self):
         run = InterpretedFunction.__getitem__
@@ -161,6 +168,7 @@ class Launches(TorchDispatchMode):
                 self.inside = True
                 run(kernel, grid)(*args, **kwargs)
                 self.inside = False
+                self.finished()
 
             return launch
 
@@ -187,3 +195,91 @@ def test_launches_of_a_layer(family, chunk, monkeypatch):
                 decoder(**inputs)
         counts.append(launches.names)
     assert len(counts[1]) - len(counts[0]) == 9, counts[1]
+
+
+class Reads(Launches):
+    """Bytes that each launch reads: of an operation of PyTorch's its inputs, of a kernel the addresses that it loads.
+
+    weights, caches, others: bytes, by whose memory they are; whatever a launch reads several times counts once for it.
+    """
+
+    def __init__(self, weights, caches):
+        super().__init__()
+        self.bytes = Counter()
+        self.spans = {"weights": spans_of(weights), "caches": spans_of(caches)}
+        self.addresses = []
+
+    def kind(self, address):
+        return next((kind for kind, spans in self.spans.items() if any(a <= address < b for a, b in spans)), "others")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.inside and func.overloadpacket.__name__ not in FREE:
+            for tensor in {(t.data_ptr(), t.numel()): t for t in tensors_in([args, kwargs])}.values():
+                self.bytes[self.kind(tensor.data_ptr())] += tensor.nbytes
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def finished(self):
+        """A kernel has ended."""
+        for size in {size for size, _ in self.addresses}:
+            found = numpy.unique(numpy.concatenate([each for width, each in self.addresses if width == size]))
+            for kind, spans in self.spans.items():
+                own = sum((a <= found) & (found < b) for a, b in spans)
+                self.bytes[kind] += size * int(own.sum())
+                found = found[own == 0]
+            self.bytes["others"] += size * len(found)
+        self.addresses.clear()
+
+    @contextmanager
+    def counting(self):
+        load = InterpreterBuilder.create_masked_load
+
+        def counted(builder, ptrs, mask, *rest):
+            size = ptrs.get_element_ty().primitive_bitwidth // 8
+            self.addresses.append((size, ptrs.data[mask.data].astype(numpy.int64)))
+            return load(builder, ptrs, mask, *rest)
+
+        with patch.object(InterpreterBuilder, "create_masked_load", counted), super().counting():
+            yield
+
+
+def spans_of(tensors):
+    """(begin, end) of the memory of tensors."""
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return [(begin, begin + size) for begin, size in storages.items()]
+
+
+def bytes_of_a_layer(at):
+    """Bytes that a layer reads for a token at this position of three lanes of rank 16, and its weights' own.
+
+    Its shape is Llama-3-8B's, all of it eight times smaller.
+    """
+    shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 1}
+    found = []
+    for layers in (1, 2):
+        base = build_model("llama", 0, num_hidden_layers=layers, **shape)
+        weights = sum(p.nbytes for p in base.model.layers[0].parameters())
+        for path in [n for n, module in base.named_modules() if isinstance(module, nn.Linear) and "layers" in n]:
+            linear = base.get_submodule(path)
+            out, inputs = linear.weight.shape
+            lora = Lora(torch.zeros(2, inputs), torch.zeros(2, out), 1.0)
+            base.set_submodule(path, LaneLinear(linear, dict.fromkeys((1, 2, 3), lora)))
+        decoder = StackedDecoder(base.model, Movable([base]))
+        cache = Cache(layers=[RaggedLayer(3, 64) for _ in range(layers)])
+        positions = torch.full((3, 1), at)
+        inputs = {"input_ids": positions, "position_ids": positions, "past_key_values": cache}
+        with torch.inference_mode(), running([1, 2, 3], 1), placed(Ragged(torch.arange(3), positions, 64)):
+            decoder(**inputs)  # makes the caches
+            held = [*base.parameters(), *(t for p in decoder.products for t in (p.weight, p.b) if t is not None)]
+            reads = Reads(held, [states for layer in cache.layers for states in (layer.keys, layer.values)])
+            with reads.counting():
+                decoder(**inputs)
+        found.append(reads.bytes)
+    return {kind: found[1][kind] - found[0][kind] for kind in found[1]}, weights
+
+
+def test_bytes_of_a_step():
+    """Weights once, at most 1.03 of the base's own; of the caches what a row has written; little else."""
+    found, weights = bytes_of_a_layer(40)
+    assert weights < found["weights"] <= 1.03 * weights
+    assert found["caches"] == 3 * 41 * 2 * 128 * 4
+    assert found["others"] <= 0.05 * weights

@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM
 import genarm_fast.functional
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.kernels import _native
-from genarm_fast.kernels.linear import Lora
 from genarm_fast.models import fast_modules, stacking
-from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.stacked_decoder import StackedDecoder
 from genarm_fast.models.stacking import tolerance
 from genarm_fast.models.weights import Movable, share_weights
@@ -357,20 +355,3 @@ def test_rounding_is_within_the_tolerance(dtype):
     base = build_model("llama", 0, num_hidden_layers=8, hidden_size=64, initializer_range=0.05).to(dtype)
     forward, how = stacking.stacked_forward(base.model, Movable([base]))
     assert forward is not None, how
-
-
-def test_bytes_of_a_step():
-    """Of three lanes of rank 16 over Llama-3-8B's layer, all of it eight times smaller: at most 1.03 of the weights."""
-    shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 1}
-    base = build_model("llama", 0, num_hidden_layers=1, **shape)
-    weights = sum(p.nbytes for p in base.model.layers.parameters())
-    for path in [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "layers" in name]:
-        linear = base.get_submodule(path)
-        out, inputs = linear.weight.shape
-        lora = Lora(torch.zeros(2, inputs), torch.zeros(2, out), 1.0)
-        base.set_submodule(path, LaneLinear(linear, dict.fromkeys((1, 2, 3), lora)))
-    (layer,) = StackedDecoder(base.model, Movable([base])).layers
-    read = layer.norm.weight.nbytes + layer.second_norm.weight.nbytes
-    for product in (layer.qkv, layer.o, layer.gate_up, layer.down):
-        read += product.weight.nbytes + product.b.nbytes
-    assert weights < read <= 1.03 * weights

@@ -59,7 +59,7 @@ def plan(
     most = 16 if widest > 256 or size == 4 else 32 if widest > 128 else 64
     block_m = min(most, max(16, power_of_two(folded)))
     tile_bytes = FLOAT32_BYTES if size == 4 else TILE_BYTES
-    block_n = min(32 if prefill else 64, max(16, tile_bytes // (widest * size)))
+    block_n = min(32 if prefill or (block_m == 64 and widest < 128) else 64, max(16, tile_bytes // (widest * size)))
     tiles = -(-folded // block_m)
     span = limit if window is None else min(limit, window + block)
     # Enough to fill the GPU. Beyond it, splits that balance rows of unequal lengths, so long that what they write and
@@ -67,6 +67,7 @@ def plan(
     programs = max(1, rows * kv_heads * tiles)
     fill, cheap = -(-PROGRAMS // programs), span // (16 * block_m)
     splits = max(1, min(-(-span // CHUNK), max(fill, 0 if prefill else cheap), MOST_SPLITS))
-    warps = 8 if block_m == 64 or prefill or size == 4 or widest > 128 else 4
+    # With 4, 9 rows and more of widths of 128 spilled on sm_90 or sm_100; with 64 entries, 64 rows of 64 on sm_80.
+    warps = 8 if folded > 8 or prefill or size == 4 or widest > 128 else 4
     blocked = prefill and window is None
     return Plan(block_m, block_n, width, value_width, tiles, splits, CHUNK, blocked, warps)

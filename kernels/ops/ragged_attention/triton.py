@@ -22,7 +22,7 @@ from .plan import DECODE, plan, power_of_two
 LOG2E = 1.4426950408889634
 INF = tl.constexpr(float("inf"))
 SPLITS_AT_ONCE = 8  # read by `combine`; in `attend`, as many as make AVERAGED numbers with the tile's rows
-AVERAGED = 4096
+AVERAGED = 2048
 
 
 @triton.jit
@@ -82,15 +82,15 @@ def attend_span(
 @triton.jit
 def averaged(
     p_parts, p_logs, b_rows, m_rows, splits,
-    DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
+    DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows (int32) of parts [rows, splits, DV] and logs [rows, splits] → [ROWS, VALUE_WIDTH]; SPLITS >= splits."""
-    o_splits, o_width = tl.arange(0, SPLITS), tl.arange(0, VALUE_WIDTH)
-    b_first = b_rows[:, None] * splits
-    m_logs = m_rows[:, None] & (o_splits[None, :] < splits)
-    b_logs = tl.load(p_logs + b_first + o_splits[None, :], mask=m_logs, other=-INF)
-    b_peaks = tl.max(b_logs, axis=1)[:, None]
-    b_totals = tl.sum(tl.exp2(b_logs - b_peaks), axis=1)
+    """Rows (int32) of parts [rows, splits, DV] and logs [rows, splits] → [ROWS, VALUE_WIDTH].
+
+    Online, as all logs at once spilled registers: [64, 128] of them beside the sums.
+    """
+    o_width, b_first = tl.arange(0, VALUE_WIDTH), b_rows[:, None] * splits
+    b_peaks = tl.full([ROWS], -INF, tl.float32)
+    b_totals = tl.zeros([ROWS], tl.float32)
     b_sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     for start in range(0, splits, AT_ONCE):
         o_some = start + tl.arange(0, AT_ONCE)
@@ -101,7 +101,13 @@ def averaged(
         m_parts = (b_some != -INF)[:, :, None] & (o_width[None, None, :] < DV)
         o_parts = (b_first + o_some[None, :])[:, :, None] * DV + o_width[None, None, :]
         b_parts = tl.load(p_parts + o_parts, mask=m_parts, other=0.0)
-        b_sums += tl.sum(b_parts * tl.exp2(b_some - b_peaks)[:, :, None], axis=1)
+        b_new = tl.maximum(b_peaks, tl.max(b_some, axis=1))
+        b_peak = tl.where(b_new == -INF, 0.0, b_new)  # no split so far had entries
+        b_shares = tl.exp2(b_some - b_peak[:, None])
+        b_fade = tl.exp2(b_peaks - b_peak)
+        b_totals = b_totals * b_fade + tl.sum(b_shares, axis=1)
+        b_sums = b_sums * b_fade[:, None] + tl.sum(b_parts * b_shares[:, :, None], axis=1)
+        b_peaks = b_new
     return b_sums / b_totals[:, None]
 
 
@@ -118,7 +124,7 @@ def attend_kernel(
     heads, group, block, capacity, tiles, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
-    SPLIT: tl.constexpr, COUNTED: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
+    SPLIT: tl.constexpr, COUNTED: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr,
     BLOCKED: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     IEEE: tl.constexpr,
 ):  # fmt: skip
@@ -191,7 +197,7 @@ def attend_kernel(
             p_logs += before * splits
             p_parts += before * splits * DV
             p_out += before * DV
-            b_all = averaged(p_parts, p_logs, b_rows, m_own, splits, DV, VALUE_WIDTH, SPLITS, AT_ONCE, ROWS)
+            b_all = averaged(p_parts, p_logs, b_rows, m_own, splits, DV, VALUE_WIDTH, AT_ONCE, ROWS)
             o_all = b_rows[:, None] * DV + o_value_width[None, :]
             m_all = m_own[:, None] & (o_value_width[None, :] < DV)
             tl.store(p_out + o_all, b_all.to(p_out.dtype.element_ty), mask=m_all)
@@ -201,12 +207,12 @@ def attend_kernel(
 @triton.jit
 def combine_kernel(
     p_parts, p_logs, p_out, splits,
-    DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row, b_row, o_width = tl.program_id(0).to(tl.int64), tl.arange(0, 1), tl.arange(0, VALUE_WIDTH)[None, :]
     p_logs += row * splits
     p_parts += row * splits * DV
-    b_out = averaged(p_parts, p_logs, b_row, b_row == 0, splits, DV, VALUE_WIDTH, SPLITS, AT_ONCE, 1)
+    b_out = averaged(p_parts, p_logs, b_row, b_row == 0, splits, DV, VALUE_WIDTH, AT_ONCE, 1)
     tl.store(p_out + row * DV + o_width, b_out.to(p_out.dtype.element_ty), mask=o_width < DV)
 
 
@@ -250,15 +256,14 @@ def attention(
             heads, group, block, capacity, cut.tiles, factor, cap, window or 0,
             D=width, DV=value_width, WIDTH=cut.width, VALUE_WIDTH=cut.value_width,
             BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, LEAST=cut.chunk,
-            SPLIT=split, COUNTED=counted, SPLITS=power_of_two(cut.splits), ROWS=own, AT_ONCE=at_once,
+            SPLIT=split, COUNTED=counted, ROWS=own, AT_ONCE=at_once,
             BLOCKED=cut.blocked, MANY=block > 1, WINDOW=window is not None, SOFTCAP=softcap is not None,
             IEEE=query.dtype == torch.float32, num_warps=cut.warps, num_stages=2,
         )  # fmt: skip
         if split and not counted:
             combine_kernel[(rows * block * heads,)](
                 parts, logs, out, cut.splits,
-                DV=value_width, VALUE_WIDTH=cut.value_width, SPLITS=power_of_two(cut.splits), AT_ONCE=SPLITS_AT_ONCE,
-                num_warps=1,
+                DV=value_width, VALUE_WIDTH=cut.value_width, AT_ONCE=SPLITS_AT_ONCE, num_warps=1,
             )  # fmt: skip
     return out
 
