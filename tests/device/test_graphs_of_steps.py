@@ -15,7 +15,9 @@ from genarm_fast.engine.step import Steps
 from genarm_fast.speculation.config import Speculation
 
 FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
-PLANS = pytest.mark.parametrize("plan", ["off", Speculation("arm", 2), Speculation("ngram", 2)], ids=["off", "arm", "ngram"])
+PLANS = pytest.mark.parametrize(
+    "plan", ["off", Speculation("arm", 2), Speculation("ngram", 2)], ids=["off", "arm", "ngram"]
+)
 
 
 @pytest.fixture
@@ -28,7 +30,9 @@ def unchanged(input_ids, scores):
 
 
 @PLANS
-@pytest.mark.parametrize("needing", [{"repetition_penalty": 1.3}, {"logits_processors": [unchanged]}], ids=["penalty", "processor"])
+@pytest.mark.parametrize(
+    "needing", [{"repetition_penalty": 1.3}, {"logits_processors": [unchanged]}], ids=["penalty", "processor"]
+)
 def test_requests_that_need_the_host_leave_the_graph_and_the_others_return(model, monkeypatch, plan, needing):
     """Steps with such a request are launched in pieces, each forward a graph of its own; all others are one launch."""
     steps, launch = [], Steps.launch
