@@ -45,6 +45,7 @@ AS_DEAR_AS = {
     "guided, w = 0.5": "guided, w = 1",
     "guided, w = 2": "guided, w = 1",
     "the ARM alone": "policy",
+    "rewarded fine-tune": "policy",
     "ARGS, sampling, w = 1": "ARGS, sampling, w = 10",
     "ARGS, sampling, w = 3": "ARGS, sampling, w = 10",
     "ARGS, greedy, w = 10": "ARGS, sampling, w = 10",

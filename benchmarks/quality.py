@@ -203,6 +203,7 @@ def main() -> None:
         "--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output (default: ours)"
     )
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
+    parser.add_argument("--rewarded", type=Path, help="folder of baselines/rewarded.py's output, for a row")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
     parser.add_argument("--json", type=Path, help="folder for quality-<scenario>.json")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="of general and weak, only these and the base")
@@ -212,10 +213,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.methods and "front" in args.scenarios:
         parser.error("--methods: expected general or weak, a front is of all its points")
+    if args.rewarded and not args.rewarded.is_dir():
+        parser.error(f"--rewarded {args.rewarded}: expected a folder that baselines/rewarded.py wrote")
     torch.set_num_threads(args.threads)
     changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
     size = replace(SIZES[args.size], **changed)
-    models = Models(policies(args.policy), args.reward)
+    models = Models(policies(args.policy), args.reward, args.rewarded)
     known = [name for scenario in args.scenarios for name in methods_of(scenario, models, size)]
     if unknown := [name for name in args.methods or () if name not in known]:
         parser.error(f"--methods {unknown[0]!r}: expected some of {', '.join(dict.fromkeys(known))}")

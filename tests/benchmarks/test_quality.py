@@ -141,5 +141,24 @@ def test_methods_of_the_scenarios(script) -> None:
     names = set(methods.general(models, size))
     assert {"base", "control, w = 1", "best of 2", "best of 16", "ARGS, sampling, w = 3", "Transfer-Q, w = 10"} <= names
     assert not any("best of" in name for name in methods.general(methods.Models({}, None), size))
+    assert "rewarded fine-tune" not in names
     assert {"base", "small ARM, w = 1", "guided, w = 1", "policy"} <= set(methods.weak(models))
     assert len(methods.fronts(models, size.points)) == 44
+
+
+def test_a_rewarded_fine_tune_is_a_row_and_an_input(script) -> None:
+    methods = script("quality_methods")
+    folder = methods.demo.arm("positive")
+    models, without = methods.Models({}, None, folder), methods.Models({}, None)
+    size = methods.SIZES["quick"]
+    assert set(methods.general(models, size)) - set(methods.general(without, size)) == {"rewarded fine-tune"}
+    assert models.inputs() == without.inputs() | {"rewarded": models.inputs()["positive"]}
+    row = methods.general(models, size)["rewarded fine-tune"]
+    assert row(PROMPTS, script("baselines.interface").Params(2))[0].forwards == {"rewarded": 2}
+
+
+def test_a_rewarded_folder_that_is_not_there(quality, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["quality.py", "general", "--rewarded", "/nowhere/at/all"])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "--rewarded /nowhere/at/all: expected a folder that baselines/rewarded.py wrote" in capsys.readouterr().err
