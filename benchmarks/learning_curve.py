@@ -67,6 +67,7 @@ def trained(objective: str, data: Path, output: Path, pairs: int | None) -> dict
 
 def curve(objective: str, folder: Path, work: Path, counts: list[int | None]) -> dict[str, Any]:
     held_out = load_pairs(str(folder / f"{objective}-held-out.jsonl")).pairs
+    held_out.sort(key=lambda pair: len(str(pair.prompt)))  # batches of like lengths: less padding
     whole = load_pairs(str(folder / f"{objective}-held-out-whole.jsonl")).pairs
     of_base = margins(None, held_out, work / f"{objective}-base.json")
     points = []
