@@ -103,6 +103,22 @@ def test_a_method_of_the_first_prompts_only(quality, script, models, size, tmp_p
     assert "| few (2 prompts) |" in quality.table({"scenario": "general", "prompts": 3, "methods": {"few": row}})
 
 
+def test_wins_over_the_policy(quality, script, models, size, tmp_path: Path) -> None:
+    """Of a method on two of three prompts: against the policy's texts on these, by hand."""
+    methods = methods_of(script, models, [])
+    methods["policy"] = methods["guided, w = 1"]
+    methods["few"] = script("quality_methods").FirstPrompts(methods["base"], 2)
+    found = quality.collect(models, methods, tmp_path, PROMPTS, size)
+    rows: dict = {name: {} for name in found}
+    quality.add_duels(rows, found, Judge())
+    assert rows["policy"] == {}
+    ours, theirs = (np.array([len(text) for text in found[name].texts]) for name in ("few", "policy"))
+    theirs = theirs.reshape(2, 3)[:, :2].reshape(-1)
+    assert rows["few"]["over_policy"]["value"] == pytest.approx(((ours > theirs) + (ours == theirs) / 2).mean())
+    assert rows["guided, w = 1"]["vader_over_policy"]["value"] == 0.5  # the same texts
+    quality.add_duels({}, {"base": found["base"]}, Judge())  # no policy, no column
+
+
 def test_other_inputs_are_refused(quality, tmp_path: Path) -> None:
     quality.same_inputs(tmp_path, {"size": [1, 2]})
     quality.same_inputs(tmp_path, {"size": [1, 2]})
