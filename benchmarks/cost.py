@@ -143,10 +143,10 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
         spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
         colour = "#c1440e" if name.startswith("guided") else "#4878a8"
         axis.errorbar(cost, rate["value"], yerr=spread, fmt="o", color=colour, ecolor="#c8d3e0", elinewidth=0.8)
-        # A label goes to the left of its point where it would run into another one.
+        # A label goes below its point where it would run into another one.
         near = [c for c, other in shown.values() if abs(other["value"] - rate["value"]) < 0.02 and 1 < c / cost < 1.4]
-        place = {"xytext": (-6, 3), "ha": "right"} if near else {"xytext": (6, 3)}
-        axis.annotate(name, (cost, rate["value"]), textcoords="offset points", fontsize=8, **place)
+        place = (6, -11 if near else 3)
+        axis.annotate(name, (cost, rate["value"]), xytext=place, textcoords="offset points", fontsize=8)
     best, frontier = -1.0, []
     for cost, rate in sorted(shown.values(), key=lambda point: (point[0], -point[1]["value"])):
         if rate["value"] > best:
