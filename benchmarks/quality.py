@@ -213,7 +213,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=["general", "weak", "front"])
     parser.add_argument(
-        "--short", dest="size", action="store_const", const="short", default="full", help="one seed: an hour of a core"
+        "--short",
+        dest="size",
+        action="store_const",
+        const="short",
+        default="full",
+        help="one seed: a quarter of an hour",
     )
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="a few prompts: minutes")
     parser.add_argument(
