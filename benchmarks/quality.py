@@ -218,7 +218,7 @@ def main() -> None:
         action="store_const",
         const="short",
         default="full",
-        help="one seed: a quarter of an hour",
+        help="one seed: 16 minutes",
     )
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="a few prompts: minutes")
     parser.add_argument(
