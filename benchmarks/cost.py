@@ -5,8 +5,9 @@
 
 Methods take turns, round by round, in CPU time with one thread. A figure is of whole calls, prompts included, without
 stop tokens, so that all make equally many; "first token" is a call of one token. "published stack" is how the published
-code works: two full models one after the other, a log-softmax of each, tokens read by the host at each step. Peak
-memory is of a process that runs one method once, weights included. Published ratios stand in `PUBLISHED`.
+code works: two full models one after the other, a log-softmax of each, tokens read by the host at each step. Methods
+that search or sample many times run at the first batch size alone. Peak memory is of a process that runs one method
+once, weights included; this engine's holds all three ARMs, whatever their weights. Published ratios: `PUBLISHED`.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ AS_DEAR_AS = {
     "guided, w = 0.5": "guided, w = 1",
     "guided, w = 2": "guided, w = 1",
     "the ARM alone": "policy",
+    "rewarded fine-tune": "policy",
     "ARGS, sampling, w = 1": "ARGS, sampling, w = 10",
     "ARGS, sampling, w = 3": "ARGS, sampling, w = 10",
     "ARGS, greedy, w = 10": "ARGS, sampling, w = 10",
 }
+
+
+SEARCHES = ("best", "ARGS", "Transfer-Q")  # beginnings of names; these take 2 to 20 times as long as the others
 
 
 def methods(models: Models, size: Size) -> dict[str, Method]:
@@ -74,8 +79,10 @@ def measure(
     times run `slow_rounds` rounds."""
     prompts, results = prompts_of(models, batch), {}
     _, clock = clock_of([torch.device("cpu")])
-    slow = {name for name in chosen if name.startswith(("best", "ARGS", "Transfer-Q"))}
-    for names, times in (([n for n in chosen if n not in slow], rounds), (["base", *sorted(slow)], slow_rounds)):
+    slow = sorted(name for name in chosen if name.startswith(SEARCHES))
+    turns = [([name for name in chosen if name not in slow], rounds)]
+    turns += [(["base", *slow], slow_rounds)] if slow else []
+    for names, times in turns:
         last: dict[str, Any] = {}
 
         def run(name: str, new: int, last: dict[str, Any] = last) -> Any:
@@ -102,6 +109,11 @@ def measure(
                 "forwards_per_token": {member: count / made for member, count in forwards.items()},
             }
     return results
+
+
+def at_batch(chosen: dict[str, Method], batch: int, first: int) -> dict[str, Method]:
+    """Those that run at a batch size, of which `first` is the first."""
+    return {name: method for name, method in chosen.items() if batch == first or not name.startswith(SEARCHES)}
 
 
 def peak_memory(arguments: Sequence[str], names: Sequence[str]) -> dict[str, float]:
@@ -131,7 +143,10 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
         spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
         colour = "#c1440e" if name.startswith("guided") else "#4878a8"
         axis.errorbar(cost, rate["value"], yerr=spread, fmt="o", color=colour, ecolor="#c8d3e0", elinewidth=0.8)
-        axis.annotate(name, (cost, rate["value"]), xytext=(6, 3), textcoords="offset points", fontsize=8)
+        # A label goes below its point where it would run into another one.
+        near = [c for c, other in shown.values() if abs(other["value"] - rate["value"]) < 0.02 and 1 < c / cost < 1.4]
+        place = (6, -11 if near else 3)
+        axis.annotate(name, (cost, rate["value"]), xytext=place, textcoords="offset points", fontsize=8)
     best, frontier = -1.0, []
     for cost, rate in sorted(shown.values(), key=lambda point: (point[0], -point[1]["value"])):
         if rate["value"] > best:
@@ -189,7 +204,7 @@ def table(costs: dict[str, Any]) -> str:
                 forwards,
             ]
             if costs["peak_mib"]:
-                memory = costs["peak_mib"].get(name)
+                memory = costs["peak_mib"].get(batch, {}).get(name)
                 cells.append("" if memory is None else f"{memory:.0f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -217,24 +232,28 @@ def main() -> None:
     size = SIZES[args.size]
     chosen = methods(models, size)
     if args.child:
-        chosen[args.child](prompts_of(models, args.batch[0]), Params(8))
+        chosen[args.child](prompts_of(models, args.batch[0]), Params(args.tokens))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     if unknown := sorted(set(args.methods or ()) - set(chosen)):
         parser.error(f"--methods: {unknown[0]!r}: expected some of {', '.join(chosen)}")
     chosen = {name: chosen[name] for name in chosen if not args.methods or name in args.methods or name == "base"}
-    own = ["--size", args.size, "--batch", str(args.batch[0])]
-    own += ["--reward", str(args.reward)] if args.reward else []
+    by_batch = {batch: at_batch(chosen, batch, args.batch[0]) for batch in args.batch}
+    own = ["--size", args.size, "--tokens", str(args.tokens)] + (["--reward", str(args.reward)] if args.reward else [])
     costs = {
         "machine": machine(),
         "tokens": args.tokens,
         "rounds": [args.rounds, args.slow_rounds],
         "size": asdict(size),
         "batches": {
-            str(batch): measure(models, chosen, batch, args.tokens, args.rounds, args.slow_rounds)
-            for batch in args.batch
+            str(batch): measure(models, some, batch, args.tokens, args.rounds, args.slow_rounds)
+            for batch, some in by_batch.items()
         },
-        "peak_mib": {} if args.no_memory else peak_memory(own, list(chosen)),
+        "peak_mib": {
+            str(batch): peak_memory([*own, "--batch", str(batch)], list(some))
+            for batch, some in by_batch.items()
+            if not args.no_memory
+        },
         "published_to_base": PUBLISHED,
         "published_to_guided": PUBLISHED_TO_GUIDED,
     }

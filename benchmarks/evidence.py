@@ -1,8 +1,9 @@
 """Writes the tables and plots of docs/results.md, from "Beside other methods" on, from the result files.
 
-    python benchmarks/evidence.py     from benchmarks/results/quality-*.json and cost.json, where they are
+    python benchmarks/evidence.py     from benchmarks/results: quality-*.json, cost.json and
+                                  learning-curve.json, where they are
 
-`make evidence` and `cost.py` make those files. No figure in the tables is typed by hand.
+`make evidence`, `cost.py` and `learning_curve.py` make those files. No figure in the tables is typed by hand.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cost
+import learning_curve
 import quality
 from registry import RESULTS
 from result_files import fill
@@ -91,6 +93,9 @@ def blocks() -> dict[str, str]:
     if costs := read("cost"):
         shape = f"{costs['tokens']} tokens, {' and '.join(map(str, costs['rounds']))} round(s). {about(costs)}"
         tables |= {"cost": f"{shape}\n\n{cost.table(costs)}", "published": cost.published(costs)}
+    if curves := read("learning-curve"):
+        made = "\n".join(f"{objective}: {one['dtype']}, {about(one)}" for objective, one in curves.items())
+        tables["curve"] = f"{made}\n\n{learning_curve.table(curves)}"
     return tables
 
 
@@ -100,6 +105,8 @@ def main() -> None:
     general, costs = read("quality-general"), read("cost")
     if general and costs:
         cost.plot(costs, general, IMAGES / "cost.png")
+    if curves := read("learning-curve"):
+        learning_curve.plot(curves, IMAGES / "learning-curve.png")
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
 
 

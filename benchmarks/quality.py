@@ -50,6 +50,7 @@ from result_files import machine
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
 
+DUELS = {"over_policy": "wins over policy", "vader_over_policy": "VADER, over policy"}  # and their columns
 JUDGE_REVIEWS = {"quick": 6000, "short": 6000}  # read, of which a half is the judge's; else all: minutes to fit
 
 
@@ -84,6 +85,18 @@ def described(texts: Texts, judge: Any, base: Texts) -> dict[str, Any]:
         "forwards_per_token": texts.forwards,
         "cpu_ms_per_token": 1e3 * texts.seconds / texts.tokens.sum(),
     }
+
+
+def add_duels(rows: dict[str, dict[str, Any]], found: dict[str, Texts], judge: Any) -> None:
+    """Wins of every method over the trained policy, prompt by prompt, by both judges."""
+    from judge import vader
+
+    if "policy" not in found:
+        return
+    for name, texts in found.items():
+        for key, scored in zip(DUELS, (judge, vader)):
+            if name != "policy":
+                rows[name][key] = asdict(win_rate(texts.scores(scored), found["policy"].scores(scored, texts.prompts)))
 
 
 def front_figures(found: dict[str, Texts], judge: Any, size: Size) -> dict[str, Any]:
@@ -145,6 +158,8 @@ def measure(
     if scenario == "front":
         return about | {"methods": front_figures(found, judge, size), "trace": trace(models, prompts[0], 24)}
     rows = {name: described(texts, judge, found["base"]) for name, texts in found.items()}
+    if scenario == "general":
+        add_duels(rows, found, judge)
     if scenario == "weak":
         scores = {name: texts.scores(judge).mean(1) for name, texts in found.items()}
         targets = [name for name in ("policy", "guided, w = 1") if name in rows]
@@ -170,6 +185,8 @@ def table(result: dict[str, Any]) -> str:
     shares = sorted({key for row in result["methods"].values() for key in row if key.startswith("share")})
     titles = ["method", "win rate", "VADER win rate", "P(positive)", "tokens", "repeated trigrams", "perplexity"]
     titles += ["distinct bigrams", "forwards a token", "CPU ms a token", *shares]
+    duels = [key for key in DUELS if any(key in row for row in result["methods"].values())]
+    titles += [DUELS[key] for key in duels]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row in result["methods"].items():
         forwards = ", ".join(f"{member} {count:.1f}" for member, count in row["forwards_per_token"].items())
@@ -177,7 +194,7 @@ def table(result: dict[str, Any]) -> str:
         cells = [shown, text(row["win_rate"]), text(row["vader_win_rate"]), text(row["score"]), text(row["tokens"])]
         cells += [text(row["repetition"]), f"{row['perplexity']:.1f}", f"{row['distinct_2']:.2f}", forwards]
         cells.append(f"{row['cpu_ms_per_token']:.0f}")
-        cells += [text(row[share]) if share in row else "" for share in shares]
+        cells += [text(row[key]) if key in row else "" for key in (*shares, *duels)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -196,13 +213,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=["general", "weak", "front"])
     parser.add_argument(
-        "--short", dest="size", action="store_const", const="short", default="full", help="one seed: an hour of a core"
+        "--short",
+        dest="size",
+        action="store_const",
+        const="short",
+        default="full",
+        help="one seed: 16 minutes",
     )
     parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="a few prompts: minutes")
     parser.add_argument(
         "--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output (default: ours)"
     )
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
+    parser.add_argument("--rewarded", type=Path, help="folder of baselines/rewarded.py's output, for a row")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
     parser.add_argument("--json", type=Path, help="folder for quality-<scenario>.json")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="of general and weak, only these and the base")
@@ -212,10 +235,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.methods and "front" in args.scenarios:
         parser.error("--methods: expected general or weak, a front is of all its points")
+    if args.rewarded and not args.rewarded.is_dir():
+        parser.error(f"--rewarded {args.rewarded}: expected a folder that baselines/rewarded.py wrote")
     torch.set_num_threads(args.threads)
     changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
     size = replace(SIZES[args.size], **changed)
-    models = Models(policies(args.policy), args.reward)
+    models = Models(policies(args.policy), args.reward, args.rewarded)
     known = [name for scenario in args.scenarios for name in methods_of(scenario, models, size)]
     if unknown := [name for name in args.methods or () if name not in known]:
         parser.error(f"--methods {unknown[0]!r}: expected some of {', '.join(dict.fromkeys(known))}")

@@ -72,13 +72,14 @@ class Models:
 
     policies: folders of DPO adapters by objective; an objective without one takes its ARM as its policy, which is what
     DPO without a reference gives. reward: folder of the trajectory reward model, or None: methods that ask one are out.
+    rewarded: folder of baselines/rewarded.py's adapter, or None: that method is out.
     """
 
-    def __init__(self, policies: dict[str, Path], reward: Path | None) -> None:
+    def __init__(self, policies: dict[str, Path], reward: Path | None, rewarded: Path | None = None) -> None:
         self.folder = demo.base()
         self.policies = {name: policies.get(name, demo.arm(name)) for name in OBJECTIVES}
         self.trained_policies = sorted(policies)
-        self.reward_folder = reward
+        self.reward_folder, self.rewarded_folder = reward, rewarded
 
     def inputs(self) -> dict[str, str | None]:
         """By the hash of their weights: what responses depend on beside prompts and sizes."""
@@ -86,7 +87,10 @@ class Models:
         def digest(folder: Path | None) -> str | None:
             return folder and hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
 
-        return {"reward": digest(self.reward_folder), **{name: digest(path) for name, path in self.policies.items()}}
+        folders = {"reward": self.reward_folder, **self.policies}
+        if self.rewarded_folder:
+            folders["rewarded"] = self.rewarded_folder
+        return {name: digest(folder) for name, folder in folders.items()}
 
     @cached_property
     def engine(self) -> GenARM:
@@ -155,6 +159,10 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         "the ARM alone": lambda prompts, params: mixture([models.arm_alone], [1.0], prompts, params),
         "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
     }
+    if rewarded := models.rewarded_folder:
+        methods["rewarded fine-tune"] = lambda prompts, params: mixture(
+            [models.policy(rewarded, "rewarded")], [1.0], prompts, params
+        )
     if models.reward_folder is None:
         return methods
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from baselines.interface import Member, Params
+from baselines.interface import Params
+from baselines.likelihoods import log_likelihoods
 from quality_measures import repetition
 from quality_methods import Method, Models, Size
 
@@ -39,19 +38,6 @@ class Texts:
 
     def repetition(self) -> np.ndarray:
         return self._by_prompt(repetition(self.texts))
-
-
-def log_likelihoods(
-    model: Member, prompts: list[list[int]], responses: list[list[int]], batch: int = 16
-) -> Iterator[float]:
-    """Σ log π of each response, in nats. What a batch's prompts begin with is read once."""
-    for i in range(0, len(prompts), batch):
-        state, rows = model.start(prompts[i : i + batch]), responses[i : i + batch]
-        width = max(map(len, rows))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        logits = torch.cat([state.last[:, None], *([state.advance(tokens[:, :-1])] if width > 1 else [])], 1)
-        found = logits.log_softmax(-1).gather(-1, tokens[:, :, None]).squeeze(-1)
-        yield from (float(each[: len(row)].sum()) for each, row in zip(found, rows))
 
 
 def collect(

@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from baselines.interface import Member, Params, Response
+from baselines.likelihoods import rankings
 from baselines.mixture import mixture
-from baselines.pairs import BATCH, chosen_pairs, dataset, lora, parse, split, training_arguments
+from baselines.pairs import BATCH, chosen_pairs, command_line, dataset, lora, split, training_arguments
 from genarm_fast.train.data import Pair
 
 
@@ -55,34 +56,42 @@ def trainer_of(
     )
 
 
-def train(base: str | Path, pairs: list[Pair], output: Path, *, beta: float = 0.1, **options: Any) -> list[dict]:
-    """Writes the adapter into `output`, with the base's tokenizer, and returns TRL's log."""
+def train(base: str | Path, pairs: list[Pair], output: Path, *, beta: float = 0.1, **options: Any) -> Any:
+    """Writes the adapter into `output`, with the base's tokenizer, and returns TRL's trainer, done."""
     options = {"micro_batch": 4, "epochs": 1.0} | options
     trainer = trainer_of(base, pairs, output, beta=beta, **options)
     trainer.train()
     trainer.model.save_pretrained(str(output))
     AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(str(output))
-    return list(trainer.state.log_history)
+    return trainer
 
 
 def main() -> None:
-    args = parse(__doc__)
+    parser = command_line(__doc__)
+    parser.add_argument("--beta", type=float, default=0.1, help="default: 0.1")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    training = chosen_pairs(split(args.pairs, args.holdout_every)[0], args.max_pairs)
+    training, held_out = split(args.pairs, args.holdout_every)
+    training, held_out = chosen_pairs(training, args.max_pairs), held_out[: args.held_out_pairs]
     start = time.perf_counter()
     schedule = {
+        "beta": args.beta,
         "micro_batch": args.micro_batch,
         "batch": args.batch,
         "epochs": args.epochs,
         "learning_rate": args.learning_rate,
+        "bf16": args.bf16,
     }
-    history = train(args.base, training, args.output, **schedule)
+    trainer = train(args.base, training, args.output, **schedule)
     seconds = time.perf_counter() - start
-    (args.output / "report.json").write_text(
-        json.dumps({"pairs": len(training), "beta": 0.1, **schedule, "seconds": seconds, "history": history}, indent=1)
-        + "\n"
-    )
-    print(f"{args.output}: {len(training)} pairs in {seconds:.0f} s")
+    tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
+    report = {"pairs": len(training), **schedule, "seconds": seconds, "held_out_pairs": len(held_out)}
+    with torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=args.bf16):
+        report["held_out"] = rankings(trainer.model.eval(), tokenizer, held_out)
+    report["history"] = list(trainer.state.log_history)
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    found = ", ".join(f"{name} {each['accuracy']:.3f}" for name, each in report["held_out"].items())
+    print(f"{args.output}: {len(training)} pairs in {seconds:.0f} s; right of {len(held_out)} held out by {found}")
 
 
 if __name__ == "__main__":

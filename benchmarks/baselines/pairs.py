@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,7 @@ def training_arguments(output: Path, micro_batch: int, epochs: float, batch: int
         "num_train_epochs": epochs,
         "gradient_checkpointing": False,
         "bf16": False,
+        "use_cpu": not torch.accelerator.is_available(),  # else transformers refuses bfloat16 there
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -67,8 +69,8 @@ def training_arguments(output: Path, micro_batch: int, epochs: float, batch: int
     }
 
 
-def parse(description: str | None, **counts: str) -> argparse.Namespace:
-    """The command line that all trainings share. counts: further options of one integer, and their help."""
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """What all trainings on pairs are told."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="model folder or hub id")
     parser.add_argument("pairs", type=Path, help="preference pairs, as `genarm-fast train` reads them")
@@ -80,10 +82,9 @@ def parse(description: str | None, **counts: str) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="pairs a forward (default: 4)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"pairs a step (default: {BATCH}, as of the ARMs)")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16; weights stay in float32")
     parser.add_argument("--threads", type=int, default=1)
-    for name, text in counts.items():
-        parser.add_argument(f"--{name}", type=int, help=text)
-    return parser.parse_args()
+    return parser
 
 
 def chosen_pairs(pairs: list[Pair], most: int | None) -> list[Pair]:

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from baselines.pairs import lora, render, split, training_arguments
+from baselines.pairs import LEARNING_RATE, lora, render, split, training_arguments
 from baselines.trajectory_reward import TrajectoryReward
 
 Reward = Callable[[list[list[int]]], torch.Tensor]  # rewards [n] of whole token sequences
@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--holdout-every", type=int, default=10, help="as in the other trainings (default: 10)")
     parser.add_argument("--beta", type=float, default=0.04)
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE:g}")
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16; weights stay in float32")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -85,8 +87,9 @@ def main() -> None:
     prompts = [render(tokenizer, pair.prompt) for pair in split(args.pairs, args.holdout_every)[0]][: args.max_prompts]
     start = time.perf_counter()
     reward = TrajectoryReward.from_pretrained(args.base, args.reward)
-    history = train(args.base, prompts, reward, args.output, beta=args.beta, max_new_tokens=args.max_new_tokens)
-    report = {"prompts": len(prompts), "beta": args.beta, "seconds": time.perf_counter() - start, "history": history}
+    schedule = {name: getattr(args, name) for name in ("beta", "max_new_tokens", "learning_rate", "bf16")}
+    history = train(args.base, prompts, reward, args.output, **schedule)
+    report = {"prompts": len(prompts), **schedule, "seconds": time.perf_counter() - start, "history": history}
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{args.output}: {len(prompts)} prompts in {report['seconds']:.0f} s")
 

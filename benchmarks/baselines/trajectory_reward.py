@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from baselines.interface import reward_member
-from baselines.pairs import BATCH, chosen_pairs, dataset, lora, parse, render, split, training_arguments
+from baselines.pairs import BATCH, chosen_pairs, command_line, dataset, lora, render, split, training_arguments
 from genarm_fast.train.data import Pair
 
 
@@ -104,7 +104,9 @@ def train(
 
 
 def main() -> None:
-    args = parse(__doc__, layers="train and keep the first so many layers (default: all)")
+    parser = command_line(__doc__)
+    parser.add_argument("--layers", type=int, help="train and keep the first so many layers (default: all)")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     training, held_out = split(args.pairs, args.holdout_every)
     training, held_out = chosen_pairs(training, args.max_pairs), held_out[: args.held_out_pairs]
@@ -114,6 +116,7 @@ def main() -> None:
         "batch": args.batch,
         "epochs": args.epochs,
         "learning_rate": args.learning_rate,
+        "bf16": args.bf16,
     }
     model = train(args.base, training, args.output, layers=args.layers, **schedule)
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Preference pairs for the `harmless` ARM from HH-RLHF transcripts, as chat messages.
+"""Preference pairs for the `harmless` ARM from HH-RLHF transcripts, as chat messages; pairs_helpful.py shares it.
 
 Of each transcript the last user turns are kept, as many as fit. Both responses are cut to the same number of tokens: a
 sum of log-probabilities follows length before anything else (correlation -0.94 on the whole responses), and a pair of
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,11 @@ def cut(responses: list[str], tokenizer, max_tokens: int) -> tuple[list[str], in
 
 
 def split(
-    hh: Path, tokenizer, max_prompt_tokens: int, max_response_tokens: int | None
+    files: Iterable[Path], tokenizer, max_prompt_tokens: int, max_response_tokens: int | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training, held-out) pairs that fit, in the file's order; `max_response_tokens` None: whole responses."""
+    """(training, held-out) pairs that fit, in the files' order; `max_response_tokens` None: whole responses."""
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for pair in load_pairs(str(hh)).pairs:
+    for pair in (pair for path in files for pair in load_pairs(str(path)).pairs):  # row: within its file
         prompt = last_turns(transcript_messages(str(pair.prompt)), tokenizer, max_prompt_tokens)
         responses = [pair.chosen.strip(), pair.rejected.strip()]
         beginnings, tokens = cut(responses, tokenizer, max_response_tokens or MAX_RESPONSE_TOKENS)
@@ -83,12 +84,16 @@ def clearest(pairs: list[dict[str, Any]], n: int, folds: int = 5) -> list[dict[s
     return [pairs[i] for i in np.argsort(-confidence)[:n]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hh", type=Path, help="HH-RLHF .jsonl(.gz) of whole transcripts")
-    parser.add_argument("output", type=Path, help="folder for harmless.jsonl and its held-out files")
+def main(name: str = "harmless", description: str | None = __doc__, default_pairs: int | None = 512) -> None:
+    """Writes <name>.jsonl, <name>-held-out.jsonl and <name>-held-out-whole.jsonl."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hh", nargs="+", type=Path, help="HH-RLHF .jsonl(.gz) of whole transcripts")
+    parser.add_argument("output", type=Path, help=f"folder for {name}.jsonl and its held-out files")
     parser.add_argument("--base", help="model folder or hub id of the tokenizer; default: the demo's base")
-    parser.add_argument("--pairs", type=int, default=512, help="training pairs, the clearest of all")
+    all_or = "all" if default_pairs is None else default_pairs
+    parser.add_argument(
+        "--pairs", type=int, default=default_pairs, help=f"training pairs, the clearest of all (default: {all_or})"
+    )
     parser.add_argument("--max-prompt-tokens", type=int, default=MAX_PROMPT_TOKENS, help="without the template")
     parser.add_argument("--max-response-tokens", type=int, default=MAX_RESPONSE_TOKENS)
     args = parser.parse_args()
@@ -100,12 +105,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
 
     training, held_out = split(args.hh, tokenizer, args.max_prompt_tokens, args.max_response_tokens)
-    clear = clearest(training, args.pairs)
+    clear = training if args.pairs is None else clearest(training, args.pairs)
     random.Random(SEED).shuffle(clear)
-    write_jsonl(args.output / "harmless.jsonl", clear)
-    write_jsonl(args.output / "harmless-held-out.jsonl", held_out)
+    write_jsonl(args.output / f"{name}.jsonl", clear)
+    write_jsonl(args.output / f"{name}-held-out.jsonl", held_out)
     whole = split(args.hh, tokenizer, args.max_prompt_tokens, None)[1]
-    write_jsonl(args.output / "harmless-held-out-whole.jsonl", whole)
+    write_jsonl(args.output / f"{name}-held-out-whole.jsonl", whole)
     print(f"{len(clear)} of {len(training)} training pairs, {len(held_out)} held out: {args.output}")
 
 

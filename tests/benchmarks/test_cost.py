@@ -37,7 +37,12 @@ def costs(script, tiny_model, tokenizer) -> dict:
     chosen = {"base": method("base", 1), "guided, w = 1": method("guided", 2), "best of 4": method("best", 4)}
     found = cost.measure(models, chosen, 2, 4, 5, 1)
     assert calls["best"] == 1 + 1 + 1  # of one token, warmed up and timed, and of all, timed once
-    return {"batches": {"2": found}, "peak_mib": {"base": 100.0}}
+    chosen = cost.at_batch(chosen, 3, 2)
+    assert list(chosen) == ["base", "guided, w = 1"], "methods that search run at the first batch size alone"
+    calls.clear()
+    third = cost.measure(models, chosen, 3, 4, 5, 1)
+    assert calls == {"base": 11, "guided": 11}  # no second base for methods that are not there
+    return {"batches": {"2": found, "3": third}, "peak_mib": {"2": {"base": 100.0}, "3": {"base": 300.0}}}
 
 
 def test_ratios_and_forwards(costs: dict) -> None:
@@ -53,8 +58,11 @@ def test_ratios_and_forwards(costs: dict) -> None:
 def test_table_and_plot(costs: dict, script, tmp_path: Path) -> None:
     cost = script("cost")
     table = cost.table(costs)
-    assert table.count("\n") == 4
-    assert "| 100 |" in table
+    assert table.count("\n") == 6
+    assert [line.split("|")[1:3] + line.split("|")[-2:-1] for line in table.splitlines()[2::3]] == [
+        [" 2 ", " base ", " 100 "],
+        [" 3 ", " base ", " 300 "],
+    ]
     without = cost.table(costs | {"peak_mib": {}})
     assert "MiB" not in without
     assert {line.count("|") for line in without.splitlines()} == {7}

@@ -103,6 +103,22 @@ def test_a_method_of_the_first_prompts_only(quality, script, models, size, tmp_p
     assert "| few (2 prompts) |" in quality.table({"scenario": "general", "prompts": 3, "methods": {"few": row}})
 
 
+def test_wins_over_the_policy(quality, script, models, size, tmp_path: Path) -> None:
+    """Of a method on two of three prompts: against the policy's texts on these, by hand."""
+    methods = methods_of(script, models, [])
+    methods["policy"] = methods["guided, w = 1"]
+    methods["few"] = script("quality_methods").FirstPrompts(methods["base"], 2)
+    found = quality.collect(models, methods, tmp_path, PROMPTS, size)
+    rows: dict = {name: {} for name in found}
+    quality.add_duels(rows, found, Judge())
+    assert rows["policy"] == {}
+    ours, theirs = (np.array([len(text) for text in found[name].texts]) for name in ("few", "policy"))
+    theirs = theirs.reshape(2, 3)[:, :2].reshape(-1)
+    assert rows["few"]["over_policy"]["value"] == pytest.approx(((ours > theirs) + (ours == theirs) / 2).mean())
+    assert rows["guided, w = 1"]["vader_over_policy"]["value"] == 0.5  # the same texts
+    quality.add_duels({}, {"base": found["base"]}, Judge())  # no policy, no column
+
+
 def test_other_inputs_are_refused(quality, tmp_path: Path) -> None:
     quality.same_inputs(tmp_path, {"size": [1, 2]})
     quality.same_inputs(tmp_path, {"size": [1, 2]})
@@ -141,5 +157,24 @@ def test_methods_of_the_scenarios(script) -> None:
     names = set(methods.general(models, size))
     assert {"base", "control, w = 1", "best of 2", "best of 16", "ARGS, sampling, w = 3", "Transfer-Q, w = 10"} <= names
     assert not any("best of" in name for name in methods.general(methods.Models({}, None), size))
+    assert "rewarded fine-tune" not in names
     assert {"base", "small ARM, w = 1", "guided, w = 1", "policy"} <= set(methods.weak(models))
     assert len(methods.fronts(models, size.points)) == 44
+
+
+def test_a_rewarded_fine_tune_is_a_row_and_an_input(script) -> None:
+    methods = script("quality_methods")
+    folder = methods.demo.arm("positive")
+    models, without = methods.Models({}, None, folder), methods.Models({}, None)
+    size = methods.SIZES["quick"]
+    assert set(methods.general(models, size)) - set(methods.general(without, size)) == {"rewarded fine-tune"}
+    assert models.inputs() == without.inputs() | {"rewarded": models.inputs()["positive"]}
+    row = methods.general(models, size)["rewarded fine-tune"]
+    assert row(PROMPTS, script("baselines.interface").Params(2))[0].forwards == {"rewarded": 2}
+
+
+def test_a_rewarded_folder_that_is_not_there(quality, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["quality.py", "general", "--rewarded", "/nowhere/at/all"])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "--rewarded /nowhere/at/all: expected a folder that baselines/rewarded.py wrote" in capsys.readouterr().err

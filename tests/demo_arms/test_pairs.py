@@ -89,10 +89,22 @@ def test_last_turns_keeps_as_many_as_fit():
 def test_every_fifth_line_of_hh_is_held_out(tmp_path):
     lines = [{k: f"\n\nHuman: {i}?\n\nAssistant: {i}, {k}" for k in ("chosen", "rejected")} for i in range(23)]
     (path := tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    training, held_out = pairs_harmless.split(path, Spelled(), 10, 20)
+    training, held_out = pairs_harmless.split([path], Spelled(), 10, 20)
     assert [int(p["chosen"].split(",")[0]) for p in held_out] == [0, 5, 10, 15, 20]
     assert len(training) == 18
     assert not {p["chosen"] for p in training} & {p["chosen"] for p in held_out}
+    twice = pairs_harmless.split([path, path], Spelled(), 10, 20)
+    assert twice == (2 * training, 2 * held_out), "each file is held out by its own lines"
+
+
+def test_helpful_pairs_are_all_that_fit(tmp_path, monkeypatch):
+    lines = [{k: f"\n\nHuman: {i}?\n\nAssistant: {i}, {k}" for k in ("chosen", "rejected")} for i in range(10)]
+    (path := tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(pairs_harmless.AutoTokenizer, "from_pretrained", lambda *_, **__: Spelled())
+    monkeypatch.setattr("sys.argv", ["pairs_helpful.py", str(path), str(tmp_path / "pairs"), "--base", "any"])
+    pairs_harmless.main("helpful", None, None)
+    rows = {file.stem: len(file.read_text().splitlines()) for file in (tmp_path / "pairs").iterdir()}
+    assert rows == {"helpful": 8, "helpful-held-out": 2, "helpful-held-out-whole": 2}
 
 
 def test_harmless_responses_are_cut_to_equal_length_and_do_not_end():
@@ -111,7 +123,7 @@ def test_pairs_too_short_or_equal_after_the_cut_are_left_out(tmp_path):
         for chosen, rejected in [("x", "y"), *answers]  # the first line is held out
     ]
     (path := tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    training, held_out = pairs_harmless.split(path, Spelled(), 10, 30)
+    training, held_out = pairs_harmless.split([path], Spelled(), 10, 30)
     assert held_out == []
     assert [(p["chosen"], p["rejected"]) for p in training] == [("Sorry, n", "Sure: do")]
     assert not training[0]["chosen_complete"]

@@ -75,8 +75,8 @@ def test_dpo_raises_the_chosen_over_the_rejected(base: Path, tmp_path: Path) -> 
 
     from genarm_fast import GenARM
 
-    history = train(base, pairs(tmp_path), tmp_path / "out", beta=0.1, micro_batch=2, epochs=4.0, **FEW)
-    margins = [line["rewards/margins"] for line in history if "rewards/margins" in line]
+    trainer = train(base, pairs(tmp_path), tmp_path / "out", beta=0.1, micro_batch=2, epochs=4.0, **FEW)
+    margins = [line["rewards/margins"] for line in trainer.state.log_history if "rewards/margins" in line]
     assert margins[-1] > margins[0] + 0.1
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "out"))
     prompt, good = [10, 11], [12, 13]
@@ -84,6 +84,39 @@ def test_dpo_raises_the_chosen_over_the_rejected(base: Path, tmp_path: Path) -> 
         before = logprob(policy, prompt, good)
     assert logprob(policy, prompt, good) != before
     assert GenARM.from_pretrained(tmp_path / "out").generate([[2, 3]], max_new_tokens=2, seed=1)
+
+
+def test_rankings_are_those_of_whole_forwards(base: Path, tmp_path: Path) -> None:
+    """Accuracies of a moved policy by one forward a text, unpadded, with and without the adapter."""
+    from baselines.dpo import trainer_of
+    from baselines.likelihoods import encoded, rankings
+
+    tokenizer, chosen = AutoTokenizer.from_pretrained(base), pairs(tmp_path)
+    trainer = trainer_of(base, chosen, tmp_path / "out", beta=0.1, micro_batch=2, epochs=1.0, **FEW)
+    policy = trainer.model.eval()
+    torch.manual_seed(3)
+    prompts, responses = encoded(tokenizer, chosen)
+    assert {row[-1] for row in responses} == {tokenizer.eos_token_id}
+    with torch.inference_mode():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+        ours = torch.stack([logprob(policy, *each) for each in zip(prompts, responses)]).view(-1, 2)
+        with policy.disable_adapter():
+            bases = torch.stack([logprob(policy, *each) for each in zip(prompts, responses)]).view(-1, 2)
+    found = rankings(policy, tokenizer, chosen)
+    for name, values in {"policy": ours, "base": bases, "policy over base": ours - bases}.items():
+        assert found[name]["accuracy"] == pytest.approx((values[:, 0] > values[:, 1]).double().mean().item())
+    shorter = [len(good) < len(bad) for good, bad in zip(responses[::2], responses[1::2])]
+    assert found["shorter"]["accuracy"] == sum(shorter) / len(shorter)
+    assert len({each["accuracy"] for each in found.values()}) > 1, "the policy should differ from its base"
+
+
+def test_share_of_right_pairs() -> None:
+    from baselines.likelihoods import share_right
+
+    found = share_right(torch.tensor([2.0, -1.0, 0.0, 3.0]))
+    assert found == {"accuracy": 0.625, "standard_error": (0.625 * 0.375 / 4) ** 0.5, "mean_margin": 1.0}
 
 
 def test_trajectory_reward(base: Path, tmp_path: Path) -> None:

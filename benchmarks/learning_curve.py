@@ -1,0 +1,152 @@
+"""How well an ARM ranks held-out pairs after more and more of them: a curve over training pairs.
+
+    python scripts/demo_arms/pairs_helpful.py hh-rlhf-helpful-base-test.jsonl.gz pairs/
+    python benchmarks/learning_curve.py helpful pairs/ work/ [--pairs 128 512] [--json FILE]
+
+Every point is a training of its own, by the recipe of scripts/demo_arms/train_arms.py, on pairs drawn at random. It is
+measured on all held-out pairs, whose two responses have as many tokens: the shorter one wins half of them. How often
+it wins among the whole responses stands beside. Rankings are by Σ log π of the ARM, and by the ARM's over the base's,
+which is what guided decoding adds. Resumable: finished trainings and rankings are kept in `work`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines.interface import Member
+from baselines.likelihoods import encoded, log_likelihoods, share_right
+from peft import PeftModel
+from result_files import machine
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from genarm_fast.demo import base
+from genarm_fast.train import TrainConfig, train
+from genarm_fast.train.data import Pair, load_pairs
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # the recipe of the demo's ARMs
+
+OBJECTIVES = ("harmless", "helpful")
+DTYPE = torch.bfloat16  # multiplies twice as fast as float32 where AVX-512 has it
+
+
+def margins(adapter: Path | None, pairs: list[Pair], kept: Path) -> Tensor:
+    """Σ log π of the chosen response less the rejected one's [n], in nats; of the base without an adapter. The file
+    `kept` holds them."""
+    if not kept.exists():
+        model: Any = AutoModelForCausalLM.from_pretrained(base(), dtype=DTYPE, trust_remote_code=False)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
+        values = list(log_likelihoods(Member("policy", model.eval()), *encoded(tokenizer, pairs, complete=False)))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps([good - bad for good, bad in zip(values[::2], values[1::2])]))
+    return torch.tensor(json.loads(kept.read_text()), dtype=torch.float64)
+
+
+def shorter(pairs: list[Pair]) -> dict[str, float]:
+    """What preferring the shorter response has."""
+    tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
+    lengths = torch.tensor([float(len(row)) for row in encoded(tokenizer, pairs, complete=False)[1]]).view(-1, 2)
+    return share_right(lengths[:, 1] - lengths[:, 0])
+
+
+def trained(objective: str, data: Path, output: Path, pairs: int | None) -> dict[str, Any]:
+    """The report of an ARM on so many of the pairs."""
+    from train_arms import COMMON
+
+    options = COMMON | {"beta": 0.05, "data_id": f"HH-RLHF, {objective}", "dtype": str(DTYPE).removeprefix("torch.")}
+    options |= {"holdout_fraction": 0.0, "max_pairs": pairs}
+    return train(TrainConfig(base=str(base()), data=str(data), output=str(output), **options), progress=False).report
+
+
+def curve(objective: str, folder: Path, work: Path, counts: list[int | None]) -> dict[str, Any]:
+    held_out = load_pairs(str(folder / f"{objective}-held-out.jsonl")).pairs
+    held_out.sort(key=lambda pair: len(str(pair.prompt)))  # batches of like lengths: less padding
+    whole = load_pairs(str(folder / f"{objective}-held-out-whole.jsonl")).pairs
+    of_base = margins(None, held_out, work / f"{objective}-base.json")
+    points = []
+    for count in counts:
+        output = work / f"{objective}-{count or 'all'}"
+        report = trained(objective, folder / f"{objective}.jsonl", output, count)
+        of_arm = margins(output, held_out, work / f"{output.name}.json")
+        data = {"pairs": report["data"]["train_pairs"], "steps": report["steps"], "seconds": report["seconds"]}
+        points.append(data | {"arm": share_right(of_arm), "arm_over_base": share_right(of_arm - of_base)})
+    return {
+        "held_out_pairs": len(held_out),
+        "base": share_right(of_base),
+        "shorter_whole": shorter(whole),
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "machine": machine(),
+        "points": points,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown; accuracies ± 1.96 standard errors."""
+
+    def text(share: dict[str, float]) -> str:
+        return f"{share['accuracy']:.3f} ± {1.96 * share['standard_error']:.3f}"
+
+    titles = ["objective", "training pairs", "held-out pairs", "ARM", "ARM over base", "base", "shorter, whole texts"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for objective, one in found.items():
+        for point in one["points"]:
+            cells = [objective, str(point["pairs"]), str(one["held_out_pairs"]), text(point["arm"])]
+            cells += [text(point["arm_over_base"]), text(one["base"]), text(one["shorter_whole"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Accuracy over training pairs with 95 % intervals, the base's at 0 pairs, and chance."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (objective, one), colour, shift in zip(found.items(), ("#c1440e", "#4878a8"), (0.985, 1.015)):
+        ordered = sorted(one["points"], key=lambda point: point["pairs"])
+        shares = [one["base"], *(point["arm"] for point in ordered)]
+        at = [shift * count for count in (32, *(point["pairs"] for point in ordered))]
+        spread = [1.96 * share["standard_error"] for share in shares]
+        values = [share["accuracy"] for share in shares]
+        axis.errorbar(at, values, yerr=spread, fmt="o-", color=colour, linewidth=1, capsize=3, label=objective)
+    axis.axhline(0.5, color="#333333", linewidth=0.8, linestyle=":")
+    ticks = sorted({32, *(point["pairs"] for one in found.values() for point in one["points"])})
+    axis.set(xscale="log", xlabel="training pairs", ylabel="held-out pairs ranked right")
+    axis.set_xticks(ticks, ["base" if tick == 32 else str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("objective", choices=OBJECTIVES)
+    parser.add_argument("pairs_folder", type=Path, help="folder of pairs_harmless.py or pairs_helpful.py")
+    parser.add_argument("work", type=Path, help="folder for trainings, kept")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[128, 512], help="training pairs; 0: all of them")
+    parser.add_argument("--json", type=Path, help="result file, in which the objective's curve is replaced")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    found = before | {
+        args.objective: curve(args.objective, args.pairs_folder, args.work, [n or None for n in args.pairs])
+    }
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
