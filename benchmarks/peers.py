@@ -184,7 +184,7 @@ def table(found: Mapping[str, Any]) -> str:
     text = [
         f"{SHAPES[about['shape']].title}: {about['date']}, {about['cores']} cores of an {about['device']} with"
         f" {about['capability']}, {about['threads']} thread(s), load {about['load']}; {clock}, medians of"
-        f" {about['rounds']} rounds. In brackets: how many times as fast as {REFERENCE}.\n",
+        f" {_rounds(found)} rounds. In brackets: how many times as fast as {REFERENCE}.\n",
         f"| milliseconds | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}",
     ]
     for name in dict.fromkeys(line["contender"] for line in lines):
@@ -192,6 +192,26 @@ def table(found: Mapping[str, Any]) -> str:
         cells = [f"{row[case]['milliseconds']:,.1f} ({row[case]['times']['median']:.2f})" for case in cases]
         text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
+
+
+def _rounds(found: Mapping[str, Any]) -> str:
+    """Of all cases, which runs of one day may have measured in other numbers."""
+    each = sorted({line.get("rounds", found["machine"]["rounds"]) for line in found["results"]})
+    return f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}"
+
+
+def with_new(found: Mapping[str, Any] | None, lines: Sequence[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
+    """What an earlier run of the day measured and these lines do not, then these."""
+    lines = [line | {"rounds": rounds} for line in lines]
+    cases = {line["case"] for line in lines}
+    earlier = [] if found is None else [{"rounds": found["machine"]["rounds"]} | line for line in found["results"]]
+    kept = [line for line in earlier if line["case"] not in cases]
+    return sorted([*kept, *lines], key=lambda line: _place(line["case"]))
+
+
+def _place(case: str) -> tuple[int, str]:
+    """One row and the prompt before more rows."""
+    return (int(case.split()[1]) if case.startswith("step") else 2, case)
 
 
 def write() -> None:
@@ -222,14 +242,16 @@ def main() -> None:
         about = machine() | options | {"clock": clock_of(args.threads), "shape": args.shape}
         name = f"peers-{args.shape}-{args.threads}-{about['date']}-{name_of(about)}-{about['capability'].lower()}"
         path = RESULTS / f"{name}.json"
+        earlier = json.loads(path.read_text()) if path.exists() else None
         lines: list[dict[str, Any]] = []
         with tempfile.TemporaryDirectory() as own:
             folder = args.work or Path(own)
             folder.mkdir(parents=True, exist_ok=True)
             for found in measure(SHAPES[args.shape], args.rows, **options, folder=folder):
                 lines += found  # kept case by case: a run takes most of an hour
-                path.write_text(json.dumps({"machine": about, "results": lines}, indent=1) + "\n")
-        print(table({"machine": about, "results": lines}))
+                result = {"machine": about, "results": with_new(earlier, lines, args.rounds)}
+                path.write_text(json.dumps(result, indent=1) + "\n")
+        print(table(result))
     write()
 
 

@@ -102,6 +102,23 @@ def test_table(peers):
     assert "CPU time, medians of 3 rounds" in text
 
 
+def test_a_later_run_of_the_day_keeps_the_cases_that_it_does_not_measure(peers):
+    def case(name, milliseconds):
+        return {"case": name, "contender": "ours", "milliseconds": milliseconds, "times": {"median": 1.0}}
+
+    about = {"shape": "135m", "date": "2026-11-28", "cores": 2, "device": "CPU", "capability": "AVX2", "threads": 1}
+    about |= {"load": 0.5, "clock": "cpu", "rounds": 3}
+    earlier = {"machine": about, "results": [case("step, 1 rows", 5.0), case("prompt of 1000 tokens", 6.0)]}
+    first = peers.with_new(earlier, [case("step, 8 rows", 9.0)], rounds=4)
+    assert [(line["case"], line["rounds"]) for line in first] == [
+        ("step, 1 rows", 3), ("prompt of 1000 tokens", 3), ("step, 8 rows", 4),
+    ]  # fmt: skip
+    again = peers.with_new({"machine": about, "results": first}, [case("step, 1 rows", 4.0)], rounds=5)
+    assert [(line["milliseconds"], line["rounds"]) for line in again] == [(4.0, 5), (6.0, 3), (9.0, 4)]
+    assert "medians of 3 to 5 rounds" in peers.table({"machine": about, "results": again})
+    assert peers.with_new(None, [case("step, 1 rows", 4.0)], 5) == [case("step, 1 rows", 4.0) | {"rounds": 5}]
+
+
 def test_the_page_has_the_newest_tables(peers, monkeypatch, tmp_path):
     copy = tmp_path / "page.md"
     copy.write_text(PAGE.read_text())
@@ -174,4 +191,4 @@ def test_a_run_that_is_cut_keeps_its_cases(peers, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         peers.main()
     (kept,) = tmp_path.glob("peers-135m-1-*.json")
-    assert json.loads(kept.read_text())["results"] == json.loads(json.dumps(lines(peers)))
+    assert json.loads(kept.read_text())["results"] == [line | {"rounds": 5} for line in lines(peers)]
