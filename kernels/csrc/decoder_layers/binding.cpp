@@ -7,6 +7,7 @@
 #include "decoder_layers.h"
 #include "linear/linears.h"
 #include "ragged_attention/arguments.h"
+#include "rms_norm/rms_norm.h"
 #include "rotary/rotary.h"
 
 namespace genarm {
@@ -76,25 +77,13 @@ bool fill(PyObject* tuple, DecoderLayer* layer, int* lists) {
          layer->gate_up[1].linear->out == inner && layer->o.linear->out == width && layer->down.linear->out == width;
 }
 
-// A bfloat16 weight [width], contiguous.
-bool weight_of(PyObject* object, int64_t width, const void** data) {
-  DLTensor weight;
-  if (!borrow(object, &weight) || !(type_of(weight) == kBfloat16) || weight.ndim != 1 || weight.shape[0] != width ||
-      !contiguous(weight)) {
-    return false;
-  }
-  *data = weight.at<void>();
-  return true;
-}
-
 bool look_up_norms(PyObject* tuple, DecoderLayer* layer) {
-  const int64_t width = layer->qkv[0].linear->in;
-  layer->query_norm = layer->key_norm = nullptr;
-  if (!weight_of(part(tuple, kNorm), width, &layer->norm.weight)) return false;
-  if (!weight_of(part(tuple, kNextNorm), width, &layer->next_norm.weight)) return false;
-  if (part(tuple, kQueryNorm) == Py_None) return true;
-  return weight_of(part(tuple, kQueryNorm), layer->head_width, &layer->query_norm) &&
-         weight_of(part(tuple, kKeyNorm), layer->head_width, &layer->key_norm);
+  const int64_t width = layer->qkv[0].linear->in, head = layer->head_width;
+  return norm_weight(part(tuple, kNorm), kBfloat16, width, &layer->norm.weight) && layer->norm.weight &&
+         norm_weight(part(tuple, kNextNorm), kBfloat16, width, &layer->next_norm.weight) && layer->next_norm.weight &&
+         norm_weight(part(tuple, kQueryNorm), kBfloat16, head, &layer->query_norm) &&
+         norm_weight(part(tuple, kKeyNorm), kBfloat16, head, &layer->key_norm) &&
+         !layer->query_norm == !layer->key_norm;
 }
 
 // Keys and values as this layer reads and writes them, with every slot and position; false also with an error set.

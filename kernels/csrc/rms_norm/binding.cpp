@@ -44,6 +44,18 @@ void use_norm_loops(const char* instruction_set) {
 
 void run_norm(const RmsNorm& call) { loops->rms_norm(call); }
 
+bool norm_weight(PyObject* object, ElementType type, int64_t width, const void** data) {
+  *data = nullptr;
+  if (object == Py_None) return true;
+  DLTensor weight;
+  if (!borrow(object, &weight) || !(type_of(weight) == type) || weight.ndim != 1 || weight.shape[0] != width ||
+      !contiguous(weight)) {
+    return false;
+  }
+  *data = weight.at<void>();
+  return true;
+}
+
 PyObject* rms_norm_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   if (!takes(count, 4)) return nullptr;
   DLTensor x;

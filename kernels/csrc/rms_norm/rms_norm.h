@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/tensors.h"
+
 namespace genarm {
 
 struct RmsNorm {
@@ -16,6 +18,9 @@ struct RmsNorm {
 };
 
 void run_norm(const RmsNorm&);  // by the instruction set in use
+
+// The memory of a weight [width] of this dtype, contiguous; null for None, which is no weight. False for anything else.
+bool norm_weight(PyObject* object, ElementType type, int64_t width, const void** data);
 
 struct NormLoops {
   void (*rms_norm)(const RmsNorm&);

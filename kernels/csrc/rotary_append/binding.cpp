@@ -5,25 +5,10 @@
 
 #include "common/tensors.h"
 #include "ragged_attention/arguments.h"
+#include "rms_norm/rms_norm.h"
 #include "rotary/rotary.h"
 
 namespace genarm {
-namespace {
-
-// A weight [width] of this dtype, contiguous, or None.
-bool norm_of(PyObject* object, ElementType type, int64_t width, const void** data) {
-  *data = nullptr;
-  if (object == Py_None) return true;
-  DLTensor weight;
-  if (!borrow(object, &weight) || !(type_of(weight) == type) || weight.ndim != 1 || weight.shape[0] != width ||
-      !contiguous(weight)) {
-    return false;
-  }
-  *data = weight.at<void>();
-  return true;
-}
-
-}  // namespace
 
 PyObject* rotary_append_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   enum Argument {
@@ -51,8 +36,8 @@ PyObject* rotary_append_binding(PyObject*, PyObject* const* in, Py_ssize_t count
   call.query_heads = {0, heads, nullptr}, call.key_heads = {of_queries, kv_heads, nullptr};
   if (!borrow(in[kCos], &cos) || !rotary_angles(cos, type, angles, &cos_data, call.cos_strides) ||
       !borrow(in[kSin], &sin) || !rotary_angles(sin, type, angles, &sin_data, call.sin_strides) ||
-      !norm_of(in[kQueryNorm], type, call.width, &call.query_heads.norm) ||
-      !norm_of(in[kKeyNorm], type, call.width, &call.key_heads.norm) ||
+      !norm_weight(in[kQueryNorm], type, call.width, &call.query_heads.norm) ||
+      !norm_weight(in[kKeyNorm], type, call.width, &call.key_heads.norm) ||
       !call.query_heads.norm != !call.key_heads.norm) {
     Py_RETURN_NONE;
   }
