@@ -15,6 +15,7 @@ from genarm_fast.kernels import _native
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.fused_decoder import WINDOWS
+from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.one_call import OneCall
 from genarm_fast.models.weights import share_weights
@@ -214,6 +215,29 @@ def test_layers_that_do_not_fit_together():
     layer = one.layers[1]
     layer.down, layer.o = layer.o, layer.down
     assert OneCall(one.layers, one.next_norms, [()])._core is None
+
+
+@pytest.mark.parametrize("weight", [None, torch.ones(32), torch.ones(31).to(torch.bfloat16)])
+@pytest.mark.parametrize("which", ["second", "next"])
+def test_norms_that_do_not_fit(which, weight):
+    decoder = runner_of("llama").base_model
+    _, given = arguments_of(decoder)
+    forward, norm = decoder.forward, Norm(weight, 1e-6)
+    if which == "second":
+        forward.layers[1].second_norm = norm
+    else:
+        forward.next_norms[1] = norm
+    assert OneCall(forward.layers, forward.next_norms, [()])._core.run(*given.values()) is None
+    assert not any(cache.any() for cache in given["caches"])
+
+
+def test_one_norm_of_heads_without_the_other():
+    decoder = runner_of("qwen3").base_model
+    forward = decoder.forward
+    del forward.layers[0].head_norms["key_norm"]
+    forward.one_call = OneCall(forward.layers, forward.next_norms, [()])
+    with pytest.raises((ValueError, TypeError)):  # of rotary_append, to which the refused call is left
+        states_of(decoder, [0])
 
 
 def test_no_rows(taken):
