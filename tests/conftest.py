@@ -73,7 +73,7 @@ def undrafted() -> Iterator[None]:
 @pytest.fixture
 def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault: what a row draws depends on whether it has neighbours."""
-    from genarm_fast.engine.batch import State
+    from genarm_fast.engine.step_tensors import State
 
     positions = State.response_positions
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import Cache
 
 from genarm_fast.device.base import Device
 from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.known_decoders import head_of
 from genarm_fast.models.kv_cache import Entry, RaggedLayer
 from genarm_fast.models.lora_lanes import linears_of, reread
 from genarm_fast.models.member import Member
@@ -32,6 +33,7 @@ class ModelRunner:
         first = members[0]
         self.members = list(members)
         self.model = model_of(members)
+        self.head = head_of(self.model)
         self.device = device or Device()
         self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=first.device)  # before the stream, which waits
         self.stream = self.device.stream(first.device)
@@ -193,17 +195,30 @@ class ModelRunner:
         self, kv_bound: int, lanes: Sequence[int], tokens: Tensor, positions: Tensor, rows: Tensor
     ) -> tuple[Tensor, ...]:
         """As `forward`, for rows of the cache [L·R], and as it stands: no padding, no graph of its own."""
-        return self._run(self.model, lanes, tokens, positions, rows, kv_bound).logits.chunk(len(lanes))
+        if self.head is None:
+            logits = self._run(self.model, lanes, tokens, positions, rows, kv_bound).logits
+        else:
+            logits = self._run(self.model.base_model, lanes, tokens, positions, rows, kv_bound, self.head)
+        return logits.chunk(len(lanes)) if len(lanes) > 1 else (logits,)
 
     def _run(
-        self, model: Any, lanes: Sequence[int], tokens: Tensor, positions: Tensor, rows: Tensor, kv_bound: int
+        self,
+        model: Any,
+        lanes: Sequence[int],
+        tokens: Tensor,
+        positions: Tensor,
+        rows: Tensor,
+        kv_bound: int,
+        head: Callable[[Tensor], Tensor] | None = None,
     ) -> Any:
+        """The model's output; with a head, what this makes of the hidden states."""
         count = tokens.shape[1]
         tokens, positions = tokens.flatten(0, 1), positions.flatten(0, 1)
         known = positions if self.context is None else positions.clamp_max(self.context - 1)  # padding may lie beyond
         ragged = Ragged(rows, positions, kv_bound, self.arrivals)
         with running([self.lanes[lane] for lane in lanes], count), placed(ragged):
-            return model(input_ids=tokens, position_ids=known, past_key_values=self.cache, use_cache=True)
+            out = model(input_ids=tokens, position_ids=known, past_key_values=self.cache, use_cache=True)
+            return out if head is None else head(out.last_hidden_state)
 
 
 def model_of(members: Sequence[Member]) -> Any:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from genarm_fast.device.base import WorkStream, span
-from genarm_fast.engine.batch import Batch, SamplingTensors, State
+from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.sampler import HostSample, Sampler
+from genarm_fast.engine.step_tensors import SamplingTensors, State
 from genarm_fast.engine.verify import collect_logits, launch_verification
 from genarm_fast.kernels import GuidedSample
 from genarm_fast.models.member import Member

@@ -22,6 +22,7 @@ from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
+from genarm_fast.models.angles import Angles
 from genarm_fast.models.forward_context import Ragged, place, spans_of
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, over_layers, trial
 from genarm_fast.models.kv_cache import Entry
@@ -55,7 +56,7 @@ class FusedDecoder:
     """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`."""
 
     def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
-        self.embed, self.rotary = _part(decoder.embed_tokens, fast), decoder.rotary_emb
+        self.embed, self.angles = _part(decoder.embed_tokens, fast), Angles(decoder.rotary_emb)
         self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
         self.norm, *norms = (_norm(layer.input_layernorm, fast) for layer in decoder.layers)
         self.next_norms = [*norms, _norm(decoder.norm, fast)]
@@ -66,8 +67,8 @@ class FusedDecoder:
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
         """input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
-        angles = self.rotary(hidden, position_ids=position_ids)
         where = place(hidden.device)
+        angles = self.angles(hidden, position_ids, where.kv_bound)
         spans: dict[tuple[int, ...], Sequence[Span]] = {(): ()}
         spans |= {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}
         caches: Sequence[Any] = past_key_values.layers

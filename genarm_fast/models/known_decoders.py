@@ -78,6 +78,19 @@ def built_as_known(decoder: Any, replaced: Collection[nn.Module] = ()) -> bool:
     )
 
 
+def head_of(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """What makes logits of hidden states in a causal LM whose decoder runs by a forward of ours.
+
+    None where the forward of the LM has to be called: what it does besides is unknown. That of the families in
+    `WINDOWS` applies `lm_head` alone, in 0.1 ms with all that surrounds it.
+    """
+    decoder, kind = model.base_model, type(model)
+    known = kind.__name__ == f"{family_of(decoder)}ForCausalLM" and kind.__module__ == type(decoder).__module__
+    if not known or "forward" not in vars(decoder) or "forward" in vars(model):
+        return None
+    return None if model._forward_hooks or model._forward_pre_hooks else model.lm_head
+
+
 def lanes_of(decoder: nn.Module) -> list[int]:
     """Lanes that have an adapter in it."""
     return sorted({lane for module in decoder.modules() if isinstance(module, LaneLinear) for lane in module.index})

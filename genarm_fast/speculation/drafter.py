@@ -36,8 +36,6 @@ class SequenceBatch(Protocol):
 
     def sampling(self, stream: WorkStream) -> Any: ...
 
-    def weights(self, stream: WorkStream, positions: Tensor) -> Tensor: ...
-
 
 class DraftExecutor(Protocol):
     """What drafters may ask for; see `genarm_fast.engine.executor.Executor`."""

@@ -30,20 +30,18 @@ def tempered_draft(
     lanes: logits [R, 1, V] of `members`; a draft model is no member of the target, and drafts with weight 1. positions:
     [R, 1] in the response.
     """
-    weights = batch.weights(stream, positions)
-    total = weights.sum(1)
-    parameters = dict(batch.sampling(stream).parameters)
+    sampling = batch.sampling(stream)
     lanes = [lane[..., : batch.vocab_size] for lane in lanes]
     if len(lanes) == 1:
-        parameters["temperature"] = parameters["temperature"] / torch.where(total > 0, total, 1.0)
-        base, weights = lanes[0], weights[:, :0]
-    else:
-        weights = torch.stack([weights[:, batch.active.index(member)] for member in members], dim=1)
-        own = weights.sum(1)
-        weights = weights * torch.where((own > 0) & (total > 0), total / own, 1.0)[:, None]
-        base = lanes[0].new_zeros(lanes[0].shape[-1]).expand(lanes[0].shape)
-    arms = tuple(lanes) if weights.shape[1] else ()
-    return guided_sample(base, arms, weights, positions=positions, **parameters).tokens
+        none, parameters = sampling.weights[:, 0, :0], sampling.sharpened(positions, stream)
+        return guided_sample(lanes[0], (), none, positions=positions, **parameters).tokens
+    weights = sampling.at(positions)
+    total = weights.sum(1)
+    weights = torch.stack([weights[:, batch.active.index(member)] for member in members], dim=1)
+    own = weights.sum(1)
+    weights = weights * torch.where((own > 0) & (total > 0), total / own, 1.0)[:, None]
+    nothing = lanes[0].new_zeros(lanes[0].shape[-1]).expand(lanes[0].shape)
+    return guided_sample(nothing, tuple(lanes), weights, positions=positions, **sampling.parameters).tokens
 
 
 class DraftRollout:

@@ -114,6 +114,7 @@ PyMethodDef kMethods[] = {
     method("rotary_append", genarm::rotary_append_binding, "By position → the queries, or None."),
     method("silu_mul", genarm::silu_mul_binding, "By position → the output, or None."),
     method("exact_codes", genarm::exact_codes_binding, "By position → (codes, scales, minimums), False, or None."),
+    method("quant_rows", genarm::quant_rows_binding, "By position → (rows of a packed weight,), or None."),
     {"linears", genarm::linears, METH_O, "Linears of one width: see ops/linear/cpu.py, the only caller."},
     {"decoder_layers", genarm::decoder_layers_binding, METH_O, "Layers of a decoder: see models/one_call.py."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that run here, fastest first."},

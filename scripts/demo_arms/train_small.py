@@ -7,8 +7,9 @@ r"""Preference-train the distilled `small` into an ARM, and copy it into the pac
         --ship ../../genarm_fast/demo/arms
 
 Distillation goes on meanwhile, on --keep responses for every 8 pairs: preferences alone make `small` forget the base,
-which it has to predict to be a good drafter. How far it moved is measured. The tokenizer is not shipped: a member
-without one takes the base's.
+which it has to predict to be a good drafter. How far it moved is measured. At the end its matrices are rounded to codes
+of 8 bits, which `quantization="exact"` finds again (grid.py). The tokenizer is not shipped: a member without one takes
+the base's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from agreement import measure
 from distill import Distillation
+from grid import to_grid
 from transformers import AutoTokenizer
 
 from genarm_fast.demo import base
@@ -49,6 +51,7 @@ model = GenARM.from_pretrained(demo.base(), [ARM(demo.arm("small"))])
 | distilled on | {tokens:,} tokens of the base's answers in {epochs:.1f} epochs |
 | preferences | `{data}`: β_r {beta}, {steps} steps of all weights, each with {kept} more of those answers |
 | held-out pairs | accuracy {accuracy:.3f} ± {stderr:.3f} of {pairs} (before: {before:.3f}) |
+| weights | bfloat16, rounded to 8 bits by groups of 32 after training: `quantization="exact"` holds them so |
 | prompts | chat messages, the base's chat template |
 
 ![distillation](distillation.png)
@@ -98,12 +101,14 @@ def main() -> None:
         ),
         auxiliary_loss=Distillation(args.teacher, args.keep, args.keep_weight),
     )
+    to_grid(result.folder)
     distillation = json.loads((args.distilled / "report.json").read_text())
     agreement = measure(result.folder, base(), args.held_out, before=args.distilled / "model")
     info = json.loads((result.folder / "genarm.json").read_text()) | {
         "tokenizer": "the base's",
         "distilled": {key: value for key, value in distillation.items() if key != "history"},
         "agreement": agreement,
+        "rounded": {"bits": 8, "group": 32},
     }
     print(json.dumps(agreement, indent=1))
     print(f"held-out pair accuracy {result.report['before']['accuracy']:.3f} -> {result.accuracy:.3f}")

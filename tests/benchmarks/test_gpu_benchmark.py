@@ -213,7 +213,7 @@ def test_tokens_of_the_reference_are_counted(part, bench, model):
 
 def test_other_tokens_are_counted_too(part, bench, model, monkeypatch):
     """Negative control: noise of another position."""
-    from genarm_fast.engine.batch import State
+    from genarm_fast.engine.step_tensors import State
 
     positions = State.response_positions
     monkeypatch.setattr(State, "response_positions", lambda self, width: positions(self, width) + 1)

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from genarm_fast import GenARM, SamplingParams
-from genarm_fast.engine.batch import State
 from genarm_fast.engine.step import Steps
+from genarm_fast.engine.step_tensors import State
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation.config import Speculation
 

@@ -16,6 +16,7 @@ from genarm_fast.kernels import _native
 from genarm_fast.models import fast_modules
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.fused_decoder import WINDOWS
+from genarm_fast.models.known_decoders import head_of
 from genarm_fast.models.member import Member
 from genarm_fast.models.weights import share_weights
 
@@ -130,3 +131,29 @@ def test_a_class_that_was_changed_keeps_its_own(monkeypatch):
         modeling_llama.LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: 1.01 * forward(self, *args, **kwargs)
     )
     assert not is_fused(as_runner(share_weights(build_model("llama", 0))))
+
+
+@torch.inference_mode()
+def test_the_head_alone_runs_where_the_forward_has_nothing_else(tokenizer, monkeypatch):
+    """Nobody calls the forward of a known LM, whose class, hooks and methods say that it only applies the head."""
+    runner = Member("base", build_model("llama", 0), tokenizer).runner
+    assert head_of(runner) is runner.lm_head
+    called = logits_of([Member("base", build_model("llama", 0), tokenizer)])
+    member = Member("base", build_model("llama", 0), tokenizer)
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", lambda *_, **__: pytest.fail("it was called"))
+    found = logits_of([member])
+    assert all(torch.equal(a, b) for ours, theirs in zip(found, called) for a, b in zip(ours, theirs))
+
+
+def test_a_forward_that_may_do_more_is_called(tokenizer, monkeypatch):
+    class Capped(modeling_llama.LlamaForCausalLM):
+        """One of somebody's own, which caps its logits."""
+
+    others = [build_model("gemma2", 0), build_model("llama", 0), build_model("llama", 0), build_model("llama", 0)]
+    others[1].__class__ = Capped
+    runners = [Member("base", model, tokenizer).runner for model in others]
+    runners[2].register_forward_hook(lambda module, given, out: out)
+    runners[3].forward = runners[3].forward
+    assert [head_of(runner) for runner in runners] == [None] * 4
+    plainly(monkeypatch)
+    assert head_of(Member("base", build_model("llama", 0), tokenizer).runner) is None  # its decoder's forward, too

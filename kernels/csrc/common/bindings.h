@@ -40,5 +40,6 @@ void use_linear_loops(const char* instruction_set);
 PyObject* linears(PyObject*, PyObject* all);
 PyObject* decoder_layers_binding(PyObject*, PyObject* tuples);
 PyObject* exact_codes_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* quant_rows_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace genarm

@@ -1,4 +1,4 @@
-// Python arguments → the search for codes that give a matrix back.
+// Python arguments → the search for codes that give a matrix back, and outputs of a packed one.
 #include <algorithm>
 #include <atomic>
 
@@ -12,7 +12,7 @@ namespace genarm {
 // (weight bfloat16 [out, in], bits) → (codes [out, groups · 32], scales [out, groups], minimums likewise or None), or False
 // where no search finds codes that give the weight back.
 PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
-  if (count != 2) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected 2", count);
+  if (!takes(count, 2)) return nullptr;
   DLTensor weight;
   const long bits = PyLong_AsLong(in[1]);
   if (PyErr_Occurred()) return nullptr;
@@ -51,6 +51,46 @@ PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) 
     });
   }
   if (!found) Py_RETURN_FALSE;
+  return outputs.release();
+}
+
+// (packed uint8, indices int64 [...], out, width, bits) → bfloat16 [n, width]: these outputs of a packed weight.
+PyObject* quant_rows_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
+  if (!takes(count, 5)) return nullptr;
+  DLTensor packed, indices;
+  const long long out = PyLong_AsLongLong(in[2]), width = PyLong_AsLongLong(in[3]), bits = PyLong_AsLongLong(in[4]);
+  if (PyErr_Occurred()) return nullptr;
+  if (!borrow(in[0], &packed) || !(type_of(packed) == kUint8) || !contiguous(packed) || !borrow(in[1], &indices) ||
+      !(type_of(indices) == kInt64) || !contiguous(indices) || (bits != 8 && bits != 4)) {
+    Py_RETURN_NONE;
+  }
+  int64_t size = 1, rows = 1;
+  for (int i = 0; i < packed.ndim; ++i) size *= packed.shape[i];
+  for (int i = 0; i < indices.ndim; ++i) rows *= indices.shape[i];
+  if (width < 1 || width > 2 * size || out < 1 || out > size) Py_RETURN_NONE;  // before products that may overflow
+  const int64_t groups = (width + kGroup - 1) / kGroup, tiles = (out + kTileOutputs - 1) / kTileOutputs;
+  const int64_t tile_bytes = groups * group_bytes(static_cast<int>(bits));
+  if (size % tile_bytes || size / tile_bytes != tiles) Py_RETURN_NONE;
+  const int64_t* const index = indices.at<const int64_t>();
+  for (int64_t i = 0; i < rows; ++i) {
+    if (index[i] >= 0 && index[i] < out) continue;
+    return PyErr_Format(PyExc_IndexError, "index %lld: expected one of %lld rows", static_cast<long long>(index[i]), out);
+  }
+  Outputs outputs(1);
+  uint16_t* y = nullptr;
+  outputs.add(0, kBfloat16, {rows, width}, &y);
+  if (outputs.failed()) return nullptr;
+  const int wanted = threads();
+  const QuantLoops& loops = *linear_tables().quant;
+  {
+    const WithoutGil without_gil;
+    parallel(wanted, rows, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const uint8_t* tile = packed.at<const uint8_t>() + index[i] / kTileOutputs * tile_bytes;
+        loops.output(static_cast<int>(bits), tile, static_cast<int>(index[i] % kTileOutputs), width, y + i * width);
+      }
+    });
+  }
   return outputs.release();
 }
 

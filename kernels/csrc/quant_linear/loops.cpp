@@ -66,11 +66,33 @@ void tile_of_bits(int bits, const uint8_t* weights, const uint8_t* next, int64_t
   bits == 8 ? tile_of<8>(weights, next, groups, rows, y) : tile_of<4>(weights, next, groups, rows, y);
 }
 
+void output(int bits, const uint8_t* weights, int index, int64_t width, uint16_t* y) {
+  // Where the inputs of a dword of codes are, as ORDER of kernels/ops/quant_linear/weights.py says.
+  static constexpr int kOrder8[] = {0, 2, 1, 3}, kOrder4[] = {0, 2, 4, 6, 1, 3, 5, 7};
+  const int* order = bits == 8 ? kOrder8 : kOrder4;
+  const int per_step = 32 / bits, first = bits == 8 ? -128 : 0;
+  const uint32_t mask = (1u << bits) - 1;
+  for (int64_t begin = 0; begin < width; begin += kGroup, weights += group_bytes(bits)) {
+    uint16_t halves[2 * kTileOutputs] = {}, values[kGroup];
+    std::memcpy(halves, weights + bits * kStepBytes, group_bytes(bits) - bits * kStepBytes);
+    const float scale = of_half(halves[index]), minimum = bits == 8 ? 0.f : of_half(halves[kTileOutputs + index]);
+    for (int step = 0; step < bits; ++step) {
+      uint32_t codes;
+      std::memcpy(&codes, weights + step * kStepBytes + index * sizeof codes, sizeof codes);
+      for (int i = 0; i < per_step; ++i, codes >>= bits) {
+        const float code = static_cast<float>(static_cast<int>(codes & mask) + first);
+        put(values + step * per_step + order[i], scale * code + minimum);
+      }
+    }
+    std::memcpy(y + begin, values, std::min<int64_t>(kGroup, width - begin) * sizeof *y);
+  }
+}
+
 #define TABLE_(isa) quant_##isa
 #define TABLE(isa) TABLE_(isa)
 
 }  // namespace
 
-extern const QuantLoops TABLE(ISA) = {find_grid, prepare, tile_of_bits};
+extern const QuantLoops TABLE(ISA) = {find_grid, prepare, tile_of_bits, output};
 
 }  // namespace genarm

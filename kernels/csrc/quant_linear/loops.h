@@ -29,6 +29,8 @@ struct QuantLoops {
   void (*prepare)(const uint16_t* x, int64_t n, const QuantRows& rows, int index);
   // y[r, o] of a tile for a block; each weight is fetched from `next`, where the stream goes on. y: [count, kTileOutputs]
   void (*tile)(int bits, const uint8_t* weights, const uint8_t* next, int64_t groups, const QuantRows& rows, float* y);
+  // The weights of one output of a tile, bfloat16 [width].
+  void (*output)(int bits, const uint8_t* weights, int index, int64_t width, uint16_t* y);
 };
 
 extern const QuantLoops quant_avx2, quant_avx512, quant_avx512vnni, quant_baseline;

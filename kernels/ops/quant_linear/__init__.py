@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
+from .. import _native
 from .._dispatch import dispatcher
 from ..linear import cpu
 from ..linear.arguments import NO_GRADIENT, check_added, check_call, check_input
@@ -90,10 +92,15 @@ class QuantLinear:
         return [part[torch.arange(count) * (len(part) - 1) // (count - 1)] for part in parts]
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The weight's outputs of these indices, int64 [...] → bfloat16 [..., in]: what an embedding looks up."""
-        flat = indices.reshape(-1)
-        found = dequantize(unpack_rows(self.packed, flat, self.in_features, self.bits)).to(torch.bfloat16)
-        return found.view(*indices.shape, self.in_features)
+        """The weight's outputs of these indices, int64 [...] → bfloat16 [..., in]: what an embedding looks up.
+
+        Raises IndexError for an index that is none of an output.
+        """
+        if _native.core is not None and not is_compiling():
+            rows = _native.core.quant_rows(self.packed, indices.contiguous(), *self.shape, self.bits)
+            if rows is not None:
+                return rows[0].view(*indices.shape, self.in_features)
+        return rows_in_pytorch(self, indices)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return QuantLinear.from_packed, (self.packed, *self.shape, self.bits, self.bias, self.loras)
@@ -103,6 +110,15 @@ class QuantLinear:
         if is_grad_enabled() and x.requires_grad:
             raise ValueError(f"quant_linear: {NO_GRADIENT}")
         return _run(x, self, spans)
+
+
+def rows_in_pytorch(linear: QuantLinear, indices: Tensor) -> Tensor:
+    """`QuantLinear.rows` in PyTorch."""
+    flat = indices.reshape(-1)
+    if not is_compiling() and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < linear.out_features:
+        raise IndexError(f"indices from {int(flat.min())} to {int(flat.max())}: expected {linear.out_features} rows")
+    found = dequantize(unpack_rows(linear.packed, flat, linear.in_features, linear.bits)).to(torch.bfloat16)
+    return found.view(*indices.shape, linear.in_features)
 
 
 def _in_pytorch(x: Tensor, linear: QuantLinear, spans: Sequence[Span]) -> Tensor:

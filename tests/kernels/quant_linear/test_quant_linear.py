@@ -1,6 +1,7 @@
 """quant_linear: the reference's bits on every ISA, for any rows and threads; the reference is within its roundings."""
 
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from genarm_fast.kernels import (
     quant_linear,
     quant_linear_reference,
 )
-from genarm_fast.kernels.quant_linear import dequantize, exact, quantize
+from genarm_fast.kernels.quant_linear import dequantize, exact, quantize, rows_in_pytorch
 from genarm_fast.kernels.quant_linear.reference import fma, quantize_inputs
 from genarm_fast.kernels.quant_linear.rounding import exact_in_pytorch
 
@@ -183,11 +184,36 @@ def test_without_a_core(bits, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_rows_of_the_weight(bits):
-    linear = QuantLinear(random_weight(100, 70, bits))
+@pytest.mark.parametrize("width", [70, 64, 1])
+def test_rows_of_the_weight(isa, threads, bits, width):
+    """Scales of both signs and down to float16's subnormals, indices in any order and with strides."""
+    made = random_weight(100, width, bits)
+    made = made._replace(scales=(made.scales * 10.0 ** -torch.arange(100)[:, None].remainder(7)).half())
+    linear = QuantLinear(made)
     indices = torch.tensor([[0, 99, 31], [32, 5, 5]])
-    assert torch.equal(linear.rows(indices), dequantize(linear.weight).bfloat16()[indices])
-    assert torch.equal(linear.rows(indices[:0]), torch.empty(0, 3, 70, dtype=torch.bfloat16))
+    for n in (1, 2):
+        threads(n)
+        for some in (indices, indices.T, indices[:, 1], indices[0, 0], torch.arange(99, -1, -1)):
+            expected = dequantize(linear.weight).bfloat16()[some]
+            assert torch.equal(linear.rows(some), expected)
+            assert torch.equal(rows_in_pytorch(linear, some), expected)
+        assert torch.equal(linear.rows(indices[:0]), torch.empty(0, 3, width, dtype=torch.bfloat16))
+
+
+@native
+def test_rows_that_a_weight_does_not_have_are_refused():
+    linear = QuantLinear(random_weight(40, 70, 8))
+    for wrong in (-1, 40, 1 << 40):
+        for rows in (linear.rows, partial(rows_in_pytorch, linear)):
+            with pytest.raises(IndexError, match=f"{wrong}.*expected.*40 rows"):
+                rows(torch.tensor([3, wrong]))
+    packed, one = linear.packed, torch.tensor([1])
+    assert _native.core.quant_rows(packed, one.int(), 40, 70, 8) is None  # left to PyTorch
+    assert _native.core.quant_rows(packed, one, 40, 70, 5) is None
+    assert _native.core.quant_rows(packed, one, 100, 70, 8) is None  # memory of another size
+    assert _native.core.quant_rows(packed, one, 1 << 62, 1 << 62, 8) is None
+    with pytest.raises(TypeError):
+        _native.core.quant_rows(packed, one)
 
 
 @pytest.mark.parametrize(("bits", "step"), [(8, 254), (4, 30)])
