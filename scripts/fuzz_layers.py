@@ -33,7 +33,7 @@ from fuzz_calls import (
 from genarm_fast import kernels
 from genarm_fast.kernels.gated_mul.reference import ACTIVATIONS
 from genarm_fast.kernels.gated_mul.reference import specification as gated_mul_reference
-from genarm_fast.kernels.quant_linear import quantize
+from genarm_fast.kernels.quant_linear import dequantize, quantize
 from genarm_fast.kernels.rotary_append.reference import specification as rotary_append_reference
 
 
@@ -140,9 +140,12 @@ def linears(rng: random.Random, triton: bool) -> None:
     quantized = quantize(weight.float(), rng.choice([8, 4]))
     found = kernels.quant_linear(placed[0], quantized, bias)
     assert torch.equal(found, kernels.quant_linear_reference(x, quantized, bias)), "quant_linear"
+    held, indices = kernels.QuantLinear(quantized, bias), torch.randint(0, out, (rng.randint(0, 70),))
+    expected = dequantize(quantized).bfloat16()[indices]
+    assert torch.equal(held.rows(odd(rng, indices)), expected), "rows of quant_linear"
     siblings = [
         kernels.SmallLinear(weight, bias, [lora]),
-        kernels.QuantLinear(quantized, bias),
+        held,
         kernels.SmallLinear(weight[:1]),
     ]
     spans = [[(*span, 0)], (), ()]
