@@ -1,4 +1,8 @@
-"""Cosines and sines of a rotary embedding, looked up: computing them anew takes 0.1 ms of each forward on a CPU."""
+"""Cosines and sines of a rotary embedding, looked up instead of computed.
+
+After a forward has emptied the caches of a CPU, computing them takes 190 µs and looking them up 70; in a loop it is 25
+and 7 (by hand, one row of SmolLM2-135M, AMD EPYC with AVX-512, 2026-11-29).
+"""
 
 from __future__ import annotations
 

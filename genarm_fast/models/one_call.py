@@ -1,6 +1,7 @@
 """All layers of a fused decoder in one call of the C++ core, with the bits of its single ops.
 
-A step of SmolLM2-135M in one row makes 270 of these from Python otherwise, which take a sixth of its time in 4 bits.
+A step of SmolLM2-135M in one row makes 270 of these from Python otherwise, which take a sixth of its time in 4 bits (by
+hand, AMD EPYC with AVX-512, 2026-11-29).
 """
 
 from __future__ import annotations
