@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from baselines.interface import Params
 from baselines.mixture import mixture
 from quality_methods import REWARD, SIZES, Method, Models, Size, by_arms, general
 from registry import text
-from result_files import machine
+from result_files import machine, peak_resident
 
 from genarm_fast.bench.timing import clock_of, interval, take_turns
 
@@ -233,7 +232,7 @@ def main() -> None:
     chosen = methods(models, size)
     if args.child:
         chosen[args.child](prompts_of(models, args.batch[0]), Params(args.tokens))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_resident() / 2**20)
         return
     if unknown := sorted(set(args.methods or ()) - set(chosen)):
         parser.error(f"--methods: {unknown[0]!r}: expected some of {', '.join(chosen)}")
