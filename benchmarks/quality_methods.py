@@ -22,7 +22,7 @@ from baselines.transfer_q import transfer_q
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from small_arms import name_of, row_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from genarm_fast import ARM, GenARM, demo
 
@@ -124,6 +124,10 @@ class Models:
         return GenARM.from_pretrained(self.folder, arms, dtype=torch.float32, max_batch_size=64)
 
     @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+
+    @cached_property
     def base(self) -> Member:
         return Member("base", self.engine.base.model)
 
@@ -151,7 +155,12 @@ class Models:
 
     @cached_property
     def objectives(self) -> list[Member]:
-        return [self.policy(self.policies[name], name) for name in OBJECTIVES]
+        return [self.first_objective, *(self.policy(self.policies[name], name) for name in OBJECTIVES[1:])]
+
+    @cached_property
+    def first_objective(self) -> Member:
+        """The policy of the tables with one objective, which need no other one's memory."""
+        return self.policy(self.policies[OBJECTIVES[0]], OBJECTIVES[0])
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,7 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         "control, w = 2": by_arms(models, 1 / 3),
         **{f"guided, w = {w:g}": by_arms(models, positive=w) for w in (0.5, 1.0, 2.0)},
         "the ARM alone": lambda prompts, params: mixture([models.arm_alone], [1.0], prompts, params),
-        "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
+        "policy": lambda prompts, params: mixture([models.first_objective], [1.0], prompts, params),
     }
     if rewarded := models.rewarded_folder:
         methods["rewarded fine-tune"] = lambda prompts, params: mixture(
@@ -206,7 +215,7 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         return run
 
     def transferred(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
-        given = models.base, models.objectives[0], reward_member("reward", models.reward), prompts, params
+        given = models.base, models.first_objective, reward_member("reward", models.reward), prompts, params
         return transfer_q(*given, weight=strongest, k=size.transfer_k, rollout=size.rollout)
 
     for w in size.args_weights:
@@ -226,7 +235,7 @@ def weak(models: Models) -> dict[str, Method]:
         "small ARM, w = 2": by_arms(models, small=2.0),
         **{row_of(name): by_arms(models, **{name: 1.0}) for name in models.small},
         "guided, w = 1": by_arms(models, positive=1.0),
-        "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
+        "policy": lambda prompts, params: mixture([models.first_objective], [1.0], prompts, params),
     }
 
 

@@ -39,7 +39,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def peak_resident() -> int:
     """Largest resident set of this process so far, in bytes (Linux).
 
-    Not `ru_maxrss`: a child starts with its parent's, and all methods of a small child look alike beside a large parent.
+    Not `ru_maxrss`, which a child process starts with its parent's: children of a large parent would all look alike.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
