@@ -7,14 +7,14 @@ Methods take turns, round by round, in CPU time with one thread. A figure is of 
 stop tokens, so that all make equally many; "first token" is a call of one token. "published stack" is how the published
 code works: two full models one after the other, a log-softmax of each, tokens read by the host at each step. Methods
 that search or sample many times run at the first batch size alone. Peak memory is of a process that runs one method
-once, weights included; this engine's holds all three ARMs, whatever their weights. Published ratios: `PUBLISHED`.
+once, libraries and weights included. This engine holds all three ARMs there, whatever their weights, and methods that
+take its base hold the engine. Published ratios: `PUBLISHED`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from baselines.interface import Params
 from baselines.mixture import mixture
 from quality_methods import REWARD, SIZES, Method, Models, Size, by_arms, general
 from registry import text
-from result_files import machine
+from result_files import machine, peak_resident
 
 from genarm_fast.bench.timing import clock_of, interval, take_turns
 
@@ -67,9 +67,10 @@ def methods(models: Models, size: Size) -> dict[str, Method]:
 
 
 def prompts_of(models: Models, batch: int) -> list[list[int]]:
-    """Different ones: the engine computes equal prompts once."""
+    """Different ones: the engine computes equal prompts once. Made without the engine, which not every method holds."""
     chats = [[{"role": "user", "content": f"{number}. {TEXT}"}] for number in range(1, batch + 1)]
-    return [request.token_ids[0] for request in models.engine.prepare(chats)]
+    made = models.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    return [list(ids) for ids in made]
 
 
 def measure(
@@ -233,7 +234,7 @@ def main() -> None:
     chosen = methods(models, size)
     if args.child:
         chosen[args.child](prompts_of(models, args.batch[0]), Params(args.tokens))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_resident() / 2**20)
         return
     if unknown := sorted(set(args.methods or ()) - set(chosen)):
         parser.error(f"--methods: {unknown[0]!r}: expected some of {', '.join(chosen)}")

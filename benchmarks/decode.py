@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from result_files import machine
+from result_files import machine, peak_resident
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -169,7 +168,7 @@ def peak_memory(base: str, arms: list[str], dtype: str, tokens: int) -> dict[str
 def one_run(dtype: str, tokens: str, base: str, *arms: str) -> None:
     model = GenARM.from_pretrained(base, arms, dtype=DTYPES[dtype], speculation="off")
     model.generate([TEXT] * 2, max_new_tokens=int(tokens), ignore_eos=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_resident())
 
 
 def growth(base: str, arm: str, dtype: str, tokens: int) -> dict[str, float]:

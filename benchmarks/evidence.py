@@ -12,11 +12,14 @@ import json
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import cost
 import learning_curve
 import quality
+import small_arms
+from front_measures import points_table
+from quality_methods import TRAINED
 from registry import RESULTS
 from result_files import fill
 
@@ -71,6 +74,10 @@ def plot_front(found: Mapping[str, Any], path: Path) -> None:
         for share, at in (("0", 0), ("1", -1)):
             place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8, "color": COLOURS[name]}
             axis.annotate(share, (xs[at], ys[at]), **place)
+    for number, (share, at) in enumerate(found.get("single_points", {}).items()):
+        x, y = (at[TRAINED][name]["value"] for name in ("positive", "short"))
+        axis.plot(x, y, "x", color="#333333", label=None if number else "one policy, trained for the point")
+        axis.annotate(share, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     axis.set(xlabel="P(positive) by the judge (labels: share of `positive`)", ylabel="1 - tokens / limit")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -84,11 +91,20 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def has_sizes(weak: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether ARMs of other sizes were run beside the one that ships."""
+    return weak is not None and len(weak.get("small_arms", ())) > 1
+
+
 def blocks() -> dict[str, str]:
     """What stands between the marks of the page, by mark; of what was run."""
     found = {name: read(f"quality-{name}") for name in ("general", "weak", "front")}
     tables = {name: f"{judged(each)}\n\n{quality.table(each)}" for name, each in found.items() if each}
+    if has_sizes(found["weak"]):
+        tables["sizes"] = small_arms.table(found["weak"])
     if found["front"]:
+        if points := found["front"].get("single_points"):
+            tables["points"] = points_table(points)
         tables["trace"] = told(found["front"]["trace"])
     if costs := read("cost"):
         shape = f"{costs['tokens']} tokens, {' and '.join(map(str, costs['rounds']))} round(s). {about(costs)}"
@@ -102,6 +118,8 @@ def blocks() -> dict[str, str]:
 def main() -> None:
     if front := read("quality-front"):
         plot_front(front, IMAGES / "front.png")
+    if has_sizes(weak := read("quality-weak")):
+        small_arms.plot(weak, IMAGES / "weak-sizes.png")
     general, costs = read("quality-general"), read("cost")
     if general and costs:
         cost.plot(costs, general, IMAGES / "cost.png")

@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from result_files import peak_resident
 from soak import tiny_model
 
 from genarm_fast import SamplingParams, jobs
@@ -66,22 +67,18 @@ def measure(lines: int, answers: int) -> dict[str, Any]:
         with jobs.ResultsFile(output, requests, "setup") as results:
             found["lines_found_again"] = len(results.answered)
         found["found_again_s"] = time.perf_counter() - start
-        return {"lines": lines, **found, "peak_mib_above_model": (peak() - before) / MIB, "model_mib": before / MIB}
+        return {
+            "lines": lines,
+            **found,
+            "peak_mib_above_model": (peak_resident() - before) / MIB,
+            "model_mib": before / MIB,
+        }
 
 
 def forget_peak() -> int:
     """Bytes resident now, which is the peak from now on (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def peak() -> int:
-    return status("VmHWM")
-
-
-def status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return peak_resident()
 
 
 def main() -> None:

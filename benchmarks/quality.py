@@ -21,17 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import small_arms
 import torch
-from quality_measures import (
-    Estimate,
-    distinct,
-    estimate,
-    hypervolume,
-    mean,
-    mean_inner_product,
-    recovered,
-    win_rate,
-)
+from front_measures import front_figures, points_table, single_points
+from quality_measures import Estimate, distinct, mean, recovered, win_rate
 from quality_methods import (
     OBJECTIVES,
     REWARD,
@@ -41,7 +34,6 @@ from quality_methods import (
     Size,
     fronts,
     general,
-    point_name,
     shares,
     weak,
 )
@@ -99,37 +91,15 @@ def add_duels(rows: dict[str, dict[str, Any]], found: dict[str, Texts], judge: A
                 rows[name][key] = asdict(win_rate(texts.scores(scored), found["policy"].scores(scored, texts.prompts)))
 
 
-def front_figures(found: dict[str, Texts], judge: Any, size: Size) -> dict[str, Any]:
-    """Hypervolume over (0, 0) and mean inner product of every method; objectives in [0, 1]: P(positive), and
-    1 − tokens / limit."""
-    points = shares(size.points)
-    weights = np.array([[a, 1 - a] for a in points])
-    results: dict[str, Any] = {}
-    for method in dict.fromkeys(name.rsplit(" ", 1)[0] for name in found):
-        each = [found[point_name(method, a)] for a in points]
-        values = np.stack(
-            [np.stack([texts.scores(judge).mean(1), 1 - texts.tokens.mean(1) / size.tokens], -1) for texts in each]
-        )  # [points, prompts, 2]
-
-        def of(figure: Any, values: np.ndarray = values) -> Estimate:
-            return estimate(lambda chosen: figure(values[:, chosen].mean(1)), values.shape[1])
-
-        results[method] = {
-            "points": values.mean(1).tolist(),
-            "hypervolume": asdict(of(hypervolume)),
-            "mean_inner_product": asdict(of(lambda points: mean_inner_product(points, weights))),
-        }
-    return results
-
-
 def trace(models: Models, prompt: list[int], tokens: int) -> list[dict[str, Any]]:
     """One text whose weights change from the first objective to the second half-way."""
     steps = []
-    with models.engine.stream([prompt], weights=[1.0, 0.0, 0.0], seed=1, max_new_tokens=tokens) as stream:
+    first, second = (dict.fromkeys(models.engine.arm_names, 0.0) | {name: 1.0} for name in OBJECTIVES)
+    with models.engine.stream([prompt], weights=first, seed=1, max_new_tokens=tokens) as stream:
         for i, chunk in enumerate(stream):
             steps.append({"text": chunk.text, "weights": [list(each) for each in chunk.weights]})
             if i == tokens // 2:
-                stream.set_weights([0.0, 1.0, 0.0])
+                stream.set_weights(second)
     return steps
 
 
@@ -156,18 +126,20 @@ def measure(
     about = {"scenario": scenario, "size_name": name_of_size, "size": asdict(size), "prompts": len(prompts)}
     about |= {"judge_accuracy": judge.accuracy, "policies_by_dpo": models.trained_policies, "machine": machine()}
     if scenario == "front":
+        about["single_points"] = single_points(found, judge, size, list(models.points))
         return about | {"methods": front_figures(found, judge, size), "trace": trace(models, prompts[0], 24)}
     rows = {name: described(texts, judge, found["base"]) for name, texts in found.items()}
     if scenario == "general":
         add_duels(rows, found, judge)
     if scenario == "weak":
         scores = {name: texts.scores(judge).mean(1) for name, texts in found.items()}
-        targets = [name for name in ("policy", "guided, w = 1") if name in rows]
-        small = [name for name in ("control, w = 1", "small ARM, w = 1", "small ARM, w = 2") if name in rows]
-        for target in targets:
-            for name in small:
+        small = ["control, w = 1", *(name for name in rows if name.startswith("small"))]
+        for target in (name for name in small_arms.TARGETS if name in rows):
+            for name in (name for name in small if name in rows):
                 share = recovered(scores["base"], scores[name], scores[target])
                 rows[name][f"share of {target}"] = None if share is None else asdict(share)
+        described_arms = small_arms.described(list(models.small.values()))
+        about["small_arms"] = {name: arm for name, arm in described_arms.items() if name in rows}
     return about | {"methods": rows}
 
 
@@ -209,6 +181,18 @@ def policies(given: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def point_folders(given: Sequence[str], size: Size) -> dict[float, Path]:
+    found = {}
+    for each in given:
+        share, _, folder = each.partition("=")
+        named = [a for a in shares(size.points) if share == f"{a:.2f}"]
+        if not named or not Path(folder).is_dir():
+            choices = ", ".join(f"{a:.2f}" for a in shares(size.points))
+            raise SystemExit(f"--point {each}: expected SHARE=FOLDER, a share of {choices}")
+        found[named[0]] = Path(folder)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=["general", "weak", "front"])
@@ -226,6 +210,12 @@ def main() -> None:
     )
     parser.add_argument("--policy", action="append", default=[], help="OBJECTIVE=FOLDER of baselines/dpo.py's output")
     parser.add_argument("--rewarded", type=Path, help="folder of baselines/rewarded.py's output, for a row")
+    parser.add_argument(
+        "--point", action="append", default=[], help="SHARE=FOLDER of baselines/per_point.py's output, for `front`"
+    )
+    parser.add_argument(
+        "--small", type=Path, action="append", default=[], help="folder of an ARM of another size, for a row of `weak`"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"), help="folder of responses, kept")
     parser.add_argument("--json", type=Path, help="folder for quality-<scenario>.json")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="of general and weak, only these and the base")
@@ -240,7 +230,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     changed = {name: getattr(args, name) for name in ("prompts", "tokens") if getattr(args, name) is not None}
     size = replace(SIZES[args.size], **changed)
-    models = Models(policies(args.policy), args.reward, args.rewarded)
+    try:
+        trained = policies(args.policy), args.reward, args.rewarded
+        models = Models(*trained, small=args.small, points=point_folders(args.point, size))
+    except ValueError as error:
+        parser.error(f"--small: {error}")
     known = [name for scenario in args.scenarios for name in methods_of(scenario, models, size)]
     if unknown := [name for name in args.methods or () if name not in known]:
         parser.error(f"--methods {unknown[0]!r}: expected some of {', '.join(dict.fromkeys(known))}")
@@ -252,6 +246,8 @@ def main() -> None:
             (args.json / f"quality-{scenario}{tried}.json").write_text(json.dumps(result, indent=1) + "\n")
         accuracy = ", ".join(f"{source} {share:.3f}" for source, share in result["judge_accuracy"].items())
         print(f"\n{scenario}; judge's held-out accuracy: {accuracy}\n\n{table(result)}", flush=True)
+        if result.get("single_points"):
+            print(f"\n{points_table(result['single_points'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,15 @@ from baselines.trajectory_reward import TrajectoryReward
 from baselines.transfer_q import transfer_q
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from small_arms import name_of, row_of
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from genarm_fast import ARM, GenARM, demo
 
 Method = Callable[[Sequence[Sequence[int]], Params], list[Response]]
 OBJECTIVES = ("positive", "concise")
+TRAINED = "trained for the point"
+ARMS = (*OBJECTIVES, "small")  # that ship, and take part
 # Trained as dpo.py and trajectory_reward.py say, on 240 of the ARM `positive`'s pairs and the base's first 10 layers.
 REWARD = Path(__file__).parent / "baselines" / "positive_reward"
 
@@ -72,30 +75,57 @@ class Models:
 
     policies: folders of DPO adapters by objective; an objective without one takes its ARM as its policy, which is what
     DPO without a reference gives. reward: folder of the trajectory reward model, or None: methods that ask one are out.
-    rewarded: folder of baselines/rewarded.py's adapter, or None: that method is out.
+    rewarded: folder of baselines/rewarded.py's adapter, or None: that method is out. small: folders of ARMs of other
+    sizes, beside the `small` that ships. points: folders of baselines/per_point.py's adapters by share.
+
+    Raises:
+        ValueError: a folder of `small` is of no distilled ARM, or two of them have as many parameters.
     """
 
-    def __init__(self, policies: dict[str, Path], reward: Path | None, rewarded: Path | None = None) -> None:
+    def __init__(
+        self,
+        policies: dict[str, Path],
+        reward: Path | None,
+        rewarded: Path | None = None,
+        small: Sequence[Path] = (),
+        points: Mapping[float, Path] | None = None,
+    ) -> None:
         self.folder = demo.base()
         self.policies = {name: policies.get(name, demo.arm(name)) for name in OBJECTIVES}
         self.trained_policies = sorted(policies)
         self.reward_folder, self.rewarded_folder = reward, rewarded
+        self.points = dict(points or {})
+        self.small = {name_of(folder): folder for folder in small}
+        if len(self.small) < len(small):
+            raise ValueError(f"small={[str(folder) for folder in small]}: expected ARMs of different sizes")
 
     def inputs(self) -> dict[str, str | None]:
         """By the hash of their weights: what responses depend on beside prompts and sizes."""
 
         def digest(folder: Path | None) -> str | None:
-            return folder and hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+            if folder is None:
+                return None
+            weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+            if not weights:
+                raise SystemExit(f"{folder}: expected weights in *.safetensors, found none")
+            return hashlib.sha256(weights).hexdigest()[:16]
 
         folders = {"reward": self.reward_folder, **self.policies}
+        folders |= {f"ARM {name}": demo.arm(name) for name in ARMS} | self.small
+        folders |= {point_name(TRAINED, share): folder for share, folder in self.points.items()}
         if self.rewarded_folder:
             folders["rewarded"] = self.rewarded_folder
         return {name: digest(folder) for name, folder in folders.items()}
 
     @cached_property
     def engine(self) -> GenARM:
-        arms = [ARM(demo.arm(name), name=name) for name in (*OBJECTIVES, "small")]
+        arms = [ARM(demo.arm(name), name=name) for name in ARMS]
+        arms += [ARM(folder, name=name) for name, folder in self.small.items()]
         return GenARM.from_pretrained(self.folder, arms, dtype=torch.float32, max_batch_size=64)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     @cached_property
     def base(self) -> Member:
@@ -125,7 +155,12 @@ class Models:
 
     @cached_property
     def objectives(self) -> list[Member]:
-        return [self.policy(self.policies[name], name) for name in OBJECTIVES]
+        return [self.first_objective, *(self.policy(self.policies[name], name) for name in OBJECTIVES[1:])]
+
+    @cached_property
+    def first_objective(self) -> Member:
+        """The policy of the tables with one objective, which need no other one's memory."""
+        return self.policy(self.policies[OBJECTIVES[0]], OBJECTIVES[0])
 
 
 @dataclass(frozen=True)
@@ -141,9 +176,9 @@ class FirstPrompts:
 
 def by_arms(models: Models, temperature: float = 1.0, **weights: float) -> Method:
     """The engine with these ARMs; none of them is the base."""
-    all_weights = dict.fromkeys((*OBJECTIVES, "small"), 0.0) | weights
 
     def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
+        all_weights = dict.fromkeys(models.engine.arm_names, 0.0) | weights
         return guided(models.engine, all_weights, prompts, replace(params, temperature=temperature))
 
     return run
@@ -157,7 +192,7 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         "control, w = 2": by_arms(models, 1 / 3),
         **{f"guided, w = {w:g}": by_arms(models, positive=w) for w in (0.5, 1.0, 2.0)},
         "the ARM alone": lambda prompts, params: mixture([models.arm_alone], [1.0], prompts, params),
-        "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
+        "policy": lambda prompts, params: mixture([models.first_objective], [1.0], prompts, params),
     }
     if rewarded := models.rewarded_folder:
         methods["rewarded fine-tune"] = lambda prompts, params: mixture(
@@ -180,7 +215,7 @@ def general(models: Models, size: Size) -> dict[str, Method]:
         return run
 
     def transferred(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
-        given = models.base, models.objectives[0], reward_member("reward", models.reward), prompts, params
+        given = models.base, models.first_objective, reward_member("reward", models.reward), prompts, params
         return transfer_q(*given, weight=strongest, k=size.transfer_k, rollout=size.rollout)
 
     for w in size.args_weights:
@@ -192,14 +227,15 @@ def general(models: Models, size: Size) -> dict[str, Method]:
 
 
 def weak(models: Models) -> dict[str, Method]:
-    """The 10 M ARM on the base, between the base and what an ARM or a policy of the base's own size reaches."""
+    """Small ARMs on the base, between the base and what an ARM or a policy of the base's own size reaches."""
     return {
         "base": by_arms(models),
         "control, w = 1": by_arms(models, 1 / 2),
         "small ARM, w = 1": by_arms(models, small=1.0),
         "small ARM, w = 2": by_arms(models, small=2.0),
+        **{row_of(name): by_arms(models, **{name: 1.0}) for name in models.small},
         "guided, w = 1": by_arms(models, positive=1.0),
-        "policy": lambda prompts, params: mixture(models.objectives[:1], [1.0], prompts, params),
+        "policy": lambda prompts, params: mixture([models.first_objective], [1.0], prompts, params),
     }
 
 
@@ -213,7 +249,8 @@ def point_name(method: str, share: float) -> str:
 
 
 def fronts(models: Models, points: int) -> dict[str, Method]:
-    """Two objectives at each share a of the first: guided with weights of two sums, MOD, and soups. Names end in it."""
+    """Two objectives at each share a of the first: guided with weights of two sums, MOD, and soups; and
+    policies of their own for some points. Names end in the share."""
 
     def souped(a: float) -> Method:
         def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
@@ -232,4 +269,9 @@ def fronts(models: Models, points: int) -> dict[str, Method]:
         "MOD": mixed,
         "soup": souped,
     }
-    return {point_name(name, a): make(a) for name, make in kinds.items() for a in shares(points)}
+    found = {point_name(name, a): make(a) for name, make in kinds.items() for a in shares(points)}
+    for a, folder in models.points.items():
+        found[point_name(TRAINED, a)] = lambda prompts, params, folder=folder: mixture(
+            [models.souped(folder)], [1.0], prompts, params
+        )
+    return found

@@ -82,9 +82,15 @@ def collect(
 
 
 def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Leaves a note of what the runs in a folder were made with. Raises SystemExit where they were made with else."""
-    note = folder / "inputs.note"
-    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(inputs)):
-        raise SystemExit(f"{note}: made with other sizes, policies or reward: expected another --runs")
+    """Leaves a note of what the runs in a folder were made with: the size, and each adapter or ARM by its name.
+
+    What it does not have yet, such as an adapter for one more row, is added. Raises SystemExit where something differs.
+    """
+    note, now = folder / "inputs.note", json.loads(json.dumps(inputs))
+    kept = json.loads(note.read_text()) if note.exists() else now
+    adapters = kept["adapters"] | {n: now["adapters"][n] for n in now["adapters"].keys() - kept["adapters"].keys()}
+    changed = ["size"] if kept["size"] != now["size"] else []
+    if changed := changed + [name for name, digest in now["adapters"].items() if adapters[name] != digest]:
+        raise SystemExit(f"{note}: made with another {', '.join(changed)}: expected another --runs")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(inputs, indent=1))
+    note.write_text(json.dumps({"size": kept["size"], "adapters": adapters}, indent=1))

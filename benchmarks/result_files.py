@@ -36,6 +36,15 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def peak_resident() -> int:
+    """Largest resident set of this process so far, in bytes (Linux).
+
+    Not `ru_maxrss`, which a child process starts with its parent's: children of a large parent would all look alike.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def name_of(about: Mapping[str, Any]) -> str:
     """The device of `machine`, fit for a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")

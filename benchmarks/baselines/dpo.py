@@ -10,6 +10,7 @@ result decodes as any model does: `plain` is what is compared.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -66,32 +67,39 @@ def train(base: str | Path, pairs: list[Pair], output: Path, *, beta: float = 0.
     return trainer
 
 
-def main() -> None:
-    parser = command_line(__doc__)
+def beta_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beta", type=float, default=0.1, help="default: 0.1")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    training, held_out = split(args.pairs, args.holdout_every)
-    training, held_out = chosen_pairs(training, args.max_pairs), held_out[: args.held_out_pairs]
+
+
+def trained(args: argparse.Namespace, training: list[Pair], held_out: dict[str, list[Pair]], **about: Any) -> None:
+    """Trains as the command line says, ranks each of the held-out sets, and writes report.json beside the adapter.
+
+    about: what else the report says."""
     start = time.perf_counter()
-    schedule = {
-        "beta": args.beta,
-        "micro_batch": args.micro_batch,
-        "batch": args.batch,
-        "epochs": args.epochs,
-        "learning_rate": args.learning_rate,
-        "bf16": args.bf16,
-    }
+    names = ("beta", "micro_batch", "batch", "epochs", "learning_rate", "bf16")
+    schedule = {name: getattr(args, name) for name in names}
     trainer = train(args.base, training, args.output, **schedule)
     seconds = time.perf_counter() - start
     tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
-    report = {"pairs": len(training), **schedule, "seconds": seconds, "held_out_pairs": len(held_out)}
+    report = {"pairs": len(training), **about, **schedule, "seconds": seconds}
+    report["held_out_pairs"] = sum(map(len, held_out.values()))
     with torch.autocast(trainer.model.device.type, torch.bfloat16, enabled=args.bf16):
-        report["held_out"] = rankings(trainer.model.eval(), tokenizer, held_out)
+        report |= {name: rankings(trainer.model.eval(), tokenizer, pairs) for name, pairs in held_out.items()}
     report["history"] = list(trainer.state.log_history)
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    found = ", ".join(f"{name} {each['accuracy']:.3f}" for name, each in report["held_out"].items())
-    print(f"{args.output}: {len(training)} pairs in {seconds:.0f} s; right of {len(held_out)} held out by {found}")
+    print(f"{args.output}: {len(training)} pairs in {seconds:.0f} s")
+    for name, pairs in held_out.items():
+        found = ", ".join(f"{by} {each['accuracy']:.3f}" for by, each in report[name].items())
+        print(f"{name.replace('_', ' ')}, right of {len(pairs)} pairs by {found}")
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    beta_option(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    training, held_out = split(args.pairs, args.holdout_every)
+    trained(args, chosen_pairs(training, args.max_pairs), {"held_out": held_out[: args.held_out_pairs]})
 
 
 if __name__ == "__main__":

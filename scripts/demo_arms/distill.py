@@ -1,10 +1,8 @@
 """Distil the demo's `small` model from the base, out of teacher_data.py's shards.
 
 The student is a narrow Llama with the base's vocabulary: its tied embedding (49,152 rows) is most of it, and starts as
-the truncated SVD of the base's. The loss is the cross-entropy -Σ_x p(x) log q(x) at the response positions, which is
-KL(p || q) plus the base's entropy: exact on the base's 48 likeliest tokens, and an unbiased estimate on the tail, of
-which 8 draws stand for the remaining mass. (One bucket for the tail says nothing about which tokens are in it,
-renormalising the top pretends that there is none; the tail holds a tenth of this base's mass.)
+the truncated SVD of the base's. `--hidden` is its width; it has 6 layers at any width. The loss is in
+distillation_loss.py.
 
 The layers' matrices are trained by Muon, the rest by AdamW: in runs of 100,000 tokens the KL fell to 2.81, with AdamW
 for all to 3.22.
@@ -26,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from agreement import Agreement, load_responses
-from torch import Tensor, nn
+from distillation_loss import batch_loss
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-HIDDEN, LAYERS, INTERMEDIATE, HEADS = 160, 6, 448, 5  # 9.8 M parameters, 7.9 M of them the embedding
+HIDDEN, LAYERS, HEAD = 160, 6, 32  # 9.8 M parameters, 7.9 M of them the embedding
 INHERITED = (
     "max_position_embeddings",
     "rms_norm_eps",
@@ -40,83 +38,31 @@ INHERITED = (
     "pad_token_id",
 )
 BATCH = 8  # responses
-NEGATIVES = 2048
 LR, EMBEDDING_LR, CLIP = 1e-2, 3e-3, 1.0
 WARMUP, DECAY = 20_000, 0.5  # tokens; share of all
 CHECKPOINT_S = 120
 
 
-class SparseCrossEntropy(torch.autograd.Function):
-    """Mean over rows of -Σ_k probs[n, k] · log softmax(hidden @ weight.T + bias)[n, ids[n, k]], never holding [N, V].
+def new_student(base: LlamaForCausalLM, hidden: int = HIDDEN) -> LlamaForCausalLM:
+    """Random but for the embedding, whose rows are the base's in the basis of its largest singular vectors.
 
-    hidden [N, D], weight [V, D], bias [V] float32; ids [N, K] int64, a row may repeat one; probs [N, K], rows sum to 1.
-    The gradients (none for bias) are made in the forward pass, so that each chunk's logits are computed once.
+    `hidden` is the width. A head has 32 of its numbers, the MLP 2.8 times as many, rounded to a multiple of 32.
+
+    Raises:
+        ValueError: `hidden` is not a multiple of 32 from 32 to the base's width.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, probs: Tensor, chunk: int = 128
-    ) -> Tensor:
-        d_hidden, loss = torch.empty_like(hidden), hidden.new_zeros(())
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(hidden), chunk):
-            h, k, p = hidden[i : i + chunk], ids[i : i + chunk], probs[i : i + chunk]
-            logits = torch.addmm(bias, h, weight.T)
-            log_z = logits.logsumexp(-1, keepdim=True)
-            loss += log_z.sum() - (logits.gather(1, k) * p).sum()
-            grad = logits.sub_(log_z).exp_().scatter_add_(1, k, -p)
-            d_hidden[i : i + chunk] = grad @ weight
-            if d_weight is not None:
-                d_weight.addmm_(grad.T, h)
-        ctx.save_for_backward(d_hidden.div_(len(hidden)), None if d_weight is None else d_weight.div_(len(hidden)))
-        return loss / len(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        d_hidden, d_weight = ctx.saved_tensors
-        return grad * d_hidden, None if d_weight is None else grad * d_weight, None, None, None, None
-
-
-def candidates(ids: Tensor, vocab_size: int, negatives: int) -> tuple[Tensor, Tensor]:
-    """Token ids that a batch's normalisers are summed over, ascending, and the log of how many tokens each stands for.
-
-    All of `ids`, and `negatives` draws from the others: the normaliser is estimated without bias, at a quarter of the
-    cost. All tokens where there are no more.
-    """
-    named = torch.zeros(vocab_size, dtype=torch.bool)
-    named[ids] = True
-    others = (~named).nonzero()[:, 0]
-    if len(others) <= negatives:
-        return torch.arange(vocab_size), torch.zeros(vocab_size)
-    drawn = others[torch.randperm(len(others))[:negatives]]
-    log_count = torch.zeros(vocab_size)
-    log_count[drawn] = math.log(len(others) / negatives)
-    named[drawn] = True
-    kept = named.nonzero()[:, 0]
-    return kept, log_count[kept]
-
-
-def sparse_targets(response: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """ids [N, 48 + 8] and their probabilities: the top as stored, the tail's draws an eighth of what is left each."""
-    top = torch.from_numpy(response["top_logprobs"]).float().exp()
-    top /= top.sum(-1, keepdim=True).clamp_min(1.0)  # float16 may round the sum above 1
-    tail_ids = response["tail_ids"]
-    tail = ((1 - top.sum(-1, keepdim=True)) / tail_ids.shape[1]).expand(-1, tail_ids.shape[1])
-    ids = np.concatenate([response["top_ids"], tail_ids], -1).astype(np.int64)
-    return torch.from_numpy(ids), torch.cat([top, tail], -1)
-
-
-def new_student(base: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Random but for the embedding, whose rows are the base's in the basis of its largest singular vectors."""
+    if hidden % HEAD or not HEAD <= hidden <= base.config.hidden_size:
+        most = base.config.hidden_size
+        raise ValueError(f"hidden={hidden}: expected a multiple of {HEAD}, at most the base's width of {most}")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=base.config.vocab_size,
-        hidden_size=HIDDEN,
+        hidden_size=hidden,
         num_hidden_layers=LAYERS,
-        intermediate_size=INTERMEDIATE,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        initializer_range=HIDDEN**-0.5,
+        intermediate_size=HEAD * round(2.8 * hidden / HEAD),
+        num_attention_heads=hidden // HEAD,
+        num_key_value_heads=hidden // HEAD,
+        initializer_range=hidden**-0.5,
         tie_word_embeddings=True,
         **{key: copy.deepcopy(getattr(base.config, key)) for key in INHERITED},
     )
@@ -124,7 +70,7 @@ def new_student(base: LlamaForCausalLM) -> LlamaForCausalLM:
     table = base.get_input_embeddings().weight.detach().float()
     _, basis = torch.linalg.eigh(table.T @ table)  # ascending
     with torch.no_grad():
-        student.get_input_embeddings().weight.copy_(table @ basis[:, -HIDDEN:])
+        student.get_input_embeddings().weight.copy_(table @ basis[:, -hidden:])
         for layer in student.model.layers:  # the residual stream starts as the embedding
             layer.self_attn.o_proj.weight.mul_((2 * LAYERS) ** -0.5)
             layer.mlp.down_proj.weight.mul_((2 * LAYERS) ** -0.5)
@@ -137,47 +83,6 @@ def add_dropout(student: LlamaForCausalLM, rate: float) -> None:
     branches = [m for layer in inner.layers for m in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     for module in (inner.embed_tokens, *branches, inner.norm):
         module.register_forward_hook(lambda module, _, out: torch.nn.functional.dropout(out, rate, module.training))
-
-
-def batch_loss(
-    student: LlamaForCausalLM, responses: list[dict[str, np.ndarray]], free: int | None = None
-) -> tuple[Tensor, int]:
-    """The loss over all response positions of a batch, and how many they are.
-
-    With `free`, given that this is not the next token: it may have any probability.
-    """
-    lengths = [(len(r["prompt_tokens"]), len(r["tokens"])) for r in responses]
-    ids = torch.zeros(len(responses), max(p + n for p, n in lengths) - 1, dtype=torch.long)
-    for row, r in zip(ids, responses):
-        text = np.concatenate([r["prompt_tokens"], r["tokens"][:-1]]).astype(np.int64)
-        row[: len(text)] = torch.from_numpy(text)
-    states = student.model(input_ids=ids, use_cache=False).last_hidden_state  # causal: right padding needs no mask
-    hidden = torch.cat([row[p - 1 : p - 1 + n] for row, (p, n) in zip(states, lengths)])
-    targets, probs = (torch.cat(column) for column in zip(*map(sparse_targets, responses)))
-    if free is not None:
-        probs = probs.masked_fill(targets == free, 0.0)
-        some = probs.sum(-1) > 0.01
-        hidden, targets, probs = hidden[some], targets[some], probs[some] / probs[some].sum(-1, keepdim=True)
-    kept, bias = candidates(targets, student.config.vocab_size, NEGATIVES)
-    if free is not None:
-        bias[kept == free] = -1e4  # of no weight, and finite
-    weight = student.get_output_embeddings().weight.index_select(0, kept)
-    return SparseCrossEntropy.apply(hidden, weight, bias, torch.searchsorted(kept, targets), probs), len(hidden)
-
-
-class Distillation:
-    """An `auxiliary_loss` for `train`: keeps an ARM near the base, by `count` of its answers for each micro-batch.
-
-    It may say what it likes of the token `free`.
-    """
-
-    def __init__(self, shards: Path, count: int, weight: float = 1.0, free: int | None = None) -> None:
-        self.responses, self.count, self.weight, self.free = load_responses(shards), count, weight, free
-
-    def __call__(self, lm: nn.Module, number: int) -> Tensor:
-        causal = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-        drawn = np.random.default_rng(number).choice(len(self.responses), self.count, replace=False)
-        return self.weight * batch_loss(causal, [self.responses[i] for i in drawn], self.free)[0]
 
 
 def learning_rate(tokens: float, total: float) -> float:
@@ -216,6 +121,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder for the model, checkpoint, report and curve")
     parser.add_argument("--held-out", type=Path, required=True, help="teacher_data.py --held-out's folder")
     parser.add_argument("--base", help="model folder or hub id; default: the demo's base")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help=f"the model's width (default: {HIDDEN})")
     parser.add_argument("--tokens", type=float, default=3e6, help="response tokens to train on, over all epochs")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=float, default=2e5, help="response tokens between evaluations")
@@ -227,7 +133,7 @@ def main() -> None:
 
     args.output.mkdir(parents=True, exist_ok=True)
     teacher = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32, trust_remote_code=False).eval()
-    student = new_student(teacher)
+    student = new_student(teacher, args.hidden)
     add_dropout(student, args.dropout)
     quick = Agreement(teacher, load_responses(args.held_out)[::8])
     del teacher
@@ -243,6 +149,9 @@ def main() -> None:
     checkpoint = args.output / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        width = saved["model"]["model.embed_tokens.weight"].shape[1]
+        if width != args.hidden:
+            raise SystemExit(f"--hidden {args.hidden}: expected {width}, the width of {checkpoint}")
         student.load_state_dict(saved["model"])
         for optimizer, optimizer_state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(optimizer_state)
@@ -294,6 +203,7 @@ def main() -> None:
     save_model(student, args.base, args.output / "model")
     plot(state["history"], args.output / "curve.png")
     report = {
+        "hidden": args.hidden,
         "parameters": student.num_parameters(),
         "response_tokens": state["tokens"],
         "epochs": state["epoch"] + state["cursor"] / len(responses),

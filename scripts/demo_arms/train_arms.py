@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distill import Distillation
+from distillation_loss import Distillation
 
 from genarm_fast.demo import base
 from genarm_fast.train import TrainConfig, train

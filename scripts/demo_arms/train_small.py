@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 
 from agreement import measure
-from distill import Distillation
+from distillation_loss import Distillation
 from grid import to_grid
 from transformers import AutoTokenizer
 
@@ -28,7 +28,7 @@ from genarm_fast.demo import base
 from genarm_fast.train import TrainConfig, train
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "report.json", "curve.png")
+SHIPPED = ("config.json", "generation_config.json", "genarm.json", "model.safetensors", "report.json", "curve.png")
 CARD = """---
 base_model: {base}
 library_name: transformers
@@ -110,6 +110,7 @@ def main() -> None:
         "agreement": agreement,
         "rounded": {"bits": 8, "group": 32},
     }
+    (result.folder / "genarm.json").write_text(json.dumps(info, indent=1) + "\n")
     print(json.dumps(agreement, indent=1))
     print(f"held-out pair accuracy {result.report['before']['accuracy']:.3f} -> {result.accuracy:.3f}")
     if args.ship:
@@ -118,7 +119,6 @@ def main() -> None:
         for file in SHIPPED:
             shutil.copyfile(result.folder / file, partial / file)
         shutil.copyfile(args.distilled / "curve.png", partial / "distillation.png")
-        (partial / "genarm.json").write_text(json.dumps(info, indent=1) + "\n")
         card = CARD.format(
             base=BASE_ID,
             parameters=distillation["parameters"],

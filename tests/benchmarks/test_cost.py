@@ -21,7 +21,7 @@ def spin(seconds: float) -> None:
 @pytest.fixture
 def costs(script, tiny_model, tokenizer) -> dict:
     cost, Response = script("cost"), script("baselines.interface").Response
-    models = SimpleNamespace(engine=GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer))
+    models = SimpleNamespace(tokenizer=tokenizer)
     calls: Counter[str] = Counter()
 
     def method(name: str, dearer: int):
@@ -43,6 +43,23 @@ def costs(script, tiny_model, tokenizer) -> dict:
     third = cost.measure(models, chosen, 3, 4, 5, 1)
     assert calls == {"base": 11, "guided": 11}  # no second base for methods that are not there
     return {"batches": {"2": found, "3": third}, "peak_mib": {"2": {"base": 100.0}, "3": {"base": 300.0}}}
+
+
+def test_prompts_are_the_engines(script, tiny_model, tokenizer) -> None:
+    engine = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer)
+    chats = [[{"role": "user", "content": f"{number}. {script('cost').TEXT}"}] for number in (1, 2)]
+    found = script("cost").prompts_of(SimpleNamespace(tokenizer=tokenizer), 2)
+    assert found == [request.token_ids[0] for request in engine.prepare(chats)]
+
+
+def test_a_policy_is_loaded_alone(script) -> None:
+    """Neither the engine nor another policy is there beside it, for its peak memory."""
+    methods, params = script("quality_methods"), script("baselines.interface").Params(1)
+    models = methods.Models({}, None)
+    methods.general(models, methods.SIZES["quick"])["policy"](script("cost").prompts_of(models, 2), params)
+    assert {"tokenizer", "first_objective"} <= set(vars(models))
+    assert not {"engine", "base", "objectives"} & set(vars(models))
+    assert models.objectives[0] is models.first_objective
 
 
 def test_ratios_and_forwards(costs: dict) -> None:

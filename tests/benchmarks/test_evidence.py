@@ -49,6 +49,13 @@ def test_a_trace_is_told_by_its_weights(evidence) -> None:
     ]
 
 
+def test_a_curve_over_sizes_takes_more_than_the_arm_that_ships(evidence) -> None:
+    assert not evidence.has_sizes(None)
+    assert not evidence.has_sizes({"methods": {}})
+    assert not evidence.has_sizes({"small_arms": {"small ARM, w = 1": {}}})
+    assert evidence.has_sizes({"small_arms": {"small ARM, w = 1": {}, "small-3.5M ARM, w = 1": {}}})
+
+
 def test_every_method_of_a_front_has_a_colour(evidence, script) -> None:
     methods = script("quality_methods")
     names = methods.fronts(methods.Models({}, None), 2)
@@ -57,8 +64,12 @@ def test_every_method_of_a_front_has_a_colour(evidence, script) -> None:
 
 def test_plot_of_a_front(evidence, tmp_path: Path) -> None:
     row = {"points": [[0.1, 0.9], [0.5, 0.5]], "hypervolume": ESTIMATE, "mean_inner_product": ESTIMATE}
-    evidence.plot_front({"methods": dict.fromkeys(evidence.COLOURS, row)}, tmp_path / "front.png")
+    found = {"methods": dict.fromkeys(evidence.COLOURS, row)}
+    evidence.plot_front(found, tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 1000
+    single = {evidence.TRAINED: {"positive": ESTIMATE, "short": ESTIMATE}}
+    evidence.plot_front(found | {"single_points": {"0.50": single}}, tmp_path / "more.png")
+    assert (tmp_path / "more.png").read_bytes() != (tmp_path / "front.png").read_bytes()
 
 
 def test_published_ratios_stand_beside_ours(script) -> None:

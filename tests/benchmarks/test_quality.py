@@ -120,27 +120,31 @@ def test_wins_over_the_policy(quality, script, models, size, tmp_path: Path) -> 
 
 
 def test_other_inputs_are_refused(quality, tmp_path: Path) -> None:
-    quality.same_inputs(tmp_path, {"size": [1, 2]})
-    quality.same_inputs(tmp_path, {"size": [1, 2]})
-    with pytest.raises(SystemExit, match="expected another --runs"):
-        quality.same_inputs(tmp_path, {"size": [1, 3]})
+    """What is new is added to the note, and nothing of it is lost by a run that does without."""
+    given = {"size": {"prompts": 3}, "adapters": {"reward": None, "positive": "ab"}}
+
+    def other(**adapters: str) -> dict:
+        return given | {"adapters": given["adapters"] | adapters}
+
+    quality.same_inputs(tmp_path, given)
+    quality.same_inputs(tmp_path, given)
+    quality.same_inputs(tmp_path, other(rewarded="cd"))
+    quality.same_inputs(tmp_path, given)
+    with pytest.raises(SystemExit, match="made with another size: expected another --runs"):
+        quality.same_inputs(tmp_path, given | {"size": {"prompts": 4}})
+    with pytest.raises(SystemExit, match="made with another positive, rewarded: expected another --runs"):
+        quality.same_inputs(tmp_path, other(rewarded="ef", positive="cd"))
+    assert json.loads((tmp_path / "inputs.note").read_text()) == other(rewarded="cd")
 
 
-def test_front(quality, script, size) -> None:
-    """Three points, each as its share asks: hypervolume and inner product by hand."""
-    name = script("quality_methods").point_name
-    values = {0.0: (0.0, 1), 0.5: (0.5, 2), 1.0: (1.0, 4)}  # P(positive), tokens of at most 5
-    found = {
-        name("guided", share): SimpleNamespace(
-            scores=lambda judge, p=positive: np.full((3, 2), p), tokens=np.full((3, 2), float(tokens))
-        )
-        for share, (positive, tokens) in values.items()
-    }
-    figures = quality.front_figures(found, None, size)["guided"]
-    np.testing.assert_allclose(figures["points"], [[0.0, 0.8], [0.5, 0.6], [1.0, 0.2]])
-    assert figures["hypervolume"]["value"] == pytest.approx(0.5 * 0.6 + 0.5 * 0.2)
-    assert figures["mean_inner_product"]["value"] == pytest.approx((0.8 + 0.55 + 1.0) / 3)
-    assert "guided" in quality.table({"scenario": "front", "methods": {"guided": figures}})
+def test_the_inputs_are_all_weights(script, tmp_path: Path) -> None:
+    methods = script("quality_methods")
+    found = methods.Models({}, None).inputs()
+    assert found["reward"] is None
+    assert {f"ARM {name}" for name in methods.ARMS} <= set(found)
+    assert found["ARM positive"] == found["positive"] != found["ARM concise"]
+    with pytest.raises(SystemExit, match=r"expected weights in \*.safetensors, found none"):
+        methods.Models({"positive": tmp_path}, None).inputs()
 
 
 def test_policies(quality, tmp_path: Path) -> None:
@@ -178,3 +182,22 @@ def test_a_rewarded_folder_that_is_not_there(quality, monkeypatch, capsys) -> No
     with pytest.raises(SystemExit):
         quality.main()
     assert "--rewarded /nowhere/at/all: expected a folder that baselines/rewarded.py wrote" in capsys.readouterr().err
+
+
+def test_points_of_a_front(quality, script, tmp_path: Path) -> None:
+    """A share of the front's own, by its name; the row runs the adapter that is named."""
+    methods = script("quality_methods")
+    size = methods.SIZES["short"]
+    assert quality.point_folders([f"0.50={tmp_path}", f"0.30={tmp_path}"], size) == {0.5: tmp_path, 0.3: tmp_path}
+    for wrong in ("0.5", "0.55=" + str(tmp_path), "0.50=/nowhere/at/all", f"half={tmp_path}"):
+        with pytest.raises(SystemExit, match=r"expected SHARE=FOLDER, a share of 0.00, 0.10, .*, 1.00"):
+            quality.point_folders([wrong], size)
+    models = methods.Models({}, None, points={0.5: methods.demo.arm("concise")})
+    found = methods.fronts(models, 3)
+    assert set(found) - set(methods.fronts(methods.Models({}, None), 3)) == {"trained for the point 0.50"}
+    assert models.inputs()["trained for the point 0.50"] == models.inputs()["concise"]
+    params = script("baselines.interface").Params(3)
+    prompts = [[504, 216, 2683], [1031, 28, 96]]
+    ours, alone = found["trained for the point 0.50"](prompts, params), found["MOD 0.00"](prompts, params)
+    assert [each.tokens for each in ours] == [each.tokens for each in alone]
+    assert [each.tokens for each in ours] != [each.tokens for each in found["MOD 1.00"](prompts, params)]

@@ -1,8 +1,6 @@
-"""Distillation: the sparse loss against brute force, the tail estimate's mean, the student's first embedding."""
+"""Distillation: its agreement with the base, its schedule, widths, and runs that are killed."""
 
-import copy
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -12,104 +10,9 @@ import numpy as np
 import pytest
 import teacher_data
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-
-@pytest.fixture
-def response() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    n = 5
-    logprobs = np.sort(np.log(rng.dirichlet(np.ones(200), n)))[:, ::-1]
-    ids = np.stack([rng.permutation(300)[:56] for _ in range(n)]).astype(np.uint16)
-    return {
-        "prompt_tokens": np.array([3, 4, 5], np.uint16),
-        "tokens": rng.integers(0, 300, n).astype(np.uint16),
-        "top_ids": ids[:, :48],
-        "top_logprobs": logprobs[:, :48].astype(np.float16),
-        "tail_ids": ids[:, 48:],
-    }
-
-
-@pytest.mark.parametrize("chunk", [1, 16, 100])
-def test_sparse_cross_entropy_equals_brute_force(chunk: int):
-    torch.manual_seed(0)
-    hidden = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(50, dtype=torch.float64)
-    ids, probs = torch.randint(0, 50, (37, 6)), torch.rand(37, 6, dtype=torch.float64)  # ids repeat
-    probs /= probs.sum(-1, keepdim=True)
-    loss = 2 * distill.SparseCrossEntropy.apply(hidden, weight, bias, ids, probs, chunk)
-    expected = -2 * ((hidden @ weight.T + bias).log_softmax(-1).gather(1, ids) * probs).sum(-1).mean()
-    torch.testing.assert_close(loss, expected)
-    for got, wanted in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))):
-        torch.testing.assert_close(got, wanted)
-
-
-def test_candidates_estimate_the_normaliser_without_bias():
-    torch.manual_seed(0)
-    logits, ids = torch.randn(400) / 2, torch.arange(0, 400, 40)[None]
-    estimates = []
-    for _ in range(500):
-        kept, bias = distill.candidates(ids, 400, negatives=30)
-        assert set(ids[0].tolist()) <= set(kept.tolist())
-        assert len(kept) == 40
-        assert (kept.diff() > 0).all()
-        estimates.append((logits[kept] + bias).exp().sum().item())
-    mean, error = np.mean(estimates), np.std(estimates) / 500**0.5
-    exact = logits.exp().sum().item()
-    assert abs(mean - exact) < 4 * error < 0.05 * exact
-    kept, bias = distill.candidates(ids, 400, negatives=390)
-    assert len(kept) == 400
-    assert not bias.any()
-
-
-def test_targets_sum_to_one_and_share_the_tail(response):
-    ids, probs = distill.sparse_targets(response)
-    torch.testing.assert_close(probs.sum(-1), torch.ones(5))
-    torch.testing.assert_close(probs[:, 48:], probs[:, 48:49].expand(-1, 8))
-    assert probs[:, 48:].sum(-1).min() > 0.05
-    np.testing.assert_array_equal(ids, np.concatenate([response["top_ids"], response["tail_ids"]], -1).astype(int))
-
-
-def test_batch_loss_reads_the_right_positions(tiny_model, response):
-    """Against one unbatched, unpadded forward per response with a dense log-softmax."""
-    model = tiny_model("llama")
-    short = {key: value[:2] for key, value in response.items()}
-    loss, n = distill.batch_loss(model, [response, short])
-    assert n == 7
-    expected = []
-    for r in (response, short):
-        ids, probs = distill.sparse_targets(r)
-        expected.append(-(agreement.response_logprobs(model, r).gather(1, ids) * probs).sum(-1))
-    torch.testing.assert_close(loss, torch.cat(expected).mean(), rtol=1e-4, atol=1e-4)
-
-
-def test_a_free_token_may_have_any_probability(tiny_model, response):
-    """The loss of dense distributions without it; its own logit gets no gradient."""
-    model = tiny_model("llama")
-    ids, probs = distill.sparse_targets(response)
-    free = int(ids[0, 0])
-    loss, _ = distill.batch_loss(model, [response], free)
-    logprobs = agreement.response_logprobs(model, response).index_fill(1, torch.tensor([free]), -math.inf)
-    targets = torch.zeros_like(logprobs).scatter_add_(1, ids, probs).index_fill_(1, torch.tensor([free]), 0.0)
-    targets /= targets.sum(-1, keepdim=True)
-    expected = -(targets * logprobs.log_softmax(-1).masked_fill(targets == 0, 0.0)).sum(-1).mean()
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.isclose(loss, distill.batch_loss(model, [response])[0], rtol=1e-3)
-
-
-def test_distillation_draws_by_number_and_looks_through_an_adapter(tiny_model, response, monkeypatch):
-    responses = [{key: value[: n + 1] for key, value in response.items()} for n in range(5)]
-    monkeypatch.setattr(distill, "load_responses", lambda folder: responses)
-    model = tiny_model("llama")
-    near_base = distill.Distillation(Path("shards"), count=2, weight=0.5)
-    losses = [near_base(model, number).item() for number in (0, 1, 2)]
-    assert len(set(losses)) > 1
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
-    assert [near_base(adapted, number).item() for number in (0, 1, 2)] == pytest.approx(losses)
-    near_base(adapted, 0).backward()
-    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)
+from genarm_fast import demo
 
 
 def test_agreement_against_itself_and_another(tiny_model, response):
@@ -145,20 +48,13 @@ def test_a_killed_run_ends_like_an_unbroken_one(tiny_model, tmp_path: Path, monk
     (tmp_path / "shards").mkdir()
     columns = {"prompt_index": np.arange(12), "temperature": np.ones(12, np.float32)}
     teacher_data.write_shard(tmp_path / "shards/00000.npz", prompts, rows, 1, **columns)
-    for name, value in {
-        "HIDDEN": 16,
-        "LAYERS": 1,
-        "INTERMEDIATE": 24,
-        "HEADS": 2,
-        "BATCH": 4,
-        "WARMUP": 20,
-        "CHECKPOINT_S": -1,
-    }.items():
+    for name, value in {"LAYERS": 1, "BATCH": 4, "WARMUP": 20, "CHECKPOINT_S": -1}.items():
         monkeypatch.setattr(distill, name, value)
 
     def run(output: str) -> dict[str, torch.Tensor]:
         shards = str(tmp_path / "shards")
         options = ["--held-out", shards, "--base", str(tmp_path / "base"), "--tokens", "500", "--dropout", "0"]
+        options += ["--hidden", "32"]
         monkeypatch.setattr(
             sys, "argv", ["distill.py", shards, str(tmp_path / output), *options, "--eval-every", "200"]
         )
@@ -185,3 +81,37 @@ def test_a_killed_run_ends_like_an_unbroken_one(tiny_model, tmp_path: Path, monk
     assert [h["kl"] for h in histories[0]] == pytest.approx([h["kl"] for h in histories[1]])
     assert len(histories[0]) == 3
     assert histories[0][-1]["kl"] < histories[0][0]["kl"]
+    saved = torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)
+    saved["model"]["model.embed_tokens.weight"] = torch.zeros(300, 64)
+    torch.save(saved, tmp_path / "killed/checkpoint.pt")
+    with pytest.raises(SystemExit, match=r"--hidden 32: expected 64, the width of .*checkpoint\.pt"):
+        run("killed")
+
+
+def test_a_student_of_each_width():
+    """Widths, heads and parameters by hand; the embedding keeps what the base's largest singular vectors keep."""
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=96, num_hidden_layers=1, num_attention_heads=3))
+    table = base.get_input_embeddings().weight.detach()
+    values = torch.linalg.svdvals(table)
+    for hidden, inner in ((32, 96), (64, 192), (96, 256)):
+        student = distill.new_student(base, hidden)
+        assert student.config.intermediate_size == inner
+        assert student.config.num_attention_heads == student.config.num_key_value_heads == hidden // 32
+        layer = 4 * hidden**2 + 3 * hidden * inner + 2 * hidden
+        assert student.num_parameters() == 96 * hidden + distill.LAYERS * layer + hidden
+        kept = student.get_input_embeddings().weight.detach()
+        torch.testing.assert_close(torch.linalg.svdvals(kept), values[:hidden], rtol=1e-3, atol=1e-3)
+    for wrong in (0, -32, 48, 128):
+        with pytest.raises(
+            ValueError, match=f"hidden={wrong}: expected a multiple of 32, at most the base's width of 96"
+        ):
+            distill.new_student(base, wrong)
+
+
+def test_the_shipped_shape():
+    """hidden=160 is the shape of the `small` that ships."""
+    shipped = AutoConfig.from_pretrained(demo.arm("small"))
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=192, num_hidden_layers=1, num_attention_heads=3))
+    config = distill.new_student(base).config
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert getattr(config, name) == getattr(shipped, name), name

@@ -1,5 +1,6 @@
 """Teacher samples: stored probabilities are the model's, whatever the padding; draws follow the distribution."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +78,13 @@ def test_the_prefix_leaves_a_token_of_every_prompt():
     assert teacher_data.shared_prefix([[1, 2, 3], [1, 2, 4]]) == 2
     assert teacher_data.shared_prefix([[1, 2], [1, 2]]) == 1
     assert teacher_data.shared_prefix([[1], [1, 2]]) == 0
+
+
+def test_a_base_in_bfloat16_is_normalised_in_float32(model):
+    """Probabilities add up as exactly as float16 keeps them, which bfloat16's steps of 1/256 would not."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    (row,) = teacher_data.sample_responses(half, [[5, 6, 7]], [1.0], 8, EOS, torch.Generator().manual_seed(0))
+    kept = torch.from_numpy(row["top_logprobs"]).float()
+    assert (kept != kept.bfloat16().float()).float().mean() > 0.5
+    expected = response_logprobs(half, row | {"prompt_tokens": np.array([5, 6, 7])}).topk(teacher_data.TOP).values
+    np.testing.assert_allclose(kept, expected, atol=0.1)
