@@ -1,10 +1,11 @@
-"""What guidance costs beside Hugging Face's unguided base: the README's table, and the plot of docs/performance.md.
+"""What guidance costs beside Hugging Face's unguided base: tables of the README and docs/performance.md, and its plot.
 
     OMP_NUM_THREADS=1 python benchmarks/guidance.py measure [--rounds 3]    20 minutes of a core, and the three below
     python benchmarks/guidance.py write [FILE]                              from the newest result file, or this one
 
-A result file is benchmarks/results/guidance-<date>-<machine>.json, with what `decode.py` and `speculation.py` reported.
-`write` puts the table between two marks in README.md, so that no figure there is typed by hand.
+A result file is benchmarks/results/guidance-<date>-<machine>-<instruction set>.json, with what `decode.py` and
+`speculation.py` reported. `write` puts its table between two marks in README.md, and those of the newest files of other
+instruction sets between two in docs/performance.md, so that no figure there is typed by hand.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from result_files import fill, machine, name_of
 from genarm_fast import demo
 
 HERE = Path(__file__).parent
-README, PLOT = HERE.parent / "README.md", HERE.parent / "docs" / "img" / "guidance.png"
-BLOCK = "guidance"  # its marks in README.md
+README, PAGE, PLOT = (HERE.parent / name for name in ("README.md", "docs/performance.md", "docs/img/guidance.png"))
+BLOCK = "guidance"  # its marks in README.md and on the page
 WEIGHTS = {"bfloat16": None, "exact": "exact"}  # how ours are held: title and --quantization
 COLUMNS = [(weights, batch) for weights in WEIGHTS for batch in (1, 8)]
 PLAIN = {  # rows of the table by variant of decode.py
@@ -136,12 +137,29 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def newest() -> Path:
-    """By date; raises FileNotFoundError where there is none."""
-    files = sorted(RESULTS.glob("guidance-*.json"))
-    if not files:
+def newest() -> dict[str, Any]:
+    """What the newest result file has; raises FileNotFoundError where there is none."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("guidance-*.json")]
+    if not found:
         raise FileNotFoundError(f"{RESULTS}/guidance-*.json: expected a result file; make one by `measure`")
-    return files[-1]
+    return max(found, key=_age)
+
+
+def others(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The newest of each other instruction set."""
+    files = sorted((json.loads(path.read_text()) for path in RESULTS.glob("guidance-*.json")), key=_age)
+    sets = {each["machine"]["capability"]: each for each in files}
+    return [each for name, each in sets.items() if name != found["machine"]["capability"]]
+
+
+def _age(found: Mapping[str, Any]) -> tuple[str, str]:
+    return found["machine"]["date"], found["machine"]["capability"]  # of one day, AVX512 after AVX2
+
+
+def write(found: Mapping[str, Any]) -> None:
+    README.write_text(fill(README.read_text(), {BLOCK: table(found)}))
+    PAGE.write_text(fill(PAGE.read_text(), {BLOCK: "\n".join(map(table, others(found)))}))
+    plot(found, PLOT)
 
 
 def main() -> None:
@@ -150,14 +168,14 @@ def main() -> None:
     parser.add_argument("file", type=Path, nargs="?", help="a result file")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    path = args.file
     if args.action == "measure":
         found = measure(args.rounds)
-        path = path or RESULTS / f"guidance-{found['machine']['date']}-{name_of(found['machine'])}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    found = json.loads((path or newest()).read_text())
-    README.write_text(fill(README.read_text(), {BLOCK: table(found)}))
-    plot(found, PLOT)
+        about = found["machine"]
+        name = f"guidance-{about['date']}-{name_of(about)}-{about['capability'].lower()}.json"
+        (args.file or RESULTS / name).write_text(json.dumps(found, indent=1) + "\n")
+    else:
+        found = json.loads(args.file.read_text()) if args.file else newest()
+    write(found)
     print(table(found))
 
 

@@ -1,4 +1,4 @@
-"""The README's table is what the newest result file says."""
+"""Tables of the README and the page are what the newest result files say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 
 
 @pytest.fixture
@@ -53,14 +54,26 @@ def test_commands_are_of_the_same_shapes(guidance):
         assert set(guidance.PLAIN) & set(command[command.index("--skip") :]) <= {"1 ARM, naive loop over two models"}
 
 
-def test_readme_has_the_newest_figures(guidance):
-    readme = README.read_text()
-    found = json.loads(guidance.newest().read_text())
-    assert guidance.fill(readme, {guidance.BLOCK: guidance.table(found)}) == readme
-    found["machine"]["date"] = "another"
-    assert guidance.fill(readme, {guidance.BLOCK: guidance.table(found)}) != readme
+def test_pages_have_the_newest_figures(guidance):
+    found = guidance.newest()
+    for path, of in ((README, lambda: [found]), (PAGE, lambda: guidance.others(found))):
+        page, told = path.read_text(), "\n".join(map(guidance.table, of()))
+        assert guidance.fill(page, {guidance.BLOCK: told}) == page
+        assert guidance.fill(page, {guidance.BLOCK: told + "another"}) != page
+
+
+def test_newest_and_others(guidance, tmp_path, monkeypatch):
+    monkeypatch.setattr(guidance, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected a result file"):
+        guidance.newest()
+    dates = [("AVX512", "2026-11-29"), ("AVX2", "2026-11-29"), ("AVX512", "2026-11-27"), ("NEON", "2026-11-20")]
+    for i, (capability, date) in enumerate(dates):
+        told = {"machine": {"capability": capability, "date": date}, "rounds": i}
+        (tmp_path / f"guidance-{i}.json").write_text(json.dumps(told))
+    assert guidance.newest()["rounds"] == 0
+    assert [each["rounds"] for each in guidance.others(guidance.newest())] == [3, 1]
 
 
 def test_plot(guidance, tmp_path):
-    guidance.plot(json.loads(guidance.newest().read_text()), tmp_path / "plot.png")
+    guidance.plot(guidance.newest(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
