@@ -9,6 +9,8 @@
 
 namespace genarm {
 
+constexpr int64_t kThreadValues = 1 << 16;  // that one thread looks up: 0.1 ms, ten times what waking another one takes
+
 // (weight bfloat16 [out, in], bits) → (codes [out, groups · 32], scales [out, groups], minimums likewise or None), or False
 // where no search finds codes that give the weight back.
 PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
@@ -80,7 +82,7 @@ PyObject* quant_rows_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   uint16_t* y = nullptr;
   outputs.add(0, kBfloat16, {rows, width}, &y);
   if (outputs.failed()) return nullptr;
-  const int wanted = threads();
+  const int wanted = rows * width < kThreadValues ? 1 : threads();
   const QuantLoops& loops = *linear_tables().quant;
   {
     const WithoutGil without_gil;
