@@ -6,7 +6,8 @@
 Every point is a training of its own, by the recipe of scripts/demo_arms/train_arms.py, on pairs drawn at random. It is
 measured on all held-out pairs, whose two responses have as many tokens: the shorter one wins half of them. How often
 it wins among the whole responses stands beside. Rankings are by Σ log π of the ARM, and by the ARM's over the base's,
-which is what guided decoding adds. Resumable: finished trainings and rankings are kept in `work`.
+which is what training added. "ARM less base" is the difference of two rankings, pair by pair. An ARM of that name that
+ships is ranked too. Resumable: finished trainings and rankings are kept in `work`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from result_files import machine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from genarm_fast import demo
 from genarm_fast.demo import base
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.data import Pair, load_pairs
@@ -70,13 +72,22 @@ def curve(objective: str, folder: Path, work: Path, counts: list[int | None]) ->
     held_out.sort(key=lambda pair: len(str(pair.prompt)))  # batches of like lengths: less padding
     whole = load_pairs(str(folder / f"{objective}-held-out-whole.jsonl")).pairs
     of_base = margins(None, held_out, work / f"{objective}-base.json")
+
+    def ranked(of_arm: Tensor) -> dict[str, Any]:
+        gain = (of_arm > 0).double() - (of_base > 0).double()  # pair by pair: both rank the same ones
+        error = (gain.std() / len(gain) ** 0.5).item()
+        rankings = {"arm": share_right(of_arm), "arm_over_base": share_right(of_arm - of_base)}
+        return rankings | {"gain": {"value": gain.mean().item(), "standard_error": error}}
+
     points = []
     for count in counts:
         output = work / f"{objective}-{count or 'all'}"
         report = trained(objective, folder / f"{objective}.jsonl", output, count)
         of_arm = margins(output, held_out, work / f"{output.name}.json")
         data = {"pairs": report["data"]["train_pairs"], "steps": report["steps"], "seconds": report["seconds"]}
-        points.append(data | {"arm": share_right(of_arm), "arm_over_base": share_right(of_arm - of_base)})
+        points.append(data | ranked(of_arm))
+    ships = objective in demo.arm_names()
+    shipped = ranked(margins(demo.arm(objective), held_out, work / f"{objective}-shipped.json")) if ships else None
     return {
         "held_out_pairs": len(held_out),
         "base": share_right(of_base),
@@ -84,6 +95,7 @@ def curve(objective: str, folder: Path, work: Path, counts: list[int | None]) ->
         "dtype": str(DTYPE).removeprefix("torch."),
         "machine": machine(),
         "points": points,
+        "shipped": shipped,
     }
 
 
@@ -93,12 +105,15 @@ def table(found: dict[str, Any]) -> str:
     def text(share: dict[str, float]) -> str:
         return f"{share['accuracy']:.3f} ± {1.96 * share['standard_error']:.3f}"
 
-    titles = ["objective", "training pairs", "held-out pairs", "ARM", "ARM over base", "base", "shorter, whole texts"]
+    titles = ["objective", "training pairs", "held-out pairs", "ARM", "base", "ARM less base", "ARM over base"]
+    titles.append("shorter, whole texts")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for objective, one in found.items():
-        for point in one["points"]:
-            cells = [objective, str(point["pairs"]), str(one["held_out_pairs"]), text(point["arm"])]
-            cells += [text(point["arm_over_base"]), text(one["base"]), text(one["shorter_whole"])]
+        shipped = [one["shipped"] | {"pairs": "the ARM that ships"}] if one["shipped"] else []
+        for point in [*one["points"], *shipped]:
+            gain = f"{point['gain']['value']:+.3f} ± {1.96 * point['gain']['standard_error']:.3f}"
+            cells = [objective, str(point["pairs"]), str(one["held_out_pairs"]), text(point["arm"]), text(one["base"])]
+            cells += [gain, text(point["arm_over_base"]), text(one["shorter_whole"])]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -84,8 +84,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     sizes = result["small_arms"]
     equal = sorted((name for name in sizes if name != SHIPPED), key=lambda name: sizes[name]["parameters"])
-    for shift, (target, colour) in zip((0.98, 1.02), TARGETS.items()):
-        for names, style, label in ((equal, "o-", target), ([SHIPPED], "s", f"{target}: the `small` that ships")):
+    for side, (target, colour) in zip((0.98, 1.02), TARGETS.items()):
+        shipped = f"{target}: the `small` that ships"
+        for names, style, label, shift in ((equal, "o-", target, side), ([SHIPPED], "s", shipped, side**4)):
             shares = {name: result["methods"][name].get(f"share of {target}") for name in names}
             shown = [(shift * sizes[name]["parameters"] / 1e6, share) for name, share in shares.items() if share]
             if shown:

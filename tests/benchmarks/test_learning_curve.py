@@ -45,14 +45,41 @@ def test_training_turns_the_ranking_of_the_base_round(curves, tmp_path: Path, mo
     found = curves.curve("helpful", tmp_path, tmp_path / "work", [8, None])
     assert found["base"]["accuracy"] == 0.0
     assert found["shorter_whole"]["accuracy"] == 1.0
+    assert found["shipped"] is None, "no ARM for helpfulness ships"
     assert found["held_out_pairs"] == 3
     few, many = found["points"]
     assert (few["pairs"], many["pairs"]) == (8, 24)
     assert few["arm_over_base"]["mean_margin"] > 0
     assert many["arm_over_base"]["accuracy"] == 1.0
+    assert many["gain"] == {"value": many["arm"]["accuracy"], "standard_error": 0.0}
     assert curves.curve("helpful", tmp_path, tmp_path / "work", [8, None])["points"] == found["points"], "kept"
     lines = curves.table({"helpful": found}).splitlines()
     assert len(lines) == 4
     assert lines[2].startswith("| helpful | 8 | 3 | ")
     curves.plot({"helpful": found}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_gains_are_pair_by_pair_and_the_arm_that_ships_is_ranked(curves, tmp_path: Path, monkeypatch) -> None:
+    """By hand: of four pairs the base has two right; the ARM keeps one of these, and wins one more."""
+    write(tmp_path / "harmless-held-out.jsonl", 4, "the cat sat", "a man and")
+    write(tmp_path / "harmless-held-out-whole.jsonl", 4, "the cat", "the cat sat")
+    made = {"base": [1.0, 2.0, -1.0, -2.0], "8": [0.5, -1.0, 3.0, -1.0], "shipped": [1.0, 2.0, 3.0, 4.0]}
+    asked = []
+
+    def margins(adapter: Path | None, pairs: list[Any], kept: Path) -> torch.Tensor:
+        asked.append(adapter)
+        return torch.tensor(made[kept.stem.rpartition("-")[2]])
+
+    report = {"data": {"train_pairs": 8}, "steps": 1, "seconds": 1.0}
+    monkeypatch.setattr(curves, "margins", margins)
+    monkeypatch.setattr(curves, "trained", lambda *_: report)
+    found = curves.curve("harmless", tmp_path, tmp_path / "work", [8])
+    assert asked == [None, tmp_path / "work/harmless-8", curves.demo.arm("harmless")]
+    (point,) = found["points"]
+    assert (point["arm"]["accuracy"], point["arm_over_base"]["accuracy"], found["base"]["accuracy"]) == (0.5, 0.5, 0.5)
+    assert point["gain"]["value"] == 0.0
+    assert point["gain"]["standard_error"] == pytest.approx((2 / 3) ** 0.5 / 2)  # of 0, -1, 1, 0
+    assert found["shipped"]["gain"]["value"] == 0.5
+    line = curves.table({"harmless": found}).splitlines()[-1]
+    assert line.startswith("| harmless | the ARM that ships | 4 | 1.000 ± 0.000 | 0.500 ± 0.490 | +0.500 ± 0.566 |")

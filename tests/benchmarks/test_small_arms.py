@@ -36,7 +36,7 @@ def test_sizes_are_told_from_their_folders(small_arms, tmp_path: Path) -> None:
     ours, shipped = found["small-3.5M ARM, w = 1"], found["small ARM, w = 1"]
     assert (ours["parameters"], ours["distilled_tokens"]) == (3_470_000, 1234)
     assert shipped["distilled_tokens"] == 2_600_142
-    assert shipped["kl"] == pytest.approx(2.03, abs=0.05)
+    assert shipped["kl"] == pytest.approx(2.05, abs=0.1)
     assert (ours["pairs"], ours["accuracy"]) == (80, shipped["accuracy"])
     (tmp_path / "two").mkdir()
     for wrong in (tmp_path / "two", small_arms.demo.arm("positive"), tmp_path / "nowhere"):
