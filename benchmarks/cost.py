@@ -144,10 +144,15 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
         spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
         colour = "#c1440e" if name.startswith("guided") else "#4878a8"
         axis.errorbar(cost, rate["value"], yerr=spread, fmt="o", color=colour, ecolor="#c8d3e0", elinewidth=0.8)
-        # A label goes below its point where it would run into another one.
-        near = [c for c, other in shown.values() if abs(other["value"] - rate["value"]) < 0.02 and 1 < c / cost < 1.4]
-        place = (6, -11 if near else 3)
-        axis.annotate(name, (cost, rate["value"]), xytext=place, textcoords="offset points", fontsize=8)
+        # Of two labels that would run into each other, the lower point's goes below it, or the left one's.
+        near = [
+            (other["value"], c)
+            for c, other in shown.values()
+            if abs(other["value"] - rate["value"]) < 0.02 and 1 < max(c / cost, cost / c) < 1.4
+        ]
+        place = (-6 if cost <= 1 else 6, -11 if any(each > (rate["value"], cost) for each in near) else 3)
+        side = {"ha": "right" if cost <= 1 else "left", "fontsize": 8, "textcoords": "offset points"}
+        axis.annotate(name, (cost, rate["value"]), xytext=place, **side)
     best, frontier = -1.0, []
     for cost, rate in sorted(shown.values(), key=lambda point: (point[0], -point[1]["value"])):
         if rate["value"] > best:
