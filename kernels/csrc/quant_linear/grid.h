@@ -106,8 +106,13 @@ inline bool fit_4(const Group& g, int steps, float* codes, uint16_t* scale, uint
     for (int i = 0; i < kGroup; ++i) {
       least = std::max(least, g.low[i] - codes[i] * by), most = std::min(most, g.high[i] - codes[i] * by);
     }
-    *minimum = half_of((least + most) / 2);
-    if ((*minimum & 0x7c00) != 0x7c00 && gives(g, codes, by, of_half(*minimum))) return true;
+    const uint16_t nearest = half_of((least + most) / 2);
+    if ((nearest & 0x7c00) == 0x7c00) continue;
+    for (int next : {0, 1, -1}) {  // two may be as near, both at ends of the range, where one of them rounds away
+      *minimum = moved(nearest, next);
+      const float low = of_half(*minimum);
+      if ((next == 0 || (least <= low && low <= most)) && gives(g, codes, by, low)) return true;
+    }
   }
   return false;
 }

@@ -188,8 +188,16 @@ def _fit_4(wanted: Tensor, steps: int) -> Fit:
     for by in NEIGHBOURS:
         scale = _moved(best[left], by)
         grid = codes[left] * scale.float()[:, None]
-        minimum = _half(((low[left] - grid).amax(-1) + (high[left] - grid).amin(-1)) / 2)
-        right = _gives(wanted[left], codes[left].to(torch.uint8), scale, minimum)
+        least, most = (low[left] - grid).amax(-1), (high[left] - grid).amin(-1)
+        minimum = _half((least + most) / 2)
+        nearest, right = minimum, torch.zeros_like(left, dtype=torch.bool)
+        for place in (0, 1, -1):  # two may be as near, both at ends of the range, where one of them rounds away
+            near = _moved(nearest, place)
+            tried = ~right & nearest.isfinite()
+            if place:
+                tried &= (near.float() >= least) & (near.float() <= most)
+            fits = tried & _gives(wanted[left], codes[left].to(torch.uint8), scale, near)
+            minimum, right = torch.where(fits, near, minimum), right | fits
         at = left[right]
         found[at], scales[at], lows[at] = True, scale[right], minimum[right]
         left = left[~right]
