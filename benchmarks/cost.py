@@ -216,6 +216,14 @@ def table(costs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def timed_before(path: Path | None, tokens: int, size: Size) -> dict[str, Any]:
+    """The result file, whose times are of this many tokens and this size."""
+    costs = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    if (costs.get("tokens"), costs.get("size")) != (tokens, json.loads(json.dumps(asdict(size)))):
+        raise SystemExit(f"--only-memory --json {path}: expected times of {tokens} tokens at this --size")
+    return costs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", type=Path, default=REWARD, help="folder of baselines/trajectory_reward.py's output")
@@ -226,6 +234,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and the base")
     parser.add_argument("--size", choices=SIZES, default="full", help="of quality.py: N, k and rollouts")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out: a process a method")
+    parser.add_argument(
+        "--only-memory", action="store_true", help="add peak memory to the times in --json, at the same size and tokens"
+    )
     parser.add_argument("--quality", type=Path, help="quality.py's result for `general`, for the plot")
     parser.add_argument("--plot", type=Path, help="draw quality over cost there (PNG)")
     parser.add_argument("--json", type=Path)
@@ -246,23 +257,24 @@ def main() -> None:
     chosen = {name: chosen[name] for name in chosen if not args.methods or name in args.methods or name == "base"}
     by_batch = {batch: at_batch(chosen, batch, args.batch[0]) for batch in args.batch}
     own = ["--size", args.size, "--tokens", str(args.tokens)] + (["--reward", str(args.reward)] if args.reward else [])
-    costs = {
-        "machine": machine(),
-        "tokens": args.tokens,
-        "rounds": [args.rounds, args.slow_rounds],
-        "size": asdict(size),
-        "batches": {
-            str(batch): measure(models, some, batch, args.tokens, args.rounds, args.slow_rounds)
-            for batch, some in by_batch.items()
-        },
-        "peak_mib": {
-            str(batch): peak_memory([*own, "--batch", str(batch)], list(some))
-            for batch, some in by_batch.items()
-            if not args.no_memory
-        },
-        "published_to_base": PUBLISHED,
-        "published_to_guided": PUBLISHED_TO_GUIDED,
-    }
+    if args.only_memory:
+        costs = timed_before(args.json, args.tokens, size)
+    else:
+        costs = {
+            "machine": machine(),
+            "tokens": args.tokens,
+            "rounds": [args.rounds, args.slow_rounds],
+            "size": asdict(size),
+            "batches": {
+                str(batch): measure(models, some, batch, args.tokens, args.rounds, args.slow_rounds)
+                for batch, some in by_batch.items()
+            },
+            "peak_mib": {},
+            "published_to_base": PUBLISHED,
+            "published_to_guided": PUBLISHED_TO_GUIDED,
+        }
+    for batch, some in () if args.no_memory else by_batch.items():
+        costs["peak_mib"][str(batch)] = peak_memory([*own, "--batch", str(batch)], list(some))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(costs, indent=1) + "\n")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,3 +89,13 @@ def test_table_and_plot(costs: dict, script, tmp_path: Path) -> None:
     quality = {"methods": {name: {"win_rate": rate} for name in ("base", "guided, w = 1", "elsewhere")}}
     cost.plot(costs, quality, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 1000
+
+
+def test_memory_is_added_to_times_of_the_same_size(script, tmp_path: Path) -> None:
+    cost, path = script("cost"), tmp_path / "cost.json"
+    size = cost.SIZES["short"]
+    path.write_text(json.dumps({"tokens": 8, "size": asdict(size), "peak_mib": {}}))
+    assert cost.timed_before(path, 8, size)["tokens"] == 8
+    for other in ((path, 9, size), (path, 8, cost.SIZES["full"]), (tmp_path / "none", 8, size), (None, 8, size)):
+        with pytest.raises(SystemExit, match="expected times of"):
+            cost.timed_before(*other)
