@@ -64,9 +64,20 @@ def test_a_collector_that_is_off_stays_off():
     assert not gc.isenabled()
 
 
+def is_frozen(each):
+    """Whether the collector overlooks `each`: its generations do not name it.
+
+    The count of frozen objects would not do: those of other tests die meanwhile, by their last reference.
+    """
+    return all(known is not each for known in gc.get_objects())
+
+
 def test_what_the_caller_froze_stays_frozen():
+    witness = Circle()
+    assert not is_frozen(witness)
     gc.freeze()
-    frozen = gc.get_freeze_count()
     with collector_waits():
-        pass
-    assert gc.get_freeze_count() == frozen > 0
+        later = Circle()
+    assert is_frozen(witness) and not is_frozen(later)
+    gc.unfreeze()
+    assert not is_frozen(witness)
