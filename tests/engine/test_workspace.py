@@ -319,14 +319,20 @@ def test_two_runs_on_the_same_streams_are_ordered(fresh):
     assert not recorder.found
 
 
+def tensors():
+    return [each for each in gc.get_objects() if type(each) is torch.Tensor]
+
+
 def test_memory_is_flat_over_calls(fresh):
     model = fresh(max_batch_size=2)
     texts = prompts(0, count=4)
+    kept = tensors()  # alive until the end, so that none of other tests dies between two looks
     with cuda_driver(), engines_on(OnCpuTensors()) as device:
         sizes = []
         for _ in range(4):
             tokens(model, texts)
             gc.collect()
-            held = sum(each.nbytes for each in gc.get_objects() if type(each) is torch.Tensor)
+            held = sum(each.nbytes for each in tensors())
             sizes.append((held, len(device.graphs), len(device.calls), len(device.streams)))
     assert sizes[1] == sizes[2] == sizes[3]
+    assert sizes[0][0] > sum(each.nbytes for each in kept)
