@@ -78,6 +78,7 @@ def test_what_the_caller_froze_stays_frozen():
     gc.freeze()
     with collector_waits():
         later = Circle()
-    assert is_frozen(witness) and not is_frozen(later)
+    assert is_frozen(witness)
+    assert not is_frozen(later)
     gc.unfreeze()
     assert not is_frozen(witness)
