@@ -6,7 +6,7 @@
 Default: the demo's base, and its LoRA ARMs, in a short form; --full: rows to 64, context to 8,000, all ways. A figure
 is CPU milliseconds, of one thread, without drafts; the median of turns, in which the ways follow each other. Rows have
 24 tokens of context. ARMs are lanes of the base, on --arm-rows rows. "hf" is transformers' own forward of the base
-alone, in bfloat16, which no ARM guides. A prompt is measured whole, with the token that it gives.
+alone, in bfloat16, which no ARM guides. A prompt is the base's alone, measured whole, with the token that it gives.
 
 With --json every figure is written as it is measured, and a run that was stopped goes on where it was.
 """
@@ -75,8 +75,9 @@ class Ours:
         raise AssertionError("the stream ended before its tokens came")
 
     def prompt(self, prompt: list[int]) -> float:
+        alone = dict.fromkeys(self.model.arm_names, 0.0)
         start = time.process_time()
-        self.model.generate([prompt], max_new_tokens=1, temperature=0.0, ignore_eos=True, weights={})
+        self.model.generate([prompt], max_new_tokens=1, temperature=0.0, ignore_eos=True, weights=alone)
         return (time.process_time() - start) * 1e3
 
 
@@ -195,9 +196,9 @@ def plot(figures: Figures, plan: dict[str, list[int]], path: Path) -> None:
             picture.set_ylim(0, None)
         if axis != "arms":
             picture.set(xscale="log")
-            picture.set_xticks(sorted({value for line in found.values() for value in line}))
-            picture.xaxis.set_major_formatter("{x:.0f}")
-            picture.xaxis.set_minor_formatter("")
+        picture.set_xticks(sorted({value for line in found.values() for value in line}))
+        picture.xaxis.set_major_formatter("{x:.0f}")
+        picture.xaxis.set_minor_formatter("")
         picture.grid(alpha=0.3)
     pictures[0][0].legend(fontsize=8)
     about = figures.about

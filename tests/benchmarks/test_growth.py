@@ -75,3 +75,16 @@ def test_arms_that_are_weighed_take_part(growth, folder, monkeypatch):
     for count in (0, 1, 2):
         ours.step([[5, 9, 33]] * 2, count, 2)
     assert [sum(each.values()) for each in weights] == [0, 1, 2]
+
+
+def test_a_prompt_is_the_base_s_alone(growth, folder, monkeypatch):
+    """As "hf" is: an ARM would have a prompt of its own to read."""
+    ours = growth.Ours(folder / "base", "bfloat16", [folder / "1", folder / "2"], 1)
+    weights, generate = [], ours.model.generate
+    monkeypatch.setattr(
+        ours.model,
+        "generate",
+        lambda *given, **options: weights.append(options["weights"]) or generate(*given, **options),
+    )
+    assert ours.prompt([1, 2, 3]) > 0
+    assert weights == [{"arm0": 0.0, "arm1": 0.0}]
