@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 import re
@@ -63,6 +64,26 @@ def resolves(name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page: Path) -> None:
     assert faults(page, page.read_text(encoding="utf-8")) == []
+
+
+def wrong_snippets(text: str) -> list[str]:
+    """What blocks of Python import from this package that is not there. Raises SyntaxError for what is no Python."""
+    trees = [ast.parse(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    own = [node for node in imports if node.module is not None and node.module.split(".")[0] == "genarm_fast"]
+    names = {f"{node.module}.{each.name}" for node in own for each in node.names}
+    return sorted(name for name in names if not resolves(name))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_import_what_exists(page: Path) -> None:
+    assert wrong_snippets(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_wrong_snippet_is_found() -> None:
+    assert wrong_snippets("```python\nfrom genarm_fast import ARM, Arm\n```\n") == ["genarm_fast.Arm"]
+    with pytest.raises(SyntaxError):
+        wrong_snippets("```python\nfor x in\n```\n")
 
 
 def unproved(text: str) -> list[str]:
