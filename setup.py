@@ -21,7 +21,10 @@ FLAGS = [
 ]
 CSRC = "kernels/csrc"
 LOOPS = glob(f"{CSRC}/*/loops.cpp")  # compiled once per instruction set
-VNNI_LOOPS = [f"{CSRC}/quant_linear/loops.cpp"]  # no other op multiplies whole numbers
+ONLY = {  # loops that gain by these; the others are those of avx512
+    "avx512vnni": [f"{CSRC}/quant_linear/loops.cpp"],  # sums of products of whole numbers
+    "avx512bf16": [f"{CSRC}/small_linear/loops.cpp"],  # of bfloat16
+}
 KERNELS = ["genarm_fast.kernels", *(f"genarm_fast.kernels.{op}" for op in find_packages("kernels/ops"))]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARMS = find_namespace_packages(include=["genarm_fast.demo.arms.*"])  # folders of data alone
@@ -30,7 +33,7 @@ if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"].append("-mprefer-vector-width=512")
-    INSTRUCTION_SETS["avx512vnni"] = [*INSTRUCTION_SETS["avx512"], "-mavx512vnni"]
+    INSTRUCTION_SETS |= {name: [*INSTRUCTION_SETS["avx512"], f"-m{name}"] for name in ONLY}
 
 
 class BuildCore(build_ext):
@@ -40,7 +43,7 @@ class BuildCore(build_ext):
         ext.extra_objects = []
         for name, flags in INSTRUCTION_SETS.items():
             ext.extra_objects += self.compiler.compile(
-                VNNI_LOOPS if name == "avx512vnni" else LOOPS,
+                ONLY.get(name, LOOPS),
                 output_dir=f"{self.build_temp}/{name}",
                 include_dirs=ext.include_dirs,
                 macros=[*ext.define_macros, ("ISA", name)],

@@ -219,7 +219,7 @@ def main() -> None:
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "instruction set": _native.core.instruction_sets()[0],
+        "instruction set": _native.instruction_set(),
         "torch": torch.__version__,
         "threads": options.threads,
         "clock": "CPU time" if options.cpu_time else "wall",

@@ -1,13 +1,14 @@
 """How well an ARM ranks held-out pairs after more and more of them: a curve over training pairs.
 
     python scripts/demo_arms/pairs_helpful.py hh-rlhf-helpful-base-test.jsonl.gz pairs/
-    python benchmarks/learning_curve.py helpful pairs/ work/ [--pairs 128 512] [--json FILE]
+    python benchmarks/learning_curve.py helpful pairs/ work/ [--pairs 128 512 512:epochs=3] [--json FILE]
 
-Every point is a training of its own, by the recipe of scripts/demo_arms/train_arms.py, on pairs drawn at random. It is
-measured on all held-out pairs, whose two responses have as many tokens: the shorter one wins half of them. How often
-it wins among the whole responses stands beside. Rankings are by Σ log π of the ARM, and by the ARM's over the base's,
-which is what training added. "ARM less base" is the difference of two rankings, pair by pair. An ARM of that name that
-ships is ranked too. Resumable: finished trainings and rankings are kept in `work`.
+Every point is a training of its own, by the recipe of scripts/demo_arms/train_arms.py, on pairs drawn at random. The
+point 512:epochs=3,lora_rank=16 has 512 pairs and changes two settings of the recipe. All are measured on the same
+held-out pairs, whose two responses have as many tokens: the shorter one wins half of them. How often it wins among the
+whole responses stands beside. Rankings are by Σ log π of the ARM, and by the ARM's over the base's, which is what
+training added. "ARM less base" is the difference of two rankings, pair by pair. An ARM of that name that ships is
+ranked too. Resumable: finished trainings and rankings are kept in `work`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from baselines.interface import Member
@@ -37,13 +38,54 @@ OBJECTIVES = ("harmless", "helpful")
 DTYPE = torch.bfloat16  # multiplies twice as fast as float32 where AVX-512 has it
 
 
-def margins(adapter: Path | None, pairs: list[Pair], kept: Path) -> Tensor:
-    """Σ log π of the chosen response less the rejected one's [n], in nats; of the base without an adapter. The file
+class Point(NamedTuple):
+    """One training: how many pairs (None: all), and which settings of the recipe are others."""
+
+    pairs: int | None
+    changes: str = ""  # NAME=VALUE,NAME=VALUE
+
+    @classmethod
+    def parse(cls, text: str) -> Point:
+        """Of PAIRS or PAIRS:NAME=VALUE,..., checked before anything is trained."""
+        count, _, changes = text.partition(":")
+        if not count.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r}: expected PAIRS or PAIRS:NAME=VALUE,..., e.g. 512:epochs=3")
+        point = cls(int(count) or None, changes)
+        try:
+            TrainConfig(base="base", output="output", **point.settings)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        return point
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Changed fields of `TrainConfig`; values are JSON, else text."""
+        changed = {}
+        for each in self.changes.split(",") if self.changes else []:
+            name, sign, value = each.partition("=")
+            if not sign:
+                raise ValueError(f"{each!r}: expected NAME=VALUE")
+            try:
+                changed[name] = json.loads(value)
+            except json.JSONDecodeError:
+                changed[name] = value
+        return changed
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return "-".join([str(self.pairs or "all"), *(self.changes.split(",") if self.changes else [])])
+
+
+def margins(arm: Path | None, pairs: list[Pair], kept: Path) -> Tensor:
+    """Σ log π of the chosen response less the rejected one's [n], in nats; of the base without an ARM. The file
     `kept` holds them."""
     if not kept.exists():
-        model: Any = AutoModelForCausalLM.from_pretrained(base(), dtype=DTYPE, trust_remote_code=False)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        adapter = arm is not None and (arm / "adapter_config.json").exists()
+        source = base() if arm is None or adapter else arm
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPE, trust_remote_code=False)
+        if adapter:
+            model = PeftModel.from_pretrained(model, str(arm)).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
         values = list(log_likelihoods(Member("policy", model.eval()), *encoded(tokenizer, pairs, complete=False)))
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -58,16 +100,16 @@ def shorter(pairs: list[Pair]) -> dict[str, float]:
     return share_right(lengths[:, 1] - lengths[:, 0])
 
 
-def trained(objective: str, data: Path, output: Path, pairs: int | None) -> dict[str, Any]:
-    """The report of an ARM on so many of the pairs."""
+def trained(objective: str, data: Path, output: Path, point: Point) -> dict[str, Any]:
+    """The report of an ARM of that point."""
     from train_arms import COMMON
 
     options = COMMON | {"beta": 0.05, "data_id": f"HH-RLHF, {objective}", "dtype": str(DTYPE).removeprefix("torch.")}
-    options |= {"holdout_fraction": 0.0, "max_pairs": pairs}
+    options |= {"holdout_fraction": 0.0, "max_pairs": point.pairs} | point.settings
     return train(TrainConfig(base=str(base()), data=str(data), output=str(output), **options), progress=False).report
 
 
-def curve(objective: str, folder: Path, work: Path, counts: list[int | None]) -> dict[str, Any]:
+def curve(objective: str, folder: Path, work: Path, wanted: list[Point]) -> dict[str, Any]:
     held_out = load_pairs(str(folder / f"{objective}-held-out.jsonl")).pairs
     held_out.sort(key=lambda pair: len(str(pair.prompt)))  # batches of like lengths: less padding
     whole = load_pairs(str(folder / f"{objective}-held-out-whole.jsonl")).pairs
@@ -80,12 +122,12 @@ def curve(objective: str, folder: Path, work: Path, counts: list[int | None]) ->
         return rankings | {"gain": {"value": gain.mean().item(), "standard_error": error}}
 
     points = []
-    for count in counts:
-        output = work / f"{objective}-{count or 'all'}"
-        report = trained(objective, folder / f"{objective}.jsonl", output, count)
+    for point in wanted:
+        output = work / f"{objective}-{point.name}"
+        report = trained(objective, folder / f"{objective}.jsonl", output, point)
         of_arm = margins(output, held_out, work / f"{output.name}.json")
         data = {"pairs": report["data"]["train_pairs"], "steps": report["steps"], "seconds": report["seconds"]}
-        points.append(data | ranked(of_arm))
+        points.append(data | {"changes": point.changes} | ranked(of_arm))
     ships = objective in demo.arm_names()
     shipped = ranked(margins(demo.arm(objective), held_out, work / f"{objective}-shipped.json")) if ships else None
     return {
@@ -105,21 +147,27 @@ def table(found: dict[str, Any]) -> str:
     def text(share: dict[str, float]) -> str:
         return f"{share['accuracy']:.3f} ± {1.96 * share['standard_error']:.3f}"
 
-    titles = ["objective", "training pairs", "held-out pairs", "ARM", "base", "ARM less base", "ARM over base"]
-    titles.append("shorter, whole texts")
+    titles = ["objective", "training pairs", "changed settings", "held-out pairs", "ARM", "base", "ARM less base"]
+    titles += ["ARM over base", "shorter, whole texts"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for objective, one in found.items():
         shipped = [one["shipped"] | {"pairs": "the ARM that ships"}] if one["shipped"] else []
         for point in [*one["points"], *shipped]:
             gain = f"{point['gain']['value']:+.3f} ± {1.96 * point['gain']['standard_error']:.3f}"
-            cells = [objective, str(point["pairs"]), str(one["held_out_pairs"]), text(point["arm"]), text(one["base"])]
-            cells += [gain, text(point["arm_over_base"]), text(one["shorter_whole"])]
+            changes = ", ".join(f"`{each}`" for each in point.get("changes", "").split(",") if each)
+            cells = [objective, str(point["pairs"]), changes, str(one["held_out_pairs"]), text(point["arm"])]
+            cells += [text(one["base"]), gain, text(point["arm_over_base"]), text(one["shorter_whole"])]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def usual(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """A curve's points by the recipe as it is."""
+    return [point for point in one["points"] if not point.get("changes")]
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Accuracy over training pairs with 95 % intervals, the base's at 0 pairs, and chance."""
+    """Accuracy over training pairs with 95 % intervals by the recipe as it is, the base's at 0 pairs, and chance."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,14 +175,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for (objective, one), colour, shift in zip(found.items(), ("#c1440e", "#4878a8"), (0.985, 1.015)):
-        ordered = sorted(one["points"], key=lambda point: point["pairs"])
+        ordered = sorted(usual(one), key=lambda point: point["pairs"])
         shares = [one["base"], *(point["arm"] for point in ordered)]
         at = [shift * count for count in (32, *(point["pairs"] for point in ordered))]
         spread = [1.96 * share["standard_error"] for share in shares]
         values = [share["accuracy"] for share in shares]
         axis.errorbar(at, values, yerr=spread, fmt="o-", color=colour, linewidth=1, capsize=3, label=objective)
     axis.axhline(0.5, color="#333333", linewidth=0.8, linestyle=":")
-    ticks = sorted({32, *(point["pairs"] for one in found.values() for point in one["points"])})
+    ticks = sorted({32, *(point["pairs"] for one in found.values() for point in usual(one))})
     axis.set(xscale="log", xlabel="training pairs", ylabel="held-out pairs ranked right")
     axis.set_xticks(ticks, ["base" if tick == 32 else str(tick) for tick in ticks])
     axis.minorticks_off()
@@ -149,15 +197,14 @@ def main() -> None:
     parser.add_argument("objective", choices=OBJECTIVES)
     parser.add_argument("pairs_folder", type=Path, help="folder of pairs_harmless.py or pairs_helpful.py")
     parser.add_argument("work", type=Path, help="folder for trainings, kept")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[128, 512], help="training pairs; 0: all of them")
+    points = "training pairs; 0: all of them; PAIRS:NAME=VALUE,... changes settings of TrainConfig"
+    parser.add_argument("--pairs", type=Point.parse, nargs="+", default=[Point(128), Point(512)], help=points)
     parser.add_argument("--json", type=Path, help="result file, in which the objective's curve is replaced")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     before = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
-    found = before | {
-        args.objective: curve(args.objective, args.pairs_folder, args.work, [n or None for n in args.pairs])
-    }
+    found = before | {args.objective: curve(args.objective, args.pairs_folder, args.work, args.pairs)}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))

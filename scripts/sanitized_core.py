@@ -30,8 +30,8 @@ def build(folder: Path) -> Path:
     names = {file: "-".join(file.relative_to(CSRC).with_suffix("").parts) for file in CSRC.rglob("*.cpp")}
     loops = [file for file in names if file.stem == "loops"]
     jobs = {f"{names[file]}-{isa}": [file, f"-DISA={isa}", *flags] for file in loops for isa, flags in LOOPS.items()}
-    quant = CSRC / "quant_linear/loops.cpp"
-    jobs["quant_linear-vnni"] = [quant, "-DISA=avx512vnni", *LOOPS["avx512"], "-mavx512vnni"]
+    for isa, op in (("avx512vnni", "quant_linear"), ("avx512bf16", "small_linear")):
+        jobs[f"{op}-{isa}"] = [CSRC / op / "loops.cpp", f"-DISA={isa}", *LOOPS["avx512"], f"-m{isa}"]
     jobs |= {name: [file] for file, name in names.items() if file not in loops}
 
     def compile(name: str) -> None:

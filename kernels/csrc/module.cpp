@@ -7,7 +7,8 @@
 
 namespace {
 
-// Of "avx512vnni" there are loops of quant_linear alone; all others are those of `loops`.
+// Of "avx512vnni" there are loops of quant_linear alone, and "avx512bf16" has those and loops of small_linear; all others
+// are those of `loops`.
 struct InstructionSet {
   const char* name;
   const genarm::TileLoops* loops;
@@ -15,14 +16,17 @@ struct InstructionSet {
 
 constexpr InstructionSet kInstructionSets[] = {
 #ifdef GENARM_X86
-    {"avx512vnni", &genarm::loops_avx512}, {"avx512", &genarm::loops_avx512}, {"avx2", &genarm::loops_avx2},
+    {"avx512bf16", &genarm::loops_avx512}, {"avx512vnni", &genarm::loops_avx512},
+    {"avx512", &genarm::loops_avx512},     {"avx2", &genarm::loops_avx2},
 #endif
     {"baseline", &genarm::loops_baseline}};
 
 bool runs_here(const InstructionSet& set) {
 #ifdef GENARM_X86
   __builtin_cpu_init();
-  if (!std::strcmp(set.name, "avx512vnni") && !__builtin_cpu_supports("avx512vnni")) return false;
+  const bool pairs = !std::strcmp(set.name, "avx512bf16");  // slower than FMA on Intel's: small_linear/dot_group.h
+  if (pairs && !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"))) return false;
+  if ((pairs || !std::strcmp(set.name, "avx512vnni")) && !__builtin_cpu_supports("avx512vnni")) return false;
   if (set.loops == &genarm::loops_avx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");

@@ -1,6 +1,7 @@
 """The C++ core (kernels/csrc) on the CPU, where it was built.
 
-GENARM_FAST_ISA = avx512vnni | avx512 | avx2 | baseline forces an instruction set; `none` turns the core off.
+GENARM_FAST_ISA = avx512bf16 | avx512vnni | avx512 | avx2 | baseline forces one of the instruction sets that run here;
+`none` turns the core off.
 
 Its functions take every argument by position, check all of them, and return None for a call that they do not take as it
 stands: arguments to refuse, or to convert first.
@@ -55,6 +56,11 @@ elif forced and core is not None:
     if forced not in core.instruction_sets():
         raise ValueError(f"GENARM_FAST_ISA={forced}: expected none or one of {', '.join(core.instruction_sets())}")
     core.use(forced)
+
+
+def instruction_set() -> str:
+    """The one in use: the forced one, else the fastest that runs here; "none" without a core."""
+    return "none" if core is None else forced or core.instruction_sets()[0]
 
 
 def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

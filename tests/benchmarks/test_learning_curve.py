@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,50 @@ def curves(script, tmp_path: Path, monkeypatch, tiny_model, tokenizer) -> Any:
     return module
 
 
+@pytest.mark.parametrize(
+    ("text", "pairs", "settings", "name"),
+    [
+        ("0", None, {}, "all"),
+        ("512", 512, {}, "512"),
+        ("512:epochs=3,method=full", 512, {"epochs": 3, "method": "full"}, "512-epochs=3-method=full"),
+        ("0:gradient_checkpointing=false", None, {"gradient_checkpointing": False}, "all-gradient_checkpointing=false"),
+    ],
+)
+def test_points_of_the_command_line(curves, text: str, pairs: int | None, settings: dict[str, Any], name: str) -> None:
+    point = curves.Point.parse(text)
+    assert (point.pairs, point.settings, point.name) == (pairs, settings, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("few", "expected PAIRS or PAIRS:NAME=VALUE"),
+        ("-1", "expected PAIRS or PAIRS:NAME=VALUE"),
+        ("512:epochs", "'epochs': expected NAME=VALUE"),
+        ("512:epochs=0", "epochs=0: expected a number above 0"),
+        ("512:epochs=many", "epochs='many': expected"),
+        ("512:speed=1", "unexpected keyword argument 'speed'"),
+    ],
+)
+def test_malformed_points_are_told_before_anything_is_trained(curves, text: str, complaint: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=complaint):
+        curves.Point.parse(text)
+
+
+def test_a_changed_setting_reaches_the_training(curves, tmp_path: Path) -> None:
+    """All weights instead of LoRA: a whole model, which is ranked as it is, not as an adapter."""
+    for name, count in (("helpful", 8), ("helpful-held-out", 3), ("helpful-held-out-whole", 2)):
+        write(tmp_path / f"{name}.jsonl", count, "the cat sat", "a man and")
+    wanted = [curves.Point(4, "method=full,learning_rate=0.05,dtype=float32")]
+    found = curves.curve("helpful", tmp_path, tmp_path / "work", wanted)
+    (point,) = found["points"]
+    assert point["changes"] == wanted[0].changes
+    assert not list((tmp_path / "work" / f"helpful-{wanted[0].name}").glob("adapter*"))
+    assert abs(point["arm_over_base"]["mean_margin"]) > 0
+    assert "| 4 | `method=full`, `learning_rate=0.05`, `dtype=float32` |" in curves.table({"helpful": found})
+    assert curves.usual(found) == []
+
+
 def write(path: Path, count: int, good: str, bad: str) -> None:
     rows = [{"prompt": f"say {i}", "chosen": good, "rejected": bad} for i in range(count)]
     rows = [row | {"chosen_complete": False, "rejected_complete": False} for row in rows]
@@ -42,7 +87,7 @@ def test_training_turns_the_ranking_of_the_base_round(curves, tmp_path: Path, mo
     import train_arms
 
     monkeypatch.setattr(train_arms, "COMMON", train_arms.COMMON | {"learning_rate": 0.05, "checkpoint_every": 0})
-    found = curves.curve("helpful", tmp_path, tmp_path / "work", [8, None])
+    found = curves.curve("helpful", tmp_path, tmp_path / "work", [curves.Point(8), curves.Point(None)])
     assert found["base"]["accuracy"] == 0.0
     assert found["shorter_whole"]["accuracy"] == 1.0
     assert found["shipped"] is None, "no ARM for helpfulness ships"
@@ -52,10 +97,13 @@ def test_training_turns_the_ranking_of_the_base_round(curves, tmp_path: Path, mo
     assert few["arm_over_base"]["mean_margin"] > 0
     assert many["arm_over_base"]["accuracy"] == 1.0
     assert many["gain"] == {"value": many["arm"]["accuracy"], "standard_error": 0.0}
-    assert curves.curve("helpful", tmp_path, tmp_path / "work", [8, None])["points"] == found["points"], "kept"
+    assert (
+        curves.curve("helpful", tmp_path, tmp_path / "work", [curves.Point(8), curves.Point(None)])["points"]
+        == found["points"]
+    ), "kept"
     lines = curves.table({"helpful": found}).splitlines()
     assert len(lines) == 4
-    assert lines[2].startswith("| helpful | 8 | 3 | ")
+    assert lines[2].startswith("| helpful | 8 |  | 3 | ")
     curves.plot({"helpful": found}, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
 
@@ -74,7 +122,7 @@ def test_gains_are_pair_by_pair_and_the_arm_that_ships_is_ranked(curves, tmp_pat
     report = {"data": {"train_pairs": 8}, "steps": 1, "seconds": 1.0}
     monkeypatch.setattr(curves, "margins", margins)
     monkeypatch.setattr(curves, "trained", lambda *_: report)
-    found = curves.curve("harmless", tmp_path, tmp_path / "work", [8])
+    found = curves.curve("harmless", tmp_path, tmp_path / "work", [curves.Point(8)])
     assert asked == [None, tmp_path / "work/harmless-8", curves.demo.arm("harmless")]
     (point,) = found["points"]
     assert (point["arm"]["accuracy"], point["arm_over_base"]["accuracy"], found["base"]["accuracy"]) == (0.5, 0.5, 0.5)
@@ -82,4 +130,4 @@ def test_gains_are_pair_by_pair_and_the_arm_that_ships_is_ranked(curves, tmp_pat
     assert point["gain"]["standard_error"] == pytest.approx((2 / 3) ** 0.5 / 2)  # of 0, -1, 1, 0
     assert found["shipped"]["gain"]["value"] == 0.5
     line = curves.table({"harmless": found}).splitlines()[-1]
-    assert line.startswith("| harmless | the ARM that ships | 4 | 1.000 ± 0.000 | 0.500 ± 0.490 | +0.500 ± 0.566 |")
+    assert line.startswith("| harmless | the ARM that ships |  | 4 | 1.000 ± 0.000 | 0.500 ± 0.490 | +0.500 ± 0.566 |")

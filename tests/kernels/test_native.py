@@ -19,6 +19,13 @@ def test_environment_turns_the_core_off():
     )
 
 
+@pytest.mark.parametrize("isa", [*(_native.core.instruction_sets() if _native.core else []), "none"])
+def test_the_instruction_set_in_use_is_told(isa):
+    code = "from genarm_fast.kernels import _native; print(_native.instruction_set())"
+    env = os.environ | {"GENARM_FAST_ISA": isa}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == isa
+
+
 def test_unknown_instruction_set():
     with pytest.raises(ValueError, match="'mmx': expected one of"):
         _native.core.use("mmx")

@@ -153,6 +153,7 @@ void use_linear_loops(const char* instruction_set) {
   if (!std::strcmp(instruction_set, "avx2")) tables = {&linear_avx2, &quant_avx2, &output_avx2};
   if (!std::strcmp(instruction_set, "avx512")) tables = {&linear_avx512, &quant_avx512, &output_avx512};
   if (!std::strcmp(instruction_set, "avx512vnni")) tables = {&linear_avx512, &quant_avx512vnni, &output_avx512};
+  if (!std::strcmp(instruction_set, "avx512bf16")) tables = {&linear_avx512bf16, &quant_avx512vnni, &output_avx512};
 #endif
   (void)instruction_set;
 }

@@ -64,14 +64,14 @@ class Multiplication {
 
   void contract(Adapted& adapted) const {
     const LinearLoops& linear = *adapted.product->linear->loops.small;
-    const int most = linear.rows;
-    const Aligned<float> spread = aligned<float>(most * divide_up(in_, kStep) * kStep);
+    const int most = linear.rows, slots = linear.slots;
+    const Aligned<float> spread = aligned<float>(most * divide_up(in_, kStep) * slots);
     for (int64_t first = adapted.span.first; first < adapted.span.last; first += most) {
       const int count = static_cast<int>(std::min<int64_t>(most, adapted.span.last - first));
       for (int r = 0; r < count; ++r) {
-        linear.spread(x_ + (first + r) * x_stride_, in_, spread.get() + r * kStep, count * kStep);
+        linear.spread(x_ + (first + r) * x_stride_, in_, spread.get() + r * slots, count * slots);
       }
-      Dots dots{{{spread.get(), count * kStep, count}}, 1};
+      Dots dots{{{spread.get(), count * slots, count}}, 1};
       dots.in = in_;
       genarm::contract(linear, dots, first, first + count, nullptr, &adapted);
     }

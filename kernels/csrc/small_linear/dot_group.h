@@ -1,8 +1,9 @@
 // The innermost loop of small_linear: products of a few rows and a few outputs, held in registers. Only for files that
 // are compiled once per instruction set, AVX2 at least.
 //
-// Two fused multiply-adds per pair of bfloat16, not one vdpbf16ps: that has half their rate (Emerald Rapids: 43
-// billion products a second, 89 with FMA; 79 with the conversions for 8 rows), and flushes subnormal numbers.
+// A pair of bfloat16 takes two fused multiply-adds, or one vdpbf16ps, which has the same bits where subnormal numbers
+// count as zeros. That is twice as fast on a Zen 4 and half as fast on an Emerald Rapids (43 billion products a second,
+// 89 with FMA; 79 with the conversions for 8 rows): module.cpp chooses.
 #pragma once
 
 #include <algorithm>
@@ -20,8 +21,43 @@ constexpr int kSums = kWidth == 16 ? 16 : 12;  // of a group at most: rows by ou
 constexpr int kRows = kWidth == 16 ? 8 : 4;    // of a group, where there are many
 constexpr int kAlone = kWidth == 16 ? 8 : 6;   // of a group, where these are all
 
+// Numbers below 2^-126 count as zeros meanwhile, read and written: vdpbf16ps knows no others.
+class FlushSubnormals {
+ public:
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+};
+
 inline Floats odd(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
 inline Floats even(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
+
+#if defined(__AVX512BF16__)
+
+constexpr int kSlots = kStep / 2;  // a row's inputs stay pairs, in the memory of half as many floats
+
+template <int R, int O, int V>
+inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[R][O][V]) {
+  static_assert(V == 1);
+  Words weights[O];
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o) weights[o] = load_as<Words>(w + o * w_stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    Words input = load_as<Words>(x + r * kSlots);
+    asm("" : "+v"(input));  // one load for all outputs
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) {
+      s[r][o][0] = _mm512_dpbf16_ps(s[r][o][0], reinterpret_cast<__m512bh>(weights[o]), reinterpret_cast<__m512bh>(input));
+    }
+  }
+}
+
+#else
+
+constexpr int kSlots = kStep;
 
 // A vector of an output's 32 inputs, those at odd places or at even ones.
 inline Floats weight(const uint16_t* w, int v, int half) {
@@ -42,7 +78,7 @@ inline void step(const float* x, const W* w, int64_t w_stride, Floats (&s)[R][O]
       for (int o = 0; o < O; ++o) weights[o] = weight(w + o * w_stride, v, half);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        Floats input = load(x + r * kStep + half * kLanes + v * kWidth);
+        Floats input = load(x + r * kSlots + half * kLanes + v * kWidth);
         asm("" : "+v"(input));  // one load for all outputs
 #pragma GCC unroll 8
         for (int o = 0; o < O; ++o) s[r][o][v] = fma(weights[o], input, s[r][o][v]);
@@ -50,6 +86,8 @@ inline void step(const float* x, const W* w, int64_t w_stride, Floats (&s)[R][O]
     }
   }
 }
+
+#endif
 
 #if !defined(__AVX512F__)
 
@@ -143,7 +181,10 @@ inline void add_lanes(float* lanes, const Places& places, int count, float* y) {
   };
   const auto quarter = [&](int e) { return fold4(fold8(s(e), s(e + 4)), fold8(s(e + 8), s(e + 12))); };
   const __m512 sum = fold1(fold2(quarter(0), quarter(1)), fold2(quarter(2), quarter(3)));
-  _mm512_mask_i32scatter_ps(y, (1u << count) - 1, _mm512_load_si512(places.of), sum, 4);
+  alignas(64) float sums[kSumsFilled];
+  store(sums, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) y[places.of[i]] = sums[i];
 }
 
 #else
@@ -220,6 +261,18 @@ inline void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, i
 
 alignas(64) constexpr float zeros[kSumsFilled * kLanes] = {};
 
+// Adds those of the last inputs, less than a step, to `lanes`. Never inlined: GCC 12 would store all sums twice before it.
+template <int R, int O>
+[[gnu::noinline]] void rest(const float* x, const uint16_t* w, int64_t w_stride, int64_t inputs, float* lanes) {
+  constexpr int V = R * O * kVectors <= kSums ? kVectors : 1;
+  uint16_t filled[O * kStep] = {};
+  for (int o = 0; o < O; ++o) std::memcpy(filled + o * kStep, w + o * w_stride, inputs * sizeof *w);
+  for (int v = 0; v < kVectors; v += V) {
+    float* const at = lanes + v * kWidth;
+    pass<R, O, V>(x + v * kWidth, 0, filled + v * 2 * kWidth, kStep, kStep, at, at);
+  }
+}
+
 // Adds the products of a strip of inputs to the lanes of R rows by O outputs, and at the end puts their sums in y. Where
 // the registers hold one vector of the lanes only, the strip passes twice: lines that are read again from L1 cost less
 // than sums that leave the registers.
@@ -236,28 +289,7 @@ void group(const Strip& strip, const float* x, const uint16_t* w, const uint16_t
   if (V < kVectors) {
     pass<R, O, V>(x + kWidth, strip.x_step, w + 2 * kWidth, strip.w_stride, whole, from + kWidth, to + kWidth);
   }
-  if (left) {
-    uint16_t tail[O * kStep] = {};
-    for (int o = 0; o < O; ++o) std::memcpy(tail + o * kStep, w + o * strip.w_stride + whole, left * sizeof *w);
-    x += whole / kStep * strip.x_step;
-    for (int v = 0; v < kVectors; v += V) {
-      float* const at = to + v * kWidth;
-      pass<R, O, V>(x + v * kWidth, 0, tail + v * 2 * kWidth, kStep, kStep, at, at);
-    }
-  }
-  if (strip.end) add_lanes(last, places, R * O, y);
-}
-
-// The same over weights of float32, O outputs spread as rows are.
-template <int R, int O>
-void wide_group(const Strip& strip, const float* x, const float* w, float* lanes, const Places& places, float* y) {
-  static_assert(R * O <= kSums);
-  alignas(64) float last[kSumsFilled * kLanes];
-  const float* from = strip.begin ? zeros : lanes;
-  float* const to = strip.end ? last : lanes;
-  for (int v = 0; v < kLanes; v += kWidth) {
-    pass<R, O, 1>(x + v, strip.x_step, w + v, kStep, strip.inputs, from + v, to + v);
-  }
+  if (left) rest<R, O>(x + whole / kStep * strip.x_step, w + whole, strip.w_stride, left, to);
   if (strip.end) add_lanes(last, places, R * O, y);
 }
 
@@ -273,6 +305,21 @@ Group group_of(int rows) {
   return nullptr;
 }
 
+#if !defined(__AVX512F__)
+
+// The same over weights of float32, O outputs spread as rows are.
+template <int R, int O>
+void wide_group(const Strip& strip, const float* x, const float* w, float* lanes, const Places& places, float* y) {
+  static_assert(R * O <= kSums);
+  alignas(64) float last[kSumsFilled * kLanes];
+  const float* from = strip.begin ? zeros : lanes;
+  float* const to = strip.end ? last : lanes;
+  for (int v = 0; v < kLanes; v += kWidth) {
+    pass<R, O, 1>(x + v, strip.x_step, w + v, kStep, strip.inputs, from + v, to + v);
+  }
+  if (strip.end) add_lanes(last, places, R * O, y);
+}
+
 using WideGroup = decltype(&wide_group<1, 1>);
 
 template <int O, int R = kRows>
@@ -282,6 +329,8 @@ WideGroup wide_group_of(int rows) {
   }
   return wide_group<R, O>;
 }
+
+#endif
 
 }  // namespace
 }  // namespace genarm

@@ -13,8 +13,8 @@ namespace genarm {
 namespace {
 
 // Inputs that stay in the L1 cache, beside the lanes of all streams; where one chunk is all, no lanes are kept.
-constexpr int64_t kChunk = 640;                     // of a row at most, with the weights of a group and of the next one
-constexpr int64_t kWhole = 10240, kChunked = 8192;  // of all rows
+constexpr int64_t kChunk = 640 * kStep / kSlots;  // of a row at most, with the weights of a group and of the next one
+constexpr int64_t kWhole = 10240 * kStep / kSlots, kChunked = 8192 * kStep / kSlots;  // of all rows
 
 constexpr int64_t kWideChunk = 5120;                // of all rows, beside the weights of a group as float32
 
@@ -79,6 +79,7 @@ void dots(const Dots& d) {
     std::fill_n(d.y, kTile * kPanelRow, 0.f);
     return;
   }
+  const FlushSubnormals flushed;
   int most = 0;
   for (int k = 0; k < d.count; ++k) most = std::max(most, d.blocks[k].count);
   switch (together(most)) {
@@ -89,9 +90,19 @@ void dots(const Dots& d) {
   }
 }
 
+#if defined(__AVX512F__)
+
+constexpr int kWide = 0;  // the conversion was a twentieth of the time
+constexpr auto wide_dots = nullptr;
+
+#else
+
+constexpr int kWide = kSums / kRows;
+
 // A chunk of the rows stays in the L1 cache while all weights of the panel pass from L2.
 void wide_dots(const WideDots& d) {
-  constexpr int O = kSums / kRows;
+  const FlushSubnormals flushed;
+  constexpr int O = kWide;
   Places places;
   for (int sum = 0; sum < kSumsFilled; ++sum) places.of[sum] = sum / O * kPanelRow + sum % O;
   WideGroup run[kTile];
@@ -115,13 +126,19 @@ void wide_dots(const WideDots& d) {
   }
 }
 
+#endif
+
 void spread_step(const uint16_t* x, float* out) {
+#if defined(__AVX512BF16__)
+  std::memcpy(out, x, kStep * sizeof *x);
+#else
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     const Words pairs = load_as<Words>(x + v * 2 * kWidth);
     store(out + v * kWidth, odd(pairs));
     store(out + kLanes + v * kWidth, even(pairs));
   }
+#endif
 }
 
 void spread(const uint16_t* x, int64_t n, float* out, int64_t step) {
@@ -139,9 +156,7 @@ void spread(const uint16_t* x, int64_t n, float* out, int64_t step) {
 
 }  // namespace
 
-constexpr int kWide = kWidth == 16 ? 0 : kSums / kRows;  // with AVX-512 the conversion was a twentieth of the time
-
-extern const LinearLoops TABLE(ISA) = {kRows, kAlone, kStreams, kWide, spread, dots, wide_dots};
+extern const LinearLoops TABLE(ISA) = {kRows, kAlone, kStreams, kWide, kSlots, spread, dots, wide_dots};
 
 }  // namespace genarm
 

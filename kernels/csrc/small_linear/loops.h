@@ -11,7 +11,7 @@ constexpr int kOutputs = 256;             // of a panel at most
 constexpr int kPanelRow = kOutputs + 16;  // between the rows of its sums, which would meet in few sets of the cache
 
 struct Rows {
-  const float* x;  // spread, row r at x + r * kStep, so that a block is one stream
+  const float* x;  // spread, row r at x + r * LinearLoops::slots, so that a block is one stream
   int64_t step;    // between steps
   int count;       // 1..LinearLoops::rows, or alone
 };
@@ -40,18 +40,20 @@ struct WideDots {
 };
 
 // Every sum has one order, whatever the rows, the panel and the instruction set: lane l of 16 adds the products of
-// elements 2l + 1 and 2l of each 32 inputs, then lanes 8, 4, 2 and 1 apart are added.
+// elements 2l + 1 and 2l of each 32 inputs, then lanes 8, 4, 2 and 1 apart are added. Subnormal numbers count as zeros.
 struct LinearLoops {
   int rows;     // of a block at most: they share one load of a weight into a register
   int alone;    // of a block that is the only one, at most
   int streams;  // of a panel's weights, which are read in turn
   int wide;     // outputs of WideDots at a time; 0: never faster here
-  // n bfloat16 as floats: kStep of them every `step` floats, the odd elements before the even ones, zeros at the end
+  int slots;    // floats that the inputs of a step take in a spread row: kStep, or half of it for pairs of bfloat16
+  // n bfloat16 as a spread row, zeros at the end: `slots` floats every `step` floats. Pairs stay as they are; of floats,
+  // those at odd places come first.
   void (*spread)(const uint16_t* x, int64_t n, float* out, int64_t step);
   void (*dots)(const Dots& dots);
   void (*wide_dots)(const WideDots& dots);
 };
 
-extern const LinearLoops linear_avx2, linear_avx512;
+extern const LinearLoops linear_avx2, linear_avx512, linear_avx512bf16;
 
 }  // namespace genarm

@@ -18,7 +18,7 @@ class Multiplication {
  public:
   Multiplication(const std::vector<Product>& products, int64_t rows, int threads)
       : loops_(*products[0].linear->loops.small), in_(products[0].linear->in), threads_(threads), adapted_(adapted_of(products)) {
-    width_ = divide_up(in_, kStep) * kStep;
+    width_ = divide_up(in_, kStep) * loops_.slots;
     const int64_t tiles = kTableFloats / kTile / std::max<int64_t>(width_, 1);
     table_ = std::min(std::max<int64_t>(tiles, 1) * kTile, rows);
     wide_ = loops_.wide && rows >= kWideRows && in_;
@@ -74,10 +74,10 @@ class Multiplication {
   }
 
   int64_t start(int64_t block) const { return blocks_.start(block); }
-  int64_t step(int64_t block) const { return kStep * (start(block + 1) - start(block)); }
+  int64_t step(int64_t block) const { return loops_.slots * (start(block + 1) - start(block)); }
   float* spread(int64_t block, int64_t row) const {
     const int64_t from = start(block);
-    return x_.get() + (from - blocks_.first) * width_ + (row - from) * kStep;
+    return x_.get() + (from - blocks_.first) * width_ + (row - from) * loops_.slots;
   }
   Rows rows(int64_t block, int64_t first, int64_t last) const {
     return {spread(block, first), step(block), static_cast<int>(last - first)};

@@ -70,6 +70,36 @@ def test_bound_catches_a_lost_product():
         assert_exact(halves, x, weight)
 
 
+def near_the_smallest(*shape, seed):
+    """bfloat16 of all exponents from 0 (subnormal) to 70: products below and above 2^-126, sums that leave nothing."""
+    bits = torch.randint(0, 71 << 7, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.int32) << 15
+    return (bits | signs).to(torch.uint16).view(torch.bfloat16)
+
+
+@native
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_one_result_near_the_smallest_numbers(isa, rows):
+    """The first instruction set's: two FMAs have the bits of vdpbf16ps only if subnormal numbers are zeros to them."""
+    x, weight = near_the_smallest(rows, 577, seed=rows), near_the_smallest(64, 577, seed=9)
+    y = small_linear(x, weight)
+    _native.core.use(ISAS[0])
+    assert torch.equal(small_linear(x, weight), y)
+    assert (y != 0).any()
+
+
+@native
+def test_subnormal_numbers_count_as_zeros(isa):
+    """Of inputs, of weights, of products and of sums; those of the caller stay what they are."""
+    smallest, tiny = 2.0**-126, 2.0**-130
+    cases = [([tiny, 1], [2.0**20, 2], 2), ([2.0**20, 1], [tiny, 2], 2), ([2.0**-70, 0], [2.0**-70, 0], 0)]
+    cases += [([2.0**-60, 0], [2.0**-66, 0], smallest), ([1.5 * smallest, smallest], [1, -1], 0)]
+    for x, weight, right in cases:
+        y = small_linear(torch.tensor([x]).bfloat16(), torch.tensor([weight]).bfloat16())
+        assert y.item() == right, (x, weight)
+    assert (torch.tensor([tiny]) * 0.5).item() == tiny / 2
+
+
 @native
 def test_another_order_of_the_sums_shows():
     """Negative control: equal bits are not just what bfloat16 rounds to."""
