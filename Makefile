@@ -9,7 +9,7 @@
 # make bench-gpu   guided decoding on a GPU; ARGS=--dry tries the script out without one
 # make bench   short form of every benchmark: table, plot and benchmarks/results/<date>-<machine>.json
 # make peers   beside llama.cpp, Hugging Face and vLLM (where .venv-vllm is there) on the CPU; makes .venv-llama
-# make evidence  what guidance buys beside what it is compared with; ARGS=--quick: a reduced size, in ten minutes
+# make evidence  what guidance buys beside what it is compared with; ARGS=--quick: a reduced size, in three minutes
 # Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
 
 PYTHON ?= python3

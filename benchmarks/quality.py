@@ -1,6 +1,7 @@
 """What guidance buys beside what it is compared with: three tables on SmolLM2-135M, each by one command.
 
     python benchmarks/quality.py general|weak|front [--short | --quick] [--reward FOLDER] [--policy OBJECTIVE=FOLDER]
+        [--rewarded FOLDER] [--small FOLDER, once a size] [--point SHARE=FOLDER, once a point]
 
 Resumable: a method's responses are one file in --runs, written whole, and what exists is not run again. `--short` and
 `--quick` are reduced sizes, with fewer prompts and short texts; their intervals are as wide as that makes them. Every

@@ -23,7 +23,7 @@ chat = [{"role": "user", "content": "How was your stay at the hotel?"}]
 mixes = [(2 * (1 - share), 2 * share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
 run = {"max_new_tokens": args.max_new_tokens, "rewards": True}
 params = [SamplingParams(weights=mix, seed=seed, **run) for mix in mixes for seed in range(args.seeds)]
-outputs = iter(model.generate([chat] * len(params), params))  # all of them in one batch
+outputs = iter(model.generate([chat] * len(params), params))  # all of them in one call
 
 points = []
 for mix in mixes:

@@ -1,20 +1,30 @@
-"""README, CONTRIBUTING and docs name files, links and Python objects that exist."""
+"""Pages name files, links, Python objects, options and parameters that exist."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import pkgutil
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from genarm_fast import ARM, GenARM
+from genarm_fast.integrations.transformers import GenARMLogitsProcessor
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "genarm_fast|kernels|tests|docs|benchmarks|scripts|examples"
 IN_FOLDER = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w")
 MODULE_FILE = re.compile(r"(?<![\w./:-])(?:[\w-]+/)+[\w-]+\.(?:py|cpp)\b")
 LINK = re.compile(r"\]\(([^)\s#:]*)(?:#([^)\s]+))?\)")
 TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
+SCRIPT = re.compile(r"(?<![\w/])((?:benchmarks|scripts|examples)/[\w/]+\.py)((?: [^\n`#;|]*)?)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OBJECT = re.compile(r"(?<![\w./-])genarm_fast(?:\.[a-zA-Z_]\w*)+")
 
 
@@ -54,6 +64,26 @@ def resolves(name: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_names_exists(page: Path) -> None:
     assert faults(page, page.read_text(encoding="utf-8")) == []
+
+
+def wrong_snippets(text: str) -> list[str]:
+    """What blocks of Python import from this package that is not there. Raises SyntaxError for what is no Python."""
+    trees = [ast.parse(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    own = [node for node in imports if node.module is not None and node.module.split(".")[0] == "genarm_fast"]
+    names = {f"{node.module}.{each.name}" for node in own for each in node.names}
+    return sorted(name for name in names if not resolves(name))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_snippets_import_what_exists(page: Path) -> None:
+    assert wrong_snippets(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_wrong_snippet_is_found() -> None:
+    assert wrong_snippets("```python\nfrom genarm_fast import ARM, Arm\n```\n") == ["genarm_fast.Arm"]
+    with pytest.raises(SyntaxError):
+        wrong_snippets("```python\nfor x in\n```\n")
 
 
 def unproved(text: str) -> list[str]:
@@ -104,3 +134,60 @@ def test_what_is_missing_is_found(text: str, found: str) -> None:
 def test_what_exists_is_no_fault() -> None:
     text = "`engine/step.py`, genarm_fast/engine, [API](docs/api.md#score), `genarm_fast.kernels.settle`, a/b, x.py"
     assert faults(ROOT / "README.md", text) == []
+
+
+def source(script: Path) -> str:
+    """Of a script and of the modules beside it that it imports."""
+    found, ahead = {}, [script]
+    while ahead:
+        path = ahead.pop()
+        found[path] = path.read_text(encoding="utf-8")
+        modules = re.findall(r"^\s*(?:from|import) ([\w.]+)", found[path], re.MULTILINE)
+        places = [folder / (each.replace(".", "/") + ".py") for each in modules for folder in (*script.parents,)[:2]]
+        ahead += [each for each in places if each.is_file() and each not in found]
+    return "".join(found.values())
+
+
+def unknown_options(text: str) -> list[str]:
+    """Options of scripts, in commands of a page, that the scripts do not have."""
+    wrong = []
+    for script, given in SCRIPT.findall(re.sub(r"\\\n\s*", " ", text)):
+        own = source(ROOT / script)
+        made = {f"--{name}" for name in re.findall(r'"(\w+)":', own)} if 'f"--{' in own else set()
+        found = [option for option in OPTION.findall(given) if f'"{option}"' not in own and option not in made]
+        wrong += [f"{script} {option}" for option in found]
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_of_scripts_exist(page: Path) -> None:
+    assert unknown_options(page.read_text(encoding="utf-8")) == []
+
+
+def test_an_unknown_option_is_found() -> None:
+    commands = [
+        "python benchmarks/decode.py BASE --tokens 4 \\",
+        "    --fast",
+        "python scripts/fuzz_ops.py --seconds 3 --slow",
+    ]
+    text = "\n".join(commands)
+    assert unknown_options(text) == ["benchmarks/decode.py --fast", "scripts/fuzz_ops.py --slow"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "function"),
+    [
+        ("from_pretrained", GenARM.from_pretrained),
+        ("ARM", ARM),
+        ("GenARMLogitsProcessor", GenARMLogitsProcessor),
+        ("model.generate", GenARM.generate),
+        ("model.warm_up", GenARM.warm_up),
+        ("model.score", GenARM.score),
+    ],
+)
+def test_signatures_have_every_parameter(shown: str, function: Callable[..., Any]) -> None:
+    """Where docs/api.md shows a signature, with a star before its keywords, it has all names."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    signature = next(each for each in re.findall(rf"`{re.escape(shown)}\(([^`]*)\)`", text) if "*" in each)
+    names = re.findall(r"(\w+)(?:=[^,]*)?(?:,|$)", signature)
+    assert sorted(names) == sorted(set(inspect.signature(function).parameters) - {"self"})

@@ -25,6 +25,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[
     for field in sampling_fields(without):
         default = defaults.get(field.name, field.default)
         option = _OPTIONS[str(field.type)]
+        if default is True:  # a flag that can only be set would change nothing
+            option = {"action": argparse.BooleanOptionalAction}
         note = "; repeat for several" if option.get("action") == "append" else ""
         if default is not None and default is not False and default != ():
             note = f" (default: {default})"

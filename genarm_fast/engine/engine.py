@@ -12,7 +12,7 @@ from genarm_fast.engine import pace
 from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.given import check_request, given_sequences, new_sequences
+from genarm_fast.engine.given import check_request, check_speculation, given_sequences, new_sequences
 from genarm_fast.engine.run import Run
 from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.scheduler import Scheduler
@@ -58,13 +58,16 @@ class Engine:
         self._mark = object()  # of its own sequences
         self._idle = True  # no sequence is here, and nobody looked at weights and limits since
 
-    def add(self, request: Request, speculation: Speculation = OFF) -> list[Sequence]:
+    def add(self, request: Request, speculation: str | Speculation = OFF) -> list[Sequence]:
         """Queue a request; returns its sequences, which grow in place while the engine steps.
 
-        Raises TypeError, ValueError for anything but a request to these members.
+        speculation: how to draft for it: "auto", "off" or a `Speculation`.
+
+        Raises TypeError, ValueError for anything but a request to these members, and for a drafter that is not here.
         """
         check_request(request, len(self.executor.members), len(self._arm_names))
-        sequences = request.sequences(self.tokenizer, speculation)
+        names = (name for drafter in self.drafters for name in drafter.names)
+        sequences = request.sequences(self.tokenizer, check_speculation(speculation, names))
         self._enqueue(sequences)
         return sequences
 

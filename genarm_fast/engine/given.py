@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from genarm_fast.engine.sequence import Request, Sequence
+from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.utils.checks import shown
 
 
@@ -15,6 +16,14 @@ def check_request(request: object, members: int, arms: int) -> Request:
     if (len(request.token_ids), len(request.weights)) != (members, arms):
         raise ValueError(f"request: expected one for {arms} ARMs, as `prepare` of this model makes")
     return request
+
+
+def check_speculation(speculation: object, drafters: Iterable[str]) -> Speculation:
+    """Raises ValueError for anything but a way to draft, by one of these drafters if it names one."""
+    plan, known = as_speculation(speculation), list(drafters)
+    if plan.drafter is not None and plan.drafter not in known:
+        raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {', '.join(map(repr, known))}")
+    return plan
 
 
 def given_sequences(sequences: object, owner: object) -> list[Sequence]:

@@ -13,6 +13,7 @@ from typing import Any
 from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.engine_thread import EngineThread
+from genarm_fast.engine.given import check_speculation
 from genarm_fast.engine.requests import RequestMaker
 from genarm_fast.engine.selfcheck import check_models
 from genarm_fast.engine.sequence import Request, Sequence
@@ -152,11 +153,7 @@ class EngineOwner:
 
     def _speculation(self, speculation: str | Speculation | None) -> Speculation:
         """What a call asks for, else the model's. Raises ValueError for a drafter that is not here."""
-        plan = as_speculation(self.speculation if speculation is None else speculation)
-        if plan.drafter is not None and plan.drafter not in self.drafters:
-            known = ", ".join(map(repr, self.drafters))
-            raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {known}")
-        return plan
+        return check_speculation(self.speculation if speculation is None else speculation, self.drafters)
 
     def _engine_thread(self) -> EngineThread:
         with self._making:

@@ -21,11 +21,12 @@ from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.messages import may_be_stored
 
-# What JSON can express, and what does not make an answer depend on the time of day.
+OF_THE_MACHINE = ("max_time", "priority")  # with these an answer would depend on the time of day
+# What JSON can express, less those.
 DEFAULTS = {
     field.name: field.default
     for field in fields(SamplingParams)
-    if field.name not in ("logits_processors", "max_time", "priority")
+    if field.name not in ("logits_processors", *OF_THE_MACHINE)
 }
 FIELDS = tuple(DEFAULTS)
 TEMPLATE = ("tools", "chat_template_kwargs")
@@ -63,11 +64,20 @@ def line_seed(job_seed: int, line: int) -> int:
 
 
 class Form:
-    """Makes requests of lines. Arguments as in `read_requests`. Raises ValueError for a name that cannot be kept."""
+    """Makes requests of lines. Arguments as in `read_requests`.
+
+    Raises ValueError for a name that cannot be kept, and for `max_time` or `priority` in the defaults.
+    """
 
     def __init__(self, file: str, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> None:
         if taken := [name for name in keep if name in (*OUTPUT, *FIELDS, *TEMPLATE)]:
             raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
+        for each in fields(SamplingParams):
+            if each.name in OF_THE_MACHINE and (value := getattr(defaults, each.name)) != each.default:
+                raise ValueError(
+                    f"{each.name}={value!r}: expected {each.default!r} in a batch job, whose bytes would depend on the"
+                    " machine"
+                )
         self.file, self.defaults, self.arms, self.keep = file, defaults, arms, ("metadata", *keep)
         self._known = {"id", "prompt", *TEMPLATE, *self.keep, *FIELDS}
         self._seen: dict[str, SamplingParams] = {}

@@ -72,8 +72,8 @@ def read_requests(
 
     Args:
         path: JSON lines, plain or `.gz`. A pipe is copied to a temporary file.
-        defaults: the parameters that a line leaves out; its seed is the job's seed (None: 0), from which each line
-            without a seed derives its own.
+        defaults: the parameters that a line leaves out, `max_time` and `priority` not among them; its seed is the job's
+            seed (None: 0), from which each line without a seed derives its own.
         arms: how many weights a list must have.
         keep: names of fields that go to the output as they are, besides `metadata`.
         progress: told how many lines were checked, every thousand of them.

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,16 @@ def test_escapes_in_text_options() -> None:
     parser = argparse.ArgumentParser()
     add_sampling_arguments(parser)
     assert parser.parse_args(["--stop", r"\n\t", "--stop", r"a\\n\d"]).stop == ["\n\t", "a\\n\\d"]
+
+
+def test_every_flag_can_be_set_to_what_is_not_its_default() -> None:
+    parser = argparse.ArgumentParser()
+    add_sampling_arguments(parser)
+    flags = [field for field in fields(SamplingParams) if field.type == "bool"]
+    assert {True, False} == {field.default for field in flags}
+    for field in flags:
+        option = f"--{'no-' * (field.default is True)}{field.name.replace('_', '-')}"
+        assert getattr(parser.parse_args([option]), field.name) is not field.default
 
 
 def test_help_without_docstrings() -> None:

@@ -10,6 +10,7 @@ from coroutines import PARAMS
 
 from genarm_fast import GenARM
 from genarm_fast.engine import scheduler
+from genarm_fast.speculation import Speculation
 
 
 def added(model, **options):
@@ -48,6 +49,17 @@ def other(tiny_model, tokenizer):
         (lambda engine, mine: engine.run([mine]), ValueError, "expected new ones, got one that an engine has"),
         (lambda engine, mine: engine.run(None), TypeError, "sequences=None"),
         (lambda engine, mine: engine.add([1]), TypeError, r"request=\[1\]: expected one that `prepare` made"),
+        (
+            lambda engine, mine: engine.add(mine.request, "fast"),
+            ValueError,
+            'speculation=\'fast\': expected "auto", "off"',
+        ),
+        (lambda engine, mine: engine.add(mine.request, 3), ValueError, "speculation=3: expected"),
+        (
+            lambda engine, mine: engine.add(mine.request, Speculation("nobody")),
+            ValueError,
+            "drafter='nobody': expected one of",
+        ),
     ],
 )
 def test_refused_to_its_caller_alone(model, expected, call, error, message):
@@ -154,3 +166,11 @@ def test_who_ended_in_a_step_that_fails_is_told(model, monkeypatch):
 def test_the_end_of_its_time_is_no_round(model):
     (output,) = model.generate([5, 6], PARAMS, max_time=1e-9)
     assert (output.finish_reason, output.token_ids, output.rounds.rounds) == ("time", [], 0)
+
+
+@pytest.mark.parametrize("speculation", ["auto", "off", Speculation(k=2)])
+def test_ways_to_draft_are_those_of_generate(model, expected, speculation):
+    engine = model.engine()
+    (sequence,) = engine.add(model.prepare([5, 6], PARAMS)[0], speculation)
+    finished(model)
+    assert sequence.tokens == expected

@@ -242,6 +242,17 @@ def test_lines_override_the_defaults(tmp_path: Path) -> None:
     assert (third.prompt, third.params.seed) == ([1, 2, 3], line_seed(11, 3))
 
 
+@pytest.mark.parametrize(("name", "value", "default"), [("max_time", 0.5, "None"), ("priority", 1, "0")])
+def test_what_depends_on_the_machine_is_refused(tmp_path: Path, name: str, value: Any, default: str) -> None:
+    """In lines, and for all of them: a job that resumes would write other bytes."""
+    path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    with pytest.raises(ValueError, match=f"^{name}={value}: expected {default} in a batch job"):
+        read_requests(path, SamplingParams(**{name: value}), arms=0)
+    path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a", name: value}])
+    with pytest.raises(ValueError, match=f"line 1: .*{name}={value}: expected one of id, prompt"):
+        read_requests(path, SamplingParams(), arms=0)
+
+
 def test_seeds_of_lines_and_jobs_differ() -> None:
     assert len({line_seed(job, line) for job in range(30) for line in range(30)}) == 900
 

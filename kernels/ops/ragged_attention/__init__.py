@@ -62,11 +62,12 @@ def ragged_attention(
 ) -> Tensor:
     """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
 
-    In C++ on the CPU for float32 and bfloat16; in Triton on CUDA, ROCm and XPU for these and float16, from caches of
-    any strides; with sums in float32, where no gradient is needed. Otherwise `ragged_attention_reference`. `limit`, a
-    bound on positions + 1 that the host knows, says how much the reference reads (the whole capacity without it), and
-    how many programs share a row on a GPU; a second kernel combines what they give. Entries beyond a position may hold
-    anything, NaN too, and change nothing (the reference: beyond the row's furthest position).
+    In C++ on the CPU for float32 and bfloat16; in Triton on CUDA, ROCm and XPU for these and float16, from caches
+    of any strides; with sums in float32, where no gradient is needed. Otherwise `ragged_attention_reference`.
+    `limit`, a bound on positions + 1 that the host knows, says how much the reference reads (the whole capacity
+    without it), and how many programs share a row on a GPU; without `arrivals` a second kernel combines what they
+    give. Entries beyond a position may hold anything, NaN too, and change nothing (the reference: beyond the row's
+    furthest position).
 
     `arrivals`, zeros that only kernels read, saves the second launch for q up to 16 on CUDA: programs count themselves
     there, and the last one of a row's combines them all, in the order of the entries, and leaves zeros. Calls that may

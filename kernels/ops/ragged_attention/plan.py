@@ -1,7 +1,8 @@
 """How the work of ragged_attention is cut for a GPU, from what the host knows: shapes and a bound on positions.
 
 A tile has the queries of a block times the heads that share a key-value head, since all of them read the same keys. Few
-tiles leave most of a GPU idle, so each row's entries are split over programs, whose results a second kernel combines.
+tiles leave most of a GPU idle, so each row's entries are split over programs. The last one to end combines what they
+give, or a second kernel where nothing counts them.
 """
 
 from __future__ import annotations
