@@ -26,11 +26,12 @@ def profile(bench: Bench) -> dict[str, Any]:
     """Of plain decoding of one request with a LoRA ARM, after its shapes are captured."""
     model = bench.lanes("8b", 1)
     skip, tokens = (4, 2) if bench.setting.name == "dry" else (24, 16)
-    found = by_torch(bench, model, skip, tokens)
+    found = bench.so_far
+    found |= by_torch(bench, model, skip, tokens)
     if shutil.which("nsys") and bench.setting.name == "real":
         try:
             found["nsys"] = by_nsys(tokens)
-        except (subprocess.SubprocessError, OSError, ValueError) as error:
+        except (subprocess.SubprocessError, OSError, ValueError, KeyError) as error:
             found["nsys_error"] = f"{type(error).__name__}: {error}"
     return found
 

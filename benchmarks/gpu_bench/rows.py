@@ -39,7 +39,8 @@ def drafts(bench: Bench) -> dict[str, Any]:
     """The widened pair, whose base costs an 8B model's bytes: without drafts, with some, and as "auto" chooses."""
     model = widened_pair(bench)
     prompts = bench.pair().prompts
-    found: dict[str, Any] = {"models": bench.pair().name, "acceptance_is_real": int(bench.pair().real)}
+    found = bench.so_far
+    found |= {"models": bench.pair().name, "acceptance_is_real": int(bench.pair().real)}
     more: dict[str, Any] = {"prompts": prompts, "rounds": 2 * bench.setting.rounds - 1}  # texts differ in acceptance
     found["plain"] = bench.decode(model, **more)
     for k in (*bench.setting.drafts, None):
@@ -65,7 +66,8 @@ def first_token(bench: Bench) -> dict[str, Any]:
         "guided_ms": partial(ours, guided),
         "hugging_face_ms": partial(hf_generate, bench, plain.base.model, 1, length=length),
     }
-    found: dict[str, Any] = {"context": length}
+    found = bench.so_far
+    found["context"] = length
     for name, run in runs.items():
         times = [seconds_of(run) for _ in range(2 + bench.setting.rounds)]
         found[name] = 1e3 * statistics.median(times[2:])
