@@ -220,21 +220,20 @@ def cuda_driver(*, captures: bool = True):
 
     @contextmanager
     def stream(new):
+        before = list(log.current)
         log.current.append(new)
         try:
             yield
         finally:
-            log.current.pop()
+            log.current[:] = before
 
     @contextmanager
     def capture(graph, *, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
         log.current.append(stream)
-        try:
-            with graph.capture(stream, pool, captures):
-                yield
-        finally:
-            log.current.pop()
+        with graph.capture(stream, pool, captures):
+            yield
+        log.current.pop()  # PyTorch does not get there where the end of the capture fails
 
     empty = torch.empty
     with pytest.MonkeyPatch.context() as patch:

@@ -214,7 +214,7 @@ def captured(
 ) -> T:
     """function(*inputs), whose work on `stream` and its forks becomes the graph's. Raises what the function raises."""
     raised: list[BaseException] = []
-    with _capturing:
+    with _capturing, on(stream):  # afterwards the current one again, as it is not where the end of a capture fails
         origin = origin_of(stream.device)
         try:
             # Other threads may go on: "global" would fail at what they ask of the device meanwhile.

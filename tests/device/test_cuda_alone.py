@@ -192,7 +192,7 @@ def test_a_capture_that_fails_is_over(device, stream, log, error):
     calls = []
 
     def function(x):
-        calls.append(1)
+        calls.append(log.current[-1])
         if len(calls) == WARM_UP + 1:
             raise error
         return (x + 1,)
@@ -200,7 +200,9 @@ def test_a_capture_that_fails_is_over(device, stream, log, error):
     captured(device, stream, "before")
     captured(device, stream, "key", function, WARM_UP)
     with pytest.raises(type(error)) if out_of_memory(error) else pytest.warns(match="without a CUDA graph"):
-        captured(device, stream, "key", function, 1)
+        device.launch(stream, "forward", captured, device, stream, "key", function, 1)
+    assert log.current == ["default"]
+    assert set(calls[WARM_UP:]) == {stream}  # where it runs without a graph, too
     assert device.eager == (set() if out_of_memory(error) else {stream})
     device.eager.clear()
     captured(device, stream, "another")
