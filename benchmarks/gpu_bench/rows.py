@@ -10,7 +10,7 @@ from .correctness import gpu_tests, small_tokens, widened_pair, widened_tokens
 from .machine import clocks
 from .measure import Bench, drafting, hf_generate, peak_bytes, seconds_of
 from .models import weight_bytes
-from .profile import profile
+from .profile import profile, profile_by_nsys
 from .sampler import table
 from .schedule import Row
 from .training import table as training_table
@@ -95,4 +95,5 @@ ROWS = [
     Row("135M, 1 LoRA", partial(lanes, name="135m", arms=1, batch=0), group="135m + 1"),
     Row("drafts", drafts, 0.3, group="widened"),
     Row("Hugging Face, compiled", partial(Bench.hugging_face, name="8b", compiled=True), 0.3, group="compiled"),
+    Row("profile, nsys", profile_by_nsys, 0.3, group="nsys"),
 ]
