@@ -19,6 +19,7 @@ WARM_UP = 2  # calls of a shape before it is captured: libraries make their plan
 SHORTEST = 128  # KV bounds are powers of two from here on
 LEFT_FREE = 0.05  # of a GPU's memory, for activations and graphs: of 80 GB 4, where 4,096 tokens of an 8B model take 1
 MOST_GRAPHS = 64  # each keeps its outputs
+TRIES = 2  # of captures on a stream: what another thread asks of the device may end one that begins at the same time
 
 
 class Cuda(Device):
@@ -35,6 +36,7 @@ class Cuda(Device):
         self.calls: Counter[Any] = Counter()
         self.threads = threading.local()  # `streams`: those on which this thread has run what repeats
         self.graphs: dict[Any, Graph] = {}
+        self.failures: Counter[WorkStream] = Counter()  # of captures
         self.eager: set[WorkStream] = set()  # what cannot be captured
         self.most_graphs = MOST_GRAPHS
 
@@ -106,8 +108,11 @@ class Cuda(Device):
             except RuntimeError as error:  # experts that count their rows, say
                 if out_of_memory(error):
                     raise  # the engine runs fewer sequences, or fails; the next capture may have room
-                warnings.warn(f"a forward runs without a CUDA graph, since it can't be captured: {error}", stacklevel=2)
-                self.eager.add(stream)
+                self.failures[stream] += 1
+                if self.failures[stream] == TRIES:
+                    said = f"a forward runs without a CUDA graph, since it can't be captured: {error}"
+                    warnings.warn(said, stacklevel=2)
+                    self.eager.add(stream)
                 return function(*inputs)
             while len(self.graphs) >= self.most_graphs:  # none of them runs: a capture waits for the device
                 del self.graphs[next(iter(self.graphs))]

@@ -14,7 +14,7 @@ from cuda_driver import Gpu, OnCpuTensors, cuda_driver
 from doubles import engines_on
 
 from genarm_fast import GenARM, SamplingParams
-from genarm_fast.device.cuda import WARM_UP, Cuda, Graph
+from genarm_fast.device.cuda import TRIES, WARM_UP, Cuda, Graph
 from genarm_fast.speculation.config import Speculation
 
 PLAIN = SamplingParams(max_new_tokens=10, seed=1, stop_token_ids=tuple(range(2, 300, 23)))
@@ -191,7 +191,8 @@ def test_a_forward_that_cannot_be_captured_runs_eagerly(model):
     warned = pytest.warns(UserWarning, match="without a CUDA graph")
     with cuda_driver(captures=False) as log, engines_on(OnCpuTensors()) as device, warned:
         assert run(model) == expected
-    assert len(device.eager) == len(log.of("capture")) == 3  # tried once for a step, and for each backbone
+    assert len(device.eager) == 3
+    assert len(log.of("capture")) == 3 * TRIES  # for a step, and for each backbone
     assert not device.graphs
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
 from cuda_driver import Gpu, cuda_driver, pinned
 
 from genarm_fast.device.base import out_of_memory
-from genarm_fast.device.cuda import MOST_GRAPHS, WARM_UP, Cuda, on
+from genarm_fast.device.cuda import MOST_GRAPHS, TRIES, WARM_UP, Cuda, on
 
 CPU = torch.device("cpu")
 
@@ -197,6 +198,7 @@ def test_a_capture_that_fails_is_over(device, stream, log, error):
             raise error
         return (x + 1,)
 
+    device.failures[stream] = TRIES - 1
     captured(device, stream, "before")
     captured(device, stream, "key", function, WARM_UP)
     with pytest.raises(type(error)) if out_of_memory(error) else pytest.warns(match="without a CUDA graph"):
@@ -207,6 +209,23 @@ def test_a_capture_that_fails_is_over(device, stream, log, error):
     device.eager.clear()
     captured(device, stream, "another")
     assert [pool for _, pool, _ in log.captures()] == [0, 0, 1]
+
+
+def test_a_capture_that_another_thread_broke_is_tried_again(device, stream):
+    """By waiting for the whole device, say. It happens once in a while, and a model without graphs is slow for good."""
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        if len(calls) == WARM_UP + 1:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return (x + 1,)
+
+    with warnings.catch_warnings(action="error"):
+        assert captured(device, stream, "key", function).item() == 1
+        assert captured(device, stream, "key", function, 1).item() == 1
+    assert (stream, "key") in device.graphs
+    assert not device.eager
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
