@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ WARM_UP = 2  # calls of a shape before it is captured: libraries make their plan
 SHORTEST = 128  # KV bounds are powers of two from here on
 LEFT_FREE = 0.05  # of a GPU's memory, for activations and graphs: of 80 GB 4, where 4,096 tokens of an 8B model take 1
 MOST_GRAPHS = 64  # each keeps its outputs
+POOL = 32  # streams that PyTorch gives in turn
 TRIES = 2  # of captures on a stream: what another thread asks of the device may end one that begins at the same time
 
 
@@ -43,7 +45,10 @@ class Cuda(Device):
     def stream(self, device: torch.device) -> WorkStream:
         if device.type != "cuda":
             return device
-        stream = torch.cuda.Stream(device)
+        for _ in range(POOL):
+            if (stream := torch.cuda.Stream(device)) not in _living:
+                break
+        _living.add(stream)
         self.streams.append(stream)
         follow(stream)
         return stream
@@ -199,6 +204,7 @@ class Graph:
 
 
 _capturing = threading.Lock()  # two at once break each other: each begins by waiting for the device
+_living: WeakSet[torch.cuda.Stream] = WeakSet()  # of all engines: what one launches, no capture of another's may take
 _origins: dict[torch.device, torch.cuda.Stream] = {}
 _failed: list[Any] = []
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import warnings
+from itertools import count
 
 import pytest
 import torch
-from cuda_driver import Gpu, cuda_driver, pinned
+from cuda_driver import FakeStream, Gpu, cuda_driver, pinned
 
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.device.cuda import MOST_GRAPHS, TRIES, WARM_UP, Cuda, on
@@ -163,6 +164,34 @@ def test_few_shapes_exist(device):
     assert device.shape(5, 16, 100, 4096) == (8, 128)
     assert device.shape(5, 6, 129, 200) == (6, 200)
     assert device.shape(1, 6, 257, 4096) == (1, 512)
+
+
+def test_no_two_engines_have_one_stream(log, monkeypatch):
+    """PyTorch gives 32 in turn. What one engine launches while another one captures on its stream would be captured."""
+    handles = count()
+
+    class Pooled(FakeStream):
+        def __init__(self, device):
+            super().__init__(log, device)
+            self.handle = next(handles) % 4
+
+        def __eq__(self, other):
+            return self.handle == getattr(other, "handle", None)
+
+        def __hash__(self):
+            return self.handle
+
+    monkeypatch.setattr(torch.cuda, "Stream", Pooled)
+    engine = Cuda()
+
+    def made(device):
+        log.clear()  # which keeps streams
+        return device.stream(Gpu()).handle
+
+    assert [made(engine), made(engine)] == [0, 1]
+    assert {made(Cuda()) for _ in range(9)} == {2, 3}
+    others = [Cuda() for _ in range(4)]
+    assert {made(each) for each in others} >= {2, 3}  # where there are no more, some have one twice
 
 
 def test_a_capture_begins_where_no_product_runs(device, stream, log):
