@@ -240,6 +240,26 @@ def test_a_capture_that_fails_is_over(device, stream, log, error):
     assert [pool for _, pool, _ in log.captures()] == [0, 0, 1]
 
 
+def test_what_pytorch_has_released_is_not_released_twice(device, stream, monkeypatch):
+    """A later one notices that a capture has failed; then it says that none is under way."""
+    end, released = torch._C._cuda_endAllocateToPool, []
+
+    def over(index, pool):
+        end(index, pool)
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", over)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *given: released.append(given))
+
+    def function(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    captured(device, stream, "key", count=WARM_UP)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(device, stream, "key", function, 1)
+    assert released == []
+
+
 def test_a_capture_that_another_thread_broke_is_tried_again(device, stream):
     """By waiting for the whole device, say. It happens once in a while, and a model without graphs is slow for good."""
     calls = []
