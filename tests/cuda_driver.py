@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
+from itertools import count, pairwise
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -13,8 +14,16 @@ from doubles import storage, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
+from genarm_fast.device import cuda
 from genarm_fast.device.cuda import Cuda
 from genarm_fast.kernels import _native
+
+
+class Gpu(NamedTuple):
+    """A torch.device of CUDA."""
+
+    index: int = 0
+    type: str = "cuda"
 
 
 class Log(list[tuple[Any, ...]]):
@@ -30,18 +39,27 @@ class Log(list[tuple[Any, ...]]):
     def of(self, *kinds: str) -> list[tuple[Any, ...]]:
         return [entry for entry in self if entry[0] in kinds]
 
+    def captures(self) -> list[tuple[str, Any, Any]]:
+        """(graph, pool, the stream whose work it is) of each capture."""
+        entries = self.of("capture", "fork")
+        return [(*entry[1:3], fork[1]) for entry, fork in pairwise(entries) if entry[0] == "capture"]
+
 
 class FakeStream:
-    def __init__(self, log: Log, device: Any) -> None:
+    """priority: other than 0 for one on which captures begin, which is no entry of the log."""
+
+    def __init__(self, log: Log, device: Any, priority: int = 0) -> None:
         self.log, self.device = log, device
-        self.name = f"stream {len({id(entry[1]) for entry in log.of('stream')})}"
-        log.add("stream", self)
+        self.name = "origin" if priority else f"stream {len({id(entry[1]) for entry in log.of('stream')})}"
+        if not priority:
+            log.add("stream", self)
 
     def __repr__(self) -> str:
         return self.name
 
     def wait_stream(self, other: Any) -> None:
-        self.log.add("wait", self, other)
+        forks = "origin" in (self.name, getattr(other, "name", ""))
+        self.log.add("fork" if forks else "wait", self, other)
 
     def synchronize(self) -> None:
         self.log.add("synchronize", self)
@@ -62,11 +80,16 @@ class FakeEvent:
 
 
 class Tape(TorchDispatchMode):
-    """Operations, to be done again on the same tensors; kernels of Triton's interpreter as well."""
+    """Operations, to be done again on the same tensors; kernels of Triton's interpreter as well.
 
-    def __init__(self) -> None:
+    visited: the streams that were current.
+    """
+
+    def __init__(self, log: Log) -> None:
         super().__init__()
+        self.log = log
         self.operations: list[tuple[Any, ...]] = []
+        self.visited: set[Any] = set()
 
     @contextmanager
     def recording(self):
@@ -79,6 +102,7 @@ class Tape(TorchDispatchMode):
                         getitem(kernel, grid)(*args, **kwargs)
 
                 run()
+                self.visited.add(self.log.current[-1])
                 self.operations.append((run, (), {}, None))
 
             return launch
@@ -88,6 +112,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.visited.add(self.log.current[-1])
         self.operations.append((func, args, kwargs or {}, out))
         return out
 
@@ -99,13 +124,86 @@ class Tape(TorchDispatchMode):
                     mine.copy_(new)
 
 
+class Memory:
+    """What PyTorch's allocator, 2.11 to 2.13, makes of captures; `found` has what would go wrong.
+
+    A pool dies with the last graph that was captured into it. A capture that fails goes on until it is ended by hand,
+    and its pool takes no other. Destroying a graph frees cuBLAS's memory of the stream that its capture began on.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: Counter[Any] = Counter()  # by pool
+        self.captures: set[Any] = set()  # pools of those under way
+        self.spoilt: set[Any] = set()  # pools of those that failed
+        self.visited: dict[str, set[Any]] = {}  # by graph, the streams that it has work of
+        self.found: list[str] = []
+        self.capturing = False
+
+    def begin(self, pool: Any) -> None:
+        wrong = {
+            "operation not permitted when stream is capturing": self.capturing,
+            "beginAllocateToPool: already recording to mempool_id": pool in self.captures | self.spoilt,
+            "it->second->use_count > 0 INTERNAL ASSERT FAILED": pool in self.graphs and not self.graphs[pool],
+        }
+        for words in (words for words, so in wrong.items() if so):
+            self.found.append(words)
+            raise RuntimeError(words)
+        self.graphs[pool] += 1
+        self.captures.add(pool)
+
+    def end(self, device: Any, pool: Any) -> None:
+        if pool not in self.captures:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.captures.remove(pool)
+
+    def release(self, device: Any, pool: Any) -> None:
+        self.graphs[pool] -= 1
+
+    def destroy(self, graph: str, origin: Any, pool: Any) -> None:
+        self.release(None, pool)
+        del self.visited[graph]
+        if any(origin in visited for visited in self.visited.values()):
+            self.found.append(f"products of other graphs go on with memory of {origin}, which is freed")
+
+
 class FakeGraph:
-    def __init__(self, log: Log) -> None:
-        self.log, self.tape = log, Tape()
+    def __init__(self, log: Log, memory: Memory) -> None:
+        self.log, self.memory, self.tape = log, memory, Tape(log)
+        self.name = f"graph {len(log)}"
+        self.captured: tuple[Any, Any] | None = None  # where, and into which pool
+
+    @contextmanager
+    def capture(self, origin: Any, pool: Any, allowed: bool):
+        memory = self.memory
+        memory.begin(pool)
+        self.log.add("capture", self.name, pool)
+        memory.capturing = True
+        try:
+            with self.tape.recording():
+                yield
+        except BaseException:  # forks of the origin have not come back to it
+            memory.spoilt.add(pool)
+            raise RuntimeError("CUDA error: capturing stream has unjoined work") from None
+        finally:
+            memory.capturing = False
+        if not allowed:
+            memory.spoilt.add(pool)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        memory.end(None, pool)
+        self.captured = origin, pool
+        memory.visited[self.name] = self.tape.visited
 
     def replay(self) -> None:
-        self.log.add("replay", self)
+        self.log.add("replay", self.name)
         self.tape.replay()
+
+    def reset(self) -> None:
+        if self.captured is not None:
+            self.memory.destroy(self.name, *self.captured)
+        self.captured = None
+
+    def __del__(self) -> None:
+        self.reset()
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,48 +216,54 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def cuda_driver(*, captures: bool = True):
     """torch.cuda with a log, for CPU tensors, and without the C++ core, which no dispatch mode sees."""
-    log = Log()
+    log, memory, pools = Log(), Memory(), count()
 
     @contextmanager
     def stream(new):
+        before = list(log.current)
         log.current.append(new)
-        yield
-        log.current.pop()
+        try:
+            yield
+        finally:
+            log.current[:] = before
 
     @contextmanager
     def capture(graph, *, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
         log.current.append(stream)
-        log.add("capture", graph, pool)
-        with graph.tape.recording():
+        with graph.capture(stream, pool, captures):
             yield
-        log.current.pop()
-        if not captures:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        log.current.pop()  # PyTorch does not get there where the end of the capture fails
 
     empty = torch.empty
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "Stream", lambda device: FakeStream(log, device))
+        patch.setattr(cuda, "_origins", {})
+        patch.setattr(cuda, "_failed", [])
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", memory.end, raising=False)
+        patch.setattr(torch._C, "_cuda_releasePool", memory.release, raising=False)
+        patch.setattr(torch.cuda, "Stream", lambda device, priority=0: FakeStream(log, device, priority))
         patch.setattr(torch.cuda, "Event", lambda **_: FakeEvent(log))
         patch.setattr(torch.cuda, "current_stream", lambda _: "default")
         patch.setattr(torch.cuda, "stream", stream)
-        patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(log))
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(log, memory))
         patch.setattr(torch.cuda, "graph", capture)
         patch.setattr(torch.cuda, "mem_get_info", lambda _: (60 << 30, 80 << 30))
         patch.setattr(torch.cuda, "memory_reserved", lambda _: 15 << 30)
         patch.setattr(torch.cuda, "memory_allocated", lambda _: 9 << 30)
-        patch.setattr(torch.cuda, "graph_pool_handle", lambda: len(log))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
         patch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
         patch.setattr(torch.Tensor, "pin_memory", pinned)
         patch.setattr(torch.Tensor, "record_stream", lambda self, stream: log.add("keep", storage(self), stream))
         patch.setattr(_native, "core", None)
         yield log
+        assert not memory.captures, "a capture is over, and PyTorch's allocator does not know"
+        assert memory.found == []
 
 
 class OnCpuTensors(Cuda):
     """The CUDA device, made to believe that CPU tensors are on it."""
 
     def stream(self, device):
-        made = super().stream(SimpleNamespace(type="cuda"))
+        made = super().stream(Gpu())
         made.device = device
         return made

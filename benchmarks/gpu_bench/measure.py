@@ -53,6 +53,7 @@ class Bench:
         self.setting = setting
         self.turn = 0
         self.read_speed = 0.0  # bytes per second
+        self.so_far: dict[str, Any] = {}  # of a row that may be cut short
         self._models: dict[str, PreTrainedModel] = {}
         self._decoders: dict[Any, GenARM] = {}
         self._pair: Pair | None = None

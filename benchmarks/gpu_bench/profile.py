@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from .measure import Bench
+from .schedule import Skip
 
 SHOWN = 20
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
@@ -26,13 +27,15 @@ def profile(bench: Bench) -> dict[str, Any]:
     """Of plain decoding of one request with a LoRA ARM, after its shapes are captured."""
     model = bench.lanes("8b", 1)
     skip, tokens = (4, 2) if bench.setting.name == "dry" else (24, 16)
-    found = by_torch(bench, model, skip, tokens)
-    if shutil.which("nsys") and bench.setting.name == "real":
-        try:
-            found["nsys"] = by_nsys(tokens)
-        except (subprocess.SubprocessError, OSError, ValueError) as error:
-            found["nsys_error"] = f"{type(error).__name__}: {error}"
-    return found
+    return by_torch(bench, model, skip, tokens)
+
+
+def profile_by_nsys(bench: Bench) -> dict[str, Any]:
+    """The same, as kernels of graphs one by one. A row of its own, and the last one: it takes as long as three others,
+    since nsys needs a process in which the model is made once more."""
+    if bench.setting.name == "dry" or not shutil.which("nsys"):
+        raise Skip("nsys is not installed, or has no GPU to look at")
+    return by_nsys(16)
 
 
 def by_torch(bench: Bench, model: Any, skip: int, tokens: int) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def decode(bench: Bench, model: Any, skip: int, tokens: int, start: Any, stop: A
 
 
 def by_nsys(tokens: int) -> dict[str, Any]:
-    """The same in a process of its own, since nsys has to start it; kernels in graphs one by one."""
+    """Of a process that nsys starts."""
     script = Path(__file__).parents[1] / "gpu.py"
     with tempfile.TemporaryDirectory() as folder:
         report = str(Path(folder, "report"))

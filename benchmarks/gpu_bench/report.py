@@ -37,8 +37,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     peaks = [(name, row["peak_bytes"]) for name, row in rows.items() if "peak_bytes" in row]
     if peaks:
         said += ["", "| row | peak, GB |", "|---|---|", *(f"| {name} | {peak / 1e9:.2f} |" for name, peak in peaks)]
-    if "profile" in rows:
-        said += ["", *_profile_table(rows["profile"])]
+    for name in ("profile", "profile, nsys"):
+        if name in rows:
+            said += ["", *_profile_table(rows[name])]
     for name in ("gpu tests", "tokens, SmolLM2", "tokens, widened"):
         if name in rows:
             numbers = {k: v for k, v in rows[name].items() if isinstance(v, (int, float, str)) and k != "name"}
@@ -98,12 +99,11 @@ def _training_table(row: Mapping[str, Any]) -> list[str]:
 
 
 def _profile_table(row: Mapping[str, Any]) -> list[str]:
-    found = row.get("nsys", row)
-    said = [f"{found['tool']}, a token with 1 LoRA ARM: {found['launches_per_token']:.0f} kernels, "]
-    said[0] += f"{found['device_us_per_token']:.0f} µs of them."
-    said[0] += " ".join(f" {name} {count:.3g}." for name, count in row["host_calls"].items())
+    said = [f"{row['tool']}, a token with 1 LoRA ARM: {row['launches_per_token']:.0f} kernels, "]
+    said[0] += f"{row['device_us_per_token']:.0f} µs of them."
+    said[0] += " ".join(f" {name} {count:.3g}." for name, count in row.get("host_calls", {}).items())
     said += ["", "| kernel | launches | µs |", "|---|---|---|"]
-    return said + [f"| `{k['name'][:70]}` | {k['launches']:.3g} | {k['us']:.4g} |" for k in found["kernels"]]
+    return said + [f"| `{k['name'][:70]}` | {k['launches']:.3g} | {k['us']:.4g} |" for k in row["kernels"]]
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:

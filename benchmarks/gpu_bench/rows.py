@@ -10,7 +10,7 @@ from .correctness import gpu_tests, small_tokens, widened_pair, widened_tokens
 from .machine import clocks
 from .measure import Bench, drafting, hf_generate, peak_bytes, seconds_of
 from .models import weight_bytes
-from .profile import profile
+from .profile import profile, profile_by_nsys
 from .sampler import table
 from .schedule import Row
 from .training import table as training_table
@@ -39,7 +39,8 @@ def drafts(bench: Bench) -> dict[str, Any]:
     """The widened pair, whose base costs an 8B model's bytes: without drafts, with some, and as "auto" chooses."""
     model = widened_pair(bench)
     prompts = bench.pair().prompts
-    found: dict[str, Any] = {"models": bench.pair().name, "acceptance_is_real": int(bench.pair().real)}
+    found = bench.so_far
+    found |= {"models": bench.pair().name, "acceptance_is_real": int(bench.pair().real)}
     more: dict[str, Any] = {"prompts": prompts, "rounds": 2 * bench.setting.rounds - 1}  # texts differ in acceptance
     found["plain"] = bench.decode(model, **more)
     for k in (*bench.setting.drafts, None):
@@ -65,7 +66,8 @@ def first_token(bench: Bench) -> dict[str, Any]:
         "guided_ms": partial(ours, guided),
         "hugging_face_ms": partial(hf_generate, bench, plain.base.model, 1, length=length),
     }
-    found: dict[str, Any] = {"context": length}
+    found = bench.so_far
+    found["context"] = length
     for name, run in runs.items():
         times = [seconds_of(run) for _ in range(2 + bench.setting.rounds)]
         found[name] = 1e3 * statistics.median(times[2:])
@@ -93,4 +95,5 @@ ROWS = [
     Row("135M, 1 LoRA", partial(lanes, name="135m", arms=1, batch=0), group="135m + 1"),
     Row("drafts", drafts, 0.3, group="widened"),
     Row("Hugging Face, compiled", partial(Bench.hugging_face, name="8b", compiled=True), 0.3, group="compiled"),
+    Row("profile, nsys", profile_by_nsys, 0.3, group="nsys"),
 ]

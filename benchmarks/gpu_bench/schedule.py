@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 LEAST = 2.0  # seconds, below which nothing is begun
+AGAIN = 15.0  # seconds after which it rings once more: Python swallows what is raised at the end of an object
 
 
 class Skip(Exception):
@@ -44,7 +45,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TimeIsUp
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:
@@ -58,14 +59,16 @@ def run_all(
 ) -> None:  # fmt: skip
     """Run the rows in order into `result["rows"]`, which is in the file after each.
 
-    A row has its numbers; or `skipped` with the reason, also where no time is left; or `error`. bench.leave() is called
-    between groups, and with it memory is given back.
+    A row has its numbers; or `skipped` with the reason, also where no time is left; or `error`. The last two have
+    `so_far` as well: what the row had left in `bench.so_far` until then. bench.leave() is called between groups, and
+    with it memory is given back; where that fails, as all does once a GPU has failed, `leaving` says why.
     """
     end, group = clock() + seconds, None
     result["rows"] = []
     for row in rows:
         left = end - clock()
         entry: dict[str, Any] = {"name": row.name}
+        bench.so_far = {}
         start = clock()
         try:
             if left < LEAST:
@@ -80,15 +83,25 @@ def run_all(
             entry["skipped"] = str(why)
         except TimeIsUp:
             entry["skipped"] = f"not done after {limit:.0f} s"
-            bench.leave()
+            leave(bench, entry)
         except Exception as error:  # the other rows count all the same
             entry["error"] = f"{type(error).__name__}: {error}"
             entry["traceback"] = traceback.format_exc(limit=-6)
-            bench.leave()
+            leave(bench, entry)
         entry["seconds"] = round(clock() - start, 2)
         result["rows"].append(entry)
         write(result, path)
         say(line(entry))
+
+
+def leave(bench: Any, entry: dict[str, Any]) -> None:
+    """After a row that was cut short, whose entry has what it left."""
+    if bench.so_far:
+        entry["so_far"] = bench.so_far
+    try:
+        bench.leave()
+    except Exception as error:
+        entry["leaving"] = f"{type(error).__name__}: {error}"
 
 
 def write(result: dict[str, Any], path: Path) -> None:

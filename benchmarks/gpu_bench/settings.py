@@ -38,8 +38,8 @@ class Setting:
     decode row. tokens: a row's time is that of the larger number of new tokens less that of the smaller. rounds,
     repeats: measurements of a decode row, and of a kernel. texts: how many are compared with the reference, and their
     tokens. batches: requests of the decode rows. long_context, first_token: tokens of prompts. widened: parameters of
-    the widened base and ARM. drafts: K. sampler_rows, sampler_vocab: R and V of its table; sampler_calls: in a graph.
-    training: N, T, H and V of a loss.
+    the widened base and ARM. drafts: K. sampler_rows, sampler_vocab: R and V of its table.
+    sampler_calls: of it from Python, at least. training: N, T, H and V of a loss.
     cold_bytes: a sampler's inputs take turns until they fill so many bytes, which no cache holds. read_bytes: that W's
     read speed is measured on. test_seconds: for the tests marked gpu. compile_options: of Hugging Face's compiled row.
     """
@@ -72,6 +72,8 @@ class Setting:
 
 GPU_TESTS = (
     "tests/kernels/settle/test_settle_gpu.py",
+    "tests/kernels/ngram_lookup/test_ngram_lookup_gpu.py",
+    "tests/kernels/small_linear/test_few_rows_gpu.py",
     "tests/kernels/guided_sample/test_guided_sample_gpu.py",
     "tests/kernels/ragged_attention/test_ragged_attention_gpu.py",
     "tests/kernels/test_decoder_layer_gpu.py",
@@ -126,7 +128,7 @@ DRY = Setting(
     sampler_vocab=(300,),
     sampler_calls=1,
     training=(1, 3, 8, 300),
-    cold_bytes=1 << 14,
+    cold_bytes=1 << 12,  # two sets
     read_bytes=1 << 22,
     test_seconds=300,
     tests=GPU_TESTS[:1],

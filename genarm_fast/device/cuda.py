@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ WARM_UP = 2  # calls of a shape before it is captured: libraries make their plan
 SHORTEST = 128  # KV bounds are powers of two from here on
 LEFT_FREE = 0.05  # of a GPU's memory, for activations and graphs: of 80 GB 4, where 4,096 tokens of an 8B model take 1
 MOST_GRAPHS = 64  # each keeps its outputs
+POOL = 32  # streams that PyTorch gives in turn
+TRIES = 2  # of captures on a stream: what another thread asks of the device may end one that begins at the same time
 
 
 class Cuda(Device):
@@ -30,16 +34,21 @@ class Cuda(Device):
     def __init__(self) -> None:
         super().__init__()
         self.streams: list[torch.cuda.Stream] = []
-        self.pools: dict[WorkStream, Any] = {}
+        self.pools: dict[WorkStream, Any] = {}  # of memory, for graphs of one stream: they follow one another
         self.calls: Counter[Any] = Counter()
+        self.threads = threading.local()  # `streams`: those on which this thread has run what repeats
         self.graphs: dict[Any, Graph] = {}
+        self.failures: Counter[WorkStream] = Counter()  # of captures
         self.eager: set[WorkStream] = set()  # what cannot be captured
         self.most_graphs = MOST_GRAPHS
 
     def stream(self, device: torch.device) -> WorkStream:
         if device.type != "cuda":
             return device
-        stream = torch.cuda.Stream(device)
+        for _ in range(POOL):
+            if (stream := torch.cuda.Stream(device)) not in _living:
+                break
+        _living.add(stream)
         self.streams.append(stream)
         follow(stream)
         return stream
@@ -92,21 +101,39 @@ class Cuda(Device):
         graph = self.graphs.pop(key, None)
         if graph is None:
             self.calls[key] += 1
-            if self.calls[key] <= WARM_UP or stream in self.eager or isinstance(stream, torch.device):
+            known = self._known_here({stream, *getattr(key[1], "streams", ())})
+            if self.calls[key] <= WARM_UP or not known or stream in self.eager or isinstance(stream, torch.device):
                 return function(*inputs)
-            pool = self.pools.setdefault(stream, torch.cuda.graph_pool_handle())
+            # Taken out meanwhile, since one in which a capture failed takes no other. A pool dies with its last graph.
+            pool = self.pools.pop(stream, None) if any(stream == other for other, _ in self.graphs) else None
+            pool = torch.cuda.graph_pool_handle() if pool is None else pool
             try:
                 graph = Graph(stream, pool, function, inputs)
+                self.pools[stream] = pool
             except RuntimeError as error:  # experts that count their rows, say
                 if out_of_memory(error):
                     raise  # the engine runs fewer sequences, or fails; the next capture may have room
-                warnings.warn(f"a forward runs without a CUDA graph, since it can't be captured: {error}", stacklevel=2)
-                self.eager.add(stream)
+                self.failures[stream] += 1
+                if self.failures[stream] == TRIES:
+                    said = f"a forward runs without a CUDA graph, since it can't be captured: {error}"
+                    warnings.warn(said, stacklevel=2)
+                    self.eager.add(stream)
                 return function(*inputs)
             while len(self.graphs) >= self.most_graphs:  # none of them runs: a capture waits for the device
                 del self.graphs[next(iter(self.graphs))]
         self.graphs[key] = graph  # the last one used comes last
         return graph(*inputs)
+
+    def _known_here(self, streams: set[WorkStream]) -> bool:
+        """Whether this thread has run something on all of these streams before; from now on it has.
+
+        cuBLAS has a handle for each thread, and makes none in a capture: "CUBLAS_STATUS_NOT_INITIALIZED". Threads take
+        turns at the steps of an engine, so one may come when another has warmed up.
+        """
+        own = vars(self.threads).setdefault("streams", set())
+        known = streams <= own
+        own |= streams
+        return known
 
     def captures(self, streams: Sequence[WorkStream]) -> bool:
         on_one_gpu = (
@@ -163,9 +190,7 @@ class Graph:
         self.inputs = [tensor.clone() for tensor in inputs]
         self.given: list[Tensor | None] = [None] * len(inputs)  # what was copied to them last, if it still stands there
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: "global" would fail at what they ask of the device meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.outputs: tuple[Tensor, ...] = function(*self.inputs)
+        self.outputs: tuple[Tensor, ...] = captured(self.graph, stream, pool, function, self.inputs)
         own = {id(tensor) for tensor in self.inputs}
         self.written = {id(output) for output in self.outputs if id(output) in own}
 
@@ -176,6 +201,64 @@ class Graph:
                 self.given[i] = None if id(own) in self.written else given
         self.graph.replay()
         return tuple(output if id(output) in self.written else output.clone() for output in self.outputs)
+
+
+_capturing = threading.Lock()  # two at once break each other: each begins by waiting for the device
+_living: WeakSet[torch.cuda.Stream] = WeakSet()  # of all engines: what one launches, no capture of another's may take
+_origins: dict[torch.device, torch.cuda.Stream] = {}
+_failed: list[Any] = []
+
+
+def origin_of(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all captures of a device begin, and which has no other work.
+
+    What is captured is work of forks of it. For when a graph is destroyed, PyTorch (2.12, 2.13: its issue 193402) frees
+    cuBLAS's memory of the stream that the capture began on, with which products in other graphs go on.
+    """
+    if device not in _origins:
+        _origins[device] = torch.cuda.Stream(device, priority=-1)  # the others come from a pool of 32, again and again
+    return _origins[device]
+
+
+def captured(
+    graph: Any, stream: torch.cuda.Stream, pool: Any, function: Callable[..., T], inputs: Sequence[Tensor]
+) -> T:
+    """function(*inputs), whose work on `stream` and its forks becomes the graph's. Raises what the function raises."""
+    raised: list[BaseException] = []
+    with _capturing, on(stream):  # afterwards the current one again, as it is not where the end of a capture fails
+        origin = origin_of(stream.device)
+        try:
+            # Other threads may go on: "global" would fail at what they ask of the device meanwhile.
+            with torch.cuda.graph(graph, pool=pool, stream=origin, capture_error_mode="thread_local"):
+                try:
+                    stream.wait_stream(origin)
+                    with on(stream):
+                        outputs = function(*inputs)
+                    origin.wait_stream(stream)
+                except BaseException as error:
+                    raised.append(error)
+                    raise
+        except BaseException:
+            abandon(graph, stream.device, pool)
+            if raised:  # ending such a capture failed too, as streams had not come back to the origin
+                raise raised.pop() from None
+            raise
+    return outputs
+
+
+def abandon(graph: Any, device: torch.device, pool: Any) -> None:
+    """Tell PyTorch's allocator that a capture into this pool is over, which it does not notice (2.11 to 2.13).
+
+    It would take every later moment for one within a capture: what `record_stream` keeps would never be freed, and
+    `empty_cache` would do nothing.
+    """
+    graph.reset()
+    _failed.append(graph)  # the allocator of pinned memory goes on asking it
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # it was over
+        return
+    torch._C._cuda_releasePool(device.index, pool)
 
 
 def on(stream: WorkStream) -> AbstractContextManager[Any]:

@@ -20,6 +20,7 @@ from tiny_models import build_model
 from genarm_fast import GenARM
 
 ROOT = Path(__file__).parents[2]
+MARKED = "pytestmark = [" + "pytest.mark.gpu"
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def test_a_trial(part, tmp_path):
     result = json.loads(path.read_text())
     assert [row["name"] for row in result["rows"]] == [row.name for row in part("rows").ROWS]
     rows = part("report").with_numbers(result)
-    assert len(rows) == len(result["rows"]), [row for row in result["rows"] if row["name"] not in rows]
+    missing = [row for row in result["rows"] if row["name"] not in rows]
+    assert [row["skipped"] for row in missing] == ["nsys is not installed, or has no GPU to look at"], missing
     assert part("schedule").not_finite(result) == []
     assert rows["tokens, SmolLM2"]["equal"] == rows["tokens, widened"]["equal"] == 1
     assert rows["tokens, widened"]["texts that drafts leave alone"] == 1
@@ -129,6 +131,67 @@ def test_rows_that_fail_or_hang_cost_no_other_row(part, tmp_path, monkeypatch):
     lines = [schedule.line(entry) for entry in result["rows"]]
     assert "by nought" in lines[0]
     assert lines[3].endswith("ms 1")
+
+
+def test_a_gpu_that_fails_leaves_what_was_known(part, tmp_path):
+    """Once it has, all that is asked of it raises: also giving memory back. Rows keep what they had until then."""
+    schedule = part("schedule")
+
+    class Lost(Bench):
+        def leave(self):
+            if self.left:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            self.left += 1
+
+    def fails(bench):
+        bench.so_far["lines"] = [1.5]
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def hangs(bench):
+        bench.so_far["plain"] = 2.5
+        raise schedule.TimeIsUp
+
+    rows, result, path = (
+        [schedule.Row(f.__name__, f, group=f.__name__) for f in (fails, hangs, fails)],
+        {},
+        tmp_path / "r",
+    )
+    rows[1] = schedule.Row("hangs", hangs, group="fails")
+    schedule.run_all(rows, Lost(), result, path, 100, say=lambda line: None)
+    first, second, third = json.loads(path.read_text())["rows"]
+    assert (first["so_far"], second["so_far"]) == ({"lines": [1.5]}, {"plain": 2.5})
+    assert "illegal" in first["error"]
+    assert "illegal" in second["leaving"]
+    assert "so_far" in third
+    assert part("report").with_numbers(result) == {}
+
+
+def test_time_that_is_swallowed_is_up_again(part, monkeypatch):
+    """As what is raised at the end of an object is."""
+    schedule = part("schedule")
+    monkeypatch.setattr(schedule, "AGAIN", 0.05)
+    with schedule.at_most(0.05):
+        for _ in range(3):
+            with pytest.raises(schedule.TimeIsUp):
+                time.sleep(5)
+
+
+def test_every_test_that_needs_a_gpu_is_run(part):
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*gpu*.py")}
+    assert set(part("settings").GPU_TESTS) == {path for path in files if MARKED in (ROOT / path).read_text()}
+
+
+def test_the_sampler_s_inputs_are_more_than_a_cache_holds(part, monkeypatch):
+    sampler, setting = part("sampler"), part("settings").REAL
+    made = []
+    monkeypatch.setattr(sampler, "logits", lambda bench, rows, vocab: made.append(4 * rows * vocab) or (None, None))
+    monkeypatch.setattr(sampler, "drawing", lambda *_: None)
+    monkeypatch.setattr(sampler, "in_graph", lambda *_: 1.0)
+    monkeypatch.setattr(sampler, "called", lambda *_: {"us": 1.0, "host_us": 1.0})
+    for rows in setting.sampler_rows:
+        made.clear()
+        sampler.measure(SimpleNamespace(setting=setting), rows, 32000, 1e12)
+        assert sum(made) > 100 << 20  # twice the L2 cache of an H100
 
 
 def test_numbers_that_are_none_are_found(part):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import threading
+import warnings
+from itertools import count
 
 import pytest
 import torch
-from cuda_driver import cuda_driver, pinned
+from cuda_driver import FakeStream, Gpu, cuda_driver, pinned
 
-from genarm_fast.device.cuda import MOST_GRAPHS, WARM_UP, Cuda, on
+from genarm_fast.device.base import out_of_memory
+from genarm_fast.device.cuda import MOST_GRAPHS, TRIES, WARM_UP, Cuda, on
 
 CPU = torch.device("cpu")
 
@@ -27,7 +30,7 @@ def device(log):
 @pytest.fixture
 def stream(device):
     """Its device is the CPU's, so that copies to it run."""
-    made = device.stream(SimpleNamespace(type="cuda"))
+    made = device.stream(Gpu())
     made.device = CPU
     return made
 
@@ -109,7 +112,7 @@ def test_graphs_that_requests_will_need_are_kept_for_good(device, stream):
 
 def test_graphs_of_memory_that_is_freed_are_forgotten(device, stream):
     """Those of one stream: afterwards a shape is warmed up again."""
-    other = device.stream(SimpleNamespace(type="cuda"))
+    other = device.stream(Gpu())
     for each in (stream, other):
         captured(device, each, "key")
     device.forget(stream)
@@ -161,3 +164,166 @@ def test_few_shapes_exist(device):
     assert device.shape(5, 16, 100, 4096) == (8, 128)
     assert device.shape(5, 6, 129, 200) == (6, 200)
     assert device.shape(1, 6, 257, 4096) == (1, 512)
+
+
+def test_no_two_engines_have_one_stream(log, monkeypatch):
+    """PyTorch gives 32 in turn. What one engine launches while another one captures on its stream would be captured."""
+    handles = count()
+
+    class Pooled(FakeStream):
+        def __init__(self, device):
+            super().__init__(log, device)
+            self.handle = next(handles) % 4
+
+        def __eq__(self, other):
+            return self.handle == getattr(other, "handle", None)
+
+        def __hash__(self):
+            return self.handle
+
+    monkeypatch.setattr(torch.cuda, "Stream", Pooled)
+    engine = Cuda()
+
+    def made(device):
+        log.clear()  # which keeps streams
+        return device.stream(Gpu()).handle
+
+    assert [made(engine), made(engine)] == [0, 1]
+    assert {made(Cuda()) for _ in range(9)} == {2, 3}
+    others = [Cuda() for _ in range(4)]
+    assert {made(each) for each in others} >= {2, 3}  # where there are no more, some have one twice
+
+
+def test_a_capture_begins_where_no_product_runs(device, stream, log):
+    """For when a graph goes, cuBLAS's memory of the stream that its capture began on does as well, under the others."""
+    device.most_graphs = 1
+    for key in ("a", "b"):  # the driver finds products of a living graph that lose their memory
+        captured(device, stream, key)
+    forks = [entry[1:3] for entry in log.of("fork")]
+    origin = forks[0][1]
+    assert forks == [(stream, origin), (origin, stream)] * 2
+    assert origin not in device.streams
+
+
+def test_the_pool_of_graphs_that_are_gone_takes_no_other(device, stream, log):
+    """PyTorch has none without graphs, but while memory of one is alive it has not noticed."""
+    captured(device, stream, "key")
+    device.forget(stream)
+    captured(device, stream, "key")
+    assert len({pool for _, pool, _ in log.captures()}) == 2
+    device.most_graphs = 1
+    captured(device, device.stream(Gpu()), "key")  # which leaves none of the first stream
+    captured(device, stream, "other")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a host read"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_capture_that_fails_is_over(device, stream, log, error):
+    """For PyTorch's allocator, too; the driver knows whether it was told. Later ones take another pool."""
+    calls = []
+
+    def function(x):
+        calls.append(log.current[-1])
+        if len(calls) == WARM_UP + 1:
+            raise error
+        return (x + 1,)
+
+    device.failures[stream] = TRIES - 1
+    captured(device, stream, "before")
+    captured(device, stream, "key", function, WARM_UP)
+    with pytest.raises(type(error)) if out_of_memory(error) else pytest.warns(match="without a CUDA graph"):
+        device.launch(stream, "forward", captured, device, stream, "key", function, 1)
+    assert log.current == ["default"]
+    assert set(calls[WARM_UP:]) == {stream}  # where it runs without a graph, too
+    assert device.eager == (set() if out_of_memory(error) else {stream})
+    device.eager.clear()
+    captured(device, stream, "another")
+    assert [pool for _, pool, _ in log.captures()] == [0, 0, 1]
+
+
+def test_what_pytorch_has_released_is_not_released_twice(device, stream, monkeypatch):
+    """A later one notices that a capture has failed; then it says that none is under way."""
+    end, released = torch._C._cuda_endAllocateToPool, []
+
+    def over(index, pool):
+        end(index, pool)
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", over)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *given: released.append(given))
+
+    def function(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    captured(device, stream, "key", count=WARM_UP)
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(device, stream, "key", function, 1)
+    assert released == []
+
+
+def test_a_capture_that_another_thread_broke_is_tried_again(device, stream):
+    """By waiting for the whole device, say. It happens once in a while, and a model without graphs is slow for good."""
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        if len(calls) == WARM_UP + 1:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return (x + 1,)
+
+    with warnings.catch_warnings(action="error"):
+        assert captured(device, stream, "key", function).item() == 1
+        assert captured(device, stream, "key", function, 1).item() == 1
+    assert (stream, "key") in device.graphs
+    assert not device.eager
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_a_capture_is_the_caller_s(device, stream, error):
+    """Ending the capture fails then, with an error that must not take its place."""
+    calls = []
+
+    def function(x):
+        calls.append(1)
+        if len(calls) > WARM_UP:
+            raise error
+        return (x + 1,)
+
+    with pytest.raises(error):
+        captured(device, stream, "key", function)
+    assert device.eager == set()
+
+
+def test_a_thread_runs_a_shape_once_before_it_captures(device, stream, log):
+    """cuBLAS makes a handle for each thread, which fails in a capture; threads take turns at an engine's steps."""
+    captured(device, stream, "key", count=WARM_UP)
+    for captures in (0, 1):
+        thread = threading.Thread(target=captured, args=(device, stream, "key"), kwargs={"count": captures + 1})
+        thread.start()
+        thread.join()
+        assert len(log.of("capture")) == captures
+
+
+def test_captures_of_two_threads_wait_for_each_other(log):
+    """Two engines on one GPU: each capture begins by waiting for the device, which one under way does not allow."""
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(x):
+        if log.of("capture"):
+            inside.set()
+            go.wait(5)
+        return (x + 1,)
+
+    def decode(function):
+        device = Cuda()
+        captured(device, device.stream(Gpu()), "key", function)
+
+    threads = [threading.Thread(target=decode, args=(slow,)), threading.Thread(target=decode, args=(lambda x: (x,),))]
+    threads[0].start()
+    assert inside.wait(5)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert len(log.of("capture")) == 1
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len(log.of("capture")) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_models import FAMILIES, MIXTURES, build_model, save_adapter
 
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.device.base import Device
-from genarm_fast.device.cuda import Cuda
+from genarm_fast.device.cuda import WARM_UP, Cuda
 from genarm_fast.engine.step import Steps
 from genarm_fast.speculation.config import Speculation
 
@@ -154,6 +155,64 @@ def test_a_step_with_drafts_never_waits(pair, monkeypatch, drafter):
     (output,) = cuda.generate([5, 6, 7], params, speculation=Speculation(drafter, 2))
     assert len(output.token_ids) == 60
     assert len(strict_steps) > 5
+
+
+def test_graphs_that_go_leave_the_others_right(pair):
+    """cuBLAS's memory is the streams', and none of it goes with a graph; what is freed is written over at once."""
+    cpu, cuda = pair(rows=4)
+    prompts = random_prompts(random.Random(3), 4)
+    params = [SamplingParams(max_new_tokens=10 + 25 * i, seed=i, ignore_eos=True) for i in range(4)]
+    expected = tokens_of(cpu.generate(prompts, params, speculation="off"))
+    with engines_on(Cuda()) as device:
+        device.most_graphs = 2
+        for _ in range(4):
+            assert tokens_of(cuda.generate(prompts, params, speculation="off")) == expected
+            torch.cuda.empty_cache()
+            assert [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+        assert len(device.graphs) == 2
+
+
+def test_threads_take_turns_at_captures(pair, recwarn):
+    """Whichever comes when a shape is to be captured; none leaves graphs for it."""
+    cpu, cuda = pair(rows=8)
+    prompts = random_prompts(random.Random(5), 8)
+    params = SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True)
+    expected = [tokens_of(cpu.generate(prompt, params, speculation="off")) for prompt in prompts]
+    with engines_on(Cuda()) as device, ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda prompt: cuda.generate(prompt, params, speculation="off"), prompts))
+        assert device.graphs
+        assert not device.eager
+    assert [tokens_of(outputs) for outputs in found] == expected
+    assert not [each for each in recwarn if "CUDA graph" in str(each.message)]
+
+
+def test_a_capture_that_failed_is_over():
+    """PyTorch's allocator frees what another stream has used, and later captures work."""
+    device = Cuda()
+    stream, other = device.stream(torch.device("cuda", 0)), torch.cuda.Stream()
+
+    def call(key, function):
+        given = torch.ones(3, device="cuda")
+        device.begin()
+        (out,) = device.launch(stream, "call", device.repeat, stream, key, function, given)
+        device.finish()
+        return out.tolist()
+
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        found = [call("reads", lambda x: (x + float(x.sum()),)) for _ in range(WARM_UP + 2)]
+    assert found == [[4, 4, 4]] * len(found)
+    device.eager.clear()
+    found = [call("adds", lambda x: (x + 1,)) for _ in range(WARM_UP + 2)]
+    assert found == [[2, 2, 2]] * len(found)
+    assert len(device.graphs) == 1
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    tensor = torch.empty(1 << 26, device="cuda")
+    tensor.record_stream(other)
+    del tensor
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before
 
 
 def test_memory_is_given_back(pair):

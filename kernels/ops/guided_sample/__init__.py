@@ -63,7 +63,8 @@ def guided_sample(
     a row's axis the result has none either.
 
     Runs in Triton on CUDA, ROCm and XPU, in C++ on the CPU, and in `guided_sample_reference` where neither is there or
-    for other dtypes than float32, bfloat16 and float16. Among equals, `top_tokens` has the lowest ids (Triton: any).
+    for other dtypes than float32, bfloat16 and float16; on a GPU also for 65,536 rows and more. Among equals,
+    `top_tokens` has the lowest ids (Triton: any).
 
     Raises:
         TypeError: logits that are not floating point, fractions where integers are expected, seeds without positions.

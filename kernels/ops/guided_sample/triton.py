@@ -29,6 +29,7 @@ from .triton_filters import bound_kernel, collect_kernel
 from .triton_kernels import draw_kernel, scores_kernel
 
 DTYPES_OF_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ROWS = (1 << 16) - 1  # of a grid's second dimension, on CUDA
 PLACES = {
     "temperature": TEMPERATURE.value,
     "top_k": TOP_K.value,
@@ -118,7 +119,7 @@ class Plan:
 
 
 def launch(arguments: SamplingArguments, remember: Callable[..., None] | None = None) -> GuidedSample | None:
-    """Launch the kernels for checked arguments; None for logits of dtypes that they do not read.
+    """Launch the kernels for checked arguments; None for logits of dtypes or of more rows than they read.
 
     `remember` is given the arguments, the plan and what Triton compiled, if the kernels took all tensors as they are.
 
@@ -127,6 +128,8 @@ def launch(arguments: SamplingArguments, remember: Callable[..., None] | None = 
     """
     members = (arguments.base_logits, *arguments.arm_logits)
     if not all(logits.dtype in DTYPES_OF_LOGITS for logits in members):
+        return None
+    if members[0].shape[:-1].numel() > MOST_ROWS:
         return None
     device, bias = arguments.base_logits.device, arguments.logit_bias
     given = arguments
@@ -142,9 +145,10 @@ def launch(arguments: SamplingArguments, remember: Callable[..., None] | None = 
     with launching_on(device):
         values = plan.arguments(members, weights, scratch[0] if bias is None else bias, parameters, scratch, outputs)
         compiled = [kernel[grid](*each, **options) for (kernel, grid, options), each in zip(plan.kernels, values)]
-    taken = set(map(id, (*members, *weights, *parameters, bias)))
-    if remember is not None and all(id(each) in taken for each in (*given, *given.arm_logits) if type(each) is Tensor):
-        remember(given, plan, compiled)
+        taken = set(map(id, (*members, *weights, *parameters, bias)))
+        as_given = all(id(each) in taken for each in (*given, *given.arm_logits) if type(each) is Tensor)
+        if remember is not None and as_given:
+            remember(given, plan, compiled)
     if arguments.top_logprobs:
         outputs += _top(plan, arguments, parameters[TEMPERATURE.value], scratch[2], outputs)
     return GuidedSample(*outputs)

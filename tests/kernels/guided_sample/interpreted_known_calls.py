@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +177,40 @@ def test_what_is_not_kept(launched, monkeypatch):
     launcher.launch(arguments(1), triton_known.remember)
     monkeypatch.setattr(triton_known.driver.active, "get_current_device", lambda: 1)
     assert triton_known.known(*arguments(1)) is None
+
+
+@pytest.mark.parametrize("shape", [(65535,), (8192, 8), (2, 32768)])
+def test_no_grid_has_more_rows_than_cuda_allows(launched, monkeypatch, shape):
+    """65,535 in its second and third dimension."""
+    grids = []
+    for name in KERNELS:
+        kernel = type("Grids", (), {"__getitem__": lambda self, grid: grids.append(grid) or (lambda *_, **__: None)})
+        monkeypatch.setattr(launcher, name, kernel())
+    base = torch.zeros(*shape, 3)
+    call = SamplingArguments(
+        base, (), torch.zeros(shape[0], 0), torch.tensor(1), torch.tensor(0), top_p=torch.tensor(0.5)
+    )
+    found = launcher.launch(call)
+    assert (found is None) == (not grids) == (shape != (65535,))
+    assert all(max(grid[1:]) <= 65535 for grid in grids)
+
+
+def test_kernels_are_kept_for_the_device_that_loaded_them(launched, monkeypatch):
+    """That of the tensors, which is the current one only while they are launched."""
+    current = [0]
+
+    @contextmanager
+    def launching_on(_):
+        current[0] = 1
+        yield
+        current[0] = 0
+
+    monkeypatch.setattr(triton_known.driver.active, "get_current_device", lambda: current[0])
+    monkeypatch.setattr(launcher, "launching_on", launching_on)
+    launcher.launch(arguments(1), triton_known.remember)
+    assert triton_known.known(*arguments(1)) is None
+    current[0] = 1
+    assert triton_known.known(*arguments(1)) is not None
 
 
 def test_memory_of_signatures_is_bounded(launched, monkeypatch):
