@@ -167,13 +167,10 @@ class Engine:
         try:
             if self._idle and self.scheduler:
                 self._begin()
-            expired = self.scheduler.expired()
-            for sequence in expired:
-                sequence.finish("time")
-            self.scheduler.leave(expired)
+            expired = self.expire()
             start, rushed = pace.clock(), any(not each.held for each in self.scheduler.running)
             with span("admit"):
-                advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
+                advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
             try:
                 tokens = self._prefill(rushed)
                 if due := self.scheduler.due(self.admission.at_most(self.config.max_batch_size)):
@@ -189,7 +186,15 @@ class Engine:
         except BaseException as error:
             self._fail(error, [each for each in advanced if each.ended])
             raise
-        return advanced
+        return [*expired, *advanced]
+
+    def expire(self) -> list[Sequence]:
+        """End those whose time is over, whether anybody reads them or not. For a thread that has the turn."""
+        expired = self.scheduler.expired()
+        for sequence in expired:
+            sequence.finish("time")
+        self._deliver(expired)
+        return expired
 
     def _prefill(self, rushed: bool) -> int:
         """One chunk of prompts; then sequences whose prompts are complete join the running ones. Returns its tokens.
@@ -294,6 +299,7 @@ class Engine:
 
     def release(self) -> None:
         """Free the KV caches, unless sequences are in them."""
+        self.expire()
         if not self.scheduler.placed:
             self.workspace.free()
             self.scheduler.resize(0)
