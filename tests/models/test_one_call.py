@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import chain
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import Cache
 
 from genarm_fast import GenARM
 from genarm_fast.kernels import _native
+from genarm_fast.models import fused_decoder, one_call
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.fused_decoder import WINDOWS
@@ -108,6 +110,32 @@ def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
         taken.clear()
         taken.refused = False
         assert_same(decoder, lanes, taken)
+
+
+def test_a_long_prompt_can_be_interrupted(tokenizer, taken, monkeypatch):
+    """Between two ops, in a chunk of more tokens than one call takes; then all is as if it had not begun."""
+    one_arm = [build_model("llama", seed).to(torch.bfloat16) for seed in (0, 1)]
+    model = GenARM.from_pretrained(one_arm[0], one_arm[1], tokenizer=tokenizer, speculation="off")
+    prompts, params = [[5, 6] * 70, [7, 8, 9] * 30], {"max_new_tokens": 4, "seed": 1, "ignore_eos": True}
+    monkeypatch.setattr(one_call, "MOST_TOKENS", 10_000)
+    expected = [output.token_ids for output in model.generate(prompts, **params)]
+    assert all(out is not None for out in taken)
+    monkeypatch.undo()
+
+    begun, attention = [], fused_decoder.ragged_attention
+
+    def interrupted(*arguments, **options):
+        begun.append(arguments)
+        signal.raise_signal(signal.SIGINT)
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(fused_decoder, "ragged_attention", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(prompts, **params)
+    assert len(begun) == 1
+    assert not model.engine().scheduler
+    monkeypatch.undo()
+    assert [output.token_ids for output in model.generate(prompts, **params)] == expected
 
 
 def test_norms_are_read_at_every_call(taken):
