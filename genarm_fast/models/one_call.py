@@ -19,7 +19,7 @@ from genarm_fast.models.known_decoders import Norm
 
 Lanes = tuple[int, ...]  # that adapt a linear
 # Tokens of one call. A call can't be interrupted, and a chunk of a prompt takes seconds: Ctrl-C waited 6 s for one of
-# 512 tokens in 2 lanes of SmolLM2-135M. The single ops cost 2 ms more, of 0.4 s for 156 tokens (one thread, 2026-11-29).
+# 512 in 2 lanes of SmolLM2-135M. The single ops cost 2 ms more, of 0.4 s for 156 tokens (one thread, 2026-11-29).
 MOST_TOKENS = 128
 
 
