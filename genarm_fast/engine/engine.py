@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from genarm_fast.device.base import span
+from genarm_fast.device.base import on_host, span
 from genarm_fast.engine import pace
 from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.config import EngineConfig
@@ -132,7 +132,7 @@ class Engine:
         Raises:
             RuntimeError: weights lie elsewhere in memory than when they were loaded.
         """
-        with self.turns.take():
+        with self.turns.take(), on_host():
             self._begin()
         return Run(self, sequences, stepwise)
 
@@ -159,7 +159,7 @@ class Engine:
 
     def step_in_turn(self) -> list[Sequence]:
         """`step`, for a thread that has the turn."""
-        with torch.inference_mode(), span("step"):
+        with torch.inference_mode(), on_host(), span("step"):
             return self._step()
 
     def _step(self) -> list[Sequence]:
