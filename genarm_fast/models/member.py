@@ -69,7 +69,7 @@ class Member:
 
     @property
     def device(self) -> torch.device:
-        """The device that its token ids have to be on. Where accelerate brings weights as they are used, it says which."""
+        """The device that its token ids have to be on; accelerate says which, where it brings weights in time."""
         embeddings = self.model.get_input_embeddings()
         device = embeddings.weight.device
         if device.type == "meta":
