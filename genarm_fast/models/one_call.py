@@ -18,9 +18,6 @@ from genarm_fast.models.forward_context import Ragged
 from genarm_fast.models.known_decoders import Norm
 
 Lanes = tuple[int, ...]  # that adapt a linear
-# Tokens of one call. A call can't be interrupted, and a chunk of a prompt takes seconds: Ctrl-C waited 6 s for one of
-# 512 in 2 lanes of SmolLM2-135M. The single ops cost 2 ms more, of 0.4 s for 156 tokens (one thread, 2026-11-29).
-MOST_TOKENS = 128
 
 
 class OneCall:
@@ -57,12 +54,11 @@ class OneCall:
         where: Ragged,
         spans: Mapping[Lanes, Sequence[Span]],
     ) -> Tensor | None:
-        """The last norm's output, [N, q, width]; None for a call that the core does not take, with nothing written,
-        and for more than MOST_TOKENS.
+        """The last norm's output, [N, q, width]; None for a call that the core does not take, with nothing written.
 
         hidden: the residual stream [N, q, width]; x: its norm, the first layer's input. caches: one for each layer.
         """
-        if self._core is None or torch.is_grad_enabled() or hidden.shape[:2].numel() > MOST_TOKENS:
+        if self._core is None or torch.is_grad_enabled():
             return None
         states = tuple(states for cache in caches for states in (cache.keys, cache.values))
         of_lanes = tuple(spans[lanes] for lanes in self._lanes)

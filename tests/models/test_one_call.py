@@ -13,7 +13,6 @@ from transformers import Cache
 
 from genarm_fast import GenARM
 from genarm_fast.kernels import _native
-from genarm_fast.models import fused_decoder, one_call
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.fused_decoder import WINDOWS
@@ -112,30 +111,52 @@ def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
         assert_same(decoder, lanes, taken)
 
 
-def test_a_long_prompt_can_be_interrupted(tokenizer, taken, monkeypatch):
-    """Between two ops, in a chunk of more tokens than one call takes; then all is as if it had not begun."""
-    one_arm = [build_model("llama", seed).to(torch.bfloat16) for seed in (0, 1)]
-    model = GenARM.from_pretrained(one_arm[0], one_arm[1], tokenizer=tokenizer, speculation="off")
-    prompts, params = [[5, 6] * 70, [7, 8, 9] * 30], {"max_new_tokens": 4, "seed": 1, "ignore_eos": True}
-    monkeypatch.setattr(one_call, "MOST_TOKENS", 10_000)
+@pytest.fixture
+def alarm():
+    """Interrupts the main thread after some seconds, in the middle of whatever C++ it is in."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_call_of_many_tokens_ends_between_two_layers(taken, alarm):
+    """Without the interrupt, all 200 would run."""
+    layers, tokens = 200, 256
+    decoder = runner_of("llama", num_hidden_layers=layers).base_model
+    caches = [RaggedLayer(1, tokens) for _ in range(layers)]
+    given = torch.arange(tokens)[None]
+    with torch.inference_mode(), running([0], 1), placed(Ragged(torch.tensor([0]), given, tokens)):
+        taken.clear()
+        alarm(0.03)
+        with pytest.raises(KeyboardInterrupt):
+            decoder(input_ids=given, position_ids=given, past_key_values=Cache(layers=list(caches)))
+    assert caches[0].keys.any()
+    assert not caches[-1].keys.any()
+    assert not taken  # the call gave nothing
+
+
+def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
+    """Then all is as if it had not begun."""
+    members = [build_model("llama", seed, num_hidden_layers=100).to(torch.bfloat16) for seed in (0, 1)]
+    model = GenARM.from_pretrained(*members, tokenizer=tokenizer, speculation="off")
+    prompts, params = [[5, 6] * 100, [7, 8, 9] * 30], {"max_new_tokens": 4, "seed": 1, "ignore_eos": True}
     expected = [output.token_ids for output in model.generate(prompts, **params)]
-    assert all(out is not None for out in taken)
-    monkeypatch.undo()
 
-    begun, attention = [], fused_decoder.ragged_attention
+    def until_the_alarm():
+        while True:
+            model.generate(prompts, **params)
 
-    def interrupted(*arguments, **options):
-        begun.append(arguments)
-        signal.raise_signal(signal.SIGINT)
-        return attention(*arguments, **options)
-
-    monkeypatch.setattr(fused_decoder, "ragged_attention", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(prompts, **params)
-    assert len(begun) == 1
-    assert not model.engine().scheduler
-    monkeypatch.undo()
-    assert [output.token_ids for output in model.generate(prompts, **params)] == expected
+    for seconds in (0.002, 0.02, 0.04):
+        alarm(seconds)
+        with pytest.raises(KeyboardInterrupt):
+            until_the_alarm()
+        assert not model.engine().scheduler
+        assert [output.token_ids for output in model.generate(prompts, **params)] == expected
 
 
 def test_norms_are_read_at_every_call(taken):
