@@ -1,6 +1,6 @@
 """Guided decoding as a service: POST /generate, with "stream": true as server-sent events.
 
-A client that hangs up frees its slot.
+A client that hangs up frees its slot. A list of prompts has a list of answers, and pieces of a stream their "index".
 
     pip install starlette uvicorn
     python examples/serve.py [BASE [ARM ...]]
@@ -22,7 +22,8 @@ def make_app(model: GenARM) -> Starlette:
     async def chunks(stream):
         try:
             async for chunk in stream:  # a client that hangs up cancels this
-                yield f"data: {json.dumps({'text': chunk.text, 'finish_reason': chunk.finish_reason})}\n\n"
+                piece = {"index": chunk.index, "text": chunk.text, "finish_reason": chunk.finish_reason}
+                yield f"data: {json.dumps(piece)}\n\n"
         except GenerationError as error:
             yield f"data: {json.dumps({'error': str(error)})}\n\n"
 
@@ -30,7 +31,8 @@ def make_app(model: GenARM) -> Starlette:
         try:
             async for _ in stream:
                 pass
-            yield json.dumps(stream.output.to_dict())
+            outputs = [output.to_dict() for output in stream.outputs]
+            yield json.dumps(outputs[0] if len(outputs) == 1 else outputs)
         except GenerationError as error:
             yield json.dumps({"error": str(error)})
 

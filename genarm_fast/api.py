@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from genarm_fast.device.base import on_host
 from genarm_fast.engine.async_calls import AsyncCalls
 from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.scoring import score_responses
@@ -112,7 +113,7 @@ class GenARM(AsyncCalls):
         }
         templates: dict[str, Any] = {"prompt_template": prompt_template, "chat_template": chat_template}
         limits: Any = {"max_batch_size": max_batch_size, "cache_bytes": cache_bytes, "max_step_ms": max_step_ms}
-        with collector_waits():
+        with collector_waits(), on_host():
             members, draft = load_members(base, specs, draft_model, tokenizer=tokenizer, **templates, **loading)
             model = cls(members, **limits, speculation=speculation, draft_model=draft)
         if warm_up:
@@ -197,13 +198,14 @@ class GenARM(AsyncCalls):
             RuntimeError: a member gives NaN or +inf.
         """
         config = self._config()
-        return score_responses(
-            self.members,
-            as_prompts(prompts),
-            responses,
-            append_eos=append_eos,
-            vocab_size=self.vocab_size,
-            eos_token_ids=self.eos_token_ids,
-            max_batch_size=config.max_batch_size,
-            cache_bytes=config.cache_bytes,
-        )
+        with on_host():
+            return score_responses(
+                self.members,
+                as_prompts(prompts),
+                responses,
+                append_eos=append_eos,
+                vocab_size=self.vocab_size,
+                eos_token_ids=self.eos_token_ids,
+                max_batch_size=config.max_batch_size,
+                cache_bytes=config.cache_bytes,
+            )

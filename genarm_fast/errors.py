@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     from genarm_fast.outputs import GenerationOutput
 
 
+def said(error: BaseException | None) -> str:
+    """An error's text; with its type where that says nothing by itself, as that of a failed `assert` or a KeyError."""
+    text = str(error)
+    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 class GenerationError(RuntimeError):
     """Some requests failed while generating; the others finished.
 

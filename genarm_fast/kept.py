@@ -125,9 +125,8 @@ class KeptModels:
         draft_model = options.get("draft_model")
         sources = [base, *(spec.model for spec in specs), *(spec.base for spec in specs), draft_model]
         paths = [path for kind, path in map(_identity_of_source, sources) if kind == "folder"]
-        folders = list(dict.fromkeys(folder for path in paths for folder in folders_of(path)))
-        if isinstance(inside := (options.get("model_kwargs") or {}).get("subfolder"), str):
-            folders += [each for path in paths if os.path.isdir(each := os.path.join(path, inside))]
+        inside = (options.get("model_kwargs") or {}).get("subfolder")
+        folders = _with_parts([folder for path in _with_parts(paths, inside) for folder in folders_of(path)], inside)
         self._make_room(slot, sum(weight_bytes(Path(folder)) for folder in folders))
         given = {id(module): module for module in map(_inside, sources) if isinstance(module, nn.Module)}
         # What can change is looked at before it is read, so that a change meanwhile is noticed by the next call.
@@ -210,6 +209,12 @@ def _key(base: Any, specs: list[ARM], options: dict[str, Any]) -> Any:
     known = {name: options.get(name, default) for name, default in OPTIONS.items() if name not in OF_A_CALL}
     draft_model = _identity_of_source(known.pop("draft_model"))
     return _identity_of_source(base), tuple(arms), draft_model, _identity(known)
+
+
+def _with_parts(folders: list[str], inside: Any) -> list[str]:
+    """Folders, and this subfolder of those that have it."""
+    within = [os.path.join(folder, inside) for folder in folders] if isinstance(inside, (str, os.PathLike)) else []
+    return list(dict.fromkeys([*folders, *filter(os.path.isdir, within)]))
 
 
 def _inside(source: Any) -> Any:

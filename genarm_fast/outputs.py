@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from genarm_fast.utils.jsonlines import finite
+
 
 @dataclass(slots=True)
 class TokenLogprob:
@@ -116,7 +118,7 @@ class GenerationOutput:
         return self.completions[0].rewards
 
     def to_dict(self, token_text: Callable[[int], str] | None = None) -> dict[str, Any]:
-        """Plain types for JSON, with each reward's total.
+        """Plain types for JSON, with each reward's total. A log-probability of -inf is None.
 
         token_text: the text of a token id, by which log-probabilities get `token`, the text of the token itself, and
         `top_tokens`, those of the most probable ones by id.
@@ -124,6 +126,7 @@ class GenerationOutput:
         data = asdict(self)
         for plain, completion in zip(data["completions"], self.completions):
             plain["rewards"] = rewards_to_dict(completion.rewards)
+            plain["logprobs"] = finite(plain["logprobs"])
             if token_text is not None:
                 for entry, token in zip(plain["logprobs"] or (), completion.token_ids):
                     entry["token"] = token_text(token)
@@ -142,12 +145,12 @@ class ScoreOutput:
     rewards: dict[str, ArmRewards]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON, with each reward's total."""
-        return {**asdict(self), "rewards": rewards_to_dict(self.rewards)}
+        """Plain types for JSON, with each reward's total. A log-probability of -inf is None."""
+        return {**asdict(self), "base_logprobs": finite(self.base_logprobs), "rewards": rewards_to_dict(self.rewards)}
 
 
 def rewards_to_dict(rewards: dict[str, ArmRewards] | None) -> dict[str, dict[str, float | Sequence[float]]] | None:
     """Rewards with their totals, for JSON."""
     if rewards is None:
         return None
-    return {name: {"total": reward.total, "tokens": reward.tokens} for name, reward in rewards.items()}
+    return finite({name: {"total": reward.total, "tokens": reward.tokens} for name, reward in rewards.items()})

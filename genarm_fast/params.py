@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
-from genarm_fast.utils.checks import LARGEST, check_integer, check_real, is_finite, shown, too_large
+from genarm_fast.utils.checks import LARGEST, check_integer, check_real, is_finite, number, shown, too_large
 
 MAX_SEED = 2**64 - 1
 PRIORITIES = 2**31
@@ -275,6 +275,7 @@ def _biases(value: object) -> dict[int, float]:
         raise TypeError(f"logit_bias={shown(value)}: expected a mapping from token ids to numbers")
     biases = {}
     for token, bias in value.items():
+        bias = number(bias)
         if not isinstance(bias, Real) or isinstance(bias, bool) or not (is_finite(bias) or bias == -math.inf):
             expected = f"a finite number or -inf{too_large(bias)}"
             raise ValueError(f"logit_bias[{shown(token)}]={shown(bias)}: expected {expected}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from unittest.mock import Mock
 
+import numpy
 import pytest
 import torch
 from tiny_models import build_model
@@ -313,6 +314,10 @@ def test_everything_banned(model):
         model.generate("a", logits_processors=[lambda ids, scores: torch.full_like(scores, -torch.inf)])
 
 
+def failing_assert(ids, scores):
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
@@ -321,7 +326,9 @@ def test_everything_banned(model):
         (lambda ids, scores: scores > 0, r"returned \(1, 300\) of torch.bool, expected scores"),
         (lambda ids, scores: scores.to(torch.complex64), r"returned \(1, 300\) of torch.complex64, expected scores"),
         (lambda ids, scores: scores * torch.nan, r"returned NaN or \+inf"),
-        (lambda ids, scores: {}["missing"], "'missing'"),
+        (lambda ids, scores: {}["missing"], "prompts.1.: KeyError: 'missing'$"),
+        (lambda ids, scores: next(iter(())), "prompts.1.: StopIteration$"),
+        (failing_assert, "prompts.1.: AssertionError$"),
     ],
 )
 def test_a_bad_processor_fails_alone(model, processor, message):
@@ -330,3 +337,52 @@ def test_a_bad_processor_fails_alone(model, processor, message):
         model.generate([[5], [6]], [params, params.override(logits_processors=[processor])])
     assert caught.value.outputs[1] is None
     assert caught.value.outputs[0].token_ids == model.generate([5], params)[0].token_ids
+
+
+def test_a_certain_token_has_a_log_probability_of_0(model):
+    """Rounding makes it 1.2e-7, of which exp is above 1."""
+    params = {"allowed_token_ids": [5], "max_new_tokens": 12, "logprobs": 1, "rewards": True}
+    (output,) = model.generate([5, 6], **params)
+    for entry in output.logprobs:
+        assert entry.logprob == 0.0
+        assert entry.top == {5: 0.0}
+    peaked = build_model("llama", 0)
+    with torch.no_grad():
+        peaked.lm_head.weight *= 1000
+    (scored,) = GenARM.from_pretrained(peaked, peaked, tokenizer=model.tokenizer).score([[5, 6]], [list(range(7, 60))])
+    assert max(*scored.base_logprobs, *scored.rewards["arm"].tokens) <= 0.0
+
+
+def test_a_dict_is_strict_json(tiny_model, tokenizer):
+    """-inf, of tokens that are ruled out and of those that an ARM masks, is None."""
+    masking = build_model("llama", 1)
+    masking.lm_head.bias = torch.nn.Parameter(torch.zeros(300).index_fill_(0, torch.tensor([6]), -torch.inf))
+    model = GenARM.from_pretrained(tiny_model(), ARM(masking, name="arm", weight=0.0), tokenizer=tokenizer)
+    params = {"allowed_token_ids": [6], "max_new_tokens": 1, "logprobs": 2, "rewards": True}
+    (output,) = model.generate([5], **params)
+    (completion,) = json.loads(json.dumps(output.to_dict(), allow_nan=False))["completions"]
+    assert completion["logprobs"][0]["top"] == {"6": 0.0, "0": None}
+    assert completion["rewards"] == {"arm": {"total": None, "tokens": [None]}}
+    assert output.logprobs[0].top[0] == output.rewards["arm"].total == -torch.inf
+    (scored,) = model.score([[5]], [[6]])
+    assert json.loads(json.dumps(scored.to_dict(), allow_nan=False))["rewards"]["arm"]["tokens"] == [None]
+
+
+@pytest.mark.parametrize("scalar", [torch.tensor, numpy.array], ids=["tensor", "array"])
+def test_numbers_in_tensors_and_arrays(model, scalar):
+    """Of no dimension, as `list(ids)`, `weights[0]` and `probs.mean()` give them."""
+    plain = {"temperature": 0.5, "top_k": 40, "seed": 7, "max_new_tokens": 6, "logit_bias": {3: 2.0}}
+    expected = model.generate([5, 6, 7], weights=[1.0, 0.5], stop_token_ids=[9], **plain)[0].token_ids
+    given = {name: scalar(value) for name, value in plain.items() if name != "logit_bias"}
+    given["logit_bias"] = {3: scalar(2.0)}
+    prompt = [scalar(token) for token in (5, 6, 7)]
+    for prompts in (prompt, [prompt]):
+        output = model.generate(prompts, weights=[scalar(1.0), scalar(0.5)], stop_token_ids=[scalar(9)], **given)[0]
+        assert output.token_ids == expected
+    assert model.score([prompt], [prompt])[0].base_logprobs == model.score([[5, 6, 7]], [[5, 6, 7]])[0].base_logprobs
+    with pytest.raises(TypeError, match="rewards="):
+        SamplingParams(rewards=scalar(True))
+    with pytest.raises(TypeError, match="top_k=True"):
+        SamplingParams(top_k=scalar(True))
+    with pytest.raises(TypeError, match=r"temperature=.*expected a finite number"):
+        SamplingParams(temperature=scalar([0.5]))

@@ -32,6 +32,10 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
         raise ValueError("--input and --output: expected both, and no other prompt")
     if args.stream:
         raise ValueError("--stream: expected no --input with it")
+    if str(args.output) == "-":
+        raise ValueError(
+            "--output -: expected a file, by which the job can be resumed; --json prints one answer on stdout"
+        )
     if args.output.suffix in COMPRESSED:
         raise ValueError(f"--output {args.output}: expected another ending than {args.output.suffix}, it is plain text")
     args.input = input_path(args.input)

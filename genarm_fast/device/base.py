@@ -129,6 +129,15 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
+def on_host() -> AbstractContextManager[Any]:
+    """Tensors without a device are the host's inside, whatever `torch.set_default_device` says to the caller's thread.
+
+    A default device is a mode on a stack, whose length costs 0.1 us to ask for; which device it is, 3 us.
+    """
+    other = torch._C._len_torch_function_stack() > 0 and torch.get_default_device().type != "cpu"
+    return HOST if other else nullcontext()
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether PyTorch raised it for lack of memory; on the CPU only its words say so."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")

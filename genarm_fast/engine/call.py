@@ -7,6 +7,8 @@ once. So neither side holds a lock that the other one waits for.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -140,10 +142,10 @@ class Call:
     # In the engine's thread:
 
     def runs(self) -> bool:
-        """Whether a step would advance it."""
-        found, gone = False, []
+        """Whether a step would advance it, or end what nobody reads: its time may be over."""
+        found, gone, now = False, [], time.perf_counter()
         for sequence in self.open.values():
-            found = not (sequence.ended or sequence.held)
+            found = not sequence.ended and (not sequence.held or sequence.late(now))
             if found:
                 break
             if sequence.finish_reason == "cancelled":  # by somebody else, who told nobody
@@ -151,6 +153,11 @@ class Call:
         for key in gone:
             del self.open[key]
         return found
+
+    def deadline(self) -> float:
+        """When the first time of those that have not ended is over, by the clock of `perf_counter`; or never."""
+        times = (each.deadline for each in self.open.values() if not each.ended and each.deadline is not None)
+        return min(times, default=math.inf)
 
 
 def receive(items: list[tuple[Call, Any]], answer: Callable[[], None] | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from genarm_fast.device.base import span
+from genarm_fast.device.base import on_host, span
 from genarm_fast.engine import pace
 from genarm_fast.engine.admission import Admission
 from genarm_fast.engine.config import EngineConfig
@@ -135,7 +135,7 @@ class Engine:
         Raises:
             RuntimeError: weights lie elsewhere in memory than when they were loaded.
         """
-        with self.turns.take():
+        with self.turns.take(), on_host():
             self._begin()
         return Run(self, sequences, stepwise)
 
@@ -162,7 +162,7 @@ class Engine:
 
     def step_in_turn(self) -> list[Sequence]:
         """`step`, for a thread that has the turn."""
-        with torch.inference_mode(), span("step"):
+        with torch.inference_mode(), on_host(), span("step"):
             return self._step()
 
     def _step(self) -> list[Sequence]:
@@ -170,13 +170,10 @@ class Engine:
         try:
             if self._idle and self.scheduler:
                 self._begin()
-            expired = self.scheduler.expired()
-            for sequence in expired:
-                sequence.finish("time")
-            self.scheduler.leave(expired)
+            expired = self.expire()
             start, rushed = pace.clock(), any(not each.held for each in self.scheduler.running)
             with span("admit"):
-                advanced = [*expired, *self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)]
+                advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
             try:
                 tokens = self._prefill(rushed)
                 if due := self.scheduler.due(self.admission.at_most(self.config.max_batch_size)):
@@ -192,7 +189,15 @@ class Engine:
         except BaseException as error:
             self._fail(error, [each for each in advanced if each.ended])
             raise
-        return advanced
+        return [*expired, *advanced]
+
+    def expire(self) -> list[Sequence]:
+        """End those whose time is over, whether anybody reads them or not. For a thread that has the turn."""
+        expired = self.scheduler.expired()
+        for sequence in expired:
+            sequence.finish("time")
+        self._deliver(expired)
+        return expired
 
     def _prefill(self, rushed: bool) -> int:
         """One chunk of prompts; then sequences whose prompts are complete join the running ones. Returns its tokens.
@@ -297,6 +302,7 @@ class Engine:
 
     def release(self) -> None:
         """Free the KV caches, unless sequences are in them."""
+        self.expire()
         if not self.scheduler.placed:
             self.workspace.free()
             self.scheduler.resize(0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import math
 import threading
 import time
 import weakref
@@ -120,7 +121,7 @@ class _Shift:
             for engine in {call.engine: None for call in self.calls if call.runs()}:
                 self._step(engine)
         elif not self.mail:
-            self._do_next(LOOK_AROUND)
+            self._do_next(self._pause())
         self._do_all()
         self._sweep()
         self._send()
@@ -198,6 +199,11 @@ class _Shift:
             return
         if job is not None:
             job(self)
+
+    def _pause(self) -> float:
+        """Seconds until somebody has to look again, while all streams are held: a request's time may end first."""
+        first = min((call.deadline() for call in self.calls), default=math.inf)
+        return min(LOOK_AROUND, max(0.0, first - time.perf_counter()))
 
     def _do_all(self) -> None:
         while not self.inbox.empty():

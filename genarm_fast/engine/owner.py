@@ -10,6 +10,7 @@ from dataclasses import astuple
 from threading import Lock
 from typing import Any
 
+from genarm_fast.device.base import on_host
 from genarm_fast.engine.config import EngineConfig
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.engine_thread import EngineThread
@@ -107,7 +108,8 @@ class EngineOwner:
             RuntimeError: requests are running.
         """
         plan = self._speculation(speculation)
-        warm_up_engine(self.engine(), self.prepare, plan, batch_sizes, prompt_tokens, max_new_tokens)
+        with on_host():
+            warm_up_engine(self.engine(), self.prepare, plan, batch_sizes, prompt_tokens, max_new_tokens)
 
     def release(self) -> None:
         """Free the caches and graphs that calls leave for the next one, which take at most as much as the weights."""
@@ -141,7 +143,8 @@ class EngineOwner:
         return EngineConfig(self.max_batch_size, self.cache_bytes, self.max_step_ms)  # may have been set since
 
     def _new_engine(self, config: EngineConfig) -> Engine:
-        return Engine(self.members, self.vocab_size, config, self.tuners, self.draft_model)
+        with on_host():
+            return Engine(self.members, self.vocab_size, config, self.tuners, self.draft_model)
 
     def _decoding(
         self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False

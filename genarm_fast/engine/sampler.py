@@ -182,14 +182,17 @@ class HostSample:
         return self.tokens[r][:count]
 
     def reported(self, r: int, sequence: Sequence, count: int) -> list[Reported]:
-        """What the sequence wants to know of the first `count` tokens of row r."""
+        """What the sequence wants to know of the first `count` tokens of row r.
+
+        Rounding gives 1.2e-7 for the log-probability of a token that is certain, which is 0 here.
+        """
         given, most = self.logprobs, sequence.request.params.logprobs
-        members = given["member_logprobs"][:, r, :count].T.tolist()
+        members = given["member_logprobs"][:, r, :count].clamp_max(0.0).T.tolist()
         top: list[dict[int, float]] = [{} for _ in members]
         if most:
-            best = (given[name][r, :count, :most].tolist() for name in ("top_tokens", "top_logprobs"))
-            top = [dict(zip(ids, logprobs)) for ids, logprobs in zip(*best)]
-        lines = zip(given["logprobs"][r, :count].tolist(), members, top)
+            ids, best = (given[name][r, :count, :most] for name in ("top_tokens", "top_logprobs"))
+            top = [dict(zip(*pair)) for pair in zip(ids.tolist(), best.clamp_max(0.0).tolist())]
+        lines = zip(given["logprobs"][r, :count].clamp_max(0.0).tolist(), members, top)
         return [Reported(own, self._of_all(sequence, ran), likely) for own, ran, likely in lines]
 
     def _of_all(self, sequence: Sequence, ran: list[float]) -> list[float]:

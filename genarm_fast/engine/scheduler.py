@@ -78,7 +78,7 @@ class Scheduler:
     def expired(self) -> list[Sequence]:
         """Sequences whose time is over."""
         now = time.perf_counter() if self.timed else 0.0
-        return [each for each in self.timed if each.deadline is not None and now >= each.deadline]
+        return [each for each in self.timed if each.late(now)]
 
     def free_slots(self) -> list[int]:
         """Slots without a sequence, the highest first."""

@@ -160,6 +160,6 @@ def _lanes(
         logits = logits[..., :vocab_size].float()
         labels = targets[:, start : start + step].to(logits.device).expand(len(members), -1, -1)[..., None]
         total = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, labels)[..., 0] - total
+        logprobs = (logits.gather(-1, labels)[..., 0] - total).clamp_max(0.0)
         pieces.append(logprobs.masked_fill(total == torch.inf, torch.nan).cpu())  # another token's logit is +inf
     return torch.cat(pieces, dim=-1)

@@ -225,8 +225,15 @@ def _random(vocab_size: int, shape: tuple[int, ...], seed: int) -> Tensor:
 
 def _plain(member: Member, tokens: Tensor) -> Tensor:
     model = share_weights(member.model) if member.model.training else member.model  # a loaded one may have changed
-    with no_autocast():
-        return model(input_ids=tokens, use_cache=False).logits
+    try:
+        with no_autocast():
+            return model(input_ids=tokens, use_cache=False).logits
+    except Exception as error:  # no weights, weights of several dtypes, a config that does not fit them, ...
+        if out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{member.name}: expected a model that runs, its own forward raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _in_pieces(runner: ModelRunner, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:

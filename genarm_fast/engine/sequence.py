@@ -158,6 +158,10 @@ class Sequence:
     def ended(self) -> bool:
         return self.error is not None or self.finish_reason is not None
 
+    def late(self, now: float) -> bool:
+        """Whether its time is over at this reading of the clock, seconds."""
+        return self.deadline is not None and now >= self.deadline
+
     def _weigh(self, weights: tuple[Weight, ...]) -> None:
         """Take ARM weights: for the next token and, of those that are one for each token, for all that follow.
 

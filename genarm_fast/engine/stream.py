@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from genarm_fast.engine.sequence import Sequence, output_of
-from genarm_fast.errors import GenerationError
+from genarm_fast.errors import GenerationError, said
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import AnyWeights, Weight, weights_per_arm
 from genarm_fast.utils.checks import check_integer
@@ -174,7 +174,7 @@ class Stream:
 
 def failure(failed: list[Sequence], outputs: list[GenerationOutput | None]) -> GenerationError:
     """The error that names all requests that failed; the first one's own is its cause."""
-    message = "; ".join(f"prompts[{sequence.request.index}]: {sequence.error}" for sequence in failed)
+    message = "; ".join(f"prompts[{sequence.request.index}]: {said(sequence.error)}" for sequence in failed)
     error = GenerationError(message, outputs)
     error.__cause__ = failed[0].error
     return error

@@ -113,6 +113,7 @@ def _reserve(engine: Engine, slots: int, capacity: int, *, drafting: bool) -> No
     executor, workspace = engine.executor, engine.workspace
     members = {m for m in range(len(executor.members)) if drafting or m != executor.draft_model}
     with engine.turns.take():
+        engine.expire()
         if engine.scheduler:
             raise EngineBusy("warm_up: expected no requests that are running")
         executor.refresh()

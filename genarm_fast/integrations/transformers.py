@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
 
+from genarm_fast.device.base import on_host
 from genarm_fast.integrations.custom_generate import guided
 from genarm_fast.models.arm import ARM, as_arms
 from genarm_fast.models.loader import load_members
@@ -72,7 +73,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         self._pad_token_id = pad_token_id
         device = next(base.parameters()).device if device is None else device
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "device_map": None, "quantization_config": None}
-        self.members, _ = load_members(base, specs, tokenizer=tokenizer, **loading)
+        with on_host():
+            self.members, _ = load_members(base, specs, tokenizer=tokenizer, **loading)
         self._weights = tuple(arm.weight for arm in self.members[1:])
         if weights is not None:
             self.weights = weights
@@ -110,7 +112,8 @@ class GenARMLogitsProcessor(LogitsProcessor):
         """
         parsed = as_prompts(prompts)
         ids = [[encode_prompt(member, p, i, self.vocab_size) for i, p in enumerate(parsed)] for member in self.members]
-        self._prompts = [left_padded(lists, self.pad_token_id or 0) for lists in ids]
+        with on_host():
+            self._prompts = [left_padded(lists, self.pad_token_id or 0) for lists in ids]
         device = self.members[0].device
         return dict(zip(("input_ids", "attention_mask"), (each.to(device) for each in self._prompts[0])))
 
@@ -135,6 +138,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 f"input_ids of shape {tuple(input_ids.shape)}, scores of shape {tuple(scores.shape)}: expected [R, t]"
                 f" with t >= 1 and [R, V] with V >= {self.vocab_size}, the common vocabulary"
             )
+        with on_host():
+            return self._guided(input_ids, scores)
+
+    def _guided(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = self._padded_rows(input_ids) if self._prompts is None else self._started_rows(input_ids, self._prompts)
         total = scores[:, : self.vocab_size].float().log_softmax(-1)
         masked = total == -torch.inf

@@ -36,7 +36,7 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
     """
     check_files(member, source)
     _check_size(member, source, trust_remote_code, kwargs)
-    return _load(f"{member}={os.fspath(source)!r}", source, {**kwargs, "trust_remote_code": trust_remote_code})
+    return _load(f"{member}={os.fspath(source)!r}", str(source), {**kwargs, "trust_remote_code": trust_remote_code})
 
 
 def load_coded(
@@ -61,12 +61,11 @@ def load_coded(
 
 
 def _check_size(member: str, source: Source, trust_remote_code: bool, kwargs: dict[str, Any]) -> None:
-    if not kwargs.keys() & {"gguf_file", "subfolder", "config"}:  # whose model is not that of the folder's config.json
-        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "token") if name in kwargs}
-        check_size(member, source, trust_remote_code=trust_remote_code, **hub)
+    if not kwargs.keys() & {"gguf_file", "config"}:  # whose model is not that of the folder's config.json
+        check_size(member, source, trust_remote_code=trust_remote_code)
 
 
-def _load(what: str, source: Source | None, kwargs: dict[str, Any], kind: Any = AutoModelForCausalLM) -> Any:
+def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = AutoModelForCausalLM) -> Any:
     with refusing(what, "a folder or a hub id that can be loaded"), _quietly():
         loaded: Any = kind.from_pretrained(
             source,

@@ -17,7 +17,7 @@ from genarm_fast.models.adapter import check_alone, check_forward, check_kind, i
 from genarm_fast.models.causal_lm import load_causal_lm, load_coded
 from genarm_fast.models.files import check_files, read_object
 from genarm_fast.models.fingerprint import fingerprint
-from genarm_fast.models.hub import Source, locate
+from genarm_fast.models.hub import OPTIONS, Source, adapter_folder, hub_options, locate, within
 from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.weights import share_weights
 
@@ -62,8 +62,11 @@ class ModelLoader:
         device_map: Any,
         quantization_config: Any,
         quantization: str | None = None,
+        subfolder: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(subfolder, (str, os.PathLike, type(None))):
+            raise TypeError(f"subfolder={subfolder!r}: expected the name of a folder in those of the members")
         device = check_device(device)
         check_dtype(dtype)
         if taken := sorted({"ignore_mismatched_sizes", "output_loading_info"} & set(kwargs)):
@@ -71,25 +74,33 @@ class ModelLoader:
         if sys.flags.optimize > 1:
             raise RuntimeError("python -OO, or PYTHONOPTIMIZE=2: expected at most 1, as transformers reads docstrings")
         check_quantization("quantization", quantization)
-        self.quantization = quantization
+        self.quantization, self.subfolder = quantization, os.fspath(subfolder or "")
         if device_map is None and quantization_config is not None:
             device_map = {"": device}  # quantised weights cannot be moved afterwards
         self.device = device if device_map is None else None
         self.kwargs = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config, **kwargs}
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
         self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
-        self.places: dict[str, Source] = {}
+        self.places: dict[str, tuple[Source, Source]] = {}  # source → where its model is, and what that is a part of
         self.evaluated: dict[int, nn.Module] = {}  # id of a given model in training mode → the same in eval mode
         self.adapted: dict[int, str] = {}  # id of a given model with an adapter → its role
 
     def locate(self, role: str, source: Source) -> Source:
         """Where to read its files; each source is looked for once. Raises FileNotFoundError if there are none."""
+        return self._placed(role, source)[0]
+
+    def tokenizer_places(self, role: str, source: Source) -> list[Source]:
+        """Where its tokenizer may be: beside the model, or else beside its subfolder. Raises as `locate`."""
+        return list(dict.fromkeys(self._placed(role, source)))
+
+    def _placed(self, role: str, source: Source) -> tuple[Source, Source]:
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
         key = _key(source)
         if key not in self.places:
-            options = {name: self.kwargs[name] for name in ("revision", "cache_dir", "token") if name in self.kwargs}
-            self.places[key] = locate(role, source, **options)
+            whole = locate(role, source, **{name: self.kwargs[name] for name in OPTIONS if name in self.kwargs})
+            # An ARM without the subfolder that the base's model is in is an ordinary one.
+            self.places[key] = (within(whole, self.subfolder) if self.subfolder else None) or whole, whole
         return self.places[key]
 
     def load(
@@ -117,13 +128,16 @@ class ModelLoader:
             if model.training and id(model) not in self.evaluated:
                 self.evaluated[id(model)] = share_weights(model)
             return self.evaluated[id(model)] if model.training else model
-        place = self.locate(role, source)
+        place, whole = self._placed(role, source)
+        if role == "base" and self.subfolder and place is whole:
+            what = f"base={os.fspath(source)!r}: subfolder={self.subfolder!r}"
+            raise FileNotFoundError(f"{what}: expected it to be there")
         if self._is_adapter(role, source):
             if quantization is not None:
                 raise ValueError(
                     f"{role}: quantization={quantization!r}: expected none for an adapter, it has its base's weights"
                 )
-            return self._load_adapter(role, os.fspath(place), base, trust_remote_code)
+            return self._load_adapter(role, os.fspath(adapter_folder(place)), base, trust_remote_code)
         return self._load_bare(role, source, trust_remote_code, quantization)
 
     def _is_adapter(self, role: str, source: Source) -> bool:
@@ -165,7 +179,10 @@ class ModelLoader:
 
     def _load_bare(self, role: str, source: Source, trust_remote_code: bool, own: str | None = None) -> Any:
         quantization = own or self.quantization
-        key = _key(source) if own in (None, self.quantization) else f"{_key(source)} ({own})"
+        key = _key(source)
+        if self.subfolder and key not in self.loaded and os.path.isdir(source):
+            key = _key(self.locate(role, source))  # so that both the folder and the one inside it name it
+        key = key if own in (None, self.quantization) else f"{key} ({own})"
         if key not in self.loaded:
             place = self.locate(role, source)
             coded = coded_checkpoint.coded(role, place) if quantization and "gguf_file" not in self.kwargs else None
@@ -185,15 +202,16 @@ class ModelLoader:
 
     def _kwargs_for(self, role: str, place: Source) -> dict[str, Any]:
         """To transformers. An ARM's folder without the GGUF file that is the base's is an ordinary checkpoint."""
-        name = self.kwargs.get("gguf_file")
+        kwargs = self.kwargs | hub_options(place)
+        name = kwargs.get("gguf_file")
         if name is None:
-            return self.kwargs
+            return kwargs
         if role != "base" and os.path.isdir(place) and not os.path.exists(os.path.join(place, name)):
-            return {key: value for key, value in self.kwargs.items() if key != "gguf_file"}
+            return {key: value for key, value in kwargs.items() if key != "gguf_file"}
         # Dequantised, it is a plain model, with a fingerprint, lanes and our own codes. Callers may ask for its blocks.
         config = getattr(transformers, "GgufConfig", None)  # None: an older one, which always dequantises
         dense = {} if config is None else {"quantization_config": config(dequantize=True)}
-        return dense | self.kwargs
+        return dense | kwargs
 
     def _load_adapter(
         self, role: str, source: str, base: Source | nn.Module | None, trust_remote_code: bool

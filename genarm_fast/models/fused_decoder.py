@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from genarm_fast.device.base import out_of_memory
 from genarm_fast.kernels.linear import SiblingLinears, Span
 from genarm_fast.kernels.quant_linear import QuantLinear
 from genarm_fast.kernels.ragged_attention import ragged_attention
@@ -38,9 +39,14 @@ def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
     """The forward of a model without its head, over our cache; None where its own is needed."""
     if not (built_as_known(decoder, fast) and _runs_here(decoder, fast)):
         return None
+    try:
+        expected = trial(decoder, decoder, [2])
+    except (RuntimeError, ValueError) as error:  # a model that does not run: the self-check says whose, and why
+        if out_of_memory(error):
+            raise
+        return None
     fused = FusedDecoder(decoder, fast, WINDOWS[family_of(decoder)])
-    pairs = zip(*(trial(decoder, forward, [2]) for forward in (decoder, fused)))
-    return fused if all(torch.equal(theirs, ours) for theirs, ours in pairs) else None
+    return fused if all(torch.equal(*pair) for pair in zip(expected, trial(decoder, fused, [2]))) else None
 
 
 def _runs_here(decoder: Any, fast: Fast) -> bool:

@@ -16,7 +16,7 @@ from genarm_fast.models.arm import ARM, active_adapters, arm_names
 from genarm_fast.models.checkpoint import ModelLoader
 from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.files import TOKENIZER_FILES, blame_tokenizer, check_files, read_object, refusing
-from genarm_fast.models.hub import Source, find_file
+from genarm_fast.models.hub import Source, find_file, hub_options
 from genarm_fast.models.known_decoders import built_as_known
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
@@ -84,12 +84,12 @@ def load_members(
     if tokenizer is None and source:
         with suppress(FileNotFoundError):  # a given model may come from anywhere
             found = models.locate("base", source)
-            base_tokenizer = load_tokenizer("base", found, trust_remote_code=trust_remote_code)
+            base_tokenizer = _tokenizer_of("base", source, models, trust_remote_code)
             gguf = loading.get("gguf_file")
             if base_tokenizer is None and gguf is not None:
                 with refusing(f"base: {gguf}", "a GGUF file whose tokenizer can be read"):
                     base_tokenizer = AutoTokenizer.from_pretrained(
-                        found, gguf_file=gguf, trust_remote_code=trust_remote_code
+                        str(found), gguf_file=gguf, trust_remote_code=trust_remote_code, **hub_options(found)
                     )
     if base_tokenizer is None:
         raise ValueError(f"tokenizer=None: expected a tokenizer, since the base {source!r} has no tokenizer files")
@@ -105,7 +105,7 @@ def load_members(
     for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
         recorded = _recorded(role, place)
         _check_format(role, spec, recorded.get("prompt_format"))
-        own = None if place is None else load_tokenizer(role, place, trust_remote_code=spec.trust_remote_code)
+        own = None if place is None else _tokenizer_of(role, spec.model, models, spec.trust_remote_code)
         members.append(
             Member(
                 name,
@@ -137,8 +137,8 @@ def load_members(
             first.stop_ids |= {end}
     drafter = None
     if draft_model is not None:
-        place = places[-1]  # it reads the base's prompts, with or without a tokenizer of its own
-        own = None if place is None else load_tokenizer("draft_model", place, trust_remote_code=trust_remote_code)
+        # It reads the base's prompts, with or without a tokenizer of its own.
+        own = None if places[-1] is None else _tokenizer_of("draft_model", draft_model, models, trust_remote_code)
         model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
         drafter = Member("draft_model", model, own or base_tokenizer)
     _make_runners(members, drafter)
@@ -180,6 +180,14 @@ def _recorded(member: str, place: Source | None) -> dict[str, Any]:
     return recorded
 
 
+def _tokenizer_of(member: str, source: Any, models: ModelLoader, trust: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside its model, or else beside the subfolder that its model is in. Errors: `load_tokenizer`."""
+    for place in models.tokenizer_places(member, source):
+        if (found := load_tokenizer(member, place, trust_remote_code=trust)) is not None:
+            return found
+    return None
+
+
 def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or hub repository, None where it has no tokenizer files.
 
@@ -192,7 +200,9 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
     expected = "a tokenizer that can be loaded"
     try:
         with refusing(f"{member}={os.fspath(source)!r}", expected):
-            return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                str(source), trust_remote_code=trust_remote_code, **hub_options(source)
+            )
     except ValueError as error:
         if not os.path.isdir(source) or error.__cause__ is None:
             raise

@@ -69,5 +69,9 @@ class Member:
 
     @property
     def device(self) -> torch.device:
-        """The device that its token ids have to be on."""
-        return self.model.get_input_embeddings().weight.device
+        """The device that its token ids have to be on; accelerate says which, where it brings weights in time."""
+        embeddings = self.model.get_input_embeddings()
+        device = embeddings.weight.device
+        if device.type == "meta":
+            device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None) or device
+        return torch.device(device)

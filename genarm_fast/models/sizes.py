@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from genarm_fast.models.files import refusing, weight_bytes
-from genarm_fast.models.hub import CONFIGS, Source, find_file
+from genarm_fast.models.hub import CONFIGS, Source, find_file, hub_options
 
 MOST_LAYERS = 10_000  # the deepest of the hub have 126
 MOST_NUMBERS = 1 << 43  # of a model whose weights are not here yet; the largest of the hub have 2^40
@@ -20,10 +19,8 @@ SHOWN = 3  # folders in an error
 SLACK = 1 << 20  # numbers beside those, such as tables that a model computes
 
 
-def check_size(member: str, source: Source, *, trust_remote_code: bool, **hub: Any) -> None:
+def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
     """Builds the model without memory for its weights, and counts them: 40 ms of CPU time for 30 layers.
-
-    hub: revision, cache_dir and token.
 
     Raises:
         ValueError: a config that no model can be built from, or one of more numbers than the files hold.
@@ -39,7 +36,7 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool, **hub: A
         meant = f"; is {' or '.join(inside[:SHOWN])} in it meant?" if inside else ""
         raise ValueError(f"{member}={os.fspath(source)!r}: expected {' or '.join(CONFIGS)} in the folder{meant}")
     with refusing(what, "a config that a causal LM can be built from"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, **hub_options(source))
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
     if layers > MOST_LAYERS:
         raise ValueError(f"{what}: num_hidden_layers={layers}: expected at most {MOST_LAYERS}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -24,11 +24,18 @@ def share_weights(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter  # quantised ones carry state that only they know
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
+    memo.update({id(tensor): tensor.detach() for tensor in _computed(model)})
     tree = _copied(model, memo).eval()
     family = _over_the_same.setdefault(model, WeakSet([model]))
     family.add(tree)
     _over_the_same[tree] = family
     return tree
+
+
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that a hook makes of parameters before each call, as of torch.nn.utils.prune: no tree can copy them."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
 
 
 def _copied(root: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 from genarm_fast.text.chats import KEYS, Chat, arguments_of, is_chat_object, template_arguments
 from genarm_fast.text.messages import Message, as_message, check_plain
+from genarm_fast.utils.checks import number
 
 Prompt = str | list[Message] | list[int]
 VLLM = ("prompt_token_ids", "prompt")  # of a prompt as vLLM takes it; the first that is there counts
@@ -75,7 +76,7 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from None
     if _are_ids(prompt):
-        return [int(item) for item in prompt]
+        return [int(number(item)) for item in prompt]
     raise TypeError(f"prompts[{index}]={prompt!r:.80}: expected a string, chat messages or token ids")
 
 
@@ -104,7 +105,7 @@ def _unmasked(ids: Sequence[int], mask: Sequence[float]) -> list[int]:
 def _begins_a_prompt(first: Any) -> bool:
     """Whether a list that begins so is one prompt: a chat, or token ids."""
     message = isinstance(first, Mapping) and not {"input_ids", *VLLM} & set(first) and not is_chat_object(first)
-    return isinstance(first, Integral) or message
+    return isinstance(number(first), Integral) or message
 
 
 def as_responses(responses: Any, count: int) -> list[str | list[int]]:
@@ -115,7 +116,9 @@ def as_responses(responses: Any, count: int) -> list[str | list[int]]:
     """
     if hasattr(responses, "tolist"):
         responses = responses.tolist()
-    if isinstance(responses, str) or (_is_sequence(responses) and responses and isinstance(responses[0], Integral)):
+    if isinstance(responses, str) or (
+        _is_sequence(responses) and responses and isinstance(number(responses[0]), Integral)
+    ):
         responses = [responses]
     if not _is_sequence(responses):
         raise TypeError(f"responses={responses!r:.80}: expected a string, token ids, or a list of such")
@@ -130,12 +133,17 @@ def _as_response(index: int, response: Any) -> str | list[int]:
     if isinstance(response, str):
         return check_plain(f"responses[{index}]", response)
     if _are_ids(response):
-        return [int(item) for item in response]
+        return [int(number(item)) for item in response]
     raise TypeError(f"responses[{index}]={response!r:.80}: expected a string or token ids")
 
 
 def _are_ids(value: Any) -> bool:
-    return _is_sequence(value) and all(isinstance(item, Integral) and not isinstance(item, bool) for item in value)
+    return _is_sequence(value) and all(_is_id(item) for item in value)
+
+
+def _is_id(item: Any) -> bool:
+    item = number(item)
+    return isinstance(item, Integral) and not isinstance(item, bool)
 
 
 def _is_sequence(value: object) -> bool:

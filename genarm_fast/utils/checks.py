@@ -11,20 +11,27 @@ from typing import Any
 LARGEST = 1e30
 
 
+def number(value: Any) -> Any:
+    """What a tensor or array of no dimension holds; all else as it is."""
+    return value.tolist() if getattr(value, "shape", None) == () else value
+
+
 def check_integer(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int:
     """As a Python int; numpy's overflow. Raises TypeError, ValueError."""
+    value = number(value)
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}={shown(value)}: expected {expected}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
+    integer = int(value)
+    if integer < low or (high is not None and integer > high):
         raise ValueError(f"{name}={shown(value)}: expected {expected}")
-    return number
+    return integer
 
 
 def check_real(
     name: str, value: object, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:
     """As a Python float, of at most `LARGEST` in size. Raises TypeError, ValueError."""
+    value = number(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}={shown(value)}: expected {expected}")
     if not is_finite(value) or not low <= float(value) <= high or (open_low and float(value) == low):

@@ -52,6 +52,18 @@ def test_killed_job_resumes_to_the_same_bytes(cli: Callable, job: tuple[list[str
     assert killed.read_bytes() == whole.read_bytes()
 
 
+def test_stdout_is_no_output_of_a_job(
+    cli: Callable, job: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of that name would surprise."""
+    command, folder = job
+    monkeypatch.chdir(folder)
+    result = cli(*command, "--output", "-")
+    assert (result.code, result.out) == (2, "")
+    assert "--output -: expected a file" in result.err
+    assert not (folder / "-").exists()
+
+
 def test_answers(cli: Callable, job: tuple[list[str], Path]) -> None:
     command, folder = job
     result = cli(*command, "--output", folder / "out.jsonl", "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -192,6 +193,64 @@ def test_sequences_that_somebody_else_aborts(model, slow_steps):
 def test_max_time(model, slow_steps):
     output = run(model.agenerate([5, 6], PARAMS, max_new_tokens=200, max_time=0.2))[0]
     assert output.finish_reason == "time"
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_the_end_of_its_time_comes_without_a_reader(model, ahead):
+    """Its slot is free in time, while nobody steps for others. The reader finds its chunks, and why they end."""
+    engine, limit = model.engine(), 0.4
+
+    async def main():
+        start = time.perf_counter()
+        stream = model.astream([5, 6], PARAMS, ahead=ahead, max_time=limit)
+        chunks = [await anext(stream)]
+        await until(lambda: len(engine.scheduler.placed) == 1 and engine.scheduler.placed[0].held)
+        await until(lambda: not engine.scheduler)
+        assert limit <= time.perf_counter() - start < limit + 0.3
+        return [*chunks, *[chunk async for chunk in stream]], stream.output
+
+    chunks, output = run(main())
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (1 + ahead) + ["time"]
+    assert "".join(chunk.text for chunk in chunks) == output.text
+    expected = model.generate([5, 6], PARAMS)[0].token_ids[: 1 + ahead]
+    assert output.token_ids == [token for chunk in chunks for token in chunk.token_ids] == expected
+    assert output.finish_reason == "time"
+
+
+def test_the_end_of_its_time_where_others_are_read(model):
+    """One of a stream's prompts ends so, of which none is read; an agenerate beside it is not held up."""
+    engine = model.engine()
+
+    async def main():
+        params = [PARAMS.override(max_time=0.2), PARAMS]
+        stream = model.astream([[5, 6], [7, 8]], params)
+        await anext(stream)
+        await until(lambda: any(each.finish_reason == "time" for each in stream._call.sequences))
+        (left,) = engine.scheduler.placed
+        assert left.request.index == 1
+        other = (await model.agenerate([9], PARAMS))[0].token_ids
+        rest = [chunk async for chunk in stream]
+        return other, [chunk.finish_reason for chunk in rest if chunk.index == 0][-1], stream.outputs
+
+    other, reason, (late, whole) = run(main())
+    assert (reason, late.finish_reason, whole.finish_reason) == ("time", "time", "length")
+    expected = [model.generate(prompt, PARAMS)[0].token_ids for prompt in ([7, 8], [9])]
+    assert [whole.token_ids, other] == expected
+
+
+def test_a_stream_that_nobody_reads_leaves_before_it_is_in_the_way(model):
+    """Without an event loop there is no thread that could look at a clock: whoever wants the memory does."""
+    with model.stream([5, 6], PARAMS, max_time=0.1) as stream:
+        next(stream)
+        time.sleep(0.11)
+        model.release()
+        assert model.workspace_bytes == 0
+        assert [chunk.finish_reason for chunk in stream] == ["time"]
+    with model.stream([5, 6], PARAMS, max_time=0.1) as stream:
+        next(stream)
+        time.sleep(0.11)
+        model.warm_up()
+        assert stream.output.finish_reason == "time"
 
 
 @pytest.mark.parametrize("streamed", [False, True])

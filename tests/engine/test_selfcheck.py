@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from types import MethodType
 
+import accelerate
 import pytest
 import torch
 from tiny_models import FAMILIES, MIXTURES, build_model
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from genarm_fast import GenARM
+from genarm_fast import ARM, GenARM
 from genarm_fast.engine import selfcheck
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import _native
@@ -163,3 +164,54 @@ def test_lanes_are_told_apart(tokenizer):
     selfcheck._found.clear()
     with pytest.raises(ValueError, match=r"^second: "):
         selfcheck.entries_of(members)
+
+
+def without_weights():
+    with torch.device("meta"):
+        return build_model("llama", 0)
+
+
+def of_several_dtypes():
+    model = build_model("llama", 0)
+    model.model.layers[0].to(torch.bfloat16)
+    return model
+
+
+def with_weights_of_8_bits():
+    model = build_model("llama", 0)
+    up = model.model.layers[0].mlp.up_proj
+    up.weight.data = up.weight.data.to(torch.float8_e4m3fn)
+    return model
+
+
+def with_a_head_of_another_dtype():
+    model = build_model("llama", 0).to(torch.bfloat16)
+    model.lm_head.float()
+    return model
+
+
+@pytest.mark.parametrize(
+    "broken", [without_weights, of_several_dtypes, with_weights_of_8_bits, with_a_head_of_another_dtype]
+)
+def test_models_that_do_not_run_by_themselves_are_named(tokenizer, tiny_model, broken):
+    with pytest.raises(ValueError, match=r"helpful: expected a model that runs, .* raised \w+Error: "):
+        GenARM.from_pretrained(tiny_model(), ARM(broken(), name="helpful"), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk"])
+def test_weights_that_accelerate_brings_when_they_are_used(tokenizer, tiny_model, tmp_path, how):
+    """All of them are on "meta" otherwise."""
+    model = build_model("llama", 0)
+    if how == "disk":
+        model.save_pretrained(tmp_path)
+        options = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "off"), "dtype": torch.float32}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    params = {"max_new_tokens": 8, "seed": 1, "ignore_eos": True}
+    expected = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer).generate(
+        [5, 6, 7], **params
+    )
+    found = GenARM.from_pretrained(model, tiny_model(seed=1), tokenizer=tokenizer).generate([5, 6, 7], **params)
+    assert found[0].token_ids == expected[0].token_ids

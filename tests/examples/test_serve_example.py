@@ -101,6 +101,23 @@ def test_whole_answers_and_errors(model, url):
     assert httpx.post(url, json={"max_new_tokens": 3}, timeout=60).json() == {"error": "KeyError: 'prompt'"}
 
 
+def test_several_prompts_have_several_answers(model, url):
+    body = {**BODY, "prompt": ["the cat", "a man"], "seed": 1}
+    expected = [output.text for output in model.generate(body["prompt"], max_new_tokens=24, ignore_eos=True, seed=1)]
+    whole = httpx.post(url, json=body, timeout=60).json()
+    assert [answer["completions"][0]["text"] for answer in whole] == expected
+    lines = httpx.post(url, json={**body, "stream": True}, timeout=60).text.split("\n\n")
+    pieces = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert ["".join(piece["text"] for piece in pieces if piece["index"] == index) for index in (0, 1)] == expected
+
+
+def test_answers_are_strict_json(url):
+    """Tokens that are ruled out have a log-probability of -inf."""
+    body = {"prompt": "the cat", "max_new_tokens": 2, "allowed_token_ids": [5], "logprobs": 3}
+    answer = httpx.post(url, json=body, timeout=60).text
+    assert json.loads(answer, parse_constant=pytest.fail)["completions"][0]["logprobs"][0]["top"]["0"] is None
+
+
 @pytest.mark.parametrize("shown", [False, True])
 def test_a_request_that_fails_on_its_way(model, url, monkeypatch, shown):
     """The status is sent by then; the body says what happened."""

@@ -16,6 +16,8 @@ from genarm_fast.kernels import (
     settle,
     settle_reference,
 )
+from genarm_fast.kernels.quant_linear import QuantLinear, dequantize, quantize
+from genarm_fast.kernels.quant_linear.rounding import exact_in_pytorch
 
 ENDS = torch.iinfo(torch.int64)
 
@@ -158,3 +160,24 @@ def test_lengths_at_the_ends_of_int64(op):
     assert found.counts.tolist() == list(counts)
     assert found.finished.tolist() == list(finished)
     assert found.lengths.tolist() == [length + count for length, count in zip(lengths, counts, strict=True)]
+
+
+def test_a_default_device_is_not_where_tensors_are():
+    """Of `torch.set_default_device`: "meta" stands for a GPU, where what is made by mistake has no numbers."""
+    logits, weight = torch.randn(2, 1500, dtype=torch.bfloat16), torch.randn(8, 64).to(torch.bfloat16)
+    codes = dequantize(quantize(weight, 4)).to(torch.bfloat16)
+    calls = (
+        lambda: guided_sample(logits, (logits,), [0.5], seeds=7, positions=0, top_k=5, return_logprobs=True),
+        lambda: quantize(weight, 8),
+        lambda: exact_in_pytorch(codes, 4),
+        lambda: QuantLinear(quantize(weight, 8)).sample(4),
+    )
+    expected = [call() for call in calls]
+    torch.set_default_device("meta")
+    try:
+        found = [call() for call in calls]
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(expected, found, strict=True):
+        for first, second in zip(one, other, strict=True):
+            assert first is second is None or torch.equal(first, second)

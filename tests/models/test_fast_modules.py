@@ -6,6 +6,7 @@ import pytest
 import torch
 from against_reference import assert_equals_reference
 from tiny_models import FAMILIES, LAYERS, build_model, build_tokenizer
+from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genarm_fast import GenARM
@@ -84,3 +85,44 @@ def test_a_norm_that_rounds_elsewhere_is_kept():
             return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 2 * self.eps) * self.weight * 1.001
 
     assert _fast(OddRMSNorm()) is None
+
+
+@pytest.mark.parametrize("how", ["hook", "hook before", "patch"])
+def test_an_activation_that_somebody_changed(how):
+    """`silu_mul` would compute another one."""
+    base, arm = build_model("llama", 0), build_model("llama", 1)
+    activation = base.model.layers[0].mlp.act_fn
+    if how == "hook":
+        activation.register_forward_hook(lambda module, inputs, output: output * 1.003)
+    elif how == "hook before":
+        activation.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.003,))
+    else:
+        activation.forward = torch.tanh
+    tree = share_weights(base)
+    assert _fast(tree.model.layers[0].mlp) is None
+    assert _fast(tree.model.layers[1].mlp) is not None
+    model = GenARM.from_pretrained(base, arm, tokenizer=build_tokenizer())
+    (output,) = model.generate([5, 6, 7], max_new_tokens=8, seed=1, ignore_eos=True, logprobs=0)
+    assert_equals_reference(model, output, max_new_tokens=8, weights=[1.0], ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        lambda linear: torch.nn.utils.weight_norm(linear),
+        lambda linear: torch.nn.utils.spectral_norm(linear).eval(),
+    ],
+    ids=["prune", "weight_norm", "spectral_norm"],
+)
+def test_weights_that_a_hook_computes(computed):
+    """They are no parameters, and `copy.deepcopy` refuses them. Changes of what they are made of count."""
+    base, arm = build_model("llama", 0), build_model("llama", 1)
+    computed(base.model.layers[0].self_attn.q_proj)
+    model = GenARM.from_pretrained(base, arm, tokenizer=build_tokenizer())
+    for _ in range(2):
+        (output,) = model.generate([5, 6, 7], max_new_tokens=8, seed=1, ignore_eos=True, logprobs=0)
+        assert_equals_reference(model, output, max_new_tokens=8, weights=[1.0], ignore_eos=True)
+        with torch.no_grad():
+            for parameter in base.model.layers[0].self_attn.q_proj.parameters():
+                parameter += 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from itertools import chain
 
 import pytest
@@ -108,6 +109,54 @@ def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
         taken.clear()
         taken.refused = False
         assert_same(decoder, lanes, taken)
+
+
+@pytest.fixture
+def alarm():
+    """Interrupts the main thread after some seconds, in the middle of whatever C++ it is in."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_call_of_many_tokens_ends_between_two_layers(taken, alarm):
+    """Without the interrupt, all 200 would run."""
+    layers, tokens = 200, 256
+    decoder = runner_of("llama", num_hidden_layers=layers).base_model
+    caches = [RaggedLayer(1, tokens) for _ in range(layers)]
+    given = torch.arange(tokens)[None]
+    with torch.inference_mode(), running([0], 1), placed(Ragged(torch.tensor([0]), given, tokens)):
+        taken.clear()
+        alarm(0.03)
+        with pytest.raises(KeyboardInterrupt):
+            decoder(input_ids=given, position_ids=given, past_key_values=Cache(layers=list(caches)))
+    assert caches[0].keys.any()
+    assert not caches[-1].keys.any()
+    assert not taken  # the call gave nothing
+
+
+def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
+    """Then all is as if it had not begun."""
+    members = [build_model("llama", seed, num_hidden_layers=100).to(torch.bfloat16) for seed in (0, 1)]
+    model = GenARM.from_pretrained(*members, tokenizer=tokenizer, speculation="off")
+    prompts, params = [[5, 6] * 100, [7, 8, 9] * 30], {"max_new_tokens": 4, "seed": 1, "ignore_eos": True}
+    expected = [output.token_ids for output in model.generate(prompts, **params)]
+
+    def until_the_alarm():
+        while True:
+            model.generate(prompts, **params)
+
+    for seconds in (0.002, 0.02, 0.04):
+        alarm(seconds)
+        with pytest.raises(KeyboardInterrupt):
+            until_the_alarm()
+        assert not model.engine().scheduler
+        assert [output.token_ids for output in model.generate(prompts, **params)] == expected
 
 
 def test_norms_are_read_at_every_call(taken):

@@ -12,6 +12,14 @@ struct TileLoops;
 struct WithoutGil {
   PyThreadState* state = PyEval_SaveThread();
   ~WithoutGil() { PyEval_RestoreThread(state); }
+
+  // Run the handlers of signals that have come, such as Ctrl-C: whether one raised. In the main thread alone.
+  bool interrupted() {
+    PyEval_RestoreThread(state);
+    const bool raised = PyErr_CheckSignals() != 0;
+    state = PyEval_SaveThread();
+    return raised;
+  }
 };
 
 inline bool takes(Py_ssize_t count, Py_ssize_t expected) {

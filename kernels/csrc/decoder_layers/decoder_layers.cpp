@@ -29,9 +29,10 @@ class Layers {
     for (Aligned<uint16_t>& each : hidden_) each = buffer(call.width);
   }
 
-  void run(const std::vector<DecoderLayer>& layers, const std::vector<LayerCache>& caches) {
+  bool run(const std::vector<DecoderLayer>& layers, const std::vector<LayerCache>& caches) {
     const uint16_t *hidden = call_.hidden, *x = call_.x;
     for (size_t i = 0; i < layers.size(); ++i) {
+      if (i && call_.interrupted && call_.interrupted()) return false;
       const DecoderLayer& layer = layers[i];
       attend(layer, caches[i], x);
       multiply({{layer.o, added_.get()}}, attended_.get());
@@ -42,6 +43,7 @@ class Layers {
       add_norm(hidden_[0].get(), layer.next_norm, hidden_[1].get(), i + 1 == layers.size() ? call_.out : x_.get());
       hidden = hidden_[1].get(), x = x_.get();
     }
+    return true;
   }
 
  private:
@@ -111,9 +113,9 @@ class Layers {
 
 }  // namespace
 
-void decoder_layers(const DecoderCall& call, const std::vector<DecoderLayer>& layers,
+bool decoder_layers(const DecoderCall& call, const std::vector<DecoderLayer>& layers,
                     const std::vector<LayerCache>& caches) {
-  Layers(call, layers).run(layers, caches);
+  return Layers(call, layers).run(layers, caches);
 }
 
 }  // namespace genarm

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "linear/linear.h"
@@ -43,10 +44,12 @@ struct DecoderCall {
   Places places;
   std::vector<std::vector<Span>> spans;  // lists for linears by their `lanes`
   int threads;
+  std::function<bool()> interrupted;  // asked between two layers, if set
 };
 
-// Slots, positions and spans must be in range, and shapes fit. Throws std::bad_alloc.
-void decoder_layers(const DecoderCall& call, const std::vector<DecoderLayer>& layers,
+// Whether all of it was done, and nothing interrupted it. Slots, positions and spans must be in range, and shapes fit.
+// Throws std::bad_alloc.
+bool decoder_layers(const DecoderCall& call, const std::vector<DecoderLayer>& layers,
                     const std::vector<LayerCache>& caches);
 
 }  // namespace genarm

@@ -37,7 +37,7 @@ def convert(arguments: SamplingArguments) -> SamplingArguments | None:
     return SamplingArguments(
         base,
         arms,
-        _native.plain(torch.as_tensor(arguments.weights, dtype=torch.float32)),
+        _native.plain(torch.as_tensor(arguments.weights, dtype=torch.float32, device="cpu")),
         **{name: parameter(name) for name in DTYPES},
         vocab_size=int(arguments.vocabulary),
         logit_bias=None if bias is None else _native.plain(bias, torch.float32),

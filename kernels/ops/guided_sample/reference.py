@@ -84,7 +84,7 @@ def specification(arguments: SamplingArguments) -> GuidedSample:
     filters = per_row("top_k", torch.int64), per_row("top_p", dtype), per_row("min_p", dtype).clamp_max(1)
     kept = scores.masked_fill(combined < threshold(combined, coldness, *filters), -torch.inf)
     if not isinstance(arguments.seeds, Tensor):
-        arguments = arguments._replace(seeds=int(seed_tensor([int(arguments.seeds)])))
+        arguments = arguments._replace(seeds=int(seed_tensor([int(arguments.seeds)], "cpu")))
     sampled = sample_tiles(kept, per_row("seeds", torch.int64), per_row("positions", torch.int64))
     tokens = torch.where(greedy, combined.argmax(-1), sampled).masked_fill(failed, 0)
 

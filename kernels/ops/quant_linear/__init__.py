@@ -89,7 +89,7 @@ class QuantLinear:
         size = TILE * GROUP * self.bits // 8
         halves = self.packed[..., size:].contiguous().view(torch.int16)
         parts = [part.flatten() for part in (self.packed[..., :size], halves) if part.numel()]
-        return [part[torch.arange(count) * (len(part) - 1) // (count - 1)] for part in parts]
+        return [part[torch.arange(count, device=part.device) * (len(part) - 1) // (count - 1)] for part in parts]
 
     def rows(self, indices: Tensor) -> Tensor:
         """The weight's outputs of these indices, int64 [...] → bfloat16 [..., in]: what an embedding looks up.

@@ -116,9 +116,9 @@ def exact_in_pytorch(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]
 
 def _search(wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """[groups, 32] → codes, scales and minimums of each group."""
-    codes = torch.zeros(wanted.shape, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales, lows = torch.zeros(2, len(wanted), dtype=torch.float16)
-    left = torch.arange(len(wanted))
+    codes = torch.zeros(wanted.shape, dtype=torch.int8 if bits == 8 else torch.uint8, device=wanted.device)
+    scales, lows = torch.zeros(2, len(wanted), dtype=torch.float16, device=wanted.device)
+    left = torch.arange(len(wanted), device=wanted.device)
     for steps in (127,) if bits == 8 else STEPS:
         lost = []
         for part in left.split(CHUNK // 32):
@@ -153,9 +153,9 @@ Fit = tuple[Tensor, Tensor, Tensor, Tensor]  # found [groups], codes [groups, 32
 def _fit_8(wanted: Tensor, steps: int) -> Fit:
     values = wanted.float()
     best = _half(values.abs().amax(-1) / steps)  # off by what the largest was rounded by
-    found = torch.zeros(len(wanted), dtype=torch.bool)
-    codes, scales = torch.zeros(wanted.shape, dtype=torch.int8), torch.zeros_like(best)
-    left = torch.arange(len(wanted))
+    found = torch.zeros(len(wanted), dtype=torch.bool, device=wanted.device)
+    codes, scales = torch.zeros_like(wanted, dtype=torch.int8), torch.zeros_like(best)
+    left = torch.arange(len(wanted), device=wanted.device)
     for by in NEIGHBOURS:
         scale = _moved(best[left], by)
         step = scale.float()[:, None]
@@ -182,9 +182,9 @@ def _fit_4(wanted: Tensor, steps: int) -> Fit:
     product = 32 * (wide * wanted_wide).sum(-1) - total * wanted_wide.sum(-1)
     best = _half((product / spread.masked_fill(spread == 0, 1)).float())
     low, high = _bounds(wanted)
-    found = torch.zeros(len(wanted), dtype=torch.bool)
+    found = torch.zeros(len(wanted), dtype=torch.bool, device=wanted.device)
     scales, lows = torch.zeros_like(best), torch.zeros_like(best)
-    left = torch.arange(len(wanted))
+    left = torch.arange(len(wanted), device=wanted.device)
     for by in NEIGHBOURS:
         scale = _moved(best[left], by)
         grid = codes[left] * scale.float()[:, None]
