@@ -141,8 +141,8 @@ bool fill_call(PyObject* const* in, const Layers& own, DecoderCall* call) {
   return true;
 }
 
-// Tokens of a call that is over in no time. Of more, as of a chunk of a prompt, each layer may take long: Ctrl-C waited
-// 6 s for 512 tokens in 2 lanes of SmolLM2-135M (one thread of a busy AMD EPYC with AVX-512, 2026-11-29).
+// Tokens of a call that is over in no time. Of more, as of a chunk of a prompt, each layer may take long: for Ctrl-C, 1.8 s
+// are too many (512 tokens in 2 lanes of SmolLM2-135M, one thread of an AMD EPYC with AVX-512, 2026-11-29).
 constexpr int64_t kDecoding = 64;
 
 // (hidden, x, cos, sin, slots, positions, lists of spans, (keys, values of each layer...)) → the last norm's output
