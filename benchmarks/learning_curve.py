@@ -166,6 +166,17 @@ def usual(one: dict[str, Any]) -> list[dict[str, Any]]:
     return [point for point in one["points"] if not point.get("changes")]
 
 
+def near(ticks: list[int]) -> list[list[int]]:
+    """Ascending numbers of pairs in groups whose labels would lie over each other: within a fifth of the first."""
+    groups: list[list[int]] = []
+    for tick in ticks:
+        if groups and tick < 1.2 * groups[-1][0]:
+            groups[-1].append(tick)
+        else:
+            groups.append([tick])
+    return groups
+
+
 def plot(found: dict[str, Any], path: Path) -> None:
     """Accuracy over training pairs with 95 % intervals by the recipe as it is, the base's at 0 pairs, and chance."""
     import matplotlib
@@ -184,7 +195,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axis.axhline(0.5, color="#333333", linewidth=0.8, linestyle=":")
     ticks = sorted({32, *(point["pairs"] for one in found.values() for point in usual(one))})
     axis.set(xscale="log", xlabel="training pairs", ylabel="held-out pairs ranked right")
-    axis.set_xticks(ticks, ["base" if tick == 32 else str(tick) for tick in ticks])
+    labels = {group[0]: "–".join(map(str, sorted({group[0], group[-1]}))) for group in near(ticks)}
+    axis.set_xticks(list(labels), ["base" if tick == 32 else label for tick, label in labels.items()])
     axis.minorticks_off()
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -68,6 +68,10 @@ def test_a_changed_setting_reaches_the_training(curves, tmp_path: Path) -> None:
     assert curves.usual(found) == []
 
 
+def test_labels_that_would_lie_over_each_other_are_one(curves) -> None:
+    assert curves.near([32, 128, 256, 1693, 1727, 2100]) == [[32], [128], [256], [1693, 1727], [2100]]
+
+
 def write(path: Path, count: int, good: str, bad: str) -> None:
     rows = [{"prompt": f"say {i}", "chosen": good, "rejected": bad} for i in range(count)]
     rows = [row | {"chosen_complete": False, "rejected_complete": False} for row in rows]
