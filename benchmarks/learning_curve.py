@@ -151,10 +151,10 @@ def table(found: dict[str, Any]) -> str:
     titles += ["ARM over base", "shorter, whole texts"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for objective, one in found.items():
-        shipped = [one["shipped"] | {"pairs": "the ARM that ships"}] if one["shipped"] else []
+        shipped = [one["shipped"] | {"pairs": "the ARM that ships", "changes": ""}] if one["shipped"] else []
         for point in [*one["points"], *shipped]:
             gain = f"{point['gain']['value']:+.3f} ± {1.96 * point['gain']['standard_error']:.3f}"
-            changes = ", ".join(f"`{each}`" for each in point.get("changes", "").split(",") if each)
+            changes = ", ".join(f"`{each}`" for each in point["changes"].split(",") if each)
             cells = [objective, str(point["pairs"]), changes, str(one["held_out_pairs"]), text(point["arm"])]
             cells += [text(one["base"]), gain, text(point["arm_over_base"]), text(one["shorter_whole"])]
             lines.append(f"| {' | '.join(cells)} |")
@@ -163,7 +163,7 @@ def table(found: dict[str, Any]) -> str:
 
 def usual(one: dict[str, Any]) -> list[dict[str, Any]]:
     """A curve's points by the recipe as it is."""
-    return [point for point in one["points"] if not point.get("changes")]
+    return [point for point in one["points"] if not point["changes"]]
 
 
 def near(ticks: list[int]) -> list[list[int]]:

@@ -20,6 +20,7 @@ from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.models import attention, flash_attention
 from genarm_fast.models.fused_decoder import fused_forward
 from genarm_fast.models.known_decoders import Norm
+from genarm_fast.models.lora_lanes import hooked
 from genarm_fast.models.quantized import QuantizedMatrix, linear_of
 from genarm_fast.models.stacking import stacked_forward
 from genarm_fast.models.weights import Movable, trees_over
@@ -63,8 +64,10 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
     used = getattr(type(module).forward, "__code__", _fast.__code__).co_names
     if "apply_rotary_pos_emb" in used:
         return _fast_rotation(module)
-    if used == GATED and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation") and _called_alone(module.act_fn):
-        return partial(_gated, module)
+    if used == GATED:
+        activation: Any = module.act_fn
+        if type(activation).__name__ in ("SiLU", "SiLUActivation") and not hooked(activation):
+            return partial(_gated, module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_cpu:
         return None
@@ -75,11 +78,6 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
     if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:
         return _fast_norm(module, weight.detach())
     return None
-
-
-def _called_alone(module: Any) -> bool:
-    """Whether a call is its class's forward: nothing hooks or replaces it, and nobody would miss it."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _gated(mlp: Any, x: Tensor) -> Tensor:

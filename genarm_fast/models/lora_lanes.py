@@ -98,10 +98,10 @@ def _skeleton(model: Any) -> tuple[Any, dict[str, Lora]]:
 
     def visit(module: nn.Module, path: str) -> bool:
         lora = _plain_lora(module) if hasattr(module, "lora_A") else None
-        if lora is not None and not _hooked(module):
+        if lora is not None and not hooked(module):
             adapters[path] = lora
             module = module.base_layer  # type: ignore[assignment]
-        if _hooked(module) or type(module).__module__.startswith("peft."):
+        if hooked(module) or type(module).__module__.startswith("peft."):
             return False
         tensors = [*module._parameters.items(), *module._buffers.items()]
         devices.update(tensor.device for _, tensor in tensors if tensor is not None)
@@ -113,8 +113,8 @@ def _skeleton(model: Any) -> tuple[Any, dict[str, Lora]]:
     return tuple(parts), adapters
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether it does something that belongs to its own tree."""
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of it does more or other things than its class's forward."""
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 

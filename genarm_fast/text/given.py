@@ -76,7 +76,7 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
         except (TypeError, ValueError) as error:
             raise type(error)(f"prompts[{index}]: {error}") from None
     if _are_ids(prompt):
-        return [int(number(item)) for item in prompt]
+        return _ids(prompt)
     raise TypeError(f"prompts[{index}]={prompt!r:.80}: expected a string, chat messages or token ids")
 
 
@@ -133,7 +133,7 @@ def _as_response(index: int, response: Any) -> str | list[int]:
     if isinstance(response, str):
         return check_plain(f"responses[{index}]", response)
     if _are_ids(response):
-        return [int(number(item)) for item in response]
+        return _ids(response)
     raise TypeError(f"responses[{index}]={response!r:.80}: expected a string or token ids")
 
 
@@ -141,7 +141,13 @@ def _are_ids(value: Any) -> bool:
     return _is_sequence(value) and all(_is_id(item) for item in value)
 
 
+def _ids(items: Sequence[Any]) -> list[int]:
+    return [item if type(item) is int else int(number(item)) for item in items]
+
+
 def _is_id(item: Any) -> bool:
+    if type(item) is int:  # nearly always: with `_ids`, 1 us less for each id of a prompt
+        return True
     item = number(item)
     return isinstance(item, Integral) and not isinstance(item, bool)
 
