@@ -157,7 +157,7 @@ inline void step<4, 3, 1>(const float* x, const float* w, int64_t, Floats (&s)[4
 constexpr int kSumsFilled = 16;  // with those that fill up the last vectors
 
 struct Places {
-  alignas(64) int of[kSumsFilled];  // in y, of each sum of a group
+  int of[kSumsFilled];  // in y, of each sum of a group
 };
 
 // Σ of the 16 lanes of each sum, `count` of them to their places: a transposition that adds on the way.
