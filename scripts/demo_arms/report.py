@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 from judge import PreferenceJudge, SentimentJudge, caution, repetition, vader
-from pairs_harmless import HOLD_OUT_EVERY
 from reviews import load
 
 from genarm_fast.demo import arm, arm_names
-from genarm_fast.train.data import load_pairs
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # what writes tables into pages
 
@@ -34,7 +32,11 @@ LABELS = {
     "hh-base": "base",
     "hh-self-1": "base as its own ARM, w = 1",
     "hh-harmless-1": "`harmless`, w = 1",
+    "helpful-base": "base",
+    "helpful-self-1": "base as its own ARM, w = 1",
+    "helpful-helpful-1": "`helpful`, w = 1",
 }
+OBJECTIVES = {"hh-": "harmless", "helpful-": "helpful"}  # of conditions, by the start of their names
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def bootstrap(clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -
 class Results:
     """Metric values of every condition, averaged over seeds: `values[condition][metric]` is an array over prompts."""
 
-    def __init__(self, folder: Path, sentiment: SentimentJudge, preference: PreferenceJudge | None) -> None:
+    def __init__(self, folder: Path, sentiment: SentimentJudge, preference: dict[str, PreferenceJudge]) -> None:
         self.values: dict[str, dict[str, np.ndarray]] = {}
         self.samples: dict[str, int] = {}
         runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -78,8 +80,9 @@ class Results:
                 "repetition": repetition(texts),
                 "caution": caution(texts),
             }
-            if preference is not None:
-                metrics["preference"] = preference(texts)
+            for start, objective in OBJECTIVES.items():
+                if name.startswith(start) and objective in preference:
+                    metrics["preference"] = preference[objective](texts)
             self.values[name] = {key: value.reshape(len(group), -1).mean(0) for key, value in metrics.items()}
             self.samples[name] = len(rows)
 
@@ -183,25 +186,21 @@ def plot_tradeoff(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | None) -> None:
-    """Fills docs/results.md and docs/img. The word judge is fitted on the lines of `hh` that no ARM was trained on."""
+def write_report(runs: Path, docs: Path, reviews: Path | None, preference: dict[str, PreferenceJudge]) -> None:
+    """Fill docs/results.md and docs/img. preference: word judges by their objectives."""
     from result_files import fill
 
     sentiment = SentimentJudge(load(reviews))
-    preference = None
-    if hh:
-        held_out = [pair for pair in load_pairs(str(hh)).pairs if pair.row % HOLD_OUT_EVERY == 0]
-        preference = PreferenceJudge([(pair.chosen, pair.rejected) for pair in held_out])
     results = Results(runs, sentiment, preference)
     judges = [f"{source} reviews: {accuracy:.3f}" for source, accuracy in sentiment.accuracy.items()]
-    if preference:
-        judges.append(f"HH-RLHF pairs: {preference.accuracy:.3f}")
+    judges += [f"HH-RLHF pairs, {objective}: {judge.accuracy:.3f}" for objective, judge in preference.items()]
     samples = ", ".join(f"{LABELS.get(name, name)}: {n}" for name, n in results.samples.items() if n != 192)
     chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-1", "concise-2", "small-1", "small-2"]
-    word_judge: list[Any] = [
-        ("word judge", "preference", None, 2),
-        ("Δ to own ARM, w = 1", "preference", "hh-self-1", 2),
-    ]
+
+    def word_judge(objective: str, start: str) -> list[Any]:
+        columns = [("word judge", "preference", None, 2), ("Δ to own ARM, w = 1", "preference", f"{start}self-1", 2)]
+        return columns if objective in preference else []
+
     blocks = {
         "judges": "Accuracy on texts they were not fitted on: " + "; ".join(judges) + ".",
         "sentiment": results.table(
@@ -233,8 +232,18 @@ def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | Non
                 ("caution", "caution", None, 2),
                 ("Δ to base", "caution", "hh-base", 2),
                 ("Δ to own ARM, w = 1", "caution", "hh-self-1", 2),
-                *(word_judge if preference else []),
+                *word_judge("harmless", "hh-"),
                 ("tokens", "tokens", None, 1),
+            ],
+        ),
+        "helpful": results.table(
+            ["helpful-base", "helpful-self-1", "helpful-helpful-1"],
+            [
+                *word_judge("helpful", "helpful-"),
+                ("P(positive)", "sentiment", None, 2),
+                ("tokens", "tokens", None, 1),
+                ("ended by itself", "ended", None, 2),
+                ("repeated trigrams", "repetition", None, 3),
             ],
         ),
         "samples": "192 samples per row (64 prompts, 3 seeds)" + (f", but for {samples}." if samples else "."),

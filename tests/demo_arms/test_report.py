@@ -2,13 +2,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 import evaluate
+import judge
 import numpy as np
 import pytest
-from judge import PreferenceJudge, SentimentJudge, caution, judge_halves, repetition, vader
+from judge import PreferenceJudge, SentimentJudge, caution, judge_halves, preference_judges, repetition, vader
 from report import Results, bootstrap
 from reviews import Review
+from test_pairs import Spelled
 
 
 def make_reviews(n: int = 400) -> list[Review]:
@@ -38,6 +41,36 @@ def test_the_preference_judge_reports_chance_where_there_is_nothing_to_learn():
     assert 0.35 < PreferenceJudge([(words(""), words("")) for _ in range(300)]).accuracy < 0.65
 
 
+def test_the_preference_judge_is_measured_on_the_pairs_that_it_is_given():
+    learnt = [(f"{i} sorry", f"{i} sure") for i in range(20)]
+    assert PreferenceJudge(learnt, [("so sorry", "yes, sure")] * 3 + [("sure", "sorry")]).accuracy == 0.75
+    weak, usual = (PreferenceJudge(learnt, strength=strength)(["sorry"])[0] for strength in (0.01, 1.0))
+    assert 0 < weak < usual / 2
+
+
+def test_judges_of_people_s_choices_see_no_pair_that_an_arm_was_trained_on(tmp_path, monkeypatch):
+    seen = {}
+
+    def noted(pairs, held_out=None, strength=1.0):
+        seen[strength] = pairs, held_out
+
+    def lines(name: str, openings: range) -> Path:
+        rows = [{k: f"\n\nHuman: {i}?\n\nAssistant: {name}{i} {k}" for k in ("chosen", "rejected")} for i in openings]
+        (path := tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return path
+
+    monkeypatch.setattr(judge, "PreferenceJudge", noted)
+    monkeypatch.setattr(judge, "AutoTokenizer", type("Auto", (), {"from_pretrained": lambda *_, **__: Spelled()}))
+    base, other = lines("base", range(10)), lines("other", range(4, 12))
+    assert preference_judges(None, base, None) == {}, "no other kinds, no judge"
+    assert set(preference_judges(lines("harm", range(11)), base, [other])) == {"harmless", "helpful"}
+    assert [chosen.strip() for chosen, _ in seen[1.0][0]] == ["harm0 chosen", "harm5 chosen", "harm10 chosen"]
+    # The openings 4 and 6 to 9 are training lines of `base`; 5 is held out there, and `base` has no 10 and 11.
+    learnt = [(f"other{i} chosen", f"other{i} reject") for i in (5, 10, 11)]
+    assert seen[0.1][0] == learnt
+    assert seen[0.1][1] == [("base0 chosen", "base0 reject"), ("base5 chosen", "base5 reject")]
+
+
 def test_lexicons():
     assert caution(["I’m sorry, I can’t help.", "Sure, here is how.", "That is illegal!"]).tolist() == [1, 0, 1]
     good, bad = vader(["I love it", "I hate it"])
@@ -65,7 +98,7 @@ def test_differences_are_taken_prompt_by_prompt(tmp_path):
             (tmp_path / f"{name}-{seed}.json").write_text(
                 json.dumps({"condition": name, "seed": seed, "samples": samples})
             )
-    results = Results(tmp_path, SentimentJudge(make_reviews()), None)
+    results = Results(tmp_path, SentimentJudge(make_reviews()), {})
     assert results.samples == {"base": 20, "positive-1": 20}
     tokens = results.estimate("positive-1", "tokens", against="base")
     assert (tokens.mean, tokens.low, tokens.high) == (0, 0, 0)  # unlike the wide interval of unpaired samples
@@ -73,6 +106,18 @@ def test_differences_are_taken_prompt_by_prompt(tmp_path):
     assert results.estimate("positive-1", "vader", against="base").low > 0.3
     table = results.table(["base", "self-1", "positive-1"], [("Δ", "tokens", "base", 1)])
     assert table.splitlines()[2:] == ["| base |  |", "| `positive`, w = 1 | +0.0 [+0.0, +0.0] |"]
+
+
+def test_each_objective_has_its_own_word_judge(tmp_path):
+    for name in ("hh-base", "helpful-base", "base"):
+        samples = [{"prompt": "1", "text": "a word", "tokens": 2, "finish_reason": "stop"}]
+        (tmp_path / f"{name}-0.json").write_text(json.dumps({"condition": name, "seed": 0, "samples": samples}))
+    judges = {"harmless": lambda texts: np.full(len(texts), 1.0), "helpful": lambda texts: np.full(len(texts), 2.0)}
+    values = Results(tmp_path, SentimentJudge(make_reviews()), judges).values
+    assert {name: float(row["preference"][0]) for name, row in values.items() if "preference" in row} == {
+        "hh-base": 1.0,
+        "helpful-base": 2.0,
+    }
 
 
 def test_the_evaluation_has_a_help_page(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
