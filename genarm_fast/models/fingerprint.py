@@ -24,8 +24,8 @@ def fingerprint(model: nn.Module) -> str | None:
 
     Returns:
         None if the weights cannot be read as numbers: on the meta device, or quantised by another library. Such a model
-            can be neither confirmed nor refused. A model that our `quantization=` made has the fingerprint of the
-            weights it was made from, as long as its codes and scales are unchanged.
+        can be neither confirmed nor refused. A model that our `quantization=` made has the fingerprint of the weights
+        it was made from, as long as its codes and scales are unchanged.
     """
     if (quantized := getattr(model, "quantized", None)) is not None:  # see quantized.py
         now = held_fingerprint(model)
