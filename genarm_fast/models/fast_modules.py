@@ -1,7 +1,7 @@
-"""Make a module tree of our own run fast: our attention, linears for few rows, and fused small operations.
+"""Make a module tree run fast: attention over our cache, linears for few rows, and fused small operations.
 
-Norms and rotations are replaced only if ours give the same bits on a trial. The name of a class does not tell where the
-class rounds.
+Norms and rotations are replaced only if our versions give the same bits on a trial. The name of a class does not tell
+where the class rounds.
 """
 
 from __future__ import annotations

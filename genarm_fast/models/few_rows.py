@@ -1,4 +1,4 @@
-"""Choose the kernel that multiplies few rows on a GPU, cuBLAS's or ours.
+"""Choose the kernel that multiplies few rows on a GPU: cuBLAS's or this package's.
 
 Each shape is measured once, and the choice is kept for the life of the process.
 """

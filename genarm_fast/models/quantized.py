@@ -57,7 +57,7 @@ class QuantizedMatrix(Tensor):
         return f"QuantizedMatrix({tuple(self.shape)}, {self.linear.bits} bits)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedMatrix:
-        return self  # it can't be written to
+        return self  # a matrix that can't be written to needs no copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return QuantizedMatrix, (self.linear,)
