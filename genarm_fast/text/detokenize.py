@@ -46,9 +46,8 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 class Detokenizer:
     """Turns tokens into text one by one, with the same result as the tokenizer's `decode` of all tokens at once.
 
-    before: the tokens before the first one, of which the last few count, because the text continues theirs.
-    SentencePiece decoders remove a leading space from a whole text, and WordPiece decoders write "##" before the rest
-    of a word there.
+    before: the tokens before the first one, of which only the last few matter. SentencePiece decoders remove a leading
+    space from a whole text, and WordPiece decoders write "##" before the rest of a word there.
 
     A token's text depends on its neighbours (spaces, bytes of one character). So the last piece is decoded again
     together with the new tokens, and the text beyond the last piece is new. New text that ends inside a character is

@@ -1,4 +1,4 @@
-"""Read chat messages in the forms of chat APIs and data sets, and pass every key of theirs on to the templates."""
+"""Read chat messages in the forms of chat APIs and data sets. The templates get every key of a message."""
 
 from __future__ import annotations
 
