@@ -41,7 +41,7 @@ ROW_BY_ROW = (
     lp.TopPLogitsWarper,
     lp.TypicalLogitsWarper,
 )
-WARPERS = (  # in the order of `guided_sample`, which is also that of transformers
+WARPERS = (  # the order of `guided_sample` and of transformers
     (lp.TemperatureLogitsWarper, "temperature", "temperature"),
     (lp.TopKLogitsWarper, "top_k", "top_k"),
     (lp.TopPLogitsWarper, "top_p", "top_p"),

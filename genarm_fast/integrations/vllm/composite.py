@@ -159,7 +159,7 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
 
 
 def _base_config(vllm_config: VllmConfig) -> VllmConfig:
-    """Return the configuration with the base's own architecture in place of ours."""
+    """Return the configuration with the base's own architecture in place of the guided model's."""
     model = vllm_config.model_config
     own = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
     return vllm_config.with_hf_config(copy.deepcopy(model.hf_config), architectures=own.architectures)
