@@ -38,7 +38,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
     Every ARM has its own key-value cache and gets only the tokens that it has not read. Rows are compared with those of
     the previous call. So reordered rows, rejected drafts and new prompts are recognised. By default the ARMs read the
     rows of `generate` without their leading pad tokens. After `start` they read the prompts in their own templates. The
-    cached part of a prompt serves its own texts and longer prompts that begin with it, until `release` frees it.
+    cache of a prompt serves its own texts and later prompts that continue them, until `release` frees it.
 
     Args:
         base: the model that generates; its adapters share its weights. Never modified.

@@ -193,7 +193,7 @@ def _config(what: str, source: Source) -> Any:
     known = {field.name for field in fields(kinds[kind])}
     for field in fields(kinds[kind]):
         value = values.get(field.name, field.default)
-        if field.type in (bool, "bool") and not isinstance(value, bool | None):  # "false" would count as true
+        if field.type in (bool, "bool") and not isinstance(value, bool | None):  # the text "false" would count as true
             raise ValueError(f"{what}: {field.name}={value!r:.60}: expected true or false")
     for name, value in values.items():
         if name not in known and value:

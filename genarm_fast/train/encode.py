@@ -1,4 +1,4 @@
-"""Pairs as token ids: templates, EOS and length limits, formatted as decoding formats them."""
+"""Turn pairs into token ids: templates, EOS and length limits, formatted as decoding formats them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`train`: from a config to a finished ARM folder, through kills and continuations."""
+"""`train`: make a finished ARM folder from a config. A run that was killed continues."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ class ArmTrainer(Trainer):
             processes=self.processes,
         )
         self.tokens_seen, self.pairs_seen, self.seconds, self.micro_batch = 0, 0, 0.0, 0  # counts of this process alone
-        self.recent, self.losses, self.logged_step = PairStats(config.beta), list[Tensor](), 0  # since the last log
+        # Collected since the last log.
+        self.recent, self.losses, self.logged_step = PairStats(config.beta), list[Tensor](), 0
         accumulate = config.batch_size // config.micro_batch_size // self.processes
         self.steps = math.ceil(len(self.batches) / accumulate)
         evaluate, save = bool(config.eval_every and held_out), bool(config.checkpoint_every)

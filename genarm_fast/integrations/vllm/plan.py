@@ -33,7 +33,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory of one GPU out of `tensor_parallel` x `pipeline_parallel`, in bytes. tokens: room in the caches."""
+    """The memory of one GPU out of `tensor_parallel` x `pipeline_parallel`, in bytes.
+
+    tokens: number of tokens that the caches hold, of all requests together.
+    """
 
     shares: tuple[Share, ...]
     memory: float

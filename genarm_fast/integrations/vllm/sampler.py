@@ -121,7 +121,10 @@ class GuidedSampler(Sampler):
         local_pos: Tensor,
         lengths_np: np.ndarray,
     ) -> Tensor:
-        """Apply bias, penalties, bad words, processors and budgets to log-probabilities, whose sign matters."""
+        """Apply bias, penalties, bad words, processors and budgets to log-probabilities.
+
+        Logits would give other results, because penalties depend on the sign of a number.
+        """
         logits = logits.float().log_softmax(-1)
         context = LogitsContext(slots, requests, requests_np, local_pos, input_ids, pos, lengths_np)
         for processor in self.logits_processors:
