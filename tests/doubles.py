@@ -81,9 +81,7 @@ class Recorder(Lagging):
         self.graphs += bool(visited)
         self.inside = {each: f"{each} in graph {self.graphs}" for each in visited}
         # The graph keeps its inputs alive.
-        self.recorded |= {
-            (storage(tensor), each) for tensor in inputs for each in visited
-        }
+        self.recorded |= {(storage(tensor), each) for tensor in inputs for each in visited}
         try:
             return function(*inputs)
         finally:
