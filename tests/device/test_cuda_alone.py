@@ -168,8 +168,7 @@ def test_few_shapes_exist(device):
 
 
 def test_no_two_engines_have_one_stream(log, monkeypatch):
-    """PyTorch hands out 32 streams in turn. Work launched on a stream during another engine's capture on it would be
-    captured."""
+    """PyTorch hands out 32 streams in turn. A capture would record what another engine launches on its stream."""
     handles = count()
 
     class Pooled(FakeStream):
@@ -197,8 +196,7 @@ def test_no_two_engines_have_one_stream(log, monkeypatch):
 
 
 def test_a_capture_begins_where_no_product_runs(device, stream, log):
-    """When a graph is destroyed, cuBLAS's memory of the stream that its capture began on is freed, under all other
-    graphs too."""
+    """A graph that goes frees cuBLAS's memory of the stream its capture began on, under all other graphs too."""
     device.most_graphs = 1
     for key in ("a", "b"):  # the driver finds products of a living graph that lose their memory
         captured(device, stream, key)
@@ -264,8 +262,7 @@ def test_what_pytorch_has_released_is_not_released_twice(device, stream, monkeyp
 
 
 def test_a_capture_that_another_thread_broke_is_tried_again(device, stream):
-    """Another thread may, for example, wait for the whole device. This is rare, but a model without graphs stays
-    slow."""
+    """Another thread may wait for the whole device, for example. A model without graphs would stay slow."""
     calls = []
 
     def function(x):
