@@ -54,7 +54,7 @@ def test_a_plain_step_is_one_launch(model):
     captures = log.captures()
     assert {stream for *_, stream in captures} == {entry[-1] for entry in log.of("replay")} == {main}
     assert len({pool for _, pool, _ in captures}) == 1  # one memory pool for all captures
-    # The first six waits: three streams wait for earlier changes of the weights.
+    # Skip the first six waits: three streams wait for earlier changes of the weights.
     waits = Counter(
         entry[1:3] for entry in log.of("wait")[6:]
     )  # three streams wait for what was done to weights before

@@ -198,7 +198,7 @@ def traced_rounds():
         patch.setattr(Steps, "_launch_whole", traced)
         patch.setattr("genarm_fast.engine.sampler.guided_sample", kernel)
         patch.setattr("genarm_fast.speculation.model_drafter.guided_sample", kernel)
-        # Check_cache reads numbers, but only on the CPU.
+        # check_cache reads numbers, but only on the CPU.
         for module in ("ragged_attention.arguments", "rotary_append.reference"):
             patch.setattr(sys.modules[f"genarm_fast.kernels.{module}"], "check_cache", lambda *_: None)
         yield traces

@@ -120,7 +120,7 @@ def test_stacked_lanes(lanes, monkeypatch):
 
 
 def test_products_of_few_rows_in_steps(two_models, monkeypatch):
-    """The decoders take the own kernel as if it had been measured to be faster, which needs a GPU."""
+    """The decoders take the few-rows kernel as if it had been measured to be faster, which needs a GPU."""
 
     def serves(product, x):
         return x.is_cuda and x.shape[:-1].numel() <= max(few_rows.ROWS)

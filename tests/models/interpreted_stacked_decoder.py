@@ -110,7 +110,7 @@ def test_as_the_model_itself(family, layers, rows, lanes, blocks, order):
 
 
 def test_products_of_few_rows_by_our_kernel():
-    """The own kernel serves blocks of 4 and 1 tokens of three lanes (12 and 3 rows, with biases), cuBLAS blocks of
+    """The few-rows kernel serves blocks of 4 and 1 tokens of three lanes (12 and 3 rows, with biases), cuBLAS blocks of
     9."""
     tree, merged = adapted(build_model("qwen2", 0, num_hidden_layers=1), 2)
     decoder, tokens = StackedDecoder(tree.model, Movable([tree])), torch.arange(14).view(1, 14) * 7 % VOCAB_SIZE

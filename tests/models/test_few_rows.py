@@ -1,4 +1,4 @@
-"""The choice between cuBLAS and the own kernel for few rows: by a fake clock, once per shape, if the numbers are
+"""The choice between cuBLAS and the few-rows kernel for few rows: by a fake clock, once per shape, if the numbers are
 right."""
 
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ def product(outputs=6, inputs=4, *, bias=False):
 
 
 class Clock:
-    """A clock for products that take the seconds the test sets. The own kernel is PyTorch's product times `wrong`."""
+    """A clock for products that take the seconds the test sets. The few-rows kernel is PyTorch's times `wrong`."""
 
     def __init__(self, monkeypatch):
         self.now, self.cublas, self.own, self.wrong, self.calls = 0.0, lambda rows: 1.0, lambda rows: 1.0, 1.0, []
@@ -43,7 +43,7 @@ def clock(monkeypatch):
 
 
 def test_the_faster_one_serves(clock):
-    """The own kernel wins from 4 rows on; at 2 rows it gains less than measurements scatter."""
+    """The few-rows kernel wins from 4 rows on; at 2 rows it gains less than measurements scatter."""
     clock.cublas = lambda rows: 2.0
     clock.own = {1: 3.0, 2: 1.99, 4: 1.0, 8: 1.0, 16: 1.9}.get
     products = [product(), product()]

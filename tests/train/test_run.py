@@ -40,7 +40,7 @@ def test_learns_a_preference(make_config: Config, write_jsonl: Callable[..., Pat
 
 
 def test_an_auxiliary_loss_counts_once_a_step(make_config: Config, toy: Path, tmp_path: Path) -> None:
-    """The auxiliary loss has the same effect for any size of the micro-batches, and it has one."""
+    """The auxiliary loss has the same effect for any micro-batch size, and is not ignored."""
 
     def trained(micro_batch_size: int, weight: float) -> dict[str, torch.Tensor]:
         def shrink(lm: torch.nn.Module, number: int) -> torch.Tensor:
