@@ -39,11 +39,11 @@ def simulated(a, k, *, overlapped, steps=40_000):
         end = place + accepted + 1  # one target token more, which follows the accepted drafts
         if not overlapped:
             block = end
-        # The ARM continued from its own drafts, and from its guess of the bonus token.
         elif block == place:
+            # The ARM continued from its own drafts, and from its guess of the bonus token.
             block = end if accepted == k and texts.right(end - 1) else None
-        # The ARM knew the text before `place` when it began to draft, and guessed the token at `place`.
         else:
+            # The ARM knew the text before `place` when it began to draft, and guessed the token at `place`.
             block = end if texts.right(place) else None
         place = end
     return place / steps

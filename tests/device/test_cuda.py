@@ -55,9 +55,7 @@ def test_a_plain_step_is_one_launch(model):
     assert {stream for *_, stream in captures} == {entry[-1] for entry in log.of("replay")} == {main}
     assert len({pool for _, pool, _ in captures}) == 1  # one memory pool for all captures
     # Skip the first six waits: three streams wait for earlier changes of the weights.
-    waits = Counter(
-        entry[1:3] for entry in log.of("wait")[6:]
-    )  # three streams wait for what was done to weights before
+    waits = Counter(entry[1:3] for entry in log.of("wait")[6:])
     calls = (WARM_UP + 1) * len(captures)  # replays need no waits, but the first step waits for the prompts
     assert waits == {pair: calls + (pair[0] is main) for s in streams for pair in ((s, main), (main, s))}
 

@@ -89,7 +89,7 @@ class Run:
     rows: int
     requests: list[dict[str, Any]]
     speculation: str | Speculation
-    chunk: int  # tokens
+    chunk: int  # tokens of a prefill chunk
     changes: dict[int, list[float]] | None  # weights set after that many chunks of a stream; None: no stream
 
 

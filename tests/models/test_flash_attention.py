@@ -62,7 +62,7 @@ def test_what_it_cannot_do_is_left_to_ours(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     query, cache = torch.randn(1, 2, 1, 8), torch.randn(2, 1, 2, 4, 8)
     with placed(Ragged(torch.tensor([0]), torch.tensor([[2]]), 4)):
-        for given in (query, query.as_subclass(OnCuda)):  # on the CPU; in float32
+        for given in (query, query.as_subclass(OnCuda)):  # on the CPU, then in float32
             assert flash.attend_flash(torch.nn.Identity(), given, *cache, None)[0].shape == (1, 1, 2, 8)
         half = query.bfloat16().as_subclass(OnCuda)
         with pytest.raises(NotImplementedError, match="more than causal"):

@@ -148,7 +148,7 @@ def test_the_head_alone_runs_where_the_forward_has_nothing_else(tokenizer, monke
 
 def test_a_forward_that_may_do_more_is_called(tokenizer, monkeypatch):
     class Capped(modeling_llama.LlamaForCausalLM):
-        """One of somebody's own, which caps its logits."""
+        """A user's own LM class that caps its logits."""
 
     others = [build_model("gemma2", 0), build_model("llama", 0), build_model("llama", 0), build_model("llama", 0)]
     others[1].__class__ = Capped

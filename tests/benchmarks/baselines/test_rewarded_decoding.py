@@ -36,7 +36,7 @@ def test_best_of_n(lm, judge, enumerated) -> None:
     ranked = sorted(base, key=lambda text: reward_of(reward, enumerated, text))
 
     def best(n):
-        """P(the best of n is y) = F(y)^n − F(y−)^n of the cumulative law by reward."""
+        """Return P(the best of n is y) = F(y)^n − F(y−)^n, where F is the cumulative law by reward."""
         law, below = {}, 0.0
         for text in ranked:
             law[text] = (below + base[text]) ** n - below**n
