@@ -135,7 +135,7 @@ class FakeCuda:
             return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
         if isinstance(value, Norm):
             return replace(value, weight=self.fake(value.weight))
-        if type(value).__module__.startswith(OURS):  # for example a prepared linear
+        if type(value).__module__.startswith(OURS):  # such as a prepared linear
             for name in getattr(type(value), "__slots__", None) or list(vars(value)):
                 setattr(value, name, self.fake(getattr(value, name)))
         return value

@@ -1,4 +1,4 @@
-"""Which kept model a call finds, what is checked before a load, and loads in several threads."""
+"""The kept model that a call finds, the checks before a load, and loads in several threads."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-VALUES = {0.0: (0.0, 1), 0.5: (0.5, 2), 1.0: (1.0, 4)}  # by share: P(positive), tokens of at most 5
+VALUES = {0.0: (0.0, 1), 0.5: (0.5, 2), 1.0: (1.0, 4)}  # share: P(positive), number of tokens (at most 5)
 
 
 @pytest.fixture

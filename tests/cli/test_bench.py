@@ -29,7 +29,7 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.growth = 1.0
-        self.shapes: list[tuple[int, int, int]] = []  # of Hugging Face: rows, tokens of all prompts, new tokens
+        self.shapes: list[tuple[int, int, int]] = []  # Hugging Face's rows, prompt tokens, new tokens
         self.prompts: dict[str, list[Any]] = {}
         self.texts: dict[str, list[list[int]]] = {}
         self.slowed = 0

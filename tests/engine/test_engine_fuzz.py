@@ -1,7 +1,7 @@
 """Every completion of a random mix of requests equals what the naive decoder gives for it alone, in float32.
 
-The requests run as one call or as a stream whose weights change, with any drafter, with chunks of any size, and in
-caches that other calls left.
+The requests run as one call, or as a stream whose weights change. Drafters and chunk sizes vary, and other calls have
+used the caches before.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes [n, m] into int32 words [n, m · bits / 32], the first code in a word's lowest bits, one word at a
-    time."""
+    """Pack codes [n, m] into int32 [n, m · bits / 32], a word's first code in its lowest bits, without vector code."""
     each, rows = 32 // bits, []
     for row in codes.tolist():
         row = row + [0] * (-len(row) % each)

@@ -64,7 +64,7 @@ def test_a_shape_is_measured_once(clock):
     clock.own = lambda rows: 0.1
     few_rows.choose([again], clock.device)
     assert len(clock.calls) == measured
-    assert again.ours == frozenset()  # as first measured
+    assert again.ours == frozenset()  # the first measurement counts
 
 
 def test_wrong_numbers_are_not_served(clock):

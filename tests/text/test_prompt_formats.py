@@ -97,7 +97,7 @@ def test_a_response_has_the_tokens_of_the_joined_text(response):
     ids = token_ids(tokenizer, prompt)
     joined = [*ids, *response_ids(tokenizer, prompt, ids, response)]
     assert joined == tokenizer("the cat" + response)["input_ids"]
-    # With ids alone, without the rendered prompt.
+    # The function gets only the ids of the prompt here, not its text.
     assert response_ids(tokenizer, None, ids, response) == joined[len(ids) :]
 
 

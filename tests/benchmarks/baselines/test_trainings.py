@@ -55,7 +55,7 @@ def test_loss_of_dpo(base: Path, tmp_path: Path) -> None:
                 parameter += 0.1 * torch.randn_like(parameter)
         batch = next(iter(trainer.get_train_dataloader()))
         loss = trainer.compute_loss(model.eval(), batch).item()
-        margins = []  # of all chosen responses first, then of all rejected ones
+        margins = []  # chosen responses first, then rejected ones
         for ids, kept, completed in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]):
             tokens, start = ids[kept.bool()].tolist(), int(completed.argmax())
             text = tokenizer.decode(tokens[start:]).strip()
