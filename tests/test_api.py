@@ -39,8 +39,7 @@ def test_ops_are_registered_before_transformers_is_imported(monkeypatch):
 
 
 def test_the_collector_of_circles_waits_for_imports_and_loading(monkeypatch, tiny_model, tokenizer):
-    """The first import pauses the garbage collector. Once api.py is imported, names only look at `sys.modules`, and the
-    collector stays on."""
+    """The first import pauses the garbage collector. Later names look only at `sys.modules` and leave it running."""
     seen, load = [], api.load_members
     monkeypatch.setattr(genarm_fast, "import_module", lambda *_: seen.append(gc.isenabled()) or Mock())
     genarm_fast.__getattr__("GenARM")
@@ -371,8 +370,7 @@ def test_a_dict_is_strict_json(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("scalar", [torch.tensor, numpy.array], ids=["tensor", "array"])
 def test_numbers_in_tensors_and_arrays(model, scalar):
-    """Scalars in tensors and arrays without dimensions are accepted, as `list(ids)`, `weights[0]` and `probs.mean()`
-    give them."""
+    """Such values come without dimensions, as `list(ids)`, `weights[0]` and `probs.mean()` give them."""
     plain = {"temperature": 0.5, "top_k": 40, "seed": 7, "max_new_tokens": 6, "logit_bias": {3: 2.0}}
     expected = model.generate([5, 6, 7], weights=[1.0, 0.5], stop_token_ids=[9], **plain)[0].token_ids
     given = {name: scalar(value) for name, value in plain.items() if name != "logit_bias"}

@@ -305,8 +305,7 @@ def test_a_failed_load_leaves_nothing(folder, loads):
 
 
 def test_threads_load_once(tiny_model, tokenizer, monkeypatch, loads):
-    """Threads that ask for the same model share one load. A thread that asks for another model does not wait for that
-    load."""
+    """Threads that ask for the same model share one load; a thread that asks for another does not wait for it."""
     slow, entered, go = build_model("llama", 4), Event(), Event()
     load, start = GenARM.from_pretrained, Barrier(3)
 
@@ -333,8 +332,7 @@ def test_threads_load_once(tiny_model, tokenizer, monkeypatch, loads):
 
 
 def test_bounded_by_bytes(folder, tiny_model, tokenizer, loads, monkeypatch):
-    """The least recently used model goes first, before the next one loads. The weights of a loaded model that the
-    caller gave do not count."""
+    """The least recently used model goes first, before a load. Weights of models the caller loaded do not count."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     genarm_fast.generate(folder, (), "hi", PARAMS)
     assert functional._kept._slots[next(iter(functional._kept._slots))].weights == pytest.approx(size, rel=0.05)

@@ -198,8 +198,7 @@ def test_nobody_starves(guided, scarce):
     (long,) = engine.add(request(model, [9] * 50, max_new_tokens=10))
     while long.slot < 0:
         step(more=1)
-        # Three requests at a time take six steps each and one step to be admitted. The requests that run must end
-        # first.
+        # Three at a time take six steps, and one more to be admitted. Running requests must end first.
         assert steps - begun <= (ahead // 3 + 2) * (length + 2)
     first = steps
     while not long.ended:

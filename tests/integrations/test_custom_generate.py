@@ -161,8 +161,7 @@ def test_own_processors_see_the_row_as_transformers_shows_it(base, arms, guide, 
 
 
 class After(StoppingCriteria):
-    """A criterion that ends row r after its ends[r]-th new token. It reads all rows together, as transformers' criteria
-    may."""
+    """A criterion that ends row r after its ends[r]-th new token, reading all rows together as criteria may."""
 
     def __init__(self, ends, width):
         self.ends, self.width, self.calls = ends, width, []

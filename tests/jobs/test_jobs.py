@@ -310,8 +310,7 @@ def test_identity_follows_the_content_of_a_folder(tmp_path: Path) -> None:
     for folder in (one, two):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
-        # 8 MiB: the weights are sampled, not read whole.
-        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4096 * 8)
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 4096 * 8)  # 8 MiB: sampled, not read whole
     assert identity(str(one)) == identity(str(two))
     (two / "README.md").write_text("a card")
     assert identity(str(one)) == identity(str(two))

@@ -1,5 +1,4 @@
-"""Checkpoints of GPTQ, AWQ and compressed-tensors, packed here as their formats specify, from codes known to the
-test."""
+"""Checkpoints of GPTQ, AWQ and compressed-tensors, packed as their formats specify, from codes the test knows."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 class Drawn:
-    """A random weight: codes [out, in], zeros [out, groups], scales [out, groups], and group [in], the group of each
-    input."""
+    """A random weight: codes [out, in], zeros and scales [out, groups], and group [in], the group of each input."""
 
     def __init__(self, out: int, width: int, *, bits: int, size: int, symmetric: bool, seed: int, scattered: bool):
         generator = torch.Generator().manual_seed(seed)

@@ -328,8 +328,7 @@ def test_known_decoders_need_no_trial(tmp_path, tokenizer, monkeypatch, family, 
 
 
 def test_loading_an_adapter_draws_no_numbers(folders):
-    """The matrices that PEFT would initialise at random come from the folder; the caller's generator keeps its
-    state."""
+    """The matrices that PEFT would draw come from the folder, and the caller's generator keeps its state."""
     before = torch.get_rng_state()
     GenARM.from_pretrained(folders / "base", folders / "few")
     assert torch.equal(torch.get_rng_state(), before)

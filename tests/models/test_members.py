@@ -79,8 +79,7 @@ def test_adapter_shares_the_weights_of_the_base(folders, tmp_path):
 
 
 def test_adapter_of_a_given_model(folders):
-    """The fingerprint matches the adapter to the given model, wherever its base came from. The model is left
-    unchanged."""
+    """The fingerprint matches the adapter to the given model, wherever its base came from. The model stays as is."""
     base = build_model("llama", 0)
     names = [name for name, _ in base.named_parameters()]
     model = GenARM.from_pretrained(base, folders / "adapter", tokenizer=build_tokenizer())
@@ -305,8 +304,7 @@ class CopiesItself(torch.nn.Linear):
 
 
 def test_sharing_weights_copies_as_deepcopy_does():
-    """The cases are tied modules, modules in attributes of any kind, hooks bound to a module, and modules with their
-    own copy."""
+    """The cases are tied modules, modules in any attribute, hooks bound to a module, and modules with a copy method."""
     model = build_model("llama", 0)
     first, second = model.model.layers[:2]
     first.twice = second.mlp

@@ -1,5 +1,4 @@
-"""Models loaded as on a GPU, with PyTorch's references in place of kernels: weights are stacked, or a reason is
-given."""
+"""Models loaded as on a GPU, with PyTorch's references for kernels: weights are stacked, or a reason is given."""
 
 import copy
 import gc

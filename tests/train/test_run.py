@@ -321,8 +321,7 @@ def test_the_defaults_leave_routers_and_experts_alone() -> None:
 def test_arguments_of_the_chat_template_are_trained_with_recorded_and_read(
     make_config: Config, write_jsonl: Callable[..., Path], base: Path, rows: Any, given: Any, recorded: Any
 ) -> None:
-    """A row's own arguments come first. Arguments that all rows share go to the ARM's template; a conflict is an
-    error."""
+    """A row's own arguments come first. Arguments of all rows go to the ARM's template; a conflict is an error."""
     template = "{{ 'LOUD' if shout else 'low' }}{{ loud }} {{ messages[0].content }} {% for m in messages[1:] %}"
     template += "{{ m.content }}{% endfor %}"
     sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
