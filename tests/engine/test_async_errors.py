@@ -43,7 +43,7 @@ def test_errors_reach_their_caller_alone(model, slow_steps):
 
 @pytest.mark.parametrize("raised", [asyncio.CancelledError, SystemExit, GeneratorExit, KeyboardInterrupt])
 def test_a_processor_that_raises_what_ends_tasks_and_processes(model, slow_steps, raised):
-    """Only the processor's own request fails: no signal reaches the engine's thread, so the exception is not one."""
+    """Only the processor's own request fails: signals never reach the engine's thread, so none raised this."""
 
     def ending(input_ids, scores):
         raise raised

@@ -157,5 +157,5 @@ def test_a_forward_that_may_do_more_is_called(tokenizer, monkeypatch):
     runners[3].forward = runners[3].forward
     assert [head_of(runner) for runner in runners] == [None] * 4
     plainly(monkeypatch)
-    # The decoder's own forward keeps the head in the LM's forward too.
+    # Where the decoder keeps its own forward, the LM's forward is called too.
     assert head_of(Member("base", build_model("llama", 0), tokenizer).runner) is None

@@ -32,7 +32,7 @@ def tries(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    build_hf_headers()  # asks once per process who runs it
+    build_hf_headers()  # asks the hub once per process for known agent harnesses
     hosts.clear()
     return hosts
 
