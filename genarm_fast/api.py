@@ -137,10 +137,11 @@ class GenARM(AsyncCalls):
         """Return guided completions, one output per prompt in order.
 
         Args:
-            prompts: a prompt or a list of prompts. A prompt is a string (put into each member's prompt_template, if it
-                has one), a list of chat messages (each member's chat template), or a list of token ids (the same for
-                every member). A mapping {"messages", "tools", "chat_template_kwargs"} is a chat with the arguments of
-                its template.
+            prompts: a prompt or a list of prompts. A prompt is one of these:
+                a string, which is put into each member's prompt_template, if it has one;
+                a list of chat messages, for each member's chat template;
+                {"messages", "tools", "chat_template_kwargs"}, a chat with arguments for the template;
+                a list of token ids, the same for every member.
             sampling_params: one `SamplingParams` for all prompts, or one per prompt.
             progress: show a progress bar.
             speculation: "auto", "off" or a `Speculation`, instead of the model's. It never changes a token.

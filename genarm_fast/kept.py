@@ -53,7 +53,7 @@ class Slot:
         self.given: list[ModelState] = []
         self.folders: dict[str, Any] = {}
         self.roots: list[ReferenceType[nn.Module]] = []  # given models; when one of them dies, the slot is dropped
-        self.options: dict[str, Any] = {}  # keeps objects alive whose id is part of the key
+        self.options: dict[str, Any] = {}  # kept, since the key has ids of these objects
 
     def changed(self) -> bool:
         """Whether a given model or a folder has changed since the model was loaded."""
@@ -125,6 +125,7 @@ class KeptModels:
                 self._drop(slot)
 
     def _load(self, slot: Slot, base: Any, specs: list[ARM], options: dict[str, Any]) -> GenARM:
+        """Load a model into a slot, after other models were dropped where it needs their memory."""
         draft_model = options.get("draft_model")
         sources = [base, *(spec.model for spec in specs), *(spec.base for spec in specs), draft_model]
         paths = [path for kind, path in map(_identity_of_source, sources) if kind == "folder"]

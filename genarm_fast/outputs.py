@@ -88,7 +88,7 @@ class GenerationOutput:
     """Output of one request: all completions of its prompt. The properties read the first completion."""
 
     prompt: str | list[dict[str, str]] | list[int]
-    prompt_token_ids: list[int]  # as the base sees it
+    prompt_token_ids: list[int]  # the base's token ids of the prompt
     completions: list[Completion]
     usage: Usage
     timing: Timing
@@ -121,8 +121,8 @@ class GenerationOutput:
     def to_dict(self, token_text: Callable[[int], str] | None = None) -> dict[str, Any]:
         """Return the output in plain types for JSON, with each reward's total. A log-probability of -inf becomes None.
 
-        token_text: returns the text of a token id. If given, each entry of `logprobs` also has `token`, the text of
-        the drawn token, and `top_tokens`, the texts of the most probable tokens by id.
+        token_text: returns the text of a token id. With it, each entry of `logprobs` also has the text of the drawn
+        token, `token`, and the texts of the most probable tokens by id, `top_tokens`.
         """
         data = asdict(self)
         for plain, completion in zip(data["completions"], self.completions):

@@ -49,8 +49,8 @@ class SamplingParams:
             drawn at random, and the output reports it.
         n: number of completions of the prompt.
         logprobs: None reports no log-probabilities. A number k reports those of each drawn token and of the k most
-            probable tokens, under the guided distribution at this temperature (T = 1 when greedy), after penalties and
-            before top-k/top-p/min-p.
+            probable tokens. They are under the guided distribution at this temperature (T = 1 when greedy), after
+            penalties and before top-k/top-p/min-p.
         rewards: report log π_arm of every generated token, per ARM.
         repetition_penalty: factor of the log-probability of every token that is in the prompt or the output so far.
         frequency_penalty: number subtracted from a token's log-probability once for each time that the output has it.

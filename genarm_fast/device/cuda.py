@@ -270,7 +270,7 @@ def abandon(graph: Any, device: torch.device, pool: Any) -> None:
     and `empty_cache` would do nothing.
     """
     graph.reset()
-    _failed.append(graph)  # kept alive, since the allocator of pinned memory still asks it for its state
+    _failed.append(graph)  # never freed, since the allocator of pinned memory still asks this graph for its state
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
     except RuntimeError:  # the allocator had noticed the end

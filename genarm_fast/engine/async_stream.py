@@ -20,8 +20,8 @@ class AsyncStream:
     """Asynchronous iterator over `StreamChunk`s for one task of one event loop. `GenARM.astream` makes it.
 
     Decoding begins when the first chunk is asked for, or with `async with`. Each prompt is decoded at most `ahead`
-    chunks further than its reader has asked for. The slots are freed by `aclose`, by the end of an `async with` block,
-    by cancelling the task that waits for a chunk, or by dropping the stream.
+    chunks further than its reader has asked for. `aclose` frees the slots, and so does the end of an `async with`
+    block. To cancel the task that waits for a chunk, or to drop the stream, frees them too.
     """
 
     def __init__(self, prepare: Callable[[], Awaitable[Parts]], ahead: int) -> None:
@@ -56,6 +56,7 @@ class AsyncStream:
         return chunk
 
     async def _begun(self) -> tuple[Call, Steering]:
+        """Begin the stream if it has not begun, and return its call and steering."""
         if self._call is None or self._steering is None:
             if self._beginning:
                 raise RuntimeError("another task waits for the next chunk: expected one reader")

@@ -53,7 +53,7 @@ class Call:
         # Sequences that have not ended, as far as the engine's thread knows. Only that thread touches them.
         self.open = {sequence.id: sequence for sequence in sequences}
 
-    # In the event loop:
+    # Methods for the event loop:
 
     async def next(self) -> Any:
         """Return the next item. If the task is cancelled, the call is closed.
@@ -107,6 +107,7 @@ class Call:
         self.inbox.put(lambda _: self.engine.steer(sequence, weights))
 
     async def _changed(self) -> None:
+        """Wait until `receive` is called."""
         waiter = self.loop.create_future()
         self._waiters.append(waiter)
         try:
@@ -124,7 +125,7 @@ class Call:
             if not waiter.done():
                 waiter.set_result(None)
 
-    # In the thread that steps:
+    # Methods for the thread that steps:
 
     def news(self, sequence: Sequence) -> None:
         """Make the item of a sequence that a step advanced, and let the sequence go on if its reader wants more."""
@@ -141,7 +142,7 @@ class Call:
         """Whether fewer items are made than the reader has asked for, plus those that may be made ahead."""
         return self.ahead is None or self.asked + self.ahead > self.made
 
-    # In the engine's thread:
+    # Methods for the engine's thread:
 
     def runs(self) -> bool:
         """Whether a step would advance one of its sequences, or end a held one whose time is over."""

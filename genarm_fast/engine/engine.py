@@ -72,6 +72,7 @@ class Engine:
         return sequences
 
     def _enqueue(self, sequences: list[Sequence]) -> None:
+        """Queue sequences between two steps. If an interrupt comes in the middle, they are queued again, not twice."""
         for sequence in sequences:
             sequence.owner = self._mark
         begun = False
@@ -99,8 +100,7 @@ class Engine:
         The text stays as it is. Characters that were held back are dropped: those that may begin a stop string, and
         those whose last byte is missing.
 
-        Raises:
-            TypeError, ValueError: not a list of sequences, or sequences of another engine.
+        Raises TypeError, ValueError: not a list of sequences, or sequences of another engine.
         """
         sequences = given_sequences(sequences, self._mark)
 
@@ -115,8 +115,7 @@ class Engine:
     def steer(self, sequence: Sequence, weights: AnyWeights) -> None:
         """Draw a sequence's next token with other ARM weights. A token that is in flight is dropped and drawn again.
 
-        Raises:
-            TypeError, ValueError: not a sequence of this engine, or not one finite number or list per ARM.
+        Raises TypeError, ValueError: not a sequence of this engine, or not one finite number or list per ARM.
         """
         given_sequences([sequence], self._mark)
         own = weights_per_arm(weights, self._arm_names, sequence.weights)
@@ -132,8 +131,7 @@ class Engine:
     def run(self, sequences: list[Sequence], *, stepwise: bool = False) -> Run:
         """Decode sequences that are new to the engine. stepwise: each goes on only after its last news were taken.
 
-        Raises:
-            RuntimeError: weights were moved in memory after they were loaded.
+        Raises RuntimeError: weights were moved in memory after they were loaded.
         """
         with self.turns.take(), on_host():
             self._begin()
@@ -166,6 +164,7 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Sequence]:
+        """Do the work of `step`. After an error of the decoding, fewer sequences run together, or all fail."""
         advanced: list[Sequence] = []
         try:
             if self._idle and self.scheduler:
@@ -271,6 +270,7 @@ class Engine:
         self._leave(ended)
 
     def _leave(self, sequences: list[Sequence], *, everywhere: bool = False) -> None:
+        """Free the slots of sequences; once none is here, end the run: drop its state and trim the caches."""
         self.scheduler.leave(sequences, everywhere=everywhere)
         for sequence in sequences:
             self._news.pop(sequence.id, None)

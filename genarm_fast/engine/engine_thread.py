@@ -72,6 +72,7 @@ class EngineThread:
             thread.join()
 
     def _run(self) -> None:
+        """Work on calls until none came for IDLE_SECONDS, or `end` was called."""
         while True:
             try:
                 job = self.inbox.get(timeout=0 if self._ending else IDLE_SECONDS)
@@ -105,6 +106,7 @@ class _Shift:
         self.busy: set[asyncio.AbstractEventLoop] = set()  # loops that took longer than PATIENCE, not waited for again
 
     def run(self, job: Job) -> None:
+        """Do the first job, which adds a call, and work until no call is left."""
         try:
             job(self)
             while self.calls:
@@ -119,6 +121,7 @@ class _Shift:
             self._send()
 
     def _turn(self) -> None:
+        """Step the engines of calls that can go on, or wait for a job if none can; then send all news."""
         if any(call.runs() for call in self.calls):
             self._wait_for_readers()
             for engine in {call.engine: None for call in self.calls if call.runs()}:
@@ -130,6 +133,7 @@ class _Shift:
         self._send()
 
     def join(self, call: Call) -> None:
+        """Queue a call's sequences in its engine."""
         self.calls.append(call)
         if call.ahead is not None:
             for sequence in call.sequences:
@@ -138,18 +142,21 @@ class _Shift:
         self.resume(call)
 
     def resume(self, call: Call) -> None:
+        """Let a call's sequences go on if its reader wants more."""
         if call.wanted():
             call.stalled = False
             for sequence in call.open.values():
                 sequence.held = False
 
     def take(self, call: Call, sequence: Sequence, item: Any, ended: bool) -> None:
+        """Take the news of a sequence: an item for its task, and whether the sequence has ended."""
         if item is not None:
             self._post(call, item)
         if ended:
             call.open.pop(sequence.id, None)
 
     def close(self, call: Call) -> None:
+        """Take all sequences of a call out of the engine; `leave` is done once they are out."""
         call.engine.abort([sequence for sequence in call.sequences if not sequence.ended])
         call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.leave(call)))
 
@@ -157,6 +164,7 @@ class _Shift:
         call.open.clear()
 
     def drop(self, call: Call, sequence: Sequence) -> None:
+        """Take one sequence of a call out of the engine."""
         call.engine.abort([sequence])
         call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.take(call, sequence, None, True)))
 
@@ -196,6 +204,7 @@ class _Shift:
         self._do_all()
 
     def _do_next(self, seconds: float) -> None:
+        """Do the next job of the inbox, after waiting for it at most this long."""
         try:
             job = self.inbox.get(timeout=seconds)
         except Empty:

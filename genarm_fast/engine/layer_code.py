@@ -1,8 +1,8 @@
 """Check of a decoder's source: whether it treats all layers alike, so that a test of some layers is valid for all.
 
-The plain loop of transformers' decoders passes, over layers that write their own part of the cache. Three kinds of code
-do not pass: code that knows which layer it is in, a loop that gives a layer anything but the hidden states of the
-previous one, and code that is not from transformers or PEFT.
+The plain loop of transformers' decoders passes, over layers that write their own part of the cache. Code that knows
+which layer it is in does not pass. Nor does a loop that gives a layer anything but the hidden states of the previous
+one, nor code that is not from transformers or PEFT.
 """
 
 from __future__ import annotations

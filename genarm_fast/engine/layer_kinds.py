@@ -91,6 +91,7 @@ def member_of_layers(member: Member, kept: Sequence[int]) -> Member:
 
 
 def _of_layers(model: Any, kept: Sequence[int]) -> Any:
+    """Return a model of these layers alone, with a shallow copy of the modules above them."""
     whole, decoder = _shallow(model), _shallow(model.base_model)
     name = _name(decoder)
     layers = decoder._modules[name]
@@ -150,6 +151,7 @@ class Place(NamedTuple):
 
 
 def _description(layer: nn.Module, index: int, layers: str) -> Iterator[Hashable]:
+    """Iterate over descriptions of a layer's modules: name, type, attributes and tensors, except the layer's index."""
     place = Place({id(module): name for name, module in layer.named_modules()}, f"{layers}.{index}.")
     for name, module in layer.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in INTERNAL}
@@ -199,5 +201,5 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _of_ours(name: str, value: Any, place: Place) -> Hashable:
-    """Describe an attribute of an object of genarm_fast. A private one is an address or None; which of both counts."""
+    """Describe an attribute of genarm_fast's objects. A private one is an address or None; which one is described."""
     return value is None if name.startswith("_") else _described(value, place)

@@ -105,6 +105,7 @@ class ModelRunner:
     def _resize(
         self, entries: Sequence[Entry | None], old: tuple[int, int], new: tuple[int, int], capacity: int
     ) -> None:
+        """Give all layers' caches this capacity. old, new: (number of lanes, slots) before and after."""
         for layer, entry in zip(self.layers, entries):
             if entry is not None and layer.keys is not None:
                 layer.resize(old, new, capacity)

@@ -156,6 +156,7 @@ class EngineOwner:
     def _decoding(
         self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False
     ) -> tuple[Engine, list[list[Sequence]]]:
+        """Return the engine and new sequences, one list per prompt. Raises ValueError for n > 1 in a stream."""
         plan, requests = self._speculation(speculation), self.prepare(prompts, params, **overrides)
         if streamed and (n := max(request.params.n for request in requests)) != 1:
             raise ValueError(f"n={n}: expected 1 in a stream")

@@ -29,7 +29,7 @@ class Run:
     Closing the run takes unfinished sequences out of the engine, after a step that runs.
     """
 
-    _closed = True  # what `__del__` reads if `__init__` was interrupted: then nothing is in the engine yet
+    _closed = True  # `__del__` reads this value if `__init__` was interrupted: then nothing is in the engine yet
 
     def __init__(self, engine: Stepped, sequences: list[Sequence], stepwise: bool) -> None:
         self.engine, self.sequences = engine, sequences

@@ -206,7 +206,7 @@ class Scheduler:
         """Free the slots of sequences, in one pass over each queue. The cache of a failed sequence is not shared.
 
         everywhere: whether a sequence may be in two queues, since a step was cut short. Otherwise sequences with a slot
-        are not in the queue of waiting ones, so that this queue, which may be long, is not read for them.
+        are never in `waiting`. So this queue, which may be long, is not read for them.
         """
         leaving = {id(sequence): sequence for sequence in sequences}
         if not leaving:

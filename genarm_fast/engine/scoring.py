@@ -112,9 +112,10 @@ def response_logprobs(
     responses: Sequence[list[int]],
     vocab_size: int,
 ) -> list[list[list[float]]]:
-    """log π(token | prompt, earlier tokens) over the first `vocab_size` tokens, [response][member][token].
+    """Return log π(token | prompt, earlier tokens) as [response][member][token], over the first `vocab_size` tokens.
 
-    prompts: [response][member], not empty, like the responses. [R, T, V] never exists.
+    prompts: token ids as [response][member], none empty. responses: token ids, none empty. Logits of all positions,
+    [R, T, V], are never in memory at once.
     """
     lines: list[list[list[float]]] = [[[] for _ in members] for _ in responses]
     for group in in_one_forward(members):
@@ -131,7 +132,10 @@ def _lanes(
     responses: Sequence[list[int]],
     vocab_size: int,
 ) -> Tensor:
-    """[L, R, longest response] of the L members of one forward; beyond a response's end, anything."""
+    """Return log-probabilities [L, R, longest response] by the L members of one forward.
+
+    Numbers after the end of a response have no meaning.
+    """
     longest = max(map(len, responses))
     lengths = torch.tensor([[len(prompt) for prompt in lane] for lane in prompts])
     rows = range(len(responses))

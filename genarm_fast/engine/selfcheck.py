@@ -33,7 +33,8 @@ SETTING = "GENARM_FAST_SELFCHECK"
 WIDEST = 1 << 20  # largest number of heads, or size of a head, that a record may have
 POLICIES = ("once", "always", "never")  # the first one is the default
 LENGTH = 8  # tokens of a row
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}  # in standard deviations of the logits
+# Largest deviations of a right model, in standard deviations of the logits.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}
 COARSE = 0.15  # tolerance for bfloat16, and for quantised models, whose rounding may depend on the batch
 # Tolerances for a part of the layers are smaller, since errors add up. SmolLM2-135M in float32, with attention scaled
 # by 1.01, is off by 0.009 with 2 of 30 layers and by 0.03 with all. Right models were off by at most 2e-4 (float32),
@@ -230,6 +231,7 @@ def _random(vocab_size: int, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _plain(member: Member, tokens: Tensor) -> Tensor:
+    """Return the logits [R, n, V] of a member's own forward, without a cache. Raises ValueError if it fails."""
     # A caller may have put its model into training mode; a copy over the same weights is in eval mode.
     model = share_weights(member.model) if member.model.training else member.model
     try:

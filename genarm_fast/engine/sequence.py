@@ -77,7 +77,7 @@ class Request:
         return any(lists) or params.allowed_token_ids is not None
 
     def sequences(self, tokenizer: Any, speculation: Speculation = OFF) -> list[Sequence]:
-        """One sequence per completion."""
+        """Return new sequences, one per completion."""
         seed = secrets.randbits(64) if self.params.seed is None else self.params.seed
         return [
             Sequence(self, sample_seed(seed, i), tokenizer, self.weights, speculation) for i in range(self.params.n)
@@ -128,7 +128,7 @@ class Sequence:
     unread: int = 0
     stepwise: bool = False
     held: bool = False
-    overtaken: int = 0  # how many sequences of higher priority have come before it in the queue
+    overtaken: int = 0  # number of sequences of higher priority that were queued before it
     slot: int = -1  # -1: it has no slot
     cached: list[int] = field(default_factory=list)
     donor: Sequence | None = None

@@ -48,9 +48,9 @@ class StepKey(NamedTuple):
 class Report(NamedTuple):
     """The report of a step of q positions, which the host reads.
 
-    numbers: int64 [R, 3 q + S], one tensor so that one copy is enough. Its columns are the q targets, their q statuses,
-    the number of accepted targets, the q - 1 drafts (all -1 for a row without drafts), and the first draft that each of
-    S shadows would have made. logprobs: fields of `GuidedSample`, by name.
+    numbers: int64 [R, 3 q + S], one tensor so that one copy is enough. Its columns are the q targets, their q statuses
+    and the number of accepted targets; then the q - 1 drafts, all -1 for a row without drafts; then the first draft
+    that each of S shadows would have made. logprobs: fields of `GuidedSample`, by name.
     """
 
     numbers: Tensor

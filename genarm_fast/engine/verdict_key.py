@@ -50,6 +50,7 @@ def verdict_key(members: Sequence[Member]) -> str | None:
 
 
 def _described(model: Any) -> list[Any] | None:
+    """Return a description of a model's code, shapes and settings; None if it is not known what code runs."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     if len({tensor.device for tensor in tensors.values()}) != 1:
         return None
@@ -148,6 +149,7 @@ def _version(package: str) -> str | None:
 
 
 def _machine(device: torch.device) -> list[Any]:
+    """Return the device's type and model, whether C++ kernels are there, and the precision of matrix products."""
     kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)

@@ -64,7 +64,7 @@ def warm_up(
         kinds.append((params, speculation))
     requests = {(size, k): prepare(prompts[:size], kinds[k][0]) for size in sizes for k in range(len(kinds))}
     longest, workspace = prompt + new + speculation.most, engine.workspace
-    kept, workspace.warm = workspace.warm, inf  # so that runs that end meanwhile free no caches
+    kept, workspace.warm = workspace.warm, inf  # runs that end meanwhile free no caches
     try:
         with engine.executor.device.keeping_graphs():
             _reserve(engine, sizes[0], longest, drafting=speculation.most > 0)
@@ -133,6 +133,7 @@ def _drafters(engine: Engine, speculation: Speculation) -> list[Drafter]:
 
 
 def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> None:
+    """Decode STEPS steps of requests, or more if a tuner has ways to draft to time. Raises the error of a sequence."""
     sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, speculation)]
     ways = len(DEFAULT_TUNER_CONFIG.warm_drafts) * len(_drafters(engine, speculation)) if speculation.k is None else 0
     with engine.run(sequences) as run:

@@ -17,7 +17,7 @@ class DrafterStats:
         self.name, self.config = name, config
         self.draft_costs = ForwardCosts(config)  # seconds of one draft, over the number of rows
         self.verify_costs = ForwardCosts(config)  # seconds of the rest of a step, over rows · (K + 1) tokens
-        self.whole_costs: dict[int, ForwardCosts] = {}  # by rows: seconds of steps as one launch, over K + 1 tokens
+        self.whole_costs: dict[int, ForwardCosts] = {}  # seconds of steps that are one launch, over K + 1, by rows
         self.activity = DriftingRate(config)  # share of rows for which it proposes anything
         self.rates = [DriftingRate(config) for _ in range(max_k)]  # how often draft j is right if all before it are
         self.steps = 0  # steps in which it drafted

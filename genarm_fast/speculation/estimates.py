@@ -27,7 +27,7 @@ def expected_speedup(cost: float, acceptance: float, k: int, *, verify: float = 
     """Return the speed of steps with k drafts by an ARM relative to plain decoding, for one row (docs/speculation.md).
 
     S = (1 + c) E / (c (k + a^k) + v), E = 1 + a + ... + a^k. If all k drafts are right, the ARM runs once more on the
-    last draft, so that the token after it is generated in the same step.
+    last draft. So the token after it is generated in the same step.
 
     Args:
         cost: c, the time of an ARM forward, divided by that of the other members' forward.
@@ -114,7 +114,7 @@ class DriftingRate:
         self.weight, self.last = kept + trials, now
         short = 0.5 ** (trials / self.config.jump_half_life) if self.weight > trials else 0.0
         self.recent = self.recent * short + hits / trials * (1 - short)
-        jumped = abs(self.recent - self.mean) > 0.5  # over three standard deviations of chance
+        jumped = abs(self.recent - self.mean) > 0.5  # more than three standard deviations of chance
         if jumped:
             self.mean, self.weight = self.recent, self.config.jump_half_life
         return jumped

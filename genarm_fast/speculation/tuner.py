@@ -108,6 +108,7 @@ class Tuner:
                 self.trial = None
 
     def _observe_costs(self, step: StepObservation, drafter: DrafterStats | None) -> None:
+        """Learn from a step's times."""
         width = max(step.proposed, default=0)
         if drafter is not None and step.draft_seconds is None:
             drafter.observe_whole(step.rows, step.k, step.seconds)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAID = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")  # texts without an errno
-TORCH = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")  # torch.save's, without a cause
+TORCH = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")  # torch.save drops the cause
 RESUMES = "; the same command resumes"
 
 

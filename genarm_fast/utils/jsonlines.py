@@ -29,8 +29,8 @@ KINDS = {  # first bytes of files that are not JSON lines, and what such files a
 def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Iterate over (line number from 1, object) for every line that is not blank. `.gz` files are unpacked.
 
-    Raises ValueError for a line that is not a JSON object or too long, for a compressed file that is cut off or
-    damaged, and for a file without any object.
+    Raises ValueError for a line that is too long or not a JSON object, and for a file without any object. A compressed
+    file that is cut off or damaged raises it too.
     """
     empty = True
     for number, line in read_lines(path):
