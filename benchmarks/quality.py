@@ -44,7 +44,7 @@ from result_files import machine
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # has prompts and judges of the demo's ARMs
 
 DUELS = {"over_policy": "wins over policy", "vader_over_policy": "VADER, over policy"}  # figure -> column of the table
-# Reviews that the judge gets, of which it fits half. Other sizes get all reviews, and fitting takes minutes.
+# Reviews that are passed to the judge, which uses its half of them. Other sizes pass all: fitting takes minutes.
 JUDGE_REVIEWS = {"quick": 6000, "short": 6000}
 
 
