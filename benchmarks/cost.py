@@ -5,7 +5,7 @@
 
 Methods take turns in every round; the clock is CPU time of one thread. A figure is the time of a whole call with its
 prompts. Stop tokens are off, so all methods make equally many tokens. "first token" is a call for one token. "published
-stack" works like the published code: it runs two full models one after the other, takes a log-softmax of each, and the
+stack" works like the published code. It runs two full models one after the other and takes a log-softmax of each; the
 host reads the tokens at each step. Methods that search or sample many times run at the first batch size only.
 
 Peak memory is that of a process that runs one method once, libraries and weights included. The engine holds all three
@@ -33,8 +33,8 @@ from result_files import machine, peak_resident
 from genarm_fast.bench.timing import clock_of, interval, take_turns
 
 TEXT = "Write a short review of the film that you saw last night, and say whether you would see it again."
-# Times a 128-token response as multiples of the unguided base's, one H100, from the PALC paper: 5.67 and 7.88 s over
-# 1.79 s. GenARM's own paper has seconds only (7B, unknown GPU): guided 7.28, CARDS 87.09, Transfer-Q 130.53.
+# Times of a 128-token response over that of the unguided base, on one H100, from the PALC paper: 5.67 and 7.88 s over
+# 1.79 s. GenARM's own paper gives only seconds (7B, unknown GPU): guided 7.28, CARDS 87.09, Transfer-Q 130.53.
 PUBLISHED = {"guided (H100, PALC's paper)": 5.67 / 1.79, "ARGS (H100, PALC's paper)": 7.88 / 1.79}
 PUBLISHED_TO_GUIDED = {"CARDS (GenARM's paper)": 87.09 / 7.28, "Transfer-Q (GenARM's paper)": 130.53 / 7.28}
 
@@ -175,7 +175,7 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
 
 
 def published(costs: dict[str, Any]) -> str:
-    """Return a Markdown table of the published ratios beside ours at the first batch size."""
+    """Return a Markdown table of the published ratios beside those measured here at the first batch size."""
     measured = next(iter(costs["batches"].values()))
     to_base = {name: row["to_base"]["median"] for name, row in measured.items()}
     guided = to_base.get("guided, w = 1")

@@ -47,7 +47,7 @@ class Result:
     mode: str
     microseconds: dict[str, float]  # contender → median
     speedup: dict[str, float]  # contender → median of its time over that of guided_sample
-    # torch's time to read the same bytes, from caches equally warm, as a share of guided_sample's time
+    # The time of torch to read the same bytes, from caches equally warm, as a share of guided_sample's time.
     reading: float
 
 

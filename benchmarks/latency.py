@@ -11,7 +11,7 @@ Poisson process. Times are wall-clock milliseconds since a request's arrival.
 
 `ticker` is a task that sleeps for 1 ms again and again, first alone, then while 16 requests decode. The first part
 shows how late the machine itself wakes a task. `other` is Hugging Face's `generate` over the base alone, one request
-after another, as in a service without an engine; its loads are shares of its own capacity. `vllm` is vLLM's engine
+after another, as in a service without an engine. Its loads are shares of its own capacity. `vllm` is vLLM's engine
 over the base alone, with as many requests together. It runs where vLLM is installed, for example after `make test-vllm`
 by `OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/latency.py --parts vllm`.
 """

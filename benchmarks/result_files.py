@@ -1,4 +1,4 @@
-"""What all result files share: the description of the machine, and the writing of tables into pages."""
+"""The description of the machine that all result files have, and the writing of their tables into pages."""
 
 from __future__ import annotations
 

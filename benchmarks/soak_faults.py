@@ -5,8 +5,8 @@
 Threads generate and stream. Streams are abandoned, read slowly and steered. Logits processors raise, allocations of KV
 caches fail on purpose, and the main thread is interrupted during calls and forks. Every token is compared with the
 answer that the request got alone beforehand. Resident memory, descriptors and threads are read again and again.
-Python's memory blocks are counted after a quarter of the time and at the end, after a garbage collection: a failed
-request leaves some 300 objects in reference cycles, since its error's traceback holds the frames of the step.
+Python's memory blocks are counted after a quarter of the time and at the end. A garbage collection precedes each count:
+a failed request leaves some 300 objects in reference cycles, since its error's traceback holds the frames of the step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The interface of every method (Params, Response), and `Rows`, through which all methods run their models.
 
 A method is a function `(..., prompts, params) -> list[Response]`. Its first arguments are its models; prompts are
-token ids. Row i draws with a generator seeded by `params.seed + i`, so a response does not depend on the rest of its
-batch, except through the rounding of matrix products of another shape. `Response.forwards` counts the forward passes
-of each model for that response.
+token ids. Row i draws with a generator seeded by `params.seed + i`. So a response does not depend on the rest of its
+batch, except for rounding: matrix products of another shape round differently. `Response.forwards` counts the forward
+passes of each model for that response.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def share_right(margins: Tensor) -> dict[str, float]:
 def rankings(policy: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
     """Return how often the chosen response of held-out pairs ranks first, by each of four scores.
 
-    The scores are the PEFT policy's Σ log π, by which ARMs are measured; Σ log (π / π_base), which is the reward that
-    DPO trains; the base's Σ log π; and the length, where the shorter response ranks first.
+    The first score is the PEFT policy's Σ log π, by which ARMs are measured. The second is Σ log (π / π_base), the
+    reward that DPO trains. The others are the base's Σ log π, and length, where the shorter response ranks first.
     """
     prompts, responses = encoded(tokenizer, pairs)
 

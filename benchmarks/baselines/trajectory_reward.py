@@ -93,7 +93,7 @@ def train(
     from trl import RewardConfig, RewardTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.eos_token  # so that the head reads the token before the EOS that TRL adds
+    tokenizer.pad_token = tokenizer.eos_token  # makes the head read the token before the EOS that TRL appends
     trainer = RewardTrainer(
         model=classifier_of(base, layers),
         args=RewardConfig(**training_arguments(output, micro_batch, epochs, batch) | {"max_length": 512} | options),

@@ -2,9 +2,9 @@
 
     s(c) = z(c) + w · R(prefix + c + y_c), y_c a greedy rollout of the aligned policy after prefix + c
 
-direct form: the policy was aligned to the target reward r, and R = r. indirect form: the policy was aligned to another
-reward r_1, and R = exp(½ (r_2 − r_1)) · r_2, where r_2 is the target reward, as in the published code. A step costs k
-rollouts. This file keeps the KV caches of prefix and rollout; the published code recomputes both.
+In the direct form, the policy was aligned to the target reward r, and R = r. In the indirect form, it was aligned to
+another reward r_1. There R = exp(½ (r_2 − r_1)) · r_2, as in the published code, and r_2 is the target reward. A step
+costs k rollouts. This file keeps the KV caches of prefix and rollout; the published code recomputes both.
 """
 
 from __future__ import annotations

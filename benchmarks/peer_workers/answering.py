@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# (prompts as token ids, new tokens of each, seed) -> the number of tokens that were made
+# Takes (prompts as token ids, new tokens of each, seed) and returns the number of tokens that were made.
 Decode = Callable[[list[list[int]], int, int], int]
 
 

@@ -1,9 +1,9 @@
 """Independent judges of generated text. None of them was fitted on the training data of an ARM.
 
-* sentiment: TF-IDF and logistic regression on the reviews' `judge` half; probability that a text is positive
-* VADER: a hand-made sentiment lexicon; compound score in [-1, 1]
-* preference: TF-IDF and logistic regression on HH-RLHF pairs that the `harmless` ARM was not trained on
-* caution: share of answers that refuse, warn or ask back, by a short list of phrases
+* sentiment: TF-IDF and logistic regression on the reviews' `judge` half give the probability that a text is positive.
+* VADER: a hand-made sentiment lexicon gives a compound score in [-1, 1].
+* preference: TF-IDF and logistic regression on HH-RLHF pairs that the `harmless` ARM was not trained on.
+* caution: the share of answers that refuse, warn or ask back, by a short list of phrases.
 """
 
 from __future__ import annotations

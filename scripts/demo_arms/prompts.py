@@ -16,7 +16,7 @@ def _words(text: str) -> list[str]:
     return [phrase.strip() for phrase in text.split(",")]
 
 
-# domain -> (templates, subjects)
+# Maps a domain to (templates, subjects).
 DOMAINS: dict[str, tuple[list[str], list[str]]] = {
     "film": (
         [

@@ -2,9 +2,9 @@
 
     python score_pairs.py harmless pairs/harmless-held-out.jsonl pairs/harmless-held-out-whole.jsonl
 
-It ranks the responses by four scores: Σ log π of the base, Σ log π of the ARM, their difference, and length, where the
-shorter response wins. The difference is what training added. It is also what guided decoding gains if the ARM takes
-the place of the base as its own ARM.
+It ranks the responses by four scores: Σ log π of the base, Σ log π of the ARM, their difference, and length. By length,
+the shorter response wins. The difference is what training added. It is also what guided decoding gains if the ARM
+takes the place of the base as its own ARM.
 """
 
 from __future__ import annotations

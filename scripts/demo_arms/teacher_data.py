@@ -1,7 +1,7 @@
 """Sample responses from the base and keep its next-token distributions in a sparse form, as data to distil `small`.
 
 At each response position the K = 48 likeliest tokens are kept with their log-probabilities. 8 tokens are drawn from the
-rest, and each stands for an eighth of the remaining mass. So Σ_x p(x) f(x) is estimated without bias for any f; a cut
+rest, and each stands for an eighth of the remaining mass. So Σ_x p(x) f(x) is estimated without bias for any f. A cut
 at the top K would lose 14 % of this base's mass at T = 1. Every second prompt is answered at T = 1 and the others at
 T = 0.6, because guided text is less noisy than the base's own. The probabilities are always those at T = 1.
 
