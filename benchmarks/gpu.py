@@ -1,12 +1,12 @@
-"""Compares guided decoding on a GPU with one read of the base's weights (W) and with Hugging Face.
+"""Guided decoding on a GPU, next to what it costs to read the base's weights once (W) and to Hugging Face.
 
     python benchmarks/gpu.py [--seconds 480] [--out FOLDER] [--only ROW ...]
     python benchmarks/gpu.py --dry                a trial at toy size, without a GPU
-    python benchmarks/gpu.py --report RESULT.json writes table and picture of a result again
+    python benchmarks/gpu.py --report RESULT.json table and picture of a result, again
 
-`make bench-gpu` runs the first form; ARGS are its options. Correctness is checked first. Then rows are measured, the
-most important first. The JSON is written after each row, so results stay if time runs out. The script needs no
-network. docs/gpu.md explains the rows.
+`make bench-gpu` is the first, with ARGS for the rest. Correctness comes first, then rows in the order of their weight;
+after each of them the JSON is on disk, so that what was measured stays when time runs out. No network. docs/gpu.md
+explains the rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by their names")
     parser.add_argument("--dry", action="store_true", help="toy sizes, interpreted, with stand-ins for a GPU")
     parser.add_argument("--report", type=Path, metavar="RESULT.json", help="write its table and picture beside it")
-    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # nsys runs the script with this
+    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # what nsys runs
     args = parser.parse_args()
     if args.seconds is None:
         args.seconds = 3600.0 if args.dry else 480.0
@@ -43,7 +43,7 @@ def parsed() -> argparse.Namespace:
 
 
 def report(path: Path) -> str:
-    """Write the table and the picture of a result beside its file, and return the table."""
+    """Write the table and the picture beside a result; returns the table."""
     from gpu_bench.report import markdown, plot
 
     result = json.loads(path.read_text())
@@ -51,7 +51,7 @@ def report(path: Path) -> str:
     path.with_suffix(".md").write_text(text)
     try:
         plot(result, path.with_suffix(".png"))
-    except ImportError as error:  # no matplotlib on the GPU's machine: --report draws the picture elsewhere
+    except ImportError as error:  # where the GPU is; the result makes its picture elsewhere, with --report
         return f"{text}\nno picture: {error}\n"
     return text
 
