@@ -89,7 +89,7 @@ def summary(found: Sequence[Range]) -> list[dict[str, Any]]:
 
 
 def middle_step(found: Sequence[Range]) -> list[Range]:
-    """Return the ranges of the step of median length, which is a step that nothing disturbed."""
+    """Return the ranges of the step of median length, which is neither the first step nor a disturbed one."""
     steps = sorted((each for each in found if each.name == ROOT), key=lambda each: each.end - each.start)
     step = steps[len(steps) // 2]
     return [each for each in found if step.start <= each.start and each.end <= step.end]
