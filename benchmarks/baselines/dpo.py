@@ -1,6 +1,6 @@
 """Direct preference optimisation (DPO) through TRL: trains a policy on the preference pairs that train the ARMs.
 
-    python benchmarks/baselines/dpo.py BASE PAIRS OUTPUT [--max-pairs N] [--beta 0.1]
+    PYTHONPATH=benchmarks python benchmarks/baselines/dpo.py BASE PAIRS OUTPUT [--max-pairs N] [--beta 0.1]
 
     L = −log σ(β [log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)])
 

@@ -1,6 +1,7 @@
 """Trains one policy for a point of a front: DPO on the pairs of two objectives, mixed in that point's shares.
 
-    python benchmarks/baselines/per_point.py BASE PAIRS OUTPUT --second OTHER_PAIRS --share 0.5 [--max-pairs N]
+    PYTHONPATH=benchmarks python benchmarks/baselines/per_point.py BASE PAIRS OUTPUT --second OTHER_PAIRS --share 0.5
+        [--max-pairs N]
 
 The loss, the LoRA and its schedule are those of dpo.py. With `--share a`, training reads N pairs: round(a · N) of
 PAIRS, the rest of OTHER_PAIRS. By default N is the largest number for which both files have enough pairs. The policy

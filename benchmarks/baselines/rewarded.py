@@ -1,6 +1,7 @@
 """Reinforcement learning through TRL: GRPO trains the base against the trajectory reward model.
 
-    python benchmarks/baselines/rewarded.py BASE PAIRS REWARD OUTPUT [--max-prompts N] [--beta 0.04]
+    PYTHONPATH=benchmarks python benchmarks/baselines/rewarded.py BASE PAIRS REWARD OUTPUT
+        [--max-prompts N] [--beta 0.04]
 
 The prompts are those of the training pairs. The policy maximises E r(x, y) − β KL(π ‖ base). The optimum of that
 objective is π_base exp(r / β) / Z, which guided decoding aims at without training the base. The policy decodes by

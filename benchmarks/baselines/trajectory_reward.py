@@ -1,6 +1,7 @@
 """Trains the trajectory reward model of best-of-N, ARGS and Transfer-Q: one number for a prompt and a response.
 
-    python benchmarks/baselines/trajectory_reward.py BASE PAIRS OUTPUT [--max-pairs N] [--layers N]
+    PYTHONPATH=benchmarks python benchmarks/baselines/trajectory_reward.py BASE PAIRS OUTPUT
+        [--max-pairs N] [--layers N]
 
 TRL's RewardTrainer minimises the Bradley-Terry loss −log σ(r(x, y_w) − r(x, y_l)). The pairs, the base, the LoRA and
 its schedule are those of the ARMs. r is a linear head on the hidden state of the response's last token, EOS not
