@@ -1,4 +1,4 @@
-"""The case of the fuzz (fuzz_ops.py) for all layers of a decoder in one C++ call, beside the same ops one by one."""
+"""The fuzz case (fuzz_ops.py) that compares all decoder layers in one C++ call with the same ops called one by one."""
 
 from __future__ import annotations
 

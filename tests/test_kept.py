@@ -1,4 +1,4 @@
-"""Which model a call finds again, what is checked before one is loaded, and loads in several threads."""
+"""The kept model that a call finds, the checks before a load, and loads in several threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genarm_fast.models.checkpoint import ModelLoader
 
 pytestmark = pytest.mark.usefixtures("nothing_kept")
 PARAMS = SamplingParams(seed=1, max_new_tokens=6, ignore_eos=True)
-OTHERS = {  # another value of each field that says how an ARM is loaded
+OTHERS = {  # another value of each field that says how to load an ARM
     "name": "other",
     "prompt_template": "a{prompt}",
     "chat_template": "b",
@@ -31,7 +31,7 @@ OTHERS = {  # another value of each field that says how an ARM is loaded
 
 @pytest.fixture
 def folders(tmp_path, tokenizer):
-    """A base in bfloat16, and an ARM in float32."""
+    """Folders of a base in bfloat16 and an ARM in float32."""
     made = {"base": build_model("llama", 0, hidden_size=64).to(torch.bfloat16), "arm": build_model("llama", 1)}
     for name, model in made.items():
         model.save_pretrained(tmp_path / name)
@@ -93,7 +93,7 @@ def test_what_is_right_together_is_not_refused(tiny_model, tokenizer):
 
 
 def test_arguments_of_later_calls(tiny_model, tokenizer):
-    """Are checked as those of the first."""
+    """Arguments of later calls are checked like those of the first."""
     given = tiny_model(), (), "hi", PARAMS
     functional.generate(*given, tokenizer=tokenizer)
     for warm in ("yes", 1, []):
@@ -139,7 +139,7 @@ def test_changes_below_a_folder(folders, tmp_path, tokenizer, changed):
 
 
 def test_one_that_is_dropped_as_it_is_asked_for(tiny_model, tokenizer):
-    """By a thread that makes room: it counts as asked for."""
+    """Another thread drops the model to make room at the moment it is asked for; the call still counts as using it."""
 
     class Dropping(OrderedDict):
         def setdefault(self, key, slot):
@@ -156,7 +156,8 @@ def test_one_that_is_dropped_as_it_is_asked_for(tiny_model, tokenizer):
 
 
 def test_one_load_at_a_time(folders, monkeypatch):
-    """transformers' loads change the process: two at a time gave models of other dtypes, then some without weights."""
+    """transformers' loads change process-wide state: two at a time gave models of other dtypes, then some without
+    weights."""
     running, most, load = [], [], ModelLoader.load
 
     def counted(self, *args, **options):

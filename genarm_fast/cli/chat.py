@@ -1,4 +1,4 @@
-"""`genarm-fast chat`: a conversation whose sampling, weights included, can change between answers."""
+"""`genarm-fast chat`: a conversation whose sampling parameters, weights included, can change between answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HELP = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Models and sampling; the rest is said in the chat."""
+    """Add the options for models and sampling. All other settings are commands in the chat."""
     parser.epilog = f"{HELP}\n\n{parser.epilog}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until /quit or the end of the input: a terminal, or a pipe with one message or command a line."""
+    """Talk until /quit or the end of the input: a terminal, or a pipe with one message or command on each line."""
     params = sampling_params(args)
     model = load(args)
     for member in model.members:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """A conversation. Answers go to stdout, all else to stderr."""
+    """A conversation. Answers go to stdout, all other output to stderr."""
 
     def __init__(
         self, model: GenARM, params: SamplingParams, system: str | None, arguments: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ class Chat:
         self.console = console(stderr=True)
 
     def take(self, line: str) -> None:
-        """A message to answer, or a command."""
+        """Answer a message, or carry out a command."""
         try:
             if line.startswith("/"):
                 name, _, text = line[1:].partition(" ")
@@ -85,7 +85,7 @@ class Chat:
             print()
 
     def command(self, name: str, text: str) -> None:
-        """Raises ValueError for an unknown command or a bad value."""
+        """Carry out a command. Raises ValueError for an unknown command or a bad value."""
         fields = {field.name: field for field in sampling_fields(UNUSED)}
         if name == "help":
             self.console.print(HELP)
@@ -108,7 +108,7 @@ class Chat:
             raise ValueError(f"/{name}: expected a command that /help lists")
 
     def answer(self, messages: list[dict[str, str]]) -> None:
-        """Streams an answer; Ctrl-C keeps what there is of it. The conversation is unchanged if it fails."""
+        """Stream an answer. Ctrl-C keeps the text so far. The conversation does not change if the answer fails."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         chat = [*system, *messages]
         with self.model.stream(chat, self.params, **self.arguments) as stream:
@@ -128,7 +128,7 @@ class Chat:
             self.console.print(reward_table(output.rewards))
 
     def describe(self, name: str) -> str:
-        """A parameter and its value, weights by ARM."""
+        """Return a parameter and its value as text, weights by ARM."""
         value = getattr(self.params, name)
         if isinstance(value, bool):
             return f"{name}: {'on' if value else 'off'}"
@@ -139,14 +139,14 @@ class Chat:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines typed at a terminal, with their history from earlier chats."""
+    """Yield lines typed at a terminal. Their history is kept from chat to chat."""
     import readline  # gives input() its line editing
 
     from genarm_fast.utils.records import cache_dir
 
     history = cache_dir() / "chat_history"
     readline.set_history_length(HISTORY_LINES)
-    with suppress(OSError):  # none yet
+    with suppress(OSError):  # no history yet
         readline.read_history_file(history)
     try:
         while True:

@@ -1,8 +1,8 @@
-"""Whether a decoder treats its layers alike, read off its source: then some of them tell of all.
+"""Check of a decoder's source: whether it treats all layers alike, so that a test of some layers is valid for all.
 
-What passes is the plain loop of transformers' decoders over layers that write their own part of the cache. Code that
-knows which layer it is in does not pass, nor does what hands layers anything but hidden states of the one before, nor
-code of anybody but transformers and PEFT.
+The plain loop of transformers' decoders passes, over layers that write their own part of the cache. Code that knows
+which layer it is in does not pass. Nor does a loop that gives a layer anything but the hidden states of the previous
+one, nor code that is not from transformers or PEFT.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from genarm_fast.engine.verdict_key import codes_of, known_by_version
 
-READ = ("transformers",)  # packages whose layers may pass, if their source does
-TRUSTED = ("peft", "genarm_fast", "torch", "huggingface_hub")  # packages whose modules know of no layers
+READ = ("transformers",)  # packages whose layers may pass, after their source was read
+TRUSTED = ("peft", "genarm_fast", "torch", "huggingface_hub")  # packages whose modules do not depend on the layer
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' functions
 CACHE = r"(?:past_key_values?|layer_past)"
-ARGUMENTS = rf"attention_mask|position_embeddings|position_ids|use_cache|cache_position|{CACHE}"  # the same for all
-OWN_PART = re.compile(rf"{CACHE}\.update\(\w+, \w+, self\.layer_idx(?:, \w+)?\)")  # of the cache
-OF_CACHE = rf"{CACHE}(?:\.|\[)|= {CACHE}$|['\"]{CACHE}['\"]"
-REMEMBERED = r"^ *\w+\.[\w.]+(?:\[.*\])? [-+*/|]?= |\b(?:global|nonlocal)\b"
-TELLING = re.compile(rf"layer_idx|{OF_CACHE}|{REMEMBERED}", re.MULTILINE)  # what layers that differ may do
+# Arguments that have the same value for all layers.
+ARGUMENTS = rf"attention_mask|position_embeddings|position_ids|use_cache|cache_position|{CACHE}"
+OWN_PART = re.compile(rf"{CACHE}\.update\(\w+, \w+, self\.layer_idx(?:, \w+)?\)")  # write to the layer's own cache
+OF_CACHE = rf"{CACHE}(?:\.|\[)|= {CACHE}$|['\"]{CACHE}['\"]"  # other uses of the cache
+REMEMBERED = r"^ *\w+\.[\w.]+(?:\[.*\])? [-+*/|]?= |\b(?:global|nonlocal)\b"  # state that outlives a forward
+TELLING = re.compile(rf"layer_idx|{OF_CACHE}|{REMEMBERED}", re.MULTILINE)  # signs that layers may compute differently
 
 
 def lists_read(decoder: Any, layers: str) -> frozenset[str] | None:
-    """Lists of the config of which the decoder's loop gives each layer its own entry.
+    """Return the names of the config's lists of which the decoder's loop gives each layer its own entry.
 
-    layers: the name of its list of layers. None: its loop, or what a layer is made of, does not pass.
+    layers: name of the decoder's list of layers.
+
+    Returns None if the loop, or the code of a layer, does not pass.
     """
     if (attention := decoder.config._attn_implementation) not in ATTENTION:
         return None
@@ -55,7 +58,10 @@ def lists_read(decoder: Any, layers: str) -> frozenset[str] | None:
 
 
 def _lists_of_loop(kind: type, layers: str) -> frozenset[str] | None:
-    """Names X of `self.config.X[i]` in the only mention of the layers, if that is a plain loop."""
+    """Return the names X of `self.config.X[i]` in the loop over the layers, or None.
+
+    None means that the loop is not a plain one, or that the class uses its layers elsewhere too.
+    """
     text = _text_of(_file(kind), kind.__name__)
     loop = re.search(
         rf"\n        for (?:(?P<i>\w+), )?(?P<layer>\w+) in (?:enumerate\()?self\.{layers}"
@@ -68,7 +74,7 @@ def _lists_of_loop(kind: type, layers: str) -> frozenset[str] | None:
     lists = set()
     given = loop["given"].removesuffix(", **kwargs")
     if given != loop["given"] and re.search(r"\bkwargs(?:\[|\.| = )", text):
-        return None  # what is put into them may be the layers' own
+        return None  # the loop may put a layer's own values into its keyword arguments
     for each in filter(None, given.split(", ")):
         entry = rf"self\.config\.(?P<list>\w+)\[{loop['i']}\]"
         found = re.fullmatch(rf"(?:{ARGUMENTS})=(?P<value>\w+)(?:\[{entry}\])?", each)
@@ -79,23 +85,24 @@ def _lists_of_loop(kind: type, layers: str) -> frozenset[str] | None:
 
 
 def _package(kind: type) -> str | None:
-    """Which of the packages it is from."""
+    """Return the package of a class if it is one of READ and TRUSTED, else None."""
     name = kind.__module__.split(".")[0]
     return name if name in (*READ, *TRUSTED) else None
 
 
 def _installed(functions: Iterable[Any]) -> bool:
-    """Whether functions, and those that they call by name, are code of the packages, and nobody's patches."""
+    """Whether functions, and those that they call by name, come from files of READ and TRUSTED and not from patches."""
     return all(code.co_filename.startswith(_folders()) for each in functions for code in codes_of(each))
 
 
 def _folders() -> tuple[str, ...]:
     files = (sys.modules[name].__file__ for name in (*READ, *TRUSTED) if name in sys.modules)
-    return (contextlib.__file__, *(f"{Path(file).parent}/" for file in files if file))  # whose wrappers they have
+    # The packages' functions have wrappers of contextlib.
+    return (contextlib.__file__, *(f"{Path(file).parent}/" for file in files if file))
 
 
 def _texts(kind: type) -> Iterator[str]:
-    """Of a class without its `__init__`, and of the functions in its file that it names."""
+    """Iterate over the sources of a class without its `__init__`, and of the functions in its file that it names."""
     file = _file(kind)
     yield (text := _text_of(file, kind.__name__))
     for name in _names_of_functions(file):
@@ -109,7 +116,7 @@ def _file(kind: type) -> str:
 
 @cache
 def _parsed(file: str) -> dict[str, ast.stmt]:
-    """Classes and functions of a file by name."""
+    """Return the syntax trees of a file's classes and functions by name."""
     parts = ast.parse(Path(file).read_text(encoding="utf-8")).body
     return {part.name: part for part in parts if isinstance(part, (ast.ClassDef, ast.FunctionDef))}
 
@@ -120,10 +127,10 @@ def _names_of_functions(file: str) -> list[str]:
 
 @cache
 def _text_of(file: str, name: str) -> str:
-    """Source of a class, without its `__init__`, or of a function, without comments and in one layout."""
+    """Return the source of a class without its `__init__`, or of a function, without comments and in one layout."""
     part = _parsed(file).get(name)
     if part is None:
-        return "layer_idx"  # nobody knows
+        return "layer_idx"  # unknown code does not pass: `TELLING` matches this
     if isinstance(part, ast.ClassDef):
         part.body = [each for each in part.body if getattr(each, "name", "") != "__init__"]
     return ast.unparse(part)

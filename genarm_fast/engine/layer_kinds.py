@@ -1,8 +1,8 @@
-"""Kinds of layers: what is said of one is true of all that differ from it in the numbers of their weights alone.
+"""Kinds of layers: a test of one layer is valid for all layers of its kind, which differ in the weights' values alone.
 
-Models whose layers can be told apart like this are those of `layer_code`. Two layers are of a kind if they have the
-same modules with the same attributes, but for the layer's index; tensors of the same shapes; the same forwards of ours;
-and the same entries of the config's lists.
+This needs a decoder that treats its layers alike (`layer_code`). Layers of one kind have the same modules with the same
+attributes, except for the layer's index; tensors of the same shapes; the same forward of genarm_fast, if any; and the
+same entries in the config's lists.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from genarm_fast.models.member import Member
 from genarm_fast.models.stacked_decoder import StackedDecoder
 
 PLAIN = (bool, int, float, bytes, type(None), torch.dtype, torch.device)
-INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # attributes of every module
-OURS = (FusedDecoder, StackedDecoder)  # forwards of which `of_layers` gives a part
+INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # attributes that every module has
+OURS = (FusedDecoder, StackedDecoder)  # genarm_fast's forwards; their method `of_layers` makes one for some layers
 
 
 def kinds_of_layers(models: Sequence[Any], runner: Any) -> list[Hashable] | None:
-    """Of each layer something that is equal for those of one kind.
+    """Return for each layer a value that is equal for layers of one kind.
 
-    models: whose plain forwards say what is right. runner: the tree that runs them together.
+    models: the models whose plain forwards are the standard. runner: the module tree that runs them together.
 
     Returns:
-        None where some layers prove nothing about others.
+        The values, or None if a test of some layers proves nothing about others.
     """
     trees = [*models, runner]
     layers = [_layers(tree) for tree in trees]
@@ -52,12 +52,15 @@ def kinds_of_layers(models: Sequence[Any], runner: Any) -> list[Hashable] | None
 
 
 def _numbers(layer: Any) -> Hashable:
-    """What a layer of our own forwards computes with, besides the modules' weights."""
+    """Return the plain attributes that a layer of genarm_fast's forwards computes with, besides the weights."""
     return tuple((name, each) for name, each in vars(layer).items() if isinstance(each, PLAIN))
 
 
 def _read(model: Any) -> list[Any] | None:
-    """Lists of the config that have an entry for each layer; None where the plain forward knows layers otherwise."""
+    """Return the config's lists that have an entry for each layer, as strings.
+
+    Returns None if the plain forward may tell layers apart in other ways.
+    """
     if any(_hooked(module) or "forward" in vars(module) for module in model.modules()) or not _layers(model):
         return None
     entries = _lists(model.config)
@@ -66,7 +69,7 @@ def _read(model: Any) -> list[Any] | None:
 
 
 def _lists(config: Any) -> dict[str, Sequence[Any]]:
-    """Lists of as many entries as there are layers."""
+    """Return the config's lists, by name, that have as many entries as there are layers."""
     count = config.num_hidden_layers
     return {key: each for key, each in vars(config).items() if isinstance(each, (list, tuple)) and len(each) == count}
 
@@ -76,7 +79,7 @@ def _runs_alike(runner: Any) -> bool:
 
 
 def member_of_layers(member: Member, kept: Sequence[int]) -> Member:
-    """The member with these layers alone. It is over the same modules; the member itself stays as it is."""
+    """Return a copy of the member that has these layers alone, over the same modules. The member does not change."""
     part = copy.copy(member)
     part.model = _of_layers(member.model, kept)
     if member.shared is member.model:
@@ -88,6 +91,7 @@ def member_of_layers(member: Member, kept: Sequence[int]) -> Member:
 
 
 def _of_layers(model: Any, kept: Sequence[int]) -> Any:
+    """Return a model of these layers alone, with a shallow copy of the modules above them."""
     whole, decoder = _shallow(model), _shallow(model.base_model)
     name = _name(decoder)
     layers = decoder._modules[name]
@@ -113,13 +117,13 @@ def _own_forward(model: Any) -> Any:
 
 
 def _name(decoder: Any) -> str:
-    """Of its list of layers; "" where there is no list, or more than one."""
+    """Return the name of the decoder's list of layers; "" if there is no such list, or more than one."""
     lists = [name for name, module in decoder.named_children() if isinstance(module, nn.ModuleList)]
     return lists[0] if len(lists) == 1 else ""
 
 
 def _layers(model: Any) -> list[Any] | None:
-    """Layers of the only list of a decoder, which is right below the model and has all that its config says."""
+    """Return the decoder's layers; None unless the model has this one decoder, with as many as its config says."""
     decoder, config = model.base_model, model.config
     if config.get_text_config() is not config or model._modules.get(model.base_model_prefix) is not decoder:
         return None
@@ -130,7 +134,7 @@ def _layers(model: Any) -> list[Any] | None:
 
 
 def _shared(layers: Sequence[nn.Module]) -> bool:
-    """Whether a module or a parameter is in two of them."""
+    """Whether two of the layers share a module or a parameter."""
     parts = [id(each) for layer in layers for each in (*layer.modules(), *layer.parameters())]
     return len(set(parts)) < len(parts)
 
@@ -140,13 +144,14 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class Place(NamedTuple):
-    """Where a described attribute is. modules: names in the layer by id. path: of the layer, in its decoder."""
+    """The layer that has an attribute. modules: names of its modules by id. path: the layer's path in the decoder."""
 
     modules: dict[int, str]
     path: str
 
 
 def _description(layer: nn.Module, index: int, layers: str) -> Iterator[Hashable]:
+    """Iterate over descriptions of a layer's modules: name, type, attributes and tensors, except the layer's index."""
     place = Place({id(module): name for name, module in layer.named_modules()}, f"{layers}.{index}.")
     for name, module in layer.named_modules():
         own = {key: value for key, value in vars(module).items() if key not in INTERNAL}
@@ -157,8 +162,8 @@ def _description(layer: nn.Module, index: int, layers: str) -> Iterator[Hashable
 
 
 def _described(value: Any, place: Place) -> Hashable:
-    """Equal for attributes that do the same in modules of two layers."""
-    if isinstance(value, str):  # PEFT's modules know their names
+    """Return a value that is equal for attributes that do the same in modules of two layers."""
+    if isinstance(value, str):  # PEFT's modules hold their own paths
         return str, value.replace(place.path, "")
     if isinstance(value, PLAIN):
         return type(value), value
@@ -185,7 +190,7 @@ def _described(value: Any, place: Place) -> Hashable:
 
 
 def _code(function: Any) -> Hashable:
-    """The same code in two layers' functions, which must not hold anything else."""
+    """Return a value that is equal for functions with the same code; one with a closure is equal to itself alone."""
     code = getattr(function, "__code__", None)
     return (FunctionType, id(function)) if code is None or function.__closure__ else (FunctionType, code)
 
@@ -196,5 +201,5 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _of_ours(name: str, value: Any, place: Place) -> Hashable:
-    """An attribute of an object of ours. Private ones are addresses, which differ, and None where there is none."""
+    """Describe an attribute of genarm_fast's objects. A private one is an address or None; which one is described."""
     return value is None if name.startswith("_") else _described(value, place)

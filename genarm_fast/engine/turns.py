@@ -1,4 +1,4 @@
-"""One thread steps an engine at a time, on behalf of all; the others wait for their sequences, or for their turn."""
+"""Turns: one thread at a time steps an engine for all sequences; other threads wait for news or for their turn."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 
 class Turns:
-    """Who steps now, and what has to be done before the next step.
+    """The thread that steps now, and the jobs that have to be done before the next step.
 
-    `ask` never waits for a step: what is asked in mid-step is done after it. Where an interrupt comes in the middle of
-    that, it is done once more from the beginning.
+    `ask` never waits for a step: a job that comes during a step is done after it. If an interrupt comes in the middle
+    of a job, the job is done again from its beginning.
     """
 
     def __init__(self) -> None:
-        # Taken by `with` on the lock itself, which is C. The condition's own __enter__ is Python: an interrupt inside
-        # it would leave the lock held for ever.
+        # `with` takes the lock itself, in C code. The condition's own __enter__ is Python code: an interrupt inside it
+        # would leave the lock held forever.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._stepper: int | None = None
-        self._queue: deque[object] = deque()  # tickets of those who wait for the turn, so that nobody is passed over
+        self._queue: deque[object] = deque()  # tickets of threads that wait for the turn, served in order
         self._inbox: deque[Callable[[], None]] = deque()
-        self._lost = False  # a thread of the parent process had the turn as this one was forked
+        self._lost = False  # whether this process was forked while another thread of its parent had the turn
 
     def forked(self) -> bool:
-        """In a forked process, which has this thread alone: whether a step that another one began is left half done.
+        """Make new locks in a forked process, which has this thread alone.
 
-        Then nobody has a turn any more.
+        Returns whether another thread of the parent was in the middle of a step. Then no thread gets a turn any more.
         """
         whole = (self._stepper is None or self.mine) and self._lock.acquire(blocking=False)
         if whole:
@@ -47,7 +47,7 @@ class Turns:
         return self._stepper == threading.get_ident()
 
     def ask(self, what: Callable[[], None]) -> None:
-        """Do it between two steps: at once if nobody steps."""
+        """Do a job between two steps: at once if no thread steps."""
         if self._lost:
             return
         with self._lock:
@@ -57,10 +57,11 @@ class Turns:
 
     @contextmanager
     def take(self, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Wait for the turn, and have it inside; or not, once `unless` says that there is no need any more.
+        """Wait for the turn, and have it in the block. Gives True if the turn was taken.
 
-        Gives whether the turn was taken. Raises RuntimeError in the middle of the thread's own step, and after a fork
-        in the middle of another thread's.
+        unless: ends the waiting when it returns True; then the turn is not taken.
+
+        Raises RuntimeError during a step of the same thread, and after a fork during a step of another thread.
         """
         if self._lost:
             raise RuntimeError("this process was forked in the middle of a step: expected a new call")
@@ -84,23 +85,22 @@ class Turns:
         finally:
             try:
                 self._give_back(ticket)
-            except BaseException:  # an interrupt that came meanwhile: nobody would have a turn any more
+            except BaseException:  # an interrupt came meanwhile; without this, no thread would get a turn any more
                 self._give_back(ticket)
                 raise
 
     def _wait(self) -> None:
-        """Until something changed. The lock is held afterwards, whatever happens."""
+        """Wait until something has changed. The lock is held afterwards, also after an interrupt."""
         lock: Any = self._lock
         try:
             self._changed.wait()
         finally:
-            if (
-                not lock._is_owned()
-            ):  # the condition is Python: an interrupt came as it had let go, and did not wait yet
+            # The condition is Python code: an interrupt may come after it has released the lock and before it waits.
+            if not lock._is_owned():
                 lock.acquire()
 
     def _give_back(self, ticket: object) -> None:
-        """What a thread has of the turn: itself, or a place in the queue that an interrupt left behind."""
+        """Give back the turn, or the place in the queue that an interrupt left behind."""
         if self.mine or ticket in self._queue:
             with self._lock:
                 if ticket in self._queue:
@@ -112,6 +112,7 @@ class Turns:
                     self._answer()
 
     def _answer(self) -> None:
+        """Do all jobs of the inbox."""
         while self._inbox:
             what = self._inbox[0]
             try:
@@ -119,9 +120,9 @@ class Turns:
             except Exception:
                 self._done(what)
                 raise
-            self._done(what)  # only now: an interrupt in the middle would lose what another thread asked for
+            self._done(what)  # removed last, so that an interrupt does not lose another thread's job
 
     def _done(self, what: Callable[[], None]) -> None:
-        """Take it out, unless what it set free has asked in turn, and done so already."""
+        """Remove a job, unless it is removed already: objects that the job freed may have called `ask` in turn."""
         if self._inbox and self._inbox[0] is what:
             self._inbox.popleft()

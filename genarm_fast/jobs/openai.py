@@ -1,6 +1,6 @@
-"""Lines of OpenAI's batch files: `{"custom_id", "method", "url", "body"}` in, responses of that API's shape out.
+"""Lines of OpenAI's batch files: `{"custom_id", "method", "url", "body"}` in, responses in that API's form out.
 
-Bodies of `/v1/chat/completions` and `/v1/completions`. Fields beyond OpenAI's are those of `SamplingParams`.
+Bodies are those of `/v1/chat/completions` and `/v1/completions`. Fields beyond OpenAI's are those of `SamplingParams`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LINE = {"custom_id", "method", "url", "body"}
 RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# What would change the answer and is not there: accepted only where it asks for nothing.
+# Fields that would change the answer and are not supported. These values ask for nothing, so they are accepted.
 NOTHING: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "echo": (False,),
@@ -33,12 +33,12 @@ REASONS = {"time": "length", "cancelled": "stop"}
 
 
 def is_openai(row: Mapping[str, Any]) -> bool:
-    """Whether a line is meant as one of OpenAI's."""
+    """Whether a line has the form of OpenAI's batch files."""
     return "custom_id" in row or "body" in row
 
 
 def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The line as this project has it: id, prompt, sampling parameters.
+    """Return the line in this project's form: id, prompt, sampling parameters.
 
     Raises:
         ValueError: naming the field, its value and what was expected.
@@ -69,7 +69,7 @@ def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{name}={value!r:.60}: expected none, or {NOTHING[name][0]!r}")
         elif name in ("logprobs", "top_logprobs") and chat:
             continue
-        elif name == "chat_template_kwargs" and chat:  # as vLLM takes it
+        elif name == "chat_template_kwargs" and chat:  # the same field as in vLLM
             request[name] = value
         elif (known := RENAMED.get(name, name)) in SAMPLING:
             if known in request:
@@ -93,17 +93,17 @@ def _chat_logprobs(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def head_of(row: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Any]:
-    """What the output line begins with. head: of a line of this project."""
+    """Return the beginning of the output line. head: the beginning in this project's form."""
     return {**head, "id": f"batch_req_{head['request']}", "custom_id": row["custom_id"]}
 
 
 def failure_of(message: str) -> dict[str, Any]:
-    """What follows the head of a request that failed."""
+    """Return the fields after the head for a request that failed."""
     return {"response": None, "error": {"code": "generation_error", "message": message}}
 
 
 def response_of(row: Mapping[str, Any], head: Mapping[str, Any], output: GenerationOutput, tokenizer: Any) -> Any:
-    """What follows the head of a request that was answered. `created` is 0: equal jobs write equal bytes."""
+    """Return the fields after the head for an answered request. With `created` 0, equal jobs write equal bytes."""
     chat = row["url"] == CHAT
     usage = output.usage
     body = {

@@ -1,4 +1,4 @@
-"""The requests of an input file, which is read anew each time: a million lines take little memory."""
+"""The requests of an input file. The file is read again each time, so a million lines take little memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from genarm_fast.text.given import Prompt
 from genarm_fast.utils.jsonlines import dumps, located, parsed, read_lines
 from genarm_fast.utils.pipes import copied, is_pipe
 
-TOKEN_CHARACTERS = 4  # of a usual text
+TOKEN_CHARACTERS = 4  # characters of a token in usual text
 
 
 @dataclass(frozen=True)
 class Requests(Sequence[JobRequest]):
-    """Iterating reads the lines again; slices are views of the file as well. 8 bytes a line are kept.
+    """The requests of a file. Iterating reads its lines again; a slice is a view of the file too.
 
-    longest: the request whose prompt is longest. Iterating raises ValueError for a line that is another one by now.
+    8 bytes for each line are kept. longest: the request with the longest prompt. Iterating raises ValueError for a line
+    that has changed.
     """
 
     form: Form
@@ -31,7 +32,8 @@ class Requests(Sequence[JobRequest]):
     _path: Path
     _hashes: array[int]
     _range: range
-    _copy: Any = field(default=None, repr=False)  # of an input that can be read but once: it lives as long as this
+    # Copy of an input that can be read only once; it lives as long as this object.
+    _copy: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self._range)
@@ -51,7 +53,11 @@ class Requests(Sequence[JobRequest]):
     @overload
     def __getitem__(self, key: slice) -> Requests: ...
     def __getitem__(self, key: int | slice) -> JobRequest | Requests:
-        """An index reads the file up to there. Raises ValueError for a slice that leaves out lines inside it."""
+        """Return a request, or a slice. An index reads the file up to that line.
+
+        Raises:
+            ValueError: a slice with a step other than 1.
+        """
         if isinstance(key, slice):
             if key.step not in (None, 1):
                 raise ValueError(f"step={key.step}: expected 1")
@@ -68,15 +74,15 @@ def read_requests(
     keep: Sequence[str] = (),
     progress: Callable[[int], None] = lambda lines: None,
 ) -> Requests:
-    """Checks all lines but for the lengths of their prompts in tokens, which the members decide.
+    """Check all lines, except for the lengths of their prompts in tokens, which the members decide.
 
     Args:
         path: JSON lines, plain or `.gz`. A pipe is copied to a temporary file.
-        defaults: the parameters that a line leaves out, `max_time` and `priority` not among them; its seed is the job's
-            seed (None: 0), from which each line without a seed derives its own.
-        arms: how many weights a list must have.
-        keep: names of fields that go to the output as they are, besides `metadata`.
-        progress: told how many lines were checked, every thousand of them.
+        defaults: the parameters that a line leaves out, except `max_time` and `priority`. Its seed is the job's seed
+            (None: 0), from which each line without a seed derives its own.
+        arms: the number of weights that a list must have.
+        keep: names of fields that are copied to the output, besides `metadata`.
+        progress: called with the number of lines checked so far, every thousand lines.
 
     Raises:
         ValueError: naming file, line, field, value and expectation.
@@ -108,7 +114,7 @@ def read_requests(
 
 
 def _size(prompt: Prompt) -> int:
-    """About as many characters as it has."""
+    """Return the prompt's approximate number of characters."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(TOKEN_CHARACTERS if isinstance(item, int) else len(item.get("content") or "") for item in prompt)
@@ -119,8 +125,8 @@ def _id_hash(id: Any) -> int:
 
 
 def _check_unique(requests: Requests, ids: array[int]) -> None:
-    """Raises ValueError for an id that two lines have. ids: hashes, which get sorted; few are equal by chance."""
-    values = numpy.frombuffer(ids, numpy.int64)  # shares their memory
+    """Raises ValueError for an id that two lines have. ids: hashes, sorted in place; few are equal by chance."""
+    values = numpy.frombuffer(ids, numpy.int64)  # shares the memory of ids
     values.sort()
     suspected = set(values[1:][values[1:] == values[:-1]].tolist())
     if not suspected:

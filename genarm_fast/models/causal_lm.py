@@ -1,4 +1,4 @@
-"""transformers' causal LM of a folder or hub repository, with all of its weights and no others, or refused."""
+"""Load the causal LM of a folder or hub repository with transformers, or refuse it if its weights do not fit."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers
 
 @one_load()
 def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
-    """transformers' causal LM of a folder or hub repository, if that holds all of its weights and nothing else.
+    """Load the causal LM of a folder or hub repository, if that holds all of the model's weights and no others.
 
-    member: its role in errors. kwargs: to transformers' `from_pretrained`.
+    member: the model's role, named in errors. kwargs: keyword arguments for transformers' `from_pretrained`.
 
     Raises:
-        ValueError: files that cannot be read, code of the folder's own without `trust_remote_code`, and weights that
-            are missing, that have no place in the model, or that have another shape.
+        ValueError: files that cannot be read, Python code of the folder's own without `trust_remote_code`, and weights
+            that are missing, that have no place in the model, or that have another shape.
     """
     check_files(member, source)
     _check_size(member, source, trust_remote_code, kwargs)
@@ -42,9 +42,10 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
 def load_coded(
     member: str, source: Source, coded: dict[str, Any], *, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[Any, dict[str, QuantWeight]]:
-    """As `load_causal_lm`, of a folder whose matrices are coded by another method; and the codes that we have as well.
+    """Load a folder whose matrices another method coded. Return the model, and the codes that `quant_linear` can hold.
 
-    coded: its config's quantization_config. The model is plain: coded matrices are dequantised.
+    coded: the quantization_config of the folder's config. The model is plain: its coded matrices are dequantised. The
+    codes have the names of their weights. The other arguments are those of `load_causal_lm`.
 
     Raises:
         ValueError: as `load_causal_lm`, and for codes, scales and zeros that do not fit together.
@@ -61,7 +62,8 @@ def load_coded(
 
 
 def _check_size(member: str, source: Source, trust_remote_code: bool, kwargs: dict[str, Any]) -> None:
-    if not kwargs.keys() & {"gguf_file", "config"}:  # whose model is not that of the folder's config.json
+    # With either argument, the model is not that of the folder's config.json.
+    if not kwargs.keys() & {"gguf_file", "config"}:
         check_size(member, source, trust_remote_code=trust_remote_code)
 
 
@@ -70,7 +72,7 @@ def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = Aut
         loaded: Any = kind.from_pretrained(
             source,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # mismatches are refused below, by name
             **kwargs,
         )
     model, found = loaded
@@ -91,7 +93,7 @@ def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = Aut
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers' table of what did not fit is not for users here: the errors say it."""
+    """Silence transformers' table of weights that did not fit, because our error says the same."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,4 +1,7 @@
-"""Checkpoints of GPTQ, AWQ and compressed-tensors, read without these packages: plain models, and codes of matrices."""
+"""Read checkpoints of GPTQ, AWQ and compressed-tensors without these packages.
+
+A checkpoint gives a plain model, and the codes of its matrices.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from genarm_fast.models.files import WEIGHTS, read_object, refusing
 from genarm_fast.models.hub import Source
 
 METHODS = ("awq", "compressed-tensors", "gptq")
-PARTS = {  # what tensors of a coded matrix are called; the first is always there
+PARTS = {  # names of the tensors of a coded matrix; the first ones are always there, see NEEDED
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
     "compressed-tensors": (
@@ -27,8 +30,9 @@ PARTS = {  # what tensors of a coded matrix are called; the first is always ther
         "weight_g_idx",
     ),
 }
-NEEDED = {"gptq": 3, "awq": 3, "compressed-tensors": 1}  # of these
-OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")  # which stay bfloat16 here
+NEEDED = {"gptq": 3, "awq": 3, "compressed-tensors": 1}  # how many of the first PARTS a coded matrix must have
+# Tensors that quantise activations. Activations stay bfloat16 here, so these tensors are dropped.
+OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], codes.Coded]] = {
     "gptq": codes.gptq,
     "awq": codes.awq,
@@ -37,7 +41,7 @@ READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], codes.Cod
 
 
 def coded(member: str, place: Source) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint's config.json, None where it has none."""
+    """Return the quantization_config of a checkpoint's config.json, or None if it has none."""
     found = read_object(member, place, "config.json").get("quantization_config")
     return found if isinstance(found, dict) else None
 
@@ -47,7 +51,7 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 
 def check_method(what: str, place: Source, config: Mapping[str, Any], how: str) -> None:
-    """Raises ValueError for a checkpoint whose codes are not read here, naming its method."""
+    """Raises ValueError for a checkpoint whose codes can't be read here. The error names the checkpoint's method."""
     method = method_of(config)
     if method not in METHODS:
         raise ValueError(f"{what}: a checkpoint of quant_method={method!r}: expected none, or {', '.join(METHODS)}")
@@ -58,9 +62,13 @@ def check_method(what: str, place: Source, config: Mapping[str, Any], how: str) 
 
 
 def read(what: str, folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, QuantWeight]]:
-    """The plain model's tensors, those of coded matrices as bfloat16; and the codes of those that have some of ours.
+    """Return the plain model's tensors, and the codes of each coded matrix that `quant_linear` can hold.
 
-    Raises ValueError for tensors that do not fit together, and for kinds that are not read, naming the matrix.
+    Coded matrices are among the tensors as bfloat16.
+
+    Raises:
+        ValueError: tensors that do not fit together, and kinds of codes that are not read here. The error names the
+            matrix.
     """
     method, tensors = method_of(config), dict(_tensors(what, folder))
     parts, marks = PARTS[method], ("weight_scale",) if method == "compressed-tensors" else ("qweight",)
@@ -87,7 +95,10 @@ def read(what: str, folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def _scheme(config: Mapping[str, Any], method: str) -> Mapping[str, Any]:
-    """What says how all matrices are coded. compressed-tensors may have several groups of them: of one kind here."""
+    """Return the settings that describe how all matrices are coded.
+
+    compressed-tensors may list several groups of matrices. Raises ValueError if their settings differ.
+    """
     if method != "compressed-tensors":
         return config
     schemes = [group for group in (config.get("config_groups") or {}).values() if group.get("weights")]

@@ -1,4 +1,7 @@
-"""Which kernel multiplies few rows on a GPU, cuBLAS's or ours: measured once for a shape, and kept for the process."""
+"""Choose the kernel that multiplies few rows on a GPU: cuBLAS's or this package's.
+
+Each shape is measured once, and the choice is kept for the life of the process.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from torch.nn import functional
 from genarm_fast.device.base import Device, WorkStream, out_of_memory
 from genarm_fast.device.cuda import Cuda, power_of_two
 
-ROWS = (1, 2, 4, 8, 16)  # others count as the next of these
-REPEATS = 5  # measured replays of a graph with the products of all layers
-GAIN = 0.97  # of cuBLAS's time: what ours has to take less than, as measurements scatter
-FAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}  # of the norm; float32: cuBLAS may use TF32
+ROWS = (1, 2, 4, 8, 16)  # measured numbers of rows; any other number counts as the next larger one
+REPEATS = 5  # measured replays of a graph that holds the products of all layers
+# Our kernel is chosen if it takes less than this share of cuBLAS's time. The margin covers the scatter of measurements.
+GAIN = 0.97
+# Largest distance of our product from cuBLAS's, as a share of the product's norm. In float32 cuBLAS may use TF32.
+FAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +38,10 @@ class Shape(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of one product by each, inf where the kernel fails or gives other numbers; and why."""
+    """Seconds that one product takes by each kernel.
+
+    ours: inf if our kernel fails or its result differs from cuBLAS's; `why` then gives the reason.
+    """
 
     cublas: float
     ours: float
@@ -45,7 +53,7 @@ class Seconds(NamedTuple):
 
 
 class Product(Protocol):
-    """What is chosen for: `ours` has the rows for which our kernel serves."""
+    """Linears of a decoder that need a kernel. `ours` holds the numbers of rows that our kernel multiplies."""
 
     weight: Tensor
     bias: Tensor | None
@@ -57,10 +65,10 @@ known: dict[Shape, Seconds] = {}
 
 @torch.no_grad()
 def choose(products: Sequence[Product], device: Device | None = None) -> str:
-    """Set `ours` of the products of a decoder, and say in words what was chosen; "" where there is no choice.
+    """Set `ours` of each product of a decoder, and return a sentence about the choice; "" without a GPU.
 
-    Products of one shape are measured together, layer after layer as a forward has them: their weights are not in the
-    cache. device: for its clock, and its graphs, without which the host's launches would be measured.
+    Products of one shape are measured together, layer after layer as in a forward, so that their weights are not in the
+    cache. device: gives the clock and the graphs. Without graphs, the host's launches would be measured.
     """
     if device is None:
         if not all(product.weight.is_cuda for product in products):
@@ -85,7 +93,7 @@ def choose(products: Sequence[Product], device: Device | None = None) -> str:
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias by our kernel."""
+    """Compute x Wᵀ + bias by our kernel. Raises ValueError for an x that the kernel does not take."""
     from genarm_fast.kernels.small_linear.triton import launch  # triton is not on every platform
 
     found = launch(x, weight, bias)
@@ -95,7 +103,7 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def serves(product: Product, x: Tensor) -> bool:
-    """Whether our kernel was chosen for so many rows."""
+    """Whether our kernel was chosen for the number of rows of x."""
     return bool(product.ours) and power_of_two(x.shape[:-1].numel()) in product.ours
 
 
@@ -119,7 +127,7 @@ def _measured(shape: Shape, group: Sequence[Product], device: Device, stream: Wo
 def _seconds(
     multiply: Callable[..., Tensor], x: Tensor, group: Sequence[Product], device: Device, stream: WorkStream
 ) -> float:
-    """Of one product, the median of some replays of all."""
+    """Return the seconds of one product: the median over replays that each compute the products of all layers."""
 
     def run() -> tuple[()]:
         for product in group:

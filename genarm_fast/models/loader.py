@@ -1,4 +1,4 @@
-"""Loading the members of a guided decoder: their models, tokenizers and prompt templates."""
+"""Load the members of a guided decoder: their models, tokenizers and prompt templates."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ def load_members(
     trust_remote_code: bool = False,
     **loading: Any,
 ) -> tuple[list[Member], Member | None]:
-    """Base first, then the ARMs in order; and the model that only proposes tokens.
+    """Load the members, base first and then the ARMs in order, and the draft model, a model that only proposes tokens.
 
-    trust_remote_code: of base and draft model; each ARM has its own. loading: to `ModelLoader`.
+    trust_remote_code: for the base and the draft model; each `ARM` has its own setting. loading: keyword arguments for
+    `ModelLoader`.
 
     Raises:
-        ValueError: a folder or adapter that is not whole or not supported, an adapter of another base, a model without
+        ValueError: a folder or adapter that is incomplete or not supported, an adapter of another base, a model without
             a key-value cache, tokenizers that disagree on the common vocabulary, a template without {prompt}, a name
             given twice, a device that is not here, one adapted model in two roles.
-        FileNotFoundError: one of them is nowhere; before any is loaded.
+        FileNotFoundError: a model that is found nowhere; raised before any model is loaded.
     """
     names = arm_names(specs)
     models = ModelLoader(**loading)
@@ -82,7 +83,7 @@ def load_members(
         raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
     base_tokenizer = tokenizer
     if tokenizer is None and source:
-        with suppress(FileNotFoundError):  # a given model may come from anywhere
+        with suppress(FileNotFoundError):  # a loaded model may name a folder that does not exist here
             found = models.locate("base", source)
             base_tokenizer = _tokenizer_of("base", source, models, trust_remote_code)
             gguf = loading.get("gguf_file")
@@ -137,20 +138,21 @@ def load_members(
             first.stop_ids |= {end}
     drafter = None
     if draft_model is not None:
-        # It reads the base's prompts, with or without a tokenizer of its own.
+        # The draft model gets the base's prompts, whether or not it has a tokenizer of its own.
         own = None if places[-1] is None else _tokenizer_of("draft_model", draft_model, models, trust_remote_code)
         model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
         drafter = Member("draft_model", model, own or base_tokenizer)
     _make_runners(members, drafter)
     everyone = zip([*members, drafter], [base, *(spec.model for spec in specs), draft_model])
-    for member, source in everyone:  # weights lie where they will stay
+    # The watch is made after the runners, because making a runner on a GPU moves weights.
+    for member, source in everyone:
         if member is not None and isinstance(source, nn.Module):
             member.watch = WeightWatch(source)
     return members, drafter
 
 
 def _make_runners(members: list[Member], drafter: Member | None) -> None:
-    """The module trees that run members, one for those that share a forward."""
+    """Make the module trees that run the members. Members that share a forward get one tree together."""
     models = [member.model for member in members]
     made: dict[int, Any] = {}
     for lane, (member, shared) in enumerate(zip(members, share_forwards(models, built_as_known))):
@@ -158,11 +160,17 @@ def _make_runners(members: list[Member], drafter: Member | None) -> None:
         if shared is not member.model and id(shared) not in made:
             made[id(shared)] = as_runner(shared, models)
     for member in [*members, *([] if drafter is None else [drafter])]:
-        log.info("%s: %s", member.name, member.runs_by)  # makes its runner now, since weights may move
+        # Reading `runs_by` makes the member's runner. That happens here, because making a runner on a GPU can move
+        # weights.
+        log.info("%s: %s", member.name, member.runs_by)
 
 
 def _recorded(member: str, place: Source | None) -> dict[str, Any]:
-    """What training recorded in genarm.json, {} where there is none. Raises ValueError for what it never writes."""
+    """Return what training recorded in genarm.json, or {} without such a file.
+
+    Raises:
+        ValueError: a value that training never writes.
+    """
     recorded = {} if place is None else read_object(member, place, "genarm.json")
     for name, kinds in RECORDED.items():
         value = recorded.get(name)
@@ -181,7 +189,10 @@ def _recorded(member: str, place: Source | None) -> dict[str, Any]:
 
 
 def _tokenizer_of(member: str, source: Any, models: ModelLoader, trust: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside its model, or else beside the subfolder that its model is in. Errors: `load_tokenizer`."""
+    """Return the tokenizer beside the model, else the one beside the subfolder that the model is in, else None.
+
+    The errors are those of `load_tokenizer`.
+    """
     for place in models.tokenizer_places(member, source):
         if (found := load_tokenizer(member, place, trust_remote_code=trust)) is not None:
             return found
@@ -189,10 +200,10 @@ def _tokenizer_of(member: str, source: Any, models: ModelLoader, trust: bool) ->
 
 
 def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or hub repository, None where it has no tokenizer files.
+    """Load the tokenizer of a folder or hub repository; return None if it has no tokenizer files.
 
     Raises:
-        ValueError: files that hold no tokenizer, or one that needs code of the folder's own.
+        ValueError: files that hold no tokenizer, or a tokenizer that needs the folder's own Python code.
     """
     if not any(find_file(source, name) for name in TOKENIZER_FILES):
         return None
@@ -206,7 +217,8 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
     except ValueError as error:
         if not os.path.isdir(source) or error.__cause__ is None:
             raise
-        if find_file(source, "config.json"):  # transformers looks into it first
+        # transformers reads this file before the tokenizer's, so its fault is named first.
+        if find_file(source, "config.json"):
             with refusing(f"{member}: {Path(source, 'config.json')}", "a config that can be read"):
                 AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with refusing(f"{member}: {blame_tokenizer(member, Path(source))}", expected):
@@ -214,7 +226,7 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
 
 
 def _check_format(member: str, spec: ARM, trained_on: str | None) -> None:
-    """Raises ValueError for a template that an ARM was not trained with."""
+    """Raises ValueError for a kind of template that the ARM was not trained with."""
     for name, formats in (("prompt_template", ("transcript", "chat")), ("chat_template", ("transcript", "text"))):
         if getattr(spec, name) is not None and trained_on in formats:
             raise ValueError(

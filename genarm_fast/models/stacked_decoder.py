@@ -1,7 +1,7 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3 in nine launches a layer, for GPUs.
 
-Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows; the kernel that reads
-the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). Nothing of a forward needs the host.
+Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows. The kernel that reads
+the product next applies B (`genarm_fast.kernels.add_rms_norm` and others). No part of a forward needs the host.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.weights import Movable
 
-stacked: WeakValueDictionary[int, Stack] = WeakValueDictionary()  # by the address of its weight
+stacked: WeakValueDictionary[int, Stack] = WeakValueDictionary()  # stacks by the address of their weight's memory
 
 
 class StackedDecoder:
-    """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`.
+    """The forward of a decoder (a model without its head) over our cache. It takes the place of `decoder.forward`.
 
-    The linears' parameters become views of the stacked weights, so that changes in place count; where they are another
-    decoder's already, it shares them. A and B of the lanes are copies, which `reread` takes anew. movable: the
-    parameters that move with them.
+    The linears' parameters become views of the stacked weights, so changes in place count. Where they are already views
+    of another decoder's stacks, this decoder shares those stacks. A and B of the lanes are copies, which `reread`
+    updates. movable: the parameters that move together with the linears'.
     """
 
     @torch.inference_mode(False)  # the owner of a given model may train it
@@ -52,7 +52,7 @@ class StackedDecoder:
         self._adapters: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
-        """input_ids, position_ids: int64 [N, q]."""
+        """Run the decoder. input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
         cos, sin = self.rotary(hidden, position_ids=position_ids)
         where, adapters = place(hidden.device), self._running(hidden.device)
@@ -62,14 +62,14 @@ class StackedDecoder:
         return Output(x, past_key_values)
 
     def of_layers(self, kept: Sequence[int]) -> Callable[..., Output]:
-        """The forward of these layers alone, over the same cache."""
+        """Return a forward that runs only the layers `kept`, over the same cache."""
         part = copy.copy(self)
         part.layers = [self.layers[i] for i in kept]
         part.next_norms = [*(layer.norm for layer in part.layers[1:]), self.next_norms[-1]]
         return over_layers(part, kept)
 
     def _running(self, device: torch.device) -> Tensor | None:
-        """The adapter of each running lane, uploaded once."""
+        """Return the adapter number of each running lane, or -1; int64 [lanes], uploaded once for each set of lanes."""
         if not self.number:
             return None
         lanes = tuple(running_lanes()[0])
@@ -79,7 +79,7 @@ class StackedDecoder:
 
     @torch.inference_mode()
     def reread(self) -> None:
-        """Take A and B of the lanes as they are now."""
+        """Copy the current A and B of the lanes."""
         for product in self.products:
             product.reread()
 
@@ -93,7 +93,7 @@ class StackedDecoder:
 
     @property
     def over_another(self) -> bool:
-        """Whether the weights were stacked for another decoder, and are shared."""
+        """Whether some weights were stacked for another decoder, and are shared."""
         return not all(product.own for product in self.products)
 
 
@@ -117,7 +117,7 @@ class _Layer:
         self, hidden: Tensor, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, where: Any, adapters: Tensor | None,
         next_norm: Norm,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The residual stream after this layer, and the next one's input."""
+        """Return the residual stream after this layer, and the next layer's input."""
         if not cache.is_initialized:
             cache.allocate(Entry(self.kv_heads, (self.width, self.width), hidden.dtype, hidden.device))
         keys, values, slots, positions = cache.keys, cache.values, where.slots, where.positions
@@ -134,9 +134,9 @@ class _Layer:
 
 
 class Stack:
-    """Weights of linears of one input, one below the other; under them the A of the lanes of who made it.
+    """The weights of linears of one input, one below the other, then the A of the lanes of the first decoder.
 
-    Decoders over the same weights share it, and it lives as long as any of them does.
+    Decoders over the same weights share the stack that the first one made. It lives as long as any of them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -144,7 +144,7 @@ class Stack:
         stacked[weight.untyped_storage().data_ptr()] = self
 
     def holds(self, linears: Sequence[Any]) -> bool:
-        """Whether these linears are its first ones, in this order."""
+        """Whether the stack begins with these linears, in this order."""
         size = sum(len(linear.weight) for linear in linears)
         spans = self.weight[:size].split([len(linear.weight) for linear in linears])
         return all(
@@ -154,15 +154,15 @@ class Stack:
 
 
 def stack_of(linears: Sequence[Any]) -> Stack | None:
-    """Where the first of them lies already."""
+    """Return the stack that holds the first of these linears, or None."""
     return stacked.get(linears[0].weight.untyped_storage().data_ptr())
 
 
 class Product:
-    """Linears of one input as one, with the LoRAs of each adapted lane; `number` numbers these lanes.
+    """The linears of one input as one product, with the LoRAs of each adapted lane.
 
-    The A of the lanes are rows of `weight`. Over another decoder's `stack` they are a weight of their own, `a`, which
-    costs a launch more.
+    number: from a lane to the number of its adapter. The A of the lanes are rows of `weight`. If the stack is another
+    decoder's, they are a weight of their own, `a`, which costs one launch more.
     """
 
     def __init__(self, modules: Sequence[nn.Module], number: Mapping[int, int], movable: Movable) -> None:
@@ -189,12 +189,13 @@ class Product:
         self.weight = self.stack.weight[:size]
         self.bias = None if self.stack.bias is None else self.stack.bias[:size]
         for module in modules:
-            if isinstance(module, LaneLinear):  # it held the weight where that lay
+            # The linear held the weight at its old address.
+            if isinstance(module, LaneLinear):
                 module.run = SmallLinear(module.linear.weight, module.linear.bias, module.loras)
         self.reread()
 
     def _stacked(self, linears: Sequence[Any], rows: int, movable: Movable) -> Stack:
-        """The linears' weights and so many rows in one memory, to which they move."""
+        """Move the linears' weights into one memory, with `rows` more rows for the A of the lanes."""
         first = linears[0].weight
         weight = first.new_zeros(sum(self.widths) + rows, first.shape[1])
         bias = None if all(linear.bias is None for linear in linears) else weight.new_zeros(len(weight))
@@ -214,7 +215,7 @@ class Product:
             self.b[adapter, : len(a), int(columns[0]) : int(columns[-1]) + 1] = b * scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out, and the shrunk inputs of the adapters]."""
+        """Multiply x [..., in]. Return [..., out + rows of A]: the outputs, then the shrunk inputs of the adapters."""
         if len(self.a) and not self.own:
             return self._beside(x)
         if serves(self, x):
@@ -222,7 +223,7 @@ class Product:
         return functional.linear(x, self.weight, self.bias)
 
     def _beside(self, x: Tensor) -> Tensor:
-        """The same, by a product of each weight into one memory."""
+        """Compute the same result by two products, of `weight` and of `a`, into one memory."""
         rows, out = x.reshape(-1, x.shape[-1]), len(self.weight)
         y = x.new_empty(len(rows), out + len(self.a))
         if self.bias is None:
@@ -237,7 +238,7 @@ class Product:
 
 
 def linear_of(module: Any) -> Any:
-    """Without the adapters of lanes."""
+    """Return the linear without the lanes' adapters."""
     return module.linear if isinstance(module, LaneLinear) else module
 
 

@@ -1,4 +1,4 @@
-"""What callers give as prompts and responses: texts, chat messages, token ids, and what tokenizers return."""
+"""Read the prompts and responses that callers give: texts, chat messages, token ids, and tokenizers' outputs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from genarm_fast.text.messages import Message, as_message, check_plain
 from genarm_fast.utils.checks import number
 
 Prompt = str | list[Message] | list[int]
-VLLM = ("prompt_token_ids", "prompt")  # of a prompt as vLLM takes it; the first that is there counts
+VLLM = ("prompt_token_ids", "prompt")  # keys of a prompt as vLLM takes it; the first that has a value counts
 
 
 def as_prompts(prompts: Any, *, tools: Any = None, chat_template_kwargs: Any = None) -> list[Prompt]:
-    """One prompt or a sequence of them → a list of prompts.
+    """Return a list of prompts from one prompt or a sequence of prompts.
 
-    tools, chat_template_kwargs: what the chat templates get with each prompt that has none of its own.
+    tools, chat_template_kwargs: arguments that the chat templates get with each prompt that does not set its own.
 
     Raises:
         TypeError, ValueError: something that is no prompt, named by its index.
@@ -68,7 +68,7 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
     if _is_sequence(prompt) and not prompt:
         raise ValueError(f"prompts[{index}]=[]: expected at least one token id or chat message")
     if _is_sequence(prompt) and len(prompt) == 1 and _is_sequence(prompt[0]) and _are_ids(prompt[0]):
-        prompt = prompt[0]  # of one row, as tokenizers return tensors
+        prompt = prompt[0]  # a batch of one row, as tokenizers return tensors
     if _is_sequence(prompt) and all(isinstance(item, Mapping) for item in prompt):
         try:
             messages = [as_message(message) for message in prompt]
@@ -81,7 +81,7 @@ def _as_prompt(index: int, prompt: Any) -> Prompt:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Lists in place of tensors, arrays and what a tokenizer returns; tokens that its mask hides are left out."""
+    """Return lists in place of tensors, arrays and tokenizers' outputs. Tokens that a mask hides are left out."""
     if isinstance(value, Mapping) and "input_ids" in value:
         ids, mask = (_unwrapped(value.get(name)) for name in ("input_ids", "attention_mask"))
         if mask is None or not _is_sequence(ids):
@@ -103,16 +103,16 @@ def _unmasked(ids: Sequence[int], mask: Sequence[float]) -> list[int]:
 
 
 def _begins_a_prompt(first: Any) -> bool:
-    """Whether a list that begins so is one prompt: a chat, or token ids."""
+    """Whether a list with this first item is one prompt: a chat, or token ids."""
     message = isinstance(first, Mapping) and not {"input_ids", *VLLM} & set(first) and not is_chat_object(first)
     return isinstance(number(first), Integral) or message
 
 
 def as_responses(responses: Any, count: int) -> list[str | list[int]]:
-    """One response or a sequence of them → a list of `count` responses.
+    """Return a list of `count` responses from one response or a sequence of responses.
 
     Raises:
-        TypeError, ValueError: something that is no response, named by its index, or another number of them.
+        TypeError, ValueError: something that is no response, named by its index, or another number of responses.
     """
     if hasattr(responses, "tolist"):
         responses = responses.tolist()
@@ -146,7 +146,8 @@ def _ids(items: Sequence[Any]) -> list[int]:
 
 
 def _is_id(item: Any) -> bool:
-    if type(item) is int:  # nearly always: with `_ids`, 1 us less for each id of a prompt
+    # The usual case. Together with `_ids` this check saves 1 µs for each id of a prompt.
+    if type(item) is int:
         return True
     item = number(item)
     return isinstance(item, Integral) and not isinstance(item, bool)

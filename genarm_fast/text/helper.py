@@ -1,4 +1,4 @@
-"""Rendering in a helper process, which one template that takes too long brings down and nothing else."""
+"""Render templates in a helper process. A template that takes too long brings down only that process."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from typing import Any
 
 from genarm_fast.text import deadline
 
-START = 120.0  # seconds until it is ready; 1 to 6 where the disk is slow
+START = 120.0  # seconds until the process is ready; it takes 1 to 6 s on a slow disk
 WORKER = Path(__file__).with_name("render_worker.py")
 
 
 class Helper:
-    """Starts its process at the first call, and another one after one that it had to end."""
+    """The helper process. It starts at the first call, and starts again after it had to be ended."""
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.process: Any = None
 
     def render(self, most: int, options: dict[str, Any]) -> dict[str, Any]:
-        """What the worker replies: text, characters where there are more than `most`, or an error and its message.
+        """Return the worker's reply: the text, its number of characters if above `most`, or an error and its message.
 
         Raises:
-            TimeoutError: it took too long.
+            TimeoutError: the worker took too long.
         """
         data = pickle.dumps((most, options))
         with self.lock:
@@ -82,4 +82,5 @@ def _anew() -> None:
 
 shared = Helper()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_anew)  # a fork must not talk into its parent's pipes
+    # The child of a fork gets a new helper, because it must not use its parent's pipes.
+    os.register_at_fork(after_in_child=_anew)

@@ -1,4 +1,4 @@
-"""Chat messages as chat APIs and data sets have them, made into what templates take, and nothing of them lost."""
+"""Read chat messages in the forms of chat APIs and data sets. The templates get every key of a message."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
-PAYLOAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
+# Keys that may take the place of a content.
+PAYLOAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
-PART = ("type", "text", "annotations", "cache_control")  # of a part that is text alone
+PART = ("type", "text", "annotations", "cache_control")  # keys of a part that is only text
 SHAREGPT = ("system", "human", "gpt", "user", "assistant", "tool", "function_call", "observation")
-_STORED = re.compile(r"""\s*\[?\s*\{\s*["']""")  # how texts begin that may be messages
+_STORED = re.compile(r"""\s*\[?\s*\{\s*["']""")  # beginnings of texts that may be messages
 
 
 class UnsupportedContent(ValueError):
-    """A message is well-formed, but holds what no text can."""
+    """A message is well-formed, but holds something that no text can hold."""
 
 
 def as_message(value: Any) -> Message:
-    """A message with all of its keys but those that are None; text parts become one string.
+    """Return a message with all of its keys except those that are None. Its text parts become one string.
 
     Raises:
-        TypeError, ValueError: no message, or one without content.
+        TypeError, ValueError: something that is no message, or a message without content.
         UnsupportedContent: a part that is not text.
     """
     if not isinstance(value, Mapping) or "role" not in value:
@@ -50,7 +51,7 @@ def as_message(value: Any) -> Message:
 
 
 def check_text(name: str, text: str) -> str:
-    """The text. Raises ValueError for half a surrogate pair, which no tokenizer can read."""
+    """Return the text. Raises ValueError for half a surrogate pair, which no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -59,9 +60,9 @@ def check_text(name: str, text: str) -> str:
 
 
 def stored_messages(text: str) -> list[Any] | None:
-    """The messages of a text that is nothing but these, as JSON or as Python prints them; None for any other text.
+    """Return the messages that a text consists of, as JSON or as Python prints them; None for any other text.
 
-    Tables without types (CSV, SQL) hold messages so.
+    Tables without types (CSV, SQL) hold messages in this form.
 
     Raises:
         ValueError: messages that cannot be read, since NumPy has printed them.
@@ -80,7 +81,7 @@ def stored_messages(text: str) -> list[Any] | None:
 
 
 def check_plain(name: str, text: str) -> str:
-    """As `check_text`. Raises ValueError also for messages in the place of a text."""
+    """Return the text, as `check_text`. Raises ValueError also for messages in the place of a text."""
     messages = True
     with suppress(ValueError):
         messages = stored_messages(text) is not None
@@ -93,18 +94,21 @@ def check_plain(name: str, text: str) -> str:
 
 
 def may_be_stored(text: str) -> bool:
-    """Whether a text begins as messages do; a tenth of a microsecond."""
+    """Whether a text begins like stored messages; takes a tenth of a microsecond."""
     return _STORED.match(text) is not None
 
 
 def _literal(text: str) -> Any:
-    with warnings.catch_warnings():  # Python warns of escapes in it that it does not know
+    with warnings.catch_warnings():  # Python warns of unknown escapes in the text
         warnings.simplefilter("ignore")
         return ast.literal_eval(text.strip())
 
 
 def _is_message(value: Any) -> bool:
-    """Also a request with messages in it, and those of `from` and `value`, which are refused by name later."""
+    """Whether a value is a message, or a request with messages in it.
+
+    Messages with the keys `from` and `value` count too; they are refused by name later.
+    """
     if not isinstance(value, Mapping):
         return False
     if isinstance(value.get("role"), str):

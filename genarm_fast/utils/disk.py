@@ -1,4 +1,4 @@
-"""Errors of a full disk that name what was being written."""
+"""Errors of a full disk, with the name of the file that was being written."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SAID = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")  # where the number is lost
-TORCH = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")  # torch.save loses the reason
+SAID = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")  # texts without an errno
+TORCH = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")  # torch.save drops the cause
 RESUMES = "; the same command resumes"
 
 
 @contextmanager
 def resumable(path: str | Path) -> Iterator[None]:
-    """Raises OSError that names the file, and says that the same command resumes, where the disk is full."""
+    """Turn an error of a full disk in the block into an OSError that names the file and says how to resume."""
     try:
         yield
     except Exception as error:

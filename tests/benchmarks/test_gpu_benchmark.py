@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: a trial of all of it at toy size, and its parts."""
+"""The benchmark of a GPU: a trial run of the whole at toy size, and its parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gpu(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_trial(part, tmp_path):
-    """Every row has finite numbers, every token is the reference's, and the table names every goal."""
+    """Every row has finite numbers, every token equals the reference's, and the table names every goal."""
     done = gpu("--dry", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (path,) = tmp_path.glob("*.json")
@@ -55,7 +55,7 @@ def test_a_trial(part, tmp_path):
     assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith(("| fro", "| tra"))] == heads
     goals = [line for line in text.splitlines() if any(f"| {goal.title} |" in line for goal in part("goals").GOALS)]
     assert len(goals) == len(part("goals").GOALS)
-    assert not [line for line in goals if line.split("|")[5].strip() == "-"]  # all of them were measured
+    assert not [line for line in goals if line.split("|")[5].strip() == "-"]  # all goals were measured
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -97,7 +97,7 @@ def test_what_is_done_stays_when_time_runs_out(part, tmp_path):
     rows, result, bench = [row("a", 30), row("b", 69), row("c", 1)], {}, Bench()
     schedule.run_all(rows, bench, result, path, 100, say=lambda line: None, clock=lambda: now[0])
     assert json.loads(path.read_text()) == result
-    assert seen == [["a"]]  # written before b began
+    assert seen == [["a"]]  # written before row "b" began
     a, b, c = result["rows"]
     assert (a["ms"], b["ms"]) == (30, 69)
     assert c["skipped"] == "no time left of 100 s"
@@ -134,7 +134,7 @@ def test_rows_that_fail_or_hang_cost_no_other_row(part, tmp_path, monkeypatch):
 
 
 def test_a_gpu_that_fails_leaves_what_was_known(part, tmp_path):
-    """Once it has, all that is asked of it raises: also giving memory back. Rows keep what they had until then."""
+    """After the failure every call raises, also one that gives memory back. Rows keep what they had until then."""
     schedule = part("schedule")
 
     class Lost(Bench):
@@ -167,7 +167,7 @@ def test_a_gpu_that_fails_leaves_what_was_known(part, tmp_path):
 
 
 def test_time_that_is_swallowed_is_up_again(part, monkeypatch):
-    """As what is raised at the end of an object is."""
+    """An exception raised in an object's finaliser is swallowed in this way."""
     schedule = part("schedule")
     monkeypatch.setattr(schedule, "AGAIN", 0.05)
     with schedule.at_most(0.05):
@@ -252,7 +252,7 @@ def test_bytes_that_a_step_reads(part):
 
 
 def test_lora_arms_are_lanes_of_the_base(part, tokenizer):
-    """Over the base's own weights, each with numbers of its own."""
+    """The ARMs use the base's own weights, each with different numbers in its adapter."""
     models = part("models")
     base = build_model("llama", 0)
     arms = [models.with_lora(base, seed, 2) for seed in (1, 2)]
@@ -275,7 +275,7 @@ def test_tokens_of_the_reference_are_counted(part, bench, model):
 
 
 def test_other_tokens_are_counted_too(part, bench, model, monkeypatch):
-    """Negative control: noise of another position."""
+    """This is the negative control: the noise belongs to another position."""
     from genarm_fast.engine.step_tensors import State
 
     positions = State.response_positions

@@ -1,5 +1,5 @@
-"""Whole generations as on a GPU, run by test_interpreted_generation.py in a process of its own: Triton's kernels in its
-interpreter, the stacked decoder, and stand-ins for streams and for graphs that replay what they captured."""
+"""Whole generations as on a GPU; test_interpreted_generation.py runs them in a process of their own. Triton's kernels
+run in its interpreter, under the stacked decoder. Stand-ins replace streams and replay captured graphs."""
 
 import os
 
@@ -24,7 +24,7 @@ PARAMS = [
     {"weights": [0.0, 2.0], "max_new_tokens": 7, "stop_token_ids": list(range(2, 300, 7)), "top_p": 0.8, "top_k": 30},
     {"weights": [0.3, 0.3], "max_new_tokens": 5, "temperature": 0.0, "min_new_tokens": 2},
 ]
-# Most of the interpreter's time goes to the heads of every token; more layers and heads are in `test_lanes`.
+# The interpreter spends most of its time on attention heads: SMALL has few, and `test_lanes` has more layers and heads.
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -32,12 +32,12 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads"
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_dispatch, "GPUS", ("cpu",))
     monkeypatch.setattr(_native, "core", None)
-    monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # all of the texts are compared
+    monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # the tests compare every text
 
 
 @pytest.fixture(params=[SMALL])
 def lanes(tmp_path, tokenizer, request):
-    """A base of this shape with two LoRA ARMs."""
+    """A base of the given shape with two LoRA ARMs."""
     build_model("llama", 0, **request.param).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for seed in (1, 2):
@@ -53,7 +53,7 @@ def two_models(tokenizer):
 
 
 def decode(model, speculation):
-    """Three requests in two slots, compared with the reference; returns the log and the device."""
+    """Decode three requests in two slots and compare them with the reference; return the log and the device."""
     arms = len(model.arms)
     params = [each | {"weights": each["weights"][:arms]} for each in PARAMS]
     sampling = [SamplingParams(**each, seed=i) for i, each in enumerate(params)]
@@ -68,7 +68,7 @@ def decode(model, speculation):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Drafts of each step that was one launch. Nothing in it is read on the host."""
+    """The number of drafts of each step that was one launch. Such a step must not read on the host."""
     launch, drafts = StepGraph.launch, []
 
     def launched(self, batch, drafter, k, **shadows):
@@ -101,7 +101,8 @@ def test_two_models_with_drafts(two_models, launches):
 
 
 def test_a_draft_model(tokenizer, launches):
-    """It is no member of the target. The first step shows it the prompt, the others are one launch."""
+    """The draft model is no member of the target. The first step gives it the prompt; the other steps are one
+    launch."""
     base, draft = (build_model(family, 0, **SMALL) for family in ("qwen2", "llama"))
     model = GenARM.from_pretrained(base, draft_model=draft, tokenizer=tokenizer, max_batch_size=2)
     log, device = decode(model, Speculation("draft_model", 3))
@@ -110,7 +111,7 @@ def test_a_draft_model(tokenizer, launches):
 
 
 def test_lanes_with_a_draft_model(tmp_path, tokenizer, launches):
-    """A small extra model drafts for a base and a LoRA ARM in one forward, in the same launch."""
+    """A small draft model drafts for a base and a LoRA ARM that share a forward, in the same launch."""
     build_model("llama", 0, **SMALL).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     save_adapter(tmp_path / "arm", base=tmp_path / "base", seed=1)

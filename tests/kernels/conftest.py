@@ -1,4 +1,4 @@
-"""What tests of several ops share."""
+"""Fixtures for tests of several ops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def isa(request):
 
 @pytest.fixture
 def threads():
-    """Sets the number of PyTorch's threads until the end of the test."""
+    """threads(n) sets the number of PyTorch's threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

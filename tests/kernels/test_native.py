@@ -1,4 +1,4 @@
-"""Which C++ core is loaded, and that a stale one is told."""
+"""The choice of the C++ core, and the warning about a stale one."""
 
 import os
 import subprocess

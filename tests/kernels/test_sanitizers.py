@@ -92,7 +92,7 @@ def test_sanitized_core(core):
 
 
 def test_fuzz(core):
-    """30 s of what `make sanitize` does for longer; one seed, so that a change alone can make it fail."""
+    """Run for 30 s what `make sanitize` runs longer, with a fixed seed, so that only a change can make it fail."""
     command = [sys.executable, SCRIPTS / "fuzz_ops.py", "--seconds", "30", "--seed", "1", "--inside", core]
     done = subprocess.run(command, env=sanitized_core.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,5 +1,5 @@
-"""Every op takes tensors with the negative bit, of zero rows, at odd addresses, with numbers at the ends of int64,
-or refuses them."""
+"""Every op takes tensors with the negative bit, of zero rows, at odd addresses, and numbers at the ends of int64, or
+refuses them."""
 
 from pathlib import Path
 
@@ -35,7 +35,8 @@ def test_every_op_is_here():
     assert folders | {"ragged_append"} == set(OPS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # bfloat16 has no complex counterpart, so no bit
+# Bfloat16 has no complex counterpart, so no negative bit.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", OPS)
 def test_the_negative_bit_counts(name, dtype):
     run, (floats, integers) = OPS[name].run, tensors_of(name, dtype)
@@ -112,7 +113,7 @@ def test_seeds_positions_and_filters_at_the_ends(op):
     assert found[0] == found[1] == found[2]
     expected = guided_sample_reference(base, (), [], seeds=ends, positions=ends)
     assert found[0] == expected.tokens.tolist()
-    none = op(base, (), [], seeds=ends, positions=ends, top_k=torch.full((4,), ENDS.min))  # as 0: keeps all
+    none = op(base, (), [], seeds=ends, positions=ends, top_k=torch.full((4,), ENDS.min))  # counts as 0: keeps all
     assert none.tokens.tolist() == expected.tokens.tolist()
 
 
@@ -163,7 +164,7 @@ def test_lengths_at_the_ends_of_int64(op):
 
 
 def test_a_default_device_is_not_where_tensors_are():
-    """Of `torch.set_default_device`: "meta" stands for a GPU, where what is made by mistake has no numbers."""
+    """With `torch.set_default_device`, "meta" stands for a GPU: a tensor made there by mistake has no numbers."""
     logits, weight = torch.randn(2, 1500, dtype=torch.bfloat16), torch.randn(8, 64).to(torch.bfloat16)
     codes = dequantize(quantize(weight, 4)).to(torch.bfloat16)
     calls = (

@@ -1,4 +1,5 @@
-"""Who multiplies few rows: by a clock of the test, once for a shape, and only where the numbers are right."""
+"""The choice between cuBLAS and the few-rows kernel for few rows: by a fake clock, once per shape, if the numbers are
+right."""
 
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ def product(outputs=6, inputs=4, *, bias=False):
 
 
 class Clock:
-    """Products take as long as the test says; `ours` is PyTorch's, times `wrong`."""
+    """A clock for products that take the seconds the test sets. The few-rows kernel is PyTorch's times `wrong`."""
 
     def __init__(self, monkeypatch):
         self.now, self.cublas, self.own, self.wrong, self.calls = 0.0, lambda rows: 1.0, lambda rows: 1.0, 1.0, []
@@ -42,7 +43,7 @@ def clock(monkeypatch):
 
 
 def test_the_faster_one_serves(clock):
-    """Ours from 4 rows on; at 2 rows it gains less than measurements scatter."""
+    """The few-rows kernel wins from 4 rows on; at 2 rows it gains less than measurements scatter."""
     clock.cublas = lambda rows: 2.0
     clock.own = {1: 3.0, 2: 1.99, 4: 1.0, 8: 1.0, 16: 1.9}.get
     products = [product(), product()]
@@ -63,7 +64,7 @@ def test_a_shape_is_measured_once(clock):
     clock.own = lambda rows: 0.1
     few_rows.choose([again], clock.device)
     assert len(clock.calls) == measured
-    assert again.ours == frozenset()  # as measured before
+    assert again.ours == frozenset()  # the first measurement counts
 
 
 def test_wrong_numbers_are_not_served(clock):
@@ -99,7 +100,8 @@ def test_no_choice_on_the_cpu():
 
 
 def test_on_a_gpu_its_device_measures(clock, monkeypatch):
-    """Its clock and its graphs, which the host's launches are no part of; nothing where some weights are elsewhere."""
+    """On a GPU its device's clock and graphs measure, without the host's launches. Nothing is measured if a weight is
+    elsewhere."""
     made = []
     monkeypatch.setattr(few_rows, "Cuda", lambda: made.append(clock.device) or clock.device)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -111,7 +113,7 @@ def test_on_a_gpu_its_device_measures(clock, monkeypatch):
 
 
 def test_a_decoder_says_what_was_chosen_and_its_trial_proves_it(clock, monkeypatch):
-    """A kernel that is right when it is measured and wrong later is found by the trial."""
+    """The trial finds a kernel that is right when it is measured and wrong later."""
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
     clock.own = lambda rows: 0.1
     monkeypatch.setattr(stacked_decoder, "choose", lambda products: few_rows.choose(products, clock.device))
@@ -129,7 +131,7 @@ def test_a_decoder_says_what_was_chosen_and_its_trial_proves_it(clock, monkeypat
 
 
 def test_the_launcher_on_a_gpu():
-    """In a graph's terms: nothing of the CPU, nothing read, one launch, or two where inputs are split."""
+    """A graph can capture it: no CPU tensor, no read, and one launch, or two where inputs are split."""
     with FakeCuda() as fake:
         x, bias = torch.empty(2, 3, 512, dtype=torch.bfloat16, device=CUDA), torch.empty(40, device=CUDA)
         weight = torch.empty(40, 512, dtype=torch.bfloat16, device=CUDA)

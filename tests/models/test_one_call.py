@@ -1,4 +1,4 @@
-"""All layers in one call of the core: the bits of the calls one by one, and nothing done for a call that it refuses."""
+"""All layers in one call of the core: the same bits as separate calls, and no work done for a call that it refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from genarm_fast.models.weights import share_weights
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
 SLOTS, CAPACITY = 3, 24
 ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
-# rows of the cache, first position, tokens: prefill, a step, drafts beyond Mistral's window of 8
+# Rows of the cache, first position, tokens: prefill, a step, drafts beyond Mistral's window of 8.
 BLOCKS = (([2, 0], 0, 6), ([2, 0], 6, 1), ([2], 7, 5), ([0], 7, 9), ([2, 0], 12, 1))
 
 
@@ -41,7 +41,7 @@ class Calls(list):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """What the core made of each call. With `refused` set, ops run one by one."""
+    """The core's result of each call. With `refused` set, the core is not asked, and ops run one by one."""
     own, calls = OneCall.__call__, Calls()
 
     def call(self, *arguments):
@@ -53,7 +53,7 @@ def taken(monkeypatch):
 
 
 def states_of(decoder, lanes):
-    """Hidden states of some forwards over one cache, then its keys and values."""
+    """Return the hidden states of several forwards over one cache, then its keys and values."""
     layers = [RaggedLayer(len(lanes) * SLOTS, CAPACITY) for _ in decoder.layers]
     found = []
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def test_bits_of_families(isa, taken, family, threads):
     torch.set_num_threads(threads)
     try:
         decoder = runner_of(family).base_model
-        taken.clear()  # of the trial
+        taken.clear()  # drop the trial's calls
         assert_same(decoder, [0], taken)
     finally:
         torch.set_num_threads(before)
@@ -96,7 +96,7 @@ def test_bits_of_families(isa, taken, family, threads):
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
-    """Adapters of other linears each; the base has none."""
+    """The adapters target different linears, and the base has none."""
     base = tmp_path / "base"
     build_model("llama", 0).to(torch.bfloat16).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -113,7 +113,7 @@ def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
 
 @pytest.fixture
 def alarm():
-    """Interrupts the main thread after some seconds, in the middle of whatever C++ it is in."""
+    """alarm(seconds) interrupts the main thread after that time, also in the middle of C++."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -125,7 +125,7 @@ def alarm():
 
 
 def test_a_call_of_many_tokens_ends_between_two_layers(taken, alarm):
-    """Without the interrupt, all 200 would run."""
+    """Without the interrupt, all 200 layers would run."""
     layers, tokens = 200, 256
     decoder = runner_of("llama", num_hidden_layers=layers).base_model
     caches = [RaggedLayer(1, tokens) for _ in range(layers)]
@@ -137,11 +137,11 @@ def test_a_call_of_many_tokens_ends_between_two_layers(taken, alarm):
             decoder(input_ids=given, position_ids=given, past_key_values=Cache(layers=list(caches)))
     assert caches[0].keys.any()
     assert not caches[-1].keys.any()
-    assert not taken  # the call gave nothing
+    assert not taken  # the call returned nothing
 
 
 def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
-    """Then all is as if it had not begun."""
+    """Afterwards all is as if the prompt had not begun."""
     members = [build_model("llama", seed, num_hidden_layers=100).to(torch.bfloat16) for seed in (0, 1)]
     model = GenARM.from_pretrained(*members, tokenizer=tokenizer, speculation="off")
     prompts, params = [[5, 6] * 100, [7, 8, 9] * 30], {"max_new_tokens": 4, "seed": 1, "ignore_eos": True}
@@ -160,7 +160,7 @@ def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
 
 
 def test_norms_are_read_at_every_call(taken):
-    """Their tensors are kept, not the addresses."""
+    """The call keeps the norms' tensors, not their addresses."""
     runner = runner_of("qwen3")
     layer = runner.base_model.layers[1]
     for norm in (layer.post_attention_layernorm, layer.self_attn.q_norm, runner.base_model.norm):
@@ -184,7 +184,7 @@ ORDER = ("hidden", "x", "cos", "sin", "slots", "positions", "spans", "caches")
 
 
 def arguments_of(decoder):
-    """The fused forward of a Llama, and what a call of two rows hands to the core."""
+    """Return the fused forward of a Llama, and the arguments of a call of two rows to the core."""
     hidden = torch.randn(2, 1, 32).to(torch.bfloat16)
     cos, sin = torch.randn(2, 2, 1, 8).to(torch.bfloat16)
     states = [torch.zeros(3, 2, CAPACITY, 8, dtype=torch.bfloat16) for _ in range(4)]
@@ -285,7 +285,7 @@ def test_one_norm_of_heads_without_the_other():
     forward = decoder.forward
     del forward.layers[0].head_norms["key_norm"]
     forward.one_call = OneCall(forward.layers, forward.next_norms, [()])
-    with pytest.raises((ValueError, TypeError)):  # of rotary_append, to which the refused call is left
+    with pytest.raises((ValueError, TypeError)):  # raised by rotary_append, which runs after the refused call
         states_of(decoder, [0])
 
 

@@ -1,4 +1,4 @@
-"""Chat templates are programs of others: whatever one does, it ends soon, in any thread, and is named."""
+"""Chat templates are foreign programs: whatever one does, it ends soon, in any thread, and the error names it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_hostile_templates_end(tokenizer, hasty, name, elsewhere):
     else:
         with pytest.raises(ValueError, match=said):
             raise result
-    assert render(tokenizer, CHAT, CHAT_TEMPLATE) == "<s>[user] hello</s>"  # nothing is left behind
+    assert render(tokenizer, CHAT, CHAT_TEMPLATE) == "<s>[user] hello</s>"  # the hostile template left nothing behind
 
 
 def test_the_row_and_the_template_are_named(tokenizer, hasty, tiny_model, tmp_path):
@@ -144,5 +144,5 @@ def test_a_deadline_that_was_met_leaves_nothing_behind():
                 with_or_without.append(True)
             except TimeoutError:
                 with_or_without.append(False)
-            sum(range(1000))  # an exception that came late would come here
+            sum(range(1000))  # a late exception would come here
         assert not deadline._watch.calls

@@ -14,7 +14,7 @@ from genarm_fast.integrations.vllm.selfcheck import check_model
 
 
 class Plain:
-    """A linear's own method."""
+    """A stand-in for a linear's own method."""
 
     def apply(self, layer, x, bias=None):
         return x @ layer.weight.t()
@@ -30,7 +30,7 @@ class Head(nn.Module):
 
 
 def made(order=(1, 0)) -> GenARMForCausalLM:
-    """A base of 40 tokens with a lane, and an ARM of 36 that comes first among the ARMs."""
+    """Return a base of 40 tokens with a lane, and an ARM of 36 tokens that comes first among the ARMs."""
     torch.manual_seed(0)
     model = GenARMForCausalLM.__new__(GenARMForCausalLM)
     nn.Module.__init__(model)
@@ -76,7 +76,7 @@ def test_parts_of_a_packed_linear_are_added_where_they_belong():
     x = torch.randn(6, 16)
     found = LaneMethod(Plain(), [None, packed_delta(deltas, 14)]).apply(linear, x)
     expected = Plain().apply(linear, x)
-    assert torch.equal(found[:4], expected[:4])  # of the bare base, and of a lane that leaves this linear alone
+    assert torch.equal(found[:4], expected[:4])  # rows of the bare base, and of a lane without a LoRA on this linear
     for _, start, a, b in deltas:
         expected[4:, start : start + len(b)] += (x[4:] @ a.t()) @ b.t()
     torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""The weights that a request asks for, from vLLM's `extra_args` (Python) or `vllm_xargs` (HTTP)."""
+"""Read the weights that a request asks for, from vLLM's `extra_args` (Python) or `vllm_xargs` (HTTP)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 from genarm_fast.integrations.vllm.served import Served
 from genarm_fast.params import weights_per_arm
 
-REWARD = "arm_reward"  # the name of an ARM, whose own log-probabilities stand for the guided ones
-KEY = "arm_weights"  # for all ARMs, or by position; arm_weights.NAME for one of them, since HTTP takes no nested object
+# The value is the name of an ARM, whose own log-probabilities replace the guided ones.
+REWARD = "arm_reward"
+# Weights of all ARMs, or by position. The key arm_weights.NAME is for one ARM, since HTTP takes no nested object.
+KEY = "arm_weights"
 
 
 def rewarding(extra_args: Mapping[str, Any] | None, served: Served) -> str | None:
-    """The ARM whose rewards a request asks for, instead of the guided law.
+    """Return the ARM whose rewards a request asks for instead of the guided distribution, or None.
 
     Raises:
-        ValueError: no name of an ARM, or weights beside it.
+        ValueError: a value that names no ARM, or weights in the same request.
     """
     for key in extra_args or {}:
         if key.startswith(REWARD) and key != REWARD:
@@ -32,7 +34,7 @@ def rewarding(extra_args: Mapping[str, Any] | None, served: Served) -> str | Non
 
 
 def requested_weights(extra_args: Mapping[str, Any] | None, served: Served) -> tuple[float, ...]:
-    """One weight for each ARM; its default where the request says nothing of it.
+    """Return one weight for each ARM: the request's, else the ARM's default.
 
     Raises:
         ValueError: naming the key, its value and what was expected.

@@ -1,8 +1,8 @@
-"""At start: what the guided model computes beside its members, against the formula in float64.
+"""A check at start: what the guided model computes from its members, against the formula in float64.
 
-vLLM's internals move with each minor version, and what moves may change numbers and raise nothing. The check runs
-each member's own head on made-up hidden states, and the lanes' linears on made-up inputs: a few milliseconds, and no
-forward, so that nothing is compiled or captured for it.
+vLLM's internals change with each minor version, and a change may alter numbers without an error. The check runs each
+member's own head on random hidden states, and the lanes' linears on random inputs. It takes a few milliseconds and no
+forward, so nothing is compiled or captured for it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from genarm_fast.integrations.vllm.lanes import LaneMethod
 
 ROWS = 3
-LINEARS = 8  # of the lanes' linears: those of the first layers
+LINEARS = 8  # most linears of the lanes that are checked: those of the first layers
 
 
 @torch.inference_mode()
 def check_model(model: Any) -> None:
-    """Raises RuntimeError where the guided logits, or a lane's linear, are not what the formula gives.
+    """Raises RuntimeError if the guided logits, or a lane's linear, differ from the formula.
 
-    All ranks of a tensor-parallel group call it together.
+    All ranks of a tensor-parallel group call this together.
     """
     generator = torch.Generator().manual_seed(0)
     parameter = next(model.base.parameters())

@@ -1,4 +1,4 @@
-"""add_rms_norm in PyTorch: against merged weights in float64, and what it refuses."""
+"""add_rms_norm in PyTorch, compared with merged weights in float64, and what it refuses."""
 
 import pytest
 import torch

@@ -76,15 +76,18 @@ def test_filters(seed):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (0, 0.999), (300, 1.0), (6000, 0.5)])
 def test_filters_over_many_tiles(top_k, top_p):
-    """Candidates from several reads: few, most, bounded by groups of a tile, more than there are groups. So warm that
-    tokens near the threshold are drawn."""
+    """Candidates from several reads are few, most, bounded by the groups of a tile, or more than there are groups.
+
+    The temperature is so high that tokens near the threshold are drawn.
+    """
     options = {"temperature": 9.0, "positions": torch.arange(2), "top_k": top_k, "top_p": top_p}
     assert_same(members((2,), 9500, 1), [1.0], seeds=3, top_logprobs=2, **options)
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.02])
 def test_filters_together(min_p):
-    """top-p is a share of what top-k keeps, and min-p comes last: peaked rows, of which most is kept by few tokens."""
+    """top-p is a share of what top-k keeps, and min-p comes last: in these peaked rows few tokens keep most of the
+    mass."""
     base = members((1,), 300, 0)[0].expand(24, 300).contiguous()
     filters = {"top_k": 30, "top_p": 0.8, "min_p": min_p}
     assert_same([base], [], temperature=1.0, seeds=torch.arange(24), positions=3, **filters)
@@ -103,7 +106,7 @@ def test_blocks_strides_and_bias():
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}])
 def test_a_bias_of_minus_infinity(filters):
-    """It masks single tokens, whole tiles and the first of a tile, in each row its own, at every position."""
+    """The bias masks single tokens, whole tiles and the first of a tile, differently in each row, at every position."""
     bias = torch.randn(2, 2500, generator=torch.Generator().manual_seed(5))
     bias[0, 1024:2048], bias[1, :700], bias[1, ::2] = -math.inf, -math.inf, -math.inf
     options = {"seeds": torch.arange(2), "positions": torch.arange(6).view(2, 3), "temperature": 2.0}
@@ -123,7 +126,7 @@ FILTERED = ["scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel"]
 )
 @pytest.mark.parametrize("numbers", [False, True])
 def test_launches(filters, numbers, monkeypatch):
-    """Two kernels, four with filters, and nothing else: parameters that are numbers are not copied to the device."""
+    """A call takes two launches, four with filters, and nothing else: parameters that are numbers are not copied."""
     launched = []
     for name in FILTERED:
         monkeypatch.setattr(triton_kernels, name, Recorded(launched, name))
@@ -148,7 +151,7 @@ class Operations(TorchDispatchMode):
 
 
 class Recorded:
-    """In place of a kernel: only its launches count."""
+    """A stand-in for a kernel that only records its launches."""
 
     def __init__(self, log, name):
         self.log, self.name = log, name

@@ -1,4 +1,4 @@
-"""Calls of guided_sample like an earlier one, under TRITON_INTERPRET=1: addresses and numbers are the call's own."""
+"""Calls of guided_sample like an earlier one, under TRITON_INTERPRET=1: they use their own addresses and numbers."""
 
 import ctypes
 import sys
@@ -17,7 +17,7 @@ KERNELS = ("scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel")
 
 
 class Compiled:
-    """As Triton's CompiledKernel: it takes addresses, of what the first launch had tensors for."""
+    """A stand-in for Triton's CompiledKernel: it takes addresses in place of the first launch's tensors."""
 
     def __init__(self, kernel, values, options, log):
         self.kernel, self.first, self.options, self.log = kernel, values, options, log
@@ -38,7 +38,8 @@ def tensors_at(value, like):
         return tuple(map(tensors_at, value, like))
     if isinstance(like, torch.Tensor):
         assert type(value) is int
-        size = like.untyped_storage().nbytes() - like.storage_offset() * like.itemsize  # which the interpreter copies
+        # The interpreter copies this many bytes.
+        size = like.untyped_storage().nbytes() - like.storage_offset() * like.itemsize
         return torch.frombuffer((ctypes.c_byte * size).from_address(value), dtype=like.dtype) if size else like
     assert type(value) is type(like)
     return value
@@ -58,7 +59,7 @@ class Kernel:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of kernels launched as known."""
+    """The names of the kernels launched for known calls."""
     log = []
     for name in KERNELS:
         monkeypatch.setattr(launcher, name, Kernel(getattr(launcher, name), log))
@@ -81,7 +82,8 @@ def arguments(seed, shape=(2,), arms=1, vocab=1500, **options):
 
 
 def assert_known(first, later, launched):
-    """`first` is launched as any call, `later` by what was kept of it; tokens and log-probs are the reference's."""
+    """Check that `first` is launched normally and `later` as a known call, with the reference's tokens and
+    log-probs."""
     assert triton_known.known(*first) is None
     launcher.launch(first, triton_known.remember)
     assert launched == []
@@ -153,7 +155,7 @@ def test_other_values(first, later, launched):
     ],
 )
 def test_what_is_not_known(changed, launched):
-    """The call goes through all checks: it differs in what they, or compiled kernels, depend on."""
+    """The call runs all checks, because it differs in something that the checks or the compiled kernels depend on."""
     call = {"temperature": 0.7, "positions": 3}
     launcher.launch(arguments(1, **call), triton_known.remember)
     assert triton_known.known(*arguments(2, **call)) is not None
@@ -163,7 +165,7 @@ def test_what_is_not_known(changed, launched):
 
 
 def test_what_is_not_kept(launched, monkeypatch):
-    """Arguments that are converted first, other devices, kernels of other backends."""
+    """Calls with arguments to convert, on other devices or of other backends are not kept."""
     launcher.launch(arguments(1, seeds=torch.arange(2, dtype=torch.int32)), triton_known.remember)
     launcher.launch(arguments(1, weights=torch.ones(2, 1, dtype=torch.float64)), triton_known.remember)
     launcher.launch(arguments(1, weights=torch._neg_view(torch.ones(2, 1))), triton_known.remember)
@@ -181,7 +183,7 @@ def test_what_is_not_kept(launched, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(65535,), (8192, 8), (2, 32768)])
 def test_no_grid_has_more_rows_than_cuda_allows(launched, monkeypatch, shape):
-    """65,535 in its second and third dimension."""
+    """CUDA allows 65,535 in a grid's second and third dimension."""
     grids = []
     for name in KERNELS:
         kernel = type("Grids", (), {"__getitem__": lambda self, grid: grids.append(grid) or (lambda *_, **__: None)})
@@ -196,7 +198,7 @@ def test_no_grid_has_more_rows_than_cuda_allows(launched, monkeypatch, shape):
 
 
 def test_kernels_are_kept_for_the_device_that_loaded_them(launched, monkeypatch):
-    """That of the tensors, which is the current one only while they are launched."""
+    """The key is the tensors' device, which is the current one only during the launch."""
     current = [0]
 
     @contextmanager

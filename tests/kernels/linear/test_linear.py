@@ -1,4 +1,5 @@
-"""What small_linear and quant_linear share: rows alone and among others, siblings, LoRA, copies, errors."""
+"""The common behaviour of small_linear and quant_linear: rows alone and among others, siblings, LoRA, copies,
+errors."""
 
 import copy
 import os
@@ -29,7 +30,7 @@ kinds = pytest.mark.parametrize("bits", KINDS)
 @pytest.mark.parametrize(("out", "width"), [(192, 576), (3000, 577), (300, 4096)])
 def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
     loras = ranks(out, width, 8)
-    if isa == "baseline":  # which has no loops for bfloat16, and so none for LoRA
+    if isa == "baseline":  # the baseline has no loops for bfloat16, and so none for LoRA
         if bits == 16 or out == 3000:
             pytest.skip("not there, or slow")
         loras = []
@@ -52,7 +53,7 @@ def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
 @native
 @kinds
 def test_a_span_changes_its_own_rows(bits):
-    """Of two LoRAs, in any table of rows, and by as much as float64 says."""
+    """A LoRA of two changes only its span, in any table of rows, by as much as float64 says."""
     width, out, rows = 100, 70, 300
     loras = ranks(out, width, 3, 300)
     linear, x = made(bits, out, width, None, loras), normal(rows, width)

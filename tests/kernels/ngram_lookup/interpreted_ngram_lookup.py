@@ -12,7 +12,7 @@ from genarm_fast.kernels.ngram_lookup import triton as on_gpu
 @pytest.mark.parametrize("block", [16, 1024])
 @pytest.mark.parametrize("seed", range(8))
 def test_values(seed, block, monkeypatch):
-    """Also where a row takes several blocks."""
+    """A row may take several blocks."""
     monkeypatch.setattr(on_gpu, "BLOCK", block)
     rows, lengths, k, max_n, min_n = cases(seed)
     tokens, counts = torch.tensor(rows), torch.tensor(lengths)

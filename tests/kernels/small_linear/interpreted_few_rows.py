@@ -28,7 +28,7 @@ def check(rows, outputs, width, dtype, biased=False, shape=None):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("programs", "least"), [(1, 1), (12, 64)])
 def test_against_float64(programs, least, biased, dtype, monkeypatch):
-    """Outputs and inputs that fill no block; in one split and in several, the last one shorter."""
+    """Outputs and inputs fill no whole block; there is one split, or several with a shorter last one."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     monkeypatch.setattr(kernels, "LEAST_CHUNK", least)
     monkeypatch.setattr(kernels, "STEP_BYTES", 64)
