@@ -91,7 +91,7 @@ def test_compiled(target, cases):
             if kernel["case"] == "log-probs":
                 assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # rest: numbers of a row
         if kernel["kernel"] == "attend_kernel" and "q = 512" not in kernel["case"]:
-            # Narrow loads read positions, a few for each warp. Where the last split combines, narrow loads also read the
-            # splits' logarithms.
+            # Narrow loads read positions, a few for each warp. Where the last split combines, narrow loads also read
+            # the splits' logarithms.
             narrow = 14 if target == "gfx942" else 56
             assert kernel["wide_loads"] >= kernel["loads"] - narrow, kernel
