@@ -27,8 +27,8 @@ constexpr float kLog2e = 1.44269504088896340736f;
 struct TileLoops {
   const char* name;
   // Writes out = c + weight · z, or out = z if c is null, in one pass over a member's logits z, float32 or bfloat16. If
-  // `sum`, returns the sum of the member's own probabilities. The sum is not finite if z has a +inf, even without
-  // `sum`.
+  // `sum`, returns the sum of the member's own probabilities. A +inf in z makes the result not finite, or it is in
+  // `out`.
   PartialSum (*add_member_once)(const void* z, bool bf16, int n, const float* c, float weight, bool sum, float* out);
   PeakSum (*peak_sum)(const float* x, int n, float scale);
   // Σ sums · 2^((refs - ref) · scale); ref is the largest of refs.
