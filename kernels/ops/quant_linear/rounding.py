@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _native
 from .weights import QuantWeight, dequantize, in_groups
 
-NEIGHBOURS = sorted(range(-8, 9), key=abs)  # scales that are tried: float16 numbers so many places from the best fit
+NEIGHBOURS = sorted(range(-8, 9), key=abs)  # scales that are tried, in float16 numbers from the best fit
 # Steps of a 4-bit grid that are tried between the smallest and the largest value of a group. A negative number tries a
 # negative scale, so that code 0 stands for the largest value.
 STEPS = [way * steps for steps in range(15, 0, -1) for way in (1, -1)]
