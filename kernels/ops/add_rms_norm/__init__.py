@@ -45,8 +45,9 @@ def add_rms_norm(
     The sum is the residual stream after half a layer, and its norm is the input of the next half. The sum is rounded
     before it is normalised. `offset` is the one of `rms_norm`. `lanes` are LoRA adapters that complete y.
 
-    Tensors of one dtype that need no gradient run in C++ on the CPU (float32 and bfloat16, contiguous, without lanes),
-    or in Triton on CUDA, ROCm and XPU (also float16). Other calls run in PyTorch. The lanes get no gradient.
+    Tensors of one dtype that need no gradient run in C++ on the CPU, if they are contiguous float32 or bfloat16 and
+    there are no lanes. On CUDA, ROCm and XPU they run in Triton, in float16 too. Other calls run in PyTorch. The lanes
+    get no gradient.
 
     Raises:
         TypeError: dtypes that differ; adapters that are not int64.

@@ -62,8 +62,9 @@ def ragged_attention(
 ) -> Tensor:
     """Attend each query to the entries 0 .. position of its row's slot, and return [N, q, Hq, Dv], contiguous.
 
-    Calls that need no gradient run in C++ on the CPU (float32 and bfloat16), or in Triton on CUDA, ROCm and XPU (also
-    float16, caches of any strides). Both sum in float32. Other calls run in `ragged_attention_reference`.
+    Calls that need no gradient run in C++ on the CPU, in float32 and bfloat16. On CUDA, ROCm and XPU they run in
+    Triton, in float16 too, and with caches of any strides. Both sum in float32. Other calls run in
+    `ragged_attention_reference`.
 
     Entries beyond a query's position change nothing, and may even hold NaN. In the reference, only entries beyond the
     row's furthest position may hold NaN.
@@ -92,8 +93,8 @@ def ragged_append(
 ) -> None:
     """Write row n's new token i to entry positions[n, i] of slot slots[n]. Rows must not share a slot.
 
-    Calls that need no gradient run in C++ on the CPU (every dtype, caches that are contiguous in their last
-    dimension), or in Triton on CUDA, ROCm and XPU (float32, bfloat16 and float16). Other calls run in
+    Calls that need no gradient run in C++ on the CPU, for every dtype, if the caches are contiguous in their last
+    dimension. On CUDA, ROCm and XPU they run in Triton, for float32, bfloat16 and float16. Other calls run in
     `ragged_append_reference`. A call that raises an error has written nothing. On a GPU slots and positions are not
     checked, because a check would wait for the device. Wrong ones make the kernel write to other memory.
 

@@ -73,8 +73,8 @@ def plan(
     block_n = min(32 if prefill or (block_m == 64 and widest < 128) else 64, max(16, tile_bytes // (widest * size)))
     tiles = -(-folded // block_m)
     span = limit if window is None else min(limit, window + block)
-    # There are enough splits to fill the GPU. Decoding has more, to balance rows of unequal lengths, as long as writing
-    # and reading the splits' sums, 8 bytes for each, stays below an eighth of the traffic.
+    # There are enough splits to fill the GPU. Decoding has more, to balance rows of unequal lengths. Their number is
+    # limited so that writing and reading the splits' sums, 8 bytes for each, is at most an eighth of the traffic.
     programs = max(1, rows * kv_heads * tiles)
     fill, cheap = -(-PROGRAMS // programs), span // (16 * block_m)
     splits = max(1, min(-(-span // CHUNK), max(fill, 0 if prefill else cheap), MOST_SPLITS))

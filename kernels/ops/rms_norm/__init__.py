@@ -31,11 +31,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     offset 0 rounds to the dtype of x before it multiplies by the weight, as Llama does. Another offset multiplies by
     offset + weight before it rounds; offset 1 is Gemma's.
 
-    Tensors of one dtype that need no gradient run in C++ on the CPU (float32 and bfloat16), or in Triton on CUDA, ROCm
-    and XPU (also float16). `rms_norm_reference` serves other calls, and calls that torch.compile traces, so that the
-    compiler can fuse it with its neighbours. On the CPU a call is cheapest with contiguous tensors and a plain tensor
-    as weight, because a Parameter is detached first. C++ sums in PyTorch's order, so its results are PyTorch's bit for
-    bit (x86, from a width of 8). A row's result does not depend on other rows.
+    Tensors of one dtype that need no gradient run in C++ on the CPU, in float32 and bfloat16. On CUDA, ROCm and XPU
+    they run in Triton, in float16 too. `rms_norm_reference` serves other calls, and calls that torch.compile traces, so
+    that the compiler can fuse it with its neighbours. On the CPU a call is cheapest with contiguous tensors and a plain
+    tensor as weight, because a Parameter is detached first. C++ sums in PyTorch's order, so its results are PyTorch's
+    bit for bit (x86, from a width of 8). A row's result does not depend on other rows.
 
     Raises:
         ValueError: a weight that is not as wide as x.

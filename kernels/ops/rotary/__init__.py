@@ -23,9 +23,11 @@ _run = dispatcher(rotary_reference, cpu=cpu.run, triton=_on_gpu, differentiable=
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """Return the rotated query [N, Hq, q, D] and key [N, Hk, q, D], for cos and sin [N or 1, q, D].
 
-    Replaces transformers' `apply_rotary_pos_emb`, and gives the same bits. Tensors of one dtype that need no gradient
-    run in C++ on the CPU (float32 and bfloat16, contiguous in D), or in Triton on CUDA, ROCm and XPU (also float16, any
-    strides). `rotary_reference` serves other calls, and calls that torch.compile traces, so that the compiler can fuse
-    it with its neighbours. `unsqueeze_dim` is the axis of heads; only 1 runs in C++ and Triton.
+    Replaces transformers' `apply_rotary_pos_emb`, and gives the same bits. `unsqueeze_dim` is the axis of heads; only 1
+    runs in C++ and Triton.
+
+    Tensors of one dtype that need no gradient run in C++ on the CPU, if they are float32 or bfloat16 and contiguous in
+    D. On CUDA, ROCm and XPU they run in Triton, in float16 too, with any strides. `rotary_reference` serves other
+    calls, and calls that torch.compile traces, so that the compiler can fuse it with its neighbours.
     """
     return _run(query, key, cos, sin, unsqueeze_dim)

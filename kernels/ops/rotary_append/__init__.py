@@ -52,8 +52,8 @@ def rotary_append(
     Rows must not share a slot. On a GPU, slots and positions are not checked: they must be right, as for
     `ragged_append`.
 
-    Calls that need no gradient run in C++ on the CPU (float32 and bfloat16, without bias and lanes), or in Triton on
-    CUDA, ROCm and XPU (also float16). Other calls run in PyTorch. The lanes get no gradient.
+    Calls that need no gradient run in C++ on the CPU, in float32 and bfloat16 without bias and lanes. On CUDA, ROCm and
+    XPU they run in Triton, in float16 too. Other calls run in PyTorch. The lanes get no gradient.
 
     Raises:
         TypeError: dtypes or devices that differ; slots, positions or adapters that are not int64.

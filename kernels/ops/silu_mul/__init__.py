@@ -21,9 +21,9 @@ _run = dispatcher(silu_mul_reference, cpu=cpu.run, triton=_on_gpu, differentiabl
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) · up for gate and up of one shape. silu(gate) is rounded to its dtype before it is multiplied.
 
-    Tensors that need no gradient run in C++ on the CPU (float32 and bfloat16, contiguous), or in Triton on CUDA, ROCm
-    and XPU (also float16, any strides). `silu_mul_reference` serves other calls, and calls that torch.compile traces,
-    so that the compiler can fuse it with its neighbours. C++ is within 4e-6 of PyTorch's silu (1e-36 absolute where
-    gate < -87).
+    Tensors that need no gradient run in C++ on the CPU, if they are contiguous float32 or bfloat16. On CUDA, ROCm and
+    XPU they run in Triton, in float16 too, with any strides. `silu_mul_reference` serves other calls, and calls that
+    torch.compile traces, so that the compiler can fuse it with its neighbours. C++ is within 4e-6 of PyTorch's silu
+    (1e-36 absolute where gate < -87).
     """
     return _run(gate, up)
