@@ -1,4 +1,4 @@
-"""The choice of the C++ core, and the warning about a stale one."""
+"""Which C++ core is loaded, and that a core older than its sources gives a warning."""
 
 import os
 import subprocess

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command, **environment):
-    """Run Python in a process of its own, since triton reads its mode when it is imported; return its stdout."""
+    """Run Python in a new process and return its output. triton reads its mode only when it is imported."""
     env = {**os.environ, **environment}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
@@ -65,14 +65,13 @@ KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "se
 KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
 KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel", "absorb_kernel", "slopes_kernel"}
 KERNELS |= {"few_rows_kernel", "total_kernel"}
-ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # few programs, where occupancy matters less
-# Bytes of shared memory that a program may have. On NVIDIA the limit is the lowest of all, that of sm_86 and sm_89.
-SHARED = {"gfx942": 65536}
+ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # kernels of few programs, where occupancy matters less
+SHARED = {"gfx942": 65536}  # bytes of shared memory that a program may use; on NVIDIA the limit of sm_86 and sm_89
 
 
 @pytest.mark.parametrize(("target", "cases"), [("sm_80", []), ("sm_90", []), ("sm_100", TYPICAL), ("gfx942", TYPICAL)])
 def test_compiled(target, cases):
-    """The launchers' specialisations bind and compile: no spills, wide loads, occupancy."""
+    """The launchers' specialisations bind and compile, without spills, with wide loads and few registers."""
     chosen = ["--cases", *cases] if cases else []
     kernels = json.loads(run("benchmarks/compiled_kernels.py", "--json", "--targets", target, *chosen))
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
@@ -81,9 +80,9 @@ def test_compiled(target, cases):
         assert kernel["shared"] <= SHARED.get(target, 101376), kernel
         assert kernel["registers"] <= (256 if kernel["kernel"] in ONE_OF_A_ROW else 200), kernel
         if kernel["kernel"] == "scores_kernel" and "50257" not in kernel["case"]:
-            assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the other loads are weights and temperature
+            assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # rest: weights and temperature
         if kernel["kernel"] == "scores_kernel" and kernel["case"] == "1 ARM":
-            assert kernel["registers"] <= 80, kernel  # 24 warps an SM or more: enough loads in flight
+            assert kernel["registers"] <= 80, kernel  # 24 or more warps per SM: enough loads in flight
         if kernel["kernel"] in ("norm_kernel", "gated_kernel") and kernel["case"] == "8B layer":
             if target != "gfx942":  # its warps of 64 threads make a program of gated_kernel twice as wide
                 assert kernel["wide_loads"] == kernel["loads"], kernel
@@ -91,8 +90,9 @@ def test_compiled(target, cases):
         if kernel["kernel"] in ("absorb_kernel", "slopes_kernel"):
             assert kernel["registers"] <= (64 if kernel["case"] == "log-probs" else 96), kernel
             if kernel["case"] == "log-probs":
-                assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the other loads are numbers of the row
+                assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # rest: numbers of a row
         if kernel["kernel"] == "attend_kernel" and "q = 512" not in kernel["case"]:
-            # The other loads are positions, a few per warp, and the splits' logarithms where the last split combines.
+            # Narrow loads read positions, a few for each warp. Where the last split combines, narrow loads also read
+            # the splits' logarithms.
             narrow = 14 if target == "gfx942" else 56
             assert kernel["wide_loads"] >= kernel["loads"] - narrow, kernel

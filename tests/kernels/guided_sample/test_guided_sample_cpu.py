@@ -25,7 +25,7 @@ def members(rows, vocab, arms, *, seed=0, scale=3.0, mixed=True):
 
 
 def assert_same(logits, weights, *, atol=1e-5, **options):
-    """Check for equal tokens and status, and for log-probabilities within float32 rounding of float64."""
+    """Tokens and status are the reference's, and log-probabilities are within float32 rounding of float64."""
     base, *arms = logits
     got = guided_sample(base, arms, weights, **options)
     expected = guided_sample_reference(base, arms, weights, **options)
@@ -71,7 +71,7 @@ def test_filters(isa, vocab):
 
 
 def test_flat_and_tied_rows(isa):
-    """Every score is equal, or one of three values, so pivots meet only ties."""
+    """With all scores equal, or one of three values, every pivot is tied."""
     base = torch.zeros(3, 5000)
     base[1] = torch.arange(5000) % 3
     base[2, 4999] = 1
@@ -81,7 +81,7 @@ def test_flat_and_tied_rows(isa):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
 def test_tiles_whose_first_logits_say_little_of_the_others(isa, temperature):
-    """The one-pass sums take their reference from the first logits; a sum that overflows is computed again, safely."""
+    """One-pass sums take their reference value from a tile's first logits. A sum that overflows is computed again."""
     base, arm = members(6, 2500, 1, mixed=False)
     base[0].view(-1, 20)[::5, :16] = -math.inf
     base[1, ::1024] = -150
@@ -95,8 +95,7 @@ def test_tiles_whose_first_logits_say_little_of_the_others(isa, temperature):
     for logits in (base, base.bfloat16()):
         assert_same([logits], [], return_logprobs=True, atol=1e-5 / min(temperature, 1), **options)
         assert_same([logits], [], top_logprobs=2, atol=1e-5 / min(temperature, 1), top_p=0.8, **options)
-    # The combination itself is rounded, so only the members' own log-probabilities are exact.
-    for weight in (1.0, -0.5, 0.0):
+    for weight in (1.0, -0.5, 0.0):  # c is rounded, so only the members' own log-probabilities are exact
         got = guided_sample(base, (arm,), [weight], return_logprobs=True, **options)
         assert_same([base, arm], [weight], **options)
         for logits, found in zip((base, arm[:, :2500]), got.member_logprobs, strict=True):
@@ -127,7 +126,7 @@ def test_strides(isa):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}])
 @pytest.mark.parametrize("dtype", CYCLE)
 def test_a_bias_of_minus_infinity(isa, filters, dtype):
-    """The bias masks single tokens, whole tiles and the first of a tile, differently in each row, at every position."""
+    """Each row's bias masks single tokens, whole tiles or the first part of a tile, at every position."""
     wide = 3 * torch.randn(2, 3, 2500, generator=torch.Generator().manual_seed(4))
     bias = torch.randn(2, 2500, generator=torch.Generator().manual_seed(5))
     bias[0, 1024:2048], bias[1, :700], bias[1, ::2] = -math.inf, -math.inf, -math.inf
@@ -227,8 +226,7 @@ def test_core_takes_prepared_arguments_at_once(change):
     ],
 )
 def test_core_leaves_what_it_cannot_take(change):
-    """The core reads and writes nothing and leaves no error behind: Python converts the argument, or refuses it by
-    name."""
+    """The core returns None and leaves no error set. Then Python converts the arguments, or refuses one by name."""
     assert _native.core.guided_sample(*PREPARED._replace(**change)) is None
 
 
@@ -262,7 +260,7 @@ VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 300.0, -300.0, 1e-30, -math
 @given(data=st.data())
 def test_fuzz(data):
     rows = data.draw(st.integers(1, 4), "rows")
-    block = data.draw(st.integers(0, 3), "block")  # 0: no block dimension
+    block = data.draw(st.integers(0, 3), "block")  # 0 stands for no block dimension
     vocab = data.draw(st.integers(1, 2100), "vocab")
     arms = data.draw(st.integers(0, 3), "arms")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20), "noise"))

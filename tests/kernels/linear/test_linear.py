@@ -1,5 +1,4 @@
-"""The common behaviour of small_linear and quant_linear: rows alone and among others, siblings, LoRA, copies,
-errors."""
+"""Properties that small_linear and quant_linear share: rows alone and among others, siblings, LoRA, copies, errors."""
 
 import copy
 import os
@@ -30,7 +29,7 @@ kinds = pytest.mark.parametrize("bits", KINDS)
 @pytest.mark.parametrize(("out", "width"), [(192, 576), (3000, 577), (300, 4096)])
 def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
     loras = ranks(out, width, 8)
-    if isa == "baseline":  # the baseline has no loops for bfloat16, and so none for LoRA
+    if isa == "baseline":  # it has no loops for bfloat16, and so none for LoRA
         if bits == 16 or out == 3000:
             pytest.skip("not there, or slow")
         loras = []
@@ -44,7 +43,7 @@ def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
     alone = torch.cat([run(row[None]) for row in x])
     for n in (1, 2, 3):
         threads(n)
-        for rows in [*range(1, 34), 69, 400]:  # 64 + 5 of 4096 inputs: a last table of few rows
+        for rows in [*range(1, 34), 69, 400]:  # 69 = 64 + 5: a last table of few rows, for 4096 inputs
             assert torch.equal(run(x[:rows]), alone[:rows])
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # 2 bytes off any alignment
     assert torch.equal(run(shifted[5:40]), alone[5:40])
@@ -53,7 +52,7 @@ def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
 @native
 @kinds
 def test_a_span_changes_its_own_rows(bits):
-    """A LoRA of two changes only its span, in any table of rows, by as much as float64 says."""
+    """Spans of two LoRAs change their rows by what float64 gives, in any table of rows, and no other rows."""
     width, out, rows = 100, 70, 300
     loras = ranks(out, width, 3, 300)
     linear, x = made(bits, out, width, None, loras), normal(rows, width)

@@ -1,4 +1,4 @@
-"""rms_norm, compared bit for bit with the modules that it replaces."""
+"""rms_norm gives the bits of the modules that it replaces."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_as_the_module(isa, dtype, width, family, offset):
     norm, x = module(family, width, dtype), inputs(width, dtype)
     got, expected = rms_norm(x, norm.weight.detach(), 1e-5, offset=offset), norm(x)
     assert got.dtype == dtype
-    if width < 8:  # less than a vector: PyTorch sums in another order
+    if width < 8:  # PyTorch sums less than a vector in another order
         torch.testing.assert_close(got, expected, rtol=5e-7 if dtype == torch.float32 else 2**-7, atol=1e-30)
     else:
         assert torch.equal(got, expected)
@@ -66,7 +66,7 @@ def test_fuzz(data):
 
 
 def test_what_the_core_does_not_take():
-    """With strides, parameters, other dtypes and gradients the op gives the reference's results."""
+    """Tensors with strides, parameters, other dtypes and gradients give the reference's results."""
     weight = torch.nn.Parameter(torch.rand(8))
     turned = torch.randn(8, 3).T
     with torch.no_grad():

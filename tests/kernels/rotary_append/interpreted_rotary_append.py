@@ -1,4 +1,4 @@
-"""The Triton kernels of rotary and rotary_append under TRITON_INTERPRET=1, run by test_triton.py in its own process."""
+"""The Triton kernels of rotary and rotary_append under TRITON_INTERPRET=1. test_triton.py runs this file."""
 
 import pytest
 import torch

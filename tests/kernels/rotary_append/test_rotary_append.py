@@ -1,4 +1,4 @@
-"""rotary_append in PyTorch, compared with transformers' attention modules, and what it refuses."""
+"""rotary_append in PyTorch agrees with the attention modules of transformers, and refuses wrong arguments."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from genarm_fast.models.kv_cache import RaggedLayer
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_as_transformers(tiny_model, family):
-    """Queries, keys and values are those of a model's attention: they lead to the output of the model's own forward."""
+    """With the op's queries, keys and values, attention gives the output of a model's own attention module."""
     model = tiny_model(family)
     module, rotate = model.model.layers[0].self_attn, model.model.rotary_emb
     x = torch.randn(2, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def test_as_transformers(tiny_model, family):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_lanes(dtype):
-    """Three lanes, of which the second has no adapter, get the keys, values and queries of merged weights."""
+    """Three lanes, of which the second has no adapter, give the keys, values and queries of merged weights."""
     sizes = (4 * 6, 2 * 6, 2 * 5)
     y, lanes, merged = stacked(sizes, (1, -1, 0), rows=6, dtype=dtype)
     keys, values = torch.zeros(3, 2, 4, 6, dtype=dtype), torch.zeros(3, 2, 4, 5, dtype=dtype)

@@ -1,5 +1,4 @@
-"""Products of few rows on a CUDA device: the few-rows kernel, compared with cuBLAS, and the measurement that
-chooses."""
+"""Products of few rows on a CUDA device: the kernel agrees with cuBLAS, and a measurement chooses between them."""
 
 from types import SimpleNamespace
 

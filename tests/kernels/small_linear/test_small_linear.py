@@ -1,4 +1,4 @@
-"""small_linear is within its rounding of float64, and a row's bits do not depend on company, threads or ISA."""
+"""small_linear is within its rounding of float64. A row's bits do not depend on other rows, threads or ISA."""
 
 import copy
 
@@ -23,7 +23,7 @@ def isa(request):
 
 
 def reference(x, weight, bias=None, loras=()):
-    """Return the exact result and the sum of its terms' magnitudes, both in float64."""
+    """Return (exact result, Σ |terms| of the result) in float64."""
     flat = x.double().reshape(x.shape[:-1].numel(), x.shape[-1])
     exact, magnitude = flat @ weight.double().T, flat.abs() @ weight.double().abs().T
     for first, last, a, b, scale in loras:
@@ -36,7 +36,7 @@ def reference(x, weight, bias=None, loras=()):
 
 
 def assert_exact(y, x, weight, bias=None, loras=()):
-    """Check for one rounding to bfloat16 and float32 sums of in / 16 terms per vector lane and a few more."""
+    """Allow one rounding to bfloat16, and the error of float32 sums of in / 16 terms for each lane and a few more."""
     exact, magnitude = reference(x, weight, bias, loras)
     ranks = sum(len(a) for _, _, a, _, _ in loras)
     bound = exact.abs() * 2.0**-8 + magnitude * 2.0**-24 * (x.shape[-1] / 16 + 2 * ranks + 12)
@@ -59,7 +59,7 @@ def test_shapes(isa, shape):
 
 @native
 def test_bound_catches_a_lost_product():
-    """This is a negative control: a lost input of one output, or sums held in bfloat16, break the bound."""
+    """Negative control: the bound fails if one output lacks its last input, or if sums are held in bfloat16."""
     x, weight = normal(4, 577), normal(64, 577, seed=1)
     wrong = weight.clone()
     wrong[5, -1] = 0
@@ -71,7 +71,10 @@ def test_bound_catches_a_lost_product():
 
 
 def near_the_smallest(*shape, seed):
-    """Return bfloat16 of all exponents from 0 (subnormal) to 70: products on both sides of 2^-126, sums that cancel."""
+    """Return bfloat16 numbers of all biased exponents from 0 (subnormal) to 70.
+
+    Their products are below and above 2^-126, and some sums cancel.
+    """
     bits = torch.randint(0, 71 << 7, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.int32) << 15
     return (bits | signs).to(torch.uint16).view(torch.bfloat16)
@@ -80,8 +83,7 @@ def near_the_smallest(*shape, seed):
 @native
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 def test_one_result_near_the_smallest_numbers(isa, rows):
-    """All results equal those of the first ISA: two FMAs have the bits of vdpbf16ps only if subnormals count as
-    zeros."""
+    """All instruction sets give the first one's bits. Two FMAs equal vdpbf16ps only if they flush subnormal numbers."""
     x, weight = near_the_smallest(rows, 577, seed=rows), near_the_smallest(64, 577, seed=9)
     y = small_linear(x, weight)
     _native.core.use(ISAS[0])
@@ -91,7 +93,7 @@ def test_one_result_near_the_smallest_numbers(isa, rows):
 
 @native
 def test_subnormal_numbers_count_as_zeros(isa):
-    """This holds for inputs, weights, products and sums; the caller's own subnormals are unaffected."""
+    """Subnormal inputs, weights, products and sums count as zeros. The caller's own arithmetic keeps such numbers."""
     smallest, tiny = 2.0**-126, 2.0**-130
     cases = [([tiny, 1], [2.0**20, 2], 2), ([2.0**20, 1], [tiny, 2], 2), ([2.0**-70, 0], [2.0**-70, 0], 0)]
     cases += [([2.0**-60, 0], [2.0**-66, 0], smallest), ([1.5 * smallest, smallest], [1, -1], 0)]
@@ -103,7 +105,7 @@ def test_subnormal_numbers_count_as_zeros(isa):
 
 @native
 def test_another_order_of_the_sums_shows():
-    """This is a negative control: equal bits do not come from the rounding to bfloat16 alone."""
+    """Negative control: another order of the sums changes bits that survive the rounding to bfloat16."""
     x, weight = normal(33, 577), normal(1000, 577, seed=1)
     half = torch.cat([x[:, 320:], x[:, :320]], 1), torch.cat([weight[:, 320:], weight[:, :320]], 1)
     assert not torch.equal(small_linear(x, weight), small_linear(*half))
@@ -123,7 +125,7 @@ def test_instruction_sets_agree(shape):
 
 @native
 def test_loras(isa):
-    """Ranges have gaps, no rows, one row, or overlap; ranks lie around a vector's width."""
+    """Spans have gaps, are empty, have one row, or overlap. Ranks are near a vector's width."""
     x, weight, bias = normal(3, 7, 100), normal(70, 100, seed=1), normal(70, seed=2)
     ranges = [(0, 3, 1), (3, 3, 4), (5, 6, 16), (8, 21, 17), (15, 20, 33)]
     loras = [
@@ -145,7 +147,7 @@ def test_special_values(isa):
     assert y[1].isnan().all()
     assert torch.equal(y[2], torch.inf * weight[:, 9].sign())
     big = torch.full((1, 2), 3e38, dtype=torch.bfloat16)
-    assert small_linear(big[:, :1], torch.tensor([[1.0]]).bfloat16()) == big[0, 0]  # the largest finite number survives
+    assert small_linear(big[:, :1], torch.tensor([[1.0]]).bfloat16()) == big[0, 0]  # the largest finite number is kept
     assert small_linear(big, torch.tensor([[1.0, 1.0]]).bfloat16()) == torch.inf
 
 
