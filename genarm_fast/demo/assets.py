@@ -67,8 +67,8 @@ def arm_names() -> list[str]:
 def arm(name: str) -> Path:
     """Return the folder of a shipped ARM.
 
-    "positive", "concise" and "harmless" are LoRA adapters of the base. "small" is a far smaller model that shares the
-    base's tokenizer, for weak-to-strong guidance.
+    "positive", "concise", "helpful" and "harmless" are LoRA adapters of the base. "small" is a far smaller model that
+    shares the base's tokenizer, for weak-to-strong guidance.
 
     Raises:
         ValueError: there is no ARM of that name; the message lists the names that exist.

@@ -1,8 +1,9 @@
-"""Train the demo's three LoRA ARMs, and copy what is worth shipping into the package.
+"""Train the demo's four LoRA ARMs, and copy what is worth shipping into the package.
 
     python pairs_positive.py pairs/positive.jsonl
     python pairs_concise.py teacher/ pairs/concise.jsonl
     python pairs_harmless.py hh-rlhf-harmless-base-test.jsonl.gz pairs/
+    python pairs_helpful.py hh-rlhf-helpful-base-test.jsonl.gz pairs/
     python train_arms.py teacher/ pairs/ work/
 
 `concise` is also trained to predict the words of the base's answers, but not where these end. Preferences alone taught
@@ -47,6 +48,8 @@ ARMS: dict[str, dict[str, Any]] = {
     # The longer answer starts some 30 nats behind because of its length: a larger β_r would leave little gradient.
     "concise": {"data_id": "samples of the base model", "beta": 0.02, "epochs": 2.0, "holdout_fraction": 0.1},
     "harmless": {"data_id": "HH-RLHF harmless-base test (4 of 5 lines)", "beta": 0.05},
+    # The one that ships is from benchmarks/learning_curve.py, by the same settings on the same pairs.
+    "helpful": {"data_id": "HH-RLHF, helpful", "beta": 0.05, "dtype": "bfloat16"},
 }
 EOS = 2  # <|im_end|>
 KEEP: dict[str, dict[str, Any]] = {"concise": {"count": 2, "weight": 0.15, "free": EOS}}
