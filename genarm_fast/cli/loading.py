@@ -69,8 +69,8 @@ def add_loading_arguments(
         action="append",
         default=[],
         metavar="[NAME:]MODEL[=WEIGHT]",
-        help="an ARM: hub id, model folder, adapter folder, or demo:positive, demo:concise, demo:helpful, demo:harmless, "
-        "demo:small; repeat for several (default weight: 1)",
+        help="an ARM: hub id, model folder, adapter folder, or demo:positive, demo:concise, demo:helpful, "
+        "demo:harmless, demo:small; repeat for several (default weight: 1)",
     )
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of all members (default: the files')")
     group.add_argument(
