@@ -65,7 +65,7 @@ class FusedDecoder:
 
     def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
         self.embed, self.angles = _part(decoder.embed_tokens, fast), Angles(decoder.rotary_emb)
-        self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
+        self.layers = [_FusedLayer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
         self.norm, *norms = (_norm(layer.input_layernorm, fast) for layer in decoder.layers)
         self.next_norms = [*norms, _norm(decoder.norm, fast)]
         adapted = [module.index for module in decoder.modules() if isinstance(module, LaneLinear)]
@@ -99,7 +99,7 @@ class FusedDecoder:
         return over_layers(part, kept)
 
 
-class _Layer:
+class _FusedLayer:
     def __init__(self, layer: Any, fast: Fast, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.second_norm = _norm(layer.post_attention_layernorm, fast)

@@ -11,7 +11,7 @@ from torch import nn
 
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.models.known_decoders import WINDOWS, built_as_known, trial
-from genarm_fast.models.stacked_decoder import StackedDecoder, linear_of, stack_of
+from genarm_fast.models.stacked_decoder import StackedDecoder, bare_linear, stack_of
 from genarm_fast.models.weights import Movable
 
 UNIT = {
@@ -46,7 +46,7 @@ def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | No
     if not far <= bound:  # also true for NaN
         return None, f"its own forward: the stacked one is {far:.2g} of a hidden state away from it, over {bound:.2g}"
     how = f"stacked: {far:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
-    shared = "its weights were stacked for another model, and are shared" if forward.over_another else ""
+    shared = "its weights were stacked for another model, and are shared" if forward.shares_stacks else ""
     return forward, "; ".join(filter(None, (how, shared, chosen)))
 
 
@@ -105,4 +105,4 @@ def _linears(layer: Any) -> list[list[Any]]:
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     )
-    return [[linear_of(module) for module in group] for group in groups]
+    return [[bare_linear(module) for module in group] for group in groups]

@@ -115,7 +115,7 @@ def test_products_of_few_rows_by_our_kernel():
     tree, merged = adapted(build_model("qwen2", 0, num_hidden_layers=1), 2)
     decoder, tokens = StackedDecoder(tree.model, Movable([tree])), torch.arange(14).view(1, 14) * 7 % VOCAB_SIZE
     for product in decoder.products:
-        product.ours = frozenset(few_rows.ROWS)
+        product.kernel_row_counts = frozenset(few_rows.MEASURED_ROWS)
     launches = Launches()
     with launches.counting():
         got = hidden_states(decoder, tokens, [0, 1, 2], (4, 1, 9))
