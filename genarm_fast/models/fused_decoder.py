@@ -24,7 +24,7 @@ from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.angles import Angles
-from genarm_fast.models.forward_context import Ragged, place, spans_of
+from genarm_fast.models.forward_context import Ragged, current_positions, spans_of
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, over_layers, trial
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
@@ -75,7 +75,7 @@ class FusedDecoder:
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
         """Run the decoder. input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
-        where = place(hidden.device)
+        where = current_positions(hidden.device)
         angles = self.angles(hidden, position_ids, where.kv_bound)
         spans: dict[tuple[int, ...], Sequence[Span]] = {(): ()}
         spans |= {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}

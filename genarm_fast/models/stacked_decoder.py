@@ -23,7 +23,7 @@ from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.few_rows import choose, few_rows_linear, serves
-from genarm_fast.models.forward_context import place, running_lanes
+from genarm_fast.models.forward_context import current_positions, running_lanes
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, family_of, lanes_of, over_layers
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
@@ -57,7 +57,7 @@ class StackedDecoder:
         """Run the decoder. input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
         cos, sin = self.rotary(hidden, position_ids=position_ids)
-        where, adapters = place(hidden.device), self._running_adapters(hidden.device)
+        where, adapters = current_positions(hidden.device), self._running_adapters(hidden.device)
         x = self.layers[0].norm(hidden)
         for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
             hidden, x = layer(hidden, x, cos, sin, cache, where, adapters, next_norm)

@@ -99,19 +99,19 @@ def _train(
     progress: bool,
     auxiliary_loss: Callable[[nn.Module, int], Tensor] | None,
 ) -> TrainReport:
-    place = locate("base", config.base)
-    check_files("base", place)
-    if find_file(place, "adapter_config.json"):
+    location = locate("base", config.base)
+    check_files("base", location)
+    if find_file(location, "adapter_config.json"):
         raise ValueError(f"base={config.base!r}: expected a whole model, got an adapter: merge it into its base first")
-    tokenizer = load_tokenizer("base", place, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer("base", location, trust_remote_code=config.trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"base={config.base!r}: expected a folder or a hub id with a model and its tokenizer")
-    check_servable(config, place)
-    data = _read(config, tokenizer, place, data_rows, eval_rows)
+    check_servable(config, location)
+    data = _read(config, tokenizer, location, data_rows, eval_rows)
     # Only the first process reads the folder. It tells the others, so that all decide alike.
     run = processes.from_first(lambda: RunFolder(config, data.training, data.held_out))
     if (finished := processes.from_first(run.report)) is not None:
-        processes.from_first(lambda: check_same_base(config, place, finished))
+        processes.from_first(lambda: check_same_base(config, location, finished))
         processes.from_first(lambda: _remove_checkpoints(config))  # a kill may have come before they were removed
         return TrainReport(config.folder, finished)
     processes.from_first(lambda: _check_writable(config))
@@ -181,8 +181,8 @@ class _Data:
     summary: dict[str, Any]
 
 
-def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None, eval_rows: Rows | None) -> _Data:
-    encoder = Encoder(tokenizer, config, stop_ids(config, place))
+def _read(config: TrainConfig, tokenizer: Any, location: Source, rows: Rows | None, eval_rows: Rows | None) -> _Data:
+    encoder = Encoder(tokenizer, config, stop_ids(config, location))
     source = load_pairs(config.data if rows is None else rows, **reading(config))
     if source.format == "implicit" and (config.as_chat or config.prompt_template):
         raise ValueError(
