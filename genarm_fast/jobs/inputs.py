@@ -21,12 +21,12 @@ from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.messages import may_be_stored
 
-OF_THE_MACHINE = ("max_time", "priority")  # an answer would depend on the time of day with these
+MACHINE_FIELDS = ("max_time", "priority")  # an answer would depend on the time of day with these
 # The fields that JSON can express, except those of the machine.
 DEFAULTS = {
     field.name: field.default
     for field in fields(SamplingParams)
-    if field.name not in ("logits_processors", *OF_THE_MACHINE)
+    if field.name not in ("logits_processors", *MACHINE_FIELDS)
 }
 FIELDS = tuple(DEFAULTS)
 TEMPLATE = ("tools", "chat_template_kwargs")
@@ -67,7 +67,7 @@ def line_seed(job_seed: int, line: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{job_seed}:{line}".encode()).digest()[:8], "little")
 
 
-class Form:
+class LineParser:
     """Makes requests of lines. The arguments are those of `read_requests`.
 
     Raises:
@@ -78,7 +78,7 @@ class Form:
         if taken := [name for name in keep if name in (*OUTPUT, *FIELDS, *TEMPLATE)]:
             raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
         for each in fields(SamplingParams):
-            if each.name in OF_THE_MACHINE and (value := getattr(defaults, each.name)) != each.default:
+            if each.name in MACHINE_FIELDS and (value := getattr(defaults, each.name)) != each.default:
                 raise ValueError(
                     f"{each.name}={value!r}: expected {each.default!r} in a batch job, whose bytes would depend on the"
                     " machine"
