@@ -13,7 +13,7 @@ from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standa
 from genarm_fast.train.rows import Dropped, margin_of, messages_of, named_row, options_of, text_of
 
 Side = str | Message | list[Message]
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # names of columns that hold no text
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")  # names of columns that hold no text
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _pair(
         if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
         complete[name] = value is not False
-    for name in MEDIA:
+    for name in MEDIA_COLUMNS:
         if row.get(name):
             raise ValueError(f"field {name!r}: expected texts alone, images, videos and sounds are not trained on")
     options = options_of(row)

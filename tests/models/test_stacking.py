@@ -139,7 +139,7 @@ def test_given_adapters_are_read_anew(with_lora, tokenizer):
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
     forward, _ = decoder_of(model)
     assert isinstance(forward, StackedDecoder)
-    assert forward.number == {1: 0}
+    assert forward.adapter_by_lane == {1: 0}
     before = model.generate(PROMPTS, PARAMS)[0].token_ids
     with torch.no_grad():
         for name, parameter in arm.named_parameters():
