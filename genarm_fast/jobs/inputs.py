@@ -29,11 +29,11 @@ DEFAULTS = {
     if field.name not in ("logits_processors", *MACHINE_FIELDS)
 }
 FIELDS = tuple(DEFAULTS)
-TEMPLATE = ("tools", "chat_template_kwargs")
-CHECKED = {*FIELDS} - {"seed"}  # lines differ in their seeds
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+LINE_PARAMETERS = {*FIELDS} - {"seed"}  # lines differ in their seeds
 # Most sets of parameters that are remembered, and most characters of one of them.
 MOST_SEEN, LONGEST_SEEN = 1024, 1024
-OUTPUT = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
+OUTPUT_FIELDS = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LineParser:
     """
 
     def __init__(self, file: str, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> None:
-        if taken := [name for name in keep if name in (*OUTPUT, *FIELDS, *TEMPLATE)]:
+        if taken := [name for name in keep if name in (*OUTPUT_FIELDS, *FIELDS, *TEMPLATE_FIELDS)]:
             raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
         for each in fields(SamplingParams):
             if each.name in MACHINE_FIELDS and (value := getattr(defaults, each.name)) != each.default:
@@ -84,7 +84,7 @@ class LineParser:
                     " machine"
                 )
         self.file, self.defaults, self.arms, self.keep = file, defaults, arms, ("metadata", *keep)
-        self._known = {"id", "prompt", *TEMPLATE, *self.keep, *FIELDS}
+        self._known = {"id", "prompt", *TEMPLATE_FIELDS, *self.keep, *FIELDS}
         self._seen: dict[str, SamplingParams] = {}
 
     def check(self, row: Mapping[str, Any]) -> tuple[Any, Prompt]:
@@ -116,14 +116,14 @@ class LineParser:
         for name in self.keep:
             if name in row:
                 _check_kept(name, row[name])
-        template = {name: row[name] for name in TEMPLATE if name in row}
+        template = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
         if template or not isinstance(prompt, str) or not prompt or not prompt.isascii() or may_be_stored(prompt):
             if not isinstance(prompt, (str, list)):
                 raise ValueError(f"prompt={prompt!r:.60}: expected text, chat messages or token ids")
             (prompt,) = as_prompts([prompt], **template)
         if seed is not None:
             self.defaults.with_seed(seed)
-        return id, prompt, self._params({name: row[name] for name in row if name in CHECKED}), row
+        return id, prompt, self._params({name: row[name] for name in row if name in LINE_PARAMETERS}), row
 
     def _params(self, given: dict[str, Any]) -> SamplingParams:
         """Return the parameters of a line. Most lines repeat some; checking them takes ten times all else."""
@@ -142,7 +142,7 @@ class LineParser:
         return params
 
     def _unknown(self, row: Mapping[str, Any]) -> ValueError:
-        name, known = min(set(row) - self._known), ", ".join(("id", "prompt", *TEMPLATE, *self.keep, *FIELDS))
+        name, known = min(set(row) - self._known), ", ".join(("id", "prompt", *TEMPLATE_FIELDS, *self.keep, *FIELDS))
         return ValueError(
             f"{name}={row[name]!r:.60}: expected one of {known};"
             " other fields go to the output if they are named by --keep"

@@ -14,7 +14,7 @@ from genarm_fast.params import SamplingParams
 from genarm_fast.text.detokenize import token_text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-LINE = {"custom_id", "method", "url", "body"}
+LINE_FIELDS = {"custom_id", "method", "url", "body"}
 RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 IGNORED_FIELDS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields that would change the answer and are not supported. These values ask for nothing, so they are accepted.
@@ -43,8 +43,8 @@ def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the field, its value and what was expected.
     """
-    if unknown := sorted(set(row) - LINE):
-        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(LINE))}, beside custom_id")
+    if unknown := sorted(set(row) - LINE_FIELDS):
+        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(LINE_FIELDS))}, beside custom_id")
     if not isinstance(row.get("custom_id"), str):
         raise ValueError(f"custom_id={row.get('custom_id')!r:.60}: expected a text")
     if row.get("method", "POST") != "POST":

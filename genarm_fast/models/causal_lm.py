@@ -21,7 +21,7 @@ from genarm_fast.models.hub import Source
 from genarm_fast.models.one_load import one_load
 from genarm_fast.models.sizes import check_size
 
-CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
+CONSTANT_NAME_ENDINGS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
 
 
 @one_load()
@@ -80,7 +80,7 @@ def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = Aut
     problems = (
         ("lacks", found["missing_keys"]),
         ("has other shapes for", {name for name, *_ in found["mismatched_keys"]}),
-        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANTS)}),
+        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANT_NAME_ENDINGS)}),
     )
     said = "; ".join(f"{problem} {listed_names(names)}" for problem, names in problems if names)
     if said:

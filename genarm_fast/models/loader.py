@@ -27,7 +27,7 @@ from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
 log = logging.getLogger(__name__)
-RECORDED = {
+RECORDED_TYPES = {
     "prompt_template": (str, type(None)),
     "chat_template": (str, type(None)),
     "prompt_format": (str, type(None)),
@@ -172,7 +172,7 @@ def _recorded(member: str, location: Source | None) -> dict[str, Any]:
         ValueError: a value that training never writes.
     """
     recorded = {} if location is None else read_object(member, location, "genarm.json")
-    for name, kinds in RECORDED.items():
+    for name, kinds in RECORDED_TYPES.items():
         value = recorded.get(name)
         known = isinstance(value, kinds) and not isinstance(value, bool)
         if name == "prompt_format":

@@ -92,10 +92,10 @@ def load_pairs(
         try:
             with located(title, number):
                 format, pair = parse(rows, row, columns or {}, chosen_by, format)
-                if pair.identity in seen:
+                if pair.content_hash in seen:
                     raise Dropped("duplicate")
-                dropped.update([SWAPPED] * (pair.opposite in seen))
-                seen.add(pair.identity)
+                dropped.update([SWAPPED] * (pair.swapped_hash in seen))
+                seen.add(pair.content_hash)
                 dropped.update([CUT] * pair.trimmed + [SEVERAL] * pair.several)
                 pairs.append(replace(pair, line=number))
         except Dropped as reason:

@@ -48,13 +48,13 @@ class Pair:
         return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
 
     @property
-    def identity(self) -> bytes:
+    def content_hash(self) -> bytes:
         """A hash of the prompt and both responses."""
         return self._hash(self.chosen, self.rejected)
 
     @property
-    def opposite(self) -> bytes:
-        """The identity of the pair that prefers the other response."""
+    def swapped_hash(self) -> bytes:
+        """The content hash of the pair that prefers the other response."""
         return self._hash(self.rejected, self.chosen)
 
     def _hash(self, *sides: Side) -> bytes:
