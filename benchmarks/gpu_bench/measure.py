@@ -92,6 +92,8 @@ class Bench:
         return self.decoder(key, base, [with_lora(base, 1 + i, self.setting.rank) for i in range(count)])
 
     def leave(self) -> None:
+        """Forget all models. Raises what an earlier error of the GPU makes every later call raise."""
+        torch.cuda.synchronize()
         for decoder in self._decoders.values():
             decoder.release()
         self._decoders.clear()

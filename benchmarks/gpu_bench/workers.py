@@ -47,7 +47,12 @@ def serve(connection: Any, module: str, setting: str, stacks: str) -> None:
                     if attempt(Row("leave", _leave), bench, seconds):
                         connection.send(("spoilt", {}))
                         return
-                connection.send(("entry", attempt(rows[name], bench, seconds)))
+                entry = attempt(rows[name], bench, seconds)
+                if "error" in entry and not attempt(Row("leave", _leave), bench, seconds):
+                    group = ""  # the GPU works, and has forgotten what the row had loaded
+                elif "traceback" in entry:
+                    entry["spoilt"] = 1
+                connection.send(("entry", entry))
 
 
 def _leave(bench: Any) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class Worker:
                 if kind == "spoilt":  # its memory can't be freed, after an error of the GPU
                     return None, False
                 if kind == "entry":
-                    return found, "error" not in found and "traceback" not in found
+                    return found, not found.pop("spoilt", 0)
                 so_far = found
                 keep(found)
         except TimeoutError:

@@ -32,6 +32,11 @@ def raises(bench):
     raise ZeroDivisionError("by nought")
 
 
+def spoils(bench):
+    leaves_badly(bench)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def lacks(bench):
     raise Skip("no such model")
 
@@ -71,6 +76,8 @@ ROWS = [
     Row("good", good, 0.1, "first"),
     Row("raises", raises, 0.1, "first"),
     Row("after an error", good, 0.1, "first"),
+    Row("spoils", spoils, 0.1, "first"),
+    Row("after a spoilt one", good, 0.1, "first"),
     Row("lacks", lacks, 0.1, "first"),
     Row("dies", dies, 0.1, "first"),
     Row("after a death", good, 0.1, "first"),
