@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -49,18 +50,18 @@ def parsed() -> argparse.Namespace:
     return args
 
 
-def report(path: Path) -> str:
-    """Write the table and the picture beside a result; returns the table."""
+def report(path: Path) -> None:
+    """Write the table of a result beside it and print it; then draw the picture, which takes longer."""
     from gpu_bench.report import markdown, plot
 
     result = json.loads(path.read_text())
     text = markdown(result)
     path.with_suffix(".md").write_text(text)
+    print(text, path, sep="\n", flush=True)
     try:
         plot(result, path.with_suffix(".png"))
     except ImportError as error:  # where the GPU is; the result makes its picture elsewhere, with --report
-        return f"{text}\nno picture: {error}\n"
-    return text
+        print(f"no picture: {error}")
 
 
 def measure(args: argparse.Namespace) -> Path:
@@ -96,18 +97,18 @@ def measure(args: argparse.Namespace) -> Path:
 def main() -> None:
     args = parsed()
     if args.report is not None:
-        print(report(args.report))
+        report(args.report)
         return
     if args.dry:
         interpreting()
     importable()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without network, each question to the hub would take its time-out
     if args.profiled or args.compile:
         from gpu_bench.compiling import compile_job, profile_alone
 
         sys.exit(compile_job(args.compile, "dry" if args.dry else "real") if args.compile else profile_alone())
     path = measure(args)
-    print(report(path))
-    print(path)
+    report(path)
     result = json.loads(path.read_text())
     if "running" in result or any("error" in row for row in result["rows"]):
         sys.exit(1)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 AGAIN = 15.0  # Seconds after which the alarm rings once more: Python swallows an exception at the end of an object.
 SLACK = 3  # A row is stopped after this many times its estimate,
 LEAST = 25.0  # but not before this many seconds: an estimate of a few seconds may be far off.
-RESERVE = 8.0  # seconds at the end of the budget for the table and the picture
+RESERVE = 12.0  # seconds at the end of the budget for the table and the picture
 
 
 class Skip(Exception):

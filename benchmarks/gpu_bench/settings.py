@@ -116,7 +116,7 @@ JOBS = (  # the longest ones first
     Job(("2 LoRAs",)),
     Job(("8B + 1B ARM",)),
     Job(("135M", "135M, 1 LoRA")),
-    Job(("tokens, SmolLM2", "training")),
+    Job(("tokens, SmolLM2",)),
 )
 
 REAL = Setting(
