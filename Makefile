@@ -73,8 +73,10 @@ peers: $(VENV)/.installed-dev $(LLAMA)/.installed
 evidence: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality.py general weak front --json benchmarks/results $(ARGS)
 
-bench-gpu: $(VENV)/.installed-dev
-	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
+# A machine with a GPU often has no network, but a Python whose torch is built for CUDA: that one runs the clone as it is.
+bench-gpu:
+	@$(PYTHON) scripts/has_cuda_torch.py || $(MAKE) --no-print-directory $(VENV)/.installed-dev
+	@$$($(PYTHON) scripts/has_cuda_torch.py && echo $(PYTHON) || echo $(VENV)/bin/python) benchmarks/gpu.py $(ARGS)
 
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)

@@ -23,7 +23,7 @@ from genarm_fast.device.cuda import Cuda
 from genarm_fast.engine import selfcheck, workspace
 from genarm_fast.engine.step import Steps
 from genarm_fast.models.known_decoders import Norm
-from genarm_fast.models.stacked_decoder import stacked
+from genarm_fast.models.stacked_decoder import stacks_by_address
 
 CUDA = torch.device("cuda", 0)
 OURS = ("genarm_fast.kernels", "genarm_fast.models.stacked_decoder")
@@ -154,7 +154,7 @@ class FakeCuda:
             return [entry and entry._replace(device=CUDA) for entry in known]
 
         model._engine = None
-        stacked.clear()  # its keys are addresses of memory that is freed now
+        stacks_by_address.clear()  # its keys are addresses of memory that is freed now
         with patch.object(selfcheck, "entries_of", entries), patch.object(workspace, "entries_of", entries):
             yield model
 

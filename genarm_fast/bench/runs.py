@@ -20,7 +20,7 @@ from genarm_fast.text.prompts import left_padded
 
 CONTENDERS = ("hugging_face", "base", "guided", "guided_drafts")
 # Largest spread of a figure that can be trusted.
-TRUSTED = 0.1
+MAX_TRUSTED_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Measured:
     milliseconds_per_token: dict[str, float]
     relative_to: dict[str, dict[str, Interval]]
     spreads: dict[str, float]  # the widest of each contender's intervals
-    trusted: bool  # whether there were enough rounds, and no spread above TRUSTED
+    trusted: bool  # whether there were enough rounds, and no spread above MAX_TRUSTED_SPREAD
     prompt_tokens: tuple[int, int]  # fewest and most tokens, as the base reads the prompts
     clock: str
     drafts: Drafts
@@ -86,7 +86,7 @@ def measure(
         ids = [request.token_ids[0] for request in alone.prepare(turns_prompts(turn), max_new_tokens=new_tokens)]
         _hugging_face(model.base, ids, new_tokens, seed=turn)
 
-    def ours(name: str, contender: GenARM) -> Callable[[int], None]:
+    def generating(name: str, contender: GenARM) -> Callable[[int], None]:
         def run(turn: int) -> None:
             each = [
                 SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=batch * turn + i) for i in range(batch)
@@ -99,9 +99,9 @@ def measure(
 
     runs = {
         "hugging_face": hugging_face,
-        "base": ours("base", alone),
-        "guided": ours("guided", plain),
-        "guided_drafts": ours("guided_drafts", drafting),
+        "base": generating("base", alone),
+        "guided": generating("guided", plain),
+        "guided_drafts": generating("guided_drafts", drafting),
     }
     devices = {parameter.device for member in model.members for parameter in member.model.parameters()}
     clock_name, clock = clock_of(devices)
@@ -118,7 +118,7 @@ def measure(
         milliseconds_per_token={name: 1e3 * batch / each.median for name, each in speeds.items()},
         relative_to=relative,
         spreads=spreads,
-        trusted=rounds >= LEAST_ROUNDS and max(spreads.values()) <= TRUSTED,
+        trusted=rounds >= LEAST_ROUNDS and max(spreads.values()) <= MAX_TRUSTED_SPREAD,
         prompt_tokens=(min(lengths), max(lengths)),
         clock=clock_name,
         drafts=_drafts(outputs["guided"], outputs["guided_drafts"], batch, dict(_chosen(drafting) - learning)),

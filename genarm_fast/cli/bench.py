@@ -208,10 +208,12 @@ def _drafts_line(drafts: Drafts) -> str:
 
 
 def _doubt(rounds: int, result: Measured) -> str:
-    from genarm_fast.bench.runs import TRUSTED
+    from genarm_fast.bench.runs import MAX_TRUSTED_SPREAD
     from genarm_fast.bench.timing import LEAST_ROUNDS
 
     if rounds < LEAST_ROUNDS:
         return f"{rounds} round{'s' * (rounds != 1)}, expected at least {LEAST_ROUNDS} (--rounds)"
-    wide = ", ".join(f"{LABELS[name]} ± {spread:.1%}" for name, spread in result.spreads.items() if spread > TRUSTED)
-    return f"{wide}, expected at most {TRUSTED:.0%} (more --rounds, --new-tokens)"
+    wide = ", ".join(
+        f"{LABELS[name]} ± {spread:.1%}" for name, spread in result.spreads.items() if spread > MAX_TRUSTED_SPREAD
+    )
+    return f"{wide}, expected at most {MAX_TRUSTED_SPREAD:.0%} (more --rounds, --new-tokens)"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from genarm_fast.cli.display import console, reward_table
 from genarm_fast.cli.loading import add_loading_arguments, load
-from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params, shown
+from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params, weight_text
 from genarm_fast.cli.process import typed
 from genarm_fast.errors import GenerationError
 from genarm_fast.params import SamplingParams, check_weights
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         if member.chat_template is None:
             raise ValueError(f"{member.name}: expected a model with a chat template, or --chat-template")
     arguments = {name: getattr(args, name) for name in ("tools", "chat_template_kwargs")}
-    chat = Chat(model, params, args.system, arguments)
+    chat = ChatSession(model, params, args.system, arguments)
     lines = _typed_lines() if sys.stdin.isatty() else (typed(line).rstrip("\n") for line in sys.stdin)
     if sys.stdin.isatty():
         chat.console.print(f"base {args.base}, {chat.describe('weights')}; /help lists the commands", style="dim")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class Chat:
+class ChatSession:
     """A conversation. Answers go to stdout, all other output to stderr."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Chat:
         if name != "weights":
             return f"{name}: {value}"
         weights = zip(self.model.arm_names, self.model.expand_weights(value))
-        return "weights: " + (", ".join(f"{arm}={shown(weight)}" for arm, weight in weights) or "no ARM")
+        return "weights: " + (", ".join(f"{arm}={weight_text(weight)}" for arm, weight in weights) or "no ARM")
 
 
 def _typed_lines() -> Iterator[str]:

@@ -99,7 +99,7 @@ def numbers(text: str) -> float | tuple[Weight, ...] | dict[str, Weight]:
     return values if len(values) > 1 or isinstance(values[0], tuple) else values[0]
 
 
-def shown(weight: Weight) -> str:
+def weight_text(weight: Weight) -> str:
     """Return a weight as it is typed."""
     return ":".join(f"{number:g}" for number in weight) if isinstance(weight, tuple) else f"{weight:g}"
 

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from genarm_fast.api import GenARM
     from genarm_fast.outputs import ScoreOutput
 
-SHOWN = {"accuracy": "accuracy", "accuracy_stderr": "± s.e.", "margin_mean": "mean margin", "margin_std": "its s.d."}
+COLUMN_HEADINGS = {
+    "accuracy": "accuracy",
+    "accuracy_stderr": "± s.e.",
+    "margin_mean": "mean margin",
+    "margin_std": "its s.d.",
+}
 
 
 def score_pairs(args: argparse.Namespace) -> int:
@@ -54,10 +59,10 @@ def score_pairs(args: argparse.Namespace) -> int:
     dropped = ", ".join(f"{count} {reason}" for reason, count in data.dropped.items())
     title = f"{len(data.pairs)} pairs" + (f" (dropped: {dropped})" if dropped else "")
     table = Table("reward", title=title, title_justify="left")
-    for heading in SHOWN.values():
+    for heading in COLUMN_HEADINGS.values():
         table.add_column(heading, justify="right")
     for name, summary in summaries.items():
-        table.add_row(name, *(f"{summary[key]:.3f}" for key in SHOWN))
+        table.add_row(name, *(f"{summary[key]:.3f}" for key in COLUMN_HEADINGS))
     console().print(table)
     return 0
 

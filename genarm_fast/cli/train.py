@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = train(config, progress=not args.json)
     finally:
-        processes.leave()
+        processes.disconnect()
     # Only the first process prints.
     if processes.rank() > 0:
         return 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from genarm_fast.device.base import Device
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.known_decoders import head_of
 from genarm_fast.models.kv_cache import Entry, RaggedLayer
 from genarm_fast.models.lora_lanes import linears_of, reread
@@ -221,7 +221,7 @@ class ModelRunner:
         # Positions of padding may be past the end of the context.
         known = positions if self.context is None else positions.clamp_max(self.context - 1)
         ragged = Ragged(rows, positions, kv_bound, self.arrivals)
-        with running([self.lanes[lane] for lane in lanes], count), placed(ragged):
+        with running([self.lanes[lane] for lane in lanes], count), at_positions(ragged):
             out = model(input_ids=tokens, position_ids=known, past_key_values=self.cache, use_cache=True)
             return out if head is None else head(out.last_hidden_state)
 

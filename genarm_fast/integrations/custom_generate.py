@@ -24,7 +24,7 @@ from genarm_fast.models.arm import as_arms
 from genarm_fast.params import SamplingParams
 
 # Parameters for which transformers has no name. All others come from the call of `generate`.
-OWN = (
+GENARM_PARAMETERS = (
     "allowed_token_ids",
     "base_weight",
     "frequency_penalty",
@@ -37,7 +37,7 @@ OWN = (
 )
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 # `generate` prepares these.
-PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+PREPARED_INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 
 
 def guided(arms: Any, *, weights: Any = None, streamer: Any = None, **options: Any) -> Guided:
@@ -67,11 +67,11 @@ class Guided:
 
     def __init__(self, arms: Any, *, weights: Any, streamer: Any, **options: Any) -> None:
         self.arms, self.streamer = as_arms(arms), streamer
-        if unknown := sorted(set(options) - set(OPTIONS) - set(OWN)):
-            known = ", ".join([*OWN, *OPTIONS])
+        if unknown := sorted(set(options) - set(OPTIONS) - set(GENARM_PARAMETERS)):
+            known = ", ".join([*GENARM_PARAMETERS, *OPTIONS])
             raise TypeError(f"{unknown[0]}: expected one of {known}; all else is said to `generate`")
         self.loading = {name: value for name, value in options.items() if name in OPTIONS}
-        self.sampling = {name: value for name, value in options.items() if name in OWN}
+        self.sampling = {name: value for name, value in options.items() if name in GENARM_PARAMETERS}
         SamplingParams(weights=weights, **self.sampling)
         self.weights = weights
         self.speculation = self.loading.pop("speculation", None)
@@ -227,7 +227,7 @@ def _mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     for name, value in model_kwargs.items():
-        if name not in PREPARED and value is not None:
+        if name not in PREPARED_INPUTS and value is not None:
             raise ValueError(f"{name}: expected none with guided(), whose members read token ids alone")
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():

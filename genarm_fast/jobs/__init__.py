@@ -28,13 +28,13 @@ from genarm_fast.text.given import Prompt
 __all__ = ["JobRequest", "Requests", "ResultsFile", "Summary", "read_requests", "run"]
 
 # Batches of lines in a group. Slots are empty at the end of a group, so few groups waste less.
-BATCHES = 8
+GROUP_BATCHES = 8
 # Seconds for prompts to be tokenised before the first answer, enough for 50,000 short ones.
-CHECKING = 5.0
+FIRST_CHECK_SECONDS = 5.0
 # Share of the answers' time that is spent on tokenising further prompts.
-SHARE = 0.1
-WRITING = 1.0  # seconds that an answer waits, so that others are synced to disk with it
-REPLACED = 4096  # lines that are held before the file is rewritten
+CHECK_TIME_SHARE = 0.1
+WRITE_DELAY_SECONDS = 1.0  # seconds that an answer waits, so that others are synced to disk with it
+LINES_PER_REWRITE = 4096  # lines that are held before the file is rewritten
 KEPT_ERRORS = 1000
 
 
@@ -77,10 +77,10 @@ def run(
 ) -> Summary:
     """Answer the requests that `results` does not answer yet. Each answer is written after the answers before it.
 
-    Groups of `BATCHES * model.max_batch_size` lines are decoded together, fewer if lines ask for several completions.
-    Groups are counted from the first line of the job. A resumed job therefore decodes the interrupted group again, so
-    that its numbers are rounded alike. Prompts are tokenised ahead, some before the first answer, others between
-    groups.
+    Groups of `GROUP_BATCHES * model.max_batch_size` lines are decoded together, fewer if lines ask for several
+    completions. Groups are counted from the first line of the job. A resumed job therefore decodes the interrupted
+    group again, so that its numbers are rounded alike. Prompts are tokenised ahead, some before the first answer,
+    others between groups.
 
     A request that fails by itself gets a line with `error`, and the next run tries it again. progress: called with
     numbers of lines answered and tokens generated. as_prompt: returns the prompt that the model gets for a line's
@@ -106,7 +106,7 @@ class _Job:
     ) -> None:
         self.model, self.requests, self.results = model, requests, results
         self.progress, self.as_prompt = progress, as_prompt
-        self.most = BATCHES * model.max_batch_size
+        self.group_size = GROUP_BATCHES * model.max_batch_size
         self.summary = Summary(len(requests), kept=sum(results.answered))
 
     def run(self) -> Summary:
@@ -117,21 +117,21 @@ class _Job:
         if done < len(self.requests):
             if isinstance(self.requests, Requests):
                 checks.one(self.requests.longest)
-            checks.spend(CHECKING)
+            checks.check_for(FIRST_CHECK_SECONDS)
         if not all(self.results.answered):
-            self._again()
-        first = done - done % self.most
+            self._retry_failed()
+        first = done - done % self.group_size
         rest = iter(self.requests[first:])
-        # A group never crosses a multiple of `most`, so a resumed job finds its beginning without decoding earlier
-        # groups.
-        while block := list(islice(rest, self.most)):
+        # A group never crosses a multiple of `group_size`, so a resumed job finds its beginning without decoding
+        # earlier groups.
+        while block := list(islice(rest, self.group_size)):
             for group in self._groups(block):
                 stop = first + len(group)
                 if stop > done:
-                    checks.through(stop - done)
+                    checks.check_until(stop - done)
                     start = time.monotonic()
                     self._append(first, group)
-                    checks.spend(SHARE * (time.monotonic() - start))
+                    checks.check_for(CHECK_TIME_SHARE * (time.monotonic() - start))
                 first = stop
         return self.summary
 
@@ -154,11 +154,11 @@ class _Job:
             )
 
     def _groups(self, requests: Sequence[JobRequest]) -> Iterator[Sequence[JobRequest]]:
-        """Split requests into groups of at most `most` completions. A request for more is a group by itself."""
+        """Split requests into groups of at most `group_size` completions. A request for more is a group by itself."""
         group: list[JobRequest] = []
         completions = 0
         for request in requests:
-            if group and completions + request.params.n > self.most:
+            if group and completions + request.params.n > self.group_size:
                 yield group
                 group, completions = [], 0
             group.append(request)
@@ -176,17 +176,17 @@ class _Job:
             waiting[index] = self._row(group[index], result)
             while (row := waiting.pop(begin + len(rows), None)) is not None:
                 rows.append(row)
-            if rows and (len(rows) >= self.model.max_batch_size or time.monotonic() - written > WRITING):
+            if rows and (len(rows) >= self.model.max_batch_size or time.monotonic() - written > WRITE_DELAY_SECONDS):
                 self.results.append(rows)
                 begin, rows, written = begin + len(rows), [], time.monotonic()
         if rows:
             self.results.append(rows)
 
-    def _again(self) -> None:
+    def _retry_failed(self) -> None:
         """Try the requests again that failed in an earlier run."""
         lines = zip(self.requests, self.results.answered)
         failed = ((index, request) for index, (request, answered) in enumerate(lines) if not answered)
-        while part := list(islice(failed, REPLACED)):
+        while part := list(islice(failed, LINES_PER_REWRITE)):
             rows: dict[int, dict[str, Any]] = {}
             at = iter(part)
             for group in self._groups([request for _, request in part]):

@@ -28,12 +28,12 @@ class Checks:
         with located(request.file, request.line):
             self._prepare([self._as_prompt(request.prompt)], request.params)
 
-    def through(self, count: int) -> None:
+    def check_until(self, count: int) -> None:
         """Check requests until the first `count` are checked."""
         while self.checked < count and self._next():
             pass
 
-    def spend(self, seconds: float) -> None:
+    def check_for(self, seconds: float) -> None:
         """Check requests for this many seconds, or until all are checked."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self._next():

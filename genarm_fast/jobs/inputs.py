@@ -21,19 +21,19 @@ from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.messages import may_be_stored
 
-OF_THE_MACHINE = ("max_time", "priority")  # an answer would depend on the time of day with these
+MACHINE_FIELDS = ("max_time", "priority")  # an answer would depend on the time of day with these
 # The fields that JSON can express, except those of the machine.
 DEFAULTS = {
     field.name: field.default
     for field in fields(SamplingParams)
-    if field.name not in ("logits_processors", *OF_THE_MACHINE)
+    if field.name not in ("logits_processors", *MACHINE_FIELDS)
 }
 FIELDS = tuple(DEFAULTS)
-TEMPLATE = ("tools", "chat_template_kwargs")
-CHECKED = {*FIELDS} - {"seed"}  # lines differ in their seeds
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+LINE_PARAMETERS = {*FIELDS} - {"seed"}  # lines differ in their seeds
 # Most sets of parameters that are remembered, and most characters of one of them.
 MOST_SEEN, LONGEST_SEEN = 1024, 1024
-OUTPUT = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
+OUTPUT_FIELDS = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def line_seed(job_seed: int, line: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{job_seed}:{line}".encode()).digest()[:8], "little")
 
 
-class Form:
+class LineParser:
     """Makes requests of lines. The arguments are those of `read_requests`.
 
     Raises:
@@ -75,16 +75,16 @@ class Form:
     """
 
     def __init__(self, file: str, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> None:
-        if taken := [name for name in keep if name in (*OUTPUT, *FIELDS, *TEMPLATE)]:
+        if taken := [name for name in keep if name in (*OUTPUT_FIELDS, *FIELDS, *TEMPLATE_FIELDS)]:
             raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
         for each in fields(SamplingParams):
-            if each.name in OF_THE_MACHINE and (value := getattr(defaults, each.name)) != each.default:
+            if each.name in MACHINE_FIELDS and (value := getattr(defaults, each.name)) != each.default:
                 raise ValueError(
                     f"{each.name}={value!r}: expected {each.default!r} in a batch job, whose bytes would depend on the"
                     " machine"
                 )
         self.file, self.defaults, self.arms, self.keep = file, defaults, arms, ("metadata", *keep)
-        self._known = {"id", "prompt", *TEMPLATE, *self.keep, *FIELDS}
+        self._known = {"id", "prompt", *TEMPLATE_FIELDS, *self.keep, *FIELDS}
         self._seen: dict[str, SamplingParams] = {}
 
     def check(self, row: Mapping[str, Any]) -> tuple[Any, Prompt]:
@@ -116,14 +116,14 @@ class Form:
         for name in self.keep:
             if name in row:
                 _check_kept(name, row[name])
-        template = {name: row[name] for name in TEMPLATE if name in row}
+        template = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
         if template or not isinstance(prompt, str) or not prompt or not prompt.isascii() or may_be_stored(prompt):
             if not isinstance(prompt, (str, list)):
                 raise ValueError(f"prompt={prompt!r:.60}: expected text, chat messages or token ids")
             (prompt,) = as_prompts([prompt], **template)
         if seed is not None:
             self.defaults.with_seed(seed)
-        return id, prompt, self._params({name: row[name] for name in row if name in CHECKED}), row
+        return id, prompt, self._params({name: row[name] for name in row if name in LINE_PARAMETERS}), row
 
     def _params(self, given: dict[str, Any]) -> SamplingParams:
         """Return the parameters of a line. Most lines repeat some; checking them takes ten times all else."""
@@ -142,7 +142,7 @@ class Form:
         return params
 
     def _unknown(self, row: Mapping[str, Any]) -> ValueError:
-        name, known = min(set(row) - self._known), ", ".join(("id", "prompt", *TEMPLATE, *self.keep, *FIELDS))
+        name, known = min(set(row) - self._known), ", ".join(("id", "prompt", *TEMPLATE_FIELDS, *self.keep, *FIELDS))
         return ValueError(
             f"{name}={row[name]!r:.60}: expected one of {known};"
             " other fields go to the output if they are named by --keep"

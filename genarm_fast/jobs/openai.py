@@ -14,11 +14,11 @@ from genarm_fast.params import SamplingParams
 from genarm_fast.text.detokenize import token_text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-LINE = {"custom_id", "method", "url", "body"}
+LINE_FIELDS = {"custom_id", "method", "url", "body"}
 RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
-WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+IGNORED_FIELDS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields that would change the answer and are not supported. These values ask for nothing, so they are accepted.
-NOTHING: dict[str, tuple[Any, ...]] = {
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "echo": (False,),
     "best_of": (1,),
@@ -28,7 +28,7 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-SAMPLING = {field.name for field in fields(SamplingParams)} - {"logits_processors", "max_time", "priority"}
+SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)} - {"logits_processors", "max_time", "priority"}
 REASONS = {"time": "length", "cancelled": "stop"}
 
 
@@ -43,8 +43,8 @@ def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the field, its value and what was expected.
     """
-    if unknown := sorted(set(row) - LINE):
-        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(LINE))}, beside custom_id")
+    if unknown := sorted(set(row) - LINE_FIELDS):
+        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(LINE_FIELDS))}, beside custom_id")
     if not isinstance(row.get("custom_id"), str):
         raise ValueError(f"custom_id={row.get('custom_id')!r:.60}: expected a text")
     if row.get("method", "POST") != "POST":
@@ -62,21 +62,23 @@ def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if chat and not isinstance(body[own], list):
         raise ValueError(f"messages={body[own]!r:.60}: expected a list of messages")
     for name, value in body.items():
-        if name == own or name in WITHOUT_EFFECT or value is None:
+        if name == own or name in IGNORED_FIELDS or value is None:
             continue
-        if name in NOTHING:
-            if value not in NOTHING[name]:
-                raise ValueError(f"{name}={value!r:.60}: expected none, or {NOTHING[name][0]!r}")
+        if name in NEUTRAL_VALUES:
+            if value not in NEUTRAL_VALUES[name]:
+                raise ValueError(f"{name}={value!r:.60}: expected none, or {NEUTRAL_VALUES[name][0]!r}")
         elif name in ("logprobs", "top_logprobs") and chat:
             continue
         elif name == "chat_template_kwargs" and chat:  # the same field as in vLLM
             request[name] = value
-        elif (known := RENAMED.get(name, name)) in SAMPLING:
+        elif (known := RENAMED.get(name, name)) in SAMPLING_FIELDS:
             if known in request:
                 raise ValueError(f"{name}={value!r:.60}: expected one limit, it has two names here")
             request[known] = value
         else:
-            names = sorted(SAMPLING | set(RENAMED) | WITHOUT_EFFECT | set(NOTHING) | {own, "top_logprobs"})
+            names = sorted(
+                SAMPLING_FIELDS | set(RENAMED) | IGNORED_FIELDS | set(NEUTRAL_VALUES) | {own, "top_logprobs"}
+            )
             raise ValueError(f"{name}={value!r:.60}: expected one of {', '.join(names)}")
     if chat:
         request |= _chat_logprobs(body)

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import numpy
 
-from genarm_fast.jobs.inputs import Form, JobRequest
+from genarm_fast.jobs.inputs import JobRequest, LineParser
 from genarm_fast.params import SamplingParams
 from genarm_fast.text.given import Prompt
 from genarm_fast.utils.jsonlines import dumps, located, parsed, read_lines
@@ -27,7 +27,7 @@ class Requests(Sequence[JobRequest]):
     that has changed.
     """
 
-    form: Form
+    parser: LineParser
     longest: JobRequest
     _path: Path
     _hashes: array[int]
@@ -39,14 +39,14 @@ class Requests(Sequence[JobRequest]):
         return len(self._range)
 
     def __iter__(self) -> Iterator[JobRequest]:
-        lines, stop = read_lines(self._path, self.form.file), self._range.stop
+        lines, stop = read_lines(self._path, self.parser.file), self._range.stop
         for index in range(stop):
             number, line = next(lines, (0, b""))
             if hash(line) != self._hashes[index]:
-                where = f"{self.form.file} line {number}" if number else self.form.file
+                where = f"{self.parser.file} line {number}" if number else self.parser.file
                 raise ValueError(f"{where}: expected the line that was there when the job began")
             if index >= self._range.start:
-                yield self.form.request(parsed(self.form.file, number, line), number)
+                yield self.parser.request(parsed(self.parser.file, number, line), number)
 
     @overload
     def __getitem__(self, key: int) -> JobRequest: ...
@@ -88,16 +88,16 @@ def read_requests(
         ValueError: naming file, line, field, value and expectation.
     """
     path, name = Path(path), str(path)
-    form, copy = Form(name, defaults, arms, keep), copied(path) if is_pipe(path) else None
+    parser, copy = LineParser(name, defaults, arms, keep), copied(path) if is_pipe(path) else None
     if copy is not None:
         path = Path(copy.name)
     hashes, ids, longest, size, count = array("q"), array("q"), None, -1, 0
     for number, line in read_lines(path, name):
         row = parsed(name, number, line)
         try:
-            id, prompt = form.check(row)
+            id, prompt = parser.check(row)
             if (own := _size(prompt)) > size:
-                longest, size = form.request(row, number), own
+                longest, size = parser.request(row, number), own
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} line {number}: {error}") from error
         hashes.append(hash(line))
@@ -107,7 +107,7 @@ def read_requests(
             progress(count)
     if longest is None:
         raise ValueError(f"{name}: expected one JSON object a line, found none")
-    requests = Requests(form, longest, path, hashes, range(count), copy)
+    requests = Requests(parser, longest, path, hashes, range(count), copy)
     _check_unique(requests, ids)
     progress(count)
     return requests
@@ -135,5 +135,5 @@ def _check_unique(requests: Requests, ids: array[int]) -> None:
     for request in requests:
         text = dumps(request.id)
         if _id_hash(request.id) in suspected and lines.setdefault(text, request.line) != request.line:
-            with located(requests.form.file, request.line):
+            with located(requests.parser.file, request.line):
                 raise ValueError(f"id={request.id!r}: expected each id once, line {lines[text]} has it too")

@@ -33,11 +33,11 @@ LORA_FIELDS = {
 }  # fmt: skip
 # Initialisations of LoRA that leave the base's weights alone, and initialisations that loading repeats, number for
 # number.
-KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-REPEATED = ("pissa", "olora", "loftq")
+INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+REPEATED_INITS = ("pissa", "olora", "loftq")
 # Kinds of adapters that leave the base's weights alone as well.
-SHARING = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "LN_TUNING")
-SHOWN = 3  # most names of tensors in an error
+KINDS_KEEPING_BASE = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "LN_TUNING")
+MAX_LISTED_NAMES = 3  # most names of tensors in an error
 
 
 def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
@@ -67,7 +67,9 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
     missing = _not_loaded(adapted, result.missing_keys)
     for problem, names in (("lacks", missing), ("has no place for", result.unexpected_keys)):
         if names:
-            raise ValueError(f"{what}: expected the matrices of its adapter_config.json, {problem} {shown(names)}")
+            raise ValueError(
+                f"{what}: expected the matrices of its adapter_config.json, {problem} {listed_names(names)}"
+            )
     if fingerprint(base) != before:
         raise RuntimeError(f"{what}: loading it changed the weights of its base")
     check_forward(what, adapted)
@@ -140,8 +142,8 @@ def _check_initialisation(what: str, config: Any) -> None:
     Such initialisations depend on random numbers, gradients or activations.
     """
     how = getattr(config, "init_lora_weights", True)
-    if how not in KEEPS_BASE and str(how).lower() not in REPEATED:
-        known = ", ".join(map(repr, (*KEEPS_BASE, *REPEATED)))
+    if how not in INITS_KEEPING_BASE and str(how).lower() not in REPEATED_INITS:
+        known = ", ".join(map(repr, (*INITS_KEEPING_BASE, *REPEATED_INITS)))
         raise ValueError(
             f"{what}: init_lora_weights={how!r:.60}: expected one of {known}. If it changed the base as training began,"
             " convert the adapter: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...). If this base"
@@ -162,11 +164,11 @@ def is_adapted(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
-def shown(names: Iterable[str]) -> str:
-    """Return the first SHOWN names in order, and the number of the others."""
+def listed_names(names: Iterable[str]) -> str:
+    """Return the first MAX_LISTED_NAMES names in order, and the number of the others."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return ", ".join(ordered[:SHOWN]) + more
+    more = f" and {len(ordered) - MAX_LISTED_NAMES} more" if len(ordered) > MAX_LISTED_NAMES else ""
+    return ", ".join(ordered[:MAX_LISTED_NAMES]) + more
 
 
 def checked_config(what: str, source: Source) -> Any:
@@ -222,7 +224,7 @@ def _check_vocabulary(what: str, base: Any, saved: Mapping[str, torch.Tensor]) -
 
 def _no_numbers_to_overwrite(config: Any) -> AbstractContextManager[None]:
     """Skip PEFT's initial weights if the adapter's file provides all of them. They take 0.1 s for 210 matrices."""
-    lora = plain(config.peft_type) == "LORA" and config.init_lora_weights in KEEPS_BASE and not config.use_dora
+    lora = plain(config.peft_type) == "LORA" and config.init_lora_weights in INITS_KEEPING_BASE and not config.use_dora
     return no_init_weights() if lora else nullcontext()
 
 
@@ -240,9 +242,9 @@ def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) 
         if old is not None and not (old.shape == value.shape and torch.equal(old, value.to(old))):
             written.add(id(old))
     kind = plain(config.peft_type)
-    if kind not in SHARING:
+    if kind not in KINDS_KEEPING_BASE:
         return {id(parameter) for parameter in tree.parameters()}
-    if kind == "LORA" and config.init_lora_weights not in KEEPS_BASE:
+    if kind == "LORA" and config.init_lora_weights not in INITS_KEEPING_BASE:
         for name, module in tree.named_modules():
             if check_target_module_exists(config, name):
                 written.update(id(parameter) for parameter in module.parameters())

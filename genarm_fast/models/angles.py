@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FIRST = 512  # positions of the first table; each next table is twice as long
-MOST = 1 << 14  # positions of the longest table, which takes 8 MB in bfloat16 for heads of 128
+FIRST_TABLE_POSITIONS = 512  # positions of the first table; each next table is twice as long
+MAX_TABLE_POSITIONS = 1 << 14  # positions of the longest table, which takes 8 MB in bfloat16 for heads of 128
 # Parts of the names of rope types whose frequencies depend on the length of the text.
-CHANGING = ("dynamic", "longrope")
+CHANGING_ROPE_TYPES = ("dynamic", "longrope")
 
 
 class Angles:
@@ -29,7 +29,7 @@ class Angles:
     def __init__(self, rotary: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.rotary = rotary
         kind: Any = getattr(rotary, "rope_type", None)
-        self.fixed = isinstance(kind, str) and not any(name in kind for name in CHANGING)
+        self.fixed = isinstance(kind, str) and not any(name in kind for name in CHANGING_ROPE_TYPES)
         self.table: tuple[Tensor, Tensor] | None = None  # [positions, width] each
 
     def __call__(self, hidden: Tensor, positions: Tensor, bound: int) -> tuple[Tensor, Tensor]:
@@ -37,10 +37,10 @@ class Angles:
 
         positions: int64 [N, q], all below `bound`.
         """
-        if not self.fixed or bound > MOST:
+        if not self.fixed or bound > MAX_TABLE_POSITIONS:
             return self.rotary(hidden, position_ids=positions)
         if self.table is None or len(self.table[0]) < bound:
-            count = max(FIRST, 1 << (bound - 1).bit_length())
+            count = max(FIRST_TABLE_POSITIONS, 1 << (bound - 1).bit_length())
             cos, sin = self.rotary(hidden, position_ids=torch.arange(count, device=hidden.device)[None])
             self.table = cos[0].contiguous(), sin[0].contiguous()
         cos, sin = self.table

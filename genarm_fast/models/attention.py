@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from genarm_fast.kernels.ragged_attention import ragged_attention
-from genarm_fast.models.forward_context import place
+from genarm_fast.models.forward_context import current_positions
 
 IMPLEMENTATION = "genarm_fast_ragged"  # transformers has no mask function of this name, so it makes no mask
 UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks and biases, which the op does not compute
@@ -34,7 +34,7 @@ def attend(
     """
     if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED):
         raise NotImplementedError(f"{type(module).__name__} asks for more than causal attention")
-    where = place(query.device)
+    where = current_positions(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return (
         ragged_attention(

@@ -15,13 +15,13 @@ from transformers.utils import logging
 
 from genarm_fast.kernels.quant_linear import QuantWeight
 from genarm_fast.models import coded_checkpoint
-from genarm_fast.models.adapter import shown
+from genarm_fast.models.adapter import listed_names
 from genarm_fast.models.files import check_files, refusing
 from genarm_fast.models.hub import Source
 from genarm_fast.models.one_load import one_load
 from genarm_fast.models.sizes import check_size
 
-CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
+CONSTANT_NAME_ENDINGS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
 
 
 @one_load()
@@ -40,12 +40,12 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
 
 
 def load_coded(
-    member: str, source: Source, coded: dict[str, Any], *, trust_remote_code: bool = False, **kwargs: Any
+    member: str, source: Source, coded_config: dict[str, Any], *, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[Any, dict[str, QuantWeight]]:
     """Load a folder whose matrices another method coded. Return the model, and the codes that `quant_linear` can hold.
 
-    coded: the quantization_config of the folder's config. The model is plain: its coded matrices are dequantised. The
-    codes have the names of their weights. The other arguments are those of `load_causal_lm`.
+    coded_config: the quantization_config of the folder's config. The model is plain: its coded matrices are
+    dequantised. The codes have the names of their weights. The other arguments are those of `load_causal_lm`.
 
     Raises:
         ValueError: as `load_causal_lm`, and for codes, scales and zeros that do not fit together.
@@ -57,7 +57,7 @@ def load_coded(
         del config.quantization_config
         with torch.device("meta"), no_init_weights():
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    tensors, codes = coded_checkpoint.read(what, Path(source), coded)
+    tensors, codes = coded_checkpoint.read(what, Path(source), coded_config)
     return _load(what, None, {**kwargs, "config": config, "state_dict": tensors}, kind), codes
 
 
@@ -80,9 +80,9 @@ def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = Aut
     problems = (
         ("lacks", found["missing_keys"]),
         ("has other shapes for", {name for name, *_ in found["mismatched_keys"]}),
-        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANTS)}),
+        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANT_NAME_ENDINGS)}),
     )
-    said = "; ".join(f"{problem} {shown(names)}" for problem, names in problems if names)
+    said = "; ".join(f"{problem} {listed_names(names)}" for problem, names in problems if names)
     if said:
         kinds = ", ".join(model.config.architectures or ())
         raise ValueError(

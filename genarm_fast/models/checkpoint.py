@@ -17,7 +17,7 @@ from genarm_fast.models.adapter import check_alone, check_forward, check_kind, i
 from genarm_fast.models.causal_lm import load_causal_lm, load_coded
 from genarm_fast.models.files import check_files, read_object
 from genarm_fast.models.fingerprint import fingerprint
-from genarm_fast.models.hub import OPTIONS, Source, adapter_folder, hub_options, locate, within
+from genarm_fast.models.hub import OPTIONS, Source, adapter_folder, hub_options, locate, subfolder_of
 from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.weights import share_weights
 
@@ -85,11 +85,11 @@ class ModelLoader:
         self.kwargs = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config, **kwargs}
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
         self.loaded: dict[str, Any] = {}  # from a source to its bare transformers model, without adapters
-        # From a source to the place of its model, and the place without the subfolder.
-        self.places: dict[str, tuple[Source, Source]] = {}
+        # From a source to the location of its model, and the location without the subfolder.
+        self.locations: dict[str, tuple[Source, Source]] = {}
         # From the id of a given model in training mode to its copy in eval mode.
-        self.evaluated: dict[int, nn.Module] = {}
-        self.adapted: dict[int, str] = {}  # from the id of a given model with an adapter to its role
+        self.eval_copies: dict[int, nn.Module] = {}
+        self.adapted_roles: dict[int, str] = {}  # from the id of a given model with an adapter to its role
 
     def locate(self, role: str, source: Source) -> Source:
         """Return where to read the files of a source; each source is looked for once.
@@ -97,24 +97,26 @@ class ModelLoader:
         Raises:
             FileNotFoundError: the source is found nowhere.
         """
-        return self._placed(role, source)[0]
+        return self._locate_both(role, source)[0]
 
-    def tokenizer_places(self, role: str, source: Source) -> list[Source]:
-        """Return the places where a source's tokenizer may be: the model's folder, then the one around a subfolder.
+    def tokenizer_locations(self, role: str, source: Source) -> list[Source]:
+        """Return the locations where a source's tokenizer may be: the model's folder, then the one around a subfolder.
 
         The errors are those of `locate`.
         """
-        return list(dict.fromkeys(self._placed(role, source)))
+        return list(dict.fromkeys(self._locate_both(role, source)))
 
-    def _placed(self, role: str, source: Source) -> tuple[Source, Source]:
+    def _locate_both(self, role: str, source: Source) -> tuple[Source, Source]:
+        """Return the location of a source's model, and the location without the subfolder."""
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
         key = _key(source)
-        if key not in self.places:
-            whole = locate(role, source, **{name: self.kwargs[name] for name in OPTIONS if name in self.kwargs})
+        if key not in self.locations:
+            main_location = locate(role, source, **{name: self.kwargs[name] for name in OPTIONS if name in self.kwargs})
             # An ARM that lacks the subfolder of the base's model is an ordinary one: its model is in its main folder.
-            self.places[key] = (within(whole, self.subfolder) if self.subfolder else None) or whole, whole
-        return self.places[key]
+            inside = subfolder_of(main_location, self.subfolder) if self.subfolder else None
+            self.locations[key] = inside or main_location, main_location
+        return self.locations[key]
 
     def load(
         self,
@@ -138,11 +140,11 @@ class ModelLoader:
                     f"{role}: quantization={quantization!r}: expected a folder or hub id, not a loaded model"
                 )
             model = self._given(role, source)
-            if model.training and id(model) not in self.evaluated:
-                self.evaluated[id(model)] = share_weights(model)
-            return self.evaluated[id(model)] if model.training else model
-        place, whole = self._placed(role, source)
-        if role == "base" and self.subfolder and place is whole:
+            if model.training and id(model) not in self.eval_copies:
+                self.eval_copies[id(model)] = share_weights(model)
+            return self.eval_copies[id(model)] if model.training else model
+        location, main_location = self._locate_both(role, source)
+        if role == "base" and self.subfolder and location is main_location:
             what = f"base={os.fspath(source)!r}: subfolder={self.subfolder!r}"
             raise FileNotFoundError(f"{what}: expected it to be there")
         if self._is_adapter(role, source):
@@ -150,7 +152,7 @@ class ModelLoader:
                 raise ValueError(
                     f"{role}: quantization={quantization!r}: expected none for an adapter, it has its base's weights"
                 )
-            return self._load_adapter(role, os.fspath(adapter_folder(place)), base, trust_remote_code)
+            return self._load_adapter(role, os.fspath(adapter_folder(location)), base, trust_remote_code)
         return self._load_bare(role, source, trust_remote_code, quantization)
 
     def _is_adapter(self, role: str, source: Source) -> bool:
@@ -178,7 +180,7 @@ class ModelLoader:
             raise ValueError(
                 f"{role}: PEFT has put an adapter into this model: expected one without, loaded anew, or the PeftModel"
             )
-        other = self.adapted.setdefault(id(inside), role) if is_adapted(inside) else role
+        other = self.adapted_roles.setdefault(id(inside), role) if is_adapted(inside) else role
         if other != role:
             raise ValueError(
                 f"{role}: the same adapted model as {other}, with the same active adapter: expected another object for"
@@ -186,7 +188,7 @@ class ModelLoader:
             )
         return inside
 
-    def adopt(self, name: str, model: nn.Module) -> None:
+    def register_given(self, name: str, model: nn.Module) -> None:
         """Let adapters share the weights of a model that the caller gave already loaded."""
         self.loaded[_key(name)] = model
 
@@ -198,15 +200,19 @@ class ModelLoader:
             key = _key(self.locate(role, source))
         key = key if own in (None, self.quantization) else f"{key} ({own})"
         if key not in self.loaded:
-            place = self.locate(role, source)
-            coded = coded_checkpoint.coded(role, place) if quantization and "gguf_file" not in self.kwargs else None
+            location = self.locate(role, source)
+            coded_config: dict[str, Any] | None = None
+            if quantization and "gguf_file" not in self.kwargs:
+                coded_config = coded_checkpoint.quantization_config_of(role, location)
             codes: dict[str, QuantWeight] = {}
-            if coded is not None and quantization is not None:
-                coded_checkpoint.check_method(f"{role}={os.fspath(place)!r}", place, coded, quantization)
-                model, codes = load_coded(role, place, coded, trust_remote_code=trust_remote_code, **self.kwargs)
+            if coded_config is not None and quantization is not None:
+                coded_checkpoint.check_method(f"{role}={os.fspath(location)!r}", location, coded_config, quantization)
+                model, codes = load_coded(
+                    role, location, coded_config, trust_remote_code=trust_remote_code, **self.kwargs
+                )
             else:
                 model = load_causal_lm(
-                    role, place, trust_remote_code=trust_remote_code, **self._kwargs_for(role, place)
+                    role, location, trust_remote_code=trust_remote_code, **self._kwargs_for(role, location)
                 )
             model = (model if self.device is None else model.to(self.device)).eval()
             if quantization is not None:
@@ -214,16 +220,16 @@ class ModelLoader:
             self.loaded[key] = model
         return self.loaded[key]
 
-    def _kwargs_for(self, role: str, place: Source) -> dict[str, Any]:
+    def _kwargs_for(self, role: str, location: Source) -> dict[str, Any]:
         """Return the keyword arguments for transformers.
 
         An ARM's folder that lacks the base's GGUF file is an ordinary checkpoint.
         """
-        kwargs = self.kwargs | hub_options(place)
+        kwargs = self.kwargs | hub_options(location)
         name = kwargs.get("gguf_file")
         if name is None:
             return kwargs
-        if role != "base" and os.path.isdir(place) and not os.path.exists(os.path.join(place, name)):
+        if role != "base" and os.path.isdir(location) and not os.path.exists(os.path.join(location, name)):
             return {key: value for key, value in kwargs.items() if key != "gguf_file"}
         # A dequantised model is plain: it has a fingerprint, can share lanes and take our codes. Callers may ask for
         # GGUF's own blocks instead.

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genarm_fast.models.files import INDICES, read_object
-from genarm_fast.models.fingerprint import ROWS, fingerprint
+from genarm_fast.models.fingerprint import SAMPLED_ROWS, fingerprint
 from genarm_fast.models.hub import Source
 
-WHOLE = "model.safetensors"  # transformers prefers this file to shards and their index
+SINGLE_WEIGHTS_FILE = "model.safetensors"  # transformers prefers this file to shards and their index
 
 
 def checkpoint_fingerprint(base: Source) -> str | None:
@@ -38,7 +38,7 @@ def checkpoint_fingerprint(base: Source) -> str | None:
 def _loaded(folder: Path) -> list[Path]:
     """Return the files that transformers loads. The folder may hold others: variants, an adapter, or another format."""
     index = read_object("base", folder, INDICES[0]).get("weight_map", {})
-    names = [WHOLE] if (folder / WHOLE).is_file() else sorted(set(index.values()))
+    names = [SINGLE_WEIGHTS_FILE] if (folder / SINGLE_WEIGHTS_FILE).is_file() else sorted(set(index.values()))
     return [folder / name for name in names if (folder / name).is_file()]
 
 
@@ -57,4 +57,4 @@ class _FirstRows(nn.Module):
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         for name in self.names:
             with safe_open(self.files[name], "pt") as file:
-                yield name, file.get_slice(name)[:ROWS]
+                yield name, file.get_slice(name)[:SAMPLED_ROWS]

@@ -20,7 +20,7 @@ GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-class Coded(NamedTuple):
+class CodedMatrix(NamedTuple):
     """A coded matrix of a checkpoint."""
 
     codes: Tensor  # int16 [out, in]
@@ -32,7 +32,7 @@ class Coded(NamedTuple):
         """Return the weights that the codes stand for, float32 [out, in]; exact if the scales have 16 bits."""
         return (self.codes - self.zeros[:, self.group]).float() * self.scales.float()[:, self.group]
 
-    def held(self) -> QuantWeight | None:
+    def as_quant_weight(self) -> QuantWeight | None:
         """Return the same weight in 4 bits, else in 8 bits, or None if neither holds it exactly."""
         width = self.codes.shape[1]
         first = torch.arange(0, width, GROUP)
@@ -66,7 +66,7 @@ def check_bits(name: str, bits: Any) -> int:
     return int(bits)
 
 
-def _even(width: int, groups: int, size: Any) -> Tensor:
+def _even_groups(width: int, groups: int, size: Any) -> Tensor:
     """Return the group of each input, for consecutive groups of `size` inputs; -1 or None: one group for all inputs."""
     size = width if size in (-1, None) else size
     if not isinstance(size, int) or size < 1 or groups != -(-width // size):
@@ -74,7 +74,7 @@ def _even(width: int, groups: int, size: Any) -> Tensor:
     return torch.arange(width) // size
 
 
-def gptq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
+def gptq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedMatrix:
     """Read a matrix of GPTQ.
 
     qweight int32 [in · bits / 32, out], qzeros int32 [groups, out · bits / 32], scales [groups, out], optionally g_idx
@@ -87,11 +87,11 @@ def gptq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
     # Before version 2, the format stores each zero less one.
     if config.get("checkpoint_format", "gptq") != "gptq_v2":
         zeros = (zeros + 1) & ((1 << bits) - 1)
-    group = parts["g_idx"].long() if "g_idx" in parts else _even(width, groups, config.get("group_size"))
-    return Coded(unpacked(parts["qweight"], bits, 0, width).T, zeros.T, parts["scales"].T, group)
+    group = parts["g_idx"].long() if "g_idx" in parts else _even_groups(width, groups, config.get("group_size"))
+    return CodedMatrix(unpacked(parts["qweight"], bits, 0, width).T, zeros.T, parts["scales"].T, group)
 
 
-def awq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
+def awq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedMatrix:
     """Read a matrix of AWQ. qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]."""
     version = str(config.get("version", "gemm")).lower()
     bits = config.get("bits", config.get("w_bit"))
@@ -99,16 +99,16 @@ def awq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
         raise ValueError(f"version={version!r}, bits={bits!r}: expected 'gemm' and 4")
     groups, out = parts["scales"].shape
     width = len(parts["qweight"])
-    places = torch.tensor([AWQ_ORDER.index(i) for i in range(8)])
+    field_order = torch.tensor([AWQ_ORDER.index(i) for i in range(8)])
 
     def ordered(words: Tensor) -> Tensor:
-        return unpacked(words, 4, 1, out).unflatten(1, (-1, 8))[..., places].flatten(1)
+        return unpacked(words, 4, 1, out).unflatten(1, (-1, 8))[..., field_order].flatten(1)
 
-    group = _even(width, groups, config.get("group_size", config.get("q_group_size")))
-    return Coded(ordered(parts["qweight"]).T, ordered(parts["qzeros"]).T, parts["scales"].T, group)
+    group = _even_groups(width, groups, config.get("group_size", config.get("q_group_size")))
+    return CodedMatrix(ordered(parts["qweight"]).T, ordered(parts["qzeros"]).T, parts["scales"].T, group)
 
 
-def compressed_tensors(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
+def compressed_tensors(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedMatrix:
     """Read a matrix of compressed-tensors.
 
     weight_packed int32 [out, in · bits / 32] with codes plus 2^(bits - 1), or weight int8 [out, in]. weight_scale [out,
@@ -137,10 +137,10 @@ def compressed_tensors(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -
         else:
             zeros = (stored.to(torch.int16) + offset).reshape(-1, scales.shape[1]).expand(out, -1)
     size = weights.get("group_size") if weights["strategy"] == "group" else -1
-    group = parts["weight_g_idx"].long() if "weight_g_idx" in parts else _even(width, scales.shape[1], size)
-    return Coded(codes, zeros, scales, group)
+    group = parts["weight_g_idx"].long() if "weight_g_idx" in parts else _even_groups(width, scales.shape[1], size)
+    return CodedMatrix(codes, zeros, scales, group)
 
 
-def as_bfloat16(coded: Coded, held: QuantWeight | None) -> Tensor:
+def as_bfloat16(matrix: CodedMatrix, quant_weight: QuantWeight | None) -> Tensor:
     """Return the matrix as a model without codes has it, bfloat16 [out, in]."""
-    return (coded.values() if held is None else dequantize(held)).to(torch.bfloat16)
+    return (matrix.values() if quant_weight is None else dequantize(quant_weight)).to(torch.bfloat16)

@@ -22,15 +22,16 @@ from genarm_fast.models import attention, flash_attention
 from genarm_fast.models.fused_decoder import fused_forward
 from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.lora_lanes import hooked
-from genarm_fast.models.quantized import QuantizedMatrix, linear_of
+from genarm_fast.models.quantized import QuantizedMatrix, cpu_linear
 from genarm_fast.models.stacking import stacked_forward
 from genarm_fast.models.weights import Movable, trees_over
 
-GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # all names that the forward of Llama's MLP uses
+# All names that the forward of Llama's MLP uses.
+GATED_MLP_NAMES = ("down_proj", "act_fn", "gate_proj", "up_proj")
 
 
 @torch.inference_mode()
-def as_runner(model: Any, others: Iterable[nn.Module] = ()) -> Any:
+def make_fast(model: Any, others: Iterable[nn.Module] = ()) -> Any:
     """Change a module tree in place so that it runs fast, and return it. No model may share its config or modules.
 
     Its new attribute `runs_by` names the forward that it got, in words. others: models that share weights with this
@@ -65,7 +66,7 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
     used = getattr(type(module).forward, "__code__", _fast.__code__).co_names
     if "apply_rotary_pos_emb" in used:
         return _fast_rotation(module)
-    if used == GATED:
+    if used == GATED_MLP_NAMES:
         activation: Any = module.act_fn
         if type(activation).__name__ in ("SiLU", "SiLUActivation") and not hooked(activation):
             return partial(_gated, module)
@@ -74,7 +75,7 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
         return None
     # These linears are at no number of rows slower than PyTorch's.
     if type(module) is nn.Linear and weight.dtype == torch.bfloat16:
-        return linear_of(weight, module.bias)
+        return cpu_linear(weight, module.bias)
     if type(module) is nn.Embedding and isinstance(weight, QuantizedMatrix):
         return weight.linear.rows
     if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:

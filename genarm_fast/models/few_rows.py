@@ -19,12 +19,12 @@ from torch.nn import functional
 from genarm_fast.device.base import Device, WorkStream, out_of_memory
 from genarm_fast.device.cuda import Cuda, power_of_two
 
-ROWS = (1, 2, 4, 8, 16)  # measured numbers of rows; any other number counts as the next larger one
+MEASURED_ROWS = (1, 2, 4, 8, 16)  # measured numbers of rows; any other number counts as the next larger one
 REPEATS = 5  # measured replays of a graph that holds the products of all layers
 # Our kernel is chosen if it takes less than this share of cuBLAS's time. The margin covers the scatter of measurements.
-GAIN = 0.97
+MAX_TIME_SHARE = 0.97
 # Largest distance of our product from cuBLAS's, as a share of the product's norm. In float32 cuBLAS may use TF32.
-FAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}
+MAX_DISTANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}
 logger = logging.getLogger(__name__)
 
 
@@ -40,32 +40,32 @@ class Shape(NamedTuple):
 class Seconds(NamedTuple):
     """Seconds that one product takes by each kernel.
 
-    ours: inf if our kernel fails or its result differs from cuBLAS's; `why` then gives the reason.
+    few_rows: inf if our kernel fails or its result differs from cuBLAS's; `why` then gives the reason.
     """
 
     cublas: float
-    ours: float
+    few_rows: float
     why: str = ""
 
     @property
-    def ours_is_faster(self) -> bool:
-        return self.ours < GAIN * self.cublas
+    def few_rows_is_faster(self) -> bool:
+        return self.few_rows < MAX_TIME_SHARE * self.cublas
 
 
 class Product(Protocol):
-    """Linears of a decoder that need a kernel. `ours` holds the numbers of rows that our kernel multiplies."""
+    """Linears of a decoder that need a kernel. kernel_row_counts: the numbers of rows that our kernel multiplies."""
 
     weight: Tensor
     bias: Tensor | None
-    ours: frozenset[int]
+    kernel_row_counts: frozenset[int]
 
 
-known: dict[Shape, Seconds] = {}
+measured: dict[Shape, Seconds] = {}
 
 
 @torch.no_grad()
 def choose(products: Sequence[Product], device: Device | None = None) -> str:
-    """Set `ours` of each product of a decoder, and return a sentence about the choice; "" without a GPU.
+    """Set `kernel_row_counts` of each product of a decoder, and return a sentence about the choice; "" without a GPU.
 
     Products of one shape are measured together, layer after layer as in a forward, so that their weights are not in the
     cache. device: gives the clock and the graphs. Without graphs, the host's launches would be measured.
@@ -81,18 +81,20 @@ def choose(products: Sequence[Product], device: Device | None = None) -> str:
     chosen: Counter[bool] = Counter()
     streams = {where: device.stream(where) for where in {shape.device for shape in alike}}
     for shape, group in alike.items():
-        for rows in ROWS:
+        for rows in MEASURED_ROWS:
             key = shape._replace(rows=rows)
-            if key not in known:
-                known[key] = _measured(key, group, device, streams[key.device])
-                logger.info("%s: %s", key, known[key])
-            chosen[known[key].ours_is_faster] += 1
+            if key not in measured:
+                measured[key] = _measured(key, group, device, streams[key.device])
+                logger.info("%s: %s", key, measured[key])
+            chosen[measured[key].few_rows_is_faster] += 1
         for product in group:
-            product.ours = frozenset(rows for rows in ROWS if known[shape._replace(rows=rows)].ours_is_faster)
+            product.kernel_row_counts = frozenset(
+                rows for rows in MEASURED_ROWS if measured[shape._replace(rows=rows)].few_rows_is_faster
+            )
     return f"of {chosen.total()} shapes of few rows, cuBLAS multiplies {chosen[False]} and our kernel {chosen[True]}"
 
 
-def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute x Wᵀ + bias by our kernel. Raises ValueError for an x that the kernel does not take."""
     from genarm_fast.kernels.small_linear.triton import launch  # triton is not on every platform
 
@@ -104,7 +106,7 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def serves(product: Product, x: Tensor) -> bool:
     """Whether our kernel was chosen for the number of rows of x."""
-    return bool(product.ours) and power_of_two(x.shape[:-1].numel()) in product.ours
+    return bool(product.kernel_row_counts) and power_of_two(x.shape[:-1].numel()) in product.kernel_row_counts
 
 
 def _measured(shape: Shape, group: Sequence[Product], device: Device, stream: WorkStream) -> Seconds:
@@ -112,16 +114,16 @@ def _measured(shape: Shape, group: Sequence[Product], device: Device, stream: Wo
     first = group[0]
     expected, why = functional.linear(x, first.weight, first.bias).float(), ""
     try:
-        found = ours(x, first.weight, first.bias).float()
-        far = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-        if not far <= FAR[shape.dtype] and float(expected.abs().max()) > 0:
-            why = f"it is {far:.2g} of the result away from cuBLAS"
+        found = few_rows_linear(x, first.weight, first.bias).float()
+        distance = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
+        if not distance <= MAX_DISTANCE[shape.dtype] and float(expected.abs().max()) > 0:
+            why = f"it is {distance:.2g} of the result away from cuBLAS"
     except Exception as error:
         if out_of_memory(error):
             raise
         why = f"{type(error).__name__}: {error}"
     cublas = _seconds(functional.linear, x, group, device, stream)
-    return Seconds(cublas, math.inf if why else _seconds(ours, x, group, device, stream), why)
+    return Seconds(cublas, math.inf if why else _seconds(few_rows_linear, x, group, device, stream), why)
 
 
 def _seconds(

@@ -35,11 +35,11 @@ JSON_LIMITS = {  # largest sizes in bytes; the largest files of the hub have a t
     "pytorch_model.bin.index.json": 256 * MIB,
 }
 # The file that training writes. All other files are read by libraries, which take the last of two equal keys.
-OURS = "genarm.json"
+TRAINING_RECORD_FILE = "genarm.json"
 # Deepest nesting of objects and arrays. Files of the hub have at most 10 levels, and libraries recurse over them.
 MOST_NESTED = 100
 # Ends of the names of files that libraries read.
-READ = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".tiktoken")
+LIBRARY_FILE_ENDINGS = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".tiktoken")
 TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 MOST_TEMPLATE = MIB  # bytes; the longest templates of the hub have 20 kB
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -54,7 +54,7 @@ TOKENIZER_FILES = (
 )
 MOST_TOKENIZER = 512 * MIB  # bytes of tokenizer.json; the largest files of the hub have 35 MB
 # A setting of a config is a size if its name ends with one of these words or begins with "n_".
-COUNTS = ("layers", "layer", "experts", "heads", "size", "dim", "rank")
+SIZE_NAME_ENDINGS = ("layers", "layer", "experts", "heads", "size", "dim", "rank")
 
 
 def read_object(member: str, source: Source, name: str) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def check_files(member: str, source: Source) -> None:
     """
     if os.path.isdir(source):
         for path in (*Path(source).iterdir(), *Path(source).glob(TEMPLATES[1])):
-            if path.name.endswith(READ):
+            if path.name.endswith(LIBRARY_FILE_ENDINGS):
                 _check_regular(member, path)
     objects = {name: read_object(member, source, name) for name in JSON_LIMITS}
     _check_code(f"{member}: {Path(source, 'config.json')}", objects["config.json"])
@@ -125,7 +125,9 @@ def check_sizes(what: str, config: Mapping[str, Any], limit: int) -> None:
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_sizes(f"{what}: {name}", value, limit)
-        elif isinstance(value, int) and value > limit > 0 and (name.startswith("n_") or name.endswith(COUNTS)):
+        elif (
+            isinstance(value, int) and value > limit > 0 and (name.startswith("n_") or name.endswith(SIZE_NAME_ENDINGS))
+        ):
             raise ValueError(f"{what}: {name}={value}: expected at most {limit}, the bytes of its weights")
 
 
@@ -185,7 +187,7 @@ def _parsed(what: str, path: Path, limit: int) -> dict[str, Any]:
     twice: list[str] = []
     with refusing(what, expected):
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=lambda pairs: _last(pairs, twice))
-    if twice and path.name == OURS:
+    if twice and path.name == TRAINING_RECORD_FILE:
         raise ValueError(f"{what}: the key {twice[0]!r:.80} is there twice: expected it once")
     if twice:
         warnings.warn(f"{what}: the key {twice[0]!r:.80} is there twice: the last one counts", stacklevel=2)

@@ -8,8 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-VALUES = 16  # numbers taken from every matrix
-ROWS = 256  # first rows that the numbers come from; more tokens in the vocabulary then change nothing
+SAMPLES_PER_MATRIX = 16  # numbers taken from every matrix
+SAMPLED_ROWS = 256  # first rows that the numbers come from; more tokens in the vocabulary then change nothing
 # bf16 numbers of at least this size are exact in fp16 too; smaller numbers count as zero.
 SMALLEST = 2.0**-14
 
@@ -28,8 +28,8 @@ def fingerprint(model: nn.Module) -> str | None:
         it was made from, as long as its codes and scales are unchanged.
     """
     if (quantized := getattr(model, "quantized", None)) is not None:  # see quantized.py
-        now = held_fingerprint(model)
-        return quantized.fingerprint if now == quantized.held else now
+        now = codes_fingerprint(model)
+        return quantized.fingerprint if now == quantized.codes_fingerprint else now
     weights = _own_weights(model)
     # Another library quantised the model. Its tensors may look like numbers, and hold something else.
     if getattr(model, "hf_quantizer", None) is not None:
@@ -44,13 +44,13 @@ def fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def held_fingerprint(model: nn.Module) -> str:
+def codes_fingerprint(model: nn.Module) -> str:
     """Return 16 hex digits computed from codes and scales, for a model whose weights are held in 8 or 4 bits."""
     digest = hashlib.sha256()
     for name, weight in sorted(_own_weights(model).items()):
         digest.update(name.encode())
         linear = getattr(weight, "linear", None)
-        samples = [_rounded(_sample(weight).float())] if linear is None else linear.sample(VALUES)
+        samples = [_rounded(_sample(weight).float())] if linear is None else linear.sample(SAMPLES_PER_MATRIX)
         for sample in samples:
             digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -68,14 +68,14 @@ def _own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """Return VALUES numbers, evenly spaced over the first ROWS rows."""
-    rows = weight.detach()[:ROWS].flatten()
-    return rows[_places(rows.numel(), weight.device)]
+    """Return SAMPLES_PER_MATRIX numbers, evenly spaced over the first SAMPLED_ROWS rows."""
+    rows = weight.detach()[:SAMPLED_ROWS].flatten()
+    return rows[_sample_indices(rows.numel(), weight.device)]
 
 
 @cache
-def _places(numbers: int, device: torch.device) -> Tensor:
-    return torch.arange(VALUES, device=device) * (numbers - 1) // (VALUES - 1)
+def _sample_indices(numbers: int, device: torch.device) -> Tensor:
+    return torch.arange(SAMPLES_PER_MATRIX, device=device) * (numbers - 1) // (SAMPLES_PER_MATRIX - 1)
 
 
 def _rounded(values: Tensor) -> Tensor:

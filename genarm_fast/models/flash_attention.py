@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from genarm_fast.models.attention import UNSUPPORTED, attend
-from genarm_fast.models.forward_context import place
+from genarm_fast.models.forward_context import current_positions
 
 IMPLEMENTATION = "genarm_fast_flash"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ def attend_flash(
         raise NotImplementedError(f"{type(module).__name__} asks for more than causal attention")
     from flash_attn import flash_attn_with_kvcache
 
-    where = place(query.device)
+    where = current_positions(query.device)
     # The tokens of a row are consecutive, so a causal mask aligned to the end gives each token what it may see.
     out = flash_attn_with_kvcache(
         query.transpose(1, 2),

@@ -37,23 +37,23 @@ class Ragged(NamedTuple):
 
 
 # Each thread has its own value of a context variable.
-_placed: ContextVar[Ragged] = ContextVar("where the tokens of the running forward go")
+_positions: ContextVar[Ragged] = ContextVar("where the tokens of the running forward go")
 _lanes: ContextVar[tuple[Sequence[int], int]] = ContextVar("lanes of the running forward, sequences of each")
 
 
 @contextmanager
-def placed(ragged: Ragged) -> Iterator[None]:
+def at_positions(ragged: Ragged) -> Iterator[None]:
     """Run forwards inside the block with tokens that go where `ragged` says."""
-    token = _placed.set(ragged)
+    token = _positions.set(ragged)
     try:
         yield
     finally:
-        _placed.reset(token)
+        _positions.reset(token)
 
 
-def place(device: torch.device) -> Ragged:
-    """Return where the tokens of the running forward go, with tensors on this device."""
-    return _placed.get().to(device)
+def current_positions(device: torch.device) -> Ragged:
+    """Return slots and positions of the running forward's tokens, on this device."""
+    return _positions.get().to(device)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.angles import Angles
-from genarm_fast.models.forward_context import Ragged, place, spans_of
+from genarm_fast.models.forward_context import Ragged, current_positions, spans_of
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, over_layers, trial
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
@@ -65,7 +65,7 @@ class FusedDecoder:
 
     def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
         self.embed, self.angles = _part(decoder.embed_tokens, fast), Angles(decoder.rotary_emb)
-        self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
+        self.layers = [_FusedLayer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
         self.norm, *norms = (_norm(layer.input_layernorm, fast) for layer in decoder.layers)
         self.next_norms = [*norms, _norm(decoder.norm, fast)]
         adapted = [module.index for module in decoder.modules() if isinstance(module, LaneLinear)]
@@ -75,7 +75,7 @@ class FusedDecoder:
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
         """Run the decoder. input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
-        where = place(hidden.device)
+        where = current_positions(hidden.device)
         angles = self.angles(hidden, position_ids, where.kv_bound)
         spans: dict[tuple[int, ...], Sequence[Span]] = {(): ()}
         spans |= {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}
@@ -99,7 +99,7 @@ class FusedDecoder:
         return over_layers(part, kept)
 
 
-class _Layer:
+class _FusedLayer:
     def __init__(self, layer: Any, fast: Fast, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.second_norm = _norm(layer.post_attention_layernorm, fast)

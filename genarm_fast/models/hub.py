@@ -79,24 +79,24 @@ def locate(
     return found
 
 
-def within(place: Source, subfolder: str) -> Source | None:
+def subfolder_of(location: Source, subfolder: str) -> Source | None:
     """Return the part of a folder or repository in transformers' `subfolder`; None if it is not there."""
-    if os.path.isdir(place):
-        folder = os.path.join(place, subfolder)
+    if os.path.isdir(location):
+        folder = os.path.join(location, subfolder)
         return folder if os.path.isdir(folder) else None
-    part = Repository(os.fspath(place), hub_options(place) | {"subfolder": subfolder})
+    part = Repository(os.fspath(location), hub_options(location) | {"subfolder": subfolder})
     return part if any(find_file(part, name) for name in CONFIGS) else None
 
 
-def adapter_folder(place: Source) -> Source:
+def adapter_folder(location: Source) -> Source:
     """Return a folder as it is, and for a repository its folder in the hub's cache, with all files of an adapter.
 
     PEFT's own search misses a subfolder when the hub is out of reach.
     """
-    if os.path.isdir(place):
-        return place
-    found = [find_file(place, name) for name in (*ADAPTER_FILES, "genarm.json")]
-    return next((path.parent for path in found if path is not None), place)
+    if os.path.isdir(location):
+        return location
+    found = [find_file(location, name) for name in (*ADAPTER_FILES, "genarm.json")]
+    return next((path.parent for path in found if path is not None), location)
 
 
 def _refusal(error: Exception) -> str:

@@ -14,7 +14,7 @@ from transformers import Cache
 from genarm_fast.kernels import Lanes
 from genarm_fast.kernels.add_rms_norm import add_rms_norm
 from genarm_fast.kernels.rms_norm import rms_norm
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear
 
@@ -119,7 +119,7 @@ def trial(decoder: Any, forward: Callable[..., Any], blocks: Sequence[int]) -> l
     for start, block in zip((sum(blocks[:i]) for i in range(len(blocks))), blocks):
         positions = torch.arange(start, start + block, device=device).expand(len(lanes), block)
         tokens = (31 * positions + 7 * rows[:, None]) % decoder.config.vocab_size
-        with running(lanes, 1), placed(Ragged(rows, positions, start + block)):
+        with running(lanes, 1), at_positions(Ragged(rows, positions, start + block)):
             out = forward(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
         found.append(out.last_hidden_state)
     return [*found, *(states for layer in layers for states in (layer.keys, layer.values) if states is not None)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from genarm_fast.kernels.ragged_attention import ragged_append
-from genarm_fast.models.forward_context import place
+from genarm_fast.models.forward_context import current_positions
 
 
 class Entry(NamedTuple):
@@ -85,7 +85,7 @@ class RaggedLayer(CacheLayerMixin):
         """Write the new keys and values, and return the whole cache, which `attend` reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        where = place(key_states.device)
+        where = current_positions(key_states.device)
         assert self.keys is not None
         assert self.values is not None
         ragged_append(self.keys, self.values, key_states, value_states, where.slots, where.positions)

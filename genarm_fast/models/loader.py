@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from genarm_fast.models.arm import ARM, active_adapters, arm_names
 from genarm_fast.models.checkpoint import ModelLoader
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.files import TOKENIZER_FILES, blame_tokenizer, check_files, read_object, refusing
 from genarm_fast.models.hub import Source, find_file, hub_options
 from genarm_fast.models.known_decoders import built_as_known
@@ -27,7 +27,7 @@ from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
 log = logging.getLogger(__name__)
-RECORDED = {
+RECORDED_TYPES = {
     "prompt_template": (str, type(None)),
     "chat_template": (str, type(None)),
     "prompt_format": (str, type(None)),
@@ -62,7 +62,7 @@ def load_members(
     names = arm_names(specs)
     models = ModelLoader(**loading)
     roles = ["base", *(f"arms[{index}]" for index in range(len(specs))), "draft_model"]
-    places = [
+    locations = [
         None if source is None or isinstance(source, nn.Module) else models.locate(role, source)
         for role, source in zip(roles, [base, *(spec.model for spec in specs), draft_model])
     ]
@@ -77,8 +77,8 @@ def load_members(
     model = models.load("base", base, trust_remote_code=trust_remote_code)
     source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
     if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
-        models.adopt(str(source) or "the given base", model)
-    recorded = _recorded("base", places[0])
+        models.register_given(str(source) or "the given base", model)
+    recorded = _recorded("base", locations[0])
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
     base_tokenizer = tokenizer
@@ -103,10 +103,10 @@ def load_members(
         given=isinstance(base, nn.Module),
     )
     members = [first]
-    for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
-        recorded = _recorded(role, place)
+    for role, name, spec, location in zip(roles[1:], names, specs, locations[1:]):
+        recorded = _recorded(role, location)
         _check_format(role, spec, recorded.get("prompt_format"))
-        own = None if place is None else _tokenizer_of(role, spec.model, models, spec.trust_remote_code)
+        own = None if location is None else _tokenizer_of(role, spec.model, models, spec.trust_remote_code)
         members.append(
             Member(
                 name,
@@ -132,14 +132,14 @@ def load_members(
         if (end := recorded.get("end_token_id")) is not None:
             if end >= first.vocab_size:
                 raise ValueError(
-                    f"{role}: {Path(place or '', 'genarm.json')}: end_token_id={end}: expected a token of the base, "
+                    f"{role}: {Path(location or '', 'genarm.json')}: end_token_id={end}: expected a token of the base, "
                     f"less than {first.vocab_size}"
                 )
             first.stop_ids |= {end}
     drafter = None
     if draft_model is not None:
         # The draft model gets the base's prompts, whether or not it has a tokenizer of its own.
-        own = None if places[-1] is None else _tokenizer_of("draft_model", draft_model, models, trust_remote_code)
+        own = None if locations[-1] is None else _tokenizer_of("draft_model", draft_model, models, trust_remote_code)
         model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
         drafter = Member("draft_model", model, own or base_tokenizer)
     _make_runners(members, drafter)
@@ -158,21 +158,21 @@ def _make_runners(members: list[Member], drafter: Member | None) -> None:
     for lane, (member, shared) in enumerate(zip(members, share_forwards(models, built_as_known))):
         member.lane, member.shared, member.relatives = lane, shared, models
         if shared is not member.model and id(shared) not in made:
-            made[id(shared)] = as_runner(shared, models)
+            made[id(shared)] = make_fast(shared, models)
     for member in [*members, *([] if drafter is None else [drafter])]:
         # Reading `runs_by` makes the member's runner. That happens here, because making a runner on a GPU can move
         # weights.
         log.info("%s: %s", member.name, member.runs_by)
 
 
-def _recorded(member: str, place: Source | None) -> dict[str, Any]:
+def _recorded(member: str, location: Source | None) -> dict[str, Any]:
     """Return what training recorded in genarm.json, or {} without such a file.
 
     Raises:
         ValueError: a value that training never writes.
     """
-    recorded = {} if place is None else read_object(member, place, "genarm.json")
-    for name, kinds in RECORDED.items():
+    recorded = {} if location is None else read_object(member, location, "genarm.json")
+    for name, kinds in RECORDED_TYPES.items():
         value = recorded.get(name)
         known = isinstance(value, kinds) and not isinstance(value, bool)
         if name == "prompt_format":
@@ -180,10 +180,10 @@ def _recorded(member: str, place: Source | None) -> dict[str, Any]:
         elif name == "end_token_id":
             known = known and (value is None or value >= 0)
         elif name == "chat_template_kwargs" and known:
-            with refusing(f"{member}: {Path(place or '', 'genarm.json')}", "what training records"):
+            with refusing(f"{member}: {Path(location or '', 'genarm.json')}", "what training records"):
                 template_arguments(None, value)
         if not known:
-            file = Path(place or "", "genarm.json")
+            file = Path(location or "", "genarm.json")
             raise ValueError(f"{member}: {file}: {name}={recorded[name]!r:.60}: expected what training records")
     return recorded
 
@@ -193,8 +193,8 @@ def _tokenizer_of(member: str, source: Any, models: ModelLoader, trust: bool) ->
 
     The errors are those of `load_tokenizer`.
     """
-    for place in models.tokenizer_places(member, source):
-        if (found := load_tokenizer(member, place, trust_remote_code=trust)) is not None:
+    for location in models.tokenizer_locations(member, source):
+        if (found := load_tokenizer(member, location, trust_remote_code=trust)) is not None:
             return found
     return None
 

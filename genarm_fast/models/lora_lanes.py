@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.forward_context import running, running_lanes, spans_of
-from genarm_fast.models.quantized import linear_of
+from genarm_fast.models.quantized import cpu_linear
 from genarm_fast.models.weights import share_weights
 
 
@@ -31,7 +31,7 @@ class LaneLinear(nn.Module):
         self.linear = linear
         self.index = {lane: i for i, lane in enumerate(adapters)}
         self.loras = list(adapters.values())  # b is PEFT's own weight; SmallLinear holds a copy of b
-        self.run = linear_of(linear.weight, linear.bias, self.loras)
+        self.run = cpu_linear(linear.weight, linear.bias, self.loras)
 
     def forward(self, x: Tensor) -> Tensor:
         lanes, rows = running_lanes()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.rebound import WeightWatch
 from genarm_fast.models.support import check_supported, context_of
 from genarm_fast.models.weights import share_weights
@@ -65,7 +65,7 @@ class Member:
     @cached_property
     def runner(self) -> Any:
         """A copy of the module tree, over the same weights, that runs this member alone over our cache."""
-        return as_runner(share_weights(self.model), self.relatives)
+        return make_fast(share_weights(self.model), self.relatives)
 
     @property
     def runs_by(self) -> str:

@@ -23,11 +23,11 @@ def one_load() -> Iterator[None]:
         yield
 
 
-def _anew() -> None:
+def _renew_lock() -> None:
     global _lock
     _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
     # The child of a fork gets a new lock, because a thread that held the old one does not exist in the child.
-    os.register_at_fork(after_in_child=_anew)
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Time limit for all patterns on all names, the start of the process included. Real patterns take milliseconds.
-SECONDS = 5.0
+LIMIT_SECONDS = 5.0
 REPEATS = re.compile(r"[*+{?]")
 TRIAL = """
 import json, re, sys
@@ -50,9 +50,11 @@ def check_patterns(what: str, config: Any, names: Iterable[str]) -> None:
             input=inputs,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=SECONDS,
+            timeout=LIMIT_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         said = ", ".join(f"{field}={pattern!r:.60}" for field, pattern, _ in given[:3])
-        raise ValueError(f"{what}: {said}: expected a pattern that ends within {SECONDS:g} s over its base") from None
+        raise ValueError(
+            f"{what}: {said}: expected a pattern that ends within {LIMIT_SECONDS:g} s over its base"
+        ) from None

@@ -17,7 +17,7 @@ from torch.nn import functional
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.quant_linear import QuantLinear, QuantWeight, dequantize, exact, quantize
 from genarm_fast.kernels.small_linear import SmallLinear
-from genarm_fast.models.fingerprint import fingerprint, held_fingerprint
+from genarm_fast.models.fingerprint import codes_fingerprint, fingerprint
 
 QUANTIZATIONS = ("exact", "int8", "int4")
 
@@ -71,7 +71,7 @@ class QuantizedMatrix(Tensor):
             named = dict(zip(("input", "weight", "bias"), args)) | given
             x, weight, bias = named["input"], named["weight"], named.get("bias")
             if isinstance(weight, cls) and not isinstance(x, cls):
-                return linear_of(weight, bias)(x)
+                return cpu_linear(weight, bias)(x)
         if func is functional.embedding and not any(given.get(name) for name in ("max_norm", "sparse")):
             named = dict(zip(("input", "weight"), args)) | given
             if isinstance(named["weight"], cls):
@@ -91,7 +91,7 @@ class QuantizedMatrix(Tensor):
         return func(*plain[0], **plain[1])
 
 
-def linear_of(weight: Tensor, bias: Tensor | None = None, loras: Iterable[Lora] = ()) -> SmallLinear | QuantLinear:
+def cpu_linear(weight: Tensor, bias: Tensor | None = None, loras: Iterable[Lora] = ()) -> SmallLinear | QuantLinear:
     """Return the linear that multiplies by a weight on the CPU: quantised or plain, as the weight is held."""
     if isinstance(weight, QuantizedMatrix):
         own = weight.linear
@@ -122,7 +122,7 @@ class Quantized:
     # Fingerprint of the weights before: adapters of that base are adapters of this model.
     fingerprint: str | None
     matrices: tuple[Matrix, ...]
-    held: str = ""  # fingerprint of codes and scales
+    codes_fingerprint: str = ""  # of codes and scales
 
     @property
     def bytes_before(self) -> int:
@@ -179,18 +179,18 @@ def quantize_model(what: str, model: Any, how: str, codes: Mapping[str, QuantWei
         at_end = any(module is end for _, module in modules for end in ends)
         with _naming(f"{asked}: {named}.weight"):
             given = (codes or {}).get(f"{named}.weight")
-            linear = _held(weight.detach(), how, at_end) if given is None else QuantLinear(given)
+            linear = _quantized_linear(weight.detach(), how, at_end) if given is None else QuantLinear(given)
         error = 0.0 if how == "exact" or linear is None else _largest_error(weight.detach(), linear)
         bits, after = (16, weight.nbytes) if linear is None else (linear.bits, linear.packed.nbytes)
         report.append(Matrix(f"{named}.weight", bits, weight.nbytes, after, error))
         if linear is not None:
-            held = nn.Parameter(QuantizedMatrix(linear), requires_grad=False)
+            parameter = nn.Parameter(QuantizedMatrix(linear), requires_grad=False)
             for _, module in modules:
-                module.weight = held
-                # By this attribute the self-check sees that the model differs from the unquantised one.
+                module.weight = parameter
+                # engine/verdict_key.py hashes the plain attributes of modules, and so tells the bits of weights apart.
                 module.quantized_bits = linear.bits
         del weight
-    model.quantized = Quantized(how, before, tuple(reversed(report)), held_fingerprint(model))
+    model.quantized = Quantized(how, before, tuple(reversed(report)), codes_fingerprint(model))
     return model.quantized
 
 
@@ -208,7 +208,7 @@ class _naming:
             raise ValueError(f"{self.name}: {error}") from error
 
 
-def _held(weight: Tensor, how: str, at_end: bool) -> QuantLinear | None:
+def _quantized_linear(weight: Tensor, how: str, at_end: bool) -> QuantLinear | None:
     if how == "exact":
         found = next((codes for bits in (4, 8) if (codes := exact(weight, bits)) is not None), None)
         return None if found is None else QuantLinear(found)

@@ -14,9 +14,9 @@ from genarm_fast.models.hub import CONFIGS, Source, find_file, hub_options
 
 MOST_LAYERS = 10_000  # the deepest models of the hub have 126 layers
 MOST_NUMBERS = 1 << 43  # numbers of a model whose files are not here yet; the largest models of the hub have 2^40
-PER_BYTE = 4  # most numbers that a byte of weights holds, at 2 bits each
-SHOWN = 3  # most folders that an error names
-SLACK = 1 << 20  # numbers allowed beyond PER_BYTE, such as tables that a model computes
+MAX_NUMBERS_PER_BYTE = 4  # most numbers that a byte of weights holds, at 2 bits each
+MAX_LISTED_FOLDERS = 3  # most folders that an error names
+SLACK = 1 << 20  # numbers allowed beyond MAX_NUMBERS_PER_BYTE, such as tables that a model computes
 
 
 def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
@@ -34,7 +34,7 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
         inside = sorted(
             path.name for path in Path(source).iterdir() if any((path / name).is_file() for name in CONFIGS)
         )
-        meant = f"; is {' or '.join(inside[:SHOWN])} in it meant?" if inside else ""
+        meant = f"; is {' or '.join(inside[:MAX_LISTED_FOLDERS])} in it meant?" if inside else ""
         raise ValueError(f"{member}={os.fspath(source)!r}: expected {' or '.join(CONFIGS)} in the folder{meant}")
     with refusing(what, "a config that a causal LM can be built from"):
         config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, **hub_options(source))
@@ -45,7 +45,7 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     numbers = sum(weight.numel() for weight in model.parameters())
     bytes = weight_bytes(Path(source)) if local else 0
-    most = PER_BYTE * bytes + SLACK if bytes else MOST_NUMBERS
+    most = MAX_NUMBERS_PER_BYTE * bytes + SLACK if bytes else MOST_NUMBERS
     if numbers > most:
         raise ValueError(
             f"{what}: a model of {numbers} numbers: expected at most {most}, as its files have {bytes} bytes"

@@ -22,14 +22,16 @@ from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.small_linear import SmallLinear
-from genarm_fast.models.few_rows import choose, ours, serves
-from genarm_fast.models.forward_context import place, running_lanes
+from genarm_fast.models.few_rows import choose, few_rows_linear, serves
+from genarm_fast.models.forward_context import current_positions, running_lanes
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, family_of, lanes_of, over_layers
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.weights import Movable
 
-stacked: WeakValueDictionary[int, Stack] = WeakValueDictionary()  # stacks by the address of their weight's memory
+stacks_by_address: WeakValueDictionary[int, Stack] = (
+    WeakValueDictionary()
+)  # stacks by the address of their weight's memory
 
 
 class StackedDecoder:
@@ -45,8 +47,8 @@ class StackedDecoder:
     def __init__(self, decoder: Any, movable: Movable) -> None:
         window = WINDOWS[family_of(decoder)]
         self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
-        self.number = {lane: i for i, lane in enumerate(lanes_of(decoder))}
-        self.layers = [_Layer(layer, self.number, window, movable) for layer in decoder.layers]
+        self.adapter_by_lane = {lane: i for i, lane in enumerate(lanes_of(decoder))}
+        self.layers = [_StackedLayer(layer, self.adapter_by_lane, window, movable) for layer in decoder.layers]
         norms = [layer.norm for layer in self.layers[1:]]
         self.next_norms = [*norms, _norm(decoder.norm)]
         self._adapters: dict[tuple[int, ...], Tensor] = {}
@@ -55,7 +57,7 @@ class StackedDecoder:
         """Run the decoder. input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
         cos, sin = self.rotary(hidden, position_ids=position_ids)
-        where, adapters = place(hidden.device), self._running(hidden.device)
+        where, adapters = current_positions(hidden.device), self._running_adapters(hidden.device)
         x = self.layers[0].norm(hidden)
         for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
             hidden, x = layer(hidden, x, cos, sin, cache, where, adapters, next_norm)
@@ -68,13 +70,13 @@ class StackedDecoder:
         part.next_norms = [*(layer.norm for layer in part.layers[1:]), self.next_norms[-1]]
         return over_layers(part, kept)
 
-    def _running(self, device: torch.device) -> Tensor | None:
+    def _running_adapters(self, device: torch.device) -> Tensor | None:
         """Return the adapter number of each running lane, or -1; int64 [lanes], uploaded once for each set of lanes."""
-        if not self.number:
+        if not self.adapter_by_lane:
             return None
         lanes = tuple(running_lanes()[0])
         if lanes not in self._adapters:
-            self._adapters[lanes] = torch.tensor([self.number.get(lane, -1) for lane in lanes], device=device)
+            self._adapters[lanes] = torch.tensor([self.adapter_by_lane.get(lane, -1) for lane in lanes], device=device)
         return self._adapters[lanes]
 
     @torch.inference_mode()
@@ -89,17 +91,17 @@ class StackedDecoder:
 
     def choose_kernels(self) -> str:
         """Measure which kernels multiply few rows, as `few_rows.choose` says."""
-        return choose([product for product in self.products if product.own or not product.rank])
+        return choose([product for product in self.products if product.owns_stack or not product.rank])
 
     @property
-    def over_another(self) -> bool:
+    def shares_stacks(self) -> bool:
         """Whether some weights were stacked for another decoder, and are shared."""
-        return not all(product.own for product in self.products)
+        return not all(product.owns_stack for product in self.products)
 
 
-class _Layer:
+class _StackedLayer:
     def __init__(
-        self, layer: Any, number: Mapping[int, int], window: Callable[[Any], int | None], movable: Movable
+        self, layer: Any, adapter_by_lane: Mapping[int, int], window: Callable[[Any], int | None], movable: Movable
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
@@ -107,9 +109,12 @@ class _Layer:
         if hasattr(attention, "q_norm"):
             query, key = _norm(attention.q_norm), _norm(attention.k_norm)
             self.head_norms = {"query_norm": query.weight, "key_norm": key.weight, "eps": query.eps}
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], number, movable)
-        self.o, self.down = Product([attention.o_proj], number, movable), Product([mlp.down_proj], number, movable)
-        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], number, movable)
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], adapter_by_lane, movable)
+        self.o, self.down = (
+            Product([attention.o_proj], adapter_by_lane, movable),
+            Product([mlp.down_proj], adapter_by_lane, movable),
+        )
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], adapter_by_lane, movable)
         self.width, self.scale, self.window = attention.head_dim, attention.scaling, window(attention)
         self.kv_heads = self.qkv.widths[1] // self.width
 
@@ -141,7 +146,7 @@ class Stack:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        stacked[weight.untyped_storage().data_ptr()] = self
+        stacks_by_address[weight.untyped_storage().data_ptr()] = self
 
     def holds(self, linears: Sequence[Any]) -> bool:
         """Whether the stack begins with these linears, in this order."""
@@ -155,37 +160,37 @@ class Stack:
 
 def stack_of(linears: Sequence[Any]) -> Stack | None:
     """Return the stack that holds the first of these linears, or None."""
-    return stacked.get(linears[0].weight.untyped_storage().data_ptr())
+    return stacks_by_address.get(linears[0].weight.untyped_storage().data_ptr())
 
 
 class Product:
     """The linears of one input as one product, with the LoRAs of each adapted lane.
 
-    number: from a lane to the number of its adapter. The A of the lanes are rows of `weight`. If the stack is another
-    decoder's, they are a weight of their own, `a`, which costs one launch more.
+    adapter_by_lane: from a lane to the number of its adapter. The A of the lanes are rows of `weight`. If the stack is
+    another decoder's, they are a weight of their own, `a`, which costs one launch more.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], number: Mapping[int, int], movable: Movable) -> None:
-        linears = [linear_of(module) for module in modules]
+    def __init__(self, modules: Sequence[nn.Module], adapter_by_lane: Mapping[int, int], movable: Movable) -> None:
+        linears = [bare_linear(module) for module in modules]
         self.widths = [linear.weight.shape[0] for linear in linears]
         self.loras: list[tuple[int, int, Lora]] = [
-            (number[lane], part, module.loras[i])
+            (adapter_by_lane[lane], part, module.loras[i])
             for part, module in enumerate(modules)
             if isinstance(module, LaneLinear)
             for lane, i in module.index.items()
         ]
         self.rank = max((len(lora.a) for _, _, lora in self.loras), default=0)
         out, first = sum(self.widths), linears[0].weight
-        adapters = len(number) if self.rank else 0
+        adapters = len(adapter_by_lane) if self.rank else 0
         rows = adapters * len(linears) * self.rank
         self.b = first.new_zeros(adapters, self.rank, out) if self.rank else None
-        self.ours: frozenset[int] = frozenset()
+        self.kernel_row_counts: frozenset[int] = frozenset()
         self.columns = list(torch.arange(out).split(self.widths))
         found = stack_of(linears)
-        self.own = found is None
+        self.owns_stack = found is None
         self.stack = self._stacked(linears, rows, movable) if found is None else found
-        self.a = self.stack.weight[out:] if self.own else first.new_zeros(rows, first.shape[1])
-        size = len(self.stack.weight) if self.own else out
+        self.a = self.stack.weight[out:] if self.owns_stack else first.new_zeros(rows, first.shape[1])
+        size = len(self.stack.weight) if self.owns_stack else out
         self.weight = self.stack.weight[:size]
         self.bias = None if self.stack.bias is None else self.stack.bias[:size]
         for module in modules:
@@ -216,13 +221,13 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply x [..., in]. Return [..., out + rows of A]: the outputs, then the shrunk inputs of the adapters."""
-        if len(self.a) and not self.own:
-            return self._beside(x)
+        if len(self.a) and not self.owns_stack:
+            return self._two_products(x)
         if serves(self, x):
-            return ours(x, self.weight, self.bias)
+            return few_rows_linear(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
-    def _beside(self, x: Tensor) -> Tensor:
+    def _two_products(self, x: Tensor) -> Tensor:
         """Compute the same result by two products, of `weight` and of `a`, into one memory."""
         rows, out = x.reshape(-1, x.shape[-1]), len(self.weight)
         y = x.new_empty(len(rows), out + len(self.a))
@@ -237,7 +242,7 @@ class Product:
         return None if self.b is None or adapters is None else Lanes(self.b, adapters)
 
 
-def linear_of(module: Any) -> Any:
+def bare_linear(module: Any) -> Any:
     """Return the linear without the lanes' adapters."""
     return module.linear if isinstance(module, LaneLinear) else module
 

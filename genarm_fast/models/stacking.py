@@ -11,16 +11,16 @@ from torch import nn
 
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.models.known_decoders import WINDOWS, built_as_known, trial
-from genarm_fast.models.stacked_decoder import StackedDecoder, linear_of, stack_of
+from genarm_fast.models.stacked_decoder import StackedDecoder, bare_linear, stack_of
 from genarm_fast.models.weights import Movable
 
-UNIT = {
+ROUNDING_UNIT = {
     torch.bfloat16: 2**-8,
     torch.float16: 2**-11,
     torch.float32: 2**-18,
 }  # unit by which a product of 4,096 numbers is rounded
 # The same unit for torch's settings of float32 products.
-UNIT_OF_PRODUCTS = {"highest": 0.0, "high": 2**-11, "medium": 2**-8}
+PRODUCT_ROUNDING_UNIT = {"highest": 0.0, "high": 2**-11, "medium": 2**-8}
 ROUNDINGS = 8  # how often a number is rounded on its way through a layer
 BLOCKS = (4, 1)  # tokens of each forward of the trial
 
@@ -38,15 +38,16 @@ def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | No
     bound = tolerance(decoder)
     try:
         chosen = forward.choose_kernels()  # before the trial, which then checks these kernels too
-        far = deviation(decoder, forward)
+        distance = deviation(decoder, forward)
     except Exception as error:
         if out_of_memory(error):
             raise
         return None, f"its own forward: the stacked one failed in its trial: {type(error).__name__}: {error}"
-    if not far <= bound:  # also true for NaN
-        return None, f"its own forward: the stacked one is {far:.2g} of a hidden state away from it, over {bound:.2g}"
-    how = f"stacked: {far:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
-    shared = "its weights were stacked for another model, and are shared" if forward.over_another else ""
+    if not distance <= bound:  # also true for NaN
+        why = f"the stacked one is {distance:.2g} of a hidden state away from it, over {bound:.2g}"
+        return None, f"its own forward: {why}"
+    how = f"stacked: {distance:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
+    shared = "its weights were stacked for another model, and are shared" if forward.shares_stacks else ""
     return forward, "; ".join(filter(None, (how, shared, chosen)))
 
 
@@ -57,9 +58,9 @@ def tolerance(decoder: Any) -> float:
     the other, are u √(2n/3) apart; four times that is allowed. In bfloat16 this allows 0.2 for 32 layers. A wrong
     forward is off by 1, and an H100 was off by 0.044 (Llama-3-8B's shape, prototype of 2026-11-27).
     """
-    dtype, unit = decoder.dtype, UNIT[decoder.dtype]
+    dtype, unit = decoder.dtype, ROUNDING_UNIT[decoder.dtype]
     if dtype == torch.float32:
-        unit = max(unit, UNIT_OF_PRODUCTS[torch.get_float32_matmul_precision()])
+        unit = max(unit, PRODUCT_ROUNDING_UNIT[torch.get_float32_matmul_precision()])
     return 4 * unit * math.sqrt(2 * ROUNDINGS * len(decoder.layers) / 3)
 
 
@@ -83,7 +84,7 @@ def _unfit(decoder: Any) -> str | None:
         return "some of its linears are no plain ones"
     devices = {parameter.device for parameter in decoder.parameters()}
     dtypes = {parameter.dtype for parameter in decoder.parameters()}
-    if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= UNIT.keys():
+    if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= ROUNDING_UNIT.keys():
         return f"its weights are on {len(devices)} devices in {len(dtypes)} dtypes"
     if any(type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for layer in decoder.layers):
         return "its activation isn't SiLU"
@@ -105,4 +106,4 @@ def _linears(layer: Any) -> list[list[Any]]:
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     )
-    return [[linear_of(module) for module in group] for group in groups]
+    return [[bare_linear(module) for module in group] for group in groups]

@@ -14,8 +14,8 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 
 MORE_TEMPLATES = "additional_chat_templates"  # a folder in a model's folder
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-ADAPTER = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")  # attributes of PEFT's layers
+HOOK_ATTRIBUTES = ("_forward_hooks", "_forward_pre_hooks")
+ADAPTER_ATTRIBUTES = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")  # of PEFT's layers
 
 
 class ModelState:
@@ -35,7 +35,7 @@ class ModelState:
         self._attributes = [vars(module) for module in modules]
         self._children = [(own["_modules"], dict(own["_modules"])) for own in self._attributes]
         self._tensors = [own[kind] for own in self._attributes for kind in ("_parameters", "_buffers") if own[kind]]
-        self._hooks = [own[kind] for own in self._attributes for kind in HOOKS]
+        self._hooks = [own[kind] for own in self._attributes for kind in HOOK_ATTRIBUTES]
         self._adapted = [own for own in self._attributes if "merged_adapters" in own]
         self._seen = self._look()
 
@@ -57,7 +57,7 @@ class ModelState:
             [_version(tensor) for tensor in tensors] if self._versions else (),
             [tuple(hooks) for hooks in self._hooks if hooks],
             [own["forward"] for own in self._attributes if "forward" in own],
-            [repr([own.get(name) for name in ADAPTER]) for own in self._adapted],
+            [repr([own.get(name) for name in ADAPTER_ATTRIBUTES]) for own in self._adapted],
             getattr(config, "_attn_implementation", None),
             repr(ends),
         )

@@ -16,7 +16,7 @@ HOW_TO_COPY = ("__deepcopy__", "__copy__", "__reduce_ex__", "__reduce__", "__get
 ATOMS = frozenset({bool, int, float, str, bytes, type(None), torch.dtype})
 CONTAINERS = frozenset({dict, OrderedDict, set})
 
-_over_the_same: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_trees_by_model: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -27,9 +27,9 @@ def share_weights(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
     memo.update({id(tensor): tensor.detach() for tensor in _computed(model)})
     tree = _copied(model, memo).eval()
-    family = _over_the_same.setdefault(model, WeakSet([model]))
+    family = _trees_by_model.setdefault(model, WeakSet([model]))
     family.add(tree)
-    _over_the_same[tree] = family
+    _trees_by_model[tree] = family
     return tree
 
 
@@ -79,7 +79,7 @@ def _copies_plainly(kind: type[nn.Module]) -> bool:
 
 def trees_over(models: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the models, and all module trees that `share_weights` made over their weights."""
-    found = {id(tree): tree for model in models for tree in (model, *_over_the_same.get(model, ()))}
+    found = {id(tree): tree for model in models for tree in (model, *_trees_by_model.get(model, ()))}
     return list(found.values())
 
 
@@ -87,18 +87,18 @@ class Movable:
     """Parameters by the address of their numbers, so that a weight moves in all trees at once."""
 
     def __init__(self, trees: Iterable[nn.Module]) -> None:
-        self._at: dict[Any, list[nn.Parameter]] = {}
+        self._by_address: dict[Any, list[nn.Parameter]] = {}
         for parameter in (parameter for tree in trees for parameter in tree.parameters()):
-            self._at.setdefault(_place(parameter), []).append(parameter)
+            self._by_address.setdefault(_address_key(parameter), []).append(parameter)
 
-    def move(self, parameter: Tensor, place: Tensor) -> None:
-        """Copy a parameter to `place`, and make all parameters at its old address use `place`. Gradients stay."""
-        place.copy_(parameter)
-        for each in self._at.pop(_place(parameter)):
-            each.data = place
+    def move(self, parameter: Tensor, destination: Tensor) -> None:
+        """Copy a parameter to `destination`, and make all parameters at its old address use that. Gradients stay."""
+        destination.copy_(parameter)
+        for each in self._by_address.pop(_address_key(parameter)):
+            each.data = destination
 
 
-def _place(tensor: Tensor) -> Any:
+def _address_key(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from genarm_fast.text.messages import Message
 
-KEYS = ("messages", "tools", "chat_template_kwargs")
+CHAT_KEYS = ("messages", "tools", "chat_template_kwargs")
 # Arguments that the messages, the model or the call set themselves.
-OWN = {"messages", "conversation", "chat_template", "tools", "documents", "tokenize", "return_tensors", "return_dict"}
-OWN |= {"add_generation_prompt", "continue_final_message", "tokenizer", "self", "tokenizer_kwargs"}
-OWN |= {"padding", "truncation", "max_length", "return_assistant_tokens_mask"}  # arguments that no template would see
+RESERVED_ARGUMENTS = {
+    "messages", "conversation", "chat_template", "tools", "documents", "tokenize", "return_tensors", "return_dict",
+    "add_generation_prompt", "continue_final_message", "tokenizer", "self", "tokenizer_kwargs",
+    "padding", "truncation", "max_length", "return_assistant_tokens_mask",  # no template would see these
+}  # fmt: skip
 
 
 class Chat(list[Message]):
@@ -44,7 +46,7 @@ def template_arguments(tools: Any, chat_template_kwargs: Any) -> dict[str, Any]:
         if not isinstance(chat_template_kwargs, Mapping):
             raise TypeError(f"chat_template_kwargs={chat_template_kwargs!r:.80}: expected a mapping")
         for name in chat_template_kwargs:
-            if name in OWN:
+            if name in RESERVED_ARGUMENTS:
                 raise ValueError(f"chat_template_kwargs={name!r}: expected what only the template knows")
         arguments |= chat_template_kwargs
     if tools is not None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-SECONDS = 10.0  # time limit of a call; a chat of a million characters renders in 20 ms
-MOST_GROWTH = 1 << 30  # bytes that the process may gain during the call
-POLL = 0.05  # seconds between looks at the running calls
+LIMIT_SECONDS = 10.0  # time limit of a call; a chat of a million characters renders in 20 ms
+MAX_GROWTH_BYTES = 1 << 30  # bytes that the process may gain during the call
+POLL_SECONDS = 0.05  # seconds between looks at the running calls
 
 
 class Overrun(BaseException):
@@ -54,7 +54,7 @@ class _Watch:
             with self.changed:
                 while not self.calls:
                     self.changed.wait()
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
             with self.changed:
                 for thread, call in self.calls.items():
                     if call[2] is None and (reason := self._too_much(call)):
@@ -66,12 +66,12 @@ class _Watch:
         resident = _resident_bytes()
         if call[1] is None:
             call[1] = resident
-        if resident - call[1] > MOST_GROWTH:
-            return f"it takes more than {MOST_GROWTH >> 20} MiB"
-        return f"it takes more than {SECONDS:g} s" if time.monotonic() > call[0] else None
+        if resident - call[1] > MAX_GROWTH_BYTES:
+            return f"it takes more than {MAX_GROWTH_BYTES >> 20} MiB"
+        return f"it takes more than {LIMIT_SECONDS:g} s" if time.monotonic() > call[0] else None
 
 
-def within(function: Callable[[], Result], seconds: float | None = None) -> Result:
+def run_within_limits(function: Callable[[], Result], seconds: float | None = None) -> Result:
     """Return the function's result; the watch costs 5 µs a call.
 
     The function must be Python code without long operations in C, which can't be stopped.
@@ -81,7 +81,7 @@ def within(function: Callable[[], Result], seconds: float | None = None) -> Resu
     """
     reason = None
     try:
-        _watch.begin(SECONDS if seconds is None else seconds)
+        _watch.begin(LIMIT_SECONDS if seconds is None else seconds)
         try:
             result = function()
         finally:
@@ -100,7 +100,7 @@ def _resident_bytes() -> int:
         return 0
 
 
-def _anew() -> None:
+def _renew_watch() -> None:
     global _watch
     _watch = _Watch()
 
@@ -108,4 +108,4 @@ def _anew() -> None:
 _watch = _Watch()
 if hasattr(os, "register_at_fork"):
     # The child of a fork gets a new watch: the watching thread does not exist in the child, and locks may be held.
-    os.register_at_fork(after_in_child=_anew)
+    os.register_at_fork(after_in_child=_renew_watch)

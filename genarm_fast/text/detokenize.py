@@ -8,8 +8,8 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 REPLACEMENT = "\ufffd"  # text of an unfinished UTF-8 sequence
-CHARACTER = 4  # most bytes of a character, and so most tokens
-CONTEXT = 8  # tokens of the prompt that decide how a text continues
+MAX_CHARACTER_BYTES = 4  # most bytes of a character, and so most tokens
+CONTEXT_TOKENS = 8  # tokens of the prompt that decide how a text continues
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -63,7 +63,7 @@ class Detokenizer:
 
     def _context(self, before: Sequence[int]) -> list[int]:
         """Return the last tokens before a text, as many as form whole characters; [] if none of them shows anything."""
-        last = list(before[-CONTEXT:])
+        last = list(before[-CONTEXT_TOKENS:])
         for start in range(len(last)):
             text = self._decode(last[start:])
             if text and REPLACEMENT not in text:
@@ -78,10 +78,10 @@ class Detokenizer:
             # A special token that shows nothing has no influence on later text.
             self.ids.pop()
         if text.endswith(REPLACEMENT):
-            if end - self.read <= 2 * CHARACTER:
+            if end - self.read <= 2 * MAX_CHARACTER_BYTES:
                 return ""
             # The last bytes are no text. Those that can no longer become a character are shown.
-            end -= CHARACTER
+            end -= MAX_CHARACTER_BYTES
             sure = self._unread(end)
             text = sure if text.startswith(sure) else ""
         if text:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from genarm_fast.text.chats import KEYS, Chat, arguments_of, is_chat_object, template_arguments
+from genarm_fast.text.chats import CHAT_KEYS, Chat, arguments_of, is_chat_object, template_arguments
 from genarm_fast.text.messages import Message, as_message, check_plain
 from genarm_fast.utils.checks import number
 
 Prompt = str | list[Message] | list[int]
-VLLM = ("prompt_token_ids", "prompt")  # keys of a prompt as vLLM takes it; the first that has a value counts
+# Keys of a prompt as vLLM takes it; the first that has a value counts.
+VLLM_PROMPT_KEYS = ("prompt_token_ids", "prompt")
 
 
 def as_prompts(prompts: Any, *, tools: Any = None, chat_template_kwargs: Any = None) -> list[Prompt]:
@@ -48,8 +49,8 @@ def _with(arguments: Mapping[str, Any], index: int, prompt: Prompt) -> Prompt:
 def _as_prompt(index: int, prompt: Any) -> Prompt:
     prompt = _unwrapped(prompt)
     if is_chat_object(prompt):
-        if unknown := sorted(set(prompt) - set(KEYS)):
-            raise ValueError(f"prompts[{index}]: {unknown[0]!r}: expected {', '.join(KEYS)}")
+        if unknown := sorted(set(prompt) - set(CHAT_KEYS)):
+            raise ValueError(f"prompts[{index}]: {unknown[0]!r}: expected {', '.join(CHAT_KEYS)}")
         try:
             arguments = template_arguments(prompt.get("tools"), prompt.get("chat_template_kwargs"))
         except (TypeError, ValueError) as error:
@@ -89,10 +90,10 @@ def _unwrapped(value: Any) -> Any:
         if not _is_sequence(mask) or len(mask) != len(ids):
             raise ValueError(f"attention_mask={mask!r:.60}: expected the shape of input_ids")
         return list(map(_unmasked, ids, mask)) if ids and _is_sequence(ids[0]) else _unmasked(ids, mask)
-    if isinstance(value, Mapping) and "role" not in value and any(name in value for name in VLLM):
-        if unknown := [name for name, given in value.items() if name not in VLLM and given is not None]:
-            raise ValueError(f"prompts: {unknown[0]!r}: expected {' or '.join(VLLM)} alone")
-        return _unwrapped(next((value[name] for name in VLLM if value.get(name) is not None), None))
+    if isinstance(value, Mapping) and "role" not in value and any(name in value for name in VLLM_PROMPT_KEYS):
+        if unknown := [name for name, given in value.items() if name not in VLLM_PROMPT_KEYS and given is not None]:
+            raise ValueError(f"prompts: {unknown[0]!r}: expected {' or '.join(VLLM_PROMPT_KEYS)} alone")
+        return _unwrapped(next((value[name] for name in VLLM_PROMPT_KEYS if value.get(name) is not None), None))
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -104,7 +105,9 @@ def _unmasked(ids: Sequence[int], mask: Sequence[float]) -> list[int]:
 
 def _begins_a_prompt(first: Any) -> bool:
     """Whether a list with this first item is one prompt: a chat, or token ids."""
-    message = isinstance(first, Mapping) and not {"input_ids", *VLLM} & set(first) and not is_chat_object(first)
+    message = (
+        isinstance(first, Mapping) and not {"input_ids", *VLLM_PROMPT_KEYS} & set(first) and not is_chat_object(first)
+    )
     return isinstance(number(first), Integral) or message
 
 

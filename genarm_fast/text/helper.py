@@ -15,7 +15,7 @@ from typing import Any
 
 from genarm_fast.text import deadline
 
-START = 120.0  # seconds until the process is ready; it takes 1 to 6 s on a slow disk
+START_SECONDS = 120.0  # seconds until the process is ready; it takes 1 to 6 s on a slow disk
 WORKER = Path(__file__).with_name("render_worker.py")
 
 
@@ -39,9 +39,9 @@ class Helper:
                     self.process = subprocess.Popen(
                         [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
                     )
-                    self._reply(START)
+                    self._reply(START_SECONDS)
                 self.process.stdin.write(len(data).to_bytes(8, "little") + data)
-                return self._reply(deadline.SECONDS)
+                return self._reply(deadline.LIMIT_SECONDS)
             except BaseException as error:
                 self._end()
                 if isinstance(error, (BrokenPipeError, EOFError)):
@@ -75,12 +75,12 @@ class Helper:
             self.process = None
 
 
-def _anew() -> None:
-    global shared
-    shared = Helper()
+def _renew_helper() -> None:
+    global shared_helper
+    shared_helper = Helper()
 
 
-shared = Helper()
+shared_helper = Helper()
 if hasattr(os, "register_at_fork"):
     # The child of a fork gets a new helper, because it must not use its parent's pipes.
-    os.register_at_fork(after_in_child=_anew)
+    os.register_at_fork(after_in_child=_renew_helper)

@@ -12,9 +12,9 @@ from typing import Any
 
 Message = dict[str, Any]
 # Keys that may take the place of a content.
-PAYLOAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+CONTENT_ALTERNATIVES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
-PART = ("type", "text", "annotations", "cache_control")  # keys of a part that is only text
+TEXT_PART_KEYS = ("type", "text", "annotations", "cache_control")  # keys of a part that is only text
 SHAREGPT = ("system", "human", "gpt", "user", "assistant", "tool", "function_call", "observation")
 _STORED = re.compile(r"""\s*\[?\s*\{\s*["']""")  # beginnings of texts that may be messages
 
@@ -39,9 +39,9 @@ def as_message(value: Any) -> Message:
     if not isinstance(calls, (list, tuple)) or any(isinstance(call, (str, bytes)) for call in calls):
         raise TypeError(f"message {value!r:.80}: expected a list of calls as 'tool_calls', got {calls!r:.60}")
     content = message.get("content")
-    if content is None and "content" in value and not any(message.get(name) for name in PAYLOAD):
+    if content is None and "content" in value and not any(message.get(name) for name in CONTENT_ALTERNATIVES):
         raise TypeError(f"message {value!r:.80}: expected a string as 'content'")
-    if content is None and not any(message.get(name) for name in PAYLOAD):
+    if content is None and not any(message.get(name) for name in CONTENT_ALTERNATIVES):
         raise ValueError(f"message {value!r:.80}: expected the keys 'role' and 'content'")
     if content is not None and not isinstance(content, str):
         content = _joined(value, content)
@@ -112,7 +112,7 @@ def _is_message(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     if isinstance(value.get("role"), str):
-        return "content" in value or any(name in value for name in PAYLOAD)
+        return "content" in value or any(name in value for name in CONTENT_ALTERNATIVES)
     inside = value.get("messages")
     if isinstance(inside, list):
         return any(map(_is_message, inside))
@@ -127,7 +127,7 @@ def _joined(message: Any, parts: Any) -> str:
         kind = part.get("type") or "text"
         if kind != "text":
             raise UnsupportedContent(f"a content part of type {kind!r}: expected text parts")
-        if others := [name for name, value in part.items() if name not in PART and value is not None]:
+        if others := [name for name, value in part.items() if name not in TEXT_PART_KEYS and value is not None]:
             raise UnsupportedContent(f"a content part with {others[0]!r}: expected text parts")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {message!r:.80}: expected a string as 'text' of a part")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from genarm_fast.text import helper
-from genarm_fast.text.deadline import within
+from genarm_fast.text.deadline import run_within_limits
 from genarm_fast.text.messages import Message, check_text
 from genarm_fast.text.template_kinds import is_plain
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_CHARACTERS = 1 << 24  # most characters of a rendered chat; the longest contexts hold a quarter of that
-PRINTED = ("'type': 'text'", '"type": "text"')  # marks of content parts that a template has printed as they are
+# Marks of content parts that a template has printed as they are.
+PRINTED_PART_MARKS = ("'type': 'text'", '"type": "text"')
 ANCHORS = ("\n", ".", "a", "0")  # texts that a response may follow without merging with them
 
 
@@ -144,7 +145,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     try:
         if isinstance(tokenizer.chat_template, dict):
             template = tokenizer.get_chat_template(chat_template, options.get("tools"))
-        text = _shown(tokenizer, messages, template, options)
+        text = _rendered_with_user_texts(tokenizer, messages, template, options)
     except (RecursionError, ArithmeticError, LookupError, AttributeError, TypeError, MemoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     # The error is one of Jinja's: the template is faulty, or it refuses these roles.
@@ -155,13 +156,15 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     return check_text("it makes a text", text)
 
 
-def _shown(tokenizer: Any, messages: Sequence[Message], template: str, options: dict[str, Any]) -> str:
+def _rendered_with_user_texts(
+    tokenizer: Any, messages: Sequence[Message], template: str, options: dict[str, Any]
+) -> str:
     """Render messages with plain texts as contents, or with lists of parts if only those show every user text."""
-    said = [str(message["content"] or "").strip() for message in messages if message["role"] == "user"]
+    user_texts = [str(message["content"] or "").strip() for message in messages if message["role"] == "user"]
     failed = None
     try:
         text = _rendered(tokenizer, messages, template, options)
-        if all(each in text for each in said):
+        if all(each in text for each in user_texts):
             return text
     # The template raises, for example, if it does not show a last message that has to be continued.
     except ValueError as error:
@@ -170,8 +173,8 @@ def _shown(tokenizer: Any, messages: Sequence[Message], template: str, options: 
         text, failed = "", error
     with suppress(Exception):  # the template wants texts, and changes them
         in_parts = _rendered(tokenizer, [_in_parts(message) for message in messages], template, options)
-        printed = any(mark in in_parts and mark not in text for mark in PRINTED)
-        if all(each in in_parts for each in said) and not printed:
+        printed = any(mark in in_parts and mark not in text for mark in PRINTED_PART_MARKS)
+        if all(each in in_parts for each in user_texts) and not printed:
             return in_parts
     if failed is not None:
         raise failed
@@ -185,7 +188,7 @@ def _in_parts(message: Message) -> Message:
 
 def _rendered(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:
     if is_plain(template):
-        return within(lambda: _rendered_here(tokenizer, messages, template, options))
+        return run_within_limits(lambda: _rendered_here(tokenizer, messages, template, options))
     return _rendered_apart(tokenizer, messages, template, options)
 
 
@@ -207,7 +210,7 @@ def _concatenated(pieces: Iterable[str]) -> str:
 
 def _rendered_apart(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:
     given = {"conversations": [messages], "chat_template": template, **tokenizer.special_tokens_map, **options}
-    reply = helper.shared.render(MOST_CHARACTERS, given)
+    reply = helper.shared_helper.render(MOST_CHARACTERS, given)
     if "error" in reply:
         kind = "" if reply["error"] in ("TemplateError", "ValueError") else f"{reply['error']}: "
         raise ValueError(f"{kind}{reply['message']}")

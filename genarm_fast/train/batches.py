@@ -16,8 +16,8 @@ from genarm_fast.kernels.arm_logps import IGNORE
 from genarm_fast.train.encode import Encoded
 
 Layout = Literal["shared", "rows"]
-IDLE = -1  # index of `NOTHING`, which ends the data set
-NOTHING = Encoded(-1, [0], [0], [0])  # stands for a pair where another process has the last one
+NO_PAIR_INDEX = -1  # index of `NO_PAIR`, which ends the data set
+NO_PAIR = Encoded(-1, [0], [0], [0])  # stands for a pair where another process has the last one
 POOL = 32  # micro-batches that are sorted by length together
 
 
@@ -27,7 +27,7 @@ class PairBatches(Sampler[list[int]]):
     Pairs of similar length share a micro-batch, so that there is little padding. The order of the micro-batches is
     random. One sequence for all epochs lets a resumed run skip finished micro-batches without replaying random states.
     With n processes, each takes every n-th micro-batch. If they do not divide evenly, some processes get the index
-    IDLE.
+    NO_PAIR_INDEX.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PairBatches(Sampler[list[int]]):
             rng.shuffle(cut)
             batches += cut
         batches = batches[: max(1, round(epochs * per_epoch))]
-        batches += [[IDLE]] * (-len(batches) % processes)
+        batches += [[NO_PAIR_INDEX]] * (-len(batches) % processes)
         self.batches = batches[rank::processes]
         self.batch_size = size
 
@@ -68,7 +68,7 @@ class Collator:
 
     def __call__(self, pairs: list[Encoded]) -> dict[str, Tensor]:
         batch = shared(pairs, self.pad) if self.layout == "shared" else rows(pairs, self.pad)
-        tokens = [0 if pair is NOTHING else pair.tokens for pair in pairs]
+        tokens = [0 if pair is NO_PAIR else pair.tokens for pair in pairs]
         return {**batch, "tokens": torch.tensor(tokens), "margins": torch.tensor([pair.margin for pair in pairs])}
 
 

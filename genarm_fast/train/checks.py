@@ -69,33 +69,35 @@ def check_optimizer(config: TrainConfig) -> None:
         raise ValueError(f"optimizer={config.optimizer!r}: expected one that can be used here: {error}") from error
 
 
-def check_same_base(config: TrainConfig, place: Source, report: Mapping[str, Any]) -> None:
+def check_same_base(config: TrainConfig, location: Source, report: Mapping[str, Any]) -> None:
     """Raises ValueError if a finished run had another base, as far as the base's files tell without loading it."""
     # float16 weights have another fingerprint.
     rounded = report["dtype"] == "float16" and config.method == "lora"
-    found = None if rounded or config.trust_remote_code else checkpoint_fingerprint(place)
+    found = None if rounded or config.trust_remote_code else checkpoint_fingerprint(location)
     if found is not None and report["base_fingerprint"] not in (None, found):
         raise ValueError(f"base={config.base!r}: expected the weights that the run in {config.output!r} began with")
 
 
-def check_servable(config: TrainConfig, place: Source) -> None:
+def check_servable(config: TrainConfig, location: Source) -> None:
     """Raises ValueError for a kind of model that the engine can't decode with, before any weights are read."""
     with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
-        found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
     # A model with Python code of its own is checked once it is loaded.
     if kind is not None:
         check_supported("base", kind, found)
 
 
-def stop_ids(config: TrainConfig, place: Source) -> frozenset[int]:
+def stop_ids(config: TrainConfig, location: Source) -> frozenset[int]:
     """Return the tokens that end a response in decoding as well (`models.vocabulary.end_of_sequence`)."""
     try:
-        eos = GenerationConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).eos_token_id
+        eos = GenerationConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code).eos_token_id
     except OSError:  # the model has no generation config
         eos = None
     if eos is None:
         eos = (
-            AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).get_text_config().eos_token_id
+            AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+            .get_text_config()
+            .eos_token_id
         )
     return frozenset([eos] if isinstance(eos, int) else eos or ())

@@ -20,8 +20,8 @@ CUT = "human turn at the end cut, kept"
 SEVERAL = "several messages in a response, kept"
 SWAPPED = "also there with chosen and rejected swapped, kept"
 SPLIT = "train"  # split that is read if the caller names none
-SAVED = ("state.json", "dataset_dict.json")  # files that mark a folder of `save_to_disk`
-TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # ends of names of files that are no JSON lines
+DATASET_FOLDER_MARKS = ("state.json", "dataset_dict.json")  # files that mark a folder of `save_to_disk`
+TABLE_ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # ends of names of files that are no JSON lines
 
 
 @dataclass
@@ -47,7 +47,7 @@ def prompt_kind(pairs: Iterable[Pair]) -> str:
     return "transcripts" if all(is_transcript(str(prompt)) for prompt in prompts) else "texts"
 
 
-def reading(config: TrainConfig) -> dict[str, Any]:
+def loading_options(config: TrainConfig) -> dict[str, Any]:
     """Return the arguments of `load_pairs` about the data's rows."""
     return {
         "columns": dict(each.split("=", 1) for each in config.columns),
@@ -92,10 +92,10 @@ def load_pairs(
         try:
             with located(title, number):
                 format, pair = parse(rows, row, columns or {}, chosen_by, format)
-                if pair.identity in seen:
+                if pair.content_hash in seen:
                     raise Dropped("duplicate")
-                dropped.update([SWAPPED] * (pair.opposite in seen))
-                seen.add(pair.identity)
+                dropped.update([SWAPPED] * (pair.swapped_hash in seen))
+                seen.add(pair.content_hash)
                 dropped.update([CUT] * pair.trimmed + [SEVERAL] * pair.several)
                 pairs.append(replace(pair, line=number))
         except Dropped as reason:
@@ -120,7 +120,7 @@ def split_pairs(
     """
     held_out = config.eval_data if eval_rows is None else eval_rows
     if held_out is not None:
-        return pairs, load_pairs(held_out, **reading(config), name="eval_data").pairs
+        return pairs, load_pairs(held_out, **loading_options(config), name="eval_data").pairs
     held = [pair for pair in pairs if is_held_out(pair, config)]
     return [pair for pair in pairs if not is_held_out(pair, config)], held
 
@@ -150,17 +150,17 @@ def _rows(
     elif is_pipe(Path(source)):
         raise ValueError(f"{name}={source!r}: expected a file, which a run that goes on can read again, got a pipe")
     elif Path(source).is_file():
-        if source.endswith(TABLES):
+        if source.endswith(TABLE_ENDINGS):
             raise ValueError(f"{name}={source!r}: expected JSON lines, or a folder of such tables, for `datasets`")
         yield from read_objects(source)
-    elif source.endswith((".jsonl", ".json", ".gz", *TABLES)):
+    elif source.endswith((".jsonl", ".json", ".gz", *TABLE_ENDINGS)):
         raise ValueError(f"{name}={source!r}: expected a file that exists, or a `datasets` id")
     else:
         from datasets import load_dataset, load_from_disk
 
         folder = Path(source, dataset_dir or "")
         try:
-            if any((folder / file).is_file() for file in SAVED):
+            if any((folder / file).is_file() for file in DATASET_FOLDER_MARKS):
                 saved = load_from_disk(str(folder))
                 if not isinstance(saved, dict) and name == "data" and dataset_split != SPLIT:
                     raise ValueError("expected a folder with splits, this is one")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.text.messages import PAYLOAD, Message
+from genarm_fast.text.messages import CONTENT_ALTERNATIVES, Message
 from genarm_fast.text.templates import (
     Rendered,
     after_answer,
@@ -156,9 +156,9 @@ class Encoder:
         template = str(self.chat_template)
         chat = [*prompt, *messages]
         whole = render(self.tokenizer, chat, template, **options)
-        for place, each in enumerate(chat):
-            for name in set(PAYLOAD) & set(each):
-                without = [*chat[:place], {**each, name: None}, *chat[place + 1 :]]
+        for index, each in enumerate(chat):
+            for name in set(CONTENT_ALTERNATIVES) & set(each):
+                without = [*chat[:index], {**each, name: None}, *chat[index + 1 :]]
                 if render(self.tokenizer, without, template, **options) == whole:
                     raise Dropped(f"the chat template leaves out {name!r}")
         rest, end = whole.removeprefix(rendered.text), self._after_answer

@@ -13,7 +13,7 @@ from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standa
 from genarm_fast.train.rows import Dropped, margin_of, messages_of, named_row, options_of, text_of
 
 Side = str | Message | list[Message]
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # names of columns that hold no text
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")  # names of columns that hold no text
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Pair:
         return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
 
     @property
-    def identity(self) -> bytes:
+    def content_hash(self) -> bytes:
         """A hash of the prompt and both responses."""
         return self._hash(self.chosen, self.rejected)
 
     @property
-    def opposite(self) -> bytes:
-        """The identity of the pair that prefers the other response."""
+    def swapped_hash(self) -> bytes:
+        """The content hash of the pair that prefers the other response."""
         return self._hash(self.rejected, self.chosen)
 
     def _hash(self, *sides: Side) -> bytes:
@@ -109,7 +109,7 @@ def _pair(
         if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
         complete[name] = value is not False
-    for name in MEDIA:
+    for name in MEDIA_COLUMNS:
         if row.get(name):
             raise ValueError(f"field {name!r}: expected texts alone, images, videos and sounds are not trained on")
     options = options_of(row)

@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 T = TypeVar("T")
-LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def count() -> int:
@@ -26,14 +26,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
-def join() -> None:
+def connect() -> None:
     """Connect to the other processes: over gloo on a CPU, over NCCL on CUDA.
 
     Raises:
         ValueError: WORLD_SIZE is above 1, but the variables that tell how to connect are missing.
     """
     if count() > 1:
-        if missing := [name for name in LAUNCHED if name not in os.environ]:
+        if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
             raise ValueError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected {', '.join(missing)} beside it, as torchrun and "
                 "accelerate launch set them"
@@ -43,7 +43,7 @@ def join() -> None:
         PartialState(cpu=not torch.accelerator.is_available())
 
 
-def leave() -> None:
+def disconnect() -> None:
     """Disconnect from the other processes, at the end of a command."""
     if count() > 1 and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -65,16 +65,10 @@ def from_first(decide: Callable[[], T]) -> T:
     return sent[0]
 
 
-def gathered(values: list[T]) -> list[T]:
+def all_gather(values: list[T]) -> list[T]:
     """Return, in all processes, the lists of all processes one after another. All must call this."""
     if count() == 1:
         return values
     lists: list[list[T]] = [[] for _ in range(count())]
     distributed.all_gather_object(lists, values)
     return [value for each in lists for value in each]
-
-
-def together() -> None:
-    """Return after all processes have called this."""
-    if count() > 1:
-        distributed.barrier()

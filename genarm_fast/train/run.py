@@ -26,7 +26,7 @@ from genarm_fast.train.batches import Collator
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.checks import Rows, check_call, check_optimizer, check_same_base, check_servable, stop_ids
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.data import load_pairs, prompt_kind, reading, split_pairs
+from genarm_fast.train.data import load_pairs, loading_options, prompt_kind, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
 from genarm_fast.train.files import locked
 from genarm_fast.train.folder import RunFolder, check_folder
@@ -84,7 +84,7 @@ def train(
         FloatingPointError: the loss is no longer finite.
     """
     check_call(config, data, eval_data)
-    processes.join()
+    processes.connect()
     processes.from_first(lambda: check_folder(config))
     # The lock comes before anything is read: another run may just be about to finish.
     with ExitStack() as held:
@@ -99,19 +99,19 @@ def _train(
     progress: bool,
     auxiliary_loss: Callable[[nn.Module, int], Tensor] | None,
 ) -> TrainReport:
-    place = locate("base", config.base)
-    check_files("base", place)
-    if find_file(place, "adapter_config.json"):
+    location = locate("base", config.base)
+    check_files("base", location)
+    if find_file(location, "adapter_config.json"):
         raise ValueError(f"base={config.base!r}: expected a whole model, got an adapter: merge it into its base first")
-    tokenizer = load_tokenizer("base", place, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer("base", location, trust_remote_code=config.trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"base={config.base!r}: expected a folder or a hub id with a model and its tokenizer")
-    check_servable(config, place)
-    data = _read(config, tokenizer, place, data_rows, eval_rows)
+    check_servable(config, location)
+    data = _read(config, tokenizer, location, data_rows, eval_rows)
     # Only the first process reads the folder. It tells the others, so that all decide alike.
     run = processes.from_first(lambda: RunFolder(config, data.training, data.held_out))
     if (finished := processes.from_first(run.report)) is not None:
-        processes.from_first(lambda: check_same_base(config, place, finished))
+        processes.from_first(lambda: check_same_base(config, location, finished))
         processes.from_first(lambda: _remove_checkpoints(config))  # a kill may have come before they were removed
         return TrainReport(config.folder, finished)
     processes.from_first(lambda: _check_writable(config))
@@ -135,7 +135,7 @@ def _train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         final = trainer.pair_stats(data.held_out).summary()
         report = {
-            "config": _shown(config),
+            "config": _portable_config(config),
             "base_fingerprint": base_fingerprint,
             "method": f"LoRA of rank {config.lora_rank}" if config.method == "lora" else "full fine-tuning",
             "lora_targets": lora_targets(model),
@@ -181,9 +181,9 @@ class _Data:
     summary: dict[str, Any]
 
 
-def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None, eval_rows: Rows | None) -> _Data:
-    encoder = Encoder(tokenizer, config, stop_ids(config, place))
-    source = load_pairs(config.data if rows is None else rows, **reading(config))
+def _read(config: TrainConfig, tokenizer: Any, location: Source, rows: Rows | None, eval_rows: Rows | None) -> _Data:
+    encoder = Encoder(tokenizer, config, stop_ids(config, location))
+    source = load_pairs(config.data if rows is None else rows, **loading_options(config))
     if source.format == "implicit" and (config.as_chat or config.prompt_template):
         raise ValueError(
             f"as_chat={config.as_chat}, prompt_template={config.prompt_template!r}: expected none where the rows "
@@ -264,7 +264,7 @@ def lora_targets(model: PairModel) -> list[str]:
     return sorted({name for config in configs.values() for name in config.target_modules})
 
 
-def _shown(config: TrainConfig) -> dict[str, Any]:
+def _portable_config(config: TrainConfig) -> dict[str, Any]:
     """Return the config for the report, without paths of this machine."""
     shown = asdict(config) | {"base": config.base_id or config.base, "output": config.folder.name}
     for name in ("data", "eval_data"):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from genarm_fast.train import processes
-from genarm_fast.train.batches import NOTHING, Collator, PairBatches
+from genarm_fast.train.batches import NO_PAIR, Collator, PairBatches
 from genarm_fast.train.checkpoints import checkpoints, seal
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
@@ -27,8 +27,8 @@ from genarm_fast.train.model import PairModel
 from genarm_fast.train.progress import Narrator
 from genarm_fast.utils.disk import resumable
 
-WEIGHTS = "trained.safetensors"
-SINCE_LOG = "since_log.json"
+WEIGHTS_FILE = "trained.safetensors"
+SINCE_LOG_FILE = "since_log.json"
 
 DIVERGED = "expected a finite number; a lower learning_rate, or dtype='float32', may help"
 
@@ -109,7 +109,7 @@ class ArmTrainer(Trainer):
             model=model,
             args=arguments,
             data_collator=collator,
-            train_dataset=[*train, NOTHING],
+            train_dataset=[*train, NO_PAIR],
             eval_dataset=evaluated or None,
         )
         self.remove_callback(PrinterCallback)
@@ -121,7 +121,7 @@ class ArmTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(processes.gathered([int((batch["tokens"] > 0).sum()) for batch in batches]))
+        return batches, sum(processes.all_gather([int((batch["tokens"] > 0).sum()) for batch in batches]))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)
@@ -163,11 +163,11 @@ class ArmTrainer(Trainer):
         if "loss" in logs:
             steps = self.state.global_step - self.logged_step
             # transformers' own loss leaves out the steps before a resume.
-            logs["loss"] = math.fsum(processes.gathered([loss.item() for loss in self.losses])) / max(1, steps)
+            logs["loss"] = math.fsum(processes.all_gather([loss.item() for loss in self.losses])) / max(1, steps)
             self.losses, self.logged_step = [], self.state.global_step
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}: {DIVERGED}")
-            recent = PairStats.of_rows(self.config.beta, processes.gathered(self.recent.rows())).summary()
+            recent = PairStats.of_rows(self.config.beta, processes.all_gather(self.recent.rows())).summary()
             self.recent = PairStats(self.config.beta)
             logs |= {f"train_{name}": recent[name] for name in ("accuracy", "margin_mean")}
             logs |= self.speed()
@@ -175,7 +175,7 @@ class ArmTrainer(Trainer):
 
     def speed(self) -> dict[str, float]:
         """Return tokens and pairs per second of all processes, {} before the first step. All must call this."""
-        each = processes.gathered([(self.tokens_seen, self.pairs_seen, self.seconds)])
+        each = processes.all_gather([(self.tokens_seen, self.pairs_seen, self.seconds)])
         tokens, pairs, seconds = (list(column) for column in zip(*each))
         if not max(seconds):
             return {}
@@ -220,36 +220,36 @@ class ArmTrainer(Trainer):
                 rows.append((i, stats.rows()))
         self.bar.remove_task(task)
         self.model.train(training)
-        in_order = sorted(processes.gathered(rows), key=lambda part: part[0])
+        in_order = sorted(processes.all_gather(rows), key=lambda part: part[0])
         return PairStats.of_rows(self.config.beta, [row for _, part in in_order for row in part])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = checkpoints(self.config) / f"checkpoint-{self.state.global_step}"
         with resumable(folder):
             super()._save_checkpoint(model, trial)
-            losses = processes.gathered([loss.item() for loss in self.losses])
-            recent = PairStats.of_rows(self.config.beta, processes.gathered(self.recent.rows()))
+            losses = processes.all_gather([loss.item() for loss in self.losses])
+            recent = PairStats.of_rows(self.config.beta, processes.all_gather(self.recent.rows()))
             since = {"losses": losses, "logged_step": self.logged_step, "recent": vars(recent)}
             processes.from_first(lambda: self._finish_checkpoint(folder, since))  # after all processes have written
 
     def _finish_checkpoint(self, folder: Path, since: dict[str, Any]) -> None:
-        write_json(folder / SINCE_LOG, since)
+        write_json(folder / SINCE_LOG_FILE, since)
         seal(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or checkpoints(self.config))
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / WEIGHTS)
+        save_file(trained, folder / WEIGHTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint, WEIGHTS))
+        weights = load_file(Path(resume_from_checkpoint, WEIGHTS_FILE))
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
         # A checkpoint of an older version has no such file.
-        if (path := Path(resume_from_checkpoint, SINCE_LOG)).is_file():
+        if (path := Path(resume_from_checkpoint, SINCE_LOG_FILE)).is_file():
             since = read_json(path)
             self.logged_step = since["logged_step"]
             if self.rank == 0:  # the file holds the numbers of all processes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from genarm_fast import ARM, GenARM, SamplingParams
-from genarm_fast.cli.chat import Chat
+from genarm_fast.cli.chat import ChatSession
 from genarm_fast.engine.stream import Stream
 
 PARAMS = SamplingParams(max_new_tokens=10, seed=7)
@@ -122,7 +122,7 @@ def test_an_interrupt_keeps_the_beginning_of_the_answer(
     model: GenARM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = answer(model, user("the cat"))
-    chat = Chat(model, PARAMS, None)
+    chat = ChatSession(model, PARAMS, None)
     advance = Stream.__next__
 
     def interrupted(self: Stream) -> Any:

@@ -123,7 +123,7 @@ def test_products_of_few_rows_in_steps(two_models, monkeypatch):
     """The decoders take the few-rows kernel as if it had been measured to be faster, which needs a GPU."""
 
     def serves(product, x):
-        return x.is_cuda and x.shape[:-1].numel() <= max(few_rows.ROWS)
+        return x.is_cuda and x.shape[:-1].numel() <= max(few_rows.MEASURED_ROWS)
 
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
     monkeypatch.setattr(stacked_decoder, "serves", serves)

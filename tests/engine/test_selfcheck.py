@@ -15,7 +15,7 @@ from genarm_fast import ARM, GenARM
 from genarm_fast.engine import selfcheck
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import _native
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
 
@@ -157,7 +157,7 @@ def test_lanes_are_told_apart(tokenizer):
     members = [member(model, tokenizer), Member("second", model, tokenizer)]
     shared = share_forwards([model, model])
     assert shared[0] is shared[1]
-    runner = as_runner(shared[0])
+    runner = make_fast(shared[0])
     for lane, each in enumerate(members):
         each.lane, each.shared = lane, runner
     assert len(selfcheck.entries_of(members)) == 2

@@ -22,7 +22,7 @@ from genarm_fast.integrations.vllm.adapters import lora_tensors
 from genarm_fast.integrations.vllm.arguments import served_arguments
 from genarm_fast.integrations.vllm.prompts import member_tokenizers, pinned_template, shared_tokens
 from genarm_fast.integrations.vllm.served import Served, ServedARM, check_version
-from genarm_fast.models.adapter import KEEPS_BASE, REPEATED
+from genarm_fast.models.adapter import INITS_KEEPING_BASE, REPEATED_INITS
 from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.fingerprint import fingerprint
 
@@ -122,10 +122,10 @@ def test_more_than_plain_lora_is_refused(settings, named, folder, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        *(({"init_lora_weights": how}, None) for how in KEEPS_BASE),
+        *(({"init_lora_weights": how}, None) for how in INITS_KEEPING_BASE),
         *(
             ({"init_lora_weights": how, "loftq_config": {"loftq_bits": 4}}, f"init_lora_weights='{how}': it rewrites")
-            for how in REPEATED
+            for how in REPEATED_INITS
         ),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda': expected one of"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens=.*expected a LoRA without it"),

@@ -66,7 +66,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def one_batch_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 1)
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 1)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from genarm_fast.jobs import ResultsFile, read_requests, run
 
 @pytest.fixture(autouse=True)
 def two_batches_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 2)
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 2)
 
 
 def requests_of(tmp_path: Path, rows: list[dict[str, Any]], **defaults: Any) -> Any:
@@ -60,7 +60,7 @@ def test_lines_are_written_before_their_group_ends(tmp_path: Path) -> None:
 
 
 def test_one_bad_request_costs_few_decodings_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 32)
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 32)
     requests = requests_of(tmp_path, [{"prompt": f"p{i}"} for i in range(64)])
     model = FakeModel(crashing=["p60"])  # requests with odd indices have ended before
     summary = run_job(model, requests, tmp_path / "out.jsonl")
@@ -76,8 +76,8 @@ def test_one_bad_request_costs_few_decodings_of_its_group(tmp_path: Path, monkey
 def test_a_prompt_that_is_refused_late_stops_the_job_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.CHECKING", 0.0)
-    monkeypatch.setattr("genarm_fast.jobs.SHARE", 0.0)
+    monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("genarm_fast.jobs.CHECK_TIME_SHARE", 0.0)
     requests = requests_of(tmp_path, [{"prompt": f"p{i:02}"} for i in range(24)])
     path, model = tmp_path / "out.jsonl", FakeModel(refused=[f"p{bad:02}"])
     with pytest.raises(ValueError, match=rf"in\.jsonl line {bad + 1}: too long"):
@@ -96,7 +96,7 @@ def test_prompts_are_checked_ahead_and_the_longest_first(tmp_path: Path, monkeyp
         run_job(model, requests, tmp_path / "out.jsonl")
     assert model.batches == []
     assert model.prepared == ["a long prompt", *(row["prompt"] for row in rows[:21])]
-    monkeypatch.setattr("genarm_fast.jobs.CHECKING", 0.0)
+    monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)
     model = FakeModel(refused=["a long prompt"])
     with pytest.raises(ValueError, match=r"in\.jsonl line 18: too long"):
         run_job(model, requests, tmp_path / "out.jsonl")

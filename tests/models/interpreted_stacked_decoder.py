@@ -20,7 +20,7 @@ from genarm_fast.kernels import _dispatch, _native
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import plan
 from genarm_fast.models import few_rows
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.stacked_decoder import StackedDecoder
@@ -73,7 +73,7 @@ def hidden_states(decoder, tokens, lanes, blocks, slots=None):
         where = torch.arange(start, start + block).expand(rows, block)
         ids = tokens[:, start : start + block].repeat(len(lanes), 1)
         ragged = Ragged(slots, where, start + block)
-        with torch.inference_mode(), running(lanes, len(tokens)), placed(ragged):
+        with torch.inference_mode(), running(lanes, len(tokens)), at_positions(ragged):
             out = decoder(input_ids=ids, position_ids=where, past_key_values=cache).last_hidden_state
         found.append(out.view(len(lanes), len(tokens), block, -1))
         start += block
@@ -115,7 +115,7 @@ def test_products_of_few_rows_by_our_kernel():
     tree, merged = adapted(build_model("qwen2", 0, num_hidden_layers=1), 2)
     decoder, tokens = StackedDecoder(tree.model, Movable([tree])), torch.arange(14).view(1, 14) * 7 % VOCAB_SIZE
     for product in decoder.products:
-        product.ours = frozenset(few_rows.ROWS)
+        product.kernel_row_counts = frozenset(few_rows.MEASURED_ROWS)
     launches = Launches()
     with launches.counting():
         got = hidden_states(decoder, tokens, [0, 1, 2], (4, 1, 9))
@@ -192,7 +192,11 @@ def test_launches_of_a_layer(family, chunk, monkeypatch):
         cache = Cache(layers=[RaggedLayer(3, 64) for _ in range(layers)])
         positions = torch.full((3, 1), 40)
         inputs = {"input_ids": positions, "position_ids": positions, "past_key_values": cache}
-        with torch.inference_mode(), running([0, 1, 2], 1), placed(Ragged(torch.arange(3), positions, 64, arrivals)):
+        with (
+            torch.inference_mode(),
+            running([0, 1, 2], 1),
+            at_positions(Ragged(torch.arange(3), positions, 64, arrivals)),
+        ):
             decoder(**inputs)  # makes the caches
             launches = Launches()
             with launches.counting():
@@ -272,7 +276,7 @@ def bytes_of_a_layer(at):
         cache = Cache(layers=[RaggedLayer(3, 64) for _ in range(layers)])
         positions = torch.full((3, 1), at)
         inputs = {"input_ids": positions, "position_ids": positions, "past_key_values": cache}
-        with torch.inference_mode(), running([1, 2, 3], 1), placed(Ragged(torch.arange(3), positions, 64)):
+        with torch.inference_mode(), running([1, 2, 3], 1), at_positions(Ragged(torch.arange(3), positions, 64)):
             decoder(**inputs)  # makes the caches
             held = [*base.parameters(), *(t for p in decoder.products for t in (p.weight, p.b) if t is not None)]
             reads = Reads(held, [states for layer in cache.layers for states in (layer.keys, layer.values)])

@@ -72,8 +72,8 @@ def test_a_table_of_changing_frequencies_would_be_seen(kind):
 
 
 def test_tables_grow_to_a_limit(monkeypatch):
-    monkeypatch.setattr(angles, "FIRST", 4)
-    monkeypatch.setattr(angles, "MOST", 16)
+    monkeypatch.setattr(angles, "FIRST_TABLE_POSITIONS", 4)
+    monkeypatch.setattr(angles, "MAX_TABLE_POSITIONS", 16)
     found, hidden, sizes = Angles(rotary("default")), torch.zeros(1), []
     for bound in (3, 4, 5, 9, 2, 16, 17):
         positions = torch.tensor([[bound - 1, 0]])

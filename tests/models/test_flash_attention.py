@@ -11,8 +11,8 @@ from tiny_models import build_model
 
 from genarm_fast.models import flash_attention as flash
 from genarm_fast.models.attention import attend
-from genarm_fast.models.fast_modules import as_runner
-from genarm_fast.models.forward_context import Ragged, placed
+from genarm_fast.models.fast_modules import make_fast
+from genarm_fast.models.forward_context import Ragged, at_positions
 
 
 class OnCuda(torch.Tensor):
@@ -51,7 +51,7 @@ def test_equals_our_attention(monkeypatch, width, options):
     keys, values = torch.randn(2, 5, 2, 32, 16, generator=generator).to(torch.bfloat16)
     slots, starts = torch.tensor([4, 0, 2]), torch.tensor([0, 9, 20])
     positions = starts[:, None] + torch.arange(width)
-    with placed(Ragged(slots, positions, 32)):
+    with at_positions(Ragged(slots, positions, 32)):
         expected, _ = attend(torch.nn.Identity(), query, keys, values, None, **options)
         found, _ = flash.attend_flash(torch.nn.Identity(), query.as_subclass(OnCuda), keys, values, None, **options)
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
@@ -61,7 +61,7 @@ def test_what_it_cannot_do_is_left_to_ours(monkeypatch):
     """The calls work without the package, as they never ask for it."""
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     query, cache = torch.randn(1, 2, 1, 8), torch.randn(2, 1, 2, 4, 8)
-    with placed(Ragged(torch.tensor([0]), torch.tensor([[2]]), 4)):
+    with at_positions(Ragged(torch.tensor([0]), torch.tensor([[2]]), 4)):
         for given in (query, query.as_subclass(OnCuda)):  # on the CPU, then in float32
             assert flash.attend_flash(torch.nn.Identity(), given, *cache, None)[0].shape == (1, 1, 2, 8)
         half = query.bfloat16().as_subclass(OnCuda)
@@ -75,4 +75,4 @@ def test_what_it_cannot_do_is_left_to_ours(monkeypatch):
 def test_only_where_it_was_asked_for(wish, given):
     model = build_model("llama", 0)
     model.config._attn_implementation_internal = wish
-    assert as_runner(model).config._attn_implementation == given
+    assert make_fast(model).config._attn_implementation == given

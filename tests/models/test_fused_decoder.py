@@ -14,7 +14,7 @@ from genarm_fast import GenARM
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import _native
 from genarm_fast.models import fast_modules
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.fused_decoder import WINDOWS
 from genarm_fast.models.known_decoders import head_of
 from genarm_fast.models.member import Member
@@ -122,7 +122,7 @@ def shorter(model):
 def test_what_is_unusual_keeps_its_own(change):
     model = share_weights(build_model("llama", 0))
     change(model)
-    assert not is_fused(as_runner(model))
+    assert not is_fused(make_fast(model))
 
 
 def test_a_class_that_was_changed_keeps_its_own(monkeypatch):
@@ -131,7 +131,7 @@ def test_a_class_that_was_changed_keeps_its_own(monkeypatch):
     monkeypatch.setattr(
         modeling_llama.LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: 1.01 * forward(self, *args, **kwargs)
     )
-    assert not is_fused(as_runner(share_weights(build_model("llama", 0))))
+    assert not is_fused(make_fast(share_weights(build_model("llama", 0))))
 
 
 @torch.inference_mode()

@@ -265,7 +265,7 @@ HOSTILE_SETTINGS = [
 
 @pytest.mark.parametrize(("name", "changes", "said"), HOSTILE_SETTINGS)
 def test_settings_that_nobody_means(base, adapter, monkeypatch, name, changes, said):
-    monkeypatch.setattr("genarm_fast.models.patterns.SECONDS", 1.0)
+    monkeypatch.setattr("genarm_fast.models.patterns.LIMIT_SECONDS", 1.0)
     place = (adapter if name in ("adapter_config.json", "genarm.json") else base) / name
     old = json.loads(place.read_text()) if place.exists() else {}
     place.write_text(json.dumps(old | changes))

@@ -13,8 +13,8 @@ from transformers import Cache
 
 from genarm_fast import GenARM
 from genarm_fast.kernels import _native
-from genarm_fast.models.fast_modules import as_runner
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.fast_modules import make_fast
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.fused_decoder import WINDOWS
 from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.kv_cache import RaggedLayer
@@ -61,7 +61,7 @@ def states_of(decoder, lanes):
             rows = torch.tensor([lane * SLOTS + slot for lane in range(len(lanes)) for slot in slots])
             positions = torch.arange(start, start + width).expand(len(rows), width)
             tokens = (13 * positions + 5 * rows[:, None]) % VOCAB_SIZE
-            with running(lanes, len(slots)), placed(Ragged(rows, positions, start + width)):
+            with running(lanes, len(slots)), at_positions(Ragged(rows, positions, start + width)):
                 out = decoder(input_ids=tokens, position_ids=positions, past_key_values=Cache(layers=list(layers)))
             found.append(out.last_hidden_state)
     return [*found, *chain.from_iterable((layer.keys, layer.values) for layer in layers)]
@@ -78,7 +78,7 @@ def assert_same(decoder, lanes, taken):
 
 
 def runner_of(family, **config):
-    return as_runner(share_weights(build_model(family, 0, **config).to(torch.bfloat16)))
+    return make_fast(share_weights(build_model(family, 0, **config).to(torch.bfloat16)))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -130,7 +130,7 @@ def test_a_call_of_many_tokens_ends_between_two_layers(taken, alarm):
     decoder = runner_of("llama", num_hidden_layers=layers).base_model
     caches = [RaggedLayer(1, tokens) for _ in range(layers)]
     given = torch.arange(tokens)[None]
-    with torch.inference_mode(), running([0], 1), placed(Ragged(torch.tensor([0]), given, tokens)):
+    with torch.inference_mode(), running([0], 1), at_positions(Ragged(torch.tensor([0]), given, tokens)):
         taken.clear()
         alarm(0.03)
         with pytest.raises(KeyboardInterrupt):
@@ -174,7 +174,7 @@ def test_norms_are_read_at_every_call(taken):
 
 
 def test_other_dtypes_are_not_taken(taken):
-    decoder = as_runner(share_weights(build_model("llama", 0))).base_model
+    decoder = make_fast(share_weights(build_model("llama", 0))).base_model
     taken.clear()
     states_of(decoder, [0])
     assert taken == [None] * len(BLOCKS)

@@ -139,7 +139,7 @@ def test_given_adapters_are_read_anew(with_lora, tokenizer):
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
     forward, _ = decoder_of(model)
     assert isinstance(forward, StackedDecoder)
-    assert forward.number == {1: 0}
+    assert forward.adapter_by_lane == {1: 0}
     before = model.generate(PROMPTS, PARAMS)[0].token_ids
     with torch.no_grad():
         for name, parameter in arm.named_parameters():
@@ -225,7 +225,7 @@ def test_models_over_one_base_have_adapters_of_their_own(family, tmp_path, token
         assert_reference(model, weights)
     products = decoder_of(second)[0].products
     assert any(product.rank for product in products)
-    assert all(not product.own and len(product.weight) == sum(product.widths) for product in products)
+    assert all(not product.owns_stack and len(product.weight) == sum(product.widths) for product in products)
 
 
 def test_weights_that_are_stacked_otherwise_are_not_shared(tokenizer):

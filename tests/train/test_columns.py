@@ -10,7 +10,7 @@ import os
 import pytest
 
 from genarm_fast.train import TrainConfig, train
-from genarm_fast.train.data import SWAPPED, load_pairs, reading
+from genarm_fast.train.data import SWAPPED, load_pairs, loading_options
 
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
 SIDES = (("assistant", "yes"), ("assistant", "no"))
@@ -31,7 +31,8 @@ def config(**options):
 def test_two_objectives_of_one_file(write_jsonl):
     path = str(write_jsonl([PKU]))
     found = [
-        load_pairs(path, **reading(config(chosen_by=by))).pairs[0] for by in ("better_response_id", "safer_response_id")
+        load_pairs(path, **loading_options(config(chosen_by=by))).pairs[0]
+        for by in ("better_response_id", "safer_response_id")
     ]
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in found] == [("how?", "so", "no"), ("how?", "no", "so")]
     with pytest.raises(ValueError, match="expected chosen_by, better_response_id or safer_response_id"):
@@ -46,7 +47,7 @@ def test_two_objectives_of_one_file(write_jsonl):
 
 def test_columns_of_other_names(write_jsonl):
     path = str(write_jsonl([{"question": "q", "good": "a", "bad": "b", "prompt": "not this"}]))
-    options = reading(config(columns=("prompt=question", "chosen=good", "rejected=bad")))
+    options = loading_options(config(columns=("prompt=question", "chosen=good", "rejected=bad")))
     (pair,) = load_pairs(path, **options).pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "a", "b")
     with pytest.raises(ValueError, match=r"field 'answer' \(chosen\) is missing, found"):
@@ -215,7 +216,7 @@ def test_configurations_of_a_data_set(write_jsonl, tmp_path):
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard"))
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     for name in ("easy", "hard"):
-        found = load_pairs(str(folder), **reading(config(dataset_config=name))).pairs
+        found = load_pairs(str(folder), **loading_options(config(dataset_config=name))).pairs
         assert [pair.prompt for pair in found] == [name]
     with pytest.raises(ValueError, match=r"dataset_split='train'.*(?s:.)*easy"):
         load_pairs(str(folder))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, processes, train
-from genarm_fast.train.batches import IDLE, NOTHING, Collator, PairBatches
+from genarm_fast.train.batches import NO_PAIR, NO_PAIR_INDEX, Collator, PairBatches
 from genarm_fast.train.encode import Encoded
 
 Config = Callable[..., TrainConfig]
@@ -37,7 +37,7 @@ def on_step_end(self, args, state, control, **kwargs):
 def writes(*args):
     raise SystemExit("the second process writes")
 
-processes.join()
+processes.connect()
 try:  # what the first one raises, both raise
     processes.from_first(lambda: {}[processes.rank()])
     raise SystemExit("nothing was raised")
@@ -198,12 +198,12 @@ def test_micro_batches_are_shared_out(pairs: int) -> None:
     assert len({len(share) for share in shares}) == 1
     together = [batch for turn in zip(*shares) for batch in turn]
     assert together[: len(whole)] == whole
-    assert together[len(whole) :] == [[IDLE]] * (-len(whole) % 3)
+    assert together[len(whole) :] == [[NO_PAIR_INDEX]] * (-len(whole) % 3)
 
 
 @pytest.mark.parametrize("layout", ["rows", "shared"])
 def test_a_share_of_nothing_counts_nothing(layout: Any) -> None:
-    assert Collator(layout, 0)([NOTHING])["tokens"].tolist() == [0]
+    assert Collator(layout, 0)([NO_PAIR])["tokens"].tolist() == [0]
     batch = Collator(layout, 0)([Encoded(0, [3], [4, 1], [5, 1], margin=0.5)])
     assert (batch["tokens"].tolist(), batch["margins"].tolist()) == ([5], [0.5])
 
@@ -288,5 +288,5 @@ def test_what_shards_could_and_could_not_do(base: Path, tmp_path: Path) -> None:
 
 
 def test_alone_nothing_is_sent() -> None:
-    assert (processes.count(), processes.rank(), processes.gathered([1, 2])) == (1, 0, [1, 2])
+    assert (processes.count(), processes.rank(), processes.all_gather([1, 2])) == (1, 0, [1, 2])
     assert processes.from_first(lambda: 3) == 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genarm_fast.integrations.vllm.composite import PARTS, GenARMForCausalLM
+from genarm_fast.integrations.vllm.composite import WEIGHT_PARTS, GenARMForCausalLM
 from genarm_fast.integrations.vllm.lanes import Delta, LaneMethod, packed_delta
 from genarm_fast.integrations.vllm.selfcheck import check_model
 
@@ -37,8 +37,8 @@ def made(order=(1, 0)) -> GenARMForCausalLM:
     model.base, model.arm0 = Head(40), Head(36, 8)
     model.config = SimpleNamespace()
     model.lanes, model.arms, model.names, model.order = 2, 2, ["base", "arm0"], list(order)
-    model.sizes, model.vocab_size = [16, 16, 8, *[3] * PARTS], 30
-    model.apart = model.rewards = False
+    model.sizes, model.vocab_size = [16, 16, 8, *[3] * WEIGHT_PARTS], 30
+    model.returns_members = model.rewards = False
     deltas = [Delta(1, 4, torch.randn(2, 16), torch.randn(6, 2)), Delta(1, 20, torch.randn(3, 16), torch.randn(4, 3))]
     model.base.quant_method = LaneMethod(Plain(), [packed_delta(deltas, 40)])
     return model

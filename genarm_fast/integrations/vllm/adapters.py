@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from genarm_fast.models.adapter import KEEPS_BASE, checked_config, plain
+from genarm_fast.models.adapter import INITS_KEEPING_BASE, checked_config, plain
 from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.files import read_object
 from genarm_fast.models.hub import Source
@@ -38,7 +38,7 @@ def check_lane(what: str, folder: str) -> None:
     for name, off in UNSUPPORTED.items():
         if (value := getattr(config, name)) and value != off:
             raise ValueError(f"{what}: {name}={value!r:.60}: expected plain LoRA without it{hint}")
-    if (how := config.init_lora_weights) not in KEEPS_BASE:
+    if (how := config.init_lora_weights) not in INITS_KEEPING_BASE:
         raise ValueError(f"{what}: init_lora_weights={how!r}: it rewrites its base{hint}")
     if not Path(folder, "adapter_model.safetensors").is_file():
         raise ValueError(f"{what}: expected adapter_model.safetensors in {folder}")

@@ -17,8 +17,8 @@ from genarm_fast.models.adapter import check_alone
 from genarm_fast.models.arm import ARM, arm_names, as_arms
 from genarm_fast.models.hub import Source, locate
 
-OURS = ("model", "task", "runner")  # vLLM's arguments that follow from the base
-FIELDS = ("architectures", "genarm_arms", "genarm_weight_range", "genarm_vocab_size")
+ARGUMENTS_FROM_BASE = ("model", "task", "runner")  # vLLM's arguments that follow from the base
+OVERRIDE_FIELDS = ("architectures", "genarm_arms", "genarm_weight_range", "genarm_vocab_size")
 
 
 def engine_args(
@@ -70,7 +70,7 @@ def served_arguments(
     specs = as_arms(arms)
     if not specs:
         raise ValueError("arms=[]: expected an ARM at least; vLLM serves a bare base by itself")
-    for name in OURS:
+    for name in ARGUMENTS_FROM_BASE:
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: expected no such option, it follows from base={base!r}")
     if not isinstance(base, (str, os.PathLike)):
@@ -82,7 +82,7 @@ def served_arguments(
     overrides = options.pop("hf_overrides", None) or {}
     if not isinstance(overrides, dict):
         raise TypeError(f"hf_overrides={overrides!r}: expected a dict, to which the ARMs are added")
-    for name in FIELDS:
+    for name in OVERRIDE_FIELDS:
         if name in overrides:
             raise ValueError(f"hf_overrides[{name!r}]: expected no such key, engine_args writes it")
     overrides = {**overrides, "architectures": [ARCHITECTURE], **served.overrides()}

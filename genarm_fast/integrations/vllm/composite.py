@@ -27,7 +27,7 @@ from genarm_fast.integrations.vllm.member_logits import MemberLogits
 from genarm_fast.integrations.vllm.served import Served, ServedARM
 
 # A float32 weight is the exact sum of this many bfloat16 numbers: 3 x 8 bits.
-PARTS = 3
+WEIGHT_PARTS = 3
 
 
 class GenARMForCausalLM(nn.Module, SupportsPP):
@@ -52,13 +52,13 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
             setattr(self, name, initialize_model(config, prefix=name))
             sizes.append(config.model_config.hf_config.get_text_config().hidden_size)
             self.secondary_weights.append(DefaultModelLoader.Source(arm.model, None, prefix=f"{name}."))
-        self.sizes = [*sizes, *[1 + self.arms] * PARTS]
+        self.sizes = [*sizes, *[1 + self.arms] * WEIGHT_PARTS]
         # Rows of `compute_logits` have the lanes first; weights have the order of the ARMs.
         self.order = [i for i, arm in enumerate(self.served.arms) if arm.lane]
         self.order += [i for i, arm in enumerate(self.served.arms) if not arm.lane]
         self.vocab_size = self.served.vocab_size or vllm_config.model_config.get_vocab_size()
         self.rewards = False  # whether some rows of the step are an ARM's rewards, without the base
-        self.apart = False  # whether the next `compute_logits` returns the members' logits separately
+        self.returns_members = False  # whether the next `compute_logits` returns the members' logits separately
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -76,9 +76,9 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
 
     @staticmethod
     def parts(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """Return float32 numbers as PARTS tensors of a narrower type, whose sum is exact."""
+        """Return float32 numbers as WEIGHT_PARTS tensors of a narrower type, whose sum is exact."""
         parts = []
-        for _ in range(PARTS):
+        for _ in range(WEIGHT_PARTS):
             parts.append(weights.to(dtype))
             weights = weights - parts[-1].float()
         return parts
@@ -125,12 +125,13 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | MemberLogits | None:
         """Return combined logits, float32 [N, V] of the base's width, with -inf beyond the common vocabulary.
 
-        If the step has set `apart`, return the members' separate logits instead. `apart` holds for one call, because
-        prompt log-probabilities call this again in the same step. None on a tensor-parallel rank that draws nothing.
+        If the step has set `returns_members`, return the members' separate logits instead. It holds for one call,
+        because prompt log-probabilities call this again in the same step. None on a tensor-parallel rank that draws
+        nothing.
         """
-        apart, self.apart = self.apart, False
+        returns_members, self.returns_members = self.returns_members, False
         logits = self.member_logits(hidden_states)
-        if apart or logits is None:
+        if returns_members or logits is None:
             return logits
         return logits.combined(self.rewards)
 

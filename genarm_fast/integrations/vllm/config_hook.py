@@ -14,7 +14,7 @@ from genarm_fast.integrations.vllm.served import Served, ServedARM, check_versio
 from genarm_fast.integrations.vllm.validator import validator_name
 from genarm_fast.models.support import CACHED_LAYERS, context_of
 
-V2 = (
+V1_RUNNER_ERROR = (
     "GenARM runs on vLLM's V2 model runner, and this engine would take V1: set VLLM_USE_V2_MODEL_RUNNER=1, and leave"
     " away what the warning above names"
 )
@@ -54,7 +54,7 @@ def _check_engine(config: Any, served: Served) -> None:
     """Raises ValueError for features of vLLM that our model does not support."""
     model = config.model_config
     if not config.use_v2_model_runner:
-        raise ValueError(V2)
+        raise ValueError(V1_RUNNER_ERROR)
     stages, lanes = config.parallel_config.pipeline_parallel_size, [arm.name for arm in served.arms if arm.lane]
     wrong = {
         # vLLM passes the rows of a batch from stage to stage, and lanes have several rows for each.

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVP
 from genarm_fast.integrations.vllm.adapters import lora_tensors
 from genarm_fast.integrations.vllm.served import ServedARM
 
-PEFT = "base_model.model."  # beginning of the names of tensors in an adapter's file
+PEFT_PREFIX = "base_model.model."  # beginning of the names of tensors in an adapter's file
 
 
 class Delta(NamedTuple):
@@ -116,7 +116,7 @@ def add_lanes(vllm_config: VllmConfig, lanes: int) -> Iterator[VllmConfig]:
 
     def laned(self: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, Attention) and not isinstance(self, LaneAttention):
-            value = LaneAttention([value, *(_again(value, letter) for letter in ascii_lowercase[:lanes])])
+            value = LaneAttention([value, *(_lane_copy(value, letter) for letter in ascii_lowercase[:lanes])])
         plain(self, name, value)
 
     Attention.__init__, nn.Module.__setattr__ = remembered, laned  # type: ignore[method-assign]
@@ -126,7 +126,7 @@ def add_lanes(vllm_config: VllmConfig, lanes: int) -> Iterator[VllmConfig]:
         Attention.__init__, nn.Module.__setattr__ = made, plain  # type: ignore[method-assign]
 
 
-def _again(first: Attention, letter: str) -> Attention:
+def _lane_copy(first: Attention, letter: str) -> Attention:
     if type(first) is not Attention:
         raise ValueError(f"LoRA lanes: the base has {type(first).__name__} layers, expected plain attention")
     args, kwargs = first.__dict__["genarm_call"]
@@ -150,7 +150,7 @@ def load_lanes(base: nn.Module, arms: Sequence[ServedARM]) -> None:
         left = set(tensors)
         for name, module in linears:
             parent, _, leaf = name.rpartition(".")
-            parts = [f"{PEFT}{parent}.{part}" for part in packed.get(leaf, [leaf])]
+            parts = [f"{PEFT_PREFIX}{parent}.{part}" for part in packed.get(leaf, [leaf])]
             start = 0
             for index, part in enumerate(parts):
                 width = _widths(module)[index] if len(parts) > 1 else _widths(module)[0]

@@ -107,7 +107,7 @@ class GuidedSampler(Sampler):
             positions=(pos + 1 - self.req_states.prompt_len.gpu[slots]).long().clamp_min(0),
             **filters,
         )
-        self._note(drawn.status)
+        self._report_failed_rows(drawn.status)
         return drawn.tokens
 
     def _adjusted(
@@ -132,7 +132,7 @@ class GuidedSampler(Sampler):
         self.thinking_budget_state.apply(logits, context)
         return logits
 
-    def _note(self, status: Tensor) -> None:
+    def _report_failed_rows(self, status: Tensor) -> None:
         """Log that rows could not be drawn, because a member gave NaN or every token is masked."""
         self.failed |= (status != 0).any()
         self.steps += 1
@@ -186,6 +186,6 @@ class CoupledVerifier(RejectionSampler):
         index = (starts[:, None] + steps).clamp_max(len(targets) - 1)
         tokens = targets[index]
         # Row j holds the draft that was its input; that draft was proposed for the target of row j - 1.
-        right = tokens[:, :-1] == verify_draft_sampled[index[:, 1:]]
-        right &= steps[1:] < counts[:, None]
-        return processed, tokens, 1 + right.cumprod(-1).sum(-1).to(torch.int32)
+        accepted = tokens[:, :-1] == verify_draft_sampled[index[:, 1:]]
+        accepted &= steps[1:] < counts[:, None]
+        return processed, tokens, 1 + accepted.cumprod(-1).sum(-1).to(torch.int32)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from genarm_fast.integrations.vllm.lanes import LaneMethod
 
-ROWS = 3
-LINEARS = 8  # most linears of the lanes that are checked: those of the first layers
+TEST_ROWS = 3
+MAX_CHECKED_LINEARS = 8  # most linears of the lanes that are checked: those of the first layers
 
 
 @torch.inference_mode()
@@ -32,15 +32,15 @@ def check_model(model: Any) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(parameter.device)
 
-    weights = torch.cat([random(ROWS, 1).fill_(1.0), random(ROWS, model.arms)], dim=-1)
+    weights = torch.cat([random(TEST_ROWS, 1).fill_(1.0), random(TEST_ROWS, model.arms)], dim=-1)
     weights[-1, 1:] = 0.0
-    hidden = [random(ROWS, size).to(dtype) for size in model.sizes[: -len(model.parts(weights, dtype))]]
+    hidden = [random(TEST_ROWS, size).to(dtype) for size in model.sizes[: -len(model.parts(weights, dtype))]]
     found = model.compute_logits(torch.cat([*hidden, *model.parts(weights, dtype)], dim=-1))
     own = [head.compute_logits(each) for head, each in zip(model.heads(), hidden)]
     if found is not None:
         _check_logits(found, own, weights[:, 1:][:, model.order], model.vocab_size)
     linears = [m for m in model.base.modules() if isinstance(getattr(m, "quant_method", None), LaneMethod)]
-    for linear in linears[:LINEARS]:
+    for linear in linears[:MAX_CHECKED_LINEARS]:
         _check_lanes(linear, random)
 
 
@@ -65,11 +65,11 @@ def _check_lanes(linear: nn.Module, random: Any) -> None:
     deltas = [None, *method.deltas]
     sample = next(delta for delta in deltas if delta is not None)[0]
     inputs = sample.shape[1]
-    x = random(ROWS * len(deltas), inputs).to(sample.dtype)
+    x = random(TEST_ROWS * len(deltas), inputs).to(sample.dtype)
     expected = method.inner.apply(linear, x.clone(), None).double()
     for lane, delta in enumerate(deltas):
         if delta is not None:
-            rows, (a, b) = slice(lane * ROWS, (lane + 1) * ROWS), delta
+            rows, (a, b) = slice(lane * TEST_ROWS, (lane + 1) * TEST_ROWS), delta
             expected[rows] += (x[rows].double() @ a.double().t()) @ b.double().t()
     found = method.apply(linear, x, None).double()
     off = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-6)

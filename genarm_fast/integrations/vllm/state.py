@@ -54,13 +54,15 @@ class GenARMState(DefaultModelState):
         inputs["arm_weights"] = self.by_token[: input_batch.num_tokens_after_padding]
         slots = input_batch.idx_mapping_np
         self.model.rewards = bool(np.any(self.rewarded[slots]))
-        self.model.apart = not self.model.rewards and self.sampler is not None and self.sampler.takes_members(slots)
+        self.model.returns_members = (
+            not self.model.rewards and self.sampler is not None and self.sampler.takes_members(slots)
+        )
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         inputs["arm_weights"] = self.by_token[:num_tokens]
-        self.model.apart = self.model.rewards = False
+        self.model.returns_members = self.model.rewards = False
         return inputs
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from genarm_fast.integrations.vllm.request_weights import REWARD, requested_weights, rewarding
+from genarm_fast.integrations.vllm.request_weights import REWARD_KEY, requested_weights, rewarding
 from genarm_fast.integrations.vllm.served import Served
 
 PREFIX = "Weights_"
@@ -35,7 +35,7 @@ class RequestWeights(LogitsProcessor):
         requested_weights(sampling_params.extra_args, cls.served)
         if rewarding(sampling_params.extra_args, cls.served) is not None and sampling_params.max_tokens != 1:
             raise ValueError(
-                f"{REWARD}, max_tokens={sampling_params.max_tokens}: expected 1, since such a request scores its"
+                f"{REWARD_KEY}, max_tokens={sampling_params.max_tokens}: expected 1, since such a request scores its"
                 " prompt; what an ARM writes alone is outside of the server's range of weights"
             )
 

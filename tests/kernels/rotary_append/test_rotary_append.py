@@ -8,7 +8,7 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from genarm_fast.kernels import ragged_attention, rotary_append
-from genarm_fast.models.forward_context import Ragged, placed
+from genarm_fast.models.forward_context import Ragged, at_positions
 from genarm_fast.models.kv_cache import RaggedLayer
 
 
@@ -36,7 +36,7 @@ def test_as_transformers(tiny_model, family):
         cache = Cache(layers=[RaggedLayer(2, 8)])
         module.config._attn_implementation, before = "genarm_fast_ragged", module.config._attn_implementation
         try:
-            with placed(Ragged(slots, positions, 8)):
+            with at_positions(Ragged(slots, positions, 8)):
                 expected, _ = module(x, position_embeddings=(cos, sin), attention_mask=None, past_key_values=cache)
         finally:
             module.config._attn_implementation = before
