@@ -50,8 +50,8 @@ class Batch:
         self.has_bias = any(sequence.request.has_bias for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
-        self.base_lines = [sequence.base_line for sequence in self.rows]
-        self.plain_base = all(line == (1.0,) for line in self.base_lines)
+        self.base_weights = [sequence.base_token_weights for sequence in self.rows]
+        self.plain_base = all(each == (1.0,) for each in self.base_weights)
         self.in_graph = False
         self.numbers: dict[tuple[int, int], Tensor] = {}
         self._sampling: dict[WorkStream, SamplingTensors] = {}
@@ -220,8 +220,8 @@ class Batch:
         An ARM that is the base itself adds its weight to the base's, and has weight 0 in its own column.
         """
         lines = [
-            [base, *((0.0,) if m in sequence.request.as_base else sequence.line(m) for m in self.active[1:])]
-            for sequence, base in zip(self.rows, self.base_lines)
+            [base, *((0.0,) if m in sequence.request.as_base else sequence.token_weights(m) for m in self.active[1:])]
+            for sequence, base in zip(self.rows, self.base_weights)
         ]
         longest = max(len(line) for each in lines for line in each)
         longest = 1 << (longest - 1).bit_length()  # graphs are captured for each length, so few lengths exist

@@ -148,7 +148,7 @@ class Call:
         """Whether a step would advance one of its sequences, or end a held one whose time is over."""
         found, gone, now = False, [], time.perf_counter()
         for sequence in self.open.values():
-            found = not sequence.ended and (not sequence.held or sequence.late(now))
+            found = not sequence.ended and (not sequence.held or sequence.is_late(now))
             if found:
                 break
             if sequence.finish_reason == "cancelled":  # `abort` took it out, and does not call `news`

@@ -144,9 +144,9 @@ class Engine:
         self.scheduler.forget_prompts()
         self.admission.begin()
         if self._idle:
-            self.admission.most = None  # no sequence is here, so there may be more memory than before
+            self.admission.reduced_batch_size = None  # no sequence is here, so there may be more memory than before
         self._idle = False
-        if not self.scheduler and not self.workspace.allowed(self.config.cache_bytes):
+        if not self.scheduler and not self.workspace.is_within_limit(self.config.cache_bytes):
             self.workspace.free()
 
     def step(self) -> list[Sequence]:
@@ -175,7 +175,7 @@ class Engine:
                 advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
             try:
                 tokens = self._prefill(rushed)
-                if due := self.scheduler.due(self.admission.at_most(self.config.max_batch_size)):
+                if due := self.scheduler.due(self.admission.allowed_batch_size(self.config.max_batch_size)):
                     advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
             except Exception as error:
                 advanced += self.admission.shrink(error)
@@ -204,7 +204,7 @@ class Engine:
         rushed: whether running sequences wait for their next tokens meanwhile.
         """
         most, factor = self.pace.tokens(self.config.max_step_ms) if rushed else None, 1
-        if not rushed and self.admission.most is None:  # after a step ran out of memory, chunks stay short
+        if not rushed and self.admission.reduced_batch_size is None:  # chunks stay short after a shortage of memory
             factor = self.executor.device.prefill_factor
         if chunk := self.scheduler.next_chunk(most, factor):
             self.executor.prefill(*chunk)

@@ -64,7 +64,7 @@ def warm_up(
         kinds.append((params, speculation))
     requests = {(size, k): prepare(prompts[:size], kinds[k][0]) for size in sizes for k in range(len(kinds))}
     longest, workspace = prompt + new + speculation.most, engine.workspace
-    kept, workspace.warm = workspace.warm, inf  # runs that end meanwhile free no caches
+    kept, workspace.warm_up_bytes = workspace.warm_up_bytes, inf  # runs that end meanwhile free no caches
     try:
         with engine.executor.device.keeping_graphs():
             _reserve(engine, sizes[0], longest, drafting=speculation.most > 0)
@@ -75,7 +75,7 @@ def warm_up(
             _launch_steps(engine, prepare(prompts, params), longest, speculation)
         kept = max(kept, workspace.bytes)
     finally:
-        workspace.warm = kept
+        workspace.warm_up_bytes = kept
     # The first collection after imports and loading takes 0.4 s. It runs here, so that no request waits for it.
     gc.collect()
 
