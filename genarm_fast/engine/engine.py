@@ -82,7 +82,7 @@ class Engine:
             again, begun = begun, True
             self.scheduler.enqueue(sequences, again=again)
 
-        self.turns.ask(enqueue)
+        self.turns.do_between_steps(enqueue)
 
     def join(self, sequences: list[Sequence], news: Callable[[Sequence], None], *, stepwise: bool = False) -> None:
         """Queue new sequences. stepwise: each is held after every step, until its reader sets `held` to False.
@@ -110,7 +110,7 @@ class Engine:
                     sequence.finish_reason = "cancelled"
             self._leave(sequences)
 
-        self.turns.ask(cancel)
+        self.turns.do_between_steps(cancel)
 
     def steer(self, sequence: Sequence, weights: AnyWeights) -> None:
         """Draw a sequence's next token with other ARM weights. A token that is in flight is dropped and drawn again.
@@ -126,7 +126,7 @@ class Engine:
                     sequence.steer(own)
                 self.scheduler.catch_up(sequence)
 
-        self.turns.ask(change)
+        self.turns.do_between_steps(change)
 
     def run(self, sequences: list[Sequence], *, stepwise: bool = False) -> Run:
         """Decode sequences that are new to the engine. stepwise: each goes on only after its last news were taken.

@@ -141,7 +141,7 @@ class EngineOwner:
         with self._creation_lock:
             if self._engine is None:
                 self._engine = self._new_engine(config)
-        if self._engine.turns.mine:  # a logits processor calls `generate`
+        if self._engine.turns.is_mine:  # a logits processor calls `generate`
             return self._new_engine(config)
         self._engine.config = config
         return self._engine
