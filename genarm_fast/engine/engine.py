@@ -215,21 +215,21 @@ class Engine:
 
     def _decode(self, due: list[Sequence]) -> list[Sequence]:
         """Decode one step of the sequences that are due. Returns the sequences whose new tokens the host has read."""
-        start, steps = time.perf_counter(), self.steps
-        going = steps.going(due)
-        if not going:
+        start, steps, lag = time.perf_counter(), self.steps, self.executor.device.lag
+        continuing = steps.continuing(due)
+        if not continuing:
             return steps.drain()
-        policy = self._policy(going)
-        choice = policy.choose(len(going))
-        most = max(each.remaining for each in going) - 1 if choice.k > 0 else 0
+        policy = self._policy(continuing)
+        choice = policy.choose(len(continuing))
+        most = max(each.remaining for each in continuing) - 1 if choice.k > 0 else 0
         if most <= 0:
             choice = PLAIN
-        whole = self.executor.device.lag > 0 and steps.in_one(going, policy, choice)
-        if not whole:
+        one_launch = lag > 0 and steps.fits_one_launch(continuing, policy, choice)
+        if not one_launch:
             choice = choice._replace(k=min(choice.k, most))
-        if whole or (self.executor.device.lag and not choice.k and not any(each.request.needs_host for each in going)):
+        if one_launch or (lag and not choice.k and not any(each.request.needs_host for each in continuing)):
             shadows = TextShadows(policy, self.drafters, due, choice.drafter)
-            before = steps.run_ahead(going, policy, choice, whole=whole)
+            before = steps.run_ahead(continuing, policy, choice, one_launch=one_launch)
             shadows.judge()
             if before is None:  # this step is in flight and there was none before it, so there is nothing to read
                 return []
@@ -244,13 +244,13 @@ class Engine:
 
     def _policy(self, due: list[Sequence]) -> DraftPolicy:
         """Return the draft policy of these sequences: that of the first one, with the drafters whose members run."""
-        active, foreign = members_of(due), self.executor.draft_model
-        able = tuple(i for i, each in enumerate(self.drafters) if {*active, foreign}.issuperset(each.members))
+        active, draft_model = members_of(due), self.executor.draft_model
+        able = tuple(i for i, each in enumerate(self.drafters) if {*active, draft_model}.issuperset(each.members))
         key = due[0].speculation, able
         if key not in self._policies:
             names = [each.names if i in able else () for i, each in enumerate(self.drafters)]
             # Members draft the next block during verification, but not if a step is one launch: it drafts for itself.
-            ahead = self.executor.device.lag > 0 and not self.steps.graph.serves(active)
+            ahead = self.executor.device.lag > 0 and not self.steps.graph.can_capture(active)
             self._policies[key] = DraftPolicy(key[0], names, self.tuners, ahead=ahead)
         return self._policies[key]
 
