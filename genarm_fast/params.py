@@ -11,7 +11,7 @@ from typing import Any
 from genarm_fast.utils.checks import LARGEST, check_integer, check_real, is_finite, number, shown, too_large
 
 MAX_SEED = 2**64 - 1
-PRIORITIES = 2**31
+MAX_PRIORITY = 2**31
 Weight = float | tuple[float, ...]  # an ARM's weight, or one number for each token, the last one for all that follow
 AnyWeight = float | Sequence[float]
 AnyWeights = float | Sequence[AnyWeight] | Mapping[str, AnyWeight]  # one for all ARMs, one for each, or some by name
@@ -108,7 +108,7 @@ class SamplingParams:
             if self.max_time is None
             else check_real("max_time", self.max_time, "finite seconds > 0", 0.0, open_low=True),
             "priority": check_integer(
-                "priority", self.priority, "an integer in -2**31..2**31", -PRIORITIES, high=PRIORITIES
+                "priority", self.priority, "an integer in -2**31..2**31", -MAX_PRIORITY, high=MAX_PRIORITY
             ),
             "stop": _texts("stop", self.stop),
             "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),

@@ -33,19 +33,19 @@ def whose(request, monkeypatch):
     """The origin of the odd layers. A stranger's code is never trusted; code read like transformers' is judged by its
     source."""
     if request.param != "a stranger's":
-        monkeypatch.setattr(layer_code, "READ", ("transformers", "odd_layers"))
+        monkeypatch.setattr(layer_code, "READ_PACKAGES", ("transformers", "odd_layers"))
 
 
 @torch.inference_mode()
 def whole(members):
     """Return what each layer caches, from a comparison of all layers."""
-    return selfcheck._checked(members)
+    return selfcheck._check_all_layers(members)
 
 
 @torch.inference_mode()
 def by_kinds(members):
     """Return what each layer caches, from a comparison of one layer per kind."""
-    return selfcheck._checked_by_kinds(members)
+    return selfcheck._check_by_kinds(members)
 
 
 def of_class(model, name, kind, layers=range(COUNT)):
@@ -267,6 +267,6 @@ def test_a_wrong_adapter_of_some_layers_is_refused(tokenizer):
     base = build()
     model = GenARM.from_pretrained(base, [adapted(base, [2, 3])], tokenizer=tokenizer)
     model.arms[0].model.model.layers[2].self_attn.q_proj.scaling["default"] *= 3  # the runner keeps the old scaling
-    selfcheck._found.clear()
+    selfcheck._entries_by_model.clear()
     with pytest.raises(ValueError, match=f"^arm: .*{REFUSAL}"):
         selfcheck.entries_of(model.members)
