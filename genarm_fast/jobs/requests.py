@@ -23,11 +23,13 @@ TOKEN_CHARACTERS = 4  # of a usual text
 class Requests(Sequence[JobRequest]):
     """Iterating reads the lines again; slices are views of the file as well. 8 bytes a line are kept.
 
-    longest: the request whose prompt is longest. Iterating raises ValueError for a line that is another one by now.
+    longest: the request whose prompt is longest. widest: the one whose parameters name the highest token id, None
+    where none names any. Iterating raises ValueError for a line that is another one by now.
     """
 
     form: Form
     longest: JobRequest
+    widest: JobRequest | None
     _path: Path
     _hashes: array[int]
     _range: range
@@ -64,17 +66,17 @@ def read_requests(
     path: str | Path,
     defaults: SamplingParams,
     *,
-    arms: int,
+    arms: int | Sequence[str],
     keep: Sequence[str] = (),
     progress: Callable[[int], None] = lambda lines: None,
 ) -> Requests:
-    """Checks all lines but for the lengths of their prompts in tokens, which the members decide.
+    """Checks all lines but for what the members decide: lengths of prompts in tokens, and the size of the vocabulary.
 
     Args:
         path: JSON lines, plain or `.gz`. A pipe is copied to a temporary file.
         defaults: the parameters that a line leaves out, `max_time` and `priority` not among them; its seed is the job's
             seed (None: 0), from which each line without a seed derives its own.
-        arms: how many weights a list must have.
+        arms: names of the ARMs. Their number alone leaves names of weights unchecked here.
         keep: names of fields that go to the output as they are, besides `metadata`.
         progress: told how many lines were checked, every thousand of them.
 
@@ -85,13 +87,15 @@ def read_requests(
     form, copy = Form(name, defaults, arms, keep), copied(path) if is_pipe(path) else None
     if copy is not None:
         path = Path(copy.name)
-    hashes, ids, longest, size, count = array("q"), array("q"), None, -1, 0
+    hashes, ids, longest, widest, size, highest, count = array("q"), array("q"), None, None, -1, -1, 0
     for number, line in read_lines(path, name):
         row = parsed(name, number, line)
         try:
             id, prompt = form.check(row)
             if (own := _size(prompt)) > size:
                 longest, size = form.request(row, number), own
+            if form.highest > highest:
+                widest, highest = form.request(row, number), form.highest
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} line {number}: {error}") from error
         hashes.append(hash(line))
@@ -101,7 +105,7 @@ def read_requests(
             progress(count)
     if longest is None:
         raise ValueError(f"{name}: expected one JSON object a line, found none")
-    requests = Requests(form, longest, path, hashes, range(count), copy)
+    requests = Requests(form, longest, widest, path, hashes, range(count), copy)
     _check_unique(requests, ids)
     progress(count)
     return requests

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,8 +13,7 @@ from genarm_fast.models.hub import Source
 from genarm_fast.models.quantized import check_quantization
 from genarm_fast.params import check_weights
 from genarm_fast.utils.checks import too_large
-
-RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
+from genarm_fast.utils.names import unique_names
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,6 @@ def as_arms(arms: Any) -> list[ARM]:
 
 
 def arm_names(specs: Sequence[ARM]) -> list[str]:
-    """Unique names: given ones as they are, default ones numbered where they repeat."""
-    given = [spec.name for spec in specs if spec.name is not None]
-    for name in given:
-        if given.count(name) > 1 or not name:
-            raise ValueError(f"name={name!r}: expected a non-empty name for each ARM, none twice")
-        if name in RESERVED:
-            raise ValueError(f"name={name!r}: expected another one than {', '.join(RESERVED)}, which name drafters")
-    names: list[str] = []
-    for spec in specs:
-        stem = "arm" if isinstance(spec.model, nn.Module) else Path(spec.model).name or "arm"
-        name, number = spec.name or stem, 2
-        while spec.name is None and name in (*names, *given, *RESERVED):
-            name, number = f"{stem}{number}", number + 1
-        names.append(name)
-    return names
+    """Unique names: given ones as they are, default ones numbered where they repeat. Errors: `unique_names`."""
+    paths = [None if isinstance(spec.model, nn.Module) else os.fspath(spec.model) for spec in specs]
+    return unique_names([spec.name for spec in specs], paths)
