@@ -27,7 +27,7 @@ from genarm_fast.models.arm import ARM
 from genarm_fast.models.files import weight_bytes
 from genarm_fast.models.state import ModelState, folder_state, folders_of
 from genarm_fast.models.weights import share_weights
-from genarm_fast.utils.checks import shown
+from genarm_fast.utils.checks import check_flag, shown
 
 LIMIT = "GENARM_FAST_KEEP_BYTES"
 DEFAULT_LIMIT = 16 << 30  # a model of 7 B parameters in bfloat16, with its caches
@@ -84,10 +84,8 @@ class KeptModels:
         more = {} if options.get("model_kwargs") is None else options["model_kwargs"]
         if not isinstance(more, Mapping) or (twice := sorted(set(more) & set(OPTIONS))):
             expected = f"no {twice[0]!r} in it" if isinstance(more, Mapping) else "a mapping"
-            raise TypeError(f"model_kwargs={more!r}: expected {expected}")
-        warm = False if options.get("warm_up") is None else options["warm_up"]
-        if not isinstance(warm, bool):
-            raise TypeError(f"warm_up={shown(warm)}: expected True or False")
+            raise TypeError(f"model_kwargs={shown(more)}: expected {expected}")
+        warm = False if options.get("warm_up") is None else check_flag("warm_up", options["warm_up"])
         key = _key(base, specs, options)
         with self._lock:
             slot = self._slots.pop(key, None) or Slot(key)

@@ -25,6 +25,7 @@ from genarm_fast.models.rebound import WeightWatch
 from genarm_fast.text.chats import template_arguments
 from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
+from genarm_fast.utils.checks import check_flag, shown
 
 log = logging.getLogger(__name__)
 RECORDED = {
@@ -65,8 +66,7 @@ def load_members(
         None if source is None or isinstance(source, nn.Module) else models.locate(role, source)
         for role, source in zip(roles, [base, *(spec.model for spec in specs), draft_model])
     ]
-    if not isinstance(trust_remote_code, bool):
-        raise TypeError(f"trust_remote_code={trust_remote_code!r}: expected True or False")
+    trust_remote_code = check_flag("trust_remote_code", trust_remote_code)
     for role, spec in zip(roles[1:], specs):
         if (now := active_adapters(spec.model)) != spec.active:
             raise ValueError(
@@ -79,7 +79,7 @@ def load_members(
         models.adopt(str(source) or "the given base", model)
     recorded = _recorded("base", places[0])
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
+        raise TypeError(f"tokenizer={shown(tokenizer)}: expected a loaded tokenizer, as of AutoTokenizer")
     base_tokenizer = tokenizer
     if tokenizer is None and source:
         with suppress(FileNotFoundError):  # a given model may come from anywhere

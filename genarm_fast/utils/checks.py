@@ -52,10 +52,21 @@ def too_large(value: Any) -> str:
     return f", of at most {LARGEST:.0e} in size" if LARGEST < size < math.inf else ""
 
 
+def check_flag(name: str, value: object) -> bool:
+    """As a Python bool; NumPy's, and a tensor of no dimension, are taken. Raises TypeError."""
+    value = number(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={shown(value)}: expected True or False")
+    return value
+
+
 def shown(value: object) -> str:
-    """A value in an error, in at most 80 characters; some have no text, such as integers of 5000 digits."""
+    """A value in an error, in one line of at most 80 characters: a model's text has a line for each module.
+
+    Some have no text, such as integers of 5000 digits.
+    """
     try:
-        text = repr(value)
+        text = " ".join(repr(value).splitlines())
     except Exception:
         return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from genarm_fast.utils.checks import check_flag
+
 
 @contextmanager
 def progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function that counts finished completions; the bar goes to stderr."""
-    if not show:
+    """Gives a function that counts finished completions; the bar goes to stderr. Raises TypeError for no bool."""
+    if not check_flag("progress", show):
         yield lambda count: None
         return
     from rich.console import Console
