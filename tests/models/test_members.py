@@ -267,6 +267,17 @@ def test_devices_that_are_here(monkeypatch):
         check_device("cuda:2")
 
 
+def test_float16_on_a_cpu_is_warned_of(tiny_model, tokenizer, caplog):
+    base, arm = (copy.deepcopy(tiny_model(seed=seed)) for seed in (0, 1))
+    GenARM.from_pretrained(base, [arm.bfloat16()], tokenizer=tokenizer)
+    assert not caplog.records
+    arms = [ARM(arm.half(), name="a"), ARM(base, name="b")]
+    GenARM.from_pretrained(base, arms, tokenizer=tokenizer, draft_model=copy.deepcopy(base).half())
+    (record,) = caplog.records
+    start = "a, draft_model: float16 is slow on a CPU, prompts above all: expected dtype='bfloat16'"
+    assert record.getMessage().startswith(start)
+
+
 def test_what_is_no_member_is_shown_in_one_line(tiny_model, tokenizer):
     """The text of a model is a line for each of its modules."""
     model = tiny_model()
