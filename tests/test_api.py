@@ -368,6 +368,22 @@ def test_a_dict_is_strict_json(tiny_model, tokenizer):
     assert json.loads(json.dumps(scored.to_dict(), allow_nan=False))["rewards"]["arm"]["tokens"] == [None]
 
 
+def test_of_a_generation_config_the_ends_alone_count(tiny_model, tokenizer):
+    """The rest is the request's to say, other than in Hugging Face's `generate`."""
+    base = copy.deepcopy(tiny_model())
+    request = {"prompts": "the cat", "seed": 5, "max_new_tokens": 8}
+    expected = GenARM.from_pretrained(base, tokenizer=tokenizer).generate(**request)[0].token_ids
+    assert len(set(expected[:4])) == 4
+    base.generation_config.update(
+        eos_token_id=[1, expected[3], 299], suppress_tokens=expected[:1], forced_bos_token_id=7, min_new_tokens=6,
+        do_sample=True, temperature=0.1, top_k=1, repetition_penalty=9.0, no_repeat_ngram_size=1, max_new_tokens=2,
+    )  # fmt: skip
+    model = GenARM.from_pretrained(base, tokenizer=tokenizer)
+    assert model.eos_token_ids == {1, expected[3], 299}
+    (output,) = model.generate(**request)
+    assert (output.token_ids, output.finish_reason) == (expected[:4], "stop")
+
+
 def test_flags(model):
     """NumPy's and PyTorch's are flags as well; what else is true in Python may be a mistake, such as "no"."""
     params = SamplingParams(rewards=numpy.True_, ignore_eos=torch.tensor(True), skip_special_tokens=numpy.False_)

@@ -12,11 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import build_model, build_tokenizer, save_adapter
-from transformers import pipeline
 
 import genarm_fast
 from genarm_fast import ARM, GenARM, reference
-from genarm_fast.integrations.transformers import GenARMLogitsProcessor, guided
 from genarm_fast.kernels import _native
 from genarm_fast.models import weights
 from genarm_fast.models.checkpoint import check_device
@@ -265,50 +263,6 @@ def test_devices_that_are_here(monkeypatch):
     assert [str(check_device(each)) for each in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
     with pytest.raises(ValueError, match="device='cuda:2': expected one that is here: cpu, cuda:0, cuda:1"):
         check_device("cuda:2")
-
-
-def test_float16_on_a_cpu_is_warned_of(tiny_model, tokenizer, caplog):
-    base, arm = (copy.deepcopy(tiny_model(seed=seed)) for seed in (0, 1))
-    GenARM.from_pretrained(base, [arm.bfloat16()], tokenizer=tokenizer)
-    assert not caplog.records
-    arms = [ARM(arm.half(), name="a"), ARM(base, name="b")]
-    GenARM.from_pretrained(base, arms, tokenizer=tokenizer, draft_model=copy.deepcopy(base).half())
-    (record,) = caplog.records
-    start = "a, draft_model: float16 is slow on a CPU, prompts above all: expected dtype='bfloat16'"
-    assert record.getMessage().startswith(start)
-
-
-def test_what_is_no_member_is_shown_in_one_line(tiny_model, tokenizer):
-    """The text of a model is a line for each of its modules."""
-    model = tiny_model()
-    hint = r"; ARM\(model, weight=..., name=...\) takes an ARM's weight and name"
-    expected = "a hub id, a folder or a loaded model"
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    cases = [
-        (
-            lambda: GenARM.from_pretrained(model, {"kind": model}),
-            rf"arms=\{{'kind': Llama.*: expected an ARM, .*{hint}",
-        ),
-        (
-            lambda: GenARM.from_pretrained(model, [model, (model, 0.5)]),
-            rf"arms\[1\]=\(Llama.*: expected an ARM, {expected}{hint}",
-        ),
-        (
-            lambda: GenARM.from_pretrained(model, [pipe]),
-            rf"arms\[0\]=TextGenerationPipeline.*: expected an ARM, {expected}",
-        ),
-        (lambda: GenARM.from_pretrained(pipe), f"base=TextGenerationPipeline.*: expected {expected}"),
-        (lambda: ARM((model,)), rf"model=\(Llama.*: expected {expected}"),
-        (lambda: ARM("x", base=(model,)), rf"base=\(Llama.*: expected {expected}"),
-        (lambda: GenARM.from_pretrained(model, tokenizer=model), "tokenizer=Llama.*: expected a loaded tokenizer"),
-        (lambda: GenARMLogitsProcessor(pipe, []), "base=TextGenerationPipeline.*: expected the loaded model"),
-        (lambda: guided([], streamer=model), "streamer=Llama.*: expected one of transformers' streamers"),
-    ]
-    for call, message in cases:
-        with pytest.raises(TypeError, match=f"^{message}$|^{message}") as raised:
-            call()
-        assert len(str(raised.value)) < 270
-        assert "\n" not in str(raised.value)
 
 
 def test_arm_types():
