@@ -28,7 +28,7 @@ from genarm_fast.models.arm import ARM
 from genarm_fast.models.files import weight_bytes
 from genarm_fast.models.state import ModelState, folder_state, folders_of
 from genarm_fast.models.weights import share_weights
-from genarm_fast.utils.checks import shown
+from genarm_fast.utils.checks import check_flag, shown
 
 LIMIT = "GENARM_FAST_KEEP_BYTES"
 DEFAULT_LIMIT = 16 << 30  # a model of 7 B parameters in bfloat16, with its caches
@@ -87,10 +87,8 @@ class KeptModels:
         model_kwargs = {} if options.get("model_kwargs") is None else options["model_kwargs"]
         if not isinstance(model_kwargs, Mapping) or (twice := sorted(set(model_kwargs) & set(OPTIONS))):
             expected = f"no {twice[0]!r} in it" if isinstance(model_kwargs, Mapping) else "a mapping"
-            raise TypeError(f"model_kwargs={model_kwargs!r}: expected {expected}")
-        warm = False if options.get("warm_up") is None else options["warm_up"]
-        if not isinstance(warm, bool):
-            raise TypeError(f"warm_up={shown(warm)}: expected True or False")
+            raise TypeError(f"model_kwargs={shown(model_kwargs)}: expected {expected}")
+        warm = False if options.get("warm_up") is None else check_flag("warm_up", options["warm_up"])
         key = _key(base, specs, options)
         with self._lock:
             entry = self._entries.pop(key, None) or KeptModel(key)
