@@ -132,7 +132,7 @@ def test_what_only_the_models_tell_of_a_line_is_checked_before_any_work(
 ) -> None:
     command, folder = job
     monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)  # as where thousands of lines come before it
-    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 1)
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 1)
     with open(folder / "in.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "the cat", **line}) + "\n")
     result = cli(*command, "--output", folder / "out.jsonl")
