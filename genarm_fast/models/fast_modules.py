@@ -68,10 +68,10 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
         activation: Any = module.act_fn
         if type(activation).__name__ in ("SiLU", "SiLUActivation") and not hooked(activation):
             return partial(_gated, module)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_cpu:
+    weight = module._parameters.get("weight")  # a hook may compute another one for each call, which is no parameter
+    if weight is None or not weight.is_cpu:
         return None
-    if type(module) is nn.Linear and weight.dtype == torch.bfloat16:  # at no number of rows slower than PyTorch
+    if type(module) is nn.Linear and weight.dtype in (torch.bfloat16, torch.float32):
         return linear_of(weight, module.bias)
     if type(module) is nn.Embedding and isinstance(weight, QuantizedMatrix):
         return weight.linear.rows

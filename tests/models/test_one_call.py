@@ -28,6 +28,9 @@ ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if 
 BLOCKS = (([2, 0], 0, 6), ([2, 0], 6, 1), ([2], 7, 5), ([0], 7, 9), ([2, 0], 12, 1))
 
 
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     _native.core.use(request.param)
@@ -77,33 +80,37 @@ def assert_same(decoder, lanes, taken):
     assert all(states.isfinite().all() for states in one)
 
 
-def runner_of(family, **config):
-    return as_runner(share_weights(build_model(family, 0, **config).to(torch.bfloat16)))
+def runner_of(family, dtype=torch.bfloat16, **config):
+    return as_runner(share_weights(build_model(family, 0, **config).to(dtype)))
 
 
+@dtypes
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("family", [family.lower() for family in WINDOWS])
-def test_bits_of_families(isa, taken, family, threads):
+def test_bits_of_families(isa, taken, family, threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        decoder = runner_of(family).base_model
+        decoder = runner_of(family, dtype).base_model
         taken.clear()  # of the trial
         assert_same(decoder, [0], taken)
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [(torch.float32, None), *((torch.bfloat16, quantization) for quantization in (None, "int8", "int4"))],
+)
+def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, dtype, quantization):
     """Adapters of other linears each; the base has none."""
     base = tmp_path / "base"
-    build_model("llama", 0).to(torch.bfloat16).save_pretrained(base)
+    build_model("llama", 0).to(dtype).save_pretrained(base)
     tokenizer.save_pretrained(base)
     for name, targets in (("one", ["q_proj", "up_proj", "down_proj"]), ("two", ["o_proj", "q_proj", "v_proj"])):
         save_adapter(tmp_path / name, base=base, seed=len(name), config=LoraConfig(r=4, target_modules=targets))
     arms = [tmp_path / "one", tmp_path / "two"]
-    model = GenARM.from_pretrained(base, arms, dtype=torch.bfloat16, quantization=quantization)
+    model = GenARM.from_pretrained(base, arms, dtype=dtype, quantization=quantization)
     decoder = model.members[0].shared.base_model
     for lanes in ([0, 1, 2], [2, 0], [1]):
         taken.clear()
@@ -159,9 +166,10 @@ def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
         assert [output.token_ids for output in model.generate(prompts, **params)] == expected
 
 
-def test_norms_are_read_at_every_call(taken):
+@dtypes
+def test_norms_are_read_at_every_call(taken, dtype):
     """Their tensors are kept, not the addresses."""
-    runner = runner_of("qwen3")
+    runner = runner_of("qwen3", dtype)
     layer = runner.base_model.layers[1]
     for norm in (layer.post_attention_layernorm, layer.self_attn.q_norm, runner.base_model.norm):
         before = states_of(runner.base_model, [0])[0]
@@ -174,7 +182,7 @@ def test_norms_are_read_at_every_call(taken):
 
 
 def test_other_dtypes_are_not_taken(taken):
-    decoder = as_runner(share_weights(build_model("llama", 0))).base_model
+    decoder = runner_of("llama", torch.float16).base_model
     taken.clear()
     states_of(decoder, [0])
     assert taken == [None] * len(BLOCKS)
@@ -185,23 +193,32 @@ ORDER = ("hidden", "x", "cos", "sin", "slots", "positions", "spans", "caches")
 
 def arguments_of(decoder):
     """The fused forward of a Llama, and what a call of two rows hands to the core."""
-    hidden = torch.randn(2, 1, 32).to(torch.bfloat16)
-    cos, sin = torch.randn(2, 2, 1, 8).to(torch.bfloat16)
-    states = [torch.zeros(3, 2, CAPACITY, 8, dtype=torch.bfloat16) for _ in range(4)]
+    dtype = decoder.norm.weight.dtype
+    hidden = torch.randn(2, 1, 32).to(dtype)
+    cos, sin = torch.randn(2, 2, 1, 8).to(dtype)
+    states = [torch.zeros(3, 2, CAPACITY, 8, dtype=dtype) for _ in range(4)]
     given = (hidden, hidden.clone(), cos, sin, torch.tensor([2, 0]), torch.tensor([[3], [4]]), ((),), tuple(states))
     return decoder.forward.one_call._core, dict(zip(ORDER, given, strict=True))
 
 
+def other(tensor):
+    """The same numbers in the other dtype that the core takes."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor.bfloat16()
+
+
+@dtypes
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("hidden", lambda hidden: hidden.float()),
+        ("hidden", other),
         ("hidden", lambda hidden: hidden[..., :31]),
         ("hidden", lambda hidden: hidden.transpose(0, 2)),
         ("hidden", lambda hidden: hidden[0]),
         ("x", lambda x: x[:1]),
         ("x", lambda x: None),
-        ("cos", lambda cos: cos.float()),
+        ("x", other),
+        ("cos", other),
+        ("sin", other),
         ("sin", lambda sin: sin[..., :4]),
         ("slots", lambda slots: slots.int()),
         ("slots", lambda slots: slots[:1]),
@@ -211,14 +228,15 @@ def arguments_of(decoder):
         ("spans", lambda spans: (((0, 1, 0),),)),  # no linear has a LoRA
         ("caches", lambda caches: caches[:3]),
         ("caches", lambda caches: list(caches)),
-        ("caches", lambda caches: (caches[0].float(), *caches[1:])),
+        ("caches", lambda caches: (other(caches[0]), *caches[1:])),
+        ("caches", lambda caches: (*caches[:3], other(caches[3]))),
         ("caches", lambda caches: (caches[0][:, :1], caches[1][:, :1], *caches[2:])),
         ("caches", lambda caches: (*caches[:3], caches[3][..., :4])),
         ("caches", lambda caches: (*caches[:2], caches[2][:2], caches[3])),
     ],
 )
-def test_what_does_not_fit_is_not_begun(name, change):
-    core, given = arguments_of(runner_of("llama").base_model)
+def test_what_does_not_fit_is_not_begun(name, change, dtype):
+    core, given = arguments_of(runner_of("llama", dtype).base_model)
     states = given["caches"]
     changed = given | {name: change(given[name])}
     assert core.run(*changed.values()) is None
@@ -256,20 +274,31 @@ def test_what_are_no_layers(layers):
 
 
 def test_layers_that_do_not_fit_together():
-    one, other = runner_of("llama").base_model.forward, runner_of("llama", hidden_size=64).base_model.forward
-    for layer in other.layers:
+    one, wider = runner_of("llama").base_model.forward, runner_of("llama", hidden_size=64).base_model.forward
+    finer = runner_of("llama", torch.float32).base_model.forward
+    for layer in (*wider.layers, *finer.layers):
         layer.second_norm = one.layers[0].second_norm
-    mixed = OneCall([one.layers[0], other.layers[0]], one.next_norms, [()])
-    assert mixed._core is None
+    for second in (wider.layers[0], finer.layers[0]):
+        assert OneCall([one.layers[0], second], one.next_norms, [()])._core is None
+    layer = finer.layers[1]
+    for name in ("qkv", "o", "gate_up", "down"):
+        assert OneCall([layer], one.next_norms, [()])._core is not None
+        own, change = getattr(layer, name), getattr(one.layers[1], name)
+        setattr(layer, name, change)
+        assert OneCall([layer], one.next_norms, [()])._core is None
+        setattr(layer, name, own)
     layer = one.layers[1]
     layer.down, layer.o = layer.o, layer.down
     assert OneCall(one.layers, one.next_norms, [()])._core is None
 
 
+@dtypes
 @pytest.mark.parametrize("weight", [None, torch.ones(32), torch.ones(31).to(torch.bfloat16)])
 @pytest.mark.parametrize("which", ["second", "next"])
-def test_norms_that_do_not_fit(which, weight):
-    decoder = runner_of("llama").base_model
+def test_norms_that_do_not_fit(which, weight, dtype):
+    decoder = runner_of("llama", dtype).base_model
+    if weight is not None and weight.dtype == dtype:
+        weight = other(weight)
     _, given = arguments_of(decoder)
     forward, norm = decoder.forward, Norm(weight, 1e-6)
     if which == "second":
