@@ -8,18 +8,16 @@ from itertools import chain
 import pytest
 import torch
 from peft import LoraConfig
+from runners import runner_of
 from tiny_models import VOCAB_SIZE, build_model, save_adapter
 from transformers import Cache
 
 from genarm_fast import GenARM
 from genarm_fast.kernels import _native
-from genarm_fast.models.fast_modules import as_runner
 from genarm_fast.models.forward_context import Ragged, placed, running
 from genarm_fast.models.fused_decoder import WINDOWS
-from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.one_call import OneCall
-from genarm_fast.models.weights import share_weights
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
 SLOTS, CAPACITY = 3, 24
@@ -80,10 +78,6 @@ def assert_same(decoder, lanes, taken):
     assert all(states.isfinite().all() for states in one)
 
 
-def runner_of(family, dtype=torch.bfloat16, **config):
-    return as_runner(share_weights(build_model(family, 0, **config).to(dtype)))
-
-
 @dtypes
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("family", [family.lower() for family in WINDOWS])
@@ -96,6 +90,32 @@ def test_bits_of_families(isa, taken, family, threads, dtype):
         assert_same(decoder, [0], taken)
     finally:
         torch.set_num_threads(before)
+
+
+@dtypes
+def test_bits_of_a_row_do_not_depend_on_its_batch(isa, taken, dtype):
+    """Of 80 tokens, 20 and one: in many rows float32 takes other loops."""
+    decoder, slots = runner_of("llama", dtype).base_model, 4
+    taken.clear()
+    positions = torch.arange(20).expand(slots, 20)
+    tokens = (13 * positions + 5 * torch.arange(slots)[:, None]) % VOCAB_SIZE
+
+    def run(rows, width):
+        cache = Cache(layers=[RaggedLayer(slots, CAPACITY) for _ in decoder.layers])
+        chosen = torch.arange(slots)[rows]
+        with torch.inference_mode(), running([0], len(chosen)):
+            for part in positions[rows].split(width, 1):
+                with placed(Ragged(chosen, part, CAPACITY)):
+                    given = {"input_ids": tokens[rows][:, part[0]], "position_ids": part}
+                    out = decoder(**given, past_key_values=cache).last_hidden_state
+        return out
+
+    together = run(slice(None), 20)
+    for row in range(slots):
+        alone = slice(row, row + 1)
+        assert torch.equal(run(alone, 20)[0], together[row])
+        assert torch.equal(run(alone, 1)[0, -1], together[row, -1])  # token by token
+    assert None not in taken
 
 
 @pytest.mark.parametrize(
@@ -188,127 +208,6 @@ def test_other_dtypes_are_not_taken(taken):
     assert taken == [None] * len(BLOCKS)
 
 
-ORDER = ("hidden", "x", "cos", "sin", "slots", "positions", "spans", "caches")
-
-
-def arguments_of(decoder):
-    """The fused forward of a Llama, and what a call of two rows hands to the core."""
-    dtype = decoder.norm.weight.dtype
-    hidden = torch.randn(2, 1, 32).to(dtype)
-    cos, sin = torch.randn(2, 2, 1, 8).to(dtype)
-    states = [torch.zeros(3, 2, CAPACITY, 8, dtype=dtype) for _ in range(4)]
-    given = (hidden, hidden.clone(), cos, sin, torch.tensor([2, 0]), torch.tensor([[3], [4]]), ((),), tuple(states))
-    return decoder.forward.one_call._core, dict(zip(ORDER, given, strict=True))
-
-
-def other(tensor):
-    """The same numbers in the other dtype that the core takes."""
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor.bfloat16()
-
-
-@dtypes
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("hidden", other),
-        ("hidden", lambda hidden: hidden[..., :31]),
-        ("hidden", lambda hidden: hidden.transpose(0, 2)),
-        ("hidden", lambda hidden: hidden[0]),
-        ("x", lambda x: x[:1]),
-        ("x", lambda x: None),
-        ("x", other),
-        ("cos", other),
-        ("sin", other),
-        ("sin", lambda sin: sin[..., :4]),
-        ("slots", lambda slots: slots.int()),
-        ("slots", lambda slots: slots[:1]),
-        ("positions", lambda positions: positions.expand(2, 2)),
-        ("spans", lambda spans: ()),
-        ("spans", lambda spans: [()]),
-        ("spans", lambda spans: (((0, 1, 0),),)),  # no linear has a LoRA
-        ("caches", lambda caches: caches[:3]),
-        ("caches", lambda caches: list(caches)),
-        ("caches", lambda caches: (other(caches[0]), *caches[1:])),
-        ("caches", lambda caches: (*caches[:3], other(caches[3]))),
-        ("caches", lambda caches: (caches[0][:, :1], caches[1][:, :1], *caches[2:])),
-        ("caches", lambda caches: (*caches[:3], caches[3][..., :4])),
-        ("caches", lambda caches: (*caches[:2], caches[2][:2], caches[3])),
-    ],
-)
-def test_what_does_not_fit_is_not_begun(name, change, dtype):
-    core, given = arguments_of(runner_of("llama", dtype).base_model)
-    states = given["caches"]
-    changed = given | {name: change(given[name])}
-    assert core.run(*changed.values()) is None
-    assert not any(cache.any() for cache in states)
-    assert core.run(*given.values()) is not None
-    assert all(cache.any() for cache in states)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("slots", torch.tensor([2, 3]), r"slots\[1\] = 3: expected 0..2"),
-        ("positions", torch.tensor([[3], [24]]), r"positions\[1, 0\] = 24: expected 0..23"),
-        ("spans", (((0, 3, 0),),), r"span \(0, 3, 0\): expected rows within 0..2"),
-        ("spans", (((0, 1, -1),),), r"span \(0, 1, -1\)"),
-    ],
-)
-def test_places_that_do_not_exist(name, value, error):
-    core, given = arguments_of(runner_of("llama").base_model)
-    with pytest.raises(ValueError, match=error):
-        core.run(*(given | {name: value}).values())
-    assert not any(cache.any() for cache in given["caches"])
-
-
-def test_another_number_of_arguments():
-    core, given = arguments_of(runner_of("llama").base_model)
-    with pytest.raises(TypeError, match="7 arguments: expected 8"):
-        core.run(*list(given.values())[:-1])
-
-
-@pytest.mark.parametrize("layers", [(), ((),), (tuple(range(19)),), ("no layer",)])
-def test_what_are_no_layers(layers):
-    with pytest.raises(TypeError):
-        _native.core.decoder_layers(layers)
-
-
-def test_layers_that_do_not_fit_together():
-    one, wider = runner_of("llama").base_model.forward, runner_of("llama", hidden_size=64).base_model.forward
-    finer = runner_of("llama", torch.float32).base_model.forward
-    for layer in (*wider.layers, *finer.layers):
-        layer.second_norm = one.layers[0].second_norm
-    for second in (wider.layers[0], finer.layers[0]):
-        assert OneCall([one.layers[0], second], one.next_norms, [()])._core is None
-    layer = finer.layers[1]
-    for name in ("qkv", "o", "gate_up", "down"):
-        assert OneCall([layer], one.next_norms, [()])._core is not None
-        own, change = getattr(layer, name), getattr(one.layers[1], name)
-        setattr(layer, name, change)
-        assert OneCall([layer], one.next_norms, [()])._core is None
-        setattr(layer, name, own)
-    layer = one.layers[1]
-    layer.down, layer.o = layer.o, layer.down
-    assert OneCall(one.layers, one.next_norms, [()])._core is None
-
-
-@dtypes
-@pytest.mark.parametrize("weight", [None, torch.ones(32), torch.ones(31).to(torch.bfloat16)])
-@pytest.mark.parametrize("which", ["second", "next"])
-def test_norms_that_do_not_fit(which, weight, dtype):
-    decoder = runner_of("llama", dtype).base_model
-    if weight is not None and weight.dtype == dtype:
-        weight = other(weight)
-    _, given = arguments_of(decoder)
-    forward, norm = decoder.forward, Norm(weight, 1e-6)
-    if which == "second":
-        forward.layers[1].second_norm = norm
-    else:
-        forward.next_norms[1] = norm
-    assert OneCall(forward.layers, forward.next_norms, [()])._core.run(*given.values()) is None
-    assert not any(cache.any() for cache in given["caches"])
-
-
 def test_one_norm_of_heads_without_the_other():
     decoder = runner_of("qwen3").base_model
     forward = decoder.forward
@@ -316,9 +215,3 @@ def test_one_norm_of_heads_without_the_other():
     forward.one_call = OneCall(forward.layers, forward.next_norms, [()])
     with pytest.raises((ValueError, TypeError)):  # of rotary_append, to which the refused call is left
         states_of(decoder, [0])
-
-
-def test_no_rows(taken):
-    core, given = arguments_of(runner_of("llama").base_model)
-    none = {name: given[name][:0] for name in ("hidden", "x", "cos", "sin", "slots", "positions")}
-    assert core.run(*(given | none).values()).shape == (0, 1, 32)
