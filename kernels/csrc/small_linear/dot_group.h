@@ -74,9 +74,10 @@ struct Strip {
   bool begin, end;  // of the sums
 };
 
+// What each step of a pass fetches: nothing, the same inputs of other outputs, or the next lines of one stream.
 enum Fetched { kNothing, kOfOutputs, kAhead };
-constexpr int kFarLines = kWidth == 16 ? 2 : 1;  // lines for each step
-constexpr int kLine = 16;                        // floats
+constexpr int kFarLines = kWidth == 16 ? 2 : 1;  // lines of the stream for each step
+constexpr int kLine = 16;                        // floats in a line of the cache
 
 // How many weights of an output lie between those of two vectors of lanes.
 template <typename W>
@@ -84,8 +85,8 @@ constexpr int kApart = sizeof(W) == 2 ? 2 * kWidth : kWidth;
 
 // Adds the products of n inputs, whole steps, to V vectors of the lanes of R rows by O outputs. Outputs lie w_stride apart,
 // and the inputs of each side by side, or Step weights from one step to the next.
-// Fetches the weights at `near` into the L1 cache, those at `far` into L2, if there are some. In no other function, so
-// that GCC 12 keeps the sums in registers.
+// The weights at `near` are fetched into the L1 cache, and those at `far` into L2. The pass fetches them itself: with a
+// function of their own, GCC 12 moves sums out of the registers.
 template <int R, int O, int V, typename W, Fetched Fetch = kNothing, int Step = kStep>
 inline void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, int64_t n,
                                     const float* from, float* to, const W* near = nullptr, const W* far = nullptr) {
@@ -103,7 +104,9 @@ inline void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, i
   for (int64_t i = 0; i < n; i += kStep, x += x_step, w += Step) {
     if (Fetch == kAhead) {
 #pragma GCC unroll 2
-      for (int line = 0; line < kFarLines; ++line, far += kLineWeights) _mm_prefetch(reinterpret_cast<const char*>(far), _MM_HINT_T1);
+      for (int line = 0; line < kFarLines; ++line, far += kLineWeights) {
+        _mm_prefetch(reinterpret_cast<const char*>(far), _MM_HINT_T1);
+      }
     }
     if (Fetch == kOfOutputs) {
 #pragma GCC unroll 8

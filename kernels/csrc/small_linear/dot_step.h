@@ -114,7 +114,8 @@ inline void step(const float* x, const W* w, int64_t w_stride, Floats (&s)[R][O]
 
 template <>
 inline void step<4, 3, 1>(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[4][3][1]) {
-  alignas(32) static constexpr uint32_t odd_half[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+  alignas(32) static constexpr uint32_t odd_half[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                       0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
   asm("vmovaps %[odd], %%ymm15\n"
       "vpand (%[w]), %%ymm15, %%ymm12\n"
       "vpand (%[w],%[stride],2), %%ymm15, %%ymm13\n"

@@ -18,7 +18,8 @@ template <typename W>
 class Multiplication {
  public:
   Multiplication(const std::vector<Product>& products, int64_t rows, int threads)
-      : loops_(*products[0].linear->loops.of<W>().small), in_(products[0].linear->in), threads_(threads), adapted_(adapted_of(products)) {
+      : loops_(*products[0].linear->loops.of<W>().small), in_(products[0].linear->in), threads_(threads),
+        adapted_(adapted_of(products)) {
     width_ = divide_up(in_, kStep) * loops_.slots;
     wide_ = loops_.wide && rows >= loops_.wide_from && in_;
     const int64_t tiles = (wide_ ? kWideTable : kTableFloats) / kTile / std::max<int64_t>(width_, 1);
@@ -160,7 +161,8 @@ class Multiplication {
 template <typename W>
 void run(const std::vector<Product>& products, const void* x, int64_t x_stride, int64_t rows, int threads) {
   const int64_t passes = divide_up(rows, products[0].linear->loops.of<W>().small->rows);
-  Multiplication<W>(products, rows, worth_it(products, passes, kThreadBytes, threads)).run(static_cast<const W*>(x), x_stride, rows);
+  const int worth = worth_it(products, passes, kThreadBytes, threads);
+  Multiplication<W>(products, rows, worth).run(static_cast<const W*>(x), x_stride, rows);
 }
 
 }  // namespace
