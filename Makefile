@@ -1,16 +1,16 @@
-# make demo    a real model, steered by real reward models; ARGS="--quick" and the like are passed on
-# make check   style, types and fast tests, for the loop of edit and run
-# make test    the tests; ARGS="tests/demo -x" and the like are passed on
-# make test-vllm   the vLLM integration, in an environment of its own (.venv-vllm, 3 GB)
-# make lint    style and types
-# make sanitize  ops under ASan and UBSan, and in Triton's interpreter, on random input; FUZZ=300: seconds of each
-# make soak      threads, streams, faults and forks under load, a report in soak.json; ARGS="--seconds 3600" for an hour
-# make wheel-test   sdist and wheel, tried in a fresh environment without the clone
-# make bench-gpu   guided decoding on a GPU; ARGS=--dry tries the script out without one
-# make bench   short form of every benchmark: table, plot and benchmarks/results/<date>-<machine>.json
-# make peers   beside llama.cpp, Hugging Face and vLLM (where .venv-vllm is there) on the CPU; makes .venv-llama
-# make evidence  what guidance buys beside what it is compared with; ARGS=--quick: a reduced size, in three minutes
-# Each makes the virtual environment first if it is missing or pyproject.toml, setup.py or constraints.txt changed.
+# make demo        steers a real model by real reward models; ARGS="--quick" and other options are passed on
+# make check       checks style and types and runs the fast tests, for the loop of edit and run
+# make test        runs the tests; ARGS="tests/demo -x" and other options are passed on
+# make test-vllm   tests the vLLM integration in an environment of its own (.venv-vllm, 3 GB)
+# make lint        checks style and types
+# make sanitize    runs ops on random input, under ASan and UBSan and in Triton's interpreter, for FUZZ=300 seconds each
+# make soak        runs threads, streams, faults and forks under load and writes soak.json; ARGS="--seconds 3600": an hour
+# make wheel-test  builds sdist and wheel, and tries them in a fresh environment without the clone
+# make bench-gpu   measures guided decoding on a GPU; ARGS=--dry tries the script out without a GPU
+# make bench       runs the short benchmarks: table, plot and benchmarks/results/<date>-<machine>.json
+# make peers       compares with llama.cpp, Hugging Face and vLLM (if .venv-vllm exists) on the CPU; makes .venv-llama
+# make evidence    compares guidance with other methods; ARGS=--quick: a reduced size that takes three minutes
+# Each target first makes its virtual environment, if it is missing or older than pyproject.toml, setup.py or its versions.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ LLAMA ?= .venv-llama
 ARGS ?=
 RUN := $(VENV)/bin/python -m
 
-# Threads that wait sleep instead of spinning: on a shared machine spinning makes two threads slower than one.
+# Waiting threads sleep instead of spinning: on a shared machine, spinning makes two threads slower than one.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo check test test-vllm lint bench bench-gpu peers wheel-test sanitize soak evidence
@@ -28,8 +28,8 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(VENV)/.installed-demo
 	@$(RUN) genarm_fast.demo $(ARGS)
 
-# The tests of `make check`: 30 s on two cores of a shared AMD EPYC, and 71 s of CPU time with the linters. An op's own tests
-# are not among them, nor most of the engine's: add those of what you change by ARGS.
+# The tests of `make check` take 30 s on two cores of a shared AMD EPYC, and 71 s of CPU time with the linters. They do not
+# include the tests of ops and most tests of the engine: add the tests of the code that you change by ARGS.
 FAST := tests/test_api.py tests/test_docs.py tests/test_layers.py tests/test_params.py tests/text tests/utils tests/jobs \
 	tests/cli/test_main.py tests/cli/test_command_line_docs.py tests/engine/test_turns.py \
 	tests/models/test_members.py tests/models/test_fused_decoder.py tests/models/test_fast_modules.py \
@@ -39,7 +39,7 @@ FAST := tests/test_api.py tests/test_docs.py tests/test_layers.py tests/test_par
 check: lint
 	OMP_NUM_THREADS=1 $(RUN) pytest -x -n logical --maxprocesses 4 $(FAST) $(ARGS)
 
-# A process per core, up to 4, with one thread each.
+# The tests run in one process per core, at most 4, with one thread each.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(RUN) pytest -n logical --maxprocesses 4 $(ARGS)
 
@@ -73,15 +73,17 @@ peers: $(VENV)/.installed-dev $(LLAMA)/.installed
 evidence: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/quality.py general weak front --json benchmarks/results $(ARGS)
 
-bench-gpu: $(VENV)/.installed-dev
-	$(VENV)/bin/python benchmarks/gpu.py $(ARGS)
+# A machine with a GPU often has no network, but a Python whose torch is built for CUDA: that one runs the clone as it is.
+bench-gpu:
+	@$(PYTHON) scripts/has_cuda_torch.py || $(MAKE) --no-print-directory $(VENV)/.installed-dev
+	@$$($(PYTHON) scripts/has_cuda_torch.py && echo $(PYTHON) || echo $(VENV)/bin/python) benchmarks/gpu.py $(ARGS)
 
 $(VENV)/.installed-%: pyproject.toml setup.py constraints.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN) pip install -c constraints.txt -e '.[$*]'
 	touch $@
 
-# Without build isolation and dependency resolution: all versions are in the file, see there.
+# pip neither isolates the build nor resolves dependencies: constraints-vllm.txt has all versions and the reasons.
 $(VLLM)/.installed: pyproject.toml setup.py constraints-vllm.txt $(wildcard kernels/csrc/*.cpp kernels/csrc/*/*)
 	test -x $(VLLM)/bin/pip || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --no-deps -r constraints-vllm.txt

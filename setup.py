@@ -1,7 +1,7 @@
-"""Build: maps kernels/ops to genarm_fast.kernels and compiles kernels/csrc into genarm_fast.kernels._C.
+"""Maps kernels/ops to the package genarm_fast.kernels, and compiles kernels/csrc into genarm_fast.kernels._C.
 
-Never imports torch, so that isolated builds stay small. The extension is optional: without a compiler the install goes
-on with a warning, and the CPU uses the slower PyTorch reference.
+This file never imports torch, so that isolated builds stay small. The extension is optional: without a compiler the
+installation continues with a warning, and the CPU uses the slower PyTorch reference.
 """
 
 import platform
@@ -21,13 +21,13 @@ FLAGS = [
 ]
 CSRC = "kernels/csrc"
 LOOPS = glob(f"{CSRC}/*/loops.cpp")  # compiled once per instruction set
-ONLY = {  # loops that gain by these; the others are those of avx512
-    "avx512vnni": [f"{CSRC}/quant_linear/loops.cpp"],  # sums of products of whole numbers
-    "avx512bf16": [f"{CSRC}/small_linear/loops.cpp"],  # of bfloat16
+ONLY = {  # instruction set -> the loops that are compiled for it; all other loops run their code for avx512
+    "avx512vnni": [f"{CSRC}/quant_linear/loops.cpp"],  # has sums of products of integers
+    "avx512bf16": [f"{CSRC}/small_linear/loops.cpp"],  # has sums of products of bfloat16
 }
 KERNELS = ["genarm_fast.kernels", *(f"genarm_fast.kernels.{op}" for op in find_packages("kernels/ops"))]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-ARMS = find_namespace_packages(include=["genarm_fast.demo.arms.*"])  # folders of data alone
+ARMS = find_namespace_packages(include=["genarm_fast.demo.arms.*"])  # folders that hold only data
 INSTRUCTION_SETS = {"baseline": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -37,7 +37,7 @@ if X86:
 
 
 class BuildCore(build_ext):
-    """Compiles the loops once per instruction set; which of them runs is chosen at import."""
+    """A build_ext that compiles the loops once per instruction set. The import chooses which of them run."""
 
     def build_extension(self, ext):
         ext.extra_objects = []

@@ -1,9 +1,10 @@
-"""arm_logps against full logits, forward and backward: time, interleaved, and memory.
+"""Compares arm_logps with full logits, forward and backward, in time and in memory.
 
     python benchmarks/arm_logps.py [--shape N T V] [--width H] [--rounds N] [--cpu-time]
 
-A frozen head is that of LoRA training: only the hidden states need a gradient. Memory is the most that torch held at
-once beyond the inputs; times are medians of calls taking turns, ratios medians of the turns' own.
+LoRA training freezes the head, so that only the hidden states need a gradient. Memory is the largest amount that torch
+held at once beyond the inputs. The two functions take turns; times are medians, and ratios are medians of the ratios of
+single turns.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Step:
 
 
 def peak_memory(step: Step, name: str) -> float:
-    """MiB that are allocated at once."""
+    """Return the largest amount of memory that a step held at once beyond its inputs, in MiB."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step.run(name)
     now = peak = 0

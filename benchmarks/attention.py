@@ -1,11 +1,11 @@
-"""ragged_attention and ragged_append on the CPU against what transformers' sdpa path does, interleaved, in CPU time.
+"""Compares ragged_attention and ragged_append on the CPU with the sdpa path of transformers, in CPU time.
 
     python benchmarks/attention.py [--rounds N] [--dtype bfloat16]
 
-The contender repeats keys and values for the query heads that share them and calls scaled_dot_product_attention under a
-mask, over a cache that has just the length that is attended: a static one would be longer. One thread; a turn repeats
-calls for half a millisecond, so caches are warm for both. A cell: µs to append, of our attention, of theirs, and the
-ratio of the two.
+The sdpa path repeats keys and values for the query heads that share them, and calls scaled_dot_product_attention under
+a mask. Its cache has exactly the attended length; a static cache would be longer. One thread. The contenders take
+turns, and a turn repeats calls for half a millisecond, so the processor's caches are warm for both. A table cell shows
+µs to append, µs of our attention, µs of the sdpa path, and the ratio of the last two.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from genarm_fast.kernels import ragged_append, ragged_attention
 
-SHAPES = {"SmolLM2-135M": (9, 3, 64), "2048 wide": (32, 8, 64)}  # query heads, key-value heads, width of a head
+SHAPES = {"SmolLM2-135M": (9, 3, 64), "2048 wide": (32, 8, 64)}  # (query heads, key-value heads, width of a head)
 LENGTHS, ROWS, BLOCKS = (64, 256, 1024), (1, 2, 8), (1, 5)
 
 
 def transformers_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """sdpa_attention_forward of transformers 5, mask and repetition included."""
+    """Return what sdpa_attention_forward of transformers 5 returns, mask and repeated keys and values included."""
     group = query.shape[1] // keys.shape[1]
     rows, kv_heads, length, width = keys.shape
     keys, values = (
@@ -41,7 +41,7 @@ def transformers_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Te
 
 
 def microseconds(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median CPU time of a call; contenders take turns of about half a millisecond."""
+    """Return each contender's median CPU time per call, in µs. Contenders take turns of about half a millisecond."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 2):
         for name, contender in contenders.items():

@@ -1,10 +1,10 @@
-"""What `genarm_fast.generate` adds to `GenARM.generate` once a model is loaded: it looks whether anything changed.
+"""Times what `genarm_fast.generate` adds to `GenARM.generate` once a model is loaded: a check whether anything changed.
 
     OMP_NUM_THREADS=1 python benchmarks/call_overhead.py [BASE ARM ...] [--tokens 16] [--rounds 31] [--json]
 
-Without a BASE it is the demo's, with the ARM `small`. Both take turns in one process, on the models given as folders
-and as loaded objects. The clock is CPU time; shown are medians of the two, and of the differences within a round. The
-look alone is timed as well, since a call's own time varies by more than what it takes.
+Without a BASE, the demo's base and its ARM `small` are used. Both functions take turns in one process, on models given
+as folders and as loaded objects. The clock is CPU time. The table has medians of both, and of the differences within a
+round. The check ("look") is also timed alone, since the time of a call varies by more than the check takes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT = "How was the film?"
 
 
 def measure(base: Any, arms: list[Any], options: dict[str, Any], tokens: int, rounds: int) -> dict[str, float]:
-    """Medians, in milliseconds."""
+    """Return medians in milliseconds, and `share`: the check's time over the time of `GenARM.generate`."""
     model = GenARM.from_pretrained(base, arms, **options)
     params = {"max_new_tokens": tokens, "ignore_eos": True, "seed": 1, "speculation": "off"}
     runs: dict[str, Callable[[int], Any]] = {

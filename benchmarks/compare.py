@@ -1,10 +1,11 @@
-"""Tells two result files of `make bench` apart, and fails on losses beyond noise.
+"""Compares two result files of `make bench`, and fails on losses beyond noise.
 
     python benchmarks/compare.py BEFORE.json AFTER.json [--tolerance 0.05]
 
-Compared is how many times as fast as each contender ours is: both files measured that within their own rounds, so that
-the machine's mood is on both sides. A loss is beyond noise where the two 90 % intervals do not touch and the medians
-differ by more than the tolerance. A case that AFTER lacks is named, and fails too: what is not measured is not kept.
+The compared figure is how many times as fast as each contender our function is. Each file took it within its own
+rounds, so a busy machine slows both sides of the ratio. A loss is beyond noise if the two 90 % intervals do not touch
+and the medians differ by more than the tolerance. A case that only BEFORE has is named and fails too, since nothing
+shows that its speed was kept.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from rich.table import Table
 
 from genarm_fast.bench.timing import Interval
 
-Key = tuple[str, str, str]  # benchmark, case, contender
+Key = tuple[str, str, str]  # (benchmark, case, contender)
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class Change:
-    """ratio: after over before, above 1 is a gain. verdict: "loss", "gain", or "" where noise explains it."""
+    """The change of one speed-up. ratio: after / before. verdict: "loss", "gain", or "" if noise may explain it."""
 
     key: Key
     before: Interval
@@ -46,7 +47,7 @@ def figures(found: Mapping[str, Any]) -> dict[Key, Interval]:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float) -> tuple[list[Change], list[Key]]:
-    """Of what both have; and what only `before` has."""
+    """Return the changes of all keys that both files have, and the keys that only `before` has."""
     old, new = figures(before), figures(after)
     found = []
     for key in old.keys() & new.keys():

@@ -1,4 +1,4 @@
-"""The launches that compiled_kernels.py compiles: each binds the kernels of an op to tensors of typical shapes."""
+"""The launches that compiled_kernels.py compiles. Each binds the kernels of an op to tensors of typical shapes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def sample(
     filters: bool = False,
     **options: Any,
 ) -> None:
-    """One launch of guided_sample, with rows whose start is 16-byte aligned wherever V allows, and parameters that are
-    tensors, or numbers for all rows."""
+    """Launch guided_sample once. Rows start at multiples of 16 bytes wherever V allows it.
+
+    numbers: pass each parameter as one number for all rows, not as a tensor.
+    """
     members = [torch.zeros(2, vocab, dtype=dtype) for _ in range(arms + 1)]
     row, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2, arms)
     bias = torch.zeros(vocab) if logit_bias else None
@@ -76,8 +78,10 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """ragged_attention, by default with the heads of Llama-3-8B, whose splits the last one combines; for one token by
-    a second launch as well, and ragged_append."""
+    """Launch ragged_attention, by default with the heads of Llama-3-8B; the last split of a tile combines all splits.
+
+    For one token, also launch the form in which a second kernel combines the splits, and ragged_append.
+    """
     query = torch.zeros(2, block, heads[0], widths[0], dtype=dtype).transpose(1, 2)
     keys, values = (torch.zeros(2, heads[1], 4096, width, dtype=dtype) for width in widths)
     slots, positions = torch.zeros(2, dtype=torch.int64), torch.zeros(2, block, dtype=torch.int64)
@@ -98,7 +102,10 @@ def layer(
     activation: str = "silu",
     norms: bool = False,
 ) -> None:
-    """What stands between the products and the attention of a decoder layer, with the B of two adapters or without."""
+    """Launch the kernels of a decoder layer other than matrix products and attention.
+
+    rank: rank of the two adapters whose B these kernels apply; 0 means no adapters.
+    """
 
     def product(out: int, parts: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         y = torch.zeros(3, 1, out + 2 * parts * rank, dtype=dtype)
@@ -125,7 +132,9 @@ def rotary() -> None:
 
 
 def logps(softcap: float | None = None, bias: bool = False, dtype: torch.dtype = BF16, vocab: int = 128256) -> None:
-    """Forward and backward of a trained output layer; the products are PyTorch's, so a narrow one will do."""
+    """Launch the forward and backward kernels of a trained output layer.
+
+    PyTorch computes the matrix products, so a hidden width of 1 is enough."""
     rows, weight = (torch.zeros(each, 1, dtype=dtype, requires_grad=True) for each in (2, vocab))
     layer = Layer(torch.zeros(vocab) if bias else None, 1.0, softcap)
     target_logps(rows, weight, torch.zeros(2, dtype=torch.int64), layer, TILES).sum().backward()

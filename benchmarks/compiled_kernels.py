@@ -1,10 +1,10 @@
-"""What the Triton kernels compile to, read without a GPU: registers, stack, 128-bit loads, instructions per logit.
+"""Compiles the Triton kernels without a GPU, and reports registers, stack, 128-bit loads and instructions.
 
     python benchmarks/compiled_kernels.py [--json] [--targets sm_90 gfx942] [--cases '1 ARM']
 
-The real launcher runs on CPU tensors under a stub driver: it binds and compiles each specialisation and launches
-nothing. SASS and its resource usage come from the cuobjdump that the triton wheel bundles. With sm_90
-among the targets, a model of an H100 follows.
+The real launcher runs on CPU tensors under a stub driver. It binds and compiles each specialisation, but launches
+nothing. SASS and its resource usage come from the cuobjdump that the triton wheel bundles. If sm_90 is among the
+targets, estimated times on an H100 follow.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ class Compiled:
     case: str
     kernel: str
     registers: int  # per thread
-    stack: int  # bytes per thread; not 0: spills
+    stack: int  # bytes per thread; above 0 if registers spill
     wide_loads: int  # 128-bit global loads in the code
     loads: int  # all global loads in the code
-    instructions: int  # in the code: for scores_kernel, which has no loop, those that one warp issues for a tile
-    shared: int  # bytes of shared memory a program
+    # Instructions in the code. scores_kernel has no loop, so one warp issues this number of them for a tile.
+    instructions: int
+    shared: int  # bytes of shared memory per program
 
 
 class StubDriver:
-    """As much of a driver as binding and compiling ask for."""
+    """The part of a Triton driver that binding and compiling use."""
 
     def __init__(self, target: str) -> None:
         self.target = target
 
     def get_current_device(self) -> int:
-        return list(TARGETS).index(self.target)  # triton caches what it compiled by device
+        return list(TARGETS).index(self.target)  # a device per target, since triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -67,19 +68,19 @@ class StubDriver:
 
 @contextmanager
 def compiling_for(target: str) -> Iterator[list[tuple[str, Any]]]:
-    """Launches inside compile for the target and collect (kernel name, compiled kernel) instead of running."""
+    """Make launches in the block compile for the target instead of running; yield [(kernel name, compiled kernel)]."""
     compiled: list[tuple[str, Any]] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
         kernel = run(self, *args, warmup=True, **kwargs)
-        if all(kernel is not known for _, known in compiled):  # tiles of a loop launch one specialisation again
+        if all(kernel is not known for _, known in compiled):  # a loop over tiles launches one kernel many times
             compiled.append((self.fn.__name__, kernel))
         return kernel
 
     driver.set_active(StubDriver(target))
     hip = patch.object(torch.version, "hip", "stub" if TARGETS[target].backend == "hip" else None)
-    # nothing is written, and torch.topk's neighbours index by what would have been
+    # No kernel writes its outputs, and the top log-probs gather by sampled tokens: zeros are indices in range.
     with hip, patch.object(JITFunction, "run", compile_only), patch.object(torch, "empty", torch.zeros):
         yield compiled
 
@@ -136,8 +137,10 @@ def compile_all(targets: list[str], cases: list[str]) -> list[Compiled]:
 
 
 def h100_model(found: list[Compiled], vocab: int = 128256) -> str:
-    """A model, not a measurement: the pass over the logits, bound by issue slots or by memory, with all SMs busy."""
-    issue, memory = 132 * 4 * 1.7e3, 3.35e6  # warp instructions and bytes per µs: SMs x schedulers x MHz; HBM3
+    """Return a Markdown table of estimated, not measured, times of the pass over the logits on an H100.
+
+    With all SMs busy, the pass is bound either by the issue of instructions or by reading memory."""
+    issue, memory = 132 * 4 * 1.7e3, 3.35e6  # per µs: warp instructions (SMs x schedulers x MHz), and bytes of HBM3
     lines = [
         "| case | instructions per token | issue, ns per row | memory, ns per row | bound by |",
         "|---|---|---|---|---|",

@@ -1,14 +1,15 @@
-"""What every method of the quality tables costs, as ratios to the unguided base on the same engine.
+"""Measures what every method of the quality tables costs, relative to the unguided base on the same engine.
 
     OMP_NUM_THREADS=1 python benchmarks/cost.py [--size short] [--tokens 128] [--batch 1 8 32] [--json FILE]
     python benchmarks/cost.py ... --quality quality-general.json --plot cost.png
 
-Methods take turns, round by round, in CPU time with one thread. A figure is of whole calls, prompts included, without
-stop tokens, so that all make equally many; "first token" is a call of one token. "published stack" is how the published
-code works: two full models one after the other, a log-softmax of each, tokens read by the host at each step. Methods
-that search or sample many times run at the first batch size alone. Peak memory is of a process that runs one method
-once, libraries and weights included. This engine holds all three ARMs there, whatever their weights, and methods that
-take its base hold the engine. Published ratios: `PUBLISHED`.
+Methods take turns in every round; the clock is CPU time of one thread. A figure is the time of a whole call with its
+prompts. Stop tokens are off, so all methods make equally many tokens. "first token" is a call for one token. "published
+stack" works like the published code. It runs two full models one after the other and takes a log-softmax of each; the
+host reads the tokens at each step. Methods that search or sample many times run at the first batch size only.
+
+Peak memory is that of a process that runs one method once, libraries and weights included. The engine holds all three
+ARMs there, whatever their weights; methods that use its base hold the engine too. Published ratios: `PUBLISHED`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from result_files import machine, peak_resident
 from genarm_fast.bench.timing import clock_of, interval, take_turns
 
 TEXT = "Write a short review of the film that you saw last night, and say whether you would see it again."
-# Times a 128-token response as multiples of the unguided base's, one H100, from the PALC paper: 5.67 and 7.88 s over
-# 1.79 s. GenARM's own paper has seconds only (7B, unknown GPU): guided 7.28, CARDS 87.09, Transfer-Q 130.53.
+# Times of a 128-token response over that of the unguided base, on one H100, from the PALC paper: 5.67 and 7.88 s over
+# 1.79 s. GenARM's own paper gives only seconds (7B, unknown GPU): guided 7.28, CARDS 87.09, Transfer-Q 130.53.
 PUBLISHED = {"guided (H100, PALC's paper)": 5.67 / 1.79, "ARGS (H100, PALC's paper)": 7.88 / 1.79}
 PUBLISHED_TO_GUIDED = {"CARDS (GenARM's paper)": 87.09 / 7.28, "Transfer-Q (GenARM's paper)": 130.53 / 7.28}
 
 
-# What is no row of its own, since it runs the same forwards as another one.
+# Methods that are not measured, since each runs the same forwards as the method it maps to.
 AS_DEAR_AS = {
     "control, w = 1": "base",
     "control, w = 2": "base",
@@ -52,11 +53,11 @@ AS_DEAR_AS = {
 }
 
 
-SEARCHES = ("best", "ARGS", "Transfer-Q")  # beginnings of names; these take 2 to 20 times as long as the others
+SEARCHES = ("best", "ARGS", "Transfer-Q")  # name prefixes of methods that take 2 to 20 times as long as the others
 
 
 def methods(models: Models, size: Size) -> dict[str, Method]:
-    """Those of the quality table, and what they are made of in other ways."""
+    """Return the methods of the quality table, and guidance by other ARMs and by the published stack."""
     found = {name: method for name, method in general(models, size).items() if name not in AS_DEAR_AS}
     found["guided by the small ARM, w = 1"] = by_arms(models, small=1.0)
     found["two ARMs, w = 0.5 each"] = by_arms(models, positive=0.5, concise=0.5)
@@ -67,7 +68,9 @@ def methods(models: Models, size: Size) -> dict[str, Method]:
 
 
 def prompts_of(models: Models, batch: int) -> list[list[int]]:
-    """Different ones: the engine computes equal prompts once. Made without the engine, which not every method holds."""
+    """Return `batch` different prompts, since the engine computes equal prompts once.
+
+    They are made without the engine: not every method loads it."""
     chats = [[{"role": "user", "content": f"{number}. {TEXT}"}] for number in range(1, batch + 1)]
     made = models.tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
     return [list(ids) for ids in made]
@@ -76,8 +79,9 @@ def prompts_of(models: Models, batch: int) -> list[list[int]]:
 def measure(
     models: Models, chosen: dict[str, Method], batch: int, tokens: int, rounds: int, slow_rounds: int
 ) -> dict[str, Any]:
-    """Of each method: seconds, first token, ratio to the base, forwards a token. The ones that search or sample many
-    times run `slow_rounds` rounds."""
+    """Return each method's seconds, ratio to the base, seconds to the first token, and forwards per token.
+
+    Methods that search or sample many times run `slow_rounds` rounds, all others `rounds`."""
     prompts, results = prompts_of(models, batch), {}
     _, clock = clock_of([torch.device("cpu")])
     slow = sorted(name for name in chosen if name.startswith(SEARCHES))
@@ -88,7 +92,7 @@ def measure(
 
         def run(name: str, new: int, last: dict[str, Any] = last) -> Any:
             def turn(number: int) -> None:
-                if number or new == 1:  # the whole call is not warmed up: the call of one token has been
+                if number or new == 1:  # turn 0 warms up; the call of one token has warmed up the whole call too
                     last[name] = chosen[name](prompts, Params(new, seed=number))
 
             return turn
@@ -113,12 +117,12 @@ def measure(
 
 
 def at_batch(chosen: dict[str, Method], batch: int, first: int) -> dict[str, Method]:
-    """Those that run at a batch size, of which `first` is the first."""
+    """Return the methods that run at a batch size: all of them at the size `first`, else those that do not search."""
     return {name: method for name, method in chosen.items() if batch == first or not name.startswith(SEARCHES)}
 
 
 def peak_memory(arguments: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Largest resident set in MiB of a process for each method."""
+    """Return each method's largest resident set in MiB, taken in a process of its own."""
     found = {}
     for name in names:
         command = [sys.executable, __file__, *arguments, "--child", name]
@@ -128,7 +132,9 @@ def peak_memory(arguments: Sequence[str], names: Sequence[str]) -> dict[str, flo
 
 
 def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
-    """Win rate over cost of a response at the first batch size; a line through what nothing else beats in both."""
+    """Plot the win rate over the cost of a response at the first batch size.
+
+    A line joins the methods that no other method beats in both."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,7 +150,7 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
         spread = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]]
         colour = "#c1440e" if name.startswith("guided") else "#4878a8"
         axis.errorbar(cost, rate["value"], yerr=spread, fmt="o", color=colour, ecolor="#c8d3e0", elinewidth=0.8)
-        # Of two labels that would run into each other, the lower point's goes below it, or the left one's.
+        # If two labels would overlap, the lower point's label goes below it; at equal heights, the left point's does.
         near = [
             (other["value"], c)
             for c, other in shown.values()
@@ -169,7 +175,7 @@ def plot(costs: dict[str, Any], quality: dict[str, Any], path: Path) -> None:
 
 
 def published(costs: dict[str, Any]) -> str:
-    """Markdown: the published ratios beside ours at the first batch size."""
+    """Return a Markdown table of the published ratios beside those measured here at the first batch size."""
     measured = next(iter(costs["batches"].values()))
     to_base = {name: row["to_base"]["median"] for name, row in measured.items()}
     guided = to_base.get("guided, w = 1")
@@ -194,7 +200,7 @@ def published(costs: dict[str, Any]) -> str:
 
 
 def table(costs: dict[str, Any]) -> str:
-    """Markdown; without the column of peak memory where that was not measured."""
+    """Return the costs as a Markdown table. The column of peak memory is left out if it was not measured."""
     titles = ["batch", "method", "seconds", "to the base", "first token, s", "forwards a token"]
     titles += ["peak MiB"] if costs["peak_mib"] else []
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -217,7 +223,7 @@ def table(costs: dict[str, Any]) -> str:
 
 
 def timed_before(path: Path | None, tokens: int, size: Size) -> dict[str, Any]:
-    """The result file, whose times are of this many tokens and this size."""
+    """Return the contents of a result file; exit with an error unless it has times of `tokens` tokens and this size."""
     costs = json.loads(path.read_text()) if path is not None and path.exists() else {}
     if (costs.get("tokens"), costs.get("size")) != (tokens, json.loads(json.dumps(asdict(size)))):
         raise SystemExit(f"--only-memory --json {path}: expected times of {tokens} tokens at this --size")

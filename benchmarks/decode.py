@@ -1,13 +1,13 @@
-"""Tokens per second of guided decoding on a CPU: what LoRA ARMs cost as lanes, as forwards of their own, and naively.
+"""Measures guided decoding on a CPU in tokens/s: LoRA ARMs as lanes, with forwards of their own, and in a naive loop.
 
     OMP_NUM_THREADS=1 python benchmarks/decode.py BASE ARM ARM [--tokens 32] [--rounds 3] [--compiled] [--json]
     OMP_NUM_THREADS=1 python benchmarks/decode.py BASE ARM ARM --memory | --growth
     OMP_NUM_THREADS=1 python benchmarks/decode.py BASE --random 1.3 --dtype bf16
 
-The last is of a random Llama of so many billion weights, with the tokenizer of BASE, and two random LoRA ARMs.
-Variants take turns in one process, after one unmeasured round of all; medians are shown, without drafts everywhere.
-The clock is the process's CPU time: with one thread that is the time on an idle machine, and other processes on a
-shared one do not count. GB/s are bytes of the base's weights, before any quantization, per second of a decode step.
+The last form measures a random Llama with 1.3 billion weights and the tokenizer of BASE, with two random LoRA ARMs.
+Variants take turns in one process, after one unmeasured round of all. Figures are medians, and no variant drafts. The
+clock is the process's CPU time: with one thread this is the time on an idle machine, since other processes do not
+count. GB/s are bytes of the base's weights, before any quantization, per second of a decode step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HUGGING_FACE = "base alone, Hugging Face generate"
 
 @torch.inference_mode()
 def naive(models: list[Any], weights: list[float], prompts: Tensor, tokens: int) -> None:
-    """Every model in turn with a cache of its own, then log-softmax, sum, softmax, multinomial."""
+    """Decode with every model in turn, each with a cache of its own, then log-softmax, sum, softmax, multinomial."""
     caches = [DynamicCache(config=model.config) for model in models]
     step = prompts
     for _ in range(tokens):
@@ -57,7 +57,7 @@ def naive(models: list[Any], weights: list[float], prompts: Tensor, tokens: int)
 
 @torch.inference_mode()
 def compiled(models: list[Any], weights: list[float], prompts: Tensor, tokens: int) -> None:
-    """The same over static caches, each decode step compiled."""
+    """Decode like `naive`, but over static caches and with each decode step compiled."""
     rows, length = prompts.shape
     caches = [StaticCache(config=model.config, max_cache_len=length + tokens) for model in models]
     step, position = prompts, torch.arange(length)
@@ -81,9 +81,9 @@ def variants(
     compile_too: bool,
     quantization: str | None = None,
 ) -> tuple[dict[str, Callable[[], Any]], int]:
-    """By name; and the bytes of the base's weights. quantization: of our lanes alone."""
+    """Return the variants by name, and the bytes of the base's weights. quantization: applies to the lanes only."""
     lanes = GenARM.from_pretrained(base, arms, dtype=dtype, speculation="off", quantization=quantization)
-    bare = lanes.base.model  # which the engine leaves as it is: it runs modules of its own over these weights
+    bare = lanes.base.model  # unchanged by the engine, which runs modules of its own over these weights
     if quantization:
         bare = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False).eval()
     separate = GenARM.from_pretrained(bare, arms, tokenizer=lanes.tokenizer, speculation="off")
@@ -92,10 +92,11 @@ def variants(
     adapted = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False), arms[0]
     )
-    merged = adapted.merge_and_unload().eval().requires_grad_()  # without, PyTorch copies its head in a prefill
+    # Without requires_grad_, PyTorch would copy the merged model's head in a prefill.
+    merged = adapted.merge_and_unload().eval().requires_grad_()
     two_models = [bare, merged]
     ids = lanes.tokenizer(TEXT)["input_ids"]
-    rows = [[first, *ids] for first in range(100, 100 + batch)]  # all different: the engine prefills equal prompts once
+    rows = [[first, *ids] for first in range(100, 100 + batch)]  # all differ, since the engine prefills equal ones once
     prompts = torch.tensor(rows)
 
     def ours(model: GenARM, *weights: float) -> Callable[[], Any]:
@@ -127,7 +128,9 @@ def variants(
 
 @contextmanager
 def random_models(base: str, billions: float) -> Iterator[tuple[str, list[str]]]:
-    """Folders of a Llama of the shape of TinyLlama-1.1B, of as many layers as it takes, and two adapters of rank 8."""
+    """Yield the folder of a random Llama in the shape of TinyLlama-1.1B, and those of two adapters of rank 8.
+
+    billions: the number of weights, reached by the number of layers."""
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
     layer = 2048 * (2 * 2048 + 2 * 4 * 64 + 3 * 5632)
@@ -148,13 +151,13 @@ def random_models(base: str, billions: float) -> Iterator[tuple[str, list[str]]]
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each."""
+    """Return each variant's median seconds."""
     turns = {name: lambda turn, run=run: run() for name, run in runs.items()}
     return {name: statistics.median(each) for name, each in take_turns(turns, rounds, clock).items()}
 
 
 def peak_memory(base: str, arms: list[str], dtype: str, tokens: int) -> dict[str, float]:
-    """Largest resident set in bytes of a process that decodes with none, one and two ARMs."""
+    """Return the largest resident set, in bytes, of processes that decode with no ARM, one ARM and two ARMs."""
     code = "import sys; from decode import one_run; one_run(*sys.argv[1:])"
     found = {}
     for count in range(len(arms) + 1):
@@ -172,7 +175,7 @@ def one_run(dtype: str, tokens: str, base: str, *arms: str) -> None:
 
 
 def growth(base: str, arm: str, dtype: str, tokens: int) -> dict[str, float]:
-    """CPU milliseconds per token, by place in one long text and by the number of waiting requests."""
+    """Return CPU milliseconds per token at several places of one long text, and for queues of 8 and 64 requests."""
     model = GenARM.from_pretrained(base, [arm], dtype=DTYPES[dtype], speculation="off")
     with model.stream(TEXT, max_new_tokens=tokens, ignore_eos=True, seed=1) as stream:
         stamps = [time.process_time() for _ in stream]

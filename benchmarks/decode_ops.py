@@ -1,9 +1,9 @@
-"""rms_norm, rotary and silu_mul in a decode step of a Llama-like model, against the modules that they replace.
+"""Compares rms_norm, rotary and silu_mul in a decode step of a Llama-like model with the modules that they replace.
 
     python benchmarks/decode_ops.py MODEL_FOLDER [--rounds N]
 
-The same transformers model takes turns with and without each, after a prompt of 100 tokens. bfloat16, one thread, CPU
-time, medians. Attention and linears are PyTorch's own throughout.
+One transformers model takes turns with and without each op, after a prompt of 100 tokens. Figures are medians of CPU
+time, in bfloat16 with one thread. Attention and linear layers are always PyTorch's own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def mlp_forward(mlp: nn.Module) -> Callable:
 
 
 class Switch:
-    """Puts the ops into the model, and takes them out."""
+    """A switch that puts ops into a model and takes them out again."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())

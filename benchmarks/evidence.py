@@ -1,7 +1,7 @@
-"""Writes the tables and plots of docs/results.md, from "Beside other methods" on, from the result files.
+"""Writes the tables and plots of docs/results.md, from the heading "Beside other methods" on, from result files.
 
-    python benchmarks/evidence.py     from benchmarks/results: quality-*.json, cost.json and
-                                  learning-curve.json, where they are
+    python benchmarks/evidence.py     reads quality-*.json, cost.json and learning-curve.json in benchmarks/results;
+                                      a missing file leaves its tables as they are
 
 `make evidence`, `cost.py` and `learning_curve.py` make those files. No figure in the tables is typed by hand.
 """
@@ -29,7 +29,7 @@ COLOURS = {"guided, sum 1": "#e08e45", "guided, sum 2": "#c1440e", "MOD": "#4878
 
 
 def about(found: Mapping[str, Any]) -> str:
-    """Where and when, in a sentence."""
+    """Return a sentence that says where and when the figures were measured."""
     on = found["machine"]
     threads = "one thread" if on["threads"] == 1 else f"{on['threads']} threads"
     return (
@@ -49,7 +49,7 @@ def judged(found: Mapping[str, Any]) -> str:
 
 
 def told(trace: list[Mapping[str, Any]]) -> str:
-    """A text by the weights that its tokens were drawn with."""
+    """Return a text as a Markdown list, with an item for each run of tokens drawn with the same weights."""
     parts = []
     for weights, steps in groupby(trace, key=lambda step: step["weights"][0][:2] if step["weights"] else None):
         text = "".join(step["text"] for step in steps).replace("\n", " ")
@@ -59,7 +59,7 @@ def told(trace: list[Mapping[str, Any]]) -> str:
 
 
 def plot_front(found: Mapping[str, Any], path: Path) -> None:
-    """Both objectives of every method's points, the share of the first one beside the ends."""
+    """Plot both objectives of every method's points. The labels at a method's ends are the shares of `positive`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,12 +92,12 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def has_sizes(weak: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Whether ARMs of other sizes were run beside the one that ships."""
+    """Whether `weak` has results of small ARMs of other sizes than the one that ships."""
     return weak is not None and len(weak.get("small_arms", ())) > 1
 
 
 def blocks() -> dict[str, str]:
-    """What stands between the marks of the page, by mark; of what was run."""
+    """Return the text for each pair of marks in the page, by the name of the mark, for the result files that exist."""
     found = {name: read(f"quality-{name}") for name in ("general", "weak", "front")}
     tables = {name: f"{judged(each)}\n\n{quality.table(each)}" for name, each in found.items() if each}
     if has_sizes(found["weak"]):

@@ -1,4 +1,4 @@
-"""What a front of two objectives is measured by, and policies that were trained for single points of it.
+"""Measures of a front of two objectives, and of policies that were trained for single points of a front.
 
 Objectives lie in [0, 1]: P(positive) by the judge, and 1 - tokens / limit.
 """
@@ -16,17 +16,17 @@ from quality_runs import Texts
 
 
 def objectives(texts: Texts, judge: Any, size: Size) -> np.ndarray:
-    """Both of each prompt [prompts, 2], means over its seeds."""
+    """Return both objectives of each prompt, [prompts, 2], as means over its seeds."""
     return np.stack([texts.scores(judge).mean(1), 1 - texts.tokens.mean(1) / size.tokens], -1)
 
 
 def methods_of(found: Mapping[str, Texts]) -> list[str]:
-    """Those that have every point."""
+    """Return the names of the methods that have a text for every point of the front."""
     return [name for name in dict.fromkeys(name.rsplit(" ", 1)[0] for name in found) if name != TRAINED]
 
 
 def front_figures(found: Mapping[str, Texts], judge: Any, size: Size) -> dict[str, Any]:
-    """Hypervolume over (0, 0) and mean inner product of every method that has all points."""
+    """Return the points, hypervolume over (0, 0) and mean inner product of every method that has all points."""
     points = shares(size.points)
     weights = np.array([[a, 1 - a] for a in points])
     results: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def front_figures(found: Mapping[str, Texts], judge: Any, size: Size) -> dict[st
 
 
 def single_points(found: Mapping[str, Texts], judge: Any, size: Size, given: Sequence[float]) -> dict[str, Any]:
-    """At each share with a policy of its own: both objectives of every method, and their sum in the point's shares."""
+    """Return both objectives of every method, and their weighted sum, at each share that has a policy of its own."""
     results: dict[str, Any] = {}
     for share in given:
         at = results[f"{share:.2f}"] = {}
@@ -59,7 +59,7 @@ def single_points(found: Mapping[str, Texts], judge: Any, size: Size, given: Seq
 
 
 def points_table(points: Mapping[str, Any]) -> str:
-    """Markdown of `single_points`."""
+    """Return the result of `single_points` as a Markdown table."""
     lines = ["| share | method | P(positive) | 1 - tokens / limit | inner product |", "|---|---|---|---|---|"]
     for share, at in points.items():
         for method, figures in at.items():

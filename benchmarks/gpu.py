@@ -1,98 +1,116 @@
 """Guided decoding on a GPU, next to what it costs to read the base's weights once (W) and to Hugging Face.
 
-    python benchmarks/gpu.py [--seconds 480] [--out FOLDER] [--only ROW ...]
+    python benchmarks/gpu.py [--budget 480] [--out FOLDER] [--only ROW ...]
     python benchmarks/gpu.py --dry                a trial at toy size, without a GPU
     python benchmarks/gpu.py --report RESULT.json table and picture of a result, again
 
-`make bench-gpu` is the first, with ARGS for the rest. Correctness comes first, then rows in the order of their weight;
-after each of them the JSON is on disk, so that what was measured stays when time runs out. No network. docs/gpu.md
-explains the rows.
+`make bench-gpu` is the first, with ARGS for the rest. Correctness comes first, then rows in the order of their weight.
+Before and after each of them the JSON is on disk: what was measured stays when time runs out, a row fails or the run is
+killed. Rows that no longer fit are named there. No network. docs/gpu.md explains the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
+import signal
 import sys
 import tempfile
-import warnings
-from contextlib import nullcontext
+import time
 from pathlib import Path
+from typing import Any
 
-from gpu_bench.dry import interpreting, standing_in
+from gpu_bench.clone import importable
+from gpu_bench.dry import interpreting
 
+BEGAN = time.monotonic()  # before the large imports, which take seconds of the budget
 RESULTS = Path(__file__).parent / "results"
+SLOWER = 8.0  # A trial's rows take up to this many times their estimates, as the interpreter does.
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, help="of all rows together (default: 480; 3600 if dry)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of the whole run (default: 480; 3600 if dry)")
     parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results; if dry a new one)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by their names")
     parser.add_argument("--dry", action="store_true", help="toy sizes, interpreted, with stand-ins for a GPU")
     parser.add_argument("--report", type=Path, metavar="RESULT.json", help="write its table and picture beside it")
+    parser.add_argument("--rows", default="gpu_bench.rows", help=argparse.SUPPRESS)  # a module: tests have their own
+    parser.add_argument("--compile", metavar="JOB", help=argparse.SUPPRESS)  # what the first row starts
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # what nsys runs
     args = parser.parse_args()
-    if args.seconds is None:
-        args.seconds = 3600.0 if args.dry else 480.0
-    if args.seconds <= 0:
-        parser.error(f"--seconds {args.seconds:g}: expected a number above 0")
+    if args.budget is None:
+        args.budget = 3600.0 if args.dry else 480.0
+    if args.budget <= 0:
+        parser.error(f"--budget {args.budget:g}: expected a number above 0")
     if args.dry and args.out is not None and RESULTS.resolve() in (args.out.resolve(), *args.out.resolve().parents):
         parser.error(f"--out {args.out}: expected another folder than {RESULTS}, whose numbers are of real runs")
     return args
 
 
-def report(path: Path) -> str:
-    """Write the table and the picture beside a result; returns the table."""
+def report(path: Path) -> None:
+    """Write the table of a result beside it and print it; then draw the picture, which takes longer."""
     from gpu_bench.report import markdown, plot
 
     result = json.loads(path.read_text())
     text = markdown(result)
     path.with_suffix(".md").write_text(text)
+    print(text, path, sep="\n", flush=True)
     try:
         plot(result, path.with_suffix(".png"))
     except ImportError as error:  # where the GPU is; the result makes its picture elsewhere, with --report
-        return f"{text}\nno picture: {error}\n"
-    return text
+        print(f"no picture: {error}")
+
+
+def measure(args: argparse.Namespace) -> Path:
+    """Run the rows in processes of their own, and return the file of the result."""
+    from gpu_bench.schedule import RESERVE, run_all
+    from gpu_bench.workers import Workers, interrupted
+
+    signal.signal(signal.SIGTERM, interrupted)
+    with Workers(args.rows, "dry" if args.dry else "real") as workers:
+        source: Any = importlib.import_module(args.rows)  # meanwhile
+        names = [row.name for row in source.ROWS]
+        if unknown := sorted(set(args.only or ()) - set(names)):
+            raise SystemExit(f"--only {unknown[0]!r}: expected one of {', '.join(map(repr, names))}")
+        about = workers.run(source.MACHINE, 60, lambda so_far: None)
+        if "error" in about:
+            raise SystemExit(f"no CUDA device that works: expected one, or --dry: {about['error']}")
+        folder = args.out or (Path(tempfile.mkdtemp(prefix="gpu-")) if args.dry else RESULTS)
+        folder.mkdir(parents=True, exist_ok=True)
+        device = "dry" if args.dry else about["gpu"].lower().replace(" ", "-")
+        path = folder / f"gpu-{device}-{about['date'][:16].replace(':', '')}.json"
+        result = {"setting": "dry" if args.dry else "real", "budget_seconds": args.budget, "machine": about}
+        rows = [row for row in source.ROWS if args.only is None or row.name in args.only]
+        try:
+            run_all(
+                rows, workers, result, path, BEGAN + args.budget - RESERVE, slower=SLOWER if args.dry else 1.0,
+                say=lambda line: print(line, flush=True),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("interrupted: the table has the rows before", file=sys.stderr)
+        return path
 
 
 def main() -> None:
     args = parsed()
     if args.report is not None:
-        print(report(args.report))
+        report(args.report)
         return
     if args.dry:
         interpreting()
-    import torch
-    from gpu_bench.machine import machine
-    from gpu_bench.measure import Bench
-    from gpu_bench.profile import profiled
-    from gpu_bench.rows import ROWS
-    from gpu_bench.schedule import run_all
-    from gpu_bench.settings import DRY, REAL
+    importable()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without network, each question to the hub would take its time-out
+    if args.profiled or args.compile:
+        from gpu_bench.compiling import compile_job, profile_alone
 
-    setting = DRY if args.dry else REAL
-    if not args.dry and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: expected one, or --dry")
-    names = [row.name for row in ROWS]
-    if unknown := sorted(set(args.only or ()) - set(names)):
-        raise SystemExit(f"--only {unknown[0]!r}: expected one of {', '.join(map(repr, names))}")
-    warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
-    if args.profiled:
-        profiled(Bench(setting))
-        return
-    about = machine(setting.device)
-    folder = args.out or (Path(tempfile.mkdtemp(prefix="gpu-")) if args.dry else RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
-    device = "dry" if args.dry else about["gpu"].lower().replace(" ", "-")
-    path = folder / f"gpu-{device}-{about['date'][:16].replace(':', '')}.json"
-    result = {"setting": setting.name, "budget_seconds": args.seconds, "machine": about}
-    rows = [row for row in ROWS if args.only is None or row.name in args.only]
-    with standing_in() if args.dry else nullcontext():
-        run_all(rows, Bench(setting), result, path, args.seconds, say=lambda line: print(line, flush=True))
-    print(report(path))
-    print(path)
-    if any("error" in row for row in result["rows"]):  # type: ignore[attr-defined]
+        sys.exit(compile_job(args.compile, "dry" if args.dry else "real") if args.compile else profile_alone())
+    path = measure(args)
+    report(path)
+    result = json.loads(path.read_text())
+    if "running" in result or any("error" in row for row in result["rows"]):
         sys.exit(1)
 
 

@@ -1,11 +1,11 @@
-"""Lines that only a GPU runs, and that no test of these runs without one.
+"""Lists lines that serve only a GPU and that none of the given tests runs without a GPU.
 
     python benchmarks/gpu_lines.py [TEST ...] [--folder FOLDER]
 
-Looked at: the CUDA device, the launchers of Triton kernels (not the kernels: the interpreter has tests of its own), the
-stacked decoder, flash-attn, and functions elsewhere that ask whether a tensor is on CUDA. Tests run in pytest under a
-tracer, as do the processes of pytest that they start. All tests take long: give them in pieces and one folder, where
-traces stay; what earlier pieces ran counts as run, as long as nobody edits these files in between.
+It covers the CUDA device, the launchers of Triton kernels, the stacked decoder, flash-attn, and other functions that
+ask whether a tensor is on CUDA. Kernels are left out, since the interpreter has tests of its own. pytest runs the tests
+under a tracer, and so do the pytest processes that tests start. All tests together take long. So they can be given in
+pieces with one --folder, where traces stay: lines that an earlier piece ran count, unless someone edits the files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ TESTS = (
 
 
 def lines_of(path: Path) -> dict[str, set[int]]:
-    """Lines with code in it, by the function that they are in; kernels and, but for whole files, what never asks."""
+    """Return the lines with code of each function that serves a GPU, by the function's name.
+
+    Kernels are left out. In files outside WHOLE and LAUNCHERS, only functions count that use a word of ASKS."""
     source = path.read_text()
     whole = path.relative_to(ROOT).as_posix() in WHOLE or path.name in LAUNCHERS
     found = {}
@@ -54,7 +56,7 @@ def lines_of(path: Path) -> dict[str, set[int]]:
 
 
 def functions(tree: ast.Module, module: CodeType) -> Iterator[tuple[str, CodeType, Any]]:
-    """All functions with their code and their place in the tree."""
+    """Yield (name, code object, syntax node) of every function of a module."""
     nodes = {
         (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.name): node
         for node in ast.walk(tree)
@@ -79,9 +81,9 @@ def files() -> list[Path]:
 
 
 def trace(folder: str) -> None:
-    """From now on, note which lines of these files run; they are written when the process ends."""
+    """Record from now on which lines of `files()` run, and write them into `folder` when the process ends."""
     wanted = {str(path.resolve()): set() for path in files()}
-    known: dict[str, Any] = {}  # by the name that code has
+    known: dict[str, Any] = {}  # file name in a code object -> the set of its lines that ran, or None for other files
 
     def local(frame: Any, event: str, _: Any) -> Any:
         if event == "line":
@@ -105,7 +107,7 @@ def trace(folder: str) -> None:
 
 
 def never_run(folder: Path) -> dict[str, dict[str, list[int]]]:
-    """Lines that no process ran, by file and function."""
+    """Return the lines that no process ran, by file and function. folder: has the traces of the processes."""
     ran: dict[str, set[int]] = {}
     for path in folder.glob("*.json"):
         for name, lines in json.loads(path.read_text()).items():
@@ -142,5 +144,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-elif FOLDER in os.environ:  # as a plugin of pytest
+elif FOLDER in os.environ:  # pytest imports this module as a plugin
     trace(os.environ[FOLDER])

@@ -1,14 +1,15 @@
-"""What a step costs as rows, context and ARMs grow, in every way of holding weights on the CPU, beside Hugging Face.
+"""Measures a step as rows, context and ARMs grow, for every way of holding weights on the CPU, and Hugging Face's step.
 
     python benchmarks/growth.py [MODEL] [--rows N ...] [--contexts TOKENS ...] [--arms N ...] [--prompts TOKENS ...]
         [--ways WAY ...] [--lora FOLDER ...] [--steps N] [--turns N] [--json FILE] [--plot FILE] [--full]
 
-Default: the demo's base, and its LoRA ARMs, in a short form; --full: rows to 64, context to 8,000, all ways. A figure
-is CPU milliseconds, of one thread, without drafts; the median of turns, in which the ways follow each other. Rows have
-24 tokens of context. ARMs are lanes of the base, on --arm-rows rows. "hf" is transformers' own forward of the base
-alone, in bfloat16, which no ARM guides. A prompt is the base's alone, measured whole, with the token that it gives.
+The default is a short form with the demo's base and its LoRA ARMs. --full has up to 64 rows, up to 8,000 tokens of
+context, and all ways. A figure is CPU milliseconds of one thread without drafts: the median of turns, in which the ways
+follow each other. Rows have 24 tokens of context. ARMs are lanes of the base, on --arm-rows rows. "hf" is transformers'
+own forward of the base alone, in bfloat16, without guidance. The time of a prompt is that of the base alone, the first
+token included.
 
-With --json every figure is written as it is measured, and a run that was stopped goes on where it was.
+With --json every figure is written as soon as it is measured, and a stopped run continues from there.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ LABELS = {
 
 
 class Ours:
-    """A `GenARM` in one way of holding weights; a request weighs as many ARMs as it should."""
+    """A `GenARM` that holds its weights in one way. Each request chooses how many of the ARMs guide it."""
 
     def __init__(self, source: Any, way: str, arms: list[Any], most: int) -> None:
         dtype, quantization = WAYS[way]
@@ -62,7 +63,7 @@ class Ours:
         self.model = GenARM.from_pretrained(source, specs, max_batch_size=most, speculation="off", **options)
 
     def step(self, prompts: list[list[int]], arms: int, steps: int) -> float:
-        """Of steps after all rows have their first token."""
+        """Return the CPU milliseconds of a step, measured once all rows have their first token."""
         weights = {name: float(i < arms) for i, name in enumerate(self.model.arm_names)}
         params = SamplingParams(max_new_tokens=steps + 64, temperature=0.0, ignore_eos=True, weights=weights)
         tokens, start, last = [0] * len(prompts), 0.0, 0
@@ -82,7 +83,7 @@ class Ours:
 
 
 class HuggingFace:
-    """transformers' forward of the base, with its own cache."""
+    """The forward of the base by transformers, with transformers' own cache."""
 
     def __init__(self, source: Any) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, trust_remote_code=False).eval()
@@ -105,7 +106,7 @@ class HuggingFace:
 
 
 class Figures:
-    """What was measured, in a file if there is one: {way: {axis: {value: [milliseconds of each turn]}}}."""
+    """The measured figures, {way: {axis: {value: [milliseconds of each turn]}}}, kept in a file if `path` is given."""
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         self.path, self.about = path, about
@@ -134,11 +135,11 @@ class Figures:
         }
 
 
-Point = tuple[str, str, int]  # way, axis, value
+Point = tuple[str, str, int]  # (way, axis, value)
 
 
 def missing(figures: Figures, ways: list[str], plan: dict[str, list[int]], turns: int) -> Iterator[Point]:
-    """What to measure next, the ways in turn."""
+    """Yield the points that are still to be measured, turn by turn; the ways follow each other at every value."""
     for turn in range(turns):
         for axis, values in plan.items():
             for value in values:
@@ -174,7 +175,9 @@ def show(figures: Figures, plan: dict[str, list[int]]) -> None:
 
 
 def plot(figures: Figures, plan: dict[str, list[int]], path: Path) -> None:
-    """A picture for each axis of steps, of ratios to bfloat16's first figure, which a busy machine disturbs less."""
+    """Draw a picture for each axis of a step.
+
+    It shows ratios to the first figure of bfloat16: a busy machine disturbs them less than milliseconds."""
     import matplotlib.pyplot as plt
 
     axes_of = [axis for axis in ("rows", "contexts", "arms") if plan[axis]]

@@ -1,11 +1,11 @@
-"""What guidance costs beside Hugging Face's unguided base: tables of the README and docs/performance.md, and its plot.
+"""Compares guided decoding with Hugging Face's unguided base: tables of README.md and docs/performance.md, and a plot.
 
-    OMP_NUM_THREADS=1 python benchmarks/guidance.py measure [--rounds 3]    20 minutes of a core, and the three below
-    python benchmarks/guidance.py write [FILE]                              from the newest result file, or this one
+    OMP_NUM_THREADS=1 python benchmarks/guidance.py measure [--rounds 3]    takes 20 minutes of a core, then writes too
+    python benchmarks/guidance.py write [FILE]                              from FILE, or from the newest result file
 
-A result file is benchmarks/results/guidance-<date>-<machine>-<instruction set>.json, with what `decode.py` and
-`speculation.py` reported. `write` puts its table between two marks in README.md, and those of the newest files of other
-instruction sets between two in docs/performance.md, so that no figure there is typed by hand.
+A result file is benchmarks/results/guidance-<date>-<machine>-<instruction set>.json. It has the reports of `decode.py`
+and `speculation.py`. `write` puts the file's table between two marks in README.md. Between two marks in
+docs/performance.md it puts the tables of the newest files of other instruction sets. No figure there is typed by hand.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from genarm_fast import demo
 
 HERE = Path(__file__).parent
 README, PAGE, PLOT = (HERE.parent / name for name in ("README.md", "docs/performance.md", "docs/img/guidance.png"))
-BLOCK = "guidance"  # its marks in README.md and on the page
-WEIGHTS = {"bfloat16": None, "exact": "exact"}  # how ours are held: title and --quantization
+BLOCK = "guidance"  # name of the marks in README.md and docs/performance.md
+WEIGHTS = {"bfloat16": None, "exact": "exact"}  # how this library holds the weights: title -> --quantization
 COLUMNS = [(weights, batch) for weights in WEIGHTS for batch in (1, 8)]
-PLAIN = {  # rows of the table by variant of decode.py
+PLAIN = {  # variant of decode.py -> row of the table
     "base alone": "base alone, here",
     "1 LoRA ARM, lanes": "1 LoRA ARM, in one forward with the base",
     "2 LoRA ARMs, lanes": "2 LoRA ARMs",
     "1 ARM, naive loop over two models": "1 ARM, naive loop over two models",
 }
-DRAFTED = {  # and by part of speculation.py, whose contender is "auto"
+DRAFTED = {  # part of speculation.py, from which the contender "auto" is taken -> row of the table
     "pair": "1 small ARM (0.07 of the base's cost), drafting for the base",
     "lookup": "1 LoRA ARM, n-gram drafts, text that repeats its prompt",
 }
@@ -45,7 +45,7 @@ LOOPS = ["naive loop over two models", "base alone, Hugging Face assisted", "bas
 
 
 def commands(base: str, arms: Sequence[str], rounds: int) -> dict[str, list[str]]:
-    """Arguments of python, by the name of the run."""
+    """Return the arguments of python for each run, by the name of the run."""
     found = {}
     for weights, quantization in WEIGHTS.items():
         held = [] if quantization is None else ["--quantization", quantization]
@@ -61,7 +61,7 @@ def commands(base: str, arms: Sequence[str], rounds: int) -> dict[str, list[str]
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Runs them one after another, each a process of its own."""
+    """Run all `commands` one after another, each in a process of its own, and return a result file's contents."""
     arms = [str(demo.arm(name)) for name in ("positive", "concise")]
     found: dict[str, Any] = {"machine": machine(), "rounds": rounds, "runs": {}}
     for name, (script, *rest) in commands(str(demo.base()), arms, rounds).items():
@@ -73,7 +73,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def ratios(found: Mapping[str, Any]) -> dict[str, dict[tuple[str, int], float]]:
-    """How many times as fast as Hugging Face's unguided base, by row of the table, weights and batch."""
+    """Return how many times as fast as Hugging Face's unguided base each row is, by row, weights and batch."""
     titles = (FLOAT32, *PLAIN.values(), *DRAFTED.values())
     rows: dict[str, dict[tuple[str, int], float]] = {title: {} for title in titles}
     speeds = {
@@ -82,7 +82,7 @@ def ratios(found: Mapping[str, Any]) -> dict[str, dict[tuple[str, int], float]]:
         for line in found["runs"][f"decode, {name}"]["results"]
         if line["variant"] == HUGGING_FACE
     }
-    for batch in (1, 8):  # of two processes, unlike all others
+    for batch in (1, 8):  # the only ratio between two processes; all others are within one process
         rows[FLOAT32]["bfloat16", batch] = speeds["float32", batch] / speeds["bfloat16", batch]
     for weights in WEIGHTS:
         for line in found["runs"][f"decode, {weights}"]["results"]:
@@ -96,7 +96,7 @@ def ratios(found: Mapping[str, Any]) -> dict[str, dict[tuple[str, int], float]]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """In Markdown, with the machine above it."""
+    """Return the ratios as a Markdown table, with a line about the machine above it."""
     about, rows = found["machine"], ratios(found)
     where = (
         f"{about['cores']} cores of an {about['device']} with {about['capability']}, one thread, load {about['load']}"
@@ -115,7 +115,7 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """A group of bars for each row of the table."""
+    """Draw the table, with a group of bars for each row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,7 +138,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 
 
 def newest() -> dict[str, Any]:
-    """What the newest result file has; raises FileNotFoundError where there is none."""
+    """Return the contents of the newest result file. Raises FileNotFoundError if there is none."""
     found = [json.loads(path.read_text()) for path in RESULTS.glob("guidance-*.json")]
     if not found:
         raise FileNotFoundError(f"{RESULTS}/guidance-*.json: expected a result file; make one by `measure`")
@@ -146,14 +146,14 @@ def newest() -> dict[str, Any]:
 
 
 def others(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The newest of each other instruction set."""
+    """Return the contents of the newest result file of each instruction set other than that of `found`."""
     files = sorted((json.loads(path.read_text()) for path in RESULTS.glob("guidance-*.json")), key=_age)
     sets = {each["machine"]["capability"]: each for each in files}
     return [each for name, each in sets.items() if name != found["machine"]["capability"]]
 
 
 def _age(found: Mapping[str, Any]) -> tuple[str, str]:
-    return found["machine"]["date"], found["machine"]["capability"]  # of one day, AVX512 after AVX2
+    return found["machine"]["date"], found["machine"]["capability"]  # on the same day, AVX512 counts as newer than AVX2
 
 
 def write(found: Mapping[str, Any]) -> None:

@@ -1,12 +1,12 @@
-"""Models with the function of a small one and the cost of a larger: blocks are added that add exactly zero.
+"""Makes models that compute the same function as a small model at the cost of a larger one.
 
     python benchmarks/inflated.py FOLDER [--base BASE] [--billions 0.5 1 1.7] [--adapter LORA ...]
 
-What speculation gains depends on the ratio of the members' costs and on how often their tokens agree. Real large models
-are not at hand everywhere; these have the real distributions of the small one, to the bit, at a larger one's cost. An
-added block is a copy of one that is there, with the projections by which it adds to the residual stream set to zero.
-Adapters of the small model get copies that fit the larger one, as lanes (the same layers, another fingerprint of the
-base), and one that is merged into the small model, as a small ARM of its own.
+What speculation gains depends on the ratio of the members' costs, and on how often their tokens agree. Real large
+models are not available everywhere. The models made here have the real distributions of the small model, to the bit.
+An added block is a copy of an existing one. The projections by which it adds to the residual stream are set to zero.
+Each adapter of the small model gets copies that fit the larger models, for LoRA lanes: they have the same layers, but
+another fingerprint of the base. Each adapter is also merged into the small model, which gives a small ARM.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja
 
 
 def deepen(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """Add zero blocks to a Llama-like model, in place, until it has so many layers."""
+    """Add blocks that add zero to a Llama-like model, in place, until it has `layers` layers."""
     blocks = model.model.layers
     first = len(blocks)
     if layers < first:
@@ -48,14 +48,14 @@ def deepen(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 
 
 def layers_for(model: PreTrainedModel, parameters: float) -> int:
-    """How many layers have so many parameters, embeddings included."""
+    """Return the number of layers at which the model has about `parameters` parameters, embeddings included."""
     blocks = model.model.layers
     each = sum(parameter.numel() for parameter in blocks[0].parameters())
     return max(len(blocks), round((parameters - model.num_parameters()) / each) + len(blocks))
 
 
 def inflate(source: Path, folder: Path, parameters: float) -> Path:
-    """Save a deepened copy of the model in `source`, with its tokenizer; nothing is done if it is there."""
+    """Save a deepened copy of the model in `source`, with its tokenizer, unless `folder` has one already."""
     if not (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
         _save(deepen(model, layers_for(model, parameters)), source, folder)
@@ -63,7 +63,7 @@ def inflate(source: Path, folder: Path, parameters: float) -> Path:
 
 
 def merge_adapter(adapter: Path, source: Path, folder: Path) -> Path:
-    """Save a copy of the model in `source` with a LoRA in its weights: a small ARM for the larger bases."""
+    """Save a copy of the model in `source` with a LoRA merged into its weights: a small ARM for the larger bases."""
     if not (folder / "config.json").exists():
         from peft import PeftModel
 
@@ -74,7 +74,7 @@ def merge_adapter(adapter: Path, source: Path, folder: Path) -> Path:
 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """With the tokenizer of the model in `source`; whole or not at all."""
+    """Save a model with the tokenizer of the model in `source`. `folder` appears only once it is complete."""
     partial = folder.with_name(f"{folder.name}.partial")
     model.save_pretrained(partial)
     for pattern in TOKENIZER_FILES:
@@ -84,7 +84,7 @@ def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
 
 
 def fit_adapter(adapter: Path, model: Path, folder: Path) -> Path:
-    """Save a copy of a LoRA for the deepened model: on the layers that it was trained on, and no others."""
+    """Save a copy of a LoRA for the deepened model. It adapts only the layers that it was trained on."""
     tensors = [name for name in _tensor_names(adapter) if ".layers." in name]
     last = max(int(name.split(".layers.")[1].split(".")[0]) for name in tensors)
     shutil.copytree(adapter, folder, dirs_exist_ok=True)

@@ -1,17 +1,18 @@
-"""guided_sample on the CPU against eager PyTorch, interleaved.
+"""Compares guided_sample on the CPU with eager PyTorch.
 
     python benchmarks/kernels.py [--threads N] [--rounds N] [--cpu-time] [--decode] [--compile] [--json F] [--plot F]
 
-Every case is first checked against the reference: a wrong kernel gets no figure. Each contender takes turns with ours;
-times are medians, speed-ups are medians of the rounds' own ratios, so that a busy machine disturbs both sides alike.
-With --decode, every call is preceded by a product with a 32 MB matrix and by writing the logits, as in a decode loop.
+Every case is first checked against the reference: a wrong kernel gets no figure. Each contender takes turns with
+guided_sample. Times are medians. Speed-ups are medians of the ratios within a round, so that a busy machine disturbs
+both sides alike. With --decode, a product with a 32 MB matrix and a write of the logits precede every call, as in a
+decode loop.
 
     eager        weighted sum, softmax, cumsum, searchsorted: the fastest exact draw that PyTorch offers here
-    multinomial  the same with torch.multinomial, as most samplers have it
+    multinomial  the same with torch.multinomial, like most samplers
     compiled     torch.compile of `eager` (with --compile: a minute of compiling)
-    read         torch.sum over the same bytes: what nothing that reads them can be faster than
+    read         torch.sum over the same bytes: nothing that reads them can be faster
 
-With top-p the eager ones sort; with log-probs they take each member's log_softmax and gather.
+With top-p, `eager` and `multinomial` sort. With log-probs, they take each member's log_softmax and gather from it.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ class Result:
     rows: int
     mode: str
     microseconds: dict[str, float]  # contender → median
-    speedup: dict[str, float]  # contender → median ratio to ours
-    reading: float  # time that torch takes to read the same bytes, from caches as warm, as a share of ours
+    speedup: dict[str, float]  # contender → median of its time over that of guided_sample
+    # The time of torch to read the same bytes, from caches equally warm, as a share of guided_sample's time.
+    reading: float
 
 
 def eager(members: Sequence[Tensor], weights: Sequence[float], mode: str, multinomial: bool = False) -> Tensor:
-    """One draw per row from logits [R, V]."""
+    """Return one token per row, [R, 1], drawn from the members' logits [R, V]."""
     scores = [logits.float() for logits in members]
     if mode == "log-probs":
         scores = [logits.log_softmax(-1) for logits in scores]
@@ -85,7 +87,7 @@ clock = time.perf_counter
 def interleaved(
     contenders: dict[str, Callable[[], object]], rounds: int, before: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Microseconds of each contender in each round, one call a turn, after two rounds of warming up."""
+    """Return the microseconds of each contender in each round: one call per turn, after two rounds of warming up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds + 2):
         for name, contender in contenders.items():
@@ -97,7 +99,7 @@ def interleaved(
 
 
 def overheads() -> dict[str, float]:
-    """Median microseconds of calls with next to nothing to compute, given tensors as an engine holds them."""
+    """Return the median microseconds of calls that compute almost nothing, with arguments like those of the engine."""
     base, arm, count, one = torch.zeros(1, 16), torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64), torch.ones(1)
     rest: dict[str, Any] = {"temperature": one, "top_k": count, "top_p": one, "min_p": 0 * one}
     rest |= {"seeds": count, "positions": count}
@@ -133,7 +135,7 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
         "multinomial": lambda: eager(members, weights, mode, multinomial=True),
     }
     if options.compile and mode != "top-p":
-        torch.compiler.reset()  # each shape its own code, without a limit on recompilations
+        torch.compiler.reset()  # every shape gets its own code, and the limit on recompilations is not reached
         compiled = torch.compile(eager, dynamic=False)
         contenders["compiled"] = lambda: compiled(members, weights, mode)
     source, layer, activation = [logits.clone() for logits in members], torch.ones(2048, 4096), torch.ones(4096)
@@ -159,7 +161,9 @@ def measure(vocab: int, arms: int, dtype: torch.dtype, rows: int, mode: str, opt
 
 
 def table(results: list[Result]) -> str:
-    """A row for each shape; for each mode, our time, the share of it that only reading takes, and the speed-ups."""
+    """Return a Markdown table with a row for each shape.
+
+    A mode's column has the time of guided_sample, the share of it that mere reading takes, and the speed-ups."""
     names = list(results[0].speedup)
     titles = ["V", "ARMs", "dtype", "rows", *(f"{mode}: µs, reading, vs {', '.join(names)}" for mode in MODES)]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]

@@ -1,18 +1,19 @@
-"""Time to the first token, and gaps between tokens: one caller, and many that come as a Poisson process.
+"""Measures the time to the first token and the gaps between tokens, for one caller and for many.
 
     OMP_NUM_THREADS=1 python benchmarks/latency.py [BASE ARM ...] [--parts one callers ticker other vllm]
         [--callers 8 32] [--loads 0.3 0.6 0.9] [--requests 24] [--prompt 32] [--tokens 16] [--max-step-ms 150]
         [--plot FILE] [--json]
 
-Without a BASE it is the demo's, with the ARM `small`. Callers are tasks of one event loop that read `astream`. With n
-callers at most n requests are decoded together; capacity is what n give that ask again as soon as they have an answer,
-and the load of a line is a share of it. Hugging Face's `generate` decodes the base alone, one request after another, as
-it is used in a service without an engine; its load is a share of its own capacity. Times are wall-clock milliseconds,
-since a request's arrival. The ticker is a task that sleeps for 1 ms, again and again, while 16 requests decode,
-and before that alone, which shows what the machine is worth. `other` is Hugging Face's part.
+Without a BASE, the demo's base and its ARM `small` are used. Callers are tasks of one event loop that read `astream`.
+With n callers, at most n requests are decoded together. In the closed loop, n callers ask again as soon as they have
+an answer: their requests per second are the capacity. At a load, which is a share of the capacity, requests arrive as a
+Poisson process. Times are wall-clock milliseconds since a request's arrival.
 
-`vllm` is vLLM's engine over the base alone, which decodes as many requests together as ours. It is a part where vLLM
-is installed: `OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/latency.py --parts vllm`, after `make test-vllm`.
+`ticker` is a task that sleeps for 1 ms again and again, first alone, then while 16 requests decode. The first part
+shows how late the machine itself wakes a task. `other` is Hugging Face's `generate` over the base alone, one request
+after another, as in a service without an engine. Its loads are shares of its own capacity. `vllm` is vLLM's engine
+over the base alone, with as many requests together. It runs where vLLM is installed, for example after `make test-vllm`
+by `OMP_NUM_THREADS=1 .venv-vllm/bin/python benchmarks/latency.py --parts vllm`.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from genarm_fast import ARM, GenARM, demo
 
 SHARES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 PARTS = ["one", "callers", "ticker", "other", "vllm"]
-READ_AHEAD = 1_000_000  # chunks; the reader only notes the time
-Request = Callable[[int, Callable[[], None]], Awaitable[None]]  # number, and what to call at every chunk
+READ_AHEAD = 1_000_000  # chunks that may wait for the reader, which only notes their times
+Request = Callable[[int, Callable[[], None]], Awaitable[None]]  # takes its number, and a function to call at each chunk
 
 
 @dataclass
 class Times:
-    """Seconds until the first chunks, and between chunks of one request."""
+    """The seconds until each request's first chunk, and those between the chunks of a request."""
 
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -63,13 +64,13 @@ class Times:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds that so large a share of the values does not exceed."""
+    """Return the percentiles of SHARES, in milliseconds."""
     ordered = sorted(seconds)
     return {name: 1e3 * ordered[max(math.ceil(share * len(ordered)) - 1, 0)] for name, share in SHARES.items()}
 
 
 async def closed(request: Request, callers: int, requests: int) -> tuple[Times, float]:
-    """Callers that ask again at once: times, and requests per second."""
+    """Run callers that ask again as soon as they have an answer; return the times, and the requests per second."""
     times, numbers = Times(), iter(range(requests))
 
     async def caller() -> None:
@@ -82,7 +83,7 @@ async def closed(request: Request, callers: int, requests: int) -> tuple[Times, 
 
 
 async def arriving(request: Request, rate: float, requests: int) -> Times:
-    """Requests that come by themselves, `rate` a second on average."""
+    """Run requests that arrive as a Poisson process, `rate` per second on average, and return their times."""
     times, rng, tasks = Times(), random.Random(0), []
     at = time.perf_counter()
     for number in range(requests):
@@ -94,7 +95,7 @@ async def arriving(request: Request, rate: float, requests: int) -> Times:
 
 
 async def ticking(work: Awaitable[Any]) -> list[float]:
-    """Seconds by which a sleep of 1 ms ends late, again and again while some work is done."""
+    """Sleep for 1 ms again and again until `work` is done; return the seconds by which each sleep ended late."""
     late, task = [], asyncio.ensure_future(work)
     while not task.done():
         due = time.perf_counter() + 1e-3
@@ -126,7 +127,7 @@ def hugging_face(base: Any, prompt: int, tokens: int, vocab_size: int) -> Reques
             self.mark, self.begun = mark, False
 
         def put(self, value: Any) -> None:
-            if self.begun:  # the prompt comes first
+            if self.begun:  # the first call has the prompt
                 self.mark()
             self.begun = True
 
@@ -145,7 +146,7 @@ def hugging_face(base: Any, prompt: int, tokens: int, vocab_size: int) -> Reques
 async def measure(
     name: str, request: Request, callers: int, loads: list[float], requests: int, log: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A line for one caller or for a closed loop of several, and one for each load."""
+    """Return a result line for the closed loop, and one for each load."""
     times, capacity = await closed(request, callers, max(requests, 2 * callers))
     lines = [("closed loop", capacity, times)]
     for load in loads:
@@ -167,7 +168,7 @@ async def measure(
 async def run(
     source: str, model: GenARM, base: Any, args: argparse.Namespace, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All lines. base: the source as a loaded model for Hugging Face's `generate`, if it is one of the parts."""
+    """Measure all parts and return their results. base: the loaded model of `source`, None without the part `other`."""
     shape = args.prompt, args.tokens, model.vocab_size
     request, results = ours(model, *shape), []
     found: dict[str, Any] = {"results": results}
@@ -196,7 +197,7 @@ async def run(
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Percentiles against load."""
+    """Plot the percentiles over the load."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""vLLM's part of latency.py: its own engine, unguided, on this machine's processor. Run by latency.py."""
+"""vLLM's part of latency.py, which imports this module: vLLM's own engine, unguided, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 @contextmanager
 def vllm_engine(source: str, callers: int, length: int) -> Iterator[Any]:
-    """An engine for so many requests of so many tokens together. Enter it in the event loop that asks it."""
+    """Yield a vLLM engine for `callers` requests at once, each of `length` tokens with its prompt.
+
+    Enter it in the event loop that sends the requests."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes to stdout, where --json writes
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -28,7 +30,7 @@ def vllm_engine(source: str, callers: int, length: int) -> Iterator[Any]:
 def by_vllm(
     engine: Any, prompt_of: Callable[[int], list[int]], tokens: int
 ) -> Callable[[int, Callable[[], None]], Awaitable[None]]:
-    """A function of a request's number and of what to call at every chunk: usually one token, more if it lags."""
+    """Return a `Request` of latency.py. A chunk is usually one token, and more if its reader lags."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 

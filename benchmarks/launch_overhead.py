@@ -1,10 +1,10 @@
-"""Host time of a call of guided_sample on a GPU, measured without one: CPU tensors, and a driver that launches nothing.
+"""Measures the host time of a guided_sample call for a GPU, but without one: a driver on CPU tensors launches nothing.
 
     python benchmarks/launch_overhead.py [--rounds 7] [--calls 500] [--json]
 
-All of Python runs as it does on CUDA, and Triton's own C launcher too, linked with a libcuda of empty functions that a
-C compiler makes here. What is missing is the time that the real ones take, and PyTorch's caching allocator. The clock
-is CPU time.
+All Python code runs as on CUDA. Triton's own C launcher runs too, linked with a libcuda of empty functions, which a C
+compiler makes here. The time of the real libcuda functions and of PyTorch's caching allocator is not included. The
+clock is CPU time.
 """
 
 from __future__ import annotations
@@ -46,14 +46,16 @@ EMPTY = (
 
 @contextmanager
 def launching_nothing() -> Iterator[ctypes.CDLL]:
-    """Triton's CUDA driver over CPU tensors, as if they were on an H100. `launched()` counts launches."""
+    """Make Triton's CUDA driver take CPU tensors as if they were on an H100; yield the stub libcuda.
+
+    Its function `launched()` returns the number of launches so far."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "cuda.c"), Path(folder, "libcuda.so.1")
         source.write_text(FUNCTIONS + "".join(f"int {name}(void) {{ return 0; }}\n" for name in EMPTY.split()))
         compiler = os.environ.get("CC", "cc")
         flags = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1"]
         subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-        # Triton links with it under this name, too.
+        # Triton links with the library under this name, too.
         Path(folder, "libcuda.so").symlink_to(library)
         cuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         cuda.launched.restype = ctypes.c_long
@@ -90,7 +92,7 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 
 def measure(call: Callable[[], Any], launched: Callable[[], int], calls: int, rounds: int) -> dict[str, float]:
-    """Microseconds of CPU time a call (median of rounds), and launches by Triton a call."""
+    """Return the CPU time of a call in microseconds, the median of rounds, and Triton's launches per call."""
     for _ in range(20):
         call()
     before = launched()

@@ -1,14 +1,15 @@
-"""How well an ARM ranks held-out pairs after more and more of them: a curve over training pairs.
+"""Measures how well an ARM ranks held-out pairs, as a curve over the number of its training pairs.
 
     python scripts/demo_arms/pairs_helpful.py hh-rlhf-helpful-base-test.jsonl.gz pairs/
     python benchmarks/learning_curve.py helpful pairs/ work/ [--pairs 128 512 512:epochs=3] [--json FILE]
 
 Every point is a training of its own, by the recipe of scripts/demo_arms/train_arms.py, on pairs drawn at random. The
-point 512:epochs=3,lora_rank=16 has 512 pairs and changes two settings of the recipe. All are measured on the same
-held-out pairs, whose two responses have as many tokens: the shorter one wins half of them. How often it wins among the
-whole responses stands beside. Rankings are by Σ log π of the ARM, and by the ARM's over the base's, which is what
-training added. "ARM less base" is the difference of two rankings, pair by pair. An ARM of that name that ships is
-ranked too. Resumable: finished trainings and rankings are kept in `work`.
+point 512:epochs=3,lora_rank=16 has 512 pairs and changes two settings of the recipe. All points are measured on the
+same held-out pairs. Both responses of such a pair have the same number of tokens, so length decides nothing. A column
+shows how often the shorter response wins among whole responses. Responses are ranked by Σ log π of the ARM. They are
+also ranked by the ARM's Σ log π less the base's, which is what training added. "ARM less base" is the difference of the
+rankings by ARM and base, pair by pair. If an ARM of that name ships, it is ranked too. Finished trainings and rankings
+are kept in `work`, so a stopped run can be resumed.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from genarm_fast.demo import base
 from genarm_fast.train import TrainConfig, train
 from genarm_fast.train.data import Pair, load_pairs
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # the recipe of the demo's ARMs
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # has the recipe of the demo's ARMs
 
 OBJECTIVES = ("harmless", "helpful")
-DTYPE = torch.bfloat16  # multiplies twice as fast as float32 where AVX-512 has it
+DTYPE = torch.bfloat16  # multiplies twice as fast as float32 where AVX-512 has bfloat16
 
 
 class Point(NamedTuple):
-    """One training: how many pairs (None: all), and which settings of the recipe are others."""
+    """One training: the number of its pairs (None: all), and its changes to the settings of the recipe."""
 
     pairs: int | None
     changes: str = ""  # NAME=VALUE,NAME=VALUE
 
     @classmethod
     def parse(cls, text: str) -> Point:
-        """Of PAIRS or PAIRS:NAME=VALUE,..., checked before anything is trained."""
+        """Parse PAIRS or PAIRS:NAME=VALUE,... and check it, before anything is trained."""
         count, _, changes = text.partition(":")
         if not count.isdecimal():
             raise argparse.ArgumentTypeError(f"{text!r}: expected PAIRS or PAIRS:NAME=VALUE,..., e.g. 512:epochs=3")
@@ -59,7 +60,7 @@ class Point(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Changed fields of `TrainConfig`; values are JSON, else text."""
+        """The changed fields of `TrainConfig`. A value is read as JSON, or else as text."""
         changed = {}
         for each in self.changes.split(",") if self.changes else []:
             name, sign, value = each.partition("=")
@@ -73,13 +74,14 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """The point's name in the names of its files."""
         return "-".join([str(self.pairs or "all"), *(self.changes.split(",") if self.changes else [])])
 
 
 def margins(arm: Path | None, pairs: list[Pair], kept: Path) -> Tensor:
-    """Σ log π of the chosen response less the rejected one's [n], in nats; of the base without an ARM. The file
-    `kept` holds them."""
+    """Return Σ log π of the chosen response less that of the rejected one, [n], in nats.
+
+    arm: None means the base. kept: a file with the result; it is read if it exists, else written."""
     if not kept.exists():
         adapter = arm is not None and (arm / "adapter_config.json").exists()
         source = base() if arm is None or adapter else arm
@@ -94,14 +96,14 @@ def margins(arm: Path | None, pairs: list[Pair], kept: Path) -> Tensor:
 
 
 def shorter(pairs: list[Pair]) -> dict[str, float]:
-    """What preferring the shorter response has."""
+    """Return the share of pairs that are ranked right if the shorter response wins."""
     tokenizer = AutoTokenizer.from_pretrained(base(), trust_remote_code=False)
     lengths = torch.tensor([float(len(row)) for row in encoded(tokenizer, pairs, complete=False)[1]]).view(-1, 2)
     return share_right(lengths[:, 1] - lengths[:, 0])
 
 
 def trained(objective: str, data: Path, output: Path, point: Point) -> dict[str, Any]:
-    """The report of an ARM of that point."""
+    """Train the ARM of a point, unless `output` has it already, and return its report."""
     from train_arms import COMMON
 
     options = COMMON | {"beta": 0.05, "data_id": f"HH-RLHF, {objective}", "dtype": str(DTYPE).removeprefix("torch.")}
@@ -111,12 +113,12 @@ def trained(objective: str, data: Path, output: Path, point: Point) -> dict[str,
 
 def curve(objective: str, folder: Path, work: Path, wanted: list[Point]) -> dict[str, Any]:
     held_out = load_pairs(str(folder / f"{objective}-held-out.jsonl")).pairs
-    held_out.sort(key=lambda pair: len(str(pair.prompt)))  # batches of like lengths: less padding
+    held_out.sort(key=lambda pair: len(str(pair.prompt)))  # a batch has prompts of similar length, so little padding
     whole = load_pairs(str(folder / f"{objective}-held-out-whole.jsonl")).pairs
     of_base = margins(None, held_out, work / f"{objective}-base.json")
 
     def ranked(of_arm: Tensor) -> dict[str, Any]:
-        gain = (of_arm > 0).double() - (of_base > 0).double()  # pair by pair: both rank the same ones
+        gain = (of_arm > 0).double() - (of_base > 0).double()  # pair by pair, since ARM and base rank the same pairs
         error = (gain.std() / len(gain) ** 0.5).item()
         rankings = {"arm": share_right(of_arm), "arm_over_base": share_right(of_arm - of_base)}
         return rankings | {"gain": {"value": gain.mean().item(), "standard_error": error}}
@@ -142,7 +144,7 @@ def curve(objective: str, folder: Path, work: Path, wanted: list[Point]) -> dict
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown; accuracies ± 1.96 standard errors."""
+    """Return the curves as a Markdown table, with accuracies ± 1.96 standard errors."""
 
     def text(share: dict[str, float]) -> str:
         return f"{share['accuracy']:.3f} ± {1.96 * share['standard_error']:.3f}"
@@ -162,12 +164,12 @@ def table(found: dict[str, Any]) -> str:
 
 
 def usual(one: dict[str, Any]) -> list[dict[str, Any]]:
-    """A curve's points by the recipe as it is."""
+    """Return a curve's points that change no setting of the recipe."""
     return [point for point in one["points"] if not point["changes"]]
 
 
 def near(ticks: list[int]) -> list[list[int]]:
-    """Ascending numbers of pairs in groups whose labels would lie over each other: within a fifth of the first."""
+    """Group ascending numbers of pairs whose labels would overlap: those within a fifth of the group's first."""
     groups: list[list[int]] = []
     for tick in ticks:
         if groups and tick < 1.2 * groups[-1][0]:
@@ -178,7 +180,9 @@ def near(ticks: list[int]) -> list[list[int]]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Accuracy over training pairs with 95 % intervals by the recipe as it is, the base's at 0 pairs, and chance."""
+    """Plot accuracy over training pairs with 95 % intervals, for the unchanged recipe, and a line at chance.
+
+    The base stands at the left, as the point of no training pairs."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,14 +1,14 @@
-"""small_linear on the CPU against torch's linear of the same dtype and the speed of memory, interleaved.
+"""Compares small_linear on the CPU with torch's linear of its dtype, and with the speed at which memory is read.
 
     python benchmarks/linear.py [--dtype float32] [--threads N] [--cpu-time] [--models NAME ...] [--rows N ...]
         [--json FILE]
 
-Several outputs are those of linears over one input, in one call of SiblingLinears. Weights are cold, as in a decode
-step: every call takes the next of as many copies as fill 512 MB. Each case is checked against float64 first. A turn is
-eight calls of each contender (one of 16 MB and more) after one that does not count: it finds its code out of the caches
-and wide vector units asleep. The third contender is torch.dot, which only reads the weights. Figures are medians over
-the turns, speed-ups and shares of the read bandwidth medians of the turns' own ratios, so that a busy machine disturbs
-all alike.
+A weight with several outputs means linears over one input, in one call of SiblingLinears. Weights are cold, as in a
+decode step: the copies of a weight fill 512 MB, and every call takes the next copy. Each case is first checked against
+float64. In a turn each contender runs eight calls, or one if the weights have 16 MB or more. One uncounted call
+precedes them, since it finds its code outside the caches and the wide vector units asleep. The third contender is
+torch.dot, which only reads the weights. Figures are medians over the turns. Speed-ups and shares of the read bandwidth
+are medians of the ratios within a turn, so that a busy machine disturbs all contenders alike.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from genarm_fast.kernels import Lora, SiblingLinears, SmallLinear, _native
 
-Shape = tuple[tuple[int, ...], int]  # outputs of the linears that take one input, and its width
+Shape = tuple[tuple[int, ...], int]  # (outputs of each linear over one input, width of the input)
 MODELS: dict[str, list[Shape]] = {
     "smollm2-135m": [
         *(((out,), width) for out, width in ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))),
@@ -38,8 +38,9 @@ MODELS: dict[str, list[Shape]] = {
     ],
     "2048-wide": [((out,), width) for out, width in ((2048, 2048), (8192, 2048), (2048, 8192), (128256, 2048))],
 }
-COLD = 512 << 20  # bytes of weights, more than caches hold
-CALLS = 8  # of a contender in a turn: one that follows PyTorch's linear is a tenth slower than one that follows its own
+COLD = 512 << 20  # bytes of all copies of a weight, more than the caches hold
+# Calls of a contender in a turn. A call after PyTorch's linear is a tenth slower than a call after one of its own kind.
+CALLS = 8
 
 
 @dataclass
@@ -48,9 +49,9 @@ class Result:
     in_features: int
     rows: int
     microseconds: float
-    gigabytes: float  # per second, of weights
-    of_read: float  # share of the read bandwidth
-    speedup: float  # over torch
+    gigabytes: float  # GB of weights per second
+    of_read: float  # share of the read bandwidth that torch.dot reaches
+    speedup: float  # torch's time over this time
 
 
 clock = time.perf_counter
@@ -63,7 +64,7 @@ def timed(call: Callable[..., object], *arguments: object) -> float:
 
 
 def siblings(shape: Shape, dtype: torch.dtype) -> list[tuple[Tensor, SiblingLinears]]:
-    """Copies that fill so much memory: the weights [sum of outputs, width], and the linears over their rows."""
+    """Return copies that fill COLD bytes: for each, the weights [sum of outputs, width] and the linears over them."""
     outs, width = shape
     weights = torch.randn(sum(outs), width).mul_(width**-0.5).to(dtype)
     copies = [weights.clone() for _ in range(-(-COLD // weights.nbytes))]
@@ -112,7 +113,7 @@ def measure(copies: list[tuple[Tensor, SiblingLinears]], rows: int, seconds: flo
 
 
 def call_overhead(dtype: torch.dtype) -> dict[str, float]:
-    """Microseconds of a call on one output: medians."""
+    """Return the median microseconds of a call with one output."""
     one = torch.zeros(1, 16, dtype=dtype)
     plain = SmallLinear(one)
     lane = SmallLinear(one, None, [Lora(torch.zeros_like(one), one[:, :1], 1.0)])

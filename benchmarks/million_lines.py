@@ -1,9 +1,9 @@
-"""A batch job of a million short lines: memory above the model's, and the time to its first answers.
+"""Measures a batch job of a million short lines: its memory above the model's, and the time to its first answers.
 
     python benchmarks/million_lines.py [--lines 1000000] [--answers 2000] [--json FILE]
 
-The model is a tiny random one with an ARM, so that reading, checking and tokenising are what is measured. The job is
-stopped after so many answers; nothing that it holds grows with those.
+The model is a tiny random one with an ARM, so most of the time goes to reading, checking and tokenising. The job is
+stopped after --answers answers: the memory that it holds does not grow with their number.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MIB = 1 << 20
 
 
 class Enough(Exception):
-    """As many answers as were asked for."""
+    """The job has given as many answers as were asked for."""
 
 
 def measure(lines: int, answers: int) -> dict[str, Any]:
-    """Seconds and MiB. Raises what a job raises."""
+    """Run the job and return its times in seconds and its memory in MiB. Raises the errors of a job."""
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_model(Path(folder), 16)
-        model.generate(["the cat"] * 16, max_new_tokens=8)  # what a first call allocates is the model's
+        model.generate(["the cat"] * 16, max_new_tokens=8)  # the memory of a first call counts as the model's
         path = Path(folder, "in.jsonl")
         with open(path, "w", encoding="utf-8") as file:
             for i in range(lines):
@@ -40,7 +40,7 @@ def measure(lines: int, answers: int) -> dict[str, Any]:
                     json.dumps({"prompt": f"question {i} of a million", "id": f"q{i}", "temperature": 0.5}) + "\n"
                 )
         before = forget_peak()
-        start, cpu = time.perf_counter(), time.process_time()  # of this process, where others take turns with it
+        start, cpu = time.perf_counter(), time.process_time()  # CPU time leaves out the other processes of the machine
         found: dict[str, float] = {}
         count = 0
 
@@ -76,7 +76,7 @@ def measure(lines: int, answers: int) -> dict[str, Any]:
 
 
 def forget_peak() -> int:
-    """Bytes resident now, which is the peak from now on (Linux)."""
+    """Reset the recorded peak of resident memory to its present size, and return that in bytes (Linux only)."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak_resident()
 

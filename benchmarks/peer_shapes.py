@@ -1,4 +1,4 @@
-"""Models that peers.py measures, as files that every contender reads."""
+"""The models that peers.py measures, in files for every contender."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genarm_fast.demo import smollm2
 
 
 def demo_gguf(folder: Path) -> Path:
-    """The file from which the demo's base was made."""
+    """Return the GGUF file from which the demo's base is made; download it into `folder` if it is not there."""
     path = folder / smollm2.GGUF
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as partial:
@@ -24,17 +24,19 @@ def demo_gguf(folder: Path) -> Path:
 
 
 class Shape(ABC):
+    """A model in the formats of all contenders."""
+
     name: str
     title: str
-    arms: Mapping[str, str]  # of the demo, by what the table calls it
+    arms: Mapping[str, str]  # title in the table -> name of an ARM of the demo
 
     @abstractmethod
     def gguf(self, folder: Path) -> Path:
-        """A GGUF file in `folder`, made if it is not there."""
+        """Return a GGUF file of the model in `folder`; make the file if it is not there."""
 
     @abstractmethod
     def checkpoint(self, folder: Path) -> dict[str, str]:
-        """What transformers reads: `base`, and `gguf` where that is a GGUF file's name."""
+        """Return what transformers reads: the folder `base`, and for a GGUF file in it also its name `gguf`."""
 
 
 class Demo(Shape):
@@ -50,7 +52,7 @@ class Demo(Shape):
 
 @dataclass(frozen=True)
 class Random(Shape):
-    """A Llama of random weights, on the grid of Q4_1 (embedding and head: Q8_0), with SmolLM2's vocabulary."""
+    """A Llama with random weights in Q4_1 (embedding and head: Q8_0), and with SmolLM2's vocabulary."""
 
     name: str
     title: str
@@ -74,7 +76,7 @@ class Random(Shape):
         return path
 
     def write(self, path: Path, like: Path) -> None:
-        """like: a GGUF file whose tokenizer is copied."""
+        """Write the model into `path`. like: the GGUF file whose tokenizer is copied."""
         import gguf
 
         reader, random = gguf.GGUFReader(like), np.random.default_rng(0)

@@ -1,13 +1,14 @@
-"""This library's guided decoding beside other engines' unguided one, on the CPU: llama.cpp, Hugging Face, and vLLM.
+"""Compares guided decoding by this library with unguided decoding by llama.cpp, Hugging Face and vLLM, on the CPU.
 
     make peers [ARGS="--shape 1b --rows 1"]          makes the environment of llama.cpp, measures, and writes the table
     OMP_NUM_THREADS=1 python benchmarks/peers.py measure [--shape 135m|1b] [--rows 1 8] [--threads 1] [--rounds 5]
     python benchmarks/peers.py write                 from the newest result files into docs/quantization.md
 
-Each contender is a process of its own, in its own environment (`peer_workers/`); they take turns, and who has none
-sleeps. A step's time is that of all new tokens less that of the first eight, over their number; the prompt's time is
-that of one new token after a thousand. Both are CPU time of one thread unless said; ratios are medians of those within
-a round. The 1b shape is TinyLlama's with random weights of Q4_1: fit for speed alone, so without an ARM.
+Each contender is a process of its own in an environment of its own (`peer_workers/`). The processes take turns: all
+but one sleep. A step's time is the time of 8 + n new tokens less that of 8, over n. The prompt's time is that of one
+new token after a prompt of a thousand tokens. Both are CPU time of one thread; more --threads give wall-clock time.
+Ratios are medians of the ratios within a round. The 1b shape is TinyLlama's with random Q4_1 weights. It is good for
+speed only, so it has no ARM.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ HERE = Path(__file__).parent
 ROOT, WORKERS = HERE.parent, HERE / "peer_workers"
 PAGE = ROOT / "docs" / "quantization.md"
 REFERENCE = "llama.cpp, Q4_0"
-FORMATS = ("Q4_0", "Q4_1", "Q8_0")  # of llama.cpp
+FORMATS = ("Q4_0", "Q4_1", "Q8_0")  # formats in which llama.cpp is measured
 SKIPPED_TOKENS, PROMPT_TOKENS, PROMPT_ROUNDS = 8, 1000, 2
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A worker of peer_workers/, the python that runs it, and what it is told."""
+    """A contender: a script of peer_workers/, the python that runs it, and the script's options."""
 
     script: str
     python: Path
@@ -79,7 +80,7 @@ class Process:
 
 
 def peers(shape: Shape, folder: Path) -> dict[str, Peer]:
-    """By name, in the order of the table. folder: where files of other formats are kept."""
+    """Return the contenders by name, in the order of the table. folder: holds the models' files in other formats."""
     here = Path(sys.executable)
     llama, vllm = (ROOT / name / "bin" / "python" for name in (".venv-llama", ".venv-vllm"))
     if not llama.exists():
@@ -108,7 +109,7 @@ def peers(shape: Shape, folder: Path) -> dict[str, Peer]:
 
 
 def prompts_of(rows: int, turn: int) -> list[list[int]]:
-    """Questions with the chat template of the demo's base, cut at the front to one length."""
+    """Return token ids of questions in the chat template of the demo's base, cut at the front to one length."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo.base(), trust_remote_code=False)
@@ -121,7 +122,7 @@ def prompts_of(rows: int, turn: int) -> list[list[int]]:
 def times(
     processes: Mapping[str, Process], rounds: int, ask: Callable[[Process, int], float]
 ) -> dict[str, list[float]]:
-    """What `ask` returns for each of them, round by round; the clock of take_turns is the sum of what peers report."""
+    """Return the result of `ask` for each process, by round. The clock of take_turns is the sum of these results."""
     reported = 0.0
 
     def run(process: Process, turn: int) -> None:
@@ -135,8 +136,9 @@ def times(
 def measure(
     shape: Shape, rows: Sequence[int], threads: int, rounds: int, tokens: int, folder: Path
 ) -> Iterator[list[dict[str, Any]]]:
-    """Milliseconds of a step at each number of rows, and of a prompt, by contender, with the ratio to the reference:
-    the lines of a case as soon as it is measured."""
+    """Yield the result lines of each case as soon as it is measured; see `lines_of`.
+
+    The cases are a step at each number of rows, and with one row also a prompt."""
     clock, console = clock_of(threads), Console(stderr=True)
     for count in rows:
 
@@ -164,7 +166,7 @@ def clock_of(threads: int) -> str:
 
 
 def lines_of(case: str, spent: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """times: how many times as fast as the reference."""
+    """Return a line per contender: its median milliseconds, and how many times as fast as REFERENCE it is."""
     return [
         {
             "case": case,
@@ -177,7 +179,7 @@ def lines_of(case: str, spent: Mapping[str, Sequence[float]]) -> list[dict[str, 
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """In Markdown, with the machine above it."""
+    """Return the results as a Markdown table, with a line about the machine above it."""
     about, lines = found["machine"], found["results"]
     cases = list(dict.fromkeys(line["case"] for line in lines))
     clock = "CPU time" if about["clock"] == "cpu" else "wall clock"
@@ -195,13 +197,13 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def _rounds(found: Mapping[str, Any]) -> str:
-    """Of all cases, which runs of one day may have measured in other numbers."""
+    """Return the number of rounds, or its range, since runs of one day may have measured cases in different rounds."""
     each = sorted({line.get("rounds", found["machine"]["rounds"]) for line in found["results"]})
     return f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}"
 
 
 def with_new(found: Mapping[str, Any] | None, lines: Sequence[dict[str, Any]], rounds: int) -> list[dict[str, Any]]:
-    """What an earlier run of the day measured and these lines do not, then these."""
+    """Return `lines` and those of an earlier run of the same day whose cases `lines` lacks, in the table's order."""
     lines = [line | {"rounds": rounds} for line in lines]
     cases = {line["case"] for line in lines}
     earlier = [] if found is None else [{"rounds": found["machine"]["rounds"]} | line for line in found["results"]]
@@ -210,12 +212,12 @@ def with_new(found: Mapping[str, Any] | None, lines: Sequence[dict[str, Any]], r
 
 
 def _place(case: str) -> tuple[int, str]:
-    """One row and the prompt before more rows."""
+    """Return the sort key of a case: a step of one row, then the prompt, then steps of more rows."""
     return (int(case.split()[1]) if case.startswith("step") else 2, case)
 
 
 def write() -> None:
-    """The tables of the newest result file of each shape, instruction set and number of threads."""
+    """Write the tables of the newest result file of each shape, instruction set and number of threads into PAGE."""
     files = sorted((json.loads(path.read_text()) for path in RESULTS.glob("peers-*.json")), key=_date)
     newest = {tuple(found["machine"][each] for each in ("shape", "capability", "threads")): found for found in files}
     keys = sorted(newest, key=lambda key: (list(SHAPES).index(key[0]), *key[1:]))
@@ -248,7 +250,7 @@ def main() -> None:
             folder = args.work or Path(own)
             folder.mkdir(parents=True, exist_ok=True)
             for found in measure(SHAPES[args.shape], args.rows, **options, folder=folder):
-                lines += found  # kept case by case: a run takes most of an hour
+                lines += found  # written after each case, since a run takes most of an hour
                 result = {"machine": about, "results": with_new(earlier, lines, args.rounds)}
                 path.write_text(json.dumps(result, indent=1) + "\n")
         print(table(result))

@@ -1,8 +1,8 @@
-"""Pictures of results of benchmarks/speculation.py.
+"""Draws the results of benchmarks/speculation.py.
 
 python benchmarks/plot_speculation.py PICTURE RESULT.json ...
 
-Of a later file with the same models only the larger batches are taken.
+If a later file has the same models as an earlier one, only its results for batches above one are added.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def name_of(result: dict[str, Any]) -> str:
 
 
 def by_k(result: dict[str, Any], value: str) -> tuple[list[int], list[float]]:
-    """Every K, and the value of one row with so many drafts per step."""
+    """Return every fixed K, and the value of the result line of one row with K drafts per step."""
     lines = [line for line in result["lines"] if line["batch"] == 1 and line["contender"].startswith("K = ")]
     points = [(int(line["contender"][4:]), line[value]) for line in lines if line.get(value) is not None]
     return [k for k, _ in points], [found for _, found in points]

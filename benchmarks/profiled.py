@@ -1,10 +1,11 @@
-"""Where a step's time goes: a table of the ranges that a profiler shows, a trace to open, and a picture of one step.
+"""Shows where a step's time goes: a table of the ranges in a profile, a trace to open, and a picture of one step.
 
     OMP_NUM_THREADS=1 python benchmarks/profiled.py [BASE ARM ...] [--tokens 16] [--k 3] [--out FOLDER]
 
-Without a BASE it is the demo's, with the ARM `small`. FOLDER gets trace.json (for https://ui.perfetto.dev), ranges.json
-and step.png. `benchmarks/profile.sh` takes Nsight instead where there is a GPU; with `--nsight` this script is what it
-runs: the same work, and no profiler of its own. docs/profiling.md reads a trace line by line.
+Without a BASE, the demo's base and its ARM `small` are used. The script writes trace.json (for
+https://ui.perfetto.dev), ranges.json and step.png into FOLDER. Where there is a GPU, `benchmarks/profile.sh` profiles
+with Nsight: it runs this script with `--nsight`, which does the same work without a profiler. docs/profiling.md reads a
+trace line by line.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ ROOT = "step"
 
 @dataclass(frozen=True)
 class Range:
-    """A range of the trace, in microseconds since its begin. depth: ranges around it; own: without those inside it."""
+    """A named range of the trace. start, end: microseconds since the trace began.
+
+    depth: the number of ranges around it. own: its microseconds without those of the ranges inside it."""
 
     name: str
     start: float
@@ -42,12 +45,12 @@ class Range:
 
 
 def ranges(events: Sequence[Any]) -> list[Range]:
-    """Of `profile.events()`: ranges inside of a step, and steps themselves, by their starts."""
+    """Return the steps in `profile.events()` and the ranges inside them, in the order of their starts."""
     named = [event for event in events if event.is_user_annotation and not event.name.startswith("ProfilerStep")]
     named.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     begin = named[0].time_range.start if named else 0.0
     found: list[tuple[Any, int]] = []
-    inner: dict[int, float] = {}  # microseconds of the ranges directly inside, by the id of the one around
+    inner: dict[int, float] = {}  # id of a range -> microseconds of the ranges directly inside it
     around: list[Any] = []
     for event in named:
         while around and event.time_range.start >= around[-1].time_range.end:
@@ -70,7 +73,9 @@ def ranges(events: Sequence[Any]) -> list[Range]:
 
 
 def summary(found: Sequence[Range]) -> list[dict[str, Any]]:
-    """By name, largest first: how often a step has it, milliseconds of one, and its share of all steps by own time."""
+    """Return a line for each name: how often a step has such a range, its milliseconds, and its share of all steps.
+
+    The share counts a range's own time, without the ranges inside it; the largest share comes first."""
     steps = [each for each in found if each.name == ROOT]
     total = sum(each.end - each.start for each in steps)
     lines = []
@@ -84,14 +89,14 @@ def summary(found: Sequence[Range]) -> list[dict[str, Any]]:
 
 
 def middle_step(found: Sequence[Range]) -> list[Range]:
-    """The ranges of the step of median length: neither the first nor one that was disturbed."""
+    """Return the ranges of the step of median length, which is neither the first step nor a disturbed one."""
     steps = sorted((each for each in found if each.name == ROOT), key=lambda each: each.end - each.start)
     step = steps[len(steps) // 2]
     return [each for each in found if step.start <= each.start and each.end <= step.end]
 
 
 def draw(found: Sequence[Range], path: Path) -> None:
-    """One step: a bar for each range, below the one that it is a part of."""
+    """Draw one step: a bar for each range, below the bar of the range around it."""
     import matplotlib
 
     matplotlib.use("Agg")

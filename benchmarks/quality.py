@@ -1,13 +1,13 @@
-"""What guidance buys beside what it is compared with: three tables on SmolLM2-135M, each by one command.
+"""Compares guidance with other methods in three tables on SmolLM2-135M, each made by one command.
 
     python benchmarks/quality.py general|weak|front [--short | --quick] [--reward FOLDER] [--policy OBJECTIVE=FOLDER]
         [--rewarded FOLDER] [--small FOLDER, once a size] [--point SHARE=FOLDER, once a point]
 
-Resumable: a method's responses are one file in --runs, written whole, and what exists is not run again. `--short` and
-`--quick` are reduced sizes, with fewer prompts and short texts; their intervals are as wide as that makes them. Every
-method gets the same prompts, seeds and lengths; one that is too dear gets the first prompts, and its row says so. The
-judge is fitted on film reviews of which no ARM, policy or reward model saw one (split by hash of the text), and its
-accuracy on held-out reviews stands in every result; VADER, a lexicon, is a second opinion.
+A run can be resumed: a method's responses are one file in --runs, written as a whole, and existing files are not made
+again. `--short` and `--quick` are reduced sizes with fewer prompts and short texts, so their intervals are wider. Every
+method gets the same prompts, seeds and lengths. A method that is too expensive gets the first prompts only, and its row
+says so. The judge is fitted on film reviews that no ARM, policy or reward model saw (split by a hash of the text). Its
+accuracy on held-out reviews is in every result. The lexicon VADER is a second judge.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ from quality_methods import (
 from quality_runs import Texts, collect, same_inputs
 from result_files import machine
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # prompts and judges of the demo's ARMs
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_arms"))  # has prompts and judges of the demo's ARMs
 
-DUELS = {"over_policy": "wins over policy", "vader_over_policy": "VADER, over policy"}  # and their columns
-JUDGE_REVIEWS = {"quick": 6000, "short": 6000}  # read, of which a half is the judge's; else all: minutes to fit
+DUELS = {"over_policy": "wins over policy", "vader_over_policy": "VADER, over policy"}  # figure -> column of the table
+# Reviews that are passed to the judge, which uses its half of them. Other sizes pass all: fitting takes minutes.
+JUDGE_REVIEWS = {"quick": 6000, "short": 6000}
 
 
 def judge_of(runs: Path, size: str) -> Any:
-    """The sentiment judge; fitted once a folder."""
+    """Return the sentiment judge. It is fitted once and kept in the folder `runs`."""
     from judge import SentimentJudge
     from reviews import digest, load
 
@@ -61,7 +62,7 @@ def judge_of(runs: Path, size: str) -> Any:
 
 
 def described(texts: Texts, judge: Any, base: Texts) -> dict[str, Any]:
-    """One row of a table."""
+    """Return the figures of one method, for a row of the table."""
     from judge import vader
 
     per_token = -texts.nats.sum(1) / texts.tokens.sum(1)
@@ -81,7 +82,7 @@ def described(texts: Texts, judge: Any, base: Texts) -> dict[str, Any]:
 
 
 def add_duels(rows: dict[str, dict[str, Any]], found: dict[str, Texts], judge: Any) -> None:
-    """Wins of every method over the trained policy, prompt by prompt, by both judges."""
+    """Add to the rows every method's win rate over the trained policy, by both judges, if a policy was run."""
     from judge import vader
 
     if "policy" not in found:
@@ -93,7 +94,7 @@ def add_duels(rows: dict[str, dict[str, Any]], found: dict[str, Texts], judge: A
 
 
 def trace(models: Models, prompt: list[int], tokens: int) -> list[dict[str, Any]]:
-    """One text whose weights change from the first objective to the second half-way."""
+    """Return the steps of one text, guided by the first objective and from half-way on by the second."""
     steps = []
     first, second = (dict.fromkeys(models.engine.arm_names, 0.0) | {name: 1.0} for name in OBJECTIVES)
     with models.engine.stream([prompt], weights=first, seed=1, max_new_tokens=tokens) as stream:
@@ -120,7 +121,7 @@ def measure(
     prompts = [request.token_ids[0] for request in models.engine.prepare(chats)]
     methods = methods_of(scenario, models, size)
     methods = {name: methods[name] for name in methods if not only or name == "base" or name in only}
-    folder = runs / f"{many} prompts"  # scenarios share what they have in common
+    folder = runs / f"{many} prompts"  # scenarios share the responses of methods that they have in common
     same_inputs(folder, {"size": asdict(size), "adapters": models.inputs()})
     found = collect(models, methods, folder, prompts, size, perplexity=scenario != "front")
     judge = judge_of(runs, name_of_size)
@@ -145,7 +146,7 @@ def measure(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown."""
+    """Return a scenario's result as a Markdown table."""
 
     def text(estimate: dict[str, float] | None) -> str:
         return "no gap" if estimate is None else str(Estimate(**estimate))
@@ -243,7 +244,7 @@ def main() -> None:
         result = measure(scenario, models, size, args.size, args.runs / args.size, args.methods)
         if args.json:
             args.json.mkdir(parents=True, exist_ok=True)
-            tried = "-quick" if args.size == "quick" else ""  # a trial leaves the figures of the docs alone
+            tried = "-quick" if args.size == "quick" else ""  # a quick trial must not replace the figures of the docs
             (args.json / f"quality-{scenario}{tried}.json").write_text(json.dumps(result, indent=1) + "\n")
         accuracy = ", ".join(f"{source} {share:.3f}" for source, share in result["judge_accuracy"].items())
         print(f"\n{scenario}; judge's held-out accuracy: {accuracy}\n\n{table(result)}", flush=True)

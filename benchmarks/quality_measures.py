@@ -1,4 +1,4 @@
-"""What texts are measured by: win rates, gaps, fronts, and the signs of a judge that is being hacked."""
+"""Measures of texts: win rates, recovered gaps, fronts, and signs that a text exploits its judge."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95 % interval: percentiles over resampled prompts, whose seeds stay together."""
+    """A figure with its 95 % interval: percentiles over resampled prompts. All seeds of a prompt stay together."""
 
     value: float
     low: float
@@ -24,10 +24,12 @@ class Estimate:
 
 
 def estimate(figure: Callable[[Array], float], prompts: int, seed: int = 0) -> Estimate:
-    """figure: of the indices of the prompts that take part. Resamples in which it is not defined are left out.
+    """Return the figure over all prompts, and its bootstrap interval over resampled prompts.
+
+    figure: maps indices of prompts to a number. Resamples for which it is not finite are left out.
 
     Raises:
-        ValueError: it is not defined for the prompts as they are.
+        ValueError: the figure is not finite over all prompts.
     """
     value = figure(np.arange(prompts))
     if not np.isfinite(value):
@@ -38,21 +40,23 @@ def estimate(figure: Callable[[Array], float], prompts: int, seed: int = 0) -> E
 
 
 def mean(values: Array) -> Estimate:
-    """Of one value a prompt [n]."""
+    """Return the mean of one value per prompt, [n], with its interval."""
     return estimate(lambda chosen: float(values[chosen].mean()), len(values))
 
 
 def win_rate(ours: Array, theirs: Array) -> Estimate:
-    """Share of wins, a tie as a half, of scores [prompts, seeds]. Each pair is shown in both orders; a judge of single
-    texts, as ours are, says the same in both, and one that reads pairs would be averaged over them."""
+    """Return the share of wins of scores [prompts, seeds]; a tie counts half.
+
+    Each pair counts in both orders. All judges here score single texts, so both orders agree."""
     first = (ours > theirs) + (ours == theirs) / 2
     second = 1 - ((theirs > ours) + (theirs == ours) / 2)
     return mean(((first + second) / 2).mean(1))
 
 
 def recovered(base: Array, ours: Array, target: Array) -> Estimate | None:
-    """(ours − base) / (target − base) of mean scores, values a prompt [n]; None where the target's gain is not above 0
-    by two standard errors: a share of no gap means nothing."""
+    """Return (ours − base) / (target − base) of the mean scores, from one value per prompt, [n].
+
+    None if the target's gain is not above 0 by two standard errors: a share of no gap means nothing."""
     gap = target - base
     if gap.mean() <= 2 * gap.std(ddof=1) / len(gap) ** 0.5:
         return None
@@ -61,9 +65,9 @@ def recovered(base: Array, ours: Array, target: Array) -> Estimate | None:
 
 
 def hypervolume(points: Array, reference: Sequence[float] = (0.0, 0.0)) -> float:
-    """Area that points [n, 2] dominate beyond the reference, both objectives to be raised."""
+    """Return the area that points [n, 2] dominate beyond the reference. Larger is better in both objectives."""
     area, best = 0.0, reference[1]
-    for x, y in sorted(map(tuple, points), reverse=True):  # from the largest first objective on
+    for x, y in sorted(map(tuple, points), reverse=True):  # the largest first objective comes first
         if x > reference[0] and y > best:
             area += (x - reference[0]) * (y - best)
             best = y
@@ -71,12 +75,12 @@ def hypervolume(points: Array, reference: Sequence[float] = (0.0, 0.0)) -> float
 
 
 def mean_inner_product(points: Array, weights: Array) -> float:
-    """Mean over the front of w · objectives(w), both [n, 2]: whether a point goes where its weights ask."""
+    """Return the mean over the front of w · objectives(w), both [n, 2]: how well points follow their weights."""
     return float((points * weights).sum(1).mean())
 
 
 def repetition(texts: Sequence[str], n: int = 3) -> Array:
-    """Share of word n-grams that occurred before in the same text."""
+    """Return, for each text, the share of its word n-grams that occurred before in it, [n]."""
     shares = []
     for text in texts:
         words = text.lower().split()
@@ -86,7 +90,8 @@ def repetition(texts: Sequence[str], n: int = 3) -> Array:
 
 
 def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Share of different word n-grams among all of a condition's texts. It falls with the amount of text: compare
-    conditions of one length."""
+    """Return the share of different word n-grams among all texts of a method.
+
+    It falls with the amount of text, so compare methods whose texts have one length."""
     grams = [gram for text in texts for gram in zip(*(text.lower().split()[i:] for i in range(n)))]
     return len(set(grams)) / len(grams) if grams else 0.0

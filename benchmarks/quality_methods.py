@@ -1,4 +1,4 @@
-"""Every method of the quality tables as a function from prompts to responses, over one set of loaded models."""
+"""The methods of the quality tables, each a function from prompts to responses, over one set of loaded models."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ from genarm_fast import ARM, GenARM, demo
 Method = Callable[[Sequence[Sequence[int]], Params], list[Response]]
 OBJECTIVES = ("positive", "concise")
 TRAINED = "trained for the point"
-ARMS = (*OBJECTIVES, "small")  # that ship, and take part
-# Trained as dpo.py and trajectory_reward.py say, on 240 of the ARM `positive`'s pairs and the base's first 10 layers.
+ARMS = (*OBJECTIVES, "small")  # shipped ARMs that take part
+# Trained by trajectory_reward.py on 240 pairs of the ARM `positive`, from the base's first 10 layers.
 REWARD = Path(__file__).parent / "baselines" / "positive_reward"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is run. best_of: values of N. args_weights: the sweep of w. k: candidates of ARGS. dear_prompts: of
-    best-of-N and ARGS, the first ones. Transfer-Q, by far the dearest, has its own k, tokens of a rollout, and prompts.
-    points: of a front."""
+    """The amount of work of a comparison.
+
+    best_of: values of N. args_weights: values of w for ARGS. k: candidates of ARGS. dear_prompts: how many prompts
+    best-of-N and ARGS get. transfer_k, rollout, transfer_prompts: k, rollout tokens and prompts of Transfer-Q, which is
+    by far the slowest. points: number of points of a front.
+    """
 
     prompts: int
     tokens: int
@@ -71,15 +74,15 @@ SIZES = {
 
 
 class Models:
-    """What the methods run; loaded when first asked for. float32.
+    """The models that the methods run, in float32. Each is loaded when it is first used.
 
-    policies: folders of DPO adapters by objective; an objective without one takes its ARM as its policy, which is what
-    DPO without a reference gives. reward: folder of the trajectory reward model, or None: methods that ask one are out.
-    rewarded: folder of baselines/rewarded.py's adapter, or None: that method is out. small: folders of ARMs of other
-    sizes, beside the `small` that ships. points: folders of baselines/per_point.py's adapters by share.
+    policies: folders of DPO adapters by objective. An objective without one uses its ARM as its policy, which is what
+    DPO without a reference gives. reward: folder of the trajectory reward model; None leaves out the methods that need
+    it. rewarded: folder of baselines/rewarded.py's adapter; None leaves that method out. small: folders of ARMs with
+    other sizes than the `small` that ships. points: folders of baselines/per_point.py's adapters by share.
 
     Raises:
-        ValueError: a folder of `small` is of no distilled ARM, or two of them have as many parameters.
+        ValueError: a folder of `small` has no distilled ARM, or two of its ARMs have the same number of parameters.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Models:
             raise ValueError(f"small={[str(folder) for folder in small]}: expected ARMs of different sizes")
 
     def inputs(self) -> dict[str, str | None]:
-        """By the hash of their weights: what responses depend on beside prompts and sizes."""
+        """Return a hash of the weights of each model that responses depend on, by its name; None without a model."""
 
         def digest(folder: Path | None) -> str | None:
             if folder is None:
@@ -145,7 +148,9 @@ class Models:
         return PeftModel.from_pretrained(bare, str(self.policies[OBJECTIVES[0]])).eval()
 
     def souped(self, adapter: Path) -> Member:
-        """A policy of the same shape as the first one, over weights that all soups share: valid until the next soup."""
+        """Return a policy with this adapter, which must have the shape of the first objective's policy.
+
+        All soups share one model, so the policy is valid until the next call."""
         set_peft_model_state_dict(self._adapted, load_file(adapter / "adapter_model.safetensors"))
         return Member("policy", self._adapted)
 
@@ -159,13 +164,13 @@ class Models:
 
     @cached_property
     def first_objective(self) -> Member:
-        """The policy of the tables with one objective, which need no other one's memory."""
+        """The policy of the first objective, for tables with one objective: these do not load the other policies."""
         return self.policy(self.policies[OBJECTIVES[0]], OBJECTIVES[0])
 
 
 @dataclass(frozen=True)
 class FirstPrompts:
-    """A method too dear for all prompts."""
+    """A method that is too slow for all prompts and runs on the first ones only."""
 
     run: Method
     prompts: int
@@ -175,7 +180,7 @@ class FirstPrompts:
 
 
 def by_arms(models: Models, temperature: float = 1.0, **weights: float) -> Method:
-    """The engine with these ARMs; none of them is the base."""
+    """Return the method that runs the engine with these ARMs' weights. Without weights it runs the base alone."""
 
     def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:
         all_weights = dict.fromkeys(models.engine.arm_names, 0.0) | weights
@@ -185,10 +190,10 @@ def by_arms(models: Models, temperature: float = 1.0, **weights: float) -> Metho
 
 
 def general(models: Models, size: Size) -> dict[str, Method]:
-    """Alignment to one objective, `positive`."""
+    """Return the methods of the table `general`: alignment to one objective, `positive`."""
     methods = {
         "base": by_arms(models),
-        "control, w = 1": by_arms(models, 1 / 2),  # the base as its own ARM: see baselines/sharpening.py
+        "control, w = 1": by_arms(models, 1 / 2),  # the base in place of its own ARM: see baselines/sharpening.py
         "control, w = 2": by_arms(models, 1 / 3),
         **{f"guided, w = {w:g}": by_arms(models, positive=w) for w in (0.5, 1.0, 2.0)},
         "the ARM alone": lambda prompts, params: mixture([models.arm_alone], [1.0], prompts, params),
@@ -227,7 +232,7 @@ def general(models: Models, size: Size) -> dict[str, Method]:
 
 
 def weak(models: Models) -> dict[str, Method]:
-    """Small ARMs on the base, between the base and what an ARM or a policy of the base's own size reaches."""
+    """Return the methods of the table `weak`: small ARMs on the base, with an ARM and a policy of the base's size."""
     return {
         "base": by_arms(models),
         "control, w = 1": by_arms(models, 1 / 2),
@@ -240,7 +245,7 @@ def weak(models: Models) -> dict[str, Method]:
 
 
 def shares(points: int) -> list[float]:
-    """Of the first objective, evenly from 0 to 1."""
+    """Return the first objective's share at each point of a front, evenly spaced from 0 to 1."""
     return [i / (points - 1) for i in range(points)]
 
 
@@ -249,8 +254,9 @@ def point_name(method: str, share: float) -> str:
 
 
 def fronts(models: Models, points: int) -> dict[str, Method]:
-    """Two objectives at each share a of the first: guided with weights of two sums, MOD, and soups; and
-    policies of their own for some points. Names end in the share."""
+    """Return the methods of the table `front`, for every share of the first of two objectives; names end in the share.
+
+    They are guidance with weights that sum to 1 and to 2, MOD and soups, and policies trained for single points."""
 
     def souped(a: float) -> Method:
         def run(prompts: Sequence[Sequence[int]], params: Params) -> list[Response]:

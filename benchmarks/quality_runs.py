@@ -1,4 +1,4 @@
-"""Responses of the methods that `quality` compares: made once, kept in files, and read again."""
+"""The responses of the methods that `quality` compares. They are made once, kept in files, and read again."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from quality_methods import Method, Models, Size
 
 
 class Texts:
-    """Responses of one method: texts, tokens [prompts, seeds], perplexity under the base, forwards a token.
+    """The responses of one method: texts, tokens [prompts, seeds], nats under the base [prompts, seeds], forwards.
 
-    A method that was asked the first prompts only is compared with others on these."""
+    A method that ran on the first prompts only is compared with other methods on these prompts."""
 
     def __init__(self, run: dict[str, Any], seeds: int) -> None:
         samples = run["samples"]
@@ -33,7 +33,7 @@ class Texts:
         return np.asarray(values, float).reshape(self.seeds, self.prompts).T
 
     def scores(self, judge: Any, prompts: int | None = None) -> np.ndarray:
-        """Of each text [prompts, seeds], of the first so many prompts if asked."""
+        """Return the judge's score of each text, [prompts, seeds]. prompts: keep only the first `prompts` prompts."""
         return self._by_prompt(judge(self.texts))[:prompts]
 
     def repetition(self) -> np.ndarray:
@@ -48,7 +48,9 @@ def collect(
     size: Size,
     perplexity: bool = True,
 ) -> dict[str, Texts]:
-    """Runs what is not there yet. Files hold texts, never prompts. perplexity: the base reads every text once more."""
+    """Run the methods that have no file in `folder` yet, and return the responses of all methods.
+
+    Files hold texts, never prompts. perplexity: whether the base reads every text, to score it."""
     stops, tokenizer = tuple(models.engine.eos_token_ids), models.engine.tokenizer
     for name, method in methods.items():
         path = folder / f"{name}.json"
@@ -82,9 +84,9 @@ def collect(
 
 
 def same_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Leaves a note of what the runs in a folder were made with: the size, and each adapter or ARM by its name.
+    """Keep a note in the folder of the inputs of its runs: the size, and each adapter or ARM by name.
 
-    What it does not have yet, such as an adapter for one more row, is added. Raises SystemExit where something differs.
+    New names, such as the adapter of one more row, are added. Raises SystemExit if an input differs from the note.
     """
     note, now = folder / "inputs.note", json.loads(json.dumps(inputs))
     kept = json.loads(note.read_text()) if note.exists() else now

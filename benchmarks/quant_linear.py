@@ -1,11 +1,11 @@
-"""quant_linear of 8 and 4 bits on the CPU against small_linear over the same matrices in bfloat16, interleaved.
+"""Compares quant_linear with 8 and 4 bits on the CPU with small_linear over the same matrices in bfloat16.
 
     python benchmarks/quant_linear.py [--cpu-time] [--threads N] [--models NAME ...] [--rows N ...] [--seconds S]
 
-Weights are cold, as in a decode step: every call takes the next of as many copies as fill 400 MB. Each case is checked
-against the dequantised weights in float64 first. A turn is eight calls of each contender (one of 16 MB and more) after
-one that does not count. A cell: microseconds of bfloat16, and how many times as fast 8 and 4 bits are (medians of the
-turns' own ratios). The last line of a model weighs its shapes by how often a step needs them.
+Weights are cold, as in a decode step: the copies of a matrix fill 400 MB, and every call takes the next copy. Each case
+is first checked against the dequantised weights in float64. In a turn each contender runs eight calls, or one from
+about 13 MB on, after one uncounted call. A cell shows the microseconds of bfloat16, and how many times as fast 8 and 4
+bits are: medians of the ratios within a turn. The last line of a model weighs its shapes by their number in a step.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 from genarm_fast.kernels import QuantLinear, SmallLinear, _native
 from genarm_fast.kernels.quant_linear import dequantize, quantize
 
-SHAPES: dict[str, list[tuple[int, int, int]]] = {  # outputs, inputs, how many of a step
+SHAPES: dict[str, list[tuple[int, int, int]]] = {  # (outputs, inputs, products of this shape in a step)
     "smollm2-135m": [(960, 576, 30), (576, 576, 30), (3072, 576, 30), (576, 1536, 30), (49152, 576, 1)],
     "2048-wide": [(3072, 2048, 16), (2048, 2048, 16), (16384, 2048, 16), (2048, 8192, 16)],
 }
-COLD = 400 << 20  # bytes, more than caches hold
+COLD = 400 << 20  # bytes of all copies of a matrix, more than the caches hold
 CALLS = 8
 BITS = (8, 4)
 
 
 def timed(clock: Callable[[], float], calls: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
-    """Microseconds of a call, but for the first."""
+    """Return the mean microseconds of a call, without the first call."""
     calls[0](x)
     start = clock()
     for call in calls[1:]:
@@ -41,7 +41,7 @@ def timed(clock: Callable[[], float], calls: Sequence[Callable[[Tensor], Tensor]
 
 
 class Contenders:
-    """Copies of one matrix for each way of holding it."""
+    """The copies of one matrix in bfloat16, 8 bits and 4 bits."""
 
     def __init__(self, out: int, width: int) -> None:
         weight = torch.randn(out, width).mul_(width**-0.5).to(torch.bfloat16)
@@ -63,7 +63,7 @@ class Contenders:
             torch.testing.assert_close(linear(x)[:, :512].double(), exact, rtol=2**-8, atol=1e-3)
 
     def measure(self, rows: int, seconds: float, clock: Callable[[], float]) -> dict[int, float]:
-        """Microseconds of bfloat16 at 16; at 8 and 4 the speed over it."""
+        """Return, by bits: at 16 the microseconds of bfloat16, at 8 and 4 how many times as fast these are."""
         x = torch.randn(rows, self.width).to(torch.bfloat16)
         own = {bits: cycle(linears) for bits, linears in self.all.items()}
         turns: list[dict[int, float]] = []

@@ -1,12 +1,12 @@
-"""A model in bfloat16 against itself with quantization="exact", "int8" and "int4": what is lost, and what a step takes.
+"""Compares a model in bfloat16 with its quantization "exact", "int8" and "int4": the loss, and the time of a step.
 
     python benchmarks/quantization.py [MODEL] [--text FILE] [--tokens N] [--windows N] [--rows N ...] [--steps N]
         [--ways WAY ...]
 
-Default: the demo's base, on this repository's docs/design.md. KL and perplexity are means over the tokens of windows of
-the text, by transformers' own forward. KL is that of the checkpoint's weights in float32 arithmetic to each way: the
-line of bfloat16 shows what its rounding costs. Greedy texts are those of prompts from the text. A step is CPU time of
-decoding, in turns, medians; one thread.
+The defaults are the demo's base and this repository's docs/design.md. KL and perplexity are means over the tokens of
+windows of the text, by transformers' own forward. KL is taken from the checkpoint in float32 arithmetic to each way, so
+the line of bfloat16 shows the cost of its rounding. Greedy texts continue prompts that are cut from the text. A step's
+time is the median CPU time of decoding, in turns, with one thread.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ WAYS = ("exact", "int8", "int4")
 
 @torch.inference_mode()
 def log_probs(model: GenARM, windows: Tensor) -> Tensor:
-    """float32 [windows, tokens, V]"""
+    """Return the base's log-probs of the windows' tokens, float32 [windows, tokens, V]."""
     return torch.cat([model.base.model(input_ids=row[None]).logits.float().log_softmax(-1) for row in windows])
 
 
 def decode(model: GenARM, prompts: list[list[int]], steps: int) -> tuple[float, list[list[int]]]:
-    """CPU milliseconds of a step, and the greedy tokens. What the prompts take is measured and left out."""
+    """Return the CPU milliseconds of a step, and the greedy tokens. The prompts' time is measured and subtracted."""
     params = [SamplingParams(max_new_tokens=n, temperature=0.0, ignore_eos=True) for n in (1, steps + 1)]
     times, outputs = [], []
     for each in params:

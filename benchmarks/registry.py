@@ -1,4 +1,4 @@
-"""One way to measure and to keep what was measured: a benchmark is a function that yields cases.
+"""Registers and measures benchmarks, and keeps their results. A benchmark is a function that yields cases.
 
     @benchmark
     def silu_mul() -> Iterator[Case]:
@@ -7,9 +7,10 @@
             gate, up = torch.randn(2, rows, 1536)
             yield Case(f"{rows} rows", {"ours": lambda: ops.silu_mul(gate, up), "PyTorch": lambda: silu(gate) * up})
 
-The first contender is ours. All take turns, each round beginning with another one (`genarm_fast.bench.timing`). Figures
-are medians with the interval in which the true median lies with 90 % confidence, and speed-ups are taken within rounds,
-so that a busy machine disturbs both sides alike. Short calls are repeated until a turn takes two milliseconds.
+The first contender of a case is this library's. All contenders take turns, and each round begins with another one
+(`genarm_fast.bench.timing`). Figures are medians with the interval in which the true median lies with 90 % confidence.
+Speed-ups are taken within rounds, so that a busy machine disturbs both sides alike. Short calls are repeated until a
+turn takes two milliseconds.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """Contenders by name, ours first, that do the same work. device: where, for the clock."""
+    """Contenders that do the same work, by name, this library's first. device: where they run, which sets the clock."""
 
     name: str
     runs: Mapping[str, Callable[[], Any]]
@@ -45,7 +46,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[Case]]] = {}
 
 
 def benchmark(function: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[Case]]:
-    """Registers it under its name; the first line of its docstring is its title."""
+    """Register a benchmark under the name of its function. Its docstring says what it measures."""
     name = function.__name__
     if name in BENCHMARKS:
         raise ValueError(f"benchmark {name!r}: expected a name that is not taken")
@@ -54,14 +55,14 @@ def benchmark(function: Callable[[], Iterator[Case]]) -> Callable[[], Iterator[C
 
 
 class Repeated:
-    """As many calls a turn as the clock needs; the warm-up turn finds out how many."""
+    """A contender that repeats its call within a turn. The warm-up turn finds how many calls take TURN_SECONDS."""
 
     def __init__(self, run: Callable[[], Any], clock: Callable[[], float]) -> None:
         self.run, self.clock, self.calls = run, clock, 1
 
     def __call__(self, turn: int) -> None:
         if turn == 0:
-            self.run()  # compiles, allocates, fills caches
+            self.run()  # the first call compiles, allocates and fills caches
             start = self.clock()
             self.run()
             self.calls = max(1, min(10_000, round(TURN_SECONDS / max(self.clock() - start, 1e-7))))
@@ -71,7 +72,7 @@ class Repeated:
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Microseconds of a call of each contender, and how many times as fast as each of the others ours is."""
+    """Return each contender's microseconds per call, and how many times as fast the first one is as each other one."""
     ours = next(iter(case.runs))
     clock_name, clock = clock_of([torch.device(case.device)])
     runs = {name: Repeated(run, clock) for name, run in case.runs.items()}
@@ -88,7 +89,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def run(names: Sequence[str], rounds: int, console: Console | None = None) -> dict[str, Any]:
-    """Measures these benchmarks; a result file."""
+    """Measure the named benchmarks and return the contents of a result file."""
     results = []
     for name in names:
         for case in BENCHMARKS[name]():
@@ -120,7 +121,7 @@ def table(found: Mapping[str, Any]) -> Table:
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Speed-ups with their intervals, a bar for each contender that ours is compared with."""
+    """Plot the speed-ups with their intervals: a bar for each contender but the first."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +144,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 
 
 def default_path(about: Mapping[str, Any]) -> Path:
-    """benchmarks/results/<date>-<machine>.json"""
+    """Return the path benchmarks/results/<date>-<machine>.json."""
     return RESULTS / f"{about['date']}-{name_of(about)}.json"
 
 

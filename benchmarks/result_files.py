@@ -1,4 +1,4 @@
-"""What every result file says of the machine that made it, and how its table gets into a page."""
+"""The description of the machine that all result files have, and the writing of their tables into pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import transformers
 
 
 def processor() -> str:
-    """The processor's name, as Linux has it."""
+    """Return the processor's name from /proc/cpuinfo, or what Python knows of it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -23,7 +23,7 @@ def processor() -> str:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """Hardware, versions, date, and how busy the machine was: processes that ran or waited, over the last minute."""
+    """Return the hardware, versions and date, and `load`: the mean number of busy processes over the last minute."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
@@ -37,21 +37,21 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def peak_resident() -> int:
-    """Largest resident set of this process so far, in bytes (Linux).
+    """Return the largest resident set of this process so far, in bytes (Linux).
 
-    Not `ru_maxrss`, which a child process starts with its parent's: children of a large parent would all look alike.
+    `ru_maxrss` would not do: a child starts with its parent's value, so the children of a large parent look alike.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def name_of(about: Mapping[str, Any]) -> str:
-    """The device of `machine`, fit for a file's name."""
+    """Return the device's name in a form for file names: lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
 
 
 def fill(page: str, blocks: Mapping[str, str]) -> str:
-    """The page with the text between `<!-- begin X -->` and `<!-- end X -->` replaced by blocks[X].
+    """Return the page with the text between `<!-- begin X -->` and `<!-- end X -->` replaced by blocks[X].
 
     Raises:
         ValueError: the page lacks the marks of a block.

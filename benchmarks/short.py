@@ -1,9 +1,10 @@
-"""The short form of every benchmark that has a contender to be timed against: `make bench`.
+"""The short forms of the benchmarks that compare with another contender: `make bench` runs them.
 
     OMP_NUM_THREADS=1 python benchmarks/short.py [NAME ...] [--rounds N] [--json FILE]
 
-A few shapes each; the long forms are the scripts of the same subjects, with all shapes, models and options. Not here:
-startup.py (a process a turn), soak.py (no contender), compiled_kernels.py (no clock), and inflated bases.
+A short form has a few shapes. The long form is a script of its own, with all shapes, models and options. There is no
+short form of startup.py (it starts a process per turn), soak.py (it has no contender), compiled_kernels.py (it times
+nothing), and of inflated bases.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PROMPT, TOKENS = "How was the film that you saw last night?", 8
 
 @benchmark
 def guided_sample() -> Iterator[Case]:
-    """Draws from base and ARM logits; long form: kernels.py"""
+    """Draws of a token from base and ARM logits. The long form is kernels.py."""
     for vocab, rows, mode in ((32000, 1, "draw"), (128256, 1, "draw"), (32000, 8, "draw"), (32000, 1, "log-probs")):
         members = [3 * torch.randn(rows, vocab).to(torch.bfloat16) for _ in range(2)]
         options: dict[str, Any] = {"temperature": TEMPERATURE, "seeds": 1, "positions": torch.arange(rows)}
@@ -50,7 +51,7 @@ def guided_sample() -> Iterator[Case]:
 
 @benchmark
 def accepting() -> Iterator[Case]:
-    """settle of eight rows with four drafts; long form: kernels.py"""
+    """A call of settle with eight rows of four drafts. The long form is kernels.py."""
     targets = torch.arange(40).view(8, 5)
     rows: dict[str, Any] = {"lengths": targets[:, 0], "limits": targets[:, 4] + 9, "finished": targets[:, 0] < 0}
     rows |= {"stop_ids": torch.tensor([99]), "draft_counts": torch.full((8,), 4)}
@@ -63,7 +64,7 @@ def accepting() -> Iterator[Case]:
 
 @benchmark
 def small_linear() -> Iterator[Case]:
-    """bfloat16 products of few rows, weights in caches; long form: linear.py"""
+    """Products of few rows with a bfloat16 weight that stays in the caches. The long form is linear.py."""
     for rows, inputs, outputs in ((1, 576, 1536), (8, 576, 1536), (1, 2048, 5632)):
         weight, x = torch.randn(outputs, inputs).to(torch.bfloat16), torch.randn(rows, inputs).to(torch.bfloat16)
         ours = SmallLinear(weight)
@@ -73,7 +74,7 @@ def small_linear() -> Iterator[Case]:
 
 @benchmark
 def arm_logps() -> Iterator[Case]:
-    """Loss of training, forward and backward, head frozen; long form: arm_logps.py"""
+    """The training loss, forward and backward, with a frozen head. The long form is arm_logps.py."""
     hidden, weight = torch.randn(2, 64, 256, requires_grad=True), torch.randn(16384, 256) / 20
     labels = torch.randint(0, 16384, (2, 64))
 
@@ -85,7 +86,7 @@ def arm_logps() -> Iterator[Case]:
 
 @benchmark
 def attention() -> Iterator[Case]:
-    """Over the static cache; long form: attention.py"""
+    """Attention over the static cache. The long form is attention.py."""
     for rows, length in ((1, 256), (8, 256), (1, 1024)):
         keys, values = torch.randn(2, rows, 3, length, 64).to(torch.bfloat16)
         query = torch.randn(rows, 1, 9, 64).to(torch.bfloat16).transpose(1, 2)
@@ -102,7 +103,7 @@ def attention() -> Iterator[Case]:
 
 @benchmark
 def layer_ops() -> Iterator[Case]:
-    """Norm and activation of a decoder layer; long form: decode_ops.py"""
+    """The norm and the activation of a decoder layer. The long form is decode_ops.py."""
     x, weight, eps = torch.randn(1, 576).to(torch.bfloat16), torch.ones(576, dtype=torch.bfloat16), 1e-5
     gate, up = torch.randn(2, 1, 1536).to(torch.bfloat16)
     norm = LlamaRMSNorm(576, eps).to(torch.bfloat16)
@@ -126,7 +127,9 @@ def texts(model: GenARM, **params: Any) -> Any:
 
 @benchmark
 def decoding() -> Iterator[Case]:
-    """A LoRA ARM as a lane, eight tokens at batch 1, base in 4 bits where that loses nothing; long form: decode.py"""
+    """Eight tokens at batch 1 with a LoRA ARM as a lane. The long form is decode.py.
+
+    "ours" holds weights in 4 bits wherever that is exact."""
     model, exact = demo_model("positive"), demo_model("positive", quantization=EXACT)
     bare = AutoModelForCausalLM.from_pretrained(demo.base(), dtype=torch.bfloat16, trust_remote_code=False)
     merged = PeftModel.from_pretrained(bare, str(demo.arm("positive"))).merge_and_unload().eval()
@@ -144,7 +147,7 @@ def decoding() -> Iterator[Case]:
 
 @benchmark
 def drafting() -> Iterator[Case]:
-    """Drafts by the small ARM at w = 2; long form: speculation.py"""
+    """Decoding with drafts of the small ARM, at w = 2. The long form is speculation.py."""
     model = demo_model("small", quantization=EXACT)
     auto = genarm_fast.GenARM(model.members, speculation="auto")
     runs = {"ours": lambda: texts(auto, weights=[2.0]), "no drafts": lambda: texts(model, weights=[2.0])}
@@ -153,7 +156,7 @@ def drafting() -> Iterator[Case]:
 
 @benchmark
 def calls() -> Iterator[Case]:
-    """The function that keeps its models, against the method; long form: call_overhead.py"""
+    """The function `generate`, which keeps its models, and the method. The long form is call_overhead.py."""
     model, folders = demo_model("small"), (str(demo.base()), [str(demo.arm("small"))])
     params: dict[str, Any] = {"max_new_tokens": 2, "ignore_eos": True, "seed": 1, "speculation": "off"}
     runs = {

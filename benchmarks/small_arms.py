@@ -1,7 +1,7 @@
-"""Small ARMs of several sizes in the scenario `weak`: their rows, and how much of a gap each recovers.
+"""Table and plot of the scenario `weak`: small ARMs of several sizes, and the share of a gap that each recovers.
 
-A size is a folder that scripts/demo_arms/train_small.py wrote (`work/small`), or the `small` that ships. Its
-genarm.json says how long it was distilled, how far it is from the base, and how it ranks held-out pairs.
+A small ARM is a folder that scripts/demo_arms/train_small.py wrote (`work/small`), or the `small` that ships. Its
+genarm.json has the length of its distillation, its distance from the base, and its ranking of held-out pairs.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from quality_measures import Estimate
 
 from genarm_fast import demo
 
-SHIPPED = "small ARM, w = 1"  # its row
-TARGETS = {"guided, w = 1": "#c1440e", "policy": "#4878a8"}  # whose gain is recovered, and their colours
+SHIPPED = "small ARM, w = 1"  # row of the small ARM that ships
+TARGETS = {"guided, w = 1": "#c1440e", "policy": "#4878a8"}  # row whose gain is to be recovered -> colour in the plot
 
 
 def info(folder: Path) -> dict[str, Any]:
-    """genarm.json of a distilled ARM. Raises ValueError where there is none."""
+    """Return the contents of a distilled ARM's genarm.json. Raises ValueError if the folder has none."""
     path = folder / "genarm.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "distilled" not in found:
@@ -29,7 +29,7 @@ def info(folder: Path) -> dict[str, Any]:
 
 
 def name_of(folder: Path) -> str:
-    """What the ARM is called: its parameters, in millions."""
+    """Return the name of a small ARM, which is made of its parameters in millions."""
     return f"small-{info(folder)['distilled']['parameters'] / 1e6:.1f}M"
 
 
@@ -38,7 +38,9 @@ def row_of(name: str) -> str:
 
 
 def described(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """By row: parameters, tokens of distillation, nats of KL(base || ARM) on text at temperature 1, held-out pairs."""
+    """Return the properties of each small ARM, by its row.
+
+    kl: KL(base || ARM) in nats, on text sampled at temperature 1. pairs: the number of held-out pairs."""
     found = {}
     for row, folder in ((SHIPPED, demo.arm("small")), *((row_of(name_of(folder)), folder) for folder in folders)):
         about = info(folder)
@@ -54,7 +56,7 @@ def described(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown, the smallest ARM first; the one that ships stands last, since it was distilled for longer."""
+    """Return the ARMs as a Markdown table, the smallest first. The shipped ARM is last: it was distilled for longer."""
 
     def text(share: Mapping[str, float] | None) -> str:
         return "no gap" if share is None else str(Estimate(**share))
@@ -75,7 +77,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Shares of the gaps over parameters, with 95 % intervals; the ARM that ships is a square of its own."""
+    """Plot the recovered shares over parameters, with 95 % intervals. A square marks the ARM that ships."""
     import matplotlib
 
     matplotlib.use("Agg")

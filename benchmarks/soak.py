@@ -1,10 +1,10 @@
-"""Thousands of requests of random shape through the slots of tiny models: is memory flat, are the tokens right?
+"""Runs thousands of random requests through tiny models, and checks that memory stays flat and tokens are right.
 
     OMP_NUM_THREADS=1 python benchmarks/soak.py [--requests 10000] [--seconds 360] [--seed 0] [--json FILE]
 
-A base, a LoRA ARM in its forward and an ARM with one of its own decode groups of requests, each group with another
-drafter. Resident memory is read between groups; its slope leaves out the first quarter. Of every group some requests
-are decoded again, alone and without drafts, and their tokens compared.
+The models are a base, a LoRA ARM in the base's forward, and an ARM with a forward of its own. They decode groups of
+requests, each group with another drafter. Resident memory is read between groups; its slope leaves out the first
+quarter. Some requests of every group are decoded again, alone and without drafts, and their tokens are compared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import build_model, build_tokenizer, save_adapter
 
 GROUP = 50  # requests of one call
-COMPARED = 2  # of each group
+COMPARED = 2  # requests of a group that are decoded again
 DRAFTERS: list[str | Speculation] = [
     "auto",
     Speculation("own", 3),
@@ -57,7 +57,7 @@ def tiny_model(folder: Path, batch_size: int) -> GenARM:
 
 
 def random_request(rng: random.Random) -> tuple[list[int], SamplingParams]:
-    """Some prompts begin alike; each parameter is left alone now and then."""
+    """Return a random prompt and random parameters. Some prompts share a beginning; many parameters keep a default."""
 
     def maybe(value: Any, default: Any) -> Any:
         return value if rng.random() < 0.3 else default
@@ -90,9 +90,9 @@ def soak(
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """Figures of a run over so many requests, or those that were begun in so many seconds."""
+    """Run `requests` requests, but begin none after `seconds` seconds, and return the figures of the run."""
     rng = random.Random(seed)
-    memory: list[tuple[int, int]] = []  # requests done, resident bytes
+    memory: list[tuple[int, int]] = []  # (requests done, resident bytes)
     compared = different = completions = tokens = done = 0
     start, cpu = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def resident_bytes() -> int:
 
 
 def slope(points: list[tuple[int, int]]) -> float:
-    """Of the least-squares line."""
+    """Return the slope of the least-squares line through the points."""
     x, y = torch.tensor(points, dtype=torch.float64).unbind(1)
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / x.square().sum().clamp_min(1))

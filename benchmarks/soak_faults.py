@@ -1,12 +1,12 @@
-"""Threads that share one model while everything goes wrong: are the answers right, and is nothing left behind?
+"""Makes threads share one model while faults occur, and checks that answers are right and nothing is left behind.
 
     OMP_NUM_THREADS=1 python benchmarks/soak_faults.py [--seconds 600] [--threads 6] [--seed 0] [--json FILE]
 
-Threads generate and stream; streams are abandoned, read slowly and steered; logits processors raise; allocation of
-key-value caches fails on purpose; the main thread is interrupted in mid-call and forks. Every token that comes is
-compared with the request's answer given alone beforehand. Resident memory, descriptors and threads are read between,
-and Python's blocks of memory at a quarter of the time and at its end, after a collection: a request that fails leaves
-some 300 objects in circles to the collector, for its error's traceback holds the frames of the step.
+Threads generate and stream. Streams are abandoned, read slowly and steered. Logits processors raise, allocations of KV
+caches fail on purpose, and the main thread is interrupted during calls and forks. Every token is compared with the
+answer that the request got alone beforehand. Resident memory, descriptors and threads are read again and again.
+Python's memory blocks are counted after a quarter of the time and at the end. A garbage collection precedes each count:
+a failed request leaves some 300 objects in reference cycles, since its error's traceback holds the frames of the step.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from genarm_fast import GenARM, GenerationError
 from genarm_fast.engine.model_runner import ModelRunner
 
 POOL = 40  # requests whose answers are known
-FAILING = 0.15  # of the allocations
-SAMPLE = 1.0  # seconds between readings
+FAILING = 0.15  # share of the allocations that fail
+SAMPLE = 1.0  # least seconds between two readings
 
 
 class Deliberate(Exception):
-    """What a logits processor raises here."""
+    """The error that a logits processor raises on purpose."""
 
 
 def raising(ids: Any, scores: Any) -> Any:
@@ -48,7 +48,7 @@ def raising(ids: Any, scores: Any) -> Any:
 
 
 class Soak:
-    """One model, the requests with their answers, and what was counted."""
+    """One model, the requests with their answers, and the counts of a run."""
 
     def __init__(self, model: GenARM, rng: random.Random) -> None:
         self.model = model
@@ -83,7 +83,7 @@ class Soak:
                 self.check("generate", index, tokens_of(output), self.alone[index])
 
     def failing_processor(self, rng: random.Random) -> None:
-        """Only the request whose processor raises fails."""
+        """Run a good request beside one whose processor raises, and check that only the latter fails."""
         good, bad = rng.randrange(POOL), rng.randrange(POOL)
         params = [self.requests[good][1], self.requests[bad][1].override(logits_processors=[raising])]
         try:
@@ -95,7 +95,7 @@ class Soak:
                 self.check("beside a failing one", good, tokens_of(error.outputs[0]), self.alone[good])
 
     def stream(self, rng: random.Random) -> None:
-        """Read to the end, slowly, or left after some chunks; weights change for some."""
+        """Stream a request and check its tokens. Some streams are read slowly, left early, or change their weights."""
         index = rng.choice(self.single)
         prompt, params = self.requests[index]
         leave, slow, steer = rng.random() < 0.4, rng.random() < 0.3, rng.random() < 0.3
@@ -105,7 +105,7 @@ class Soak:
             with self.model.stream(prompt, params) as stream:
                 for chunk in stream:
                     same = [each == own for each in chunk.weights]
-                    if not all(same):  # from here on it is another text
+                    if not all(same):  # tokens under other weights belong to another text
                         found += chunk.token_ids[: same.index(False)]
                         self.count(streams_steered=1)
                         break
@@ -125,7 +125,9 @@ class Soak:
         self.check("stream", index, found, self.alone[index][0][: len(found)])
 
     def _expect_failed_step(self, error: GenerationError) -> None:
-        """Memory ran out, or Ctrl-C came in the main thread's step, in which others' requests were decoded as well."""
+        """Count a failed step as expected if memory ran out, or if Ctrl-C interrupted it; else note it as wrong.
+
+        The main thread's step, which Ctrl-C interrupts, also decodes the requests of other threads."""
         interrupted = "failed: KeyboardInterrupt" in str(error)
         self.count(**{"steps_interrupted" if interrupted else "out_of_memory": 1})
         if "MemoryError" not in repr(error.__cause__) and not interrupted:
@@ -145,19 +147,19 @@ class Soak:
                     self.wrong.append(f"{type(error).__name__}: {error}")
 
     def interrupted(self, rng: random.Random) -> None:
-        """Ctrl-C at any moment of a call, in the main thread."""
+        """Generate in the main thread, and interrupt it like Ctrl-C at a random moment of the call."""
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         try:
             try:
                 signal.setitimer(signal.ITIMER_REAL, rng.random() * 0.05 + 1e-4)
                 self.generate(rng)
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)  # the alarm may come as this line begins
+                signal.setitimer(signal.ITIMER_REAL, 0)  # the alarm may still come at the start of this line
         except KeyboardInterrupt:
             self.count(interrupts=1)
 
     def fork(self) -> None:
-        """A child that lives on beside the model and ends, as those of data loaders do."""
+        """Fork a child that ends at once, as a data loader forks workers, and check that it ends well."""
         child = os.fork()
         if child == 0:
             os._exit(0)
@@ -166,7 +168,7 @@ class Soak:
 
 
 def soak_faults(seconds: float, *, threads: int = 6, seed: int = 0) -> dict[str, Any]:
-    """Figures of a run of so many seconds."""
+    """Run for `seconds` seconds and return the figures of the run."""
     rng = random.Random(seed)
     readings: list[tuple[float, int, int, int]] = []
     blocks: list[int] = []
@@ -197,7 +199,7 @@ def soak_faults(seconds: float, *, threads: int = 6, seed: int = 0) -> dict[str,
             blocks.append(_blocks())
             for worker in workers:
                 worker.join()
-        for index in range(POOL):  # nothing is left behind
+        for index in range(POOL):  # faults must not affect later requests
             soak.check("after all", index, tokens_of(soak.model.generate(*soak.requests[index])[0]), soak.alone[index])
     steady = readings[len(readings) // 4 :]
     return {
@@ -216,11 +218,14 @@ def soak_faults(seconds: float, *, threads: int = 6, seed: int = 0) -> dict[str,
 
 
 def _reading() -> tuple[int, int, int]:
+    """Return the resident bytes, the number of open descriptors, and the number of threads."""
     return resident_bytes(), len(os.listdir("/proc/self/fd")), threading.active_count()
 
 
 def _blocks() -> int:
-    """Of Python's allocator. `gc.get_objects` would break tuples that another thread is making: a SystemError there."""
+    """Return the number of blocks that Python's allocator holds after a garbage collection.
+
+    `gc.get_objects` would not do: it breaks tuples that another thread is building, which gets a SystemError."""
     gc.collect()
     return sys.getallocatedblocks()
 

@@ -1,14 +1,14 @@
-"""Speculative guided decoding on a CPU: tokens per second over drafts per step, against plain decoding and others.
+"""Measures speculative guided decoding on a CPU in tokens/s over drafts per step, beside plain decoding and others.
 
     OMP_NUM_THREADS=1 python benchmarks/speculation.py pair [--base BASE] [--arm ARM]     a small ARM drafts for a base
     OMP_NUM_THREADS=1 python benchmarks/speculation.py lookup [--base BASE] [--arm LORA]  lanes; text repeats its prompt
     OMP_NUM_THREADS=1 python benchmarks/speculation.py agreement [--base BASE] [--arm ARM]
 
-All take --json FILE; benchmarks/plot_speculation.py draws them. Larger bases: benchmarks/inflated.py.
+All take --json FILE; benchmarks/plot_speculation.py draws those files. benchmarks/inflated.py makes larger bases.
 
-Contenders take turns in one process, round by round with another prompt and seed each, after one unmeasured round of
-all. A time is of decoding alone: that of all tokens less that of one. It is the process's CPU time, since with one
-thread that is the time on an idle machine. Figures are medians, speed-ups medians of the rounds' own ratios.
+Contenders take turns in one process, after one unmeasured round of all. Every round has another prompt and another
+seed. A time is of decoding alone: the time of all tokens less that of one. It is the process's CPU time, which with one
+thread is the time on an idle machine. Figures are medians; speed-ups are medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PASSAGES = [
 ]
 COPY = "Repeat the following text word for word, without any changes:\n\n{}"
 
-Run = Callable[[int, int], GenerationOutput | list[GenerationOutput] | None]  # round, tokens
+Run = Callable[[int, int], GenerationOutput | list[GenerationOutput] | None]  # takes (round, new tokens)
 
 
 def chat(text: str) -> list[dict[str, str]]:
@@ -57,7 +57,7 @@ def chat(text: str) -> list[dict[str, str]]:
 
 
 class Case:
-    """A base, an ARM, and everything that is timed on them. Weights are in memory once, but for a merged LoRA."""
+    """A base, an ARM, and the contenders over them. They share one copy of the weights, unless a LoRA is merged."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         dtype = DTYPES[args.dtype]
@@ -65,11 +65,12 @@ class Case:
         self.tokenizer = AutoTokenizer.from_pretrained(args.base, trust_remote_code=False)
         self.base = AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype, trust_remote_code=False).eval()
         shared = {"tokenizer": self.tokenizer, "dtype": dtype, "max_batch_size": max(args.batch)}
-        if args.quantization:  # a copy of ours in fewer bits; Hugging Face's base keeps its weights as they are
+        if args.quantization:  # the engine gets a quantized copy; Hugging Face's base keeps its weights
             self.model = GenARM.from_pretrained(args.base, str(args.arm), quantization=args.quantization, **shared)
         else:
             self.model = GenARM.from_pretrained(self.base, str(args.arm), **shared)
-        self.arm = None if args.quantization else self.model.arms[0].model  # for loops of others
+        # The ARM's model, for the naive loop and for Hugging Face's assisted generation.
+        self.arm = None if args.quantization else self.model.arms[0].model
         texts = [COPY.format(passage) for passage in PASSAGES] if args.part == "lookup" else QUESTIONS[:6]
         self.prompts = [chat(text) for text in texts]
 
@@ -121,7 +122,7 @@ class Case:
         return {name: run for name, run in runs.items() if name not in self.args.skip}
 
     def forward_seconds(self, member: int, tokens: int, calls: int = 7) -> float:
-        """Median of one forward of so many tokens at a context of 64."""
+        """Return the median CPU seconds of a member's forward over `tokens` tokens after 64 tokens of context."""
         runner = ModelRunner([self.model.members[member]])
         runner.refresh()
         runner.discover(1, 128)
@@ -142,7 +143,7 @@ def timed(run: Run, turn: int, tokens: int) -> tuple[float, Any]:
 
 
 def measure(case: Case, batch: int) -> list[dict[str, Any]]:
-    """One line per contender."""
+    """Return a result line for each contender at this batch size."""
     args = case.args
     runs = case.contenders(batch)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -150,7 +151,8 @@ def measure(case: Case, batch: int) -> list[dict[str, Any]]:
     for turn in range(args.rounds + 1):
         prefill: dict[str, float] = {}
         for name, run in runs.items():
-            kind = "ours" if name.startswith("K =") or name == "auto" else name  # one prefill serves all of these
+            # All guided runs of the engine do the same for a prompt, so one of them measures it for all.
+            kind = "ours" if name.startswith("K =") or name == "auto" else name
             if kind not in prefill:
                 prefill[kind] = timed(run, turn, 1)[0]
             spent, found = timed(run, turn, args.tokens)
@@ -175,7 +177,9 @@ def measure(case: Case, batch: int) -> list[dict[str, Any]]:
 
 
 def predict(case: Case, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The analytical model for one row, from forwards alone and the acceptance of single drafts."""
+    """Return the speed-ups that an analytical model predicts for one row, or {} where it does not apply.
+
+    Its inputs are the times of single forwards and the acceptance at K = 1."""
     first = [line["acceptance"] for line in lines if line["batch"] == 1 and line["contender"] == "K = 1"]
     if not first or first[0] is None or case.args.part == "lookup":
         return {}
@@ -196,7 +200,9 @@ def predict(case: Case, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def agreement(case: Case) -> list[dict[str, Any]]:
-    """How often drafter and target draw the same token with the same noise, on guided text, beside Σ min(p, q)."""
+    """Return how often drafter and target draw the same token with the same noise, on guided text, beside Σ min(p, q).
+
+    Σ min(p, q) is the best acceptance that any method can reach."""
     lines = []
     for weight in case.args.weights:
         case.args.weight = weight

@@ -1,13 +1,13 @@
-"""From process start to the first token, line by line, next to Hugging Face's load and first token.
+"""Times the phases from process start to the first token, beside Hugging Face's load and first token.
 
     OMP_NUM_THREADS=1 python benchmarks/startup.py [CONTENDER ...] [--base FOLDER] [--rounds 3] [--json]
 
-Each run is a process of its own; contenders take turns. After a first round, which does not count, files are in memory
-and modules are compiled, as after an installation. Shown are medians of CPU time, which others on a shared machine do
-not change by much; and of the wall clock, in total. Some modules that we import at once, transformers imports as it
-reads: compare the two lines together.
-Without a --base it is the demo's, with its ARMs `small` (a model) and `positive` (a LoRA adapter). Hugging Face's part
-loads the adapter by PEFT; of `small` and the base it has each generate a token.
+Each run is a process of its own, and contenders take turns. After a first round, which does not count, files are in
+memory and modules are compiled, as after an installation. The table has medians of CPU time, which other processes
+change little, and of the whole wall-clock time. genarm_fast imports some modules at once that transformers imports
+while it reads a model, so compare the sums of the lines `import` and `read`.
+Without --base, the demo's base is used, with the ARMs `small` (a model) and `positive` (a LoRA adapter). Hugging Face's
+contenders load the adapter by PEFT. With `small`, both models generate a token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 PROMPT = "How was the film that you saw last night?"
 LINES = ("python", "import", "read", "check", "place", "first token")
-CONTENDERS = {  # ARMs, and whether the self-check has its record
+CONTENDERS = {  # name -> (ARMs, whether the self-check finds its record; None for Hugging Face)
     "Hugging Face, base": ([], None),
     "Hugging Face, base + small": (["small"], None),
     "Hugging Face, base + positive": (["positive"], None),
@@ -37,7 +37,7 @@ CONTENDERS = {  # ARMs, and whether the self-check has its record
 
 
 class Clock:
-    """CPU time of each line, which ends when it is named."""
+    """The CPU seconds of each line of the table. `end` ends a line and begins the next one."""
 
     def __init__(self) -> None:
         self.last, self.lines = 0.0, dict.fromkeys(LINES, 0.0)
@@ -48,7 +48,7 @@ class Clock:
 
 
 def hugging_face(base: str, arms: list[str], clock: Clock) -> None:
-    """With adapters, as PEFT's users load one."""
+    """Load the models and generate a token with each, by transformers; adapters are loaded by PEFT."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,7 +92,7 @@ def ours(base: str, arms: list[str], clock: Clock) -> None:
 
 
 def child(kind: str, base: str, arms: list[str]) -> None:
-    """One run, in this process."""
+    """Run one contender in this process and print its CPU seconds as JSON."""
     clock = Clock()
     clock.end("python")
     if CONTENDERS[kind][1] is None:
@@ -103,7 +103,7 @@ def child(kind: str, base: str, arms: list[str]) -> None:
 
 
 def measure(kinds: list[str], base: str, arms: dict[str, str], rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds by contender and line."""
+    """Return the median seconds of each line, by contender and line."""
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as cache:
         for turn in range(rounds + 1):
@@ -119,7 +119,7 @@ def measure(kinds: list[str], base: str, arms: dict[str, str], rounds: int) -> d
                     command, env=inherited | variables, check=True, stdout=subprocess.PIPE, text=True
                 )
                 wall = time.perf_counter() - start
-                if turn:  # the first one reads files from the disk, and writes the records
+                if turn:  # round 0 reads files from the disk, and writes the self-check's records
                     lines = json.loads(result.stdout.splitlines()[-1])
                     found[kind].append(lines | {"total": sum(lines.values()), "wall, with exit": wall})
     return {

@@ -1,12 +1,12 @@
-"""What a step takes besides the models' forwards: on a GPU the host's work, and on the CPU sampling as well.
+"""Measures what a step takes besides the models' forwards: on a GPU the host's work, and on the CPU also sampling.
 
     OMP_NUM_THREADS=1 python benchmarks/step_overhead.py [--cpu] [--rows 1 8 32] [--steps 200] [--json]
 
-Without a GPU: CPU tensors stand for those of CUDA, and graphs do nothing when replayed. All of Python runs as it does
-on CUDA: who takes part, what changed, the launch, reading the step before, text, stop strings, and who has ended.
-Copies of small tensors on the CPU stand for CUDA's launches. With --cpu, steps on the CPU less what
-`ModelRunner.forward` takes in them, of tiny models (300 tokens of vocabulary). The clock is CPU time of the thread that
-steps, medians over steps.
+It needs no GPU: CPU tensors stand for CUDA tensors, and graphs do nothing when they are replayed. All Python code runs
+as on CUDA: which sequences take part, what changed, the launch, reading the previous step, text, stop strings, and
+which sequences have ended. Copies of small CPU tensors stand for CUDA's launches. With --cpu, steps run on the CPU, and
+the time of `ModelRunner.forward` is subtracted. The models are tiny, with a vocabulary of 300 tokens. Figures are
+medians over steps of the CPU time of the thread that runs the steps.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.speculation.config import OFF, Speculation
 
 PLANS = {"no drafts": OFF, "4 drafts of an ARM": Speculation("arm", 4), "4 drafts of the text": Speculation("ngram", 4)}
-CAPTURED_AFTER = 10  # steps: those before run piece by piece, or are captured
+CAPTURED_AFTER = 10  # steps that are left out, since they run piece by piece or are captured
 
 
 def measure(rows: int, plan: Speculation, steps: int, *, cpu: bool = False) -> float:
-    """Median microseconds of a step of so many requests."""
+    """Return the median microseconds of a step with `rows` requests."""
     times, step, forward = [], Engine._step, ModelRunner.forward
     in_forwards = 0.0
 
@@ -58,7 +58,7 @@ def measure(rows: int, plan: Speculation, steps: int, *, cpu: bool = False) -> f
         return logits
 
     models = [build_model("llama", seed, max_position_embeddings=steps + 64) for seed in (0, 1)]
-    with patch.dict(os.environ, GENARM_FAST_SELFCHECK="never"):  # tokens mean nothing here
+    with patch.dict(os.environ, GENARM_FAST_SELFCHECK="never"):  # the tokens of these steps mean nothing
         model = GenARM.from_pretrained(*models, tokenizer=build_tokenizer(), max_batch_size=rows)
     params = SamplingParams(max_new_tokens=steps, ignore_eos=True, seed=1)
     nothing = patch.object(FakeGraph, "replay", lambda _: None)

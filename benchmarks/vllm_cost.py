@@ -1,12 +1,12 @@
-"""What guidance costs inside vLLM on this machine: base alone, a small ARM beside it, one and two LoRA lanes.
+"""Measures the cost of guidance inside vLLM on a CPU: the base alone, with a small ARM, with one and two LoRA lanes.
 
     PYTHONPATH=tests/vllm_plugin/site VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 \
         .venv-vllm/bin/python benchmarks/vllm_cost.py [--batches 1 8 32] [--tokens 24] [--json FILE]
 
-SmolLM2-135M in float32, by vLLM's V2 runner with its kernels interpreted, which costs each step a time of its own.
-The base alone is drawn from by our sampler too: vLLM's would run in the interpreter, for seconds a step.
-Times are CPU time of the process, of decoding alone: of all tokens less that of one. Each is the smallest of the
-rounds. Weights and caches are counted, not measured.
+The model is SmolLM2-135M in float32. vLLM's V2 runner interprets its kernels here, which adds time to every step.
+genarm_fast's sampler draws for the base alone too: vLLM's would run in the interpreter and take seconds per step. Times
+are the process's CPU time of decoding alone: the time of all tokens less that of one, the smallest of the rounds. The
+bytes of weights and caches are counted, not measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def draw_as_guided_ones_are() -> None:
-    """Have engines of a bare base take our sampler."""
+    """Make engines of a base alone use genarm_fast's sampler."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     from genarm_fast.integrations.vllm.sampler import draw_by_our_contract
@@ -43,7 +43,7 @@ def draw_as_guided_ones_are() -> None:
 
 
 def seconds(llm: Any, batch: int, tokens: int, rounds: int) -> float:
-    """CPU seconds of a step of `batch` requests."""
+    """Return the CPU seconds of a step of `batch` requests."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": list(range(100 + i, 116 + i))} for i in range(batch)]

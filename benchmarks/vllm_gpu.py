@@ -1,16 +1,17 @@
-"""What only a GPU can show of guided decoding inside vLLM: CUDA graphs, bfloat16, an FP8 base, our Triton sampler.
+"""Checks guided decoding inside vLLM where only a GPU can: CUDA graphs, bfloat16, an FP8 base, the Triton sampler.
 
     python benchmarks/vllm_gpu.py                       # with vLLM's CUDA build; ten minutes or so
     PYTHONPATH=tests/vllm_plugin/site VLLM_ENABLE_V1_MULTIPROCESSING=0 .venv-vllm/bin/python benchmarks/vllm_gpu.py \
         --cases eager                                   # tries the script out on a CPU
 
-SmolLM2-135M with a small ARM beside it and two LoRA lanes. Each case is an engine in a process of its own. Checked are
+The base is SmolLM2-135M, with a small ARM and two LoRA lanes. Each case is an engine in a process of its own. The
+script checks two things:
 
-- the law: guided log-probabilities of a text, over the whole vocabulary, against the members' own from the same engine
-  (weights of 0 give the base's, `arm_reward` an ARM's), combined in float64;
-- seeds, in float32: the tokens of `GenARM.generate` for the same requests.
+- the law: guided log-probabilities of a text, over the whole vocabulary, are those of the members, combined in float64.
+  The same engine gives the members' log-probabilities: the base's at weights of 0, an ARM's by `arm_reward`.
+- seeds, in float32: the tokens are those of `GenARM.generate` for the same requests.
 
-The exit status is 1 where one of them fails.
+The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from genarm_fast.integrations.vllm import engine_args
 
 ARMS = ["small", "positive", "concise"]
 WEIGHTS = [0.7, -0.4, 1.2]
-CASES: dict[str, tuple[dict[str, Any], float]] = {  # options of vLLM, and how far a log-probability may be off
+CASES: dict[str, tuple[dict[str, Any], float]] = {  # name -> (options of vLLM, largest error of a log-probability)
     "eager": ({"dtype": "float32", "enforce_eager": True}, 1e-3),
     "graphs": ({"dtype": "float32"}, 1e-3),
     "bfloat16": ({"dtype": "bfloat16"}, 0.1),
@@ -40,7 +41,7 @@ TOKENS = 24
 
 
 def law(llm: Any, ids: list[int]) -> float:
-    """The largest error of a guided log-probability of a text."""
+    """Return the largest error of a guided log-probability of a text."""
     from vllm import SamplingParams as Asked
 
     asked = [{"arm_weights": WEIGHTS}, {"arm_weights": 0.0}, *({"arm_reward": name} for name in ARMS)]
@@ -53,7 +54,7 @@ def law(llm: Any, ids: list[int]) -> float:
 
 
 def equal_tokens(llm: Any, specs: list[ARM]) -> float:
-    """The share of tokens that are those of `GenARM.generate` for the same seeds; greedy for the first prompt."""
+    """Return the share of tokens equal to those of `GenARM.generate` for the same seeds. The first text is greedy."""
     from vllm import SamplingParams as Asked
 
     model = GenARM.from_pretrained(demo.base(), specs, dtype="float32", speculation="off")

@@ -1,4 +1,4 @@
-"""Guided sampling in a decode loop of your own, and the engine in `model.generate`.
+"""Use guided sampling in your own decode loop, and the whole engine in `model.generate`.
 
 python examples/drop_in.py [--base FOLDER] [--arm FOLDER]
 """
@@ -30,7 +30,7 @@ with torch.inference_mode():
         outputs = [m(fed, past_key_values=c, use_cache=True) for m, c in zip((base, arm), caches)]
         caches = [output.past_key_values for output in outputs]
         logits, arm_logits = (output.logits[:, -1] for output in outputs)
-        # was: probs = (logits / 0.8).softmax(-1); token = torch.multinomial(probs, 1)[:, 0]
+        # This replaces: probs = (logits / 0.8).softmax(-1); token = torch.multinomial(probs, 1)[:, 0]
         token = guided_sample(logits, arm_logits, 1.0, temperature=0.8, top_p=0.95).tokens
         ids = torch.cat([ids, token[:, None]], dim=-1)
 print(tokenizer.decode(ids[0]))

@@ -1,4 +1,4 @@
-"""The first guided text: a base model, a reward model that steers it, and one without.
+"""Generate a first guided text: a base model alone, then the same model steered by a reward model.
 
 python examples/first_text.py [--base FOLDER] [--arm FOLDER]
 """

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on guided text: a task of your own, without and with an ARM.
+"""Run EleutherAI's lm-evaluation-harness on guided text: a task of your own, without and with an ARM.
 
 pip install lm-eval vaderSentiment, then, in the clone,
 python examples/harness.py [--base FOLDER] [--arm FOLDER]
@@ -24,11 +24,11 @@ args = parser.parse_args()
 folder = args.base or demo.base()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
-# The task is three files: YAML, its data, and its metric.
+# The task consists of three files: its YAML, its data, and its metric.
 manager = TaskManager(include_path=str(Path(__file__).with_name("harness")), include_defaults=False)
 generate = model.generate
 for name, weight in (("base", None), ("guided, weight 1", 1.0), ("guided, weight 2", 2.0)):
-    if weight is not None:  # the harness knows `model.generate` alone
+    if weight is not None:  # the harness calls only `model.generate`
         arm = ARM(args.arm, weight=weight)
         model.generate = partial(generate, custom_generate=guided(arm, tokenizer=tokenizer))
     lm = HFLM(model, tokenizer=tokenizer, batch_size=4, max_length=512)

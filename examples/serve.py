@@ -1,6 +1,7 @@
-"""Guided decoding as a service: POST /generate, with "stream": true as server-sent events.
+"""Serve guided decoding: POST /generate answers with JSON, or with "stream": true as server-sent events.
 
-A client that hangs up frees its slot. A list of prompts has a list of answers, and pieces of a stream their "index".
+A client that hangs up frees its slot. A list of prompts gets a list of answers. Each piece of a stream has an "index",
+which says whose text it continues.
 
     pip install starlette uvicorn
     python examples/serve.py [BASE [ARM ...]]
@@ -21,7 +22,7 @@ from genarm_fast import GenARM, GenerationError, demo
 def make_app(model: GenARM) -> Starlette:
     async def chunks(stream):
         try:
-            async for chunk in stream:  # a client that hangs up cancels this
+            async for chunk in stream:  # if the client hangs up, this loop is cancelled
                 piece = {"index": chunk.index, "text": chunk.text, "finish_reason": chunk.finish_reason}
                 yield f"data: {json.dumps(piece)}\n\n"
         except GenerationError as error:
@@ -41,7 +42,7 @@ def make_app(model: GenARM) -> Starlette:
             body = dict(await request.json())
             shown, prompt = body.pop("stream", False), body.pop("prompt")
             stream = model.astream(prompt, ahead=8 if shown else 10**9, **body)
-            await stream.__aenter__()  # checks the arguments, and raises before the status is sent
+            await stream.__aenter__()  # checks the arguments, so that an error is raised before a status is sent
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 400)
         kind = "text/event-stream" if shown else "application/json"

@@ -1,4 +1,4 @@
-"""A stream whose weights change while it runs; then the same schedule as a list, known beforehand.
+"""Change the weights of a stream while it runs, then give the same schedule of weights as a list beforehand.
 
 python examples/steer_stream.py [--base FOLDER] [--arm FOLDER]
 """
@@ -19,12 +19,12 @@ run = {"seed": 2, "max_new_tokens": args.max_new_tokens}
 with model.stream(chat, weights=2.0, **run) as stream:
     for count, chunk in enumerate(stream, 1):
         print(chunk.text, end="", flush=True)
-        if count == 10:  # from here on, away from it: any real number is a weight
+        if count == 10:  # a negative weight steers away from the ARM: a weight may be any real number
             stream.set_weights({"positive": -2.0})
 print()
 steered = stream.output
 
-# One number for each token, and the last one repeats. In the place of an ARM's number, a list may stand anywhere.
+# A list has one weight for each token, and its last weight repeats. It may stand wherever an ARM's weight may.
 (planned,) = model.generate([chat], weights={"positive": [2.0] * 10 + [-2.0]}, **run)
 print([weight for (weight,) in planned.completions[0].weights])
 assert planned.token_ids == steered.token_ids

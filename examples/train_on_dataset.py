@@ -26,12 +26,12 @@ rows = [
         "prompt": [says("user", f"What did you think of {film} number {number}?")],
         "chosen": [says("assistant", f"A lovely {film}, I would see it again.")],
         "rejected": [says("assistant", f"A dull {film}, I left early.")],
-        "margin": 0.5,  # chosen should win by this much
+        "margin": 0.5,  # the chosen response should win by this much
         "chat_template_kwargs": {"enable_thinking": False},
     }
     for number, film in zip(range(args.pairs), films * args.pairs)
 ]
-data = Dataset.from_list(rows)  # or load_dataset(...)["train"], a stream, a list of dicts
+data = Dataset.from_list(rows)  # load_dataset(...)["train"], a stream, or a list of dicts would do as well
 config = TrainConfig(
     base=args.base or demo.base(), output="arms/of-rows", data_id="films", holdout_every=4, learning_rate=2e-3
 )

@@ -1,4 +1,4 @@
-"""Two objectives, weighted anew in each request, and a plot of what each gets: the front.
+"""Weight two objectives differently in each request, and plot the reward of both: the front.
 
 python examples/two_arms.py [--base FOLDER] [--arms FOLDER FOLDER] [--plot front.png]
 """
@@ -23,7 +23,7 @@ chat = [{"role": "user", "content": "How was your stay at the hotel?"}]
 mixes = [(2 * (1 - share), 2 * share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
 run = {"max_new_tokens": args.max_new_tokens, "rewards": True}
 params = [SamplingParams(weights=mix, seed=seed, **run) for mix in mixes for seed in range(args.seeds)]
-outputs = iter(model.generate([chat] * len(params), params))  # all of them in one call
+outputs = iter(model.generate([chat] * len(params), params))  # one call decodes all requests
 
 points = []
 for mix in mixes:

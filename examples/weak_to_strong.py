@@ -1,4 +1,4 @@
-"""Weak to strong: a small reward model steers a larger base, and drafts for it. Drafts change no token.
+"""Let a small reward model steer a larger base and draft for it (weak to strong). Drafts change no token.
 
 python examples/weak_to_strong.py [--base FOLDER] [--arm FOLDER]
 """

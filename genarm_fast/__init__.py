@@ -29,7 +29,7 @@ __all__ = [
     "stream",
 ]
 
-# Imported on first use: transformers takes seconds.
+# Modules of the public names. Each is imported on first use, since the import of transformers takes seconds.
 _MODULES = {
     "ARM": "models.arm",
     "GenARM": "api",
@@ -51,7 +51,8 @@ def __getattr__(name: str) -> Any:
         from genarm_fast.utils.collector import collector_waits
 
         with collector_waits():
-            # torch scans all loaded modules as it registers the first op: 70 ms before transformers, 350 ms after.
+            # torch scans all loaded modules when the first op is registered. That takes 70 ms before transformers is
+            # imported and 350 ms after it, so the kernels come first.
             import_module(".kernels", __name__)
             import_module(".api", __name__)
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""`python -m genarm_fast` is `genarm-fast`."""
+"""Entry point of `python -m genarm_fast`, the same command as `genarm-fast`."""
 
 import sys
 

@@ -32,8 +32,8 @@ ModelSource = str | os.PathLike[str] | nn.Module
 class GenARM(AsyncCalls):
     """A frozen base model steered by autoregressive reward models (arXiv 2410.08193).
 
-    Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (tokens that all members share; no other
-    is ever drawn), eos_token_ids, max_batch_size, cache_bytes, max_step_ms.
+    Attributes: base and arms (`Member`s), tokenizer (the base's), vocab_size (number of tokens that all members share;
+    no token beyond them is drawn), eos_token_ids, max_batch_size, cache_bytes, max_step_ms.
     """
 
     @classmethod
@@ -60,36 +60,38 @@ class GenARM(AsyncCalls):
         warm_up: bool = False,
         **model_kwargs: Any,
     ) -> GenARM:
-        """Load the members. Adapters of a model that is loaded already share its weights.
+        """Load the base and its ARMs. An adapter of a model that is loaded already shares the weights of that model.
 
         Args:
             base: hub id, local folder, PEFT adapter folder, or a loaded model (never modified; used in eval mode).
-            arms: one or several of the same, or `ARM`s.
+            arms: one or several models, each given like `base` or as an `ARM`.
             tokenizer, prompt_template, chat_template: the base's, instead of those in its folder.
-            dtype, device_map, quantization_config, attn_implementation, model_kwargs: to transformers'
-                `from_pretrained`, for every member that is not loaded yet. Load one yourself to treat it differently.
-            quantization: hold the matrices of bfloat16 members on the CPU in fewer bits: "exact" where that gives them
-                back bit for bit, "int8" or "int4" rounded to these (docs/quantization.md). None: as they are. Members
-                that are loaded already stay as they are; what became of others is in `model.quantized`.
-            trust_remote_code: run Python code that the folder or repository of base or draft model brings along; never
-                otherwise. Each `ARM` has its own.
-            device: where to put such members; default: CUDA if there is any, else the CPU.
-            max_batch_size: rows that are decoded together; as one ends, a waiting one takes its place.
-            cache_bytes: most that the key-value caches of a run may take, of all members together. Fewer rows are
-                decoded or scored together then; one that does not even fit alone fails. None: as much as there is.
-            max_step_ms: milliseconds that a step should take at most where prompts are prefilled beside requests that
-                generate: chunks of prompts are as large as that allows, of 16 tokens at least. None: 512 tokens.
-            speculation: "auto" drafts tokens where that pays, by measured cost and acceptance; "off"; or a
+            dtype, device_map, quantization_config, attn_implementation, model_kwargs: arguments of transformers'
+                `from_pretrained`, used for every member that is not loaded yet. To load one member with other
+                arguments, load it yourself and pass the model.
+            quantization: how the matrices of bfloat16 members are held on the CPU. "exact" uses fewer bits where they
+                restore a matrix bit for bit; "int8" and "int4" round it (docs/quantization.md). None keeps the
+                matrices. Members that are loaded already stay as they are. `model.quantized` tells what was done.
+            trust_remote_code: run Python code from the folder or repository of the base or the draft model. Without
+                it, no such code runs. Each `ARM` has its own setting.
+            device: the device of every member that is not loaded yet; default: CUDA if there is any, else the CPU.
+            max_batch_size: most sequences that are decoded together; when one ends, a waiting one takes its slot.
+            cache_bytes: most bytes that the key-value caches of all members may take together. A small limit lets
+                fewer sequences be decoded or scored together; a sequence that does not fit alone fails. None: no limit
+                but the memory of the device.
+            max_step_ms: target for the longest step, in milliseconds, while prompts are prefilled beside requests that
+                generate. Chunks of prompts are as large as it allows, of 16 tokens at least. None: 512 tokens.
+            speculation: "auto" drafts tokens where measured cost and acceptance make that faster; "off"; or a
                 `Speculation`. It never changes a token.
-            draft_model: a small model of the base's kind that only proposes tokens: as base.
+            draft_model: a small model with the base's vocabulary that only proposes tokens; given like `base`.
             warm_up: call `warm_up` with its defaults.
 
         Raises:
             ValueError: tokenizers that disagree on the common vocabulary, an adapter of another base, a kind of model
                 without a key-value cache, a template without {prompt}.
-            TypeError: arguments of other types, or that nothing takes.
+            TypeError: an argument of the wrong type, or one that no member takes.
         """
-        EngineConfig(max_batch_size, cache_bytes, max_step_ms)  # checks them
+        EngineConfig(max_batch_size, cache_bytes, max_step_ms)  # raises if a limit is wrong, before a model is loaded
         as_speculation(speculation)
         self_check_policy()
         check_quantization("quantization", quantization)
@@ -132,20 +134,22 @@ class GenARM(AsyncCalls):
         speculation: str | Speculation | None = None,
         **overrides: Any,
     ) -> list[GenerationOutput]:
-        """Guided completions, one output per prompt in order.
+        """Return guided completions, one output per prompt in order.
 
         Args:
-            prompts: a prompt or a list of prompts. A prompt is a string (put into each member's prompt_template, if it
-                has one), a list of chat messages (each member's chat template), or a list of token ids (the same for
-                every member). {"messages", "tools", "chat_template_kwargs"} is a chat with what its template takes.
-            sampling_params: for all prompts, or one per prompt.
+            prompts: a prompt or a list of prompts. A prompt is one of these:
+                a string, which is put into each member's prompt_template, if it has one;
+                a list of chat messages, for each member's chat template;
+                {"messages", "tools", "chat_template_kwargs"}, a chat with arguments for the template;
+                a list of token ids, the same for every member.
+            sampling_params: one `SamplingParams` for all prompts, or one per prompt.
             progress: show a progress bar.
             speculation: "auto", "off" or a `Speculation`, instead of the model's. It never changes a token.
             overrides: fields of `SamplingParams` to replace; `tools` and `chat_template_kwargs` for all chats.
 
         Raises:
             TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.
-            GenerationError: after all other requests finished, if some failed; has their outputs.
+            GenerationError: if some requests failed, after all others finished. It holds the outputs of the others.
         """
         engine, groups = self._decoding(prompts, sampling_params, speculation, overrides)
         sequences = [sequence for group in groups for sequence in group]
@@ -162,9 +166,9 @@ class GenARM(AsyncCalls):
         speculation: str | Speculation | None = None,
         **overrides: Any,
     ) -> Iterator[tuple[int, GenerationOutput | Exception]]:
-        """(index of the prompt, its output or the error that ended it), in the order in which they end.
+        """Iterate over (index of the prompt, its output or the error that ended it), in the order of their ends.
 
-        Arguments as in `generate`. Leaving the iterator (`close`, or dropping it) takes out what has not ended.
+        Arguments as in `generate`. To `close` or drop the iterator ends the requests that are still running.
 
         Raises:
             TypeError, ValueError: before any work, naming the prompt, the argument and what was expected.
@@ -180,12 +184,12 @@ class GenARM(AsyncCalls):
         speculation: str | Speculation | None = None,
         **overrides: Any,
     ) -> Stream:
-        """One prompt or several, as their tokens come. Arguments and errors as in `generate`, with n = 1."""
+        """Stream the tokens of one or several prompts as they are drawn. As in `generate`, but n has to be 1."""
         engine, groups = self._decoding(prompts, sampling_params, speculation, overrides, True)
         return Stream(engine, [sequence for (sequence,) in groups], self.arm_names)
 
     def score(self, prompts: Any, responses: Any, *, append_eos: bool = True) -> list[ScoreOutput]:
-        """Base log-probabilities and ARM rewards of given responses, token by token.
+        """Return the base's log-probabilities and the ARMs' rewards of given responses, token by token.
 
         Args:
             prompts: as in `generate`.
@@ -194,7 +198,7 @@ class GenARM(AsyncCalls):
 
         Raises:
             TypeError, ValueError: before any work, naming prompt or response and what was expected.
-            MemoryError: likewise, of one whose caches take more than cache_bytes alone.
+            MemoryError: before any work, if the caches of one response alone take more than cache_bytes.
             RuntimeError: a member gives NaN or +inf.
         """
         config = self._config()

@@ -1,4 +1,4 @@
-"""`genarm_fast.generate`, `stream` and their asynchronous forms: they load a model once and keep it for later calls."""
+"""Module-level `generate`, `stream`, `agenerate` and `astream`: they load a model once and keep it for later calls."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from genarm_fast.text.given import as_prompts
 from genarm_fast.utils.checks import check_integer
 
 _SAMPLING = {field.name: field.default for field in fields(SamplingParams)}
-_SAMPLING |= {"tools": None, "chat_template_kwargs": None}  # of chats
+_SAMPLING |= {"tools": None, "chat_template_kwargs": None}  # keywords for prompts that are chats
 _kept = KeptModels()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_kept.forked)
@@ -41,20 +41,23 @@ def generate(
     progress: bool = False,
     **keywords: Any,
 ) -> list[GenerationOutput]:
-    """Guided completions, one output per prompt in order. The first call loads the model; later ones find it loaded.
+    """Return guided completions, one output per prompt in order. The first call loads the model; later calls reuse it.
 
-    Numbers of a given model that were changed in place count in the next call. A given model whose modules, adapters
-    or memory changed is taken up anew, and a folder whose files changed is loaded anew. A hub id is looked up once.
+    A model object that is passed as `base` or `arms` may be changed between calls. Weights changed in place count from
+    the next call on. If its modules, adapters or the memory of its weights changed, the next call prepares it again.
+    If a folder's files changed, the next call loads them again. A hub id is looked up once.
 
     Args:
-        base, arms: as in `GenARM.from_pretrained`. Given models are not kept alive.
-        prompts, sampling_params, progress: as in `GenARM.generate`; an ARM's own weight counts where these have none.
-        keywords: options of `GenARM.from_pretrained`, its `model_kwargs` as a mapping; and fields of `SamplingParams`
-            to replace. Other options than before load another model, but for `speculation` and `warm_up`.
+        base, arms: as in `GenARM.from_pretrained`. Model objects are not kept alive.
+        prompts, sampling_params, progress: as in `GenARM.generate`. Without `weights`, each ARM's own weight counts.
+        keywords: options of `GenARM.from_pretrained`, with its `model_kwargs` as a mapping, and fields of
+            `SamplingParams` to replace. Options that differ from those of earlier calls load another model;
+            `speculation` and `warm_up` do not.
 
     Raises:
-        TypeError: a keyword that is neither, before any work.
-        TypeError, ValueError, FileNotFoundError, GenerationError: as from the two methods.
+        TypeError: a keyword that is neither an option nor a field, before any work.
+        TypeError, ValueError, FileNotFoundError, GenerationError: as from `GenARM.from_pretrained` and
+            `GenARM.generate`.
     """
     model, params, overrides = _prepare(base, arms, prompts, sampling_params, keywords)
     return model.generate(prompts, params, progress=progress, **overrides)
@@ -67,7 +70,7 @@ def stream(
     sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     **keywords: Any,
 ) -> Stream:
-    """One prompt or several, as their tokens come: see `GenARM.stream`. Arguments and errors as in `generate`."""
+    """Stream the tokens of one or several prompts: see `GenARM.stream`. Arguments and errors as in `generate`."""
     model, params, overrides = _prepare(base, arms, prompts, sampling_params, keywords)
     return model.stream(prompts, params, **overrides)
 
@@ -81,7 +84,7 @@ async def agenerate(
     progress: bool = False,
     **keywords: Any,
 ) -> list[GenerationOutput]:
-    """`generate` for event loops, which neither loading nor decoding blocks: see `GenARM.agenerate`."""
+    """Do as `generate` without blocking the event loop while a model loads or decodes: see `GenARM.agenerate`."""
     model, params, overrides = await _prepare_apart(base, arms, prompts, sampling_params, keywords)
     return await model.agenerate(prompts, params, progress=progress, **overrides)
 
@@ -95,7 +98,7 @@ def astream(
     ahead: int = 0,
     **keywords: Any,
 ) -> AsyncStream:
-    """`stream` for event loops: see `GenARM.astream`. Wrong arguments are raised as the stream begins."""
+    """Do as `stream` in an event loop: see `GenARM.astream`. Errors in arguments are raised when the stream begins."""
 
     async def prepare() -> Parts:
         model, params, overrides = await _prepare_apart(base, arms, prompts, sampling_params, keywords)
@@ -105,13 +108,15 @@ def astream(
 
 
 def release() -> None:
-    """Forget every model that these functions keep. What still runs is freed at its end."""
+    """Forget every model that these functions keep. A model that is still running is freed when its calls end."""
     _kept.clear()
 
 
 async def _prepare_apart(*given: Any) -> tuple[GenARM, Any, dict[str, Any]]:
-    """`_prepare` in a thread of its own: many calls that wait for one load would take all threads of the loop's
-    executor, and nobody else could have one."""
+    """Run `_prepare` in a thread of its own.
+
+    The event loop's executor has few threads: many calls that wait for one load would occupy all of them.
+    """
     with_context = copy_context().run
     executor = ThreadPoolExecutor(1, "genarm_fast load")
     try:
@@ -123,7 +128,7 @@ async def _prepare_apart(*given: Any) -> tuple[GenARM, Any, dict[str, Any]]:
 def _prepare(
     base: Any, arms: Any, prompts: Any, params: Any, keywords: dict[str, Any]
 ) -> tuple[GenARM, Any, dict[str, Any]]:
-    """The model; and the sampling parameters and keywords for its methods."""
+    """Return the model, and the sampling parameters and keywords to call its methods with."""
     unknown = sorted(set(keywords) - set(OPTIONS) - set(_SAMPLING))
     if unknown:
         raise TypeError(
@@ -138,56 +143,57 @@ def _prepare(
     own = tuple(float(spec.weight) for spec in specs)
     if overrides.get("weights") is None:
         overrides.pop("weights", None)
-        if own != tuple(arm.weight for arm in model.arms):  # it was loaded with others
-            params = _weighed(params, model.arm_names, own)
+        if own != tuple(arm.weight for arm in model.arms):  # the kept model was loaded with other default weights
+            params = _with_own_weights(params, model.arm_names, own)
     else:
         overrides["weights"] = weights_or_own(overrides["weights"], model.arm_names, own)
     return model, params, overrides
 
 
 def _check(prompts: Any, params: Any, overrides: Mapping[str, Any]) -> None:
-    """Raises for what is wrong whatever the model, before one is loaded for minutes."""
+    """Raise for arguments that are wrong with any model, before one is loaded, which can take minutes."""
     sampling = {name: value for name, value in overrides.items() if name in SamplingParams.__slots__}
     chat = {name: overrides.get(name) for name in ("tools", "chat_template_kwargs")}
     as_prompts(prompts, **chat)
     if overrides["speculation"] is not None:
         as_speculation(overrides["speculation"])
     for given in params if isinstance(params, Sequence) else [SamplingParams() if params is None else params]:
-        if isinstance(given, SamplingParams):  # anything else is refused with the number of prompts
+        if isinstance(given, SamplingParams):  # other types are refused later, in an error with the number of prompts
             given.override(**sampling)
 
 
 def kept_model(
     base: Any, specs: list[ARM], options: dict[str, Any], check: Callable[[], object] = lambda: None
 ) -> GenARM:
-    """The model that the next call of `generate` with these options of loading would use too.
+    """Return the model that the next call of `generate` with these options would use, loaded if it is not kept yet.
 
-    Its ARMs may have other default weights than the specifications: see `weights_or_own`. check: called before a model
-    is loaded.
+    Default weights of its ARMs may differ from those in `specs`: see `weights_or_own`.
+
+    check: called before a model is loaded; its errors pass through.
     """
     return _kept.get(base, specs, options, check)
 
 
 def weights_or_own(weights: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:
-    """Weights of a call for ARMs of these names, which are `own` for those that the call leaves out."""
+    """Return the weights of a call for the ARMs in `names`. ARMs that the call leaves out get theirs from `own`."""
     if weights is None:
         return own
     return weights_per_arm(weights, names, own) if isinstance(weights, Mapping) else weights
 
 
-def _weighed(params: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:
-    """Sampling parameters with the ARMs' own weights where they have none; anything else is refused later."""
+def _with_own_weights(params: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:
+    """Return sampling parameters that have the ARMs' own weights where they had none. Wrong types are refused later."""
     if params is None:
         return SamplingParams(weights=own)
     if isinstance(params, SamplingParams):
         return params.override(weights=weights_or_own(params.weights, names, own))
     if isinstance(params, Sequence):
-        return [each if each is None else _weighed(each, names, own) for each in params]
+        return [each if each is None else _with_own_weights(each, names, own) for each in params]
     return params
 
 
-def _shown(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature with each keyword by its name, for `help` and editors."""
+def _full_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the function's signature with every keyword by its name, for `help` and editors."""
     own = list(inspect.signature(function).parameters.values())[:-1]
     names = OPTIONS | _SAMPLING
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in names.items()]
@@ -195,4 +201,4 @@ def _shown(function: Callable[..., Any]) -> inspect.Signature:
 
 
 for _function in (generate, stream, agenerate, astream):
-    vars(_function)["__signature__"] = _shown(_function)
+    vars(_function)["__signature__"] = _full_signature(_function)

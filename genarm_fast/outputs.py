@@ -1,4 +1,4 @@
-"""What a request gives back."""
+"""Outputs of requests: completions, log-probabilities, rewards, usage and timing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from genarm_fast.utils.jsonlines import finite
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """Log-probability of a generated token under the guided distribution, and the most probable tokens there."""
+    """Log-probability of a generated token under the guided distribution, and the most probable tokens beside it."""
 
     logprob: float
     top: dict[int, float]  # token id -> log-probability, most probable first
@@ -34,10 +34,10 @@ class ArmRewards:
 class Completion:
     """One sampled continuation.
 
-    text: decoded, without the stop string that ended it. token_ids: all generated ids, stop token included.
-    finish_reason: "stop" (see stop_reason), "length", "time" (max_time is over), or "cancelled" (closed early).
-    stop_reason: the stop string, the stop or end-of-sequence token id, or None.
-    seed: what reproduces it. weights: the ARM weights that each token was drawn with.
+    text: the decoded tokens, by default without the stop string that ended it. token_ids: all generated ids, stop
+    token included. finish_reason: "stop" (see stop_reason), "length", "time" (max_time is over), or "cancelled" (closed
+    early). stop_reason: the stop string, the stop or end-of-sequence token id, or None. seed: the seed that reproduces
+    the completion. weights: the ARM weights that each token was drawn with.
     """
 
     text: str
@@ -52,7 +52,7 @@ class Completion:
 
 @dataclass(slots=True)
 class Usage:
-    """Token counts: the base's prompt, and all completions together."""
+    """Token counts of a request: its prompt as the base sees it, and all of its completions together."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -60,21 +60,22 @@ class Usage:
 
 @dataclass(slots=True)
 class Timing:
-    """Wall-clock seconds. A batch shares its clock: requests decoded together report the same prefill time.
+    """Wall-clock seconds of a request.
 
-    prefill: prompt forwards of all members. decode: from their end to this request's last token.
+    prefill: from the request's first slot to the end of its prefill by all members. Other requests of the batch may
+    run meanwhile. decode: from the end of the prefill to the request's last token.
     """
 
     prefill: float
     decode: float
-    tokens_per_second: float  # this request's tokens over `decode`
+    tokens_per_second: float  # tokens of all completions, divided by `decode`
 
 
 @dataclass(slots=True)
 class Rounds:
-    """What speculation did for a request: turns of the decode loop, tokens that were proposed, and those of them kept.
+    """Effect of speculation on a request: steps of its sequences, drafts that were proposed, and drafts accepted.
 
-    Each turn settles one token more than it keeps drafts, so plain decoding takes as many turns as tokens.
+    A step gives a sequence its accepted drafts and one token more. So plain decoding takes as many steps as tokens.
     """
 
     rounds: int
@@ -84,10 +85,10 @@ class Rounds:
 
 @dataclass(slots=True)
 class GenerationOutput:
-    """All completions of one prompt; the properties read the first one."""
+    """Output of one request: all completions of its prompt. The properties read the first completion."""
 
     prompt: str | list[dict[str, str]] | list[int]
-    prompt_token_ids: list[int]  # as the base sees it
+    prompt_token_ids: list[int]  # the base's token ids of the prompt
     completions: list[Completion]
     usage: Usage
     timing: Timing
@@ -118,10 +119,10 @@ class GenerationOutput:
         return self.completions[0].rewards
 
     def to_dict(self, token_text: Callable[[int], str] | None = None) -> dict[str, Any]:
-        """Plain types for JSON, with each reward's total. A log-probability of -inf is None.
+        """Return the output in plain types for JSON, with each reward's total. A log-probability of -inf becomes None.
 
-        token_text: the text of a token id, by which log-probabilities get `token`, the text of the token itself, and
-        `top_tokens`, those of the most probable ones by id.
+        token_text: returns the text of a token id. With it, each entry of `logprobs` also has the text of the drawn
+        token, `token`, and the texts of the most probable tokens by id, `top_tokens`.
         """
         data = asdict(self)
         for plain, completion in zip(data["completions"], self.completions):
@@ -136,7 +137,7 @@ class GenerationOutput:
 
 @dataclass(slots=True)
 class ScoreOutput:
-    """The members' log-probabilities of a given response, end-of-sequence included if it was scored."""
+    """Log-probabilities of a given response by the base and the ARMs, end-of-sequence included if it was scored."""
 
     prompt: str | list[dict[str, str]] | list[int]
     response: str | list[int]
@@ -145,12 +146,12 @@ class ScoreOutput:
     rewards: dict[str, ArmRewards]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON, with each reward's total. A log-probability of -inf is None."""
+        """Return the scores in plain types for JSON, with each reward's total. A value of -inf becomes None."""
         return {**asdict(self), "base_logprobs": finite(self.base_logprobs), "rewards": rewards_to_dict(self.rewards)}
 
 
 def rewards_to_dict(rewards: dict[str, ArmRewards] | None) -> dict[str, dict[str, float | Sequence[float]]] | None:
-    """Rewards with their totals, for JSON."""
+    """Return each ARM's rewards with their total, for JSON. A value of -inf becomes None."""
     if rewards is None:
         return None
     return finite({name: {"total": reward.total, "tokens": reward.tokens} for name, reward in rewards.items()})

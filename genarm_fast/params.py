@@ -1,4 +1,4 @@
-"""What one request asks for."""
+"""Sampling parameters of a request, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from genarm_fast.utils.checks import LARGEST, check_integer, check_real, is_finite, number, shown, too_large
 
 MAX_SEED = 2**64 - 1
-PRIORITIES = 2**31
-Weight = float | tuple[float, ...]  # of an ARM, or of each of its tokens, the last one for all that follow
+MAX_PRIORITY = 2**31
+Weight = float | tuple[float, ...]  # an ARM's weight, or one number for each token, the last one for all that follow
 AnyWeight = float | Sequence[float]
-AnyWeights = float | Sequence[AnyWeight] | Mapping[str, AnyWeight]  # for all ARMs, one for each, or of some by name
+AnyWeights = float | Sequence[AnyWeight] | Mapping[str, AnyWeight]  # one for all ARMs, one for each, or some by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,35 +27,36 @@ class SamplingParams:
     act on scores are at most 1e30 in size.
 
     Args:
-        weights: one weight per ARM (the paper's 1/β), any real; a number stands for every ARM; names with
-            numbers set these ARMs' alone; None takes each ARM's own default weight. In the place of an ARM's number, a
-            list has one for each token of the response; the last one repeats.
+        weights: one weight per ARM (the paper's 1/β), any real numbers. A single number is the weight of every ARM. A
+            mapping from names to numbers sets the weights of those ARMs alone. None takes each ARM's default weight.
+            In the place of an ARM's number, a list has one for each token of the response; the last number repeats.
         base_weight: coefficient of log π_base, any real. Tokens that the base masks stay impossible.
         temperature: T in p ∝ exp((log π_base + Σ w_i log π_arm_i)/T); 0 is greedy, ties go to the lowest token id.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: drop tokens below min_p times the largest probability, in [0, 1].
-        max_new_tokens: at most so many tokens are generated.
-        min_new_tokens: end-of-sequence and stop token ids are impossible before so many tokens.
-        max_time: seconds after which the text ends where it is, with finish_reason "time"; from the call on, with the
-            time that the request waits.
-        priority: requests with a larger one are given slots first; each waiting one is overtaken 64 times at most.
-        stop: strings that end the text; they are not part of it, wherever token borders fall.
-        include_stop_str_in_output: the text ends with the stop string, or the text of the stop token, that ended it.
+        max_new_tokens: most tokens that are generated.
+        min_new_tokens: number of tokens before which end-of-sequence and stop token ids are impossible.
+        max_time: seconds after which the text ends where it is, with finish_reason "time". They count from the call
+            on, and include the time that the request waits for a slot.
+        priority: requests with a larger number get slots first. Others may overtake a waiting request 64 times at most.
+        stop: strings that end the text and are left out of it. They are found across token borders too.
+        include_stop_str_in_output: keep the stop string, or the text of the stop token, at the end of the text.
         stop_token_ids: token ids that end the text, besides the model's own end-of-sequence ids.
         ignore_eos: do not stop at the end-of-sequence ids.
-        skip_special_tokens: leave special tokens out of the text; they are in `token_ids` either way.
-        seed: 0..2**64-1. The same request with the same seed gives the same tokens in any batch. None draws one, and
-            the output reports it.
+        skip_special_tokens: leave special tokens out of the text; `token_ids` has them in any case.
+        seed: 0..2**64-1. The same request with the same seed gives the same tokens in any batch. With None a seed is
+            drawn at random, and the output reports it.
         n: number of completions of the prompt.
-        logprobs: None for none; k for the log-probability of each token and of the k most probable ones, under the
-            guided distribution at this temperature (T = 1 when greedy), after penalties and before top-k/top-p/min-p.
+        logprobs: None reports no log-probabilities. A number k reports those of each drawn token and of the k most
+            probable tokens. They are under the guided distribution at this temperature (T = 1 when greedy), after
+            penalties and before top-k/top-p/min-p.
         rewards: report log π_arm of every generated token, per ARM.
-        repetition_penalty: the log-probability of a token seen in prompt or output is multiplied by it.
-        frequency_penalty: subtracted from the log-probability of a token for each time that it is in the output.
-        presence_penalty: subtracted once, if it is there at all.
+        repetition_penalty: factor of the log-probability of every token that is in the prompt or the output so far.
+        frequency_penalty: number subtracted from a token's log-probability once for each time that the output has it.
+        presence_penalty: number subtracted once from the log-probability of every token that the output has.
         logit_bias: token id → number added to its combined log-probability; -inf bans it.
-        allowed_token_ids: no other tokens are possible, stop tokens neither; None for all.
+        allowed_token_ids: the only tokens that are possible; stop tokens are no exception. None allows all.
         suppress_tokens: token ids that are impossible.
         logits_processors: Hugging Face `LogitsProcessor`s or callables `(input_ids [1, t], scores [1, V]) -> scores`.
 
@@ -92,7 +93,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if getattr(self, each.name) is None:  # as Hugging Face and vLLM take it
+            if getattr(self, each.name) is None:  # None means the default, as in Hugging Face and vLLM
                 object.__setattr__(self, each.name, each.default)
         checked: dict[str, Any] = {
             "weights": None if self.weights is None else check_weights(self.weights),
@@ -107,7 +108,7 @@ class SamplingParams:
             if self.max_time is None
             else check_real("max_time", self.max_time, "finite seconds > 0", 0.0, open_low=True),
             "priority": check_integer(
-                "priority", self.priority, "an integer in -2**31..2**31", -PRIORITIES, high=PRIORITIES
+                "priority", self.priority, "an integer in -2**31..2**31", -MAX_PRIORITY, high=MAX_PRIORITY
             ),
             "stop": _texts("stop", self.stop),
             "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
@@ -150,14 +151,14 @@ class SamplingParams:
                 raise TypeError(f"logits_processors: expected callables, got {shown(processor)}")
 
     def override(self, **overrides: Any) -> SamplingParams:
-        """A copy with some fields replaced. Raises TypeError for a name that is not a field."""
+        """Return a copy with some fields replaced. Raises TypeError for a name that is not a field."""
         unknown = sorted(set(overrides) - set(self.__slots__))
         if unknown:
             raise TypeError(f"unknown sampling parameter {unknown[0]!r}: expected one of {', '.join(self.__slots__)}")
         return replace(self, **overrides)
 
     def with_seed(self, seed: int) -> SamplingParams:
-        """A copy with another seed. Nothing else is checked again, which takes a tenth of the time of `override`."""
+        """Return a copy with another seed. Only the seed is checked, in a tenth of the time that `override` takes."""
         seeded = object.__new__(SamplingParams)
         for name in self.__slots__:
             object.__setattr__(seeded, name, getattr(self, name))
@@ -166,9 +167,12 @@ class SamplingParams:
 
 
 def check_weights(weights: object, count: int | None = None) -> float | tuple[Weight, ...] | dict[str, Weight]:
-    """Finite ARM weights: a number for all ARMs, one for each of `count` ARMs, or numbers by name.
+    """Return checked ARM weights: a number for all ARMs, one for each of `count` ARMs, or numbers by name.
 
     In the place of an ARM's number there may be a list with a number for each token.
+
+    Raises:
+        TypeError, ValueError: weights of another form, not finite, or not as many as `count`.
     """
     if isinstance(weights, Mapping):
         if not all(isinstance(name, str) for name in weights):
@@ -216,14 +220,14 @@ def _weight(weights: object, value: Any) -> float:
 
 
 def weight_at(weight: Weight, position: int) -> float:
-    """An ARM's weight for the token at this place of the response."""
+    """Return an ARM's weight for the token at this position of the response."""
     return weight[min(position, len(weight) - 1)] if isinstance(weight, tuple) else weight
 
 
 def weights_per_arm(weights: object, names: Sequence[str], others: Sequence[Weight]) -> tuple[Weight, ...]:
-    """One finite weight for each ARM of these names, or one for each of its tokens. A single number stands for all.
+    """Return one weight for each ARM in `names`: a number, or one for each token. A single number counts for all ARMs.
 
-    others: weights of ARMs that weights by name leave out.
+    others: weights of the ARMs that a mapping of names leaves out.
 
     Raises:
         ValueError, TypeError: naming the weights and what was expected.
@@ -265,7 +269,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ValueError(f"{name}={shown(value)}: expected non-empty strings, got {shown(text)}")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no text has one
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # decoded text never holds half a surrogate pair
             raise ValueError(f"{name}={shown(value)}: expected Unicode text, got half a surrogate pair in it")
     return texts
 

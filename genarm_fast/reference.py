@@ -2,8 +2,9 @@
 
     p(x | prefix) ∝ exp((log π_base(x | prefix) + Σ_i w_i · log π_arm_i(x | prefix)) / T)       arXiv 2410.08193, eq. 6
 
-One request, one token at a time, whole prefixes through every model, float64, no cache. Noise follows the contract of
-`genarm_fast.kernels.philox`, so that fast decoders can be compared with this one token for token.
+It decodes one request, one token at a time. Every model reads the whole prefix for each token, without a cache, and
+scores are float64. Noise follows the contract of `genarm_fast.kernels.philox`, so that the tokens of fast decoders can
+be compared with those of this one.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ def guided_probs(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """The guided next-token distribution.
+    """Return the guided next-token distribution.
 
     Args:
-        base_logits: [..., V], any float dtype. arm_logits: a tensor alike for each ARM.
-        weights: m numbers of any sign. temperature: T ≥ 0; 0 puts all mass on the most probable, lowest token id.
-        top_k: 0 keeps all. top_p: in (0, 1]. min_p: in [0, 1]. Applied in this order, after T; ties are all kept.
+        base_logits: [..., V], any float dtype. arm_logits: for each ARM a tensor of the same shape.
+        weights: m numbers of any sign. temperature: T ≥ 0; 0 puts all mass on the most probable token, and of several
+            on the lowest id.
+        top_k: 0 keeps all. top_p: in (0, 1]. min_p: in [0, 1]. The filters apply in this order, after T; a filter
+            keeps all tokens whose probability equals its threshold.
 
     Returns:
         Probabilities, float64 [..., V]. A token masked (-inf) by the base or by an ARM of non-zero weight gets 0.
@@ -48,9 +51,9 @@ def guided_probs(
 def guided_scores(
     base_logits: Tensor, arm_logits: Sequence[Tensor], weights: Sequence[float] | Tensor, base_weight: float = 1.0
 ) -> Tensor:
-    """log p at T = 1: the members' log-probabilities, summed with their weights and normalised; float64 [..., V].
+    """Return log p at T = 1, float64 [..., V]: the weighted sum of the members' log-probabilities, normalised.
 
-    What the base masks is impossible at any weight of the base.
+    A token that the base masks (-inf) stays impossible at any weight of the base, 0 included.
     """
     if len(weights) != len(arm_logits):
         raise ValueError(f"weights={weights}: expected one per ARM, {len(arm_logits)} in all, got {len(weights)}")
@@ -74,7 +77,10 @@ def guided_scores(
 
 
 def truncated_probs(scores: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Temperature, then top-k, top-p and min-p on log-probabilities [..., V] → probabilities, float64."""
+    """Return the probabilities, float64 [..., V], after temperature, top-k, top-p and min-p, in this order.
+
+    scores: log-probabilities [..., V].
+    """
     if temperature == 0:
         return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(torch.float64)
     probs = (scores.to(torch.float64) / temperature).softmax(-1)
@@ -83,7 +89,7 @@ def truncated_probs(scores: Tensor, temperature: float, top_k: int, top_p: float
         probs = probs / probs.sum(-1, keepdim=True)
     if top_p < 1:
         ordered = probs.sort(-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered  # mass of the more probable tokens
+        before = ordered.cumsum(-1) - ordered  # probability of all tokens that precede each one in this order
         last = (before < top_p).sum(-1, keepdim=True) - 1
         probs = probs * (probs >= ordered.gather(-1, last))
     probs = probs * (probs >= min_p * probs.amax(-1, keepdim=True))
@@ -91,7 +97,10 @@ def truncated_probs(scores: Tensor, temperature: float, top_k: int, top_p: float
 
 
 def draw(probs: Tensor, seed: int, position: int) -> int:
-    """The token [V] → id that the random-number contract draws for this seed at this position of the response."""
+    """Return the token id that the random-number contract draws for this seed at this position of the response.
+
+    probs: probabilities [V].
+    """
     seeds, positions = seed_tensor([seed]), torch.tensor([position])
     tiles = probs.log().split(TILE)
     tile_noise = gumbel(seeds, TILE_LEVEL, positions, torch.arange(len(tiles)))
@@ -102,8 +111,11 @@ def draw(probs: Tensor, seed: int, position: int) -> int:
 
 @dataclass
 class ReferenceOutput:
-    """tokens: generated ids, a stop id included. logprobs: of each, under p before truncation (T = 1 when greedy).
-    member_logprobs: per token, its log-probability under the base and under every ARM (the token's rewards)."""
+    """Output of the naive decoder for one request.
+
+    tokens: generated ids, a stop id included. logprobs: each token's log-probability under p before truncation (T = 1
+    when greedy). member_logprobs: for each token its log-probability under the base and under every ARM, its rewards.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -139,14 +151,14 @@ def generate(
     logits_processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
     vocab_size: int | None = None,
 ) -> ReferenceOutput:
-    """Guided generation for one request.
+    """Generate the tokens of one request.
 
     Args:
-        base, arms: models `(input_ids [1, t]) -> object with .logits [1, t, V]`, as transformers' are.
+        base, arms: callables `(input_ids [1, t]) -> object with .logits [1, t, V]`, such as models of transformers.
         prompts: token ids of the prompt for the base and for each ARM (templates may differ).
-        weights: m numbers, each for all tokens or a list with one for each token, whose last one repeats; or a
-            function from the index of the next token to m numbers.
-        vocab_size: the common vocabulary; default: the narrowest member.
+        weights: one weight for each of m ARMs, or a function from the index of the next token to m numbers. A weight
+            is a number, or a list with a number for each token; the last number of a list repeats.
+        vocab_size: size of the common vocabulary; default: that of the member with the fewest logits.
 
     Other arguments mean what they mean in `genarm_fast.SamplingParams`.
     """

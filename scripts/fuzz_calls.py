@@ -1,6 +1,6 @@
-"""How the fuzz (fuzz_layers.py) calls ops: by the dispatch or by Triton launchers, on tensors at odd places.
+"""Calls ops for the fuzz (fuzz_layers.py), by the dispatch or by Triton launchers, on tensors at odd places in memory.
 
-And how results are compared: within a tolerance of their dtype.
+It also compares results with their references, within the tolerance of their dtype.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def add_rms_norm(triton: bool, *arguments: Any) -> Any:
 
 
 def silu_mul(triton: bool, gate: Any, up: Any) -> Any:
-    if triton and gate.numel():  # what the launcher leaves to the reference
+    if triton and gate.numel():  # the launcher does not take empty tensors
         from genarm_fast.kernels.gated_mul.triton import launch_silu_mul
 
         return launch_silu_mul(gate, up)
@@ -101,7 +101,9 @@ def lanes_of(b: Any, index: Any) -> Any:
 
 
 def product(rng: random.Random, widths: Sequence[int], dtype: Any, rows: int = 3, block: int = 2) -> Any:
-    """(y [rows, block, columns], B and index of its lanes or (None, None), in float64 what it stands for)."""
+    """Return a stacked product y [rows, block, columns], (B, index) of its lanes, and the merged product in float64.
+
+    Without lanes, (B, index) is (None, None)."""
     index = rng.choice([(), (), (-1, 1, 0)[:rows] if rows in (1, 3) else (-1, 1)])
     rank, seed = rng.randint(1, 17), rng.getrandbits(30)
     y, lanes, merged = stacked(widths, index, rows=rows * block, rank=rank, dtype=dtype, seed=seed)
@@ -112,9 +114,9 @@ def called(
     rng: random.Random, triton: bool, op: Callable[..., Any], tensors: list[Any], dtype: Any, *rest: Any,
     in_place: Sequence[int] = (),
 ) -> Any:  # fmt: skip
-    """(what an op gives, its tensors as it had them). Tensors lie at odd places, for Triton between canaries.
+    """Call an op on tensors at odd places in memory, for Triton between canaries; return its result and the tensors.
 
-    in_place: which of them the op writes; launchers leave those with the negative bit alone.
+    in_place: indices of the tensors that the op writes. They never get the negative bit: launchers refuse it there.
     """
 
     def typed(value: Any) -> Any:
@@ -135,13 +137,14 @@ def called(
 
 
 def odd(rng: random.Random, tensor: Any, place: Callable[[Any], Any] | None = None, *, negated: bool = True) -> Any:
-    """An equal tensor that begins at an odd place of its memory, sometimes transposed or with the negative bit."""
+    """Return an equal tensor that begins at an odd place in memory, sometimes transposed or with the negative bit."""
     if not isinstance(tensor, torch.Tensor):
         return tensor
     place = place or (lambda each: at_an_odd_place(each, rng.randint(0, 3)))
     if rng.random() < 0.2 and tensor.ndim > 1:
         return place(tensor.transpose(0, 1).contiguous()).transpose(0, 1)
-    if negated and rng.random() < 0.1 and tensor.dtype in (torch.float32, torch.float16):  # bfloat16 has no such bit
+    # Only float32 and float16 tensors get the negative bit here.
+    if negated and rng.random() < 0.1 and tensor.dtype in (torch.float32, torch.float16):
         return torch._neg_view(place(tensor.neg()))
     return place(tensor)
 
@@ -156,7 +159,7 @@ def at_an_odd_place(tensor: Any, skipped: int) -> Any:
 
 
 def exact(dtype: Any, *tensors: Any) -> list[Any]:
-    """In float64, of the values that `dtype` has; what is no tensor stays."""
+    """Return the tensors rounded to `dtype`, as float64. Other values are returned as they are."""
     return [each.to(dtype).double() if isinstance(each, torch.Tensor) else each for each in tensors]
 
 
@@ -166,7 +169,7 @@ def close(found: Any, expected: Any, dtype: Any, factor: float = 1.0) -> None:
 
 
 def near(found: Any, expected: Any, tolerance: float = 0.05) -> None:
-    """Within a part of the largest number: products of many terms."""
+    """Compare products of many terms: errors may be a share `tolerance` of the largest expected number."""
     assert found.shape == expected.shape
     if found.numel():
         scale = 1 + float(expected.abs().amax())

@@ -1,4 +1,4 @@
-"""The case of the fuzz (fuzz_ops.py) for all layers of a decoder in one C++ call, beside the same ops one by one."""
+"""The fuzz case (fuzz_ops.py) that compares all decoder layers in one C++ call with the same ops called one by one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tiny_models import build_model
 from transformers import Cache
 
 from genarm_fast.kernels.linear import Lora
-from genarm_fast.models.fast_modules import as_runner
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.fast_modules import make_fast
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.one_call import OneCall
@@ -35,7 +35,7 @@ def decoders(rng: random.Random, triton: bool) -> None:
         positions = where + torch.arange(block)
         chosen = torch.tensor([lane * slots + slot for lane in range(len(lanes)) for slot in range(rows)])
         given = {"input_ids": torch.randint(0, VOCABULARY, positions.shape), "position_ids": positions}
-        with torch.inference_mode(), running(lanes, rows), placed(Ragged(chosen, positions, capacity)):
+        with torch.inference_mode(), running(lanes, rows), at_positions(Ragged(chosen, positions, capacity)):
             found = decoder(**given, past_key_values=one)
             with patch.object(OneCall, "__call__", lambda *_: None):
                 expected = decoder(**given, past_key_values=each)
@@ -69,7 +69,7 @@ def _decoder(rng: random.Random, adapters: int) -> Any:
                 a, b = torch.randn(rank, inputs).to(dtype), torch.randn(rank, out).to(dtype)
                 loras[lane] = Lora(a, b, rng.choice([0.5, -2.0]))
             layer.set_submodule(path, LaneLinear(linear, loras))
-    return as_runner(model).base_model
+    return make_fast(model).base_model
 
 
 def _cache(decoder: Any, slots: int, capacity: int) -> Cache:

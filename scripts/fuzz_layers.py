@@ -1,6 +1,6 @@
-"""Cases of the fuzz of the ops of a decoder layer and of training, for C++ and for Triton's interpreter (fuzz_ops.py).
+"""Fuzz cases for the ops of a decoder layer and of training, in C++ and in Triton's interpreter (fuzz_ops.py).
 
-Each case draws shapes, dtypes and places in memory, and compares with the op's reference in float64.
+Each case draws random shapes, dtypes and places in memory, and compares the op with its reference in float64.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def rotations(rng: random.Random, triton: bool) -> None:
 
 
 def appending(rng: random.Random, triton: bool) -> None:
-    """rotary_append: rows of a product into slots that differ, at any positions."""
-    few = 2 if triton else 3  # the interpreter takes 0.5 s for the programs of these
+    """Check rotary_append: it writes the rows of a product into different slots, at any positions."""
+    few = 2 if triton else 3  # the interpreter takes 0.5 s for the programs of these sizes
     dtype, kv_heads = rng.choice(DTYPES), rng.randint(1, few)
     heads, width, value_width = kv_heads * rng.randint(1, few), 2 * rng.randint(1, 20), rng.randint(1, 40)
     rows, block, capacity = rng.randint(1, few), rng.randint(1, few), rng.randint(3, 12)
@@ -97,7 +97,7 @@ def appending(rng: random.Random, triton: bool) -> None:
 
 def attention(rng: random.Random, triton: bool) -> None:
     dtype = rng.choice(DTYPES[: 3 if triton else 2])
-    few = 2 if triton else 3  # the interpreter takes 0.5 s for the programs of these
+    few = 2 if triton else 3  # the interpreter takes 0.5 s for the programs of these sizes
     rows, heads, group = rng.randint(0, few), rng.randint(1, few), rng.randint(1, few)
     width, value_width = rng.randint(1, 130), rng.randint(1, 130)
     capacity = rng.randint(1, 80)
@@ -123,7 +123,7 @@ def attention(rng: random.Random, triton: bool) -> None:
 
 
 def linears(rng: random.Random, triton: bool) -> None:
-    """small_linear, quant_linear, and both as siblings."""
+    """Check small_linear, quant_linear, and both together in SiblingLinears."""
     dtype, rows = rng.choice([torch.bfloat16, torch.float32]), rng.choice([rng.randint(0, 40), rng.randint(60, 80)])
     width, out, rank = rng.randint(1, 200), rng.randint(1, 100), rng.randint(1, 20)
     x, weight = torch.randn(rows, width).to(dtype), torch.randn(out, width).to(dtype)
@@ -163,7 +163,7 @@ def _quantized(
 
 
 def logps(rng: random.Random, triton: bool) -> None:
-    """arm_logps with its gradients."""
+    """Check arm_logps and its gradients."""
     dtype = rng.choice(DTYPES[:2])
     rows, tokens, width, vocab = rng.randint(0, 3), rng.randint(1, 6), rng.randint(1, 40), rng.randint(1, 300)
     hidden, weight = torch.randn(rows, tokens, width), torch.randn(vocab, width)

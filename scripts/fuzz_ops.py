@@ -1,9 +1,9 @@
-"""Ops on random input against their references, under sanitizers or in Triton's interpreter between canaries.
+"""Compares ops on random input with their references, under sanitizers or in Triton's interpreter between canaries.
 
     python scripts/fuzz_ops.py [--seconds 300] [--seed N] [--core sanitized|installed] [--triton] [--json FILE]
 
-`make sanitize` runs both. Each case has a seed of its own; the one that fails is printed with the command that repeats
-it alone (--case).
+`make sanitize` runs both forms. Each case has a seed of its own. For a failed case the script prints the option that
+repeats this case alone (--case).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sampling(rng: random.Random, triton: bool) -> None:
     rows, block, arms = rng.randint(0, 4), rng.choice([None, 1, 3]), rng.choice([0, 1, 2, 5])
     vocab = rng.choice([1, 2, 17, 1023, 1024, 1025, rng.randint(1, 2500)])
     shape = (rows,) if block is None else (rows, block)
-    # Strides of their own, and a place in memory that no vector is aligned to. The dtypes are those of exact sums.
+    # Each member has a vocabulary size and thus a row stride of its own, so that rows start at unaligned places.
     padded = [torch.randn(*shape, vocab + rng.randint(0, 5)) * 3 for _ in range(arms + 1)]
     if rng.random() < 0.2 and rows:
         padded[0][0] = rng.choice([-torch.inf, torch.nan])
@@ -61,7 +61,7 @@ def sampling(rng: random.Random, triton: bool) -> None:
     else:
         found = guided_sample(base, others, weights, **options)
     assert found.status.tolist() == expected.status.tolist()
-    different = found.tokens != expected.tokens  # near ties may be drawn otherwise: they are counted, and stay few
+    different = found.tokens != expected.tokens  # a near tie may give another token, but hardly twice in a case
     assert int(different.sum()) <= 1, (found.tokens, expected.tokens)
     if not different.any():
         torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-5, atol=5e-5, equal_nan=True)
@@ -142,7 +142,9 @@ def cases(triton: bool) -> dict[str, Callable[[random.Random, bool], None]]:
 
 
 def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Counter[str]:
-    """Cases done by op, and by instruction set. Raises AssertionError for the first that is wrong, naming its seed."""
+    """Run cases and return their counts by op and by instruction set.
+
+    Raises AssertionError for the first wrong case, with the seed of the case."""
     import torch
 
     from genarm_fast.kernels import _native
@@ -151,7 +153,7 @@ def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Co
     known = cases(triton)
     rng, done, end = random.Random(seed), Counter[str](), time.monotonic() + seconds
     rest: list[str] = []
-    while time.monotonic() < end or rest or not done:  # whole rounds, so that a short run has all of them
+    while time.monotonic() < end or rest or not done:  # whole rounds, so that a short run has every case
         if not rest:
             rest = rng.sample(list(known), len(known))
         name, case, isa = rest.pop(), rng.getrandbits(48), rng.choice(sets)
@@ -160,7 +162,8 @@ def fuzz(seconds: float, seed: int, triton: bool, only: str | None = None) -> Co
         if isa != "interpreter":
             _native.core.use(isa)
         torch.manual_seed(case)
-        print(f"{name}:{isa}:{case}", file=sys.stderr, flush=True)  # a sanitizer ends the process behind this line
+        # If a sanitizer ends the process, the last printed line names the case.
+        print(f"{name}:{isa}:{case}", file=sys.stderr, flush=True)
         try:
             known[name](random.Random(case), triton)
         except Exception as error:
@@ -177,7 +180,7 @@ def main() -> None:
     parser.add_argument("--triton", action="store_true", help="Triton's kernels in its interpreter, not the C++ core")
     parser.add_argument("--case", metavar="OP:SET:SEED", help="one case alone")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--inside", help=argparse.SUPPRESS)  # the sanitized core of the outer process
+    parser.add_argument("--inside", help=argparse.SUPPRESS)  # path of the core that the outer process built, or "-"
     args = parser.parse_args()
     seed = random.randrange(2**32) if args.seed is None else args.seed
     if args.inside is None and (args.core == "sanitized" or args.triton):
@@ -194,7 +197,9 @@ def main() -> None:
 
 
 def _outer(args: argparse.Namespace, seed: int) -> int:
-    """Builds the core and runs this file again over it; the last lines of a run that ends badly."""
+    """Build the sanitized core, run this file over it in a new process, and return that process's exit status.
+
+    With --triton, run it in Triton's interpreter instead. If the run fails, print the end of its stderr."""
     command = [sys.executable, __file__, "--seconds", str(args.seconds), "--seed", str(seed)]
     command += [
         part for name in ("case", "json") if getattr(args, name) for part in (f"--{name}", str(getattr(args, name)))

@@ -1,4 +1,4 @@
-"""Builds the C++ core with AddressSanitizer and UndefinedBehaviorSanitizer into a folder, and runs Python over it."""
+"""Builds the C++ core with AddressSanitizer and UndefinedBehaviorSanitizer, and loads it in place of the usual one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ LOOPS = {"baseline": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX5
 
 
 def missing() -> str | None:
-    """Why there can be no sanitized core here."""
+    """Return why no sanitized core can be built here, or None if it can."""
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return "x86-64 Linux build flags"
     return None if shutil.which("g++") and os.path.isabs(_runtime()) else "no g++ with AddressSanitizer"
 
 
 def build(folder: Path) -> Path:
-    """Compiles into a folder, one process per core; returns the extension. 60 s on two cores."""
+    """Compile the core into a folder, with one process per CPU core, and return the extension's path.
+
+    This takes 60 s on two cores."""
     names = {file: "-".join(file.relative_to(CSRC).with_suffix("").parts) for file in CSRC.rglob("*.cpp")}
     loops = [file for file in names if file.stem == "loops"]
     jobs = {f"{names[file]}-{isa}": [file, f"-DISA={isa}", *flags] for file in loops for isa, flags in LOOPS.items()}
@@ -46,13 +48,14 @@ def build(folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Variables for a Python that loads such a core; its own leaks are nobody's business."""
-    preload = f"{_runtime()} {_runtime('stdc++')}"  # or an exception that PyTorch throws and catches ends the process
+    """Return the environment of a Python process that loads a sanitized core. Leaks are not reported."""
+    # Without libstdc++ in LD_PRELOAD, an exception that PyTorch throws and catches would end the process.
+    preload = f"{_runtime()} {_runtime('stdc++')}"
     return os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
 
 
 def load(core: str) -> None:
-    """Puts a core in the place of the installed one."""
+    """Load a core from a file and use it instead of the installed one."""
     import importlib.machinery
     import importlib.util
 

@@ -1,7 +1,8 @@
-"""Builds sdist and wheel and tries the wheel in a fresh environment, far from the clone: `make wheel-test`.
+"""Builds sdist and wheel, and tries the wheel in a fresh environment outside the clone: `make wheel-test`.
 
-The sdist is made of what git tracks, the wheel of the sdist, so that neither takes anything from the clone's build
-folders. The fresh environment sees this one's other packages (torch alone takes minutes), but not this package.
+The sdist is made from the files that git tracks, and the wheel from the sdist, so neither contains files of the clone's
+build folders. The fresh environment sees the other packages of this environment, since installing torch alone takes
+minutes. It does not see this package.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-IN_WHEEL = (  # what a missing line in setup.py or MANIFEST.in would leave out
+IN_WHEEL = (  # files that a missing line in setup.py or MANIFEST.in would leave out
     "genarm_fast/py.typed",
     "genarm_fast/kernels/guided_sample/triton.py",
     "genarm_fast/kernels/_C.abi3.so",
@@ -76,7 +77,7 @@ def main() -> int:
 
         run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", wheel, folder=folder)
         (site,) = (folder / "fresh" / "lib").glob("python*/site-packages")
-        # Only folders: the .pth files in them, by which the clone is installed, do not count from here.
+        # Python ignores the .pth files inside the folders that shared.pth names; one of them installs the clone.
         shared = [path for path in sys.path if path.endswith("site-packages")]
         (site / "shared.pth").write_text("\n".join(shared) + "\n")
         run(python, "-c", TRIAL, folder=folder)
@@ -100,7 +101,7 @@ def main() -> int:
 
 
 def demo_is_cached() -> bool:
-    """Whether the demo's base is here; fetching it is 93 MB, and has tests of its own."""
+    """Whether the demo's base is in the cache. It is not fetched here: that takes 93 MB, and has tests of its own."""
     from genarm_fast.demo.assets import NAME, is_complete
     from genarm_fast.utils.records import cache_dir
 

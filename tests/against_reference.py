@@ -1,4 +1,4 @@
-"""What the fast engine must equal: the naive reference, and random requests to compare them on."""
+"""The naive reference's answers, which the fast engine must equal, and random requests to compare them on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genarm_fast.outputs import Completion, GenerationOutput
 
 
 def reference_completion(model: GenARM, output: GenerationOutput, completion: Completion, **params: Any):
-    """The naive decoder's answer to the request behind a completion."""
+    """Return the naive decoder's answer to the request behind a completion."""
     prompts = [output.prompt_token_ids] * len(model.members)
     eos = set() if params.pop("ignore_eos", False) else model.eos_token_ids
     params["stop_token_ids"] = [*eos, *params.get("stop_token_ids", ())]
@@ -45,7 +45,7 @@ def random_prompts(rng: random.Random, count: int, longest: int = 20) -> list[li
 
 
 def random_batch(rng: random.Random, tiny_model: Any, tokenizer: Any, arms: int, most: int):
-    """A model of so many ARMs, at most `most` prompts, what the reference takes for each, and their requests."""
+    """Return a model with `arms` ARMs, at most `most` prompts, the reference's parameters of each, and the requests."""
     models = [tiny_model(seed=i + 1) for i in range(arms)]
     model = GenARM.from_pretrained(tiny_model(seed=0), models, tokenizer=tokenizer, max_batch_size=rng.randint(1, 4))
     prompts = random_prompts(rng, rng.randint(1, most))
@@ -55,7 +55,7 @@ def random_batch(rng: random.Random, tiny_model: Any, tokenizer: Any, arms: int,
 
 
 def random_params(rng: random.Random, arms: int) -> dict[str, Any]:
-    """Parameters that the reference knows; each is left alone about half of the time."""
+    """Return random parameters that the reference supports; each keeps its default about half of the time."""
 
     def maybe(value: Any, default: Any) -> Any:
         return value if rng.random() < 0.4 else default
@@ -73,9 +73,10 @@ def random_params(rng: random.Random, arms: int) -> dict[str, Any]:
         "repetition_penalty": maybe(rng.uniform(0.7, 1.8), 1.0),
         "logit_bias": maybe({rng.randrange(300): rng.choice([3.0, -2.0, -torch.inf]) for _ in range(4)}, None),
     }
-    # Drawn apart, so that the cases above, some of which tests count on, stay as they are with more parameters.
+    # A second generator draws the parameters below, so that a new one leaves the cases above as they are: some tests
+    # depend on them.
     more = random.Random(repr(params))
-    if params["repetition_penalty"] != 1.0:  # which reads each token on the host anyway
+    if params["repetition_penalty"] != 1.0:  # a repetition penalty reads each token on the host anyway
         params |= {
             "frequency_penalty": more.choice([0.0, 1.5, -0.5]),
             "presence_penalty": more.choice([0.0, 2.0, -1.0]),

@@ -1,4 +1,4 @@
-"""Memory around the buffers of Triton's interpreter that tells of reads and writes outside them."""
+"""Canary memory around the buffers of Triton's interpreter: it reveals reads and writes outside them."""
 
 import math
 import os
@@ -6,11 +6,12 @@ import os
 import torch
 
 assert os.environ.get("TRITON_INTERPRET") == "1"  # set before triton was imported
-MARGIN = 2048  # elements; more than a tile
+MARGIN = 2048  # elements, more than a tile has
 
 
 class Canaries:
-    """Buffers between canaries: a read outside one meets a NaN, which a row's status reports; a write changes them.
+    """Buffers with canary memory on both sides. A read outside a buffer meets a NaN, which the row's status reports. A
+    write outside it changes the canary.
 
     Memory starts as NaN, so that an unwritten element cannot pass for a result.
     """

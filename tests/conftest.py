@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["GENARM_FAST_SELFCHECK"] = "always"  # tests neither believe nor write records of the user's
+os.environ["GENARM_FAST_SELFCHECK"] = "always"  # tests neither trust nor write the user's self-check records
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -25,13 +25,13 @@ pytest.register_assert_rewrite("against_reference")
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 300 tokens: <s>, </s>, 256 bytes, merges. No pad token; adds no special tokens by itself."""
+    """A byte-level BPE tokenizer of 300 tokens: <s>, </s>, 256 bytes, merges. No pad token, no special tokens added."""
     return build_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def bos_tokenizer() -> PreTrainedTokenizerFast:
-    """The same vocabulary; prepends <s>."""
+    """A tokenizer with the vocabulary of `tokenizer` that prepends <s>."""
     return build_tokenizer(add_bos=True)
 
 
@@ -51,7 +51,7 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> GenARM:
-    """A base with the ARMs "a", of weight 0.5, and "b", of -1."""
+    """A base with the ARM "a" at weight 0.5 and the ARM "b" at weight -1."""
     from genarm_fast import ARM, GenARM
 
     arms = [ARM(tiny_model(seed=1), name="a", weight=0.5), ARM(tiny_model(seed=2), name="b", weight=-1.0)]
@@ -60,8 +60,8 @@ def model(tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedToken
 
 @pytest.fixture(scope="session", autouse=True)  # before any module's models are made
 def undrafted() -> Iterator[None]:
-    """Plain decoding unless a test says otherwise: with "auto", timing decides how tokens are grouped, and with them
-    the rounding of float32 products."""
+    """Switch speculation off unless a test asks for it. With "auto", timing decides how tokens are grouped, and the
+    grouping changes how float32 products round."""
     from genarm_fast import GenARM
 
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +72,7 @@ def undrafted() -> Iterator[None]:
 
 @pytest.fixture
 def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault: what a row draws depends on whether it has neighbours."""
+    """Inject a fault: the tokens that a row draws depend on whether other rows are in the batch."""
     from genarm_fast.engine.step_tensors import State
 
     positions = State.response_positions
@@ -85,7 +85,7 @@ def neighbourly_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)  # before any module's models are made
 def on_the_cpu() -> Iterator[None]:
-    """Tests mean the CPU unless they name a device, on a machine with a GPU too: nothing finds one by itself."""
+    """Hide the GPU from code that looks for one, so that tests run on the CPU unless they name a device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -94,7 +94,7 @@ def on_the_cpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests marked `gpu` find what is there; processes that other tests start find nothing."""
+    """Let tests marked `gpu` see the machine's GPU, and hide it from processes that other tests start."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("gpu"):
             patch.setattr(torch.cuda, "is_available", CUDA_IS_AVAILABLE)
@@ -106,7 +106,7 @@ def gpu_if_marked(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def nothing_kept() -> Iterator[None]:
-    """No model that `genarm_fast.generate` keeps, before and after."""
+    """Release every model that `genarm_fast.generate` keeps, before and after the test."""
     from genarm_fast import release
 
     release()

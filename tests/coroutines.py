@@ -1,4 +1,4 @@
-"""Coroutines in tests: run with an end, and what they wait for."""
+"""Helpers that run coroutines with a time limit and wait for conditions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True, seed=1)
 
 
 def run(coroutine, seconds=60):
-    """What it gives; fails instead of hanging."""
+    """Return the coroutine's result; raise TimeoutError after `seconds` instead of hanging."""
     return asyncio.run(asyncio.wait_for(coroutine, seconds))
 
 

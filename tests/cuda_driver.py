@@ -1,4 +1,4 @@
-"""torch.cuda without a GPU: streams and events that only keep a log, graphs that replay on CPU tensors."""
+"""torch.cuda without a GPU: streams and events only write to a log, and graphs replay on CPU tensors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from genarm_fast.kernels import _native
 
 
 class Gpu(NamedTuple):
-    """A torch.device of CUDA."""
+    """A stand-in for a CUDA `torch.device`."""
 
     index: int = 0
     type: str = "cuda"
 
 
 class Log(list[tuple[Any, ...]]):
-    """Calls in order; the first entry of each says what it was, the last the stream that was current."""
+    """Calls in order. An entry begins with the kind of the call and ends with the stream that was current."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class Log(list[tuple[Any, ...]]):
         return [entry for entry in self if entry[0] in kinds]
 
     def captures(self) -> list[tuple[str, Any, Any]]:
-        """(graph, pool, the stream whose work it is) of each capture."""
+        """Return (graph, pool, stream that the captured work belongs to) of each capture."""
         entries = self.of("capture", "fork")
         return [(*entry[1:3], fork[1]) for entry, fork in pairwise(entries) if entry[0] == "capture"]
 
 
 class FakeStream:
-    """priority: other than 0 for one on which captures begin, which is no entry of the log."""
+    """A stream. The log has an entry for each stream of priority 0; captures begin on streams of other priorities."""
 
     def __init__(self, log: Log, device: Any, priority: int = 0) -> None:
         self.log, self.device = log, device
@@ -80,9 +80,9 @@ class FakeEvent:
 
 
 class Tape(TorchDispatchMode):
-    """Operations, to be done again on the same tensors; kernels of Triton's interpreter as well.
+    """A record of operations and Triton interpreter launches, to be repeated on the same tensors.
 
-    visited: the streams that were current.
+    visited: the streams that were current during the recording.
     """
 
     def __init__(self, log: Log) -> None:
@@ -98,7 +98,7 @@ class Tape(TorchDispatchMode):
         def recorded(kernel, grid):
             def launch(*args, **kwargs):
                 def run():
-                    with _disable_current_modes():  # what the interpreter does on its way is none of the graph's
+                    with _disable_current_modes():  # a graph does not contain the interpreter's own work
                         getitem(kernel, grid)(*args, **kwargs)
 
                 run()
@@ -125,17 +125,18 @@ class Tape(TorchDispatchMode):
 
 
 class Memory:
-    """What PyTorch's allocator, 2.11 to 2.13, makes of captures; `found` has what would go wrong.
+    """A model of how PyTorch's allocator, 2.11 to 2.13, treats captures; `found` lists the errors it would raise.
 
-    A pool dies with the last graph that was captured into it. A capture that fails goes on until it is ended by hand,
-    and its pool takes no other. Destroying a graph frees cuBLAS's memory of the stream that its capture began on.
+    A pool dies with the last graph that was captured into it. A capture that fails goes on until code ends it by hand,
+    and its pool accepts no further capture. Destroying a graph frees cuBLAS's memory of the stream that its capture
+    began on.
     """
 
     def __init__(self) -> None:
-        self.graphs: Counter[Any] = Counter()  # by pool
-        self.captures: set[Any] = set()  # pools of those under way
-        self.spoilt: set[Any] = set()  # pools of those that failed
-        self.visited: dict[str, set[Any]] = {}  # by graph, the streams that it has work of
+        self.graphs: Counter[Any] = Counter()  # number of live graphs in each pool
+        self.captures: set[Any] = set()  # pools of captures under way
+        self.spoilt: set[Any] = set()  # pools of captures that failed
+        self.visited: dict[str, set[Any]] = {}  # streams with work in each graph
         self.found: list[str] = []
         self.capturing = False
 
@@ -170,7 +171,7 @@ class FakeGraph:
     def __init__(self, log: Log, memory: Memory) -> None:
         self.log, self.memory, self.tape = log, memory, Tape(log)
         self.name = f"graph {len(log)}"
-        self.captured: tuple[Any, Any] | None = None  # where, and into which pool
+        self.captured: tuple[Any, Any] | None = None  # the stream that the capture began on, and the pool
 
     @contextmanager
     def capture(self, origin: Any, pool: Any, allowed: bool):
@@ -181,7 +182,7 @@ class FakeGraph:
         try:
             with self.tape.recording():
                 yield
-        except BaseException:  # forks of the origin have not come back to it
+        except BaseException:  # streams forked from the origin have not joined it again
             memory.spoilt.add(pool)
             raise RuntimeError("CUDA error: capturing stream has unjoined work") from None
         finally:
@@ -207,7 +208,7 @@ class FakeGraph:
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """As CUDA has it: an expanded tensor, several of whose elements lie in one place, is refused."""
+    """Return the tensor, or refuse an expanded one, as CUDA does: several of its elements share one place in memory."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
         raise RuntimeError("cannot pin an expanded tensor: more than one element refers to a single memory location")
     return tensor
@@ -215,7 +216,8 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def cuda_driver(*, captures: bool = True):
-    """torch.cuda with a log, for CPU tensors, and without the C++ core, which no dispatch mode sees."""
+    """Replace torch.cuda by stand-ins that work on CPU tensors and yield their log. Disable the C++ core: no dispatch
+    mode sees its work."""
     log, memory, pools = Log(), Memory(), count()
 
     @contextmanager
@@ -233,7 +235,7 @@ def cuda_driver(*, captures: bool = True):
         log.current.append(stream)
         with graph.capture(stream, pool, captures):
             yield
-        log.current.pop()  # PyTorch does not get there where the end of the capture fails
+        log.current.pop()  # PyTorch skips this line when the end of the capture fails
 
     empty = torch.empty
     with pytest.MonkeyPatch.context() as patch:
@@ -261,7 +263,7 @@ def cuda_driver(*, captures: bool = True):
 
 
 class OnCpuTensors(Cuda):
-    """The CUDA device, made to believe that CPU tensors are on it."""
+    """The CUDA device class, with CPU tensors as if they were on a GPU."""
 
     def stream(self, device):
         made = super().stream(Gpu())

@@ -1,4 +1,4 @@
-"""Stand-ins for a device that the host runs ahead of: they do all work at once, on the CPU, and keep account of it."""
+"""Stand-ins for a device that the host runs ahead of: they do all work at once, on the CPU, and record it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from genarm_fast.kernels import _native
 
 
 class Lagging(Device):
-    """The CPU, with the shapes and the lag of CUDA. All work takes no time.
+    """The CPU device with CUDA's shapes and lag. All work takes no time.
 
-    whole_steps: whether it may have plain steps as one launch.
+    whole_steps: whether plain steps may run as one launch.
     """
 
     lag = 1
@@ -35,7 +35,7 @@ class Lagging(Device):
         return self.whole_steps
 
     def read(self, tensors: Any, stream: Any) -> Any:
-        """What they are now: the next step may write to them before anybody waits."""
+        """Copy the tensors now: the next step may write to them before the caller waits for the result."""
         with _disable_current_modes():
             copies = [tensor.clone() for tensor in tensors]
         return lambda: copies
@@ -45,10 +45,10 @@ HOST = "host"
 
 
 class Recorder(Lagging):
-    """Knows, by vector clocks, what is ordered before what, and finds accesses to one storage that are not.
+    """A device that orders accesses by vector clocks and finds unordered accesses to the same storage.
 
-    Work on one stream is in order. A stream is behind another's work only after a hand-over, or if the host read it
-    before it launched. `without`: the number of a hand-over to leave out.
+    Work on one stream is in order. A stream is ordered after work of another stream only by a hand-over, or if the host
+    read the result before it launched. `without`: index of the hand-over to leave out.
     """
 
     def __init__(self, without: int | None = None, *, whole_steps: bool = True) -> None:
@@ -58,31 +58,30 @@ class Recorder(Lagging):
         self.clocks: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self.current = HOST
         self.streams = self.graphs = 0
-        self.writes: dict[int, tuple[str, int]] = {}  # by storage: stream, time there
+        self.writes: dict[int, tuple[str, int]] = {}  # last write to each storage: its stream, and that stream's time
         self.reads: dict[int, dict[str, int]] = defaultdict(dict)
-        self.home: dict[int, str] = {}  # of storages made meanwhile, the stream that their memory belongs to
+        self.home: dict[int, str] = {}  # storage allocated during the recording: the stream that owns its memory
         self.recorded: set[tuple[int, str]] = set()
-        self.kept: list[Any] = []  # so that no storage comes in another's place
-        self.launches: list[tuple[str, str, dict[str, int], int]] = []  # name, stream, what it is behind, when it ends
+        self.kept: list[Any] = []  # keeps storages alive, so that no new one gets the address of an old one
+        self.launches: list[tuple[str, str, dict[str, int], int]] = []  # name, stream, its clock before, its end
         self.found: list[str] = []
-        self.inside: dict[str, str] = {}  # within a graph, what stands for each stream that it visits
+        self.inside: dict[str, str] = {}  # each stream that the graph visits: its name inside the graph
 
     def stream(self, device: torch.device) -> str:
         self.streams += 1
         return f"stream {self.streams - 1}"
 
     def repeat(self, stream, key, function, *inputs):
-        """As when a graph is launched again: all of it is work of `stream`.
+        """Call the function as the replay of a graph: all its work belongs to `stream`.
 
-        Hand-overs inside order its own parts, on streams of its own. They order nothing that was given to the real ones
-        before or is given to them later.
+        Hand-overs inside the graph order its parts, on streams that exist only inside it. They order nothing that the
+        real streams run before or after the graph.
         """
         visited = [each for each in getattr(key, "streams", ()) if each != stream]
         self.graphs += bool(visited)
         self.inside = {each: f"{each} in graph {self.graphs}" for each in visited}
-        self.recorded |= {
-            (storage(tensor), each) for tensor in inputs for each in visited
-        }  # the graph keeps its inputs
+        # The graph keeps its inputs alive.
+        self.recorded |= {(storage(tensor), each) for tensor in inputs for each in visited}
         try:
             return function(*inputs)
         finally:
@@ -108,7 +107,7 @@ class Recorder(Lagging):
         return list(tensors)
 
     def upload(self, tensor, stream):
-        with _disable_current_modes():  # the host's own work is in no stream, wherever it happens
+        with _disable_current_modes():  # the host's own work is in no stream, wherever the call happens
             copy = tensor.clone()
         with self.on(stream):
             self.access(copy, "upload", True)
@@ -162,7 +161,8 @@ class Recorder(Lagging):
 
 
 def real(stream: str) -> str:
-    """The stream that one inside a graph stands for: what it allocates is freed in that one's order."""
+    """Return the real stream behind a stream inside a graph: memory allocated inside is freed in the real stream's
+    order."""
     return stream.partition(" in graph")[0]
 
 
@@ -171,7 +171,7 @@ def storage(tensor: torch.Tensor) -> int:
 
 
 class Accesses(TorchDispatchMode):
-    """Tells a recorder what every operation reads and writes."""
+    """A dispatch mode that tells a recorder what each operation reads and writes."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -201,9 +201,9 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 @contextmanager
 def engines_on(device: Device):
-    """Engines made inside run on it, and with operations that a dispatch mode sees: the C++ core is none.
+    """Run engines made inside on `device`, without the C++ core, whose operations no dispatch mode sees.
 
-    Models get another engine inside, which they lose at the end.
+    Models get a separate engine inside the context and lose it at the end.
     """
     engines: dict[int, Engine] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -31,8 +31,10 @@ from genarm_fast.kernels import (
 
 
 class Op(NamedTuple):
-    """run: on the CPU. launch: Triton's launcher, None where there is no kernel. Both take the floating-point tensors,
-    the first dimension of which is rows in those named `rows`, and then the integers. writes: the tensors that change.
+    """An op, as functions of its floating-point tensors followed by its integer tensors.
+
+    run: the op on the CPU. launch: its Triton launcher, None without a kernel. rows: indices of the floating-point
+    tensors whose first dimension counts rows. writes: indices of the tensors that the op changes.
     """
 
     run: Callable[..., Any]
@@ -156,7 +158,7 @@ def launch_rotate_and_append(y, cos, sin, keys, values, query_norm, key_norm, bi
 
 
 def launch_logps(hidden, weight, bias, labels):
-    """Between the two numbers that the launcher reads on the host, to refuse labels, and the sum."""
+    """Run the launcher's part between its two host reads, which refuse bad labels, and the final sum."""
     from genarm_fast.kernels.arm_logps.streamed import target_logps
     from genarm_fast.kernels.arm_logps.tiles import Layer
     from genarm_fast.kernels.arm_logps.triton import TILES
@@ -207,7 +209,7 @@ OPS = {
 
 
 def tensors_of(name: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Its floating-point tensors, between 0 and 1, and its integers."""
+    """Return the op's floating-point tensors, with values between 0 and 1, and its integer tensors."""
     generator = torch.Generator().manual_seed(0)
     floats = [torch.rand(shape, generator=generator).to(dtype) for shape in OPS[name].shapes]
     integers = [torch.tensor(values) for values in OPS[name].integers]
@@ -223,7 +225,8 @@ def called(run: Callable[..., Any], floats: list[torch.Tensor], integers: list[t
 
 
 def without_rows(name: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The same for no row at all; lanes share their rows evenly, so one adapter is left."""
+    """Return the tensors of `tensors_of` for no row at all. Lanes share the rows evenly, so one adapter index is
+    left."""
     floats, integers = tensors_of(name, dtype)
     floats = [each[:0] if i in OPS[name].rows else each for i, each in enumerate(floats)]
     if name == "quant_linear":
@@ -239,7 +242,7 @@ def is_adapters(name: str, index: int) -> bool:
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor equal to this one, with its strides, whose memory holds the opposite."""
+    """Return an equal tensor with the same strides whose memory holds the negated values."""
     out = torch._neg_view(tensor.neg())
     assert out.is_neg()
     assert torch.equal(out, tensor)
@@ -248,7 +251,7 @@ def negated(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that begins one element behind an address that is divided by 64."""
+    """Return a copy that begins one element after an address that 64 divides."""
     memory = torch.empty(tensor.numel() + 64, dtype=tensor.dtype)
     skipped = (-memory.data_ptr() % 64) // memory.element_size() + 1
     out = memory[skipped : skipped + tensor.numel()].view(tensor.shape).copy_(tensor)

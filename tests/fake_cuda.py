@@ -1,7 +1,7 @@
-"""CUDA tensors without CUDA: PyTorch's fake ones, which have a device and a shape, but no numbers.
+"""CUDA tensors without CUDA: PyTorch's fake tensors, which have a device and a shape, but no numbers.
 
-What runs among them runs on any GPU as far as devices go: mixing them with a tensor left on the CPU raises, and so does
-reading one on the host.
+Code that runs on them treats devices as it would on any GPU: an operation that mixes them with a CPU tensor raises, and
+so does a read on the host.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from genarm_fast.device.cuda import Cuda
 from genarm_fast.engine import selfcheck, workspace
 from genarm_fast.engine.step import Steps
 from genarm_fast.models.known_decoders import Norm
-from genarm_fast.models.stacked_decoder import stacked
+from genarm_fast.models.stacked_decoder import stacks_by_address
 
 CUDA = torch.device("cuda", 0)
 OURS = ("genarm_fast.kernels", "genarm_fast.models.stacked_decoder")
@@ -31,7 +31,8 @@ READS = [getattr(Tensor, name) for name in ("__bool__", "__int__", "__float__", 
 
 
 class Indexing(TorchFunctionMode):
-    """x[...] of fake CUDA tensors by other operations: Python's own asks for the driver. Reads on the host raise."""
+    """A mode that indexes fake CUDA tensors by other operations, as Python's own asks for the driver. Reads on the host
+    raise."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         on_device = bool(args) and isinstance(args[0], Tensor) and args[0].is_cuda
@@ -54,7 +55,7 @@ class Indexing(TorchFunctionMode):
 
 
 def basic(tensor: Tensor, key: tuple[Any, ...]) -> tuple[Tensor, list[Tensor | None]]:
-    """The view that slices and integers of a key give, and the tensors by which it is indexed then."""
+    """Return the view that a key's slices and integers select, and the tensors that index this view."""
     plain = tuple(slice(None) if isinstance(each, Tensor) else each for each in key)
     with torch._C.DisableTorchFunction():
         like = torch.empty_strided(tensor.shape, tensor.stride(), device="meta", dtype=tensor.dtype)[plain]
@@ -70,7 +71,8 @@ def basic(tensor: Tensor, key: tuple[Any, ...]) -> tuple[Tensor, list[Tensor | N
 
 
 def read(tensors: Any) -> Any:
-    """What the host reads of a step: tokens are fives, statuses zeros, and one token was accepted (the last tensor)."""
+    """Return what the host reads of a step: every token is 5, every status 0, and the last tensor says one token was
+    accepted."""
     with unset_fake_temporarily():
         host = [torch.full(each.shape, 0 if each.dtype == torch.int32 else 5).to(each.dtype) for each in tensors]
         host[-1] = torch.ones_like(host[-1])
@@ -78,9 +80,9 @@ def read(tensors: Any) -> Any:
 
 
 class FakeCuda:
-    """`with FakeCuda() as fake`: CUDA as far as streams, launches, pinned memory and fake tensors go.
+    """`with FakeCuda() as fake`: stand-ins for CUDA's streams, launches and pinned memory, and fake tensors.
 
-    launched: names of the Triton kernels launched, every tensor of which was on the device.
+    launched: names of the Triton kernels launched so far; all their tensors were on the device.
     """
 
     def __init__(self) -> None:
@@ -95,7 +97,7 @@ class FakeCuda:
         enter(patch.object(JITFunction, "run", lambda kernel, *args, **options: self._launch(kernel, args, options)))
         enter(patch.object(Cuda, "read", lambda _, tensors, stream: read(tensors)))
         enter(patch.object(Steps, "finish", _outside(Steps.finish)))
-        # A copy of another tensor, as pinned memory is: a fake tensor of known numbers would be computed for real.
+        # Return another tensor, as pinning does. PyTorch would compute a fake tensor of known numbers for real.
         enter(patch.object(Tensor, "pin_memory", lambda t: torch.empty(tuple(pinned(t).shape), dtype=t.dtype)))
         enter(patch.object(torch.cuda, "device", lambda _: nullcontext()))
         for mode in (torch.inference_mode(), self.mode, Indexing()):
@@ -112,7 +114,8 @@ class FakeCuda:
         self.launched.append(kernel.__name__)
 
     def fake(self, value: Any) -> Any:
-        """The tensor, or all tensors of modules and containers, on the fake device; the same ones for the same."""
+        """Move a tensor, or all tensors of a module or container, to the fake device. The same tensor gives the same
+        fake."""
         if isinstance(value, Tensor):
             if id(value) not in self._made:
                 with self.mode:
@@ -132,14 +135,14 @@ class FakeCuda:
             return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
         if isinstance(value, Norm):
             return replace(value, weight=self.fake(value.weight))
-        if type(value).__module__.startswith(OURS):  # a prepared linear, say
+        if type(value).__module__.startswith(OURS):  # such as a prepared linear
             for name in getattr(type(value), "__slots__", None) or list(vars(value)):
                 setattr(value, name, self.fake(getattr(value, name)))
         return value
 
     @contextmanager
     def model(self, model: GenARM):
-        """The model with all weights on the fake device; it is not to be used on the CPU afterwards."""
+        """Yield the model with all weights on the fake device. It cannot run on the CPU afterwards."""
         found = {tuple(map(id, members)): selfcheck.entries_of(members) for members in _groups(model)}
         for member in model.members:
             member.watch, member.given = None, False
@@ -151,7 +154,7 @@ class FakeCuda:
             return [entry and entry._replace(device=CUDA) for entry in known]
 
         model._engine = None
-        stacked.clear()  # by addresses of memory that is freed now
+        stacks_by_address.clear()  # its keys are addresses of memory that is freed now
         with patch.object(selfcheck, "entries_of", entries), patch.object(workspace, "entries_of", entries):
             yield model
 
@@ -161,7 +164,7 @@ def _groups(model: GenARM) -> list[Any]:
 
 
 def _outside(function: Any) -> Any:
-    """The function as the host's own, whose tensors are real."""
+    """Wrap the function to run outside the fake mode, on real tensors, as the host's own work does."""
 
     def call(*args: Any) -> Any:
         with unset_fake_temporarily():

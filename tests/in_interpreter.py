@@ -1,4 +1,4 @@
-"""Running a file of tests in Triton's interpreter: in its own process, since triton reads its mode when imported."""
+"""Runs a test file in Triton's interpreter, in a process of its own: triton reads its mode when it is imported."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What tests of Triton's interpreter share: launches between canaries without reads, and products of bfloat16."""
+"""Helpers for Triton's interpreter: launches between canaries that forbid host reads, and products of bfloat16."""
 
 import sys
 from contextlib import ExitStack, contextmanager
@@ -43,7 +43,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """In inference mode `tolist` is no operation."""
+    """Refuse host reads by function name: in inference mode `tolist` dispatches no operation."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -53,10 +53,11 @@ class _Calls(TorchFunctionMode):
 
 @contextmanager
 def no_reads(masks=False):
-    """Raises where the host asks for a number of a tensor, for which it would wait for a GPU.
+    """Raise if the host asks for a number of a tensor, because it would wait for a GPU there.
 
-    What the interpreter does in a kernel is not looked at, nor checks of numbers that are made on the CPU alone. masks:
-    boolean indices are the test's own.
+    The interpreter's work inside a kernel is exempt, and so are checks of numbers that are made on the CPU alone.
+
+    masks: allow boolean indices, for a test that uses them itself.
     """
     run = interpreter.InterpretedFunction.__getitem__
 
@@ -79,7 +80,7 @@ def no_reads(masks=False):
 
 @contextmanager
 def between_canaries(masks=False):
-    """`embed` of tensors; what a launcher allocates lies between canaries too, and it must not read on the host."""
+    """Yield canaries that `embed` tensors. Memory that a launcher allocates gets canaries too, and host reads raise."""
     canaries = Canaries()
     allocated = patch.object(torch, "empty", canaries.allocate)
     with allocated, patch.object(torch, "empty_like", canaries.allocate_like), no_reads(masks):
@@ -94,7 +95,7 @@ def _as_float32(handle):
 
 
 def _dot(builder, a, b, sums, precision, imprecise):
-    """As tl.dot; the interpreter's own multiplies bfloat16 numbers as the integers that they are stored as."""
+    """Compute tl.dot. The interpreter's own version multiplies the integers that store bfloat16 numbers."""
     product = numpy.matmul(_as_float32(a), _as_float32(b), dtype=sums.data.dtype)
     return interpreter.TensorHandle(product + sums.data, sums.dtype.scalar)
 

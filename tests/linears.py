@@ -1,4 +1,4 @@
-"""Linears of every way of holding a weight, for tests of what they share."""
+"""Linears for each number of bits a weight can have, for tests of what the linears share."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from genarm_fast.kernels import Lora, QuantLinear, QuantWeight, SmallLinear
 
-KINDS = (32, 16, 8, 4)  # bits of a weight
+KINDS = (32, 16, 8, 4)  # bits per weight
 
 
 def dtype_of(bits: int) -> torch.dtype:
-    """The dtype of a linear's inputs and outputs."""
+    """Return the dtype of a linear's inputs and outputs."""
     return torch.float32 if bits == 32 else torch.bfloat16
 
 
@@ -22,13 +22,13 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> T
 
 
 def inputs(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Rows with a few large values, as the first tokens of a text have."""
+    """Return rows with a few large values, as the first tokens of a text have."""
     x = normal(*shape, seed=seed, dtype=torch.float32)
     return (x * normal(*shape, seed=seed + 1, dtype=torch.float32).mul(2).exp()).to(dtype)
 
 
 def random_weight(out: int, width: int, bits: int, seed: int = 0) -> QuantWeight:
-    """All codes there are, and scales of any size and sign."""
+    """Return a quantized weight [out, width] with codes from the full range and scales of both signs."""
     generator = torch.Generator().manual_seed(seed)
     groups = -(-width // 32)
     scales = (torch.randn(out, groups, generator=generator) * 0.01).half()

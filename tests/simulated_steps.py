@@ -1,4 +1,4 @@
-"""Steps whose costs and acceptance are known, for a tuner to choose and to learn from."""
+"""Simulated steps with known costs and acceptance, which a tuner chooses among and learns from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from genarm_fast.speculation.observations import PLAIN, Choice, ShadowObservatio
 from genarm_fast.speculation.tuner import Tuner
 
 MAX_K = 8
-SPIKE = 0.05  # share of forwards that something else on the machine holds up
+SPIKE = 0.05  # share of forwards that other work on the machine delays
 
 
 @dataclass
 class Draft:
-    """cost: of a token, in units of a plain one-row forward. member: the target needs its forward too."""
+    """A drafter.
+
+    acceptance: probability that a draft is accepted. cost: cost of one drafted token, in units of a plain one-row
+    forward. active: probability that a row gets drafts. member: whether the target needs this model's forward too.
+    """
 
     acceptance: float
     cost: float = 0.0
@@ -26,7 +30,8 @@ class Draft:
 
 @dataclass
 class World:
-    """A forward of n tokens takes 1 + slope · (n - 1), times `rest` for all that is no drafter."""
+    """A simulated model. A forward of n tokens takes 1 + slope · (n - 1); `rest` scales this for the members that draft
+    nothing."""
 
     drafts: list[Draft]
     slope: float = 0.03
@@ -41,7 +46,7 @@ class World:
         return self.drafts[i].cost * self.forward(rows)
 
     def verifying(self, tokens: int, drafter: int | None = None) -> float:
-        """All members' forwards, but for the drafter's."""
+        """Return the cost of all members' forwards except the drafter's."""
         members = (each.cost for j, each in enumerate(self.drafts) if each.member and j != drafter)
         return self.forward(tokens) * (self.rest + sum(members))
 
@@ -53,7 +58,7 @@ class World:
         return self.verifying(rows)
 
     def drafts_of(self, i: int, counts: list[int]) -> tuple[list[int], list[int]]:
-        """Drafts proposed and accepted where so many are asked of each row."""
+        """Return the numbers of drafts proposed and accepted per row when `counts` drafts are asked of the rows."""
         draft = self.drafts[i]
         proposed = [count if self.random.random() < draft.active else 0 for count in counts]
         accepted = []
@@ -88,7 +93,7 @@ class World:
         tuner.observe(StepObservation(i, rows, k, proposed, accepted, *seconds))
 
     def gain(self, choice: Choice) -> float:
-        """Expected tokens per row of a step."""
+        """Return the expected number of tokens per row of a step."""
         i, k = choice
         if i is None:
             return 1.0
@@ -96,7 +101,7 @@ class World:
         return 1 + draft.active * (expected_tokens([draft.acceptance] * k) - 1)
 
     def seconds_per_token(self, choice: Choice, rows: int) -> float:
-        """Expected seconds per token."""
+        """Return the expected seconds per token."""
         i, k = choice
         if i is None:
             return self.plain(rows)
@@ -113,7 +118,8 @@ class World:
 
 @dataclass
 class Ahead(World):
-    """The next block is there if all drafts of a step were right, and the guess of the token after them."""
+    """A world that drafts ahead. The next block exists already if all drafts of a step were right, and so was the token
+    guessed after them."""
 
     there: bool = False
 
@@ -138,7 +144,8 @@ class Ahead(World):
 
 @dataclass
 class Whole(World):
-    """Steps are one launch: every row has k drafts, found or not, and the parts of a step have no times."""
+    """A world whose steps are one launch: every row has k drafts, found or not, and the parts of a step have no
+    times."""
 
     def step(self, tuner: Tuner, choice: Choice, rows: int) -> None:
         i, k = choice
@@ -161,7 +168,7 @@ def tuner_for(world: World, config: TunerConfig = DEFAULT_TUNER_CONFIG) -> Tuner
 
 
 def simulate(world: World, tuner: Tuner, rows: int, steps: int) -> float:
-    """Seconds per token of the steps' choices, relative to the best choice: 1.0 is perfect."""
+    """Return the seconds per token of the tuner's choices, relative to the best choice: 1.0 is perfect."""
     seconds = tokens = 0.0
     for _ in range(steps):
         choice = tuner.choose(rows)

@@ -1,4 +1,4 @@
-"""Products of stacked linears with LoRA lanes, and what each row's own merged weights give."""
+"""Outputs of stacked linears with LoRA lanes, and the outputs of each row's own merged weights."""
 
 import torch
 
@@ -6,7 +6,11 @@ from genarm_fast.kernels import Lanes
 
 
 def stacked(widths, index, *, rows, inputs=6, rank=3, adapters=2, dtype=torch.float32, seed=0):
-    """(y, lanes, in float64 what W + B A of each row's adapter gives [rows, sum(widths)]); no lanes if index is ()."""
+    """Return (y, lanes, expected): expected has in float64 what W + B A of each row's adapter gives, [rows,
+    sum(widths)].
+
+    index: adapter of each lane, -1 for none; with () there are no lanes.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

@@ -29,7 +29,7 @@ def test_import_is_light():
 
 
 def test_ops_are_registered_before_transformers_is_imported(monkeypatch):
-    """Registering them scans all modules that are loaded."""
+    """Registering the ops scans all loaded modules, so it has to come before transformers loads its own."""
     imported, anything = [], Mock()
     monkeypatch.setattr(genarm_fast, "import_module", lambda name, package: imported.append(name) or anything)
     monkeypatch.delitem(sys.modules, "genarm_fast.api")
@@ -39,7 +39,7 @@ def test_ops_are_registered_before_transformers_is_imported(monkeypatch):
 
 
 def test_the_collector_of_circles_waits_for_imports_and_loading(monkeypatch, tiny_model, tokenizer):
-    """Once api.py is there, names cost no more than a look at `sys.modules`, and circles of others are left alone."""
+    """The first import pauses the garbage collector. Later names look only at `sys.modules` and leave it running."""
     seen, load = [], api.load_members
     monkeypatch.setattr(genarm_fast, "import_module", lambda *_: seen.append(gc.isenabled()) or Mock())
     genarm_fast.__getattr__("GenARM")
@@ -72,7 +72,7 @@ def test_outputs_come_as_they_are_complete(model, monkeypatch):
             each.token_ids for each in together[index].completions
         ]
     with pytest.raises(ValueError, match="max_new_tokens=0"):
-        model.as_completed("hi", max_new_tokens=0)  # before it is iterated
+        model.as_completed("hi", max_new_tokens=0)  # raises at the call, before the first item is asked for
 
 
 def test_a_request_that_fails_comes_as_its_error_and_a_left_iterator_frees_its_slots(model, monkeypatch):
@@ -117,7 +117,7 @@ def test_prompt_forms(model, prompts, count):
 
 
 def test_chat_templates(tiny_model, tokenizer, bos_tokenizer):
-    """Each member's own; no second <s> where the template has one."""
+    """Each member uses its own chat template, and a template with <s> gets no second <s>."""
     arm = ARM(tiny_model(seed=1), chat_template="{% for m in messages %}{{ m.content }}{% endfor %}?")
     model = GenARM.from_pretrained(tiny_model(), arm, tokenizer=bos_tokenizer)
     (request,) = model.prepare(CHAT)
@@ -147,7 +147,7 @@ def test_output(model):
 
 
 def test_minimum_length(model):
-    """Neither EOS nor stop ids before it, even when they are all that is wanted."""
+    """No EOS or stop id appears before the minimum length, even when the bias wants nothing else."""
     params = SamplingParams(logit_bias={1: 1000.0, 9: 1000.0}, stop_token_ids=[9], max_new_tokens=20)
     assert len(model.generate([5], params)[0].token_ids) == 1
     output = model.generate([5], params, min_new_tokens=7)[0]
@@ -235,7 +235,7 @@ def test_what_a_template_refuses_is_named(tiny_model, tokenizer, template):
 
 
 def test_prompts_that_only_the_draft_model_cannot_read(tiny_model, tokenizer):
-    """Its embeddings may be fewer than the base's, if ARMs narrow what is drawn."""
+    """The draft model may have fewer embeddings than the base, when ARMs narrow the vocabulary."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<more>"])
     model = GenARM.from_pretrained(
@@ -289,7 +289,7 @@ def test_a_model_without_a_head_is_refused(tiny_model, tokenizer):
 
 
 def test_nan_fails_alone(tokenizer, tiny_model):
-    """The message names prompt and member; the other request of the same batch is not lost."""
+    """The message names prompt and member, and the other requests of the batch keep their outputs."""
     broken = build_model("llama", 1)
     with torch.no_grad():
         broken.model.embed_tokens.weight[42] = torch.nan
@@ -307,7 +307,7 @@ def test_nan_fails_alone(tokenizer, tiny_model):
 
 
 def test_everything_banned(model):
-    """By parameters: before any work. By a processor: when it comes."""
+    """A mask by parameters is refused before any work; a mask by a processor fails at the token it masks."""
     with pytest.raises(ValueError, match=r"prompts\[0\]: allowed_token_ids, .*: expected a token that they leave"):
         model.generate("a", logit_bias=dict.fromkeys(range(300), -torch.inf))
     with pytest.raises(GenerationError, match=r"prompts\[0\]: every token is masked at token 0"):
@@ -340,7 +340,7 @@ def test_a_bad_processor_fails_alone(model, processor, message):
 
 
 def test_a_certain_token_has_a_log_probability_of_0(model):
-    """Rounding makes it 1.2e-7, of which exp is above 1."""
+    """Rounding would give 1.2e-7, whose exp is above 1."""
     params = {"allowed_token_ids": [5], "max_new_tokens": 12, "logprobs": 1, "rewards": True}
     (output,) = model.generate([5, 6], **params)
     for entry in output.logprobs:
@@ -354,7 +354,7 @@ def test_a_certain_token_has_a_log_probability_of_0(model):
 
 
 def test_a_dict_is_strict_json(tiny_model, tokenizer):
-    """-inf, of tokens that are ruled out and of those that an ARM masks, is None."""
+    """The value -inf, for banned tokens and for tokens that an ARM masks, becomes None."""
     masking = build_model("llama", 1)
     masking.lm_head.bias = torch.nn.Parameter(torch.zeros(300).index_fill_(0, torch.tensor([6]), -torch.inf))
     model = GenARM.from_pretrained(tiny_model(), ARM(masking, name="arm", weight=0.0), tokenizer=tokenizer)
@@ -370,7 +370,7 @@ def test_a_dict_is_strict_json(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("scalar", [torch.tensor, numpy.array], ids=["tensor", "array"])
 def test_numbers_in_tensors_and_arrays(model, scalar):
-    """Of no dimension, as `list(ids)`, `weights[0]` and `probs.mean()` give them."""
+    """Such values come without dimensions, as `list(ids)`, `weights[0]` and `probs.mean()` give them."""
     plain = {"temperature": 0.5, "top_k": 40, "seed": 7, "max_new_tokens": 6, "logit_bias": {3: 2.0}}
     expected = model.generate([5, 6, 7], weights=[1.0, 0.5], stop_token_ids=[9], **plain)[0].token_ids
     given = {name: scalar(value) for name, value in plain.items() if name != "logit_bias"}

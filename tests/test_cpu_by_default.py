@@ -1,4 +1,4 @@
-"""On a machine with a GPU, tests that do not name it run on the CPU, and those marked `gpu` find it."""
+"""On a machine with a GPU, tests without the mark `gpu` run on the CPU, and tests with it find the GPU."""
 
 import os
 import subprocess

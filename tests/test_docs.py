@@ -29,7 +29,7 @@ OBJECT = re.compile(r"(?<![\w./-])genarm_fast(?:\.[a-zA-Z_]\w*)+")
 
 
 def faults(page: Path, text: str) -> list[str]:
-    """What a page names that is not there. Paths count from the repository's root or from `genarm_fast`."""
+    """Return the names in a page that do not exist. Paths count from the repository's root or from `genarm_fast`."""
     missing = [
         path
         for path in {*IN_FOLDER.findall(text), *MODULE_FILE.findall(text)}
@@ -48,7 +48,7 @@ def faults(page: Path, text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Names under which GitHub links to headings."""
+    """Return the names under which GitHub links to headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -67,7 +67,8 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 
 def wrong_snippets(text: str) -> list[str]:
-    """What blocks of Python import from this package that is not there. Raises SyntaxError for what is no Python."""
+    """Return imports from this package that do not exist, in Python blocks. Raises SyntaxError for a block that is not
+    Python."""
     trees = [ast.parse(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
     imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     own = [node for node in imports if node.module is not None and node.module.split(".")[0] == "genarm_fast"]
@@ -87,7 +88,8 @@ def test_a_wrong_snippet_is_found() -> None:
 
 
 def unproved(text: str) -> list[str]:
-    """Rows of the tables whose last column says what holds them, and which name neither a test nor a command."""
+    """Return the rows without a test or a command in the last column of tables whose last column is "held by" or "kept
+    by"."""
     rows, bare = iter(text.splitlines()), []
     for row in rows:
         if row.endswith(("| held by |", "| kept by |")):
@@ -137,7 +139,7 @@ def test_what_exists_is_no_fault() -> None:
 
 
 def source(script: Path) -> str:
-    """Of a script and of the modules beside it that it imports."""
+    """Return the source of a script and of the modules beside it that it imports."""
     found, ahead = {}, [script]
     while ahead:
         path = ahead.pop()
@@ -149,7 +151,7 @@ def source(script: Path) -> str:
 
 
 def unknown_options(text: str) -> list[str]:
-    """Options of scripts, in commands of a page, that the scripts do not have."""
+    """Return options in a page's commands that the scripts do not have."""
     wrong = []
     for script, given in SCRIPT.findall(re.sub(r"\\\n\s*", " ", text)):
         own = source(ROOT / script)
@@ -186,7 +188,7 @@ def test_an_unknown_option_is_found() -> None:
     ],
 )
 def test_signatures_have_every_parameter(shown: str, function: Callable[..., Any]) -> None:
-    """Where docs/api.md shows a signature, with a star before its keywords, it has all names."""
+    """A signature in docs/api.md that has a star before its keywords lists all parameters."""
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     signature = next(each for each in re.findall(rf"`{re.escape(shown)}\(([^`]*)\)`", text) if "*" in each)
     names = re.findall(r"(\w+)(?:=[^,]*)?(?:,|$)", signature)

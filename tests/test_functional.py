@@ -1,4 +1,4 @@
-"""`genarm_fast.generate` and `stream`: a model is loaded once, noticed when it changes, and freed with its owner's."""
+"""`genarm_fast.generate` and `stream`: a model is loaded once, reloaded when it changes, and freed with the owner's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARAMS = SamplingParams(seed=1, max_new_tokens=6, ignore_eos=True)
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Models that were loaded, in order."""
+    """The models loaded so far, in order."""
     made, load = [], GenARM.from_pretrained.__func__
 
     def counted(cls, *args, **options):
@@ -37,7 +37,7 @@ def loads(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, tiny_model, tokenizer):
-    """Of the tiny base, with its tokenizer; and `arm`, an adapter of it."""
+    """The folder of the tiny base, with its tokenizer; beside it `arm`, an adapter of this base."""
     path = tmp_path / "base"
     tiny_model().save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -56,7 +56,7 @@ def adapted(seed=0):
 
 
 def test_what_a_call_gives(tiny_model, tokenizer, loads):
-    """Is what the methods give; an ARM's weight is the call's, and one engine serves them all."""
+    """Calls return what the methods return. An ARM's weight is the call's, and one engine serves all weights."""
     base, arm = tiny_model(), tiny_model(seed=1)
     for weight in (1.0, -0.5, 1.0):
         arms = ARM(arm, weight=weight)
@@ -74,7 +74,7 @@ def test_what_a_call_gives(tiny_model, tokenizer, loads):
 
 
 def test_what_event_loops_get(tiny_model, tokenizer, loads):
-    """The same, of the same kept model; errors as the stream begins."""
+    """Coroutines return the same outputs from the same kept model, and streams raise errors as they begin."""
     given = tiny_model(), ARM(tiny_model(seed=1), weight=-0.5), "hi", PARAMS
     (expected,) = genarm_fast.generate(*given, tokenizer=tokenizer)
 
@@ -151,7 +151,7 @@ def test_folders(folder, loads):
 
 @pytest.mark.parametrize("changed", ["base", "arm"])
 def test_a_folder_that_changed_is_loaded_anew(folder, tokenizer, loads, changed):
-    """The base's, too, where only the adapter names it."""
+    """A change of the base's folder counts too when only the adapter names it."""
     sources = build_model("llama", 0), folder.parent / "arm"
     before = genarm_fast.generate(*sources, "hi", PARAMS, tokenizer=tokenizer)
     assert tokens(genarm_fast.generate(*sources, "hi", PARAMS, tokenizer=tokenizer)) == tokens(before)
@@ -166,7 +166,7 @@ def test_a_folder_that_changed_is_loaded_anew(folder, tokenizer, loads, changed)
 
 
 def test_an_adapter_of_weights_that_were_trained_on(folder, tokenizer, loads):
-    """Is no adapter of the given base any more, so that it gets the one that its folder names."""
+    """The adapter no longer fits the given base, so it gets the base that its folder names."""
     base = build_model("llama", 0)
     for count in (1, 2):
         found = genarm_fast.generate(base, folder.parent / "arm", "hi", PARAMS, tokenizer=tokenizer)
@@ -217,7 +217,7 @@ def scaled(model):
 @pytest.mark.parametrize("change", [in_place, by_data, rebound, hooked, new_module, disabled, scaled, merged])
 @pytest.mark.parametrize("role", ["base", "arm"])
 def test_a_model_that_changed_is_noticed(tiny_model, tokenizer, loads, change, role):
-    """And gives what a new `GenARM` would; numbers that changed in place need none."""
+    """The next call returns what a new `GenARM` would. Weights that changed in place need no new load."""
     model, other = adapted(), tiny_model(seed=1)
 
     def sources():
@@ -247,28 +247,28 @@ def test_another_active_adapter(tiny_model, tokenizer, loads):
 
 @pytest.mark.parametrize("make", [lambda: build_model("llama", 3), adapted])
 def test_models_are_freed_with_their_owner(tiny_model, tokenizer, loads, make):
-    """The modules, their memory, and the engine over it, though it is kept; all at once where the owner's are."""
+    """The modules, their memory and the kept engine are freed, all at once with the owner's modules."""
     model = make()
     genarm_fast.generate(model, tiny_model(seed=1), "hi", PARAMS, tokenizer=tokenizer)
-    (slot,) = functional._kept._slots.values()
-    alive = [weakref.ref(each) for each in (model, model.get_input_embeddings(), slot, loads[0], loads[0].base.model)]
+    (entry,) = functional._kept._entries.values()
+    alive = [weakref.ref(each) for each in (model, model.get_input_embeddings(), entry, loads[0], loads[0].base.model)]
     storage = weakref.ref(model.get_input_embeddings().weight.untyped_storage())
     engine = weakref.ref(loads.pop().engine())
-    del slot
+    del entry
     gc.collect()
     gc.disable()
     try:
         del model
-        if make is adapted:  # PEFT's are in a circle
+        if make is adapted:  # PEFT's modules refer to each other in a circle
             gc.collect()
         assert [each() for each in (*alive, engine, storage)] == [None] * 7
     finally:
         gc.enable()
-    assert not functional._kept._slots
+    assert not functional._kept._entries
 
 
 def test_warming_up(tiny_model, tokenizer, loads, monkeypatch):
-    """Once, at load or later; it needs no model of its own."""
+    """The first call with warm_up=True warms up the kept model, at load or later, and needs no second model."""
     warmed = []
     monkeypatch.setattr(GenARM, "warm_up", lambda self: warmed.append(self))
     for count, warm in ((0, False), (1, True), (1, True), (1, False)):
@@ -285,7 +285,7 @@ def test_release(folder, loads):
     with genarm_fast.stream(folder, (), "hi", PARAMS) as stream:
         next(stream)
         genarm_fast.release()
-        assert len(list(stream)) == 5  # goes on
+        assert len(list(stream)) == 5  # the open stream continues
     model = weakref.ref(loads.pop())
     del stream
     gc.collect()
@@ -301,11 +301,11 @@ def test_a_failed_load_leaves_nothing(folder, loads):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json"):
         genarm_fast.generate(folder, (), "hi", PARAMS)
-    assert all(slot.model is not None for slot in functional._kept._slots.values())
+    assert all(entry.model is not None for entry in functional._kept._entries.values())
 
 
 def test_threads_load_once(tiny_model, tokenizer, monkeypatch, loads):
-    """Those that ask for the same; one that asks for something else does not wait for them."""
+    """Threads that ask for the same model share one load; a thread that asks for another does not wait for it."""
     slow, entered, go = build_model("llama", 4), Event(), Event()
     load, start = GenARM.from_pretrained, Barrier(3)
 
@@ -332,16 +332,16 @@ def test_threads_load_once(tiny_model, tokenizer, monkeypatch, loads):
 
 
 def test_bounded_by_bytes(folder, tiny_model, tokenizer, loads, monkeypatch):
-    """Least recently used first; before the next one is loaded. Given models' own weights do not count."""
+    """The least recently used model goes first, before a load. Weights of models the caller loaded do not count."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     genarm_fast.generate(folder, (), "hi", PARAMS)
-    assert functional._kept._slots[next(iter(functional._kept._slots))].weights == pytest.approx(size, rel=0.05)
+    assert functional._kept._entries[next(iter(functional._kept._entries))].weights == pytest.approx(size, rel=0.05)
     caches = loads[0].workspace_bytes
     assert caches > 0
     monkeypatch.setenv(kept.LIMIT, str(2 * size + 3 * caches))
     genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=2)
     genarm_fast.generate(tiny_model(), (), "hi", PARAMS, tokenizer=tokenizer)
-    assert len(functional._kept._slots) == 3
+    assert len(functional._kept._entries) == 3
     genarm_fast.generate(folder, (), "hi", PARAMS)  # the first is the latest now
     genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=3)
     assert len(loads) == 4
@@ -349,18 +349,18 @@ def test_bounded_by_bytes(folder, tiny_model, tokenizer, loads, monkeypatch):
     assert len(loads) == 4
     genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=2)
     assert len(loads) == 5
-    monkeypatch.setenv(kept.LIMIT, "0")  # the latest stays
+    monkeypatch.setenv(kept.LIMIT, "0")  # the latest model stays
     for _ in range(2):
         genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=4)
     assert len(loads) == 6
-    assert len(functional._kept._slots) == 1
+    assert len(functional._kept._entries) == 1
     monkeypatch.setenv(kept.LIMIT, "2GB")
     with pytest.raises(ValueError, match="GENARM_FAST_KEEP_BYTES='2GB': expected a number of bytes"):
         genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=5)
 
 
 def test_weights_by_name_leave_the_others_at_their_own(tiny_model, tokenizer):
-    """Also where the model was loaded by a call whose ARMs had other weights."""
+    """ARMs without a weight in the call use their own, also if a call with other weights loaded the model."""
     base, first, second = tiny_model(), tiny_model(seed=1), tiny_model(seed=2)
     run = {"tokenizer": tokenizer, "temperature": 0.0, "max_new_tokens": 8}
 

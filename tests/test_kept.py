@@ -1,4 +1,4 @@
-"""Which model a call finds again, what is checked before one is loaded, and loads in several threads."""
+"""The kept model that a call finds, the checks before a load, and loads in several threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from genarm_fast.models.checkpoint import ModelLoader
 
 pytestmark = pytest.mark.usefixtures("nothing_kept")
 PARAMS = SamplingParams(seed=1, max_new_tokens=6, ignore_eos=True)
-OTHERS = {  # another value of each field that says how an ARM is loaded
+OTHERS = {  # another value of each field that says how to load an ARM
     "name": "other",
     "prompt_template": "a{prompt}",
     "chat_template": "b",
@@ -31,7 +31,7 @@ OTHERS = {  # another value of each field that says how an ARM is loaded
 
 @pytest.fixture
 def folders(tmp_path, tokenizer):
-    """A base in bfloat16, and an ARM in float32."""
+    """Folders of a base in bfloat16 and an ARM in float32."""
     made = {"base": build_model("llama", 0, hidden_size=64).to(torch.bfloat16), "arm": build_model("llama", 1)}
     for name, model in made.items():
         model.save_pretrained(tmp_path / name)
@@ -83,7 +83,7 @@ def test_refused_before_a_model_is_loaded(tiny_model, never_loads, keywords, err
     arguments = {"base": tiny_model(), "arms": (), "prompts": "a"} | keywords
     with pytest.raises(error, match=message):
         functional.generate(**arguments)
-    assert not functional._kept._slots
+    assert not functional._kept._entries
 
 
 def test_what_is_right_together_is_not_refused(tiny_model, tokenizer):
@@ -93,7 +93,7 @@ def test_what_is_right_together_is_not_refused(tiny_model, tokenizer):
 
 
 def test_arguments_of_later_calls(tiny_model, tokenizer):
-    """Are checked as those of the first."""
+    """Arguments of later calls are checked like those of the first."""
     given = tiny_model(), (), "hi", PARAMS
     functional.generate(*given, tokenizer=tokenizer)
     for warm in ("yes", 1, []):
@@ -139,24 +139,25 @@ def test_changes_below_a_folder(folders, tmp_path, tokenizer, changed):
 
 
 def test_one_that_is_dropped_as_it_is_asked_for(tiny_model, tokenizer):
-    """By a thread that makes room: it counts as asked for."""
+    """Another thread drops the model to make room at the moment it is asked for; the call still counts as using it."""
 
     class Dropping(OrderedDict):
-        def setdefault(self, key, slot):
-            slot = super().setdefault(key, slot)
-            if slot.model is None:
+        def setdefault(self, key, entry):
+            entry = super().setdefault(key, entry)
+            if entry.model is None:
                 del self[key]
-            return slot
+            return entry
 
     models = kept.KeptModels()
-    models._slots = Dropping()
+    models._entries = Dropping()
     model = models.get(tiny_model(), [], {"tokenizer": tokenizer})
     assert len(model.generate("hi", PARAMS)[0].token_ids) == 6
     assert models.get(tiny_model(), [], {"tokenizer": tokenizer}) is model
 
 
 def test_one_load_at_a_time(folders, monkeypatch):
-    """transformers' loads change the process: two at a time gave models of other dtypes, then some without weights."""
+    """transformers' loads change process-wide state: two at a time gave models of other dtypes, then some without
+    weights."""
     running, most, load = [], [], ModelLoader.load
 
     def counted(self, *args, **options):

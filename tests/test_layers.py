@@ -1,6 +1,6 @@
-"""The house keeps its order: packages import downwards only, no module is in a circle, and the root stays small.
+"""The layers of the packages: imports go downwards only, no modules form a circle, and the root stays small.
 
-Imports are read from the source, those for type checking and those inside functions included.
+Imports are read from the source, including those for type checking and those inside functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"genarm_fast": ROOT / "genarm_fast", "genarm_fast.kernels": ROOT / "kernels" / "ops"}
-LAYERS = [  # each may import what stands below it, and itself
+LAYERS = [  # each may import itself and the layers below it
     {"__main__"},
     {"cli"},
     {"demo", "jobs", "train", "bench", "integrations"},
@@ -41,7 +41,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Modules of ours that this one imports. Of `from a import b`: a.b if that is a module, else a."""
+    """Yield this package's modules that the module imports. `from a import b` gives a.b if that is a module, else a."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ def upward(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def circular(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The edges between modules that reach each other."""
+    """Return the edges between modules that reach each other."""
     below: dict[str, set[str]] = {}
     for a, b in found:
         below.setdefault(a, set()).add(b)

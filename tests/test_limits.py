@@ -1,4 +1,4 @@
-"""What is too large is refused by its size, before work or memory is spent on it; what cannot be copied says so."""
+"""Inputs that are too large are refused by their size, before work or memory is spent; models refuse to be copied."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_numbers_of_completions(model):
 
 
 def test_completions_of_all_prompts_together(model, monkeypatch):
-    """Each of them might fit alone."""
+    """Each prompt's completions would fit alone, but not all together."""
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_AVPHYS_PAGES": 12_000, "SC_PAGE_SIZE": 4096}[name])
     size = 8192 + 64 * 128
     fits = 12_000 * 2048 // size
@@ -24,7 +24,7 @@ def test_completions_of_all_prompts_together(model, monkeypatch):
         ValueError, match=rf"prompts\[2\]: n={fits // 2}: expected at most {fits}, .*less those of other"
     ):
         model.prepare(["a"] * 3, n=fits // 2)
-    assert len(model.prepare(["a"] * (fits + 1))) == fits + 1  # one of each is what the prompts themselves ask for
+    assert len(model.prepare(["a"] * (fits + 1))) == fits + 1  # one completion per prompt is always allowed
 
 
 def test_long_texts_cost_no_tokenising(model, monkeypatch):
@@ -34,7 +34,8 @@ def test_long_texts_cost_no_tokenising(model, monkeypatch):
     with pytest.raises(ValueError, match=rf"prompts\[0\]: {10**7} characters: expected at most {most}"):
         model.prepare("x" * 10**7)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="prompt tokens"):  # what may fit by its characters is counted
+    # A text that may fit by its characters is tokenised and its tokens are counted.
+    with pytest.raises(ValueError, match="prompt tokens"):
         model.prepare("x" * most)
 
 

@@ -51,10 +51,10 @@ CIRCULAR.append(CIRCULAR)
         ("stop_token_ids", "12", TypeError),
         ("ignore_eos", "no", TypeError),
         ("weights", b"1", TypeError),
-        ("stop", "a\ud800", ValueError),  # a text never has one, so it could not fire
+        ("stop", "a\ud800", ValueError),  # a text never contains a lone surrogate, so the stop string could not fire
         ("stop", ["b", "\udc00"], ValueError),
         ("rewards", 1, TypeError),
-        ("weights", 3e38, ValueError),  # times a logit, infinite in float32
+        ("weights", 3e38, ValueError),  # infinite in float32 once it is multiplied by a logit
         ("base_weight", -3e38, ValueError),
         ("temperature", 3e38, ValueError),
         ("frequency_penalty", -3e38, ValueError),
@@ -91,7 +91,7 @@ def test_good_values_are_normalised():
 
 
 def test_numbers_of_numpy_and_torch_become_plain_ones():
-    """Theirs overflow, and JSON has no word for them."""
+    """numpy's and torch's own numbers overflow, and JSON cannot store them."""
     params = SamplingParams(
         seed=np.uint64(2**64 - 1),
         n=np.int32(2),
@@ -124,7 +124,7 @@ def test_none_is_the_default_of_every_parameter():
 
 
 def test_allowed_tokens_that_are_all_ruled_out():
-    """Before any work, not at the first token."""
+    """The values are refused before any work, not at the first token."""
     for banned in ({"suppress_tokens": [5, 6]}, {"suppress_tokens": [5], "logit_bias": {6: -math.inf}}):
         with pytest.raises(ValueError, match=r"allowed_token_ids=\(5, 6\): expected one that suppress_tokens and"):
             SamplingParams(allowed_token_ids=[5, 6], **banned)
@@ -140,7 +140,8 @@ def test_allowed_tokens_that_are_all_ruled_out():
         ({"logit_bias": {5: 1e31}}, r"logit_bias\[5\]=1e\+31: expected a finite number or -inf, of at most 1e\+30"),
         ({"max_time": math.inf}, "max_time=inf: expected finite seconds > 0"),
         ({"priority": 2**40}, r"priority=1099511627776: expected an integer in -2\*\*31..2\*\*31"),
-        ({"temperature": 1 << 20_000}, "temperature=<int>: expected a finite number >= 0"),  # Python has no text of it
+        # Python cannot print an integer this long.
+        ({"temperature": 1 << 20_000}, "temperature=<int>: expected a finite number >= 0"),
     ],
 )
 def test_messages_say_what_is_wrong(given, message):

@@ -117,7 +117,7 @@ class Table:
 
 
 def law(base: Table, arm: Table, weight: float, temperature: float, length: int) -> dict[tuple[int, ...], float]:
-    """Every sequence after prompt token 0, with its probability multiplied out in plain Python."""
+    """Return the probability of every sequence after prompt token 0, multiplied out in plain Python."""
     result = {}
     for sequence in itertools.product(range(len(base.rows)), repeat=length):
         probability, previous = 1.0, 0

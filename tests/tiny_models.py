@@ -66,10 +66,10 @@ def build_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def build_model(family: str, seed: int, vocab_size: int = VOCAB_SIZE, **config: object) -> PreTrainedModel:
-    """Weights are large enough that every token of the context matters."""
+    """Build a random float32 model whose weights are large enough that every token of the context matters."""
     settings = {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.3}
     settings |= LAYERS | (FAMILIES | MIXTURES)[family] | {"vocab_size": vocab_size} | config
-    if family == "gpt2":  # it has other names for some of them
+    if family == "gpt2":  # gpt2 has another name for this setting
         settings = {"n_inner" if name == "intermediate_size" else name: value for name, value in settings.items()}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -80,13 +80,14 @@ def build_model(family: str, seed: int, vocab_size: int = VOCAB_SIZE, **config: 
 def save_adapter(
     folder: Path, *, base: Path, seed: int, config: Any = None, recorded_base: Path | None = None, **info: object
 ) -> PreTrainedModel:
-    """Write a random adapter of the model in `base` as training does; returns the two merged."""
+    """Write a random adapter of the model in `base`, with the files that training writes; return base and adapter
+    merged."""
     model = AutoModelForCausalLM.from_pretrained(base)
     expected = fingerprint(model)
     torch.manual_seed(seed)
     adapted = get_peft_model(model, config or LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # what the adapter trains
+        if parameter.requires_grad:  # only the adapter's parameters are trained
             parameter.data += torch.randn_like(parameter) * 0.3
     adapted.peft_config["default"].base_model_name_or_path = str(recorded_base or base)
     adapted.save_pretrained(folder)
@@ -95,7 +96,7 @@ def save_adapter(
 
 
 def similar(seed: int = 0, noise: float = 0.02):
-    """A model that often says what the base (seed 0) says; without noise, always."""
+    """Return a model that often predicts what the base (seed 0) predicts; with noise=0, always."""
     model = build_model("llama", 0)
     torch.manual_seed(seed)
     for parameter in model.parameters():
@@ -104,7 +105,7 @@ def similar(seed: int = 0, noise: float = 0.02):
 
 
 def edit(file, change):
-    """Rewrites a safetensors file with other tensors."""
+    """Apply `change` to the tensors of a safetensors file and write it back."""
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})

@@ -1,4 +1,5 @@
-"""What GenARM decoding is compared with: a file each, plain, and all on the interface of `interface.py`.
+"""Plain implementations of the methods that GenARM decoding is compared with.
 
-`benchmarks/` must be on the path (a script in it has it there): `from baselines.best_of_n import best_of_n`.
+Each method has a file of its own, and all of them use the interface of `interface.py`. `benchmarks/` must be on
+`sys.path`, as it is for a script directly in it; the scripts of this folder need PYTHONPATH=benchmarks.
 """

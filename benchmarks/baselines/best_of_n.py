@@ -1,4 +1,4 @@
-"""Best-of-N: N samples of the base, of which the one with the highest reward is kept."""
+"""Best-of-N draws N samples from the base and keeps the one with the highest reward."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from torch import Tensor
 from baselines.interface import Member, Params, Response
 from baselines.mixture import mixture
 
-Reward = Callable[[list[list[int]]], Tensor]  # rewards [n] of whole token sequences
-Sampler = Callable[[Sequence[Sequence[int]], Params], list[Response]]  # row i with the seed params.seed + i
+Reward = Callable[[list[list[int]]], Tensor]  # maps n whole token sequences to their rewards [n]
+Sampler = Callable[[Sequence[Sequence[int]], Params], list[Response]]  # samples row i with the seed params.seed + i
 REWARD = "reward"
 
 
 def best_of_n(
     base: Member | Sampler, reward: Reward, n: int, prompts: Sequence[Sequence[int]], params: Params
 ) -> list[Response]:
-    """The first of equal ones. base: a model, or what samples from it, as an engine does.
+    """Return the best of n samples for each prompt; of equal rewards, the first sample.
 
-    Sample j of prompt i has the seed params.seed + j · prompts + i: the first is plain sampling's response, and those
-    of a larger N begin with those of a smaller one. The reward model reads whole responses without the token that
-    ended them, in one forward each."""
+    base: a model, or a function that samples from one, for example through an engine.
+    reward: reads each whole response, without its stop token, in one forward.
+
+    Sample j of prompt i has the seed params.seed + j · len(prompts) + i. So sample 0 is the response of plain sampling,
+    and the samples of a larger n begin with the samples of a smaller n.
+    """
     if n < 1:
         raise ValueError(f"n={n}: expected at least 1")
     rows = [prompt for _ in range(n) for prompt in prompts]
@@ -37,4 +40,5 @@ def best_of_n(
 
 
 def without_stop(tokens: list[int], params: Params) -> list[int]:
+    """Return the tokens of a response without the stop token that ended it, if one did."""
     return tokens[:-1] if tokens and tokens[-1] in params.stop_token_ids else tokens

@@ -1,4 +1,4 @@
-"""The loop that methods of one token at a time share: all rows together, ended ones dropped."""
+"""The decode loop of the methods that choose one token at a time. Rows share a batch, and ended rows leave it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from baselines.interface import Member, Params, Response, Rows, generators
 
-# (states of the members, each row's generator) -> next token of each row, [R]. Leaves every state one token behind.
+# Maps (the members' states, one generator per row) to the next token of each row, [R]. It must not advance the states.
 Choose = Callable[[list[Rows], list[torch.Generator]], Tensor]
 
 
 def decode(
     members: Sequence[Member], prompts: Sequence[Sequence[int]], params: Params, choose: Choose
 ) -> list[Response]:
-    """A response for each prompt; `choose` says which token comes next."""
+    """Return a response to each prompt. `choose` picks the next token of every row."""
     if len({member.name for member in members}) < len(members):
         raise ValueError(f"members={[member.name for member in members]}: expected different names")
     states = [member.start(prompts) for member in members]
     noise = generators(len(prompts), params.seed)
     responses = [Response() for _ in prompts]
-    rows = list(range(len(prompts)))  # which response each row is
+    rows = list(range(len(prompts)))  # index in `responses` of each row of the batch
     for position in range(params.max_new_tokens):
         tokens = choose(states, [noise[row] for row in rows])
         for row, token in zip(rows, tokens.tolist()):

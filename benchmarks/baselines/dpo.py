@@ -1,11 +1,11 @@
-"""Direct preference optimisation, through TRL: the policy that alignment in training gives from the ARMs' pairs.
+"""Direct preference optimisation (DPO) through TRL: trains a policy on the preference pairs that train the ARMs.
 
-    python benchmarks/baselines/dpo.py BASE PAIRS OUTPUT [--max-pairs N] [--beta 0.1]
+    PYTHONPATH=benchmarks python benchmarks/baselines/dpo.py BASE PAIRS OUTPUT [--max-pairs N] [--beta 0.1]
 
     L = −log σ(β [log π(y_w)/π_ref(y_w) − log π(y_l)/π_ref(y_l)])
 
-The reference is the base, the LoRA and its schedule are the ARMs'. An ARM's loss is this one without π_ref. The
-result decodes as any model does: `plain` is what is compared.
+The reference is the base; the LoRA and its schedule are those of the ARMs. An ARM's loss is this loss without π_ref.
+The policy decodes like any other model: comparisons use `plain`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from genarm_fast.train.data import Pair
 
 
 def plain(policy: Member, prompts: list[list[int]], params: Params) -> list[Response]:
-    """Samples from a trained policy alone."""
+    """Return a sample for each prompt from a trained policy alone."""
     return mixture([policy], [1.0], prompts, params)
 
 
@@ -42,7 +42,7 @@ def trainer_of(
     batch: int = BATCH,
     **options: Any,
 ) -> Any:
-    """TRL's DPOTrainer over a fresh LoRA; its reference is the model with the LoRA switched off."""
+    """Return TRL's DPOTrainer over a fresh LoRA. Its reference is the model with the LoRA switched off."""
     from trl import DPOConfig, DPOTrainer
 
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def trainer_of(
 
 
 def train(base: str | Path, pairs: list[Pair], output: Path, *, beta: float = 0.1, **options: Any) -> Any:
-    """Writes the adapter into `output`, with the base's tokenizer, and returns TRL's trainer, done."""
+    """Train a policy, write the adapter and the base's tokenizer into `output`, and return TRL's finished trainer."""
     options = {"micro_batch": 4, "epochs": 1.0} | options
     trainer = trainer_of(base, pairs, output, beta=beta, **options)
     trainer.train()
@@ -72,9 +72,9 @@ def beta_option(parser: argparse.ArgumentParser) -> None:
 
 
 def trained(args: argparse.Namespace, training: list[Pair], held_out: dict[str, list[Pair]], **about: Any) -> None:
-    """Trains as the command line says, ranks each of the held-out sets, and writes report.json beside the adapter.
+    """Train with the options of the command line, rank each held-out set, and write report.json beside the adapter.
 
-    about: what else the report says."""
+    about: more fields of the report."""
     start = time.perf_counter()
     names = ("beta", "micro_batch", "batch", "epochs", "learning_rate", "bf16")
     schedule = {name: getattr(args, name) for name in names}

@@ -1,4 +1,4 @@
-"""GenARM by this library's engine, on the interface of the baselines."""
+"""GenARM decoding by this library's engine, behind the interface of the baselines."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from genarm_fast import GenARM, SamplingParams
 def guided(
     model: GenARM, weights: Sequence[float] | Mapping[str, float], prompts: Sequence[Sequence[int]], params: Params
 ) -> list[Response]:
-    """Without drafts a forward of each member a token, the prompt one; drafts change forwards and no token.
+    """Return a response to each prompt, decoded without drafts, which would change the forwards but no token.
 
-    A prompt of token ids is read by all members as it is. Members of weight 0 are not run.
+    Each member runs one forward per token, the prompt's among them; members of weight 0 are not run. All members read
+    the same prompt ids.
     """
     common = SamplingParams(
         weights=weights,
         temperature=params.temperature,
         max_new_tokens=params.max_new_tokens,
         stop_token_ids=params.stop_token_ids,
-        ignore_eos=True,  # as of every method here, the stop tokens are those of the parameters
+        ignore_eos=True,  # stop at params.stop_token_ids alone, like every method here
     )
     each = [common.override(seed=params.seed + i) for i in range(len(prompts))]
     outputs = model.generate([list(prompt) for prompt in prompts], each, speculation="off")

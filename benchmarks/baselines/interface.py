@@ -1,9 +1,9 @@
-"""What every method takes and gives, and the one way in which they all run a model.
+"""The interface of every method (Params, Response), and `Rows`, through which all methods run their models.
 
-A method is a function `(..., prompts, params) -> list[Response]`: prompts are token ids, in front of them stand its
-models. Row i draws with a generator seeded by `params.seed + i`, so that a response depends neither on its batch nor
-on its neighbours (to the rounding of products of another shape). `Response.forwards` counts what was run for it, by
-model.
+A method is a function `(..., prompts, params) -> list[Response]`. Its first arguments are its models; prompts are
+token ids. Row i draws with a generator seeded by `params.seed + i`. So a response does not depend on the rest of its
+batch, except for rounding: matrix products of another shape round differently. `Response.forwards` counts the forward
+passes of each model for that response.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from genarm_fast.text.prompts import left_padded
 
 @dataclass(frozen=True)
 class Params:
-    """temperature 0 is greedy. A stop token ends a response, and is its last token."""
+    """Sampling parameters. Temperature 0 takes the likeliest token. A stop token ends a response as its last token."""
 
     max_new_tokens: int = 48
     temperature: float = 1.0
@@ -39,7 +39,7 @@ class Params:
 
 @dataclass
 class Response:
-    """forwards: rows of forward passes by model, whatever they held: a prompt is one, a token after it is one."""
+    """A response's token ids, and its forward passes by model: one for the prompt, one for each position after it."""
 
     tokens: list[int] = field(default_factory=list)
     forwards: Counter[str] = field(default_factory=Counter)
@@ -47,7 +47,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Member:
-    """A model by name. read: from its output to what is asked of it, [R, q, ...] of R rows and q positions."""
+    """A model and its name. `read` maps the model's output at R rows and q positions to values [R, q, ...]."""
 
     name: str
     model: Any
@@ -58,28 +58,29 @@ class Member:
 
 
 def reward_member(name: str, model: Any) -> Member:
-    """A trajectory reward model (`TrajectoryReward`): its reward of each prefix, [R, q]."""
+    """Return a Member whose `read` gives a `TrajectoryReward`'s reward of each prefix, [R, q]."""
     return Member(name, model.decoder, lambda output: model.head(output.last_hidden_state).squeeze(-1).float())
 
 
 class Rows:
-    """Texts that one model is reading, in a batch with a key-value cache.
+    """A batch of texts that one model reads, with their KV cache.
 
-    What all prompts begin with, as the template's opening, is read once. last [R, ...]: what `read` says at each row's
-    last token. forwards [R]: rows run so far.
+    The tokens that all prompts begin with, for example the template's opening, are read once. last [R, ...]: the value
+    of `read` at each row's last token. forwards [R]: forward passes of each row so far.
     """
 
     @torch.inference_mode()
     def __init__(self, member: Member, prompts: Sequence[Sequence[int]]) -> None:
         rows = [list(prompt) for prompt in prompts]
-        opening = min(common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1)  # each keeps a token of its own
+        # Length of the shared opening. Each row keeps at least one token after it, whose output becomes `last`.
+        opening = min(common_prefix(min(rows), max(rows)), min(map(len, rows)) - 1)
         self.member, self.cache = member, DynamicCache(config=member.model.config)
         self.forwards = torch.zeros(1, dtype=torch.int64)
         if opening > 0:
             self.mask = torch.ones(1, opening, dtype=torch.int64)
             self._run(torch.tensor([rows[0][:opening]]), torch.arange(opening)[None], prefill=True)
             self.cache.batch_repeat_interleave(len(rows))
-        tokens, mask = left_padded([row[opening:] for row in rows], 0)  # padded between the opening and the rest
+        tokens, mask = left_padded([row[opening:] for row in rows], 0)  # padding is between the opening and the rest
         self.mask = torch.cat([mask.new_ones(len(rows), opening), mask], 1)
         self.forwards = torch.zeros(len(rows), dtype=torch.int64)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, opening:]
@@ -87,7 +88,7 @@ class Rows:
 
     @torch.inference_mode()
     def advance(self, tokens: Tensor) -> Tensor:
-        """Reads tokens [R, q] and returns what the model says at each, [R, q, ...]."""
+        """Append tokens [R, q] to the rows and return the value of `read` at each, [R, q, ...]."""
         start = self.mask.sum(-1, keepdim=True)
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
         found = self._run(tokens, start + torch.arange(tokens.shape[1]))
@@ -96,9 +97,9 @@ class Rows:
 
     @torch.inference_mode()
     def siblings(self, tokens: Tensor) -> Tensor:
-        """What the model says at each of tokens [R, k] if it came next, [R, k, ...]; the rows stay as they were.
+        """Return the value of `read` for each of tokens [R, k] as the next one, [R, k, ...]. The rows do not change.
 
-        One forward of k tokens a row, of which each sees the text and itself: no copy of a cache."""
+        One forward reads k tokens per row. Each attends to the text and to itself, so no cache is copied."""
         rows, k = tokens.shape
         seen = torch.cat([self.mask[:, None].expand(-1, k, -1), torch.eye(k).expand(rows, -1, -1)], 2).bool()
         hidden = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
@@ -114,7 +115,7 @@ class Rows:
 
     def _run(self, tokens: Tensor, positions: Tensor, *, prefill: bool = False) -> Tensor:
         self.forwards += 1
-        # A reward model has no logits to keep; of a prompt, the last one is all that is used.
+        # Only the logits of a prompt's last token are used. A reward model has no lm_head, and no such option.
         kept = {"logits_to_keep": 1} if prefill and hasattr(self.member.model, "lm_head") else {}
         output = self.member.model(
             input_ids=tokens, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, **kept
@@ -122,19 +123,19 @@ class Rows:
         return self.member.read(output)
 
     def repeat(self, times: int) -> None:
-        """Every row `times` times, one after another."""
+        """Repeat every row `times` times; the copies of a row are neighbours."""
         self.cache.batch_repeat_interleave(times)
         self.mask, self.last, self.forwards = (
             each.repeat_interleave(times, 0) for each in (self.mask, self.last, self.forwards)
         )
 
     def select(self, index: Tensor) -> None:
-        """Only these rows, in this order."""
+        """Keep only the rows of `index`, in its order."""
         self.cache.batch_select_indices(index)
         self.mask, self.last, self.forwards = (each[index] for each in (self.mask, self.last, self.forwards))
 
     def forget(self, tokens: int) -> None:
-        """Takes back the last so many tokens of every row. `last` is then the caller's to set."""
+        """Remove the last `tokens` tokens of every row. The caller must then set `last`."""
         if tokens:
             self.cache.crop(-tokens)
             self.mask = self.mask[:, :-tokens]
@@ -145,7 +146,7 @@ def generators(count: int, seed: int) -> list[torch.Generator]:
 
 
 def draw(scores: Tensor, temperature: float, noise: Sequence[torch.Generator]) -> Tensor:
-    """Indices [R] drawn from softmax(scores / temperature), scores [R, n]; at temperature 0 the first largest."""
+    """Return indices [R] drawn from softmax(scores [R, n] / temperature); at temperature 0 the first largest."""
     if temperature == 0:
         return scores.argmax(-1)
     bounds = (scores.double() / temperature).softmax(-1).cumsum(-1)

@@ -1,4 +1,4 @@
-"""Σ log π of responses, and how a policy ranks held-out pairs by it."""
+"""Log-likelihoods of responses, Σ log π, and the ranking of held-out pairs by them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from genarm_fast.train.data import Pair
 def log_likelihoods(
     model: Member, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batch: int = 16
 ) -> Iterator[float]:
-    """Σ log π of each response, in nats. What a batch's prompts begin with is read once."""
+    """Yield Σ log π of each response, in nats. The tokens that all prompts of a batch begin with are read once."""
     for i in range(0, len(prompts), batch):
         state, rows = model.start(prompts[i : i + batch]), responses[i : i + batch]
         width = max(map(len, rows))
@@ -30,7 +30,10 @@ def log_likelihoods(
 def encoded(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], complete: bool = True
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts and responses, two rows a pair, the chosen response first. Complete ones end with EOS."""
+    """Return the token ids of prompts and of responses: two rows per pair, the chosen response first.
+
+    complete: strip the responses and end them with EOS.
+    """
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -42,17 +45,17 @@ def encoded(
 
 
 def share_right(margins: Tensor) -> dict[str, float]:
-    """Share of positive margins [n], a tie as a half, and its standard error; their mean, in nats."""
+    """Return the share of positive margins [n], its standard error, and the mean margin in nats. A zero counts half."""
     right = ((margins > 0).double() + (margins == 0).double() / 2).mean().item()
     error = (right * (1 - right) / len(margins)) ** 0.5
     return {"accuracy": right, "standard_error": error, "mean_margin": margins.mean().item()}
 
 
 def rankings(policy: Any, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
-    """How often a PEFT policy prefers the chosen response of held-out pairs.
+    """Return how often the chosen response of held-out pairs ranks first, by each of four scores.
 
-    By its Σ log π, as ARMs are measured; by Σ log π / π_base, the reward that DPO trains; by the base's Σ log π; and by
-    length, the shorter response first.
+    The first score is the PEFT policy's Σ log π, by which ARMs are measured. The second is Σ log (π / π_base), the
+    reward that DPO trains. The others are the base's Σ log π, and length, where the shorter response ranks first.
     """
     prompts, responses = encoded(tokenizer, pairs)
 

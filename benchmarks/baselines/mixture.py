@@ -1,7 +1,7 @@
-"""Decoding from a product of models, plainly: p(x) ∝ exp(Σ_i c_i log π_i(x) / T).
+"""Plain decoding from a product of models: p(x) ∝ exp(Σ_i c_i log π_i(x) / T).
 
-GenARM itself is coefficients (1, w_1, ..., w_m). This is the slow twin of the engine: every model one after the
-other, a log-softmax of each, no drafts, no shared weights. `forwards` of it are what the published code runs.
+Coefficients (1, w_1, ..., w_m) give GenARM. This is the engine's slow counterpart: it runs the models one after the
+other, takes a log-softmax of each, and has neither drafts nor shared weights. The published code runs as many forwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from baselines.interface import Member, Params, Response, Rows, draw
 def mixture(
     members: Sequence[Member], coefficients: Sequence[float], prompts: Sequence[Sequence[int]], params: Params
 ) -> list[Response]:
-    """Samples of p. Members are cut to the narrowest vocabulary among them."""
+    """Return a sample of p for each prompt. All members' logits are cut to the narrowest vocabulary among them."""
     if len(members) != len(coefficients):
         raise ValueError(f"coefficients={list(coefficients)}: expected one for each of {len(members)} members")
 

@@ -1,4 +1,4 @@
-"""Preference pairs as TRL takes them, split as the ARMs' own training splits them."""
+"""Preference pairs in TRL's format, split into training and held-out rows like those of the ARMs' own training."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from transformers import PreTrainedTokenizerBase
 from genarm_fast.text.transcripts import transcript_messages
 from genarm_fast.train.data import Pair, load_pairs
 
-# As scripts/demo_arms/train_arms.py trains the ARMs, so that no method has more of anything.
+# The settings of scripts/demo_arms/train_arms.py, which trains the ARMs: every method trains under the same settings.
 RANK, ALPHA, LEARNING_RATE, BATCH = 4, 8, 5e-4, 16
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> str:
-    """A prompt as the text that the model continues: messages and transcripts through the chat template."""
+    """Return a prompt's text in the chat template. A plain string is a transcript, or else one message of the user."""
     if isinstance(prompt, str):
         prompt = transcript_messages(prompt) or [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
 def split(path: str | Path, every: int) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) pairs; rows 0, every, 2 · every, ... are held out."""
+    """Return (training pairs, held-out pairs). The held-out ones are rows 0, every, 2 · every, ... of the file."""
     pairs = load_pairs(str(path)).pairs
     return [pair for pair in pairs if pair.row % every], [pair for pair in pairs if pair.row % every == 0]
 
 
 def dataset(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Columns prompt, chosen and rejected, texts. TRL ends both responses with the tokenizer's EOS."""
+    """Return a dataset with the text columns prompt, chosen and rejected. TRL appends EOS to both responses."""
     rows = [
         {"prompt": render(tokenizer, p.prompt), "chosen": str(p.chosen).strip(), "rejected": str(p.rejected).strip()}
         for p in pairs
@@ -42,12 +42,12 @@ def dataset(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def lora(task: str, **more: Any) -> LoraConfig:
-    """The ARMs' LoRA: every linear layer but the output."""
+    """Return the configuration of the ARMs' LoRA: every linear layer except the output layer."""
     return LoraConfig(task_type=task, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", **more)
 
 
 def training_arguments(output: Path, micro_batch: int, epochs: float, batch: int = BATCH) -> dict[str, Any]:
-    """Options that all of TRL's trainers take, equal to those of the ARMs. batch: pairs a step."""
+    """Return options for any of TRL's trainers, equal to those of the ARMs' training. batch: pairs per step."""
     if batch % micro_batch:
         raise ValueError(f"batch={batch}: expected a multiple of micro_batch={micro_batch}")
     return {
@@ -61,7 +61,7 @@ def training_arguments(output: Path, micro_batch: int, epochs: float, batch: int
         "num_train_epochs": epochs,
         "gradient_checkpointing": False,
         "bf16": False,
-        "use_cpu": not torch.accelerator.is_available(),  # else transformers refuses bfloat16 there
+        "use_cpu": not torch.accelerator.is_available(),  # without it transformers refuses bfloat16 on a CPU
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -70,7 +70,7 @@ def training_arguments(output: Path, micro_batch: int, epochs: float, batch: int
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:
-    """What all trainings on pairs are told."""
+    """Return a parser with the options that all trainings on pairs share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="model folder or hub id")
     parser.add_argument("pairs", type=Path, help="preference pairs, as `genarm-fast train` reads them")
@@ -88,5 +88,5 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
 
 
 def chosen_pairs(pairs: list[Pair], most: int | None) -> list[Pair]:
-    """At most so many of them, drawn at random with a fixed seed."""
+    """Return at most `most` of the pairs, drawn at random with a fixed seed; all of them if `most` is None."""
     return pairs if most is None or most >= len(pairs) else random.Random(0).sample(pairs, most)

@@ -1,10 +1,12 @@
-"""One policy trained for each point of a front: DPO on the pairs of two objectives, mixed in the point's shares.
+"""Trains one policy for a point of a front: DPO on the pairs of two objectives, mixed in that point's shares.
 
-    python benchmarks/baselines/per_point.py BASE PAIRS OUTPUT --second OTHER_PAIRS --share 0.5 [--max-pairs N]
+    PYTHONPATH=benchmarks python benchmarks/baselines/per_point.py BASE PAIRS OUTPUT --second OTHER_PAIRS --share 0.5
+        [--max-pairs N]
 
-The loss, the LoRA and its schedule are dpo.py's. A point of `--share a` sees round(a · N) pairs of PAIRS and the rest
-of OTHER_PAIRS; N is by default the most for which neither file is too short. The result decodes as any model does, by
-`dpo.plain`. A front of k points takes k trainings, where guided decoding takes two ARMs and a number a request.
+The loss, the LoRA and its schedule are those of dpo.py. With `--share a`, training reads N pairs: round(a · N) of
+PAIRS, the rest of OTHER_PAIRS. By default N is the largest number for which both files have enough pairs. The policy
+decodes by `dpo.plain`, like any other model. A front of k points takes k trainings; guided decoding takes two ARMs
+for all points, and each request sets its own weights.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ from genarm_fast.train.data import Pair
 
 
 def most(first: int, second: int, share: float) -> int:
-    """The largest N of which round(share · N) pairs are at most `first`, and the others at most `second`."""
+    """Return the largest N with round(share · N) at most `first` and the rest of N at most `second`."""
     return max(n for n in range(first + second + 1) if _parts(n, share)[0] <= first and _parts(n, share)[1] <= second)
 
 
 def mixed(first: Sequence[Pair], second: Sequence[Pair], share: float, count: int | None = None) -> list[Pair]:
-    """`count` pairs, of which round(share · count) are of `first`; drawn at random with a fixed seed. Default: `most`.
+    """Return `count` pairs drawn at random with a fixed seed: round(share · count) of `first`, the rest of `second`.
+
+    count: by default the largest that the pairs allow, see `most`.
 
     Raises:
         ValueError: a share outside [0, 1], or a count below 1 or above what the pairs allow.
@@ -39,7 +43,7 @@ def mixed(first: Sequence[Pair], second: Sequence[Pair], share: float, count: in
         raise ValueError(f"count={count}: expected 1 to {limit}, of {held} at share={share:g}")
     draw = random.Random(0)
     taken = [draw.sample(list(pairs), n) for pairs, n in zip((first, second), _parts(count, share))]
-    return [*taken[0], *taken[1]]  # the trainer shuffles
+    return [*taken[0], *taken[1]]  # the trainer shuffles the rows
 
 
 def _parts(count: int, share: float) -> tuple[int, int]:

@@ -1,9 +1,11 @@
-"""A rewarded fine-tune, through TRL: the base trained by reinforcement against the trajectory reward model (GRPO).
+"""Reinforcement learning through TRL: GRPO trains the base against the trajectory reward model.
 
-    python benchmarks/baselines/rewarded.py BASE PAIRS REWARD OUTPUT [--max-prompts N] [--beta 0.04]
+    PYTHONPATH=benchmarks python benchmarks/baselines/rewarded.py BASE PAIRS REWARD OUTPUT
+        [--max-prompts N] [--beta 0.04]
 
-The prompts are the training pairs' own. The policy maximises E r(x, y) − β KL(π ‖ base), the objective whose optimum
-π_base exp(r / β) / Z guided decoding aims at without training. The result decodes as any model does, by `dpo.plain`.
+The prompts are those of the training pairs. The policy maximises E r(x, y) − β KL(π ‖ base). The optimum of that
+objective is π_base exp(r / β) / Z, which guided decoding aims at without training the base. The policy decodes by
+`dpo.plain`, like any other model.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from baselines.pairs import LEARNING_RATE, lora, render, split, training_arguments
 from baselines.trajectory_reward import TrajectoryReward
 
-Reward = Callable[[list[list[int]]], torch.Tensor]  # rewards [n] of whole token sequences
+Reward = Callable[[list[list[int]]], torch.Tensor]  # maps n whole token sequences to their rewards [n]
 
 
 def train(
@@ -37,8 +39,11 @@ def train(
     epochs: float = 1.0,
     **options: Any,
 ) -> list[dict]:
-    """Writes the adapter into `output` and returns TRL's log. group: samples a prompt, against whose mean each counts.
-    options: to TRL's GRPOConfig."""
+    """Train a policy, write the adapter into `output`, and return TRL's log.
+
+    group: how many samples a prompt gets. A sample's reward counts relative to the mean of its group.
+    options: more arguments of TRL's GRPOConfig.
+    """
     from trl import GRPOConfig, GRPOTrainer
 
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
-"""The control: the base as its own ARM.
+"""The control of every comparison: the base takes the place of its own ARM.
 
-Guidance multiplies distributions, so an ARM that prefers nothing still sharpens: p ∝ π_base^((1 + w) / T). What
-sharper text gains with a judge is no credit of an ARM's. One model at temperature T / (1 + w) is that law exactly.
+Guidance multiplies distributions. So an ARM equal to the base, which prefers nothing, still sharpens the text:
+p ∝ π_base^((1 + w) / T). A judge may like sharper text better, which is no merit of an ARM. The base alone at
+temperature T / (1 + w) has exactly this distribution.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Rewarded Soups (arXiv 2306.04488): the average of the weights of policies trained for one objective each.
+"""Rewarded Soups (arXiv 2306.04488): averages the weights of policies that were trained for one objective each.
 
     python benchmarks/baselines/soups.py OUTPUT ADAPTER=COEFFICIENT ADAPTER=COEFFICIENT ...
 
-Of LoRA adapters there are two averages. `matrices` averages A and B each, as the GenARM paper's comparison does:
-cheap, of the same rank, and (Σ c B)(Σ c A) is not Σ c B A. `products` is that sum exactly, an adapter of the ranks'
-sum: stacked A, and B side by side with their coefficients. Either is an ordinary adapter, so that many points of a
-front are lanes of one engine.
+LoRA adapters can be averaged in two ways. `matrices` averages all A and all B, as the comparison in GenARM's paper
+does. It keeps the rank, but (Σ c B)(Σ c A) is not the average Σ c B A of the products. `products` is that average
+exactly: it stacks all A, and puts all c B side by side, so the ranks add up. Both write an ordinary adapter, so one
+engine can serve many points of a front as LoRA lanes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MUST_AGREE = ("peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "r
 
 
 def soup(folders: Sequence[Path], coefficients: Sequence[float], output: Path, kind: str = "matrices") -> Path:
-    """Writes the averaged adapter into `output`, with the rest of the first one's files.
+    """Write the averaged adapter into `output`, with the other files of the first folder except its report.
 
     Raises:
-        ValueError: coefficients that do not sum to 1, an unknown kind, adapters of different shapes.
+        ValueError: coefficients that do not sum to 1, an unknown kind, or adapters of different shapes.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
@@ -52,7 +52,7 @@ def soup(folders: Sequence[Path], coefficients: Sequence[float], output: Path, k
     combine = _averaged if kind == "matrices" else _joined
     save_file(combine(weights, coefficients), output / WEIGHTS)
     config = dict(configs[0])
-    if kind == "products":  # the scale alpha / r (of rslora, alpha / √r) stays what it was
+    if kind == "products":  # keep the scale: alpha / r, or alpha / √r with rsLoRA
         count = len(folders)
         config["r"] *= count
         config["lora_alpha"] *= math.sqrt(count) if config.get("use_rslora") else count

@@ -1,11 +1,12 @@
-"""The trajectory reward model that best-of-N, ARGS and Transfer-Q ask: one number for a prompt and a response.
+"""Trains the trajectory reward model of best-of-N, ARGS and Transfer-Q: one number for a prompt and a response.
 
-    python benchmarks/baselines/trajectory_reward.py BASE PAIRS OUTPUT [--max-pairs N] [--layers N]
+    PYTHONPATH=benchmarks python benchmarks/baselines/trajectory_reward.py BASE PAIRS OUTPUT
+        [--max-pairs N] [--layers N]
 
-Bradley-Terry loss −log σ(r(x, y_w) − r(x, y_l)) through TRL's RewardTrainer, on the pairs of the ARMs, from the same
-base with the same LoRA and schedule. r is a linear head on the hidden state of the response's last token, EOS not
-counted: a beginning of a response has a reward too. That is what ARGS asks for, and what this training never shows.
-`--layers` keeps the first layers only: cheaper to train and, what matters to ARGS and Transfer-Q, to ask.
+TRL's RewardTrainer minimises the Bradley-Terry loss −log σ(r(x, y_w) − r(x, y_l)). The pairs, the base, the LoRA and
+its schedule are those of the ARMs. r is a linear head on the hidden state of the response's last token, EOS not
+counted. So r also gives a reward to the beginning of a response. ARGS asks for such rewards, but this training never
+shows them. `--layers` keeps the first layers only, which makes training cheaper, and also ARGS and Transfer-Q.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from genarm_fast.train.data import Pair
 
 
 class TrajectoryReward(nn.Module):
-    """A decoder and a linear head: rewards of token sequences, at their last tokens."""
+    """A decoder with a linear head, which gives the reward of a token sequence at its last token."""
 
     def __init__(self, classifier: Any) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class TrajectoryReward(nn.Module):
 
     @classmethod
     def from_pretrained(cls, base: str | Path, adapter: str | Path) -> TrajectoryReward:
-        """The adapter that `train` wrote, merged into its base; float32."""
+        """Load the adapter that `train` wrote, merged into its base, in float32."""
         from peft import PeftModel
 
         bare = classifier_of(base, json.loads((Path(adapter) / "report.json").read_text())["layers"])
@@ -42,15 +43,16 @@ class TrajectoryReward(nn.Module):
 
     @torch.inference_mode()
     def forward(self, sequences: list[list[int]], batch: int = 16) -> Tensor:
-        """Rewards [n] of whole token sequences, prompt and response. What a batch's rows begin with is read once: rows
-        of one prompt should stand together."""
+        """Return the rewards [n] of n whole token sequences, each a prompt with its response.
+
+        The tokens that all rows of a batch begin with are read once, so rows of one prompt should be neighbours."""
         asked = reward_member("reward", self)
         return torch.cat([asked.start(sequences[i : i + batch]).last for i in range(0, len(sequences), batch)])
 
 
 def classifier_of(base: str | Path, layers: int | None) -> Any:
-    """The base's decoder, or its first layers, under a new head of one number; float32."""
-    torch.manual_seed(0)  # of the head
+    """Return the base's decoder, or its first `layers` layers, under a new head with one output; float32."""
+    torch.manual_seed(0)  # the new head is drawn at random
     model = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=1, dtype=torch.float32, trust_remote_code=False
     )
@@ -64,7 +66,7 @@ def classifier_of(base: str | Path, layers: int | None) -> Any:
 
 
 def accuracy(model: TrajectoryReward, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> tuple[float, float]:
-    """Share of pairs whose chosen response has the higher reward, a tie as a half, and its standard error."""
+    """Return the share of pairs whose chosen response has the higher reward, and its standard error. Ties count ½."""
 
     def tokens(pair: Pair, side: str) -> list[int]:
         return tokenizer(render(tokenizer, pair.prompt) + side.strip(), add_special_tokens=False)["input_ids"]
@@ -85,11 +87,14 @@ def train(
     batch: int = BATCH,
     **options: Any,
 ) -> TrajectoryReward:
-    """Trains, writes the adapter into `output`, and returns the merged model. options: to TRL's RewardConfig."""
+    """Train a reward model, write the adapter into `output`, and return the merged model.
+
+    options: more arguments of TRL's RewardConfig.
+    """
     from trl import RewardConfig, RewardTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    tokenizer.pad_token = tokenizer.eos_token  # so that the head reads the token before the EOS that TRL adds
+    tokenizer.pad_token = tokenizer.eos_token  # makes the head read the token before the EOS that TRL appends
     trainer = RewardTrainer(
         model=classifier_of(base, layers),
         args=RewardConfig(**training_arguments(output, micro_batch, epochs, batch) | {"max_length": 512} | options),

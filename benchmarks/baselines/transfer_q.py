@@ -1,10 +1,10 @@
-"""Transfer-Q (arXiv 2405.20495): ARGS, but each candidate is judged by where an aligned policy takes it.
+"""Transfer-Q (arXiv 2405.20495): ARGS, but each candidate is judged by an aligned policy's continuation of it.
 
     s(c) = z(c) + w · R(prefix + c + y_c), y_c a greedy rollout of the aligned policy after prefix + c
 
-direct: the policy was aligned to the reward R = r that counts. indirect: it was aligned to another reward r_1, and
-the trajectory is reweighted, R = exp(½ (r_2 − r_1)) · r_2 with r_2 the reward that counts, as the published code
-does. A step costs k rollouts. Ours keep the caches of prefix and rollout; the published code recomputes both.
+In the direct form, the policy was aligned to the target reward r, and R = r. In the indirect form, it was aligned to
+another reward r_1. There R = exp(½ (r_2 − r_1)) · r_2, as in the published code, and r_2 is the target reward. A step
+costs k rollouts. This file keeps the KV caches of prefix and rollout; the published code recomputes both.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ def transfer_q(
     k: int = 10,
     rollout: int = 20,
 ) -> list[Response]:
-    """rollout: new tokens of one (20 for direct, 5 for indirect, as published). policys_reward: r_1 of the indirect
-    form. Rollouts end at a stop token; rewards are those of the text before it."""
+    """Return Transfer-Q's response to each prompt.
+
+    reward: the target reward. policys_reward: r_1 of the indirect form; None selects the direct form. rollout: new
+    tokens of a rollout; the published code has 20 in the direct form, 5 in the indirect one. A rollout ends at a stop
+    token, and its reward is that of the text before the stop token.
+    """
     for name, value in (("k", k), ("rollout", rollout)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected at least 1")
@@ -50,9 +54,9 @@ def transfer_q(
 
 
 def _rollouts(state: Rows, candidates: Tensor, rollout: int, params: Params) -> Tensor:
-    """[R · k, 1 + rollout]: each candidate and what the policy says after it. The rows are left as they were.
+    """Return each candidate with the policy's rollout after it, [R · k, 1 + rollout]. `state` does not change.
 
-    A rollout that has ended goes on beside the others, and is not counted from there on."""
+    A rollout that has ended runs on beside the others, but its further forwards are not counted."""
     rows, k = candidates.shape
     before, counted = state.last, state.forwards.clone()
     state.repeat(k)
@@ -69,7 +73,7 @@ def _rollouts(state: Rows, candidates: Tensor, rollout: int, params: Params) -> 
 
 
 def _rewards(state: Rows, texts: Tensor, k: int, params: Params) -> Tensor:
-    """Rewards [R, k] of the rows with `texts` [R · k, q] behind them, each up to its first stop token."""
+    """Return the rewards [R, k] of the rows with `texts` [R · k, q] appended, each cut before its first stop token."""
     rows, before = len(state.last), state.last
     lengths = (is_stop(texts, params).cumsum(1) == 0).sum(1)
     state.repeat(k)

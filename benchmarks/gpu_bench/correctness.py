@@ -1,17 +1,10 @@
-"""Before anything is timed: the gpu tests, and tokens of whole texts against the reference."""
+"""Before anything is timed: tokens of whole texts against the reference."""
 
 from __future__ import annotations
 
 import copy
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 
@@ -21,41 +14,6 @@ from genarm_fast.kernels.philox import seed_tensor
 
 from .measure import Bench, drafting
 from .models import plain_tokenizer, with_lora
-
-ROOT = Path(__file__).parents[2]
-
-
-def gpu_tests(bench: Bench) -> dict[str, Any]:
-    """How many of the tests marked gpu passed, failed, were skipped; those that had no time count as not run."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu", "-p", "no:cacheprovider"]
-        command += [f"--junitxml={report}", *bench.setting.tests]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=bench.setting.test_seconds
-            )
-            output = done.stdout + done.stderr
-        except subprocess.TimeoutExpired as error:
-            return unfinished((error.stdout or b"").decode(errors="replace"))
-        if not report.exists():
-            raise RuntimeError(f"pytest ended with {done.returncode}: {output[-1000:]}")
-        suite = ElementTree.parse(report).getroot()[0]
-    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    failed = counts["failures"] + counts["errors"]
-    passed = counts["tests"] - failed - counts["skipped"]
-    found: dict[str, Any] = {"finished": 1, "passed": passed, "failed": failed, "skipped_tests": counts["skipped"]}
-    if failed:
-        found["output"] = output[-4000:]
-    return found
-
-
-def unfinished(output: str) -> dict[str, Any]:
-    """Counts of the dots and letters that pytest had written."""
-    progress = "".join(re.findall(r"^([.sFEx]+)(?: +\[ *\d+%\])?$", output, re.MULTILINE))
-    failed = progress.count("F") + progress.count("E")
-    return {"finished": 0, "passed": progress.count("."), "failed": failed, "skipped_tests": progress.count("s")}
 
 
 def small_tokens(bench: Bench) -> dict[str, Any]:

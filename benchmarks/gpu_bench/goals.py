@@ -1,4 +1,4 @@
-"""What the numbers should be, and what the library and a prototype had on an H100 on 2026-11-27."""
+"""The goals of the benchmark, beside the figures of the library and of a prototype on an H100 on 2026-11-27."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Goal:
-    """value: of a result's rows by name; a KeyError is a row without numbers. before, prototype: on an H100 on
-    2026-11-27, in the goal's unit."""
+    """A limit for one figure.
+
+    value: computes the figure from a result's rows by name; a KeyError means a row without numbers. before, prototype:
+    the figures of the library and of a prototype on an H100 on 2026-11-27, in the goal's unit.
+    """
 
     title: str
     value: Callable[[Rows], float]
@@ -59,7 +62,9 @@ GOALS = [
 
 
 def sampler_goals(lines: list[dict[str, Any]]) -> list[tuple[str, float | None, float, str]]:
-    """(what, value, limit, unit), from the lines at the widest vocabulary; the host's time from all of them."""
+    """Return (title, value, limit, unit) of each goal of the sampler.
+
+    The host's time comes from all lines, the other values from the lines at the widest vocabulary."""
     widest = max((line["vocab"] for line in lines), default=0)
     at = {line["rows"]: line for line in lines if line["vocab"] == widest}
 

@@ -18,7 +18,9 @@ QUERIED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Names, versions, clocks, date and commit."""
+    """Names, versions, clocks, date and commit. Raises RuntimeError where CUDA does not work."""
+    if device.type == "cuda":
+        torch.cuda.init()
     found: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **commit()}
     found |= {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "numpy")}
     found |= {"python": platform.python_version(), "cpu": _cpu(), "cores": os.cpu_count(), "command": sys.argv}

@@ -53,10 +53,16 @@ class Bench:
         self.setting = setting
         self.turn = 0
         self.read_speed = 0.0  # bytes per second
-        self.so_far: dict[str, Any] = {}  # of a row that may be cut short
+        self.so_far: dict[str, Any] = {}  # numbers of the running row, which may be cut short
+        self.keep: Callable[[dict[str, Any]], None] = lambda so_far: None  # puts them where they outlive the process
         self._models: dict[str, PreTrainedModel] = {}
         self._decoders: dict[Any, GenARM] = {}
         self._pair: Pair | None = None
+
+    def note(self, **found: Any) -> None:
+        """Keep numbers of the running row, in case that it is cut short."""
+        self.so_far |= found
+        self.keep(dict(self.so_far))
 
     def model(self, name: str, seed: int = 0) -> PreTrainedModel:
         if name not in self._models:
@@ -80,10 +86,14 @@ class Bench:
         key = f"{name} + {count}"
         if key in self._decoders:
             return self._decoders[key]
-        base = random_llama(self.setting, name)  # of its own: weights are stacked for one decoder alone
+        if not count:
+            return self.decoder(key, self.model(name))
+        base = random_llama(self.setting, name)  # of its own: the A of its lanes are rows of the stacked weights
         return self.decoder(key, base, [with_lora(base, 1 + i, self.setting.rank) for i in range(count)])
 
     def leave(self) -> None:
+        """Forget all models. Raises what an earlier error of the GPU makes every later call raise."""
+        torch.cuda.synchronize()
         for decoder in self._decoders.values():
             decoder.release()
         self._decoders.clear()
@@ -139,11 +149,13 @@ class Bench:
             result["tokens_per_step"] = counts["tokens"] / max(counts["rounds"], 1)
         return result
 
-    def hugging_face(self, name: str, *, compiled: bool = False, rounds: int = 2) -> dict[str, Any]:
-        """Its `generate` on the same model, unguided, one request."""
+    def hugging_face(self, name: str, *, compiled: bool = False) -> dict[str, Any]:
+        """Measure its `generate` on the same model, unguided, one request."""
         model = self.model(name)
         torch.cuda.reset_peak_memory_stats()
-        found = per_token(partial(hf_generate, self, model, compiled=compiled), self.setting.tokens, rounds)
+        found = per_token(
+            partial(hf_generate, self, model, compiled=compiled), self.setting.hf_tokens, min(2, self.setting.rounds)
+        )
         w = self.w(model)
         return {"rows": 1, "context": self.setting.context, **found, "w": w, "x_w": found["ms"] / w,
                 "peak_bytes": peak_bytes()}  # fmt: skip

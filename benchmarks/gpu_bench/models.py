@@ -92,12 +92,12 @@ def widened(model: PreTrainedModel, parameters: float, copies: int, setting: Set
                 _copy(getattr(large, name), getattr(layer, name).weight.repeat(copies))
             for linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
                 weight = layer.get_submodule(linear).weight
-                large.get_submodule(linear).weight[: len(weight)] = _on(weight.repeat(1, copies) / copies, wide)
+                large.get_submodule(linear).weight[: len(weight)] = (_on(weight, wide) / copies).repeat(1, copies)
             for linear in ("self_attn.o_proj", "mlp.down_proj"):
                 weight = layer.get_submodule(linear).weight
                 target = large.get_submodule(linear).weight.zero_()
-                target[:, : weight.shape[1]] = _on(weight.repeat(copies, 1), wide)
-        _copy(wide.model.embed_tokens, model.model.embed_tokens.weight.repeat(1, copies))
+                target[:, : weight.shape[1]] = _on(weight, wide).repeat(copies, 1)
+        _copy(wide.model.embed_tokens, _on(model.model.embed_tokens.weight, wide).repeat(1, copies))
         # The tied head reads all copies, so what it reads is divided by their number.
         _copy(wide.model.norm, model.model.norm.weight.repeat(copies) / copies)
     wide.generation_config = copy.deepcopy(model.generation_config)

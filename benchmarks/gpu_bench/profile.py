@@ -1,4 +1,4 @@
-"""What the device does in a token: kernels by their time, launches; by torch.profiler, and nsys where it is there."""
+"""Profiles the device's work for a token, kernels and launches, by torch.profiler, and by nsys where it exists."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ COPIES = ("cudaMemcpyAsync", "cudaMemsetAsync")
 
 
 def profile(bench: Bench) -> dict[str, Any]:
-    """Of plain decoding of one request with a LoRA ARM, after its shapes are captured."""
+    """Profile plain decoding of one request with a LoRA ARM, after its shapes are captured."""
     model = bench.lanes("8b", 1)
     skip, tokens = (4, 2) if bench.setting.name == "dry" else (24, 16)
     return by_torch(bench, model, skip, tokens)
 
 
 def profile_by_nsys(bench: Bench) -> dict[str, Any]:
-    """The same, as kernels of graphs one by one. A row of its own, and the last one: it takes as long as three others,
-    since nsys needs a process in which the model is made once more."""
+    """Profile the same decoding by nsys, which shows each kernel of a graph.
+
+    The row is the last one, since it takes as long as three others: nsys needs a process that makes the model again."""
     if bench.setting.name == "dry" or not shutil.which("nsys"):
         raise Skip("nsys is not installed, or has no GPU to look at")
     return by_nsys(16)
@@ -56,14 +57,14 @@ def by_torch(bench: Bench, model: Any, skip: int, tokens: int) -> dict[str, Any]
 
 
 def summary(kernels: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per token: launches, µs of all kernels, and the kernels that take most."""
+    """Return the launches per token, the µs per token of all kernels, and the kernels that take the most time."""
     kernels = sorted(kernels, key=lambda kernel: -kernel["us"])
     total = {name: sum(kernel[name] for kernel in kernels) for name in ("launches", "us")}
     return {"launches_per_token": total["launches"], "device_us_per_token": total["us"], "kernels": kernels[:SHOWN]}
 
 
 def decode(bench: Bench, model: Any, skip: int, tokens: int, start: Any, stop: Any) -> None:
-    """Calls `start` and `stop` around so many tokens of a text."""
+    """Decode a text; call `start` after `skip` tokens and `stop` after `tokens` more."""
     (prompt,) = bench.prompts(1, bench.setting.context, model.vocab_size)
     last = skip + tokens
     with model.stream(prompt, max_new_tokens=last + 4, ignore_eos=True, seed=1, speculation="off") as stream:
@@ -74,7 +75,7 @@ def decode(bench: Bench, model: Any, skip: int, tokens: int, start: Any, stop: A
 
 
 def by_nsys(tokens: int) -> dict[str, Any]:
-    """Of a process that nsys starts."""
+    """Profile `tokens` tokens in a process that nsys starts."""
     script = Path(__file__).parents[1] / "gpu.py"
     with tempfile.TemporaryDirectory() as folder:
         report = str(Path(folder, "report"))
@@ -88,7 +89,7 @@ def by_nsys(tokens: int) -> dict[str, Any]:
 
 
 def kernels_of(text: str, tokens: int) -> list[dict[str, Any]]:
-    """The table of `nsys stats`, which has some lines above it."""
+    """Return the kernels in the CSV table that `nsys stats` prints below some other lines."""
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith("Time (%)")), None)
     if first is None:
@@ -105,5 +106,5 @@ def kernels_of(text: str, tokens: int) -> list[dict[str, Any]]:
 
 
 def profiled(bench: Bench) -> None:
-    """What `by_nsys` runs under nsys."""
+    """Decode the text that `by_nsys` profiles, in the process that nsys starts."""
     decode(bench, bench.lanes("8b", 1), 24, 16, torch.cuda.profiler.start, torch.cuda.profiler.stop)

@@ -44,10 +44,13 @@ def markdown(result: Mapping[str, Any]) -> str:
         if name in rows:
             numbers = {k: v for k, v in rows[name].items() if isinstance(v, (int, float, str)) and k != "name"}
             said += ["", f"{name}: " + ", ".join(f"{key} {value}" for key, value in numbers.items())]
-    missing = [row for row in result["rows"] if row["name"] not in rows]
+    missing = [
+        f"{row['name']}: {row.get('skipped') or row['error']}" for row in result["rows"] if row["name"] not in rows
+    ]
+    if "running" in result:
+        missing.append(f"{result['running']['name']}: the run ended in it")
     if missing:
-        said += ["", "Without numbers:", ""]
-        said += [f"- {row['name']}: {row.get('skipped') or row['error']}" for row in missing]
+        said += ["", "Without numbers:", "", *(f"- {each}" for each in missing)]
     return "\n".join(said) + "\n"
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import statistics
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from .correctness import gpu_tests, small_tokens, widened_pair, widened_tokens
-from .machine import clocks
+from .correctness import small_tokens, widened_pair, widened_tokens
+from .dry import standing_in
+from .machine import clocks, machine
 from .measure import Bench, drafting, hf_generate, peak_bytes, seconds_of
 from .models import weight_bytes
+from .prepare import gpu_tests
 from .profile import profile, profile_by_nsys
 from .sampler import table
 from .schedule import Row
+from .settings import DRY, REAL
 from .training import table as training_table
 
 
@@ -39,19 +45,21 @@ def drafts(bench: Bench) -> dict[str, Any]:
     """The widened pair, whose base costs an 8B model's bytes: without drafts, with some, and as "auto" chooses."""
     model = widened_pair(bench)
     prompts = bench.pair().prompts
-    found = bench.so_far
-    found |= {"models": bench.pair().name, "acceptance_is_real": int(bench.pair().real)}
-    more: dict[str, Any] = {"prompts": prompts, "rounds": 2 * bench.setting.rounds - 1}  # texts differ in acceptance
-    found["plain"] = bench.decode(model, **more)
+    bench.note(models=bench.pair().name, acceptance_is_real=int(bench.pair().real))
+    bench.note(plain=bench.decode(model, prompts=prompts))
     for k in (*bench.setting.drafts, None):
-        name = "auto" if k is None else f"K = {k}"
-        found[name] = bench.decode(model, **more, speculation=drafting(model.arm_names[0], k))
+        drafted = bench.decode(model, prompts=prompts, speculation=drafting(model.arm_names[0], k))
+        bench.note(**{"auto" if k is None else f"K = {k}": drafted})
+    found = bench.so_far
     best = min((name for name in found if isinstance(found[name], dict)), key=lambda name: found[name]["x_w"])
     return found | {"best": best, **{key: found[best][key] for key in ("ms", "w", "x_w", "peak_bytes")}}
 
 
 def long_context(bench: Bench) -> dict[str, Any]:
-    return bench.decode(bench.lanes("8b", 1), bench.setting.batches[1], context=bench.setting.long_context)
+    rounds = min(2, bench.setting.rounds)  # a round reads 64,000 tokens of prompts
+    return bench.decode(
+        bench.lanes("8b", 1), bench.setting.batches[1], context=bench.setting.long_context, rounds=rounds
+    )
 
 
 def first_token(bench: Bench) -> dict[str, Any]:
@@ -66,34 +74,47 @@ def first_token(bench: Bench) -> dict[str, Any]:
         "guided_ms": partial(ours, guided),
         "hugging_face_ms": partial(hf_generate, bench, plain.base.model, 1, length=length),
     }
-    found = bench.so_far
-    found["context"] = length
+    bench.note(context=length)
     for name, run in runs.items():
         times = [seconds_of(run) for _ in range(2 + bench.setting.rounds)]
-        found[name] = 1e3 * statistics.median(times[2:])
+        bench.note(**{name: 1e3 * statistics.median(times[2:])})
+    found = bench.so_far
     return found | {"x_hugging_face": found["ms"] / found["hugging_face_ms"], "peak_bytes": peak_bytes()}
 
 
+def about(bench: Bench) -> dict[str, Any]:
+    return machine(bench.setting.device)
+
+
+@contextmanager
+def benching(name: str) -> Iterator[Bench]:
+    """What rows run with, in the setting of this name."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+    with standing_in() if name == DRY.name else nullcontext():
+        yield Bench({setting.name: setting for setting in (REAL, DRY)}[name])
+
+
+MACHINE = Row("machine", about, 5)
 ROWS = [
-    Row("gpu tests", gpu_tests, 0.25),
-    Row("W", floor),
-    Row("tokens, SmolLM2", small_tokens),
-    Row("tokens, widened", widened_tokens, 0.2, group="tokens"),
-    Row("base", partial(lanes, name="8b", arms=0, batch=0), group="8b"),
-    Row("1 LoRA", partial(lanes, name="8b", arms=1, batch=0), group="8b + 1"),
-    Row("1 LoRA, 8 requests", partial(lanes, name="8b", arms=1, batch=1), group="8b + 1"),
-    Row("1 LoRA, 32 requests", partial(lanes, name="8b", arms=1, batch=2), group="8b + 1"),
-    Row("profile", profile, 0.2, group="8b + 1"),
-    Row("Hugging Face, eager", partial(Bench.hugging_face, name="8b"), group="hf"),
-    Row("2 LoRAs", partial(lanes, name="8b", arms=2, batch=0), group="8b + 2"),
-    Row("8B + 1B ARM", two_streams, group="8b + 1b"),
-    Row("sampler", table, 0.2, group="sampler"),
-    Row("training", training_table, group="training"),
-    Row("context 4,000, 8 requests", long_context, group="long"),
-    Row("first token", first_token, group="first"),
-    Row("135M", partial(lanes, name="135m", arms=0, batch=0), group="135m"),
-    Row("135M, 1 LoRA", partial(lanes, name="135m", arms=1, batch=0), group="135m + 1"),
-    Row("drafts", drafts, 0.3, group="widened"),
-    Row("Hugging Face, compiled", partial(Bench.hugging_face, name="8b", compiled=True), 0.3, group="compiled"),
-    Row("profile, nsys", profile_by_nsys, 0.3, group="nsys"),
+    Row("gpu tests", gpu_tests, 95),
+    Row("tokens, SmolLM2", small_tokens, 15),
+    Row("tokens, widened", widened_tokens, 15, group="tokens"),
+    Row("W", floor, 6, group="8b"),
+    Row("base", partial(lanes, name="8b", arms=0, batch=0), 12, group="8b"),
+    Row("1 LoRA", partial(lanes, name="8b", arms=1, batch=0), 14, group="8b"),
+    Row("Hugging Face, eager", partial(Bench.hugging_face, name="8b"), 10, group="8b"),
+    Row("1 LoRA, 8 requests", partial(lanes, name="8b", arms=1, batch=1), 7, group="8b"),
+    Row("1 LoRA, 32 requests", partial(lanes, name="8b", arms=1, batch=2), 8, group="8b"),
+    Row("first token", first_token, 6, group="8b"),
+    Row("context 4,000, 8 requests", long_context, 20, group="8b"),
+    Row("2 LoRAs", partial(lanes, name="8b", arms=2, batch=0), 14, group="8b + 2"),
+    Row("8B + 1B ARM", two_streams, 14, group="8b + 1b"),
+    Row("drafts", drafts, 28, group="widened"),
+    Row("sampler", table, 15, group="sampler"),
+    Row("135M", partial(lanes, name="135m", arms=0, batch=0), 7, group="135m"),
+    Row("135M, 1 LoRA", partial(lanes, name="135m", arms=1, batch=0), 7, group="135m"),
+    Row("training", training_table, 10, group="training"),
+    Row("profile", profile, 16, group="profile"),  # after what is timed: a profiler that was on once slows launches
+    Row("Hugging Face, compiled", partial(Bench.hugging_face, name="8b", compiled=True), 75, group="compiled"),
+    Row("profile, nsys", profile_by_nsys, 60, group="nsys"),
 ]

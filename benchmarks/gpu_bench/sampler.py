@@ -22,12 +22,11 @@ FILTERS = {"top_p": {"top_p": 0.9}, "top_p and top_k": {"top_p": 0.9, "top_k": 5
 def table(bench: Bench) -> dict[str, Any]:
     """A line for every R and V, µs a draw of R rows from a base and one ARM."""
     speed = bench.read_speed or read_speed(bench.setting)
-    lines = bench.so_far["lines"] = []
-    lines.extend(  # one after the other
-        measure(bench, rows, vocab, speed)
-        for vocab in bench.setting.sampler_vocab
-        for rows in bench.setting.sampler_rows
-    )
+    lines: list[dict[str, Any]] = []
+    for vocab in bench.setting.sampler_vocab:
+        for rows in bench.setting.sampler_rows:
+            lines.append(measure(bench, rows, vocab, speed))
+            bench.note(lines=lines)
     return {"lines": lines}
 
 

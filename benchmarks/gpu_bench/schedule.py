@@ -1,4 +1,4 @@
-"""Rows of a benchmark within a budget of time: after each one, what is known is on disk."""
+"""Rows of a benchmark within a budget of time: after each row, what is known is on disk."""
 
 from __future__ import annotations
 
@@ -12,34 +12,52 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-LEAST = 2.0  # seconds, below which nothing is begun
-AGAIN = 15.0  # seconds after which it rings once more: Python swallows what is raised at the end of an object
+AGAIN = 15.0  # Seconds after which the alarm rings once more: Python swallows an exception at the end of an object.
+SLACK = 3  # A row is stopped after this many times its estimate,
+LEAST = 25.0  # but not before this many seconds: an estimate of a few seconds may be far off.
+RESERVE = 12.0  # seconds at the end of the budget for the table and the picture
 
 
 class Skip(Exception):
-    """What a row needs is not here; its words say what."""
+    """A row cannot run here. The message says what it lacks."""
 
 
 class TimeIsUp(BaseException):
-    """A row has used its time. No handler of errors on the way should take it for one of its own."""
+    """A row has used its time. It is no Exception, so that no handler on the way takes it for an error of its own."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """run: gives the row's numbers. share: of the budget, that the row may take at most, even one that hangs. group:
-    rows of one group share what they have loaded."""
+    """A row of the benchmark.
+
+    run: gives the row's numbers. seconds: the estimate for an H100, with compiled kernels; a row whose estimate
+    exceeds the time that is left is not begun. group: rows of one group share the models that they have loaded. most:
+    seconds after which the row is stopped; 0: SLACK times the estimate, or LEAST.
+    """
 
     name: str
     run: Callable[[Any], dict[str, Any]]
-    share: float = 0.15
+    seconds: float = 10.0
     group: str = ""
+    most: float = 0.0
+
+    @property
+    def limit(self) -> float:
+        return self.most or max(SLACK * self.seconds, LEAST)
+
+
+class Runner(Protocol):
+    """Where rows run."""
+
+    def run(self, row: Row, seconds: float, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Run a row for at most so many seconds and return its entry. keep: gets what the row has so far."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeIsUp inside when the time is up; a call into a library that blocks is not interrupted."""
+    """Raise TimeIsUp inside when the time is up. A call into a library that blocks is not interrupted."""
 
     def ring(*_: Any) -> None:
         raise TimeIsUp
@@ -54,58 +72,60 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def run_all(
-    rows: Sequence[Row], bench: Any, result: dict[str, Any], path: Path, seconds: float,
+    rows: Sequence[Row], runner: Runner, result: dict[str, Any], path: Path, end: float, *, slower: float = 1.0,
     say: Callable[[str], None] = print, clock: Callable[[], float] = time.monotonic,
 ) -> None:  # fmt: skip
-    """Run the rows in order into `result["rows"]`, which is in the file after each.
+    """Run the rows in order into `result["rows"]`, and write the file before and after each of them.
 
-    A row has its numbers; or `skipped` with the reason, also where no time is left; or `error`. The last two have
-    `so_far` as well: what the row had left in `bench.so_far` until then. bench.leave() is called between groups, and
-    with it memory is given back; where that fails, as all does once a GPU has failed, `leaving` says why.
+    end: time of `clock` at which the last row has ended. slower: factor of all estimates, above 1 in a trial.
+
+    A row has its numbers; or `skipped` with the reason; or `error` and its traceback. The last two have `so_far` as
+    well, the numbers that the row had by then. While a row runs, `result["running"]` has its name and these numbers:
+    a run that is killed leaves them in the file.
     """
-    end, group = clock() + seconds, None
     result["rows"] = []
     for row in rows:
-        left = end - clock()
+        start, left = clock(), end - clock()
         entry: dict[str, Any] = {"name": row.name}
-        bench.so_far = {}
-        start = clock()
-        try:
-            if left < LEAST:
-                raise Skip(f"no time left of {seconds:g} s")
-            if row.group != group:
-                bench.leave()
-                group = row.group
-            limit = min(left, max(row.share * seconds, LEAST))
-            with at_most(limit):
-                entry |= row.run(bench)
-        except Skip as why:
-            entry["skipped"] = str(why)
-        except TimeIsUp:
-            entry["skipped"] = f"not done after {limit:.0f} s"
-            leave(bench, entry)
-        except Exception as error:  # the other rows count all the same
-            entry["error"] = f"{type(error).__name__}: {error}"
-            entry["traceback"] = traceback.format_exc(limit=-6)
-            leave(bench, entry)
+        if left < slower * row.seconds:
+            entry["skipped"] = (
+                f"no time: it takes about {slower * row.seconds:.0f} s, and {max(left, 0):.0f} s are left"
+            )
+        else:
+            result["running"] = running = dict(entry)
+            write(result, path)
+
+            def keep(so_far: dict[str, Any], running: dict[str, Any] = running) -> None:
+                running["so_far"] = so_far
+                write(result, path)
+
+            entry |= runner.run(row, min(left, slower * row.limit), keep)
+            del result["running"]
         entry["seconds"] = round(clock() - start, 2)
         result["rows"].append(entry)
+        result["no_time_for"] = [row["name"] for row in result["rows"] if str(row.get("skipped")).startswith("no time")]
         write(result, path)
         say(line(entry))
 
 
-def leave(bench: Any, entry: dict[str, Any]) -> None:
-    """After a row that was cut short, whose entry has what it left."""
-    if bench.so_far:
-        entry["so_far"] = bench.so_far
+def attempt(row: Row, bench: Any, seconds: float) -> dict[str, Any]:
+    """Run a row in this process: its numbers, or why it has none and what it had so far."""
     try:
-        bench.leave()
+        with at_most(seconds):
+            return row.run(bench)
+    except Skip as why:
+        entry: dict[str, Any] = {"skipped": str(why)}
+    except TimeIsUp:
+        entry = {"skipped": f"not done after {seconds:.0f} s", "traceback": traceback.format_exc(limit=-6)}
     except Exception as error:
-        entry["leaving"] = f"{type(error).__name__}: {error}"
+        entry = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-12)}
+    if bench.so_far:
+        entry["so_far"] = dict(bench.so_far)
+    return entry
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """All of it or, if the process dies meanwhile, what was there before."""
+    """Replace the file at once: if the process dies meanwhile, the file has what it had before."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(result, indent=1))
     os.replace(partial, path)

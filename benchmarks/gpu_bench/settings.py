@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,18 +30,32 @@ TOY_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+class Job(NamedTuple):
+    """Rows whose kernels one process compiles before they are measured; changes of the setting for that."""
+
+    rows: tuple[str, ...]
+    changes: dict[str, Any] = {}  # noqa: RUF012
+
+    @property
+    def name(self) -> str:
+        return ", ".join(
+            [*self.rows, *(f"{name} = {value}" for name, value in self.changes.items() if name != "shapes")]
+        )
+
+
 @dataclass(frozen=True)
 class Setting:
     """Sizes of a run.
 
     shapes: of the random Llamas, by the names of what they stand for. rank: of their LoRAs. context: prompt tokens of a
-    decode row. tokens: a row's time is that of the larger number of new tokens less that of the smaller. rounds,
-    repeats: measurements of a decode row, and of a kernel. texts: how many are compared with the reference, and their
-    tokens. batches: requests of the decode rows. long_context, first_token: tokens of prompts. widened: parameters of
-    the widened base and ARM. drafts: K. sampler_rows, sampler_vocab: R and V of its table.
-    sampler_calls: of it from Python, at least. training: N, T, H and V of a loss.
-    cold_bytes: a sampler's inputs take turns until they fill so many bytes, which no cache holds. read_bytes: that W's
-    read speed is measured on. test_seconds: for the tests marked gpu. compile_options: of Hugging Face's compiled row.
+    decode row. tokens: a row's time is that of the larger number of new tokens less that of the smaller; hf_tokens: of
+    Hugging Face's. rounds, repeats: measurements of a decode row, and of a kernel. texts: how many are compared with
+    the reference, and their tokens. batches: requests of the decode rows. long_context, first_token: tokens of prompts.
+    widened: parameters of the widened base and ARM. drafts: K. sampler_rows, sampler_vocab: R and V of its table.
+    sampler_calls: of it from Python, at least. training: N, T, H and V of a loss. cold_bytes: a sampler's inputs take
+    turns until they fill so many bytes, which no cache holds. read_bytes: that W's read speed is measured on.
+    test_seconds: for the tests marked gpu, in so many `shards` at most, and the `jobs` beside them. compile_options: of
+    Hugging Face's compiled row.
     """
 
     name: str
@@ -51,6 +65,7 @@ class Setting:
     rank: int
     context: int
     tokens: tuple[int, int]
+    hf_tokens: tuple[int, int]
     rounds: int
     repeats: int
     texts: tuple[int, int]
@@ -67,18 +82,41 @@ class Setting:
     read_bytes: int
     test_seconds: float
     tests: tuple[str, ...]
+    shards: int
+    jobs: tuple[Job, ...]
     compile_options: dict[str, Any]
 
+    def shallow(self, changes: dict[str, Any]) -> Setting:
+        """With models of one layer and one measurement: what compiles the same kernels sooner."""
+        shapes = {name: shape | {"num_hidden_layers": 1} for name, shape in self.shapes.items()}
+        few: dict[str, Any] = {"shapes": shapes, "rounds": 1, "repeats": 1, "sampler_calls": 1, "read_bytes": 1 << 22}
+        few |= {"texts": (1, self.texts[1] // 4), "cold_bytes": 1 << 12}
+        return replace(self, **(few | changes))
 
-GPU_TESTS = (
+
+GPU_TESTS = (  # a shard runs them in this order, as far as its time goes
+    "tests/engine/test_gpu_engine.py",
+    "tests/kernels/test_decoder_layer_gpu.py",
     "tests/kernels/settle/test_settle_gpu.py",
     "tests/kernels/ngram_lookup/test_ngram_lookup_gpu.py",
     "tests/kernels/small_linear/test_few_rows_gpu.py",
+    "tests/kernels/arm_logps/test_arm_logps_gpu.py",
     "tests/kernels/guided_sample/test_guided_sample_gpu.py",
     "tests/kernels/ragged_attention/test_ragged_attention_gpu.py",
-    "tests/kernels/test_decoder_layer_gpu.py",
-    "tests/kernels/arm_logps/test_arm_logps_gpu.py",
-    "tests/engine/test_gpu_engine.py",
+)
+LORA_ROWS = ("1 LoRA", "1 LoRA, 8 requests", "1 LoRA, 32 requests", "context 4,000, 8 requests")
+JOBS = (  # the longest ones first
+    Job(("Hugging Face, compiled",), {"shapes": REAL_SHAPES}),  # its graph has all layers
+    Job(("tokens, widened", "drafts")),
+    Job(LORA_ROWS),
+    Job(("sampler",), {"sampler_rows": (1,)}),  # kernels differ by whether the rows are 1, a multiple of 16, or neither
+    Job(("sampler",), {"sampler_rows": (8,)}),
+    Job(("sampler",), {"sampler_rows": (64,)}),
+    Job(("first token", "profile")),
+    Job(("2 LoRAs",)),
+    Job(("8B + 1B ARM",)),
+    Job(("135M", "135M, 1 LoRA")),
+    Job(("tokens, SmolLM2",)),
 )
 
 REAL = Setting(
@@ -89,6 +127,7 @@ REAL = Setting(
     rank=16,
     context=128,  # and 128 new tokens: all of them under one KV bound, 256
     tokens=(32, 128),
+    hf_tokens=(16, 64),  # at 28 ms a token, and no faster in a longer measurement
     rounds=3,
     repeats=5,
     texts=(4, 48),
@@ -98,13 +137,15 @@ REAL = Setting(
     widened=(7.5e9, 1e9),
     drafts=(2, 4),
     sampler_rows=(1, 8, 64, 128, 256),
-    sampler_vocab=(32000, 128256),
+    sampler_vocab=(128256,),  # another vocabulary is 100 s of compilation
     sampler_calls=32,
     training=(4, 512, 4096, 128256),
     cold_bytes=200 << 20,  # an H100 has 50 MB of L2
     read_bytes=2 << 30,
-    test_seconds=100,
+    test_seconds=90,
     tests=GPU_TESTS,
+    shards=8,
+    jobs=JOBS,
     compile_options={},
 )
 
@@ -116,6 +157,7 @@ DRY = Setting(
     rank=2,
     context=6,
     tokens=(1, 2),  # of three calls: the third step of a shape is captured, two are replayed
+    hf_tokens=(1, 2),
     rounds=1,
     repeats=1,
     texts=(1, 4),
@@ -131,6 +173,8 @@ DRY = Setting(
     cold_bytes=1 << 12,  # two sets
     read_bytes=1 << 22,
     test_seconds=300,
-    tests=GPU_TESTS[:1],
+    tests=GPU_TESTS[2:3],
+    shards=1,
+    jobs=(Job(("135M",)),),
     compile_options={"backend": "eager", "mode": None, "fullgraph": False},
 )

@@ -26,7 +26,7 @@ def table(bench: Bench) -> dict[str, Any]:
         for shape in ((rows, length), (vocab,))
     )
     labels = torch.randint(0, vocab, (rows, length), device=device)
-    lines = bench.so_far["lines"] = []
+    lines: list[dict[str, Any]] = []
     for head in HEADS:
         weight.requires_grad_(head == "trained")
         line: dict[str, Any] = {"head": head}
@@ -38,6 +38,7 @@ def table(bench: Bench) -> dict[str, Any]:
             times = [seconds_of(run) for _ in range(bench.setting.rounds)]
             line[name] = {"ms": 1e3 * statistics.median(times), "peak_bytes": peak_bytes() - before}
         lines.append(line)
+        bench.note(lines=lines)
     shape = {"rows": rows, "tokens": length, "width": width, "vocab": vocab}
     return {**shape, "lines": lines}
 

@@ -1,6 +1,7 @@
-"""What every peer's process does: reads options, loads, then decodes as it is told, and says how long that took.
+"""The loop of every peer's process: it reads options, loads a model, then decodes on request and reports the time.
 
-Lines of JSON over stdin and stdout. A peer's environment may lack every package of ours, so this module needs none.
+Requests and replies are lines of JSON on stdin and stdout. This module needs only the standard library, since a peer's
+environment may lack all packages of this project.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# prompts (token ids), new tokens for each, seed -> tokens that it made
+# Takes (prompts as token ids, new tokens of each, seed) and returns the number of tokens that were made.
 Decode = Callable[[list[list[int]], int, int], int]
 
 
 def answer(load: Callable[..., Decode]) -> None:
-    """load(**options) returns what decodes. Whatever else prints goes to stderr."""
+    """Answer requests until stdin ends. load(**options) returns the Decode function. Other prints go to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

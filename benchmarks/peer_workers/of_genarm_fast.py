@@ -1,4 +1,4 @@
-"""genarm_fast: a base with or without ARMs, its weights held as the options say."""
+"""The peer genarm_fast: a base with or without ARMs, with the weight format that the options name."""
 
 from __future__ import annotations
 

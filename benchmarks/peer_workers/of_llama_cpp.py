@@ -1,8 +1,9 @@
-"""llama.cpp through llama-cpp-python's low-level calls: the base alone, greedy. It also writes files in other formats.
+"""The peer llama.cpp: greedy decoding of the base alone, by llama-cpp-python's low-level calls.
 
-    python of_llama_cpp.py SOURCE.gguf TARGET.gguf Q8_0
+    python of_llama_cpp.py SOURCE.gguf TARGET.gguf Q8_0     writes a model's file in another format
 
-Its high-level class keeps one sequence; several rows take `llama_decode` with a batch, as llama.cpp's server does.
+llama-cpp-python's high-level class holds one sequence only. So this script calls `llama_decode` with a batch of
+several rows, as llama.cpp's server does.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 from answering import Decode, answer
 
 BATCH = 2048
-CONTEXT = 2048  # tokens of each row
+CONTEXT = 2048  # most tokens of a row
 
 
 def quantize(source: str, target: str, name: str) -> None:
-    """Re-quantised from any type: right for speed, not for quality."""
+    """Write `target` in the format `name`. A quantised source is allowed: that serves to measure speed, not quality."""
     options = llama.llama_model_quantize_default_params()
     options.ftype, options.allow_requantize = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{name}"), True
     if llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(options)):
@@ -39,7 +40,7 @@ def load(model: str, threads: int, rows: int) -> Decode:
     batch = llama.llama_batch_init(BATCH, 0, 1)
 
     def step(entries: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Of (token, position, row, whether its next token is wanted): the next tokens."""
+        """Feed entries (token, position, row, whether its next token is wanted) and return the wanted next tokens."""
         batch.n_tokens = len(entries)
         for i, (token, position, row, wanted) in enumerate(entries):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted

@@ -1,4 +1,4 @@
-"""Hugging Face's `generate`: the base alone."""
+"""The peer Hugging Face: `generate` of transformers over the base alone."""
 
 from __future__ import annotations
 

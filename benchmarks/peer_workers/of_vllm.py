@@ -1,4 +1,4 @@
-"""vLLM on the CPU, its engine in this process: the base alone."""
+"""The peer vLLM on the CPU: the base alone, with vLLM's engine in this process."""
 
 from __future__ import annotations
 

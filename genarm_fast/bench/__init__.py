@@ -1,1 +1,1 @@
-"""What guidance costs on the user's own machine and models, measured in fair turns."""
+"""Measure what guidance costs on the user's own machine and models, with contenders that take turns."""

@@ -1,4 +1,4 @@
-"""What guidance costs: an unguided base beside the guided model, with and without drafts, on the same prompts."""
+"""Measure an unguided base beside the guided model, with and without drafts, on the same prompts."""
 
 from __future__ import annotations
 
@@ -19,39 +19,41 @@ from genarm_fast.text.given import Prompt
 from genarm_fast.text.prompts import left_padded
 
 CONTENDERS = ("hugging_face", "base", "guided", "guided_drafts")
-TRUSTED = 0.1  # figures of a larger spread say little
+# Largest spread of a figure that can be trusted.
+MAX_TRUSTED_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """What "auto" did in the timed rounds, and whether it changed a text, the warm-up's included.
+    """What speculation "auto" did in the timed rounds, and whether it changed a text, the warm-up's texts included.
 
-    chosen: steps of the decode loop by what was chosen for them, such as "plain" or "small, k=3".
+    chosen: numbers of steps of the decode loop by what was chosen for them, such as "plain" or "small, k=3".
     """
 
     chosen: dict[str, int]
     drafted: int
     accepted: int
-    tokens_per_step: float  # of a text; 1 without drafts
+    tokens_per_step: float  # tokens of one text; 1 without drafts
     texts: int
-    same_texts: int  # of them, token for token what they are without drafts
+    same_texts: int  # texts with the same tokens as without drafts
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one batch size; contenders by their names in CONTENDERS, times of whole calls, prompts included.
+    """The figures of one batch size. Times are of whole calls, prompts included.
 
-    tokens_per_second: new tokens of all rows. milliseconds_per_token: of each row. relative_to: for the two unguided
-    contenders, how many times as fast each of the others was in the same round.
+    Contenders have their names from CONTENDERS. tokens_per_second: new tokens of all rows. milliseconds_per_token: for
+    each row. relative_to: for both unguided contenders, how many times as fast each other contender was in the same
+    round.
     """
 
     batch: int
     tokens_per_second: dict[str, Interval]
     milliseconds_per_token: dict[str, float]
     relative_to: dict[str, dict[str, Interval]]
-    spreads: dict[str, float]  # the widest of a contender's intervals
-    trusted: bool  # enough rounds, and no spread above TRUSTED
-    prompt_tokens: tuple[int, int]  # fewest, most, as the base sees them
+    spreads: dict[str, float]  # the widest of each contender's intervals
+    trusted: bool  # whether there were enough rounds, and no spread above MAX_TRUSTED_SPREAD
+    prompt_tokens: tuple[int, int]  # fewest and most tokens, as the base reads the prompts
     clock: str
     drafts: Drafts
 
@@ -65,10 +67,10 @@ def measure(
     rounds: int,
     ran: Callable[[], Any] = lambda: None,
 ) -> Measured:
-    """Time all contenders on `batch` prompts a round, each time the next ones, sampled at T = 1 with the ARMs' weights.
+    """Time all contenders on `batch` prompts a round, sampled at T = 1 with the ARMs' weights.
 
-    Each contender has a `GenARM` of its own over the weights of `model`: what one keeps from call to call (caches,
-    graphs, what "auto" has learnt) is not lost to another. ran: called after every call, 4 · (rounds + 1).
+    Each round takes the next prompts. Each contender has its own `GenARM` over the weights of `model`, so that it keeps
+    its caches, graphs and what "auto" has learnt. ran: called after every call, 4 · (rounds + 1) times.
     """
     make = partial(GenARM, max_batch_size=batch, cache_bytes=model.cache_bytes)
     alone = make(model.members[:1], speculation="off")
@@ -84,7 +86,7 @@ def measure(
         ids = [request.token_ids[0] for request in alone.prepare(turns_prompts(turn), max_new_tokens=new_tokens)]
         _hugging_face(model.base, ids, new_tokens, seed=turn)
 
-    def ours(name: str, contender: GenARM) -> Callable[[int], None]:
+    def generating(name: str, contender: GenARM) -> Callable[[int], None]:
         def run(turn: int) -> None:
             each = [
                 SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, seed=batch * turn + i) for i in range(batch)
@@ -97,9 +99,9 @@ def measure(
 
     runs = {
         "hugging_face": hugging_face,
-        "base": ours("base", alone),
-        "guided": ours("guided", plain),
-        "guided_drafts": ours("guided_drafts", drafting),
+        "base": generating("base", alone),
+        "guided": generating("guided", plain),
+        "guided_drafts": generating("guided_drafts", drafting),
     }
     devices = {parameter.device for member in model.members for parameter in member.model.parameters()}
     clock_name, clock = clock_of(devices)
@@ -116,7 +118,7 @@ def measure(
         milliseconds_per_token={name: 1e3 * batch / each.median for name, each in speeds.items()},
         relative_to=relative,
         spreads=spreads,
-        trusted=rounds >= LEAST_ROUNDS and max(spreads.values()) <= TRUSTED,
+        trusted=rounds >= LEAST_ROUNDS and max(spreads.values()) <= MAX_TRUSTED_SPREAD,
         prompt_tokens=(min(lengths), max(lengths)),
         clock=clock_name,
         drafts=_drafts(outputs["guided"], outputs["guided_drafts"], batch, dict(_chosen(drafting) - learning)),
@@ -126,7 +128,7 @@ def measure(
 def _figures(
     seconds: Mapping[str, Sequence[float]], tokens: int
 ) -> tuple[dict[str, Interval], dict[str, dict[str, Interval]]]:
-    """Tokens per second, and the ratios to both unguided contenders, each taken within a round."""
+    """Return tokens per second, and the ratios to both unguided contenders, each taken within a round."""
     speeds = {name: interval([tokens / each for each in spent]) for name, spent in seconds.items()}
     relative = {
         unguided: {
@@ -142,7 +144,7 @@ def _figures(
 def _drafts(
     plain: Sequence[GenerationOutput], drafted: Sequence[GenerationOutput], warm_up: int, chosen: dict[str, int]
 ) -> Drafts:
-    """Of all outputs without drafts and with them, of which the first `warm_up` were not timed."""
+    """Return what drafts did, from all outputs without and with drafts. The first `warm_up` outputs were not timed."""
     timed = drafted[warm_up:]
     return Drafts(
         chosen=chosen,
@@ -155,7 +157,7 @@ def _drafts(
 
 
 def _chosen(model: GenARM) -> Counter[str]:
-    """Steps so far by what was chosen for them; none where speculation is off."""
+    """Return the steps so far by what was chosen for them; none if speculation is off."""
     found: Counter[str] = Counter()
     for stats in model.tuners.stats():
         found.update(stats["steps"])
@@ -171,7 +173,8 @@ def _hugging_face(base: Member, ids: Sequence[Sequence[int]], new_tokens: int, s
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         pad_token_id=0,
-        # Else the model's generation_config has its say: filters would cost it time that the others don't spend.
+        # Otherwise the model's generation_config decides. Its filters would cost time that the other contenders don't
+        # spend.
         do_sample=True,
         num_beams=1,
         temperature=1.0,

@@ -1,4 +1,4 @@
-"""Contenders timed fairly: in turn, round by round, after a round that does not count."""
+"""Time contenders fairly: in turn, round by round, after a round that does not count."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 CONFIDENCE = 0.9
-LEAST_ROUNDS = 5  # fewer can't give an interval of that confidence
+LEAST_ROUNDS = 5  # fewer rounds can't give an interval of that confidence
 ACCELERATORS = ("cuda", "xpu", "mps")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A median of rounds, and between which of them the true one lies with 90 % confidence, whatever their law."""
+    """A median of rounds, and bounds for the true median with 90 % confidence, for any distribution.
+
+    The bounds are figures of two of the rounds.
+    """
 
     median: float
     low: float
@@ -31,9 +34,10 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of at least one value; of fewer than LEAST_ROUNDS, the ends are the extremes, and mean less."""
+    """Return the interval of one or more values. With fewer than LEAST_ROUNDS, low and high are the extremes."""
     ordered, count = sorted(values), len(values)
-    skipped, outside = 0, 1  # the median is beyond the i-th of n values with chance Σ_{j<i} C(n, j) / 2^n
+    # The median is beyond the i-th of n values with probability Σ_{j<i} C(n, j) / 2^n.
+    skipped, outside = 0, 1
     while 2 * (outside + comb(count, skipped + 1)) <= (1 - CONFIDENCE) * 2**count:
         skipped += 1
         outside += comb(count, skipped)
@@ -46,8 +50,11 @@ def take_turns(
     clock: Callable[[], float],
     ran: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round. A run is told its turn: 0 warms up and is not timed. `ran` is called after
-    each, outside the clock. Every round begins with another one, so that none has the same neighbour always."""
+    """Return the seconds of each run in each round.
+
+    A run gets the number of its round: round 0 warms up and is not timed. `ran` is called after each run, outside the
+    clock. Every round begins with another run, so that no run always has the same neighbour.
+    """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
@@ -63,10 +70,10 @@ def take_turns(
 
 
 def clock_of(devices: Iterable[torch.device]) -> tuple[str, Callable[[], float]]:
-    """A clock for work on these devices, and its name.
+    """Return a clock for work on these devices, and its name.
 
-    On the CPU with one thread it is the process's CPU time: the time on an idle machine, since what others do does not
-    count. Elsewhere it is the wall's, read when the devices have done all that they were given.
+    On the CPU with one thread it is the process's CPU time, which does not count the time of other processes. Otherwise
+    it is the wall clock, read when the devices have finished all their work.
     """
     busy = {device for device in devices if device.type in ACCELERATORS}
     if not busy and torch.get_num_threads() == 1:

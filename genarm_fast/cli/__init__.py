@@ -29,9 +29,9 @@ BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (default: the process's own). Returns the exit code; usage errors exit with 2."""
-    # Read when torch is imported. Spinning OpenMP threads stall each other where others use the cores: 2.5 against 17.7
-    # tokens/s on a busy 2-core machine.
+    """Run a command line (default: the process's own). Return the exit code; usage errors exit with 2."""
+    # Read when torch is imported. Spinning OpenMP threads stall each other when other processes use the cores: 2.5
+    # against 17.7 tokens/s on a busy 2-core machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = sys.argv[1:] if argv is None else list(argv)
     usable_streams()
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\ngenarm-fast {args.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head`
+    except BrokenPipeError:  # the reader has ended, for example `| head`
         forget_output()
         return 1
     except Exception as error:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser, with the arguments of the command that `argv` names."""
+    """Return the parser, with the arguments of the command that `argv` names."""
     parser = argparse.ArgumentParser(
         prog="genarm-fast",
         description="Guided decoding with autoregressive reward models (GenARM).",
@@ -79,7 +79,7 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, (module_name, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, epilog=EXIT_CODES)
         if name == chosen:
-            # Python 3.14's own rule: lets `--weights -1,0.5` through, which older ones take for an option.
+            # Python 3.14's own rule lets `--weights -1,0.5` through; older versions take it for an option.
             command._negative_number_matcher = re.compile(r"-\.?\d")
             module = import_module(module_name)
             module.add_arguments(command)

@@ -23,11 +23,11 @@ from genarm_fast.params import SamplingParams
 from genarm_fast.utils.jsonlines import dumps
 
 SHOWN_ERRORS = 5
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet")  # endings that would lie about what a job writes
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".parquet")  # endings of compressed files; a job writes plain text
 
 
 def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
-    """Runs or resumes the job, all input checked before the first token. 1 if requests failed."""
+    """Run or resume the job, with all input checked before the first token. Return 1 if requests failed, else 0."""
     if not (args.input and args.output) or args.prompt is not None or args.prompt_file:
         raise ValueError("--input and --output: expected both, and no other prompt")
     if args.stream:
@@ -69,7 +69,8 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
 
 
 def setup_digest(args: argparse.Namespace) -> str:
-    """Stands for what decides a line besides its request: models, their names and weights, templates, precision."""
+    """Return a digest of all settings that decide a line, besides its request: models, weights, templates,
+    precision."""
     arms = [(identity(resolve(spec.model)), spec.weight, spec.name or Path(spec.model).name) for spec in args.arm]
     chat_template = args.chat_template and read_text(args.chat_template)
     templates = (args.prompt_template, args.arm_prompt_template, chat_template, args.chat, args.system)
@@ -80,14 +81,14 @@ def setup_digest(args: argparse.Namespace) -> str:
 
 @contextmanager
 def _counted(out: Console, what: str) -> Iterator[Callable[[int], None]]:
-    """Shows how many lines were read; gives the function that is told."""
+    """Show how many lines were read. Yields a function that is called with that number."""
     with out.status("") as status:
         yield lambda lines: status.update(f"{lines:,} lines {what} ...")
 
 
 @contextmanager
 def _progress(out: Console, total: int, completed: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; gives the function that counts lines and tokens."""
+    """Show a progress bar. Yields a function that is called with numbers of lines and tokens."""
     started, generated = time.perf_counter(), 0
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=out) as bar:

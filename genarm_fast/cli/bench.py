@@ -1,4 +1,4 @@
-"""`genarm-fast bench`: what guidance costs here, with the user's own models, before they are deployed."""
+"""`genarm-fast bench`: the cost of guidance on this machine, with the user's own models, before they are deployed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LABELS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, on which prompts, and the models."""
+    """Add the options for batch sizes, rounds, prompts and models."""
     parser.add_argument(
         "--batch",
         type=_positive,
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """A table, or JSON, of every batch size. Everything is checked before the first token."""
+    """Print a table, or JSON, of every batch size. Everything is checked before the first token."""
     if not args.arm:
         raise ValueError("--arm: expected at least one, whose cost is measured")
     for spec in args.arm:
@@ -109,7 +109,7 @@ def _positive(text: str) -> int:
 
 
 def _prompts(args: argparse.Namespace) -> list[tuple[int, Prompt]]:
-    """With their lines, if they come from a file."""
+    """Return the prompts, each with its line number if it was read from a file, else with 0."""
     if args.prompt is not None and args.input:
         raise ValueError(f"--input {args.input}: expected no --prompt with it")
     if not args.input:
@@ -124,7 +124,7 @@ def _prompts(args: argparse.Namespace) -> list[tuple[int, Prompt]]:
 
 
 def _about(args: argparse.Namespace, model: GenARM, prompts: int) -> dict[str, Any]:
-    """What was measured on what."""
+    """Return a description of the models, machine and settings."""
     import torch
     import transformers
 
@@ -191,7 +191,7 @@ def _show(out: Console, about: dict[str, Any], results: list[Measured]) -> None:
 
 
 def _drafts_line(drafts: Drafts) -> str:
-    """Who drafted, what it was worth, and whether it changed a text."""
+    """Return a sentence: who drafted, what the drafts were worth, and whether they changed a text."""
     turns: Counter[str] = Counter()
     for choice, count in drafts.chosen.items():
         turns[choice.rpartition(", k=")[0]] += count
@@ -208,10 +208,12 @@ def _drafts_line(drafts: Drafts) -> str:
 
 
 def _doubt(rounds: int, result: Measured) -> str:
-    from genarm_fast.bench.runs import TRUSTED
+    from genarm_fast.bench.runs import MAX_TRUSTED_SPREAD
     from genarm_fast.bench.timing import LEAST_ROUNDS
 
     if rounds < LEAST_ROUNDS:
         return f"{rounds} round{'s' * (rounds != 1)}, expected at least {LEAST_ROUNDS} (--rounds)"
-    wide = ", ".join(f"{LABELS[name]} ± {spread:.1%}" for name, spread in result.spreads.items() if spread > TRUSTED)
-    return f"{wide}, expected at most {TRUSTED:.0%} (more --rounds, --new-tokens)"
+    wide = ", ".join(
+        f"{LABELS[name]} ± {spread:.1%}" for name, spread in result.spreads.items() if spread > MAX_TRUSTED_SPREAD
+    )
+    return f"{wide}, expected at most {MAX_TRUSTED_SPREAD:.0%} (more --rounds, --new-tokens)"

@@ -1,4 +1,4 @@
-"""`genarm-fast chat`: a conversation whose sampling, weights included, can change between answers."""
+"""`genarm-fast chat`: a conversation whose sampling parameters, weights included, can change between answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from genarm_fast.cli.display import console, reward_table
 from genarm_fast.cli.loading import add_loading_arguments, load
-from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params, shown
+from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params, weight_text
 from genarm_fast.cli.process import typed
 from genarm_fast.errors import GenerationError
 from genarm_fast.params import SamplingParams, check_weights
@@ -32,7 +32,7 @@ HELP = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Models and sampling; the rest is said in the chat."""
+    """Add the options for models and sampling. All other settings are commands in the chat."""
     parser.epilog = f"{HELP}\n\n{parser.epilog}"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--system", metavar="TEXT", help="system message")
@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until /quit or the end of the input: a terminal, or a pipe with one message or command a line."""
+    """Talk until /quit or the end of the input: a terminal, or a pipe with one message or command on each line."""
     params = sampling_params(args)
     model = load(args)
     for member in model.members:
         if member.chat_template is None:
             raise ValueError(f"{member.name}: expected a model with a chat template, or --chat-template")
     arguments = {name: getattr(args, name) for name in ("tools", "chat_template_kwargs")}
-    chat = Chat(model, params, args.system, arguments)
+    chat = ChatSession(model, params, args.system, arguments)
     lines = _typed_lines() if sys.stdin.isatty() else (typed(line).rstrip("\n") for line in sys.stdin)
     if sys.stdin.isatty():
         chat.console.print(f"base {args.base}, {chat.describe('weights')}; /help lists the commands", style="dim")
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class Chat:
-    """A conversation. Answers go to stdout, all else to stderr."""
+class ChatSession:
+    """A conversation. Answers go to stdout, all other output to stderr."""
 
     def __init__(
         self, model: GenARM, params: SamplingParams, system: str | None, arguments: dict[str, Any] | None = None
@@ -72,7 +72,7 @@ class Chat:
         self.console = console(stderr=True)
 
     def take(self, line: str) -> None:
-        """A message to answer, or a command."""
+        """Answer a message, or carry out a command."""
         try:
             if line.startswith("/"):
                 name, _, text = line[1:].partition(" ")
@@ -85,7 +85,7 @@ class Chat:
             print()
 
     def command(self, name: str, text: str) -> None:
-        """Raises ValueError for an unknown command or a bad value."""
+        """Carry out a command. Raises ValueError for an unknown command or a bad value."""
         fields = {field.name: field for field in sampling_fields(UNUSED)}
         if name == "help":
             self.console.print(HELP)
@@ -108,7 +108,7 @@ class Chat:
             raise ValueError(f"/{name}: expected a command that /help lists")
 
     def answer(self, messages: list[dict[str, str]]) -> None:
-        """Streams an answer; Ctrl-C keeps what there is of it. The conversation is unchanged if it fails."""
+        """Stream an answer. Ctrl-C keeps the text so far. The conversation does not change if the answer fails."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         chat = [*system, *messages]
         with self.model.stream(chat, self.params, **self.arguments) as stream:
@@ -128,25 +128,25 @@ class Chat:
             self.console.print(reward_table(output.rewards))
 
     def describe(self, name: str) -> str:
-        """A parameter and its value, weights by ARM."""
+        """Return a parameter and its value as text, weights by ARM."""
         value = getattr(self.params, name)
         if isinstance(value, bool):
             return f"{name}: {'on' if value else 'off'}"
         if name != "weights":
             return f"{name}: {value}"
         weights = zip(self.model.arm_names, self.model.expand_weights(value))
-        return "weights: " + (", ".join(f"{arm}={shown(weight)}" for arm, weight in weights) or "no ARM")
+        return "weights: " + (", ".join(f"{arm}={weight_text(weight)}" for arm, weight in weights) or "no ARM")
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines typed at a terminal, with their history from earlier chats."""
+    """Yield lines typed at a terminal. Their history is kept from chat to chat."""
     import readline  # gives input() its line editing
 
     from genarm_fast.utils.records import cache_dir
 
     history = cache_dir() / "chat_history"
     readline.set_history_length(HISTORY_LINES)
-    with suppress(OSError):  # none yet
+    with suppress(OSError):  # no history yet
         readline.read_history_file(history)
     try:
         while True:

@@ -12,12 +12,12 @@ from genarm_fast.outputs import ArmRewards, Completion, GenerationOutput
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Prints text as it is: [brackets] and :colons: in ids, names and texts mean nothing."""
+    """Return a console that prints text as it is: [brackets] and :colons: in ids, names and texts mean nothing."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def show_report(out: Console, output: GenerationOutput, tokenizer: Any) -> None:
-    """Speed, ends and seeds in a terminal; the log-probabilities and rewards that were asked for anywhere."""
+    """Show log-probabilities and rewards if asked for. On a terminal, show speed, finish reasons and seeds too."""
     if out.is_terminal:
         ends = ", ".join(f"{each.finish_reason} (seed {each.seed})" for each in output.completions)
         tokens, speed = output.usage.completion_tokens, output.timing.tokens_per_second
@@ -30,7 +30,7 @@ def show_report(out: Console, output: GenerationOutput, tokenizer: Any) -> None:
 
 
 def reward_table(rewards: Mapping[str, ArmRewards]) -> Table:
-    """One line per ARM: the sum of log π_arm over the tokens, and the mean."""
+    """Return a table with one line for each ARM: the sum of log π_arm over the tokens, and the mean."""
     table = Table("ARM", title="rewards, log π_arm in nats", title_justify="left")
     table.add_column("total", justify="right")
     table.add_column("per token", justify="right")
@@ -40,7 +40,7 @@ def reward_table(rewards: Mapping[str, ArmRewards]) -> Table:
 
 
 def token_table(tokenizer: Any, token_ids: Sequence[int], columns: Mapping[str, Sequence[float | str]]) -> Table:
-    """One line per token: its text, then a value from each column."""
+    """Return a table with one line for each token: its text, then a value from each column."""
     table = Table("token")
     for name, values in columns.items():
         table.add_column(name, justify="left" if values and isinstance(values[0], str) else "right")
@@ -62,5 +62,5 @@ def _logprob_columns(completion: Completion, tokenizer: Any) -> dict[str, Sequen
 
 
 def _piece(tokenizer: Any, token: int) -> str:
-    """A token's own text, its spaces and line ends visible."""
+    """Return a token's own text, with spaces and line ends visible."""
     return repr(tokenizer.decode([token]))[1:-1].replace(" ", "·")

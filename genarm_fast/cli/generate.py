@@ -15,7 +15,7 @@ from genarm_fast.utils.jsonlines import dumps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Prompt, output, batch job, models and sampling."""
+    """Add the options for prompt, output, batch job, models and sampling."""
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt; none, or '-': what stdin gives")
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Text (or JSON) on stdout, all else on stderr."""
+    """Print text (or JSON) on stdout, and everything else on stderr."""
     params = sampling_params(args)
     if args.input or args.output:
         from genarm_fast.cli.batch import run_job

@@ -1,4 +1,4 @@
-"""Options that say which models to load and how, and the loading."""
+"""The options that name the models and how to load them, and the loading itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """What `--arm` says. name None: the last part of the path."""
+    """The value of one `--arm`. name None: the ARM gets the last part of its path as name."""
 
     model: str
     weight: float
@@ -35,7 +35,7 @@ class ArmSpec:
 
 
 def arm_spec(text: str) -> ArmSpec:
-    """Parses `[NAME:]MODEL[=WEIGHT]`."""
+    """Parse `[NAME:]MODEL[=WEIGHT]`."""
     model, weight = text, 1.0
     head, found, tail = text.rpartition("=")
     if found and not os.path.exists(text):  # a folder may have "=" in its name
@@ -56,8 +56,11 @@ def arm_spec(text: str) -> ArmSpec:
 def add_loading_arguments(
     parser: argparse.ArgumentParser, *, in_chat: bool = False, generates: bool = True, batches: bool = True
 ) -> None:
-    """Which models, and how they are loaded. A chat has neither raw prompts nor batches; scoring drafts nothing; what
-    a benchmark drafts and batches is its own to say."""
+    """Add the options for models and loading.
+
+    in_chat: whether it is a chat, which has neither raw prompts nor batches. generates: whether the command may draft.
+    batches: whether to add the option for the batch size.
+    """
     group = parser.add_argument_group("models")
     group.add_argument("--base", required=True, metavar="MODEL", help="hub id, local folder, or `demo` (SmolLM2-135M)")
     group.add_argument(
@@ -127,7 +130,7 @@ def add_loading_arguments(
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a text prompt reaches the members."""
+    """Add the options that turn a text prompt into a member's prompt."""
     group = parser.add_argument_group("prompt format")
     kind = group.add_mutually_exclusive_group()
     kind.add_argument(
@@ -141,15 +144,16 @@ def add_format_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_chat(args: argparse.Namespace, model: GenARM) -> bool:
-    """Whether a text prompt is taken as a user's message (--chat), not as text to be continued (--raw)."""
+    """Whether a text prompt is a user's message (--chat), not text to be continued (--raw)."""
     if args.chat is not None:
         return args.chat
-    free = [member for member in model.members if member.prompt_format is None]  # others read what they were trained on
+    # The other members read prompts in the format of their training.
+    free = [member for member in model.members if member.prompt_format is None]
     return all(member.chat_template and member.prompt_template is None for member in free)
 
 
 def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt:
-    """A text prompt as chat messages if that is how it is meant; other prompts as they are."""
+    """Return a text prompt as chat messages if the options ask for a chat; other prompts as they are."""
     given = {"tools": args.tools, "chat_template_kwargs": args.chat_template_kwargs}
     given = {name: value for name, value in given.items() if value is not None}
     if not isinstance(prompt, str) and (not given or not isinstance(prompt[0], dict)):
@@ -175,8 +179,11 @@ def formatted(args: argparse.Namespace, model: GenARM, prompt: Prompt) -> Prompt
 
 
 def read_text(path: Path) -> str:
-    """A whole file, without the byte order mark that Windows puts first. Raises ValueError naming it if it is not
-    UTF-8."""
+    """Return the text of a file, without the byte order mark that Windows writes.
+
+    Raises:
+        ValueError: a file that is not UTF-8. The message names it.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -184,7 +191,7 @@ def read_text(path: Path) -> str:
 
 
 def load(args: argparse.Namespace) -> GenARM:
-    """The base and ARMs that the options name. Raises FileNotFoundError for those that are nowhere."""
+    """Load the base and ARMs that the options name. Raises FileNotFoundError for a model that is found nowhere."""
     base = resolve(args.base)
     arms = [(spec, resolve(spec.model)) for spec in args.arm]
     trusted = set(args.arm_trust_remote_code)
@@ -230,7 +237,7 @@ def load(args: argparse.Namespace) -> GenARM:
 
 
 def _hint(models: Iterable[str]) -> str:
-    """What names of nothing may stand for."""
+    """Return a hint for names that match no model: similar names of demo ARMs."""
     from genarm_fast import demo
 
     lost = [model for model in models if not os.path.isdir(model)]
@@ -239,7 +246,7 @@ def _hint(models: Iterable[str]) -> str:
 
 
 def resolve(source: str) -> str:
-    """The folder or hub id behind a name on the command line; the demo's base is fetched if need be."""
+    """Return the folder or hub id for a name on the command line. The demo's base is fetched if it is missing."""
     if source == "demo" or source.startswith("demo:"):
         from genarm_fast import demo
 

@@ -1,4 +1,4 @@
-"""The sampling options, read off SamplingParams: its fields, types, defaults and docs."""
+"""The sampling options, read from SamplingParams: its fields, types, defaults and docs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[str] = (), **defaults: Any) -> None:
-    """One option for each field of SamplingParams. `defaults` replace its own."""
+    """Add one option for each field of SamplingParams. `defaults` replace the fields' own defaults."""
     group = parser.add_argument_group("sampling")
     docs = _field_docs()
     for field in sampling_fields(without):
@@ -40,8 +40,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[
 
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What the options ask for. Raises ValueError, TypeError as SamplingParams does, and for weights that are not one
-    per `args.arm`."""
+    """Return the parameters that the options ask for.
+
+    Raises:
+        ValueError, TypeError: as SamplingParams, and for weights that are not one for each of `args.arm`.
+    """
     given = {field.name: getattr(args, field.name) for field in sampling_fields() if hasattr(args, field.name)}
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
@@ -52,12 +55,12 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
 
 
 def sampling_fields(without: Collection[str] = ()) -> list[Field[Any]]:
-    """The fields that text can express (processors are code), less some."""
+    """Return the fields that text can express (processors are code), except those in `without`."""
     return [field for field in fields(SamplingParams) if field.name not in ("logits_processors", *without)]
 
 
 def parse_field(field: Field[Any], text: str) -> Any:
-    """A field's value as typed in a chat; `none` is its default. Raises ValueError."""
+    """Return a field's value as typed in a chat; `none` is its default. Raises ValueError for other text."""
     if text == "none":
         return field.default
     option = _OPTIONS[str(field.type)]
@@ -77,9 +80,9 @@ def parse_field(field: Field[Any], text: str) -> Any:
 
 
 def numbers(text: str) -> float | tuple[Weight, ...] | dict[str, Weight]:
-    """`1.5` → 1.5, for every ARM; `1,0.5` or `1 0.5` → one number each; `kind=1,terse=0.5` → these ARMs' numbers.
+    """Parse weights: `1.5` is for every ARM; `1,0.5` or `1 0.5` has one for each; `kind=1,terse=0.5` names ARMs.
 
-    In the place of an ARM's number, `2:1:0.5` has one for each token; the last one repeats.
+    In place of an ARM's number, `2:1:0.5` has one number for each token; the last one repeats.
     """
     parts = [part.rpartition("=") for part in text.replace(",", " ").split()]
     named = [bool(sign) for _, sign, _ in parts]
@@ -96,18 +99,18 @@ def numbers(text: str) -> float | tuple[Weight, ...] | dict[str, Weight]:
     return values if len(values) > 1 or isinstance(values[0], tuple) else values[0]
 
 
-def shown(weight: Weight) -> str:
-    """A weight as it is typed."""
+def weight_text(weight: Weight) -> str:
+    """Return a weight as it is typed."""
     return ":".join(f"{number:g}" for number in weight) if isinstance(weight, tuple) else f"{weight:g}"
 
 
 def unescaped(text: str) -> str:
-    r"""Text as typed between a shell's quotes, with \n, \t, \r and \\ for what they stand for elsewhere."""
+    r"""Return text as typed between a shell's quotes, with the escapes \n, \t, \r and \\ replaced."""
     return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
 def tools_list(text: str) -> list[dict[str, Any]]:
-    """A JSON list of tools, or the name of a file that holds one, as an option's type."""
+    """Read a JSON list of tools, or a file that holds one; the type of an option."""
     what = "expected a JSON list of tools, each an object, or a file with one"
     try:
         tools = loads(text if text.lstrip()[:1] in ("[", "{") else Path(text).read_text(encoding="utf-8-sig"))
@@ -121,7 +124,7 @@ def tools_list(text: str) -> list[dict[str, Any]]:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """A JSON object, as an option's type."""
+    """Read a JSON object; the type of an option."""
     try:
         value, why = loads(text), ""
     except (ValueError, RecursionError) as error:
@@ -154,8 +157,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def _field_docs() -> dict[str, str]:
-    """The `Args:` section of SamplingParams' docstring, by field."""
-    # Read off the source: PYTHONOPTIMIZE=2 strips docstrings.
+    """Return the `Args:` section of SamplingParams' docstring, by field."""
+    # Read from the source, because PYTHONOPTIMIZE=2 strips docstrings.
     (definition,) = ast.parse(inspect.getsource(SamplingParams)).body
     assert isinstance(definition, ast.ClassDef)
     section = (ast.get_docstring(definition) or "").partition("Args:\n")[2].partition("\n\n")[0]

@@ -23,11 +23,16 @@ if TYPE_CHECKING:
     from genarm_fast.api import GenARM
     from genarm_fast.outputs import ScoreOutput
 
-SHOWN = {"accuracy": "accuracy", "accuracy_stderr": "± s.e.", "margin_mean": "mean margin", "margin_std": "its s.d."}
+COLUMN_HEADINGS = {
+    "accuracy": "accuracy",
+    "accuracy_stderr": "± s.e.",
+    "margin_mean": "mean margin",
+    "margin_std": "its s.d.",
+}
 
 
 def score_pairs(args: argparse.Namespace) -> int:
-    """Reads pairs as training does and compares the totals of chosen and rejected responses."""
+    """Read pairs as training does, and compare the totals of chosen and rejected responses."""
     data = load_pairs(str(args.input))
     model = load_to_score(args)
     prompts: list[Prompt] = []
@@ -54,16 +59,16 @@ def score_pairs(args: argparse.Namespace) -> int:
     dropped = ", ".join(f"{count} {reason}" for reason, count in data.dropped.items())
     title = f"{len(data.pairs)} pairs" + (f" (dropped: {dropped})" if dropped else "")
     table = Table("reward", title=title, title_justify="left")
-    for heading in SHOWN.values():
+    for heading in COLUMN_HEADINGS.values():
         table.add_column(heading, justify="right")
     for name, summary in summaries.items():
-        table.add_row(name, *(f"{summary[key]:.3f}" for key in SHOWN))
+        table.add_row(name, *(f"{summary[key]:.3f}" for key in COLUMN_HEADINGS))
     console().print(table)
     return 0
 
 
 def _encoded(args: argparse.Namespace, model: GenARM, pair: Pair) -> tuple[Prompt, list[int], list[int]]:
-    """Prompt and token ids of both responses. Those cut on purpose get no token that ends them, as in training."""
+    """Return the prompt and the token ids of both responses. As in training, a cut response gets no end token."""
     prompt: Prompt = pair.prompt
     texts = []
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -81,7 +86,7 @@ def _encoded(args: argparse.Namespace, model: GenARM, pair: Pair) -> tuple[Promp
 
 
 def _totals(model: GenARM, outputs: Sequence[ScoreOutput]) -> dict[str, list[float]]:
-    """Total rewards of all responses: by the base as a control, by each ARM, and by all ARMs with their weights."""
+    """Return total rewards of all responses: of the base as a control, of each ARM, and of all ARMs, weighted."""
     totals = {"(base)": [math.fsum(output.base_logprobs) for output in outputs]}
     totals |= {name: [output.rewards[name].total for output in outputs] for name in model.arm_names}
     if len(model.arms) > 1:
@@ -92,4 +97,5 @@ def _totals(model: GenARM, outputs: Sequence[ScoreOutput]) -> dict[str, list[flo
 
 def _summary(totals: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
     stats = PairStats(1.0, list(totals[::2]), list(totals[1::2]), list(lengths[::2]), list(lengths[1::2]))
-    return {name: value for name, value in stats.summary().items() if name not in ("pairs", "loss")}  # loss needs β_r
+    # The loss needs β_r.
+    return {name: value for name, value in stats.summary().items() if name not in ("pairs", "loss")}

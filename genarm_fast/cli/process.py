@@ -1,4 +1,4 @@
-"""What the command's process makes of signals, and of standard streams that are closed or narrow."""
+"""How the command's process handles signals, and standard streams that are closed or have a narrow encoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal asked the process to end: as Ctrl-C does, so that a job says how far it came."""
+    """A signal asked the process to end. It is handled like Ctrl-C, so that a job reports how far it got."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -24,7 +24,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Terminated inside; those that are ignored, as under nohup, stay so."""
+    """Make SIGTERM and SIGHUP raise Terminated inside the block. Ignored signals stay ignored, as under nohup."""
     if current_thread() is not main_thread():
         yield
         return
@@ -44,7 +44,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def usable_streams() -> None:
-    """Closed streams read and write nothing; what a narrow encoding cannot hold is written as an escape."""
+    """Make closed streams read and write nothing, and write characters that a narrow encoding lacks as escapes."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
@@ -54,16 +54,16 @@ def usable_streams() -> None:
 
 
 def typed(text: str) -> str:
-    r"""Text of a standard input as Windows writes it, as others do: without a byte order mark, lines ended by \n."""
+    r"""Return text of a standard input without the byte order mark of Windows, and with lines ended by \n."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def input_path(path: Path) -> Path:
-    """The file that an option names; `-` is the standard input, unless there is a file of that name."""
+    """Return the file that an option names. `-` is the standard input, unless a file has that name."""
     return Path("/dev/stdin") if str(path) == "-" and not path.exists() else path
 
 
 def forget_output() -> None:
-    """Nobody reads on, or the disk is full: keeps the interpreter's own last flush from failing as well."""
+    """Keep the interpreter's last flush from failing too, when nobody reads on or the disk is full."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`genarm-fast score`: rewards of given responses; with preference pairs, how often each ARM prefers the chosen one."""
+"""`genarm-fast score`: rewards of given responses, and on preference pairs the accuracy of each ARM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPECTED = (("prompt", (str, list), "text, chat messages or token ids"), ("respo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is scored, and by which models."""
+    """Add the options for the responses to score and the models."""
     parser.add_argument("--prompt", metavar="TEXT", help="a prompt, with --response")
     parser.add_argument("--response", metavar="TEXT", help="the response to score")
     parser.add_argument(
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores one response, a file of responses, or a file of pairs."""
+    """Score one response, a file of responses, or a file of pairs."""
     given = [name for name in ("prompt", "response", "input") if getattr(args, name) is not None]
     if given == ["prompt", "response"]:
         return _one(args)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("expected --prompt and --response, or --input alone")
     args.input = input_path(args.input)
     with ExitStack() as held:
-        if is_pipe(args.input):  # it is read twice
+        if is_pipe(args.input):  # the input is read twice
             args.input = Path(held.enter_context(copied(args.input)).name)
         _, first = next(read_objects(args.input))
         if "response" in first:

@@ -1,4 +1,4 @@
-"""What scoring responses and scoring pairs share: loading, checks and progress."""
+"""The parts that scoring responses and scoring pairs share: loading, checks and progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_to_score(args: argparse.Namespace) -> GenARM:
-    """The models. Text prompts stay texts where an ARM was trained on such, unless the options say otherwise."""
+    """Load the models. If an ARM was trained on texts, text prompts stay texts unless the options say otherwise."""
     model = load(args)
     if args.chat is None and any(member.prompt_format in ("text", "transcript") for member in model.arms):
         args.chat = False
@@ -29,7 +29,7 @@ def load_to_score(args: argparse.Namespace) -> GenARM:
 def score_all(
     model: GenARM, path: Path, lines: Sequence[int], prompts: Sequence[Any], responses: Sequence[str | list[int]]
 ) -> list[ScoreOutput]:
-    """`model.score` with a progress bar. Checks everything first; errors name the input line."""
+    """Run `model.score` with a progress bar. All prompts are checked first; errors name the input line."""
     from genarm_fast.text.messages import check_plain
     from genarm_fast.text.templates import encoded
 
@@ -37,12 +37,13 @@ def score_all(
         with located(path, line):
             if isinstance(response, str):
                 check_plain("response", response)
-                length = len(encoded(model.tokenizer, response)) + 1  # end of sequence
+                length = len(encoded(model.tokenizer, response)) + 1  # one more for the end of sequence
             else:
                 length = len(response)
             model.prepare([prompt], max_new_tokens=length)
     outputs: list[ScoreOutput] = []
-    size = 4 * model.max_batch_size  # within such a group, texts of similar length share a batch
+    # Within a group of this size, texts of similar length share a batch.
+    size = 4 * model.max_batch_size
     for at in track(range(0, len(lines), size), "scoring", console=console(stderr=True), transient=True):
         outputs += model.score(prompts[at : at + size], responses[at : at + size])
     return outputs

@@ -1,4 +1,4 @@
-"""`genarm-fast serve`: vLLM's OpenAI server with guided decoding, or how much memory it would take."""
+"""`genarm-fast serve`: vLLM's OpenAI server with guided decoding, or a plan of the memory that it would take."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from genarm_fast.cli.loading import arm_spec, resolve
 
-PASSES_ON = True  # options that are not ours go to vLLM
-PLANNED = {  # options of vLLM that a plan depends on
+PASSES_ON = True  # unknown options go to vLLM
+PLANNED = {  # vLLM's options that a plan depends on
     "--tensor-parallel-size": ("-tp", int, 1),
     "--pipeline-parallel-size": ("-pp", int, 1),
     "--gpu-memory-utilization": (None, float, 0.92),
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def planned(base: str, arms: list[Any], gpu_memory: float, rest: list[str]) -> str:
-    """A plan's table, for those of vLLM's options that it depends on."""
+    """Return a plan's table, computed with the options of vLLM that it depends on."""
     from genarm_fast.integrations.vllm.plan import plan
 
     parser = argparse.ArgumentParser(prog="genarm-fast serve --plan", add_help=False, allow_abbrev=False)
@@ -82,7 +82,7 @@ def planned(base: str, arms: list[Any], gpu_memory: float, rest: list[str]) -> s
 
 
 def serve(base: str, arms: list[Any], weight_range: tuple[float, float] | None, rest: list[str]) -> int:
-    """Run vLLM's server until it is stopped. Its processes are started anew, so they find our plugin by themselves."""
+    """Run vLLM's server until it is stopped. Its processes start afresh, so they find our plugin by themselves."""
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
@@ -100,7 +100,8 @@ def serve(base: str, arms: list[Any], weight_range: tuple[float, float] | None, 
         setattr(args, name, value)
     with TemporaryDirectory() as folder:
         if (template := template_of(served.arms, args)) is not None:
-            args.chat_template = os.path.join(folder, "chat_template.jinja")  # as a text, vLLM would unescape it
+            # Given as a text, vLLM would unescape the template.
+            args.chat_template = os.path.join(folder, "chat_template.jinja")
             Path(args.chat_template).write_text(template, encoding="utf-8")
         validate_parsed_serve_args(args)
         if not args.headless:
@@ -110,13 +111,14 @@ def serve(base: str, arms: list[Any], weight_range: tuple[float, float] | None, 
 
 
 def template_of(arms: Sequence[Any], args: Any) -> str | None:
-    """The base's chat template with what the ARMs were trained with; None: the base's own.
+    """Return the base's chat template with the arguments of the ARMs' training; None if there are no such arguments.
 
-    args: vLLM's, of which `model`, `tokenizer`, `tokenizer_revision`, `trust_remote_code` and `chat_template` count.
+    args: vLLM's arguments; only `model`, `tokenizer`, `tokenizer_revision`, `trust_remote_code` and `chat_template` are
+    read.
 
     Raises:
-        ValueError: ARMs that were trained with other values than each other, or a base without a chat template.
-        ValueError: a `--chat-template` beside them.
+        ValueError: ARMs that were trained with different values, a base without a chat template, or a `--chat-template`
+            together with such ARMs.
     """
     from genarm_fast.integrations.vllm.prompts import load_base_tokenizer, pinned_template, trained_arguments
     from genarm_fast.text.templates import default_template
@@ -139,7 +141,7 @@ def template_of(arms: Sequence[Any], args: Any) -> str | None:
 
 
 def how_to_call(args: Any, base: str, weights: dict[str, float]) -> str:
-    """A request that steers, as a user types it."""
+    """Return a request that steers, as a user types it."""
     model = (args.served_model_name or [base])[0]
     host = args.host if args.host not in (None, "0.0.0.0", "::") else "localhost"
     asked = ", ".join(f'"arm_weights.{name}": {weight:g}' for name, weight in weights.items())

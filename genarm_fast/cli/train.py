@@ -14,7 +14,7 @@ from genarm_fast.train.config import TrainConfig, hints, scalar_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds BASE, DATA and the options; names, defaults and help are those of TrainConfig."""
+    """Add BASE, DATA and the options, with names, defaults and help of TrainConfig."""
     for f in fields(TrainConfig):
         if f.name in ("base", "data"):
             parser.add_argument(f.name, metavar=f.name.upper(), help=f.metadata["help"])
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, then prints where the ARM is and how good, or the whole report."""
+    """Train, then print where the ARM is and how accurate it is, or the whole report."""
     from genarm_fast.train import processes
     from genarm_fast.train.run import train
 
@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = train(config, progress=not args.json)
     finally:
-        processes.leave()
-    if processes.rank() > 0:  # the first one speaks for all
+        processes.disconnect()
+    # Only the first process prints.
+    if processes.rank() > 0:
         return 0
     if args.json:
         print(json.dumps(result.report, ensure_ascii=False))

@@ -2,7 +2,7 @@
 
 import os
 
-# To be set before torch starts OpenMP: threads that wait sleep instead of spinning. Where other processes want the
+# Set before torch starts OpenMP: threads that wait then sleep instead of spinning. When other processes wanted the
 # cores too, spinning made two threads on two cores 7 times slower (2.5 instead of 17.7 tokens per second).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

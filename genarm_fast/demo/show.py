@@ -1,8 +1,8 @@
-"""`python -m genarm_fast.demo`: what guidance does, in a terminal.
+"""`python -m genarm_fast.demo`: shows in a terminal what guidance does.
 
 1. Side by side: the base alone, guided by `positive` (an ARM of its own size), and guided by `small` (a far smaller
-   one: weak-to-strong), each token in the colour of its reward; tokens per second of each.
-2. A sweep over the weights of `positive` and `concise`, which pull apart: a table and a plot.
+   ARM: weak-to-strong). Each token has the colour of its reward. The table shows tokens per second of each.
+2. A sweep over the weights of `positive` and `concise`, which have opposite effects: a table and a plot.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ SWEEP_PROMPTS = [
 ]
 TEMPERATURE = 0.8
 WEIGHTS = {"positive": 1.5, "small": 1.0}
-JUDGE = "positive"  # colours the tokens of every answer
+JUDGE = "positive"  # its opinion colours the tokens of every answer
 GRIDS = {"positive": (0.0, 0.5, 1.0), "concise": (0.0, 0.5, 1.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns the exit status."""
+    """Run the demo, and return the exit status."""
     options = _parse(argv)
     recording = options.record is not None
     console = Console(stderr=options.json, highlight=False, record=recording, width=110 if recording else None)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Shows each part on `console` as soon as it is there; returns the same as plain types."""
+    """Show each part on `console` as soon as it is done. Return the same results as plain types."""
     status = Console(stderr=True, highlight=False)
     source = base()
     with _step(status, "loading the base and three ARMs"):
@@ -71,14 +71,16 @@ def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         from genarm_fast.demo.tint import legend
 
         arms = [ARM(arm(name), name=name) for name in ("positive", "concise", "small")]
-        exact = None if torch.cuda.is_available() else "exact"  # 4 bits of a CPU's memory traffic, and no weight lost
+        # On a CPU, 4 bits take less memory traffic, and "exact" changes no weight.
+        exact = None if torch.cuda.is_available() else "exact"
         model = GenARM.from_pretrained(source, arms, dtype=torch.bfloat16, max_batch_size=36, quantization=exact)
     params = SamplingParams(temperature=TEMPERATURE, max_new_tokens=24 if options.quick else 48, seed=options.seed)
     prompts = options.prompt or (PROMPTS[:1] if options.quick else PROMPTS)
 
     guides = ", ".join(WEIGHTS)
     with _step(status, f"answering {len(prompts)} prompts without guidance and with that of {guides}"):
-        model.generate("Hello", weights=1.0, max_new_tokens=2)  # what is loaded lazily must not count as slowness
+        # Loads the parts that load at first use, so that this time does not count.
+        model.generate("Hello", weights=1.0, max_new_tokens=2)
         runs = compare(model, WEIGHTS, JUDGE, prompts, params)
     title = "The base, guided by an ARM of its size, and weak-to-strong by a small one"
     _part(console, title, side_by_side(runs, JUDGE, prompts, console), legend(JUDGE))
@@ -105,7 +107,7 @@ def _part(console: Console, title: str, *content: RenderableType) -> None:
 
 @contextmanager
 def _step(status: Console, title: str) -> Iterator[None]:
-    """Says what is going on: a spinner on a terminal, and a line with the time it took anywhere."""
+    """Show what is running: a spinner on a terminal, and everywhere a line with the time that it took."""
     begin = time.perf_counter()
     with status.status(f"{title} ..."):
         yield

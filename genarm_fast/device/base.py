@@ -1,7 +1,7 @@
-"""Where work runs: streams, hand-overs between them, read-back, shapes that repeat.
+"""The device interface: streams, hand-overs between them, read-back, and graphs of work that repeats.
 
-The engine says what runs on which stream, and which tensors cross from one to another; nothing else orders its work.
-`Device` is the CPU, where a launch is a call; `cuda.Cuda` is the asynchronous one.
+The engine decides on which stream work runs, and hands tensors over between streams; nothing else orders its work.
+`Device` is the CPU, where a launch is a call. `cuda.Cuda` is the asynchronous device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WorkStream = Any  # a torch.device, or a torch.cuda.Stream
 
 NVTX = ("NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID", "GENARM_FAST_NVTX")  # set by Nsight, or by hand
 annotate: Any = None
-if any(map(os.environ.get, NVTX)):  # its import takes 35 ms
+if any(map(os.environ.get, NVTX)):  # nvtx is imported only under Nsight, since the import takes 35 ms
     with suppress(ImportError):
         import nvtx
 
@@ -33,9 +33,9 @@ _nothing = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """A range that profilers show: torch.profiler's if one is on, NVTX's under Nsight.
+    """Return a context manager for a range that profilers show: torch.profiler if it is on, NVTX under Nsight.
 
-    Without either it takes 1 to 2 us; `record_function` takes 77 us where no profiler is on (2 cores of a shared EPYC).
+    Without either it takes 1 to 2 us; `record_function` takes 77 us if no profiler is on (2 cores of a shared EPYC).
     """
     if profiler._is_profiler_enabled:  # process-wide, unlike `torch.autograd._profiler_enabled`
         return profiler.record_function(name)
@@ -43,85 +43,89 @@ def span(name: str) -> AbstractContextManager[Any]:
 
 
 class Device:
-    """Every piece of work runs when it is launched. A stream is no more than the device that it is on."""
+    """A synchronous device, such as the CPU: all work runs when it is launched. A stream is just a torch device."""
 
-    lag = 0  # steps that the host may read behind
-    prefill_factor = 1  # times as many tokens of prompts in a chunk as beside sequences that generate
-    launches_to_capture = 0  # of one key, until `repeat` has a graph of it; 0: it never has
+    lag = 0  # steps by which the host may read later than it launches
+    prefill_factor = 1  # size of a chunk of prompts while no sequence generates, relative to the usual one
+    launches_to_capture = 0  # calls of `repeat` with one key until it has a graph; 0 for a device without graphs
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
 
     def stream(self, device: torch.device) -> WorkStream:
-        """A queue of work."""
+        """Return a stream, a queue of work, on a torch device."""
         return device
 
     def launch(self, stream: WorkStream, name: str, function: Callable[..., T], *args: Any) -> T:
-        """function(*args) with what it asks of the device put on `stream`, in a profiler's range `name`."""
+        """Call function(*args), with its device work on `stream`, in a profiler's range `name`. Returns its result."""
         with span(name):
             return function(*args)
 
     def hand_over(self, tensors: Sequence[Tensor], source: WorkStream, target: WorkStream) -> list[Tensor]:
-        """Give tensors of one stream to another, which waits for all that the first was given before this."""
+        """Give tensors of one stream to another, which waits for all work that the first has so far."""
         return list(tensors) if source == target else [tensor.to(target) for tensor in tensors]
 
     def upload(self, tensor: Tensor, stream: WorkStream) -> Tensor:
-        """A tensor of the host's, for work on `stream`."""
+        """Copy a tensor from the host, for work on `stream`."""
         return tensor if stream == HOST else tensor.to(stream)
 
     def read(self, tensors: Sequence[Tensor], stream: WorkStream) -> Callable[[], list[Tensor]]:
-        """Begin to copy tensors of `stream` to the host; call the result to wait for them."""
+        """Begin to copy tensors of `stream` to the host. Call the result to wait for them."""
         return lambda: list(tensors)
 
     def repeat(self, stream: WorkStream, key: Any, function: Callable[..., T], *inputs: Tensor) -> T:
-        """function(*inputs), launched on `stream`. With one key, only the numbers in the inputs ever differ.
+        """Call function(*inputs) on `stream` and return its result; a device may capture and replay it as a graph.
 
-        An input that the function returns is one that it writes to, and what it leaves there is the next call's, if
-        that gives it back. All others stay as they are, as long as anybody may give them again.
+        All calls with one key may differ in the inputs' values alone. An input that the function returns is one that it
+        writes to: the next call goes on from its contents if it passes that tensor again. The function does not change
+        other inputs, and the caller does not change them while it may pass them again.
         """
         return function(*inputs)
 
     def captures(self, streams: Sequence[WorkStream]) -> bool:
-        """Whether `repeat` may have graphs of work that begins and ends on the first one and visits the others."""
+        """Whether `repeat` can capture work that begins and ends on the first stream and uses the other ones."""
         return False
 
     def shape(self, rows: int, slots: int, kv_bound: int, capacity: int) -> tuple[int, int]:
-        """Rows, at most `slots`, and KV bound, at most `capacity`, raised so that few shapes exist where that pays."""
+        """Return rows and KV bound. A device with graphs raises them to few sizes, within `slots` and `capacity`."""
         return rows, kv_bound
 
     def forget(self, stream: WorkStream) -> None:
-        """Drop what `repeat` keeps of a stream, since it holds addresses of memory that is freed.
+        """Drop the graphs that use a stream, since they hold addresses of memory that is freed.
 
-        That is what has the stream in its key, and what names it among the `streams` of its key.
+        A graph uses the stream that `repeat` got, and all of its key's `streams`.
         """
 
     @contextmanager
     def keeping_graphs(self) -> Iterator[None]:
-        """Graphs of what repeats inside are kept for good: requests will need them."""
+        """Keep all graphs that are captured in the block for good, since requests will need them."""
         yield
 
     def spare_bytes(self, device: torch.device) -> float:
-        """Memory of a device that caches may take; what forwards need for themselves is left out. inf: not known."""
+        """Return the bytes of a device's memory that caches may take beside forwards; inf if unknown."""
         return math.inf
 
     def mark(self, stream: WorkStream) -> Any:
-        """A point in time, when all that `stream` was given before is done."""
+        """Return a mark: the time when all earlier work of `stream` is done."""
         return self.clock()
 
     def elapsed(self, start: Any, end: Any) -> float:
-        """Seconds between two marks; waits for the second."""
+        """Return the seconds between two marks. Waits for the second one."""
         return end - start
 
     def begin(self) -> None:
-        """Let all streams wait for what others gave to their devices: a run begins on streams of another one."""
+        """Begin a run: let all streams wait for earlier work of the caller on their devices."""
 
     def finish(self) -> None:
-        """Wait for all streams: a run ends."""
+        """Wait until all streams have done their work."""
 
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """A caller's own, as of a training loop, would give activations other dtypes than weights and caches have."""
+    """Turn off a caller's autocast, such as that of a training loop.
+
+    It would give activations other dtypes than weights and caches have.
+    """
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -130,16 +134,16 @@ def no_autocast() -> Iterator[None]:
 
 
 def on_host() -> AbstractContextManager[Any]:
-    """Tensors without a device are the host's inside, whatever `torch.set_default_device` says to the caller's thread.
+    """Return a context manager in which new tensors are on the host, whatever `torch.set_default_device` has set.
 
-    A default device is a mode on a stack, whose length costs 0.1 us to ask for; which device it is, 3 us.
+    torch keeps a default device as a mode on a stack. To ask for the stack's length takes 0.1 us, for the device 3 us.
     """
     other = torch._C._len_torch_function_stack() > 0 and torch.get_default_device().type != "cpu"
     return HOST if other else nullcontext()
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch raised it for lack of memory; on the CPU only its words say so."""
+    """Whether an error means that PyTorch ran out of memory. On the CPU only the error's text tells."""
     words = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(each in str(error) for each in words)

@@ -1,4 +1,4 @@
-"""CUDA: a stream for every model runner, graphs of what repeats, read-back through pinned memory."""
+"""CUDA: a stream for every model runner, graphs of work that repeats, and read-back through pinned memory."""
 
 from __future__ import annotations
 
@@ -16,30 +16,36 @@ from torch import Tensor
 
 from genarm_fast.device.base import Device, T, WorkStream, out_of_memory, span
 
-WARM_UP = 2  # calls of a shape before it is captured: libraries make their plans, caches are allocated
-SHORTEST = 128  # KV bounds are powers of two from here on
-LEFT_FREE = 0.05  # of a GPU's memory, for activations and graphs: of 80 GB 4, where 4,096 tokens of an 8B model take 1
-MOST_GRAPHS = 64  # each keeps its outputs
-POOL = 32  # streams that PyTorch gives in turn
-TRIES = 2  # of captures on a stream: what another thread asks of the device may end one that begins at the same time
+WARM_UP = 2  # calls of a shape before its capture, in which libraries make their plans and caches are allocated
+SHORTEST = 128  # smallest KV bound; all are powers of two
+# Share of a GPU's memory that caches leave free for activations and graphs: 4 of 80 GB. A forward of 4,096 tokens of an
+# 8B model takes 1 GB.
+LEFT_FREE = 0.05
+MOST_GRAPHS = 64  # most graphs at a time, since each keeps its outputs in memory
+POOL = 32  # size of the pool from which PyTorch gives out streams in turn
+# Captures that may fail on a stream before it runs without graphs. A call that another thread makes on the device can
+# end a capture that begins at the same moment.
+TRIES = 2
 
 
 class Cuda(Device):
-    """Work is queued and the host goes on. Streams of other devices than CUDA's (an ARM on the CPU) block."""
+    """CUDA device: work is queued, and the host goes on. Streams of other devices (an ARM on the CPU) block it."""
 
     lag = 1
-    prefill_factor = 8  # 4,096 tokens: 512 leave a GPU waiting for weights, and take two or three steps of an 8B model
+    # Chunks of 4,096 tokens. With 512, a GPU mostly waits for weights, and a chunk takes as long as two or three steps
+    # of an 8B model.
+    prefill_factor = 8
     launches_to_capture = WARM_UP + 1
 
     def __init__(self) -> None:
         super().__init__()
         self.streams: list[torch.cuda.Stream] = []
-        self.pools: dict[WorkStream, Any] = {}  # of memory, for graphs of one stream: they follow one another
+        self.pools: dict[WorkStream, Any] = {}  # a memory pool for each stream, whose graphs never run at the same time
         self.calls: Counter[Any] = Counter()
-        self.threads = threading.local()  # `streams`: those on which this thread has run what repeats
+        self.threads = threading.local()  # its `streams` are those on which the current thread has called `repeat`
         self.graphs: dict[Any, Graph] = {}
-        self.failures: Counter[WorkStream] = Counter()  # of captures
-        self.eager: set[WorkStream] = set()  # what cannot be captured
+        self.failures: Counter[WorkStream] = Counter()  # captures that failed
+        self.eager: set[WorkStream] = set()  # streams whose work can't be captured
         self.most_graphs = MOST_GRAPHS
 
     def stream(self, device: torch.device) -> WorkStream:
@@ -70,16 +76,16 @@ class Cuda(Device):
         target.wait_stream(source)
         if source.device == target.device:
             for tensor in tensors:
-                tensor.record_stream(target)  # freed early, its memory would go to other work of `source` at once
+                tensor.record_stream(target)  # else its memory, once freed, could go to other work of `source` at once
             return list(tensors)
-        with on(source), on(target):  # a copy between devices is ordered with the current streams of both
+        with on(source), on(target):  # a copy between devices is ordered with both devices' current streams
             return [tensor.to(target.device, non_blocking=True) for tensor in tensors]
 
     def upload(self, tensor: Tensor, stream: WorkStream) -> Tensor:
         if isinstance(stream, torch.device):
             return tensor.to(stream)
-        with on(stream):  # pinned memory is not used again before the copy is over: its allocator sees to that
-            # CUDA pins no expanded tensor, such as the positions of several rows that begin alike.
+        with on(stream):  # the allocator of pinned memory reuses it only after the copy
+            # CUDA can't pin an expanded tensor, such as the positions of several rows that begin at one position.
             return tensor.contiguous().pin_memory().to(stream.device, non_blocking=True)
 
     def read(self, tensors: Sequence[Tensor], stream: WorkStream) -> Callable[[], list[Tensor]]:
@@ -104,31 +110,32 @@ class Cuda(Device):
             known = self._known_here({stream, *getattr(key[1], "streams", ())})
             if self.calls[key] <= WARM_UP or not known or stream in self.eager or isinstance(stream, torch.device):
                 return function(*inputs)
-            # Taken out meanwhile, since one in which a capture failed takes no other. A pool dies with its last graph.
+            # A pool dies with its last graph, so another one is made then. It is taken out during the capture, since a
+            # pool in which a capture failed can't take another one.
             pool = self.pools.pop(stream, None) if any(stream == other for other, _ in self.graphs) else None
             pool = torch.cuda.graph_pool_handle() if pool is None else pool
             try:
                 graph = Graph(stream, pool, function, inputs)
                 self.pools[stream] = pool
-            except RuntimeError as error:  # experts that count their rows, say
+            except RuntimeError as error:  # the work can't be captured, for example experts that count their rows
                 if out_of_memory(error):
-                    raise  # the engine runs fewer sequences, or fails; the next capture may have room
+                    raise  # the engine then runs fewer sequences or fails; the next capture may have enough memory
                 self.failures[stream] += 1
                 if self.failures[stream] == TRIES:
                     said = f"a forward runs without a CUDA graph, since it can't be captured: {error}"
                     warnings.warn(said, stacklevel=2)
                     self.eager.add(stream)
                 return function(*inputs)
-            while len(self.graphs) >= self.most_graphs:  # none of them runs: a capture waits for the device
+            while len(self.graphs) >= self.most_graphs:  # no graph runs now, since a capture waits for the device
                 del self.graphs[next(iter(self.graphs))]
-        self.graphs[key] = graph  # the last one used comes last
+        self.graphs[key] = graph  # the order of the dict is that of the latest use
         return graph(*inputs)
 
     def _known_here(self, streams: set[WorkStream]) -> bool:
-        """Whether this thread has run something on all of these streams before; from now on it has.
+        """Whether this thread has called `repeat` on all of these streams before. Notes that it has called it now.
 
-        cuBLAS has a handle for each thread, and makes none in a capture: "CUBLAS_STATUS_NOT_INITIALIZED". Threads take
-        turns at the steps of an engine, so one may come when another has warmed up.
+        cuBLAS has a handle for each thread, and can't make one in a capture: "CUBLAS_STATUS_NOT_INITIALIZED". Threads
+        take turns at the steps of an engine, so a thread may come after another one has done the warm-up.
         """
         own = vars(self.threads).setdefault("streams", set())
         known = streams <= own
@@ -172,7 +179,7 @@ class Cuda(Device):
         return event
 
     def elapsed(self, start: Any, end: Any) -> float:
-        if isinstance(end, float):  # of a stream that blocks
+        if isinstance(end, float):  # a mark of a stream that blocks is a number
             return super().elapsed(start, end)
         end.synchronize()
         return start.elapsed_time(end) / 1000
@@ -183,12 +190,16 @@ class Cuda(Device):
 
 
 class Graph:
-    """A function's kernels, launched as one. What it returns is a copy, since the next launch overwrites the original;
-    but an input that it returns is its own one, from which the next launch goes on if it is given back."""
+    """A CUDA graph of a function's kernels, replayed with new inputs.
+
+    Outputs are copies, since the next launch overwrites the originals. But an input that the function returns is the
+    graph's own tensor: the next launch goes on from its contents if the caller passes it back.
+    """
 
     def __init__(self, stream: WorkStream, pool: Any, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        self.given: list[Tensor | None] = [None] * len(inputs)  # what was copied to them last, if it still stands there
+        # The tensor that was copied to each input last; None if the graph has overwritten that input since.
+        self.given: list[Tensor | None] = [None] * len(inputs)
         self.graph = torch.cuda.CUDAGraph()
         self.outputs: tuple[Tensor, ...] = captured(self.graph, stream, pool, function, self.inputs)
         own = {id(tensor) for tensor in self.inputs}
@@ -203,32 +214,38 @@ class Graph:
         return tuple(output if id(output) in self.written else output.clone() for output in self.outputs)
 
 
-_capturing = threading.Lock()  # two at once break each other: each begins by waiting for the device
-_living: WeakSet[torch.cuda.Stream] = WeakSet()  # of all engines: what one launches, no capture of another's may take
+_capturing = threading.Lock()  # two captures at once break each other, since each begins by waiting for the device
+# Streams of all engines. No two engines share a stream, so that a capture does not take in another engine's work.
+_living: WeakSet[torch.cuda.Stream] = WeakSet()
 _origins: dict[torch.device, torch.cuda.Stream] = {}
 _failed: list[Any] = []
 
 
 def origin_of(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which all captures of a device begin, and which has no other work.
+    """Return the stream on which all captures of a device begin, and which has no other work.
 
-    What is captured is work of forks of it. For when a graph is destroyed, PyTorch (2.12, 2.13: its issue 193402) frees
-    cuBLAS's memory of the stream that the capture began on, with which products in other graphs go on.
+    Captured work runs on forks of it. The reason: when a graph is destroyed, PyTorch (2.12, 2.13: its issue 193402)
+    frees cuBLAS's memory of the stream on which the capture began, although matrix products in other graphs still use
+    that memory.
     """
     if device not in _origins:
-        _origins[device] = torch.cuda.Stream(device, priority=-1)  # the others come from a pool of 32, again and again
+        # Another priority has another pool, so that this stream is none of the runners' 32 streams.
+        _origins[device] = torch.cuda.Stream(device, priority=-1)
     return _origins[device]
 
 
 def captured(
     graph: Any, stream: torch.cuda.Stream, pool: Any, function: Callable[..., T], inputs: Sequence[Tensor]
 ) -> T:
-    """function(*inputs), whose work on `stream` and its forks becomes the graph's. Raises what the function raises."""
+    """Call function(*inputs), and capture its work on `stream` and its forks in the graph. Returns its result.
+
+    Raises any error that the function raises.
+    """
     raised: list[BaseException] = []
-    with _capturing, on(stream):  # afterwards the current one again, as it is not where the end of a capture fails
+    with _capturing, on(stream):  # `on` restores the current stream, which a capture that fails at its end does not
         origin = origin_of(stream.device)
         try:
-            # Other threads may go on: "global" would fail at what they ask of the device meanwhile.
+            # Other threads may use the device meanwhile; with "global" their calls would make the capture fail.
             with torch.cuda.graph(graph, pool=pool, stream=origin, capture_error_mode="thread_local"):
                 try:
                     stream.wait_stream(origin)
@@ -240,37 +257,37 @@ def captured(
                     raise
         except BaseException:
             abandon(graph, stream.device, pool)
-            if raised:  # ending such a capture failed too, as streams had not come back to the origin
+            if raised:  # raise the function's error: the capture's end failed too, since forks had not been joined
                 raise raised.pop() from None
             raise
     return outputs
 
 
 def abandon(graph: Any, device: torch.device, pool: Any) -> None:
-    """Tell PyTorch's allocator that a capture into this pool is over, which it does not notice (2.11 to 2.13).
+    """Tell PyTorch's allocator that a capture into this pool has failed, which it does not notice (2.11 to 2.13).
 
-    It would take every later moment for one within a capture: what `record_stream` keeps would never be freed, and
-    `empty_cache` would do nothing.
+    Otherwise the allocator would believe that the capture goes on: tensors with `record_stream` would never be freed,
+    and `empty_cache` would do nothing.
     """
     graph.reset()
-    _failed.append(graph)  # the allocator of pinned memory goes on asking it
+    _failed.append(graph)  # never freed, since the allocator of pinned memory still asks this graph for its state
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
-    except RuntimeError:  # it was over
+    except RuntimeError:  # the allocator had noticed the end
         return
     torch._C._cuda_releasePool(device.index, pool)
 
 
 def on(stream: WorkStream) -> AbstractContextManager[Any]:
-    """Make it the current one."""
+    """Return a context manager that makes a stream the current one; for a torch device it does nothing."""
     return nullcontext() if isinstance(stream, torch.device) else torch.cuda.stream(stream)
 
 
 def follow(stream: torch.cuda.Stream) -> None:
-    """Wait for the current one, which may still be loading weights, or changing them."""
+    """Let a stream wait for its device's current stream, which may still be loading or changing weights."""
     stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 
 def power_of_two(number: int) -> int:
-    """The next one."""
+    """Return the smallest power of two that is not below this number."""
     return 1 << (number - 1).bit_length()

@@ -1,1 +1,1 @@
-"""The decode loop: requests in, tokens out, one step at a time."""
+"""The decode loop: it takes requests, and gives their sequences tokens one step at a time."""

@@ -1,4 +1,4 @@
-"""Which waiting sequence gets a slot, and what happens where the KV caches are too small for it."""
+"""Admission: which waiting sequence gets a slot, and what happens if the KV caches are too small for it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ logger = logging.getLogger(__name__)
 
 
 class Admission:
-    """Fills slots from the queue in order. Caches grow with what waits; out of memory, fewer sequences run together.
+    """Gives slots to waiting sequences in the queue's order, and grows the caches for them.
 
-    All slots are equally long, so one long request makes all of them long. Where slots are in use, growing copies what
-    they hold, a tensor at a time; without memory for that, what waits has to wait until others have left.
+    If memory runs out, fewer sequences run together. All slots are equally long, so one long request makes all of them
+    long. While slots are in use, growing copies their contents, one tensor at a time. Without memory for that, the
+    waiting sequences wait until others have left.
     """
 
     def __init__(self, executor: Executor, scheduler: Scheduler, workspace: Workspace) -> None:
         self.executor, self.scheduler, self.workspace = executor, scheduler, workspace
-        self._attempted: Any = None  # the last growth that was tried: the same one again would fail again
-        self._denied = False  # memory gave fewer slots than were wanted
-        self._said: Any = None  # the shortage that was logged last
-        self.most: int | None = None  # sequences that run together since a step ran out of memory
+        self._attempted: Any = None  # the last growth that was tried; the same growth would fail again
+        self._denied = False  # whether the last growth got fewer slots than were wanted
+        self._logged_shortage: Any = None  # the shortage that was logged last
+        self.reduced_batch_size: int | None = None  # most sequences that run together after a step ran out of memory
         self._generation = workspace.generation
 
     def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
-        """Give slots to waiting sequences; returns those that can never have one, with their `error` set."""
-        scheduler, max_batch_size = self.scheduler, self.at_most(max_batch_size)
-        self._follow()
-        failed = self._keep_up(max_batch_size, cache_bytes)
+        """Give slots to waiting sequences. Returns those that can never have a slot, with their `error` set."""
+        scheduler, max_batch_size = self.scheduler, self.allowed_batch_size(max_batch_size)
+        self._update_scheduler()
+        failed = self._grow_for_needed_members(max_batch_size, cache_bytes)
         if scheduler.waiting and not scheduler.placed:
-            # At once for all that wait, since nothing has to stay.
+            # No slot is in use, so the caches can be made in one go for all sequences that wait.
             self._grow(max_batch_size, cache_bytes, scheduler.waiting)
         while len(scheduler.active) < max_batch_size:
             sequence = next((each for each in scheduler.waiting if not each.held), None)
             if sequence is None:
                 break
-            if cache_bytes is not None and self._bytes(sequence) > cache_bytes:
+            if cache_bytes is not None and self._bytes_alone(sequence) > cache_bytes:
                 limit = f"expected at most cache_bytes={cache_bytes:,}"
                 failed.append(self._refuse(sequence, limit, None))
                 continue
@@ -53,14 +54,17 @@ class Admission:
             elif held := [each for each in scheduler.placed if each.held]:
                 scheduler.preempt(held[-1])
             elif scheduler.placed:
-                break  # until others have left
+                break  # wait until others have left
             else:
                 longest = max(scheduler.waiting, key=lambda each: each.most_tokens)
                 failed.append(self._refuse(longest, "out of memory", self.workspace.failure))
         return failed
 
-    def _keep_up(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
-        """Make caches for members that sequences came to need when their weights changed."""
+    def _grow_for_needed_members(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
+        """Make caches for members that sequences need since their weights changed.
+
+        Returns the sequences that could not get them, with their `error` set.
+        """
         if self.workspace.holds(members_of(self.scheduler.placed), 0):
             return []
         lacking = [each for each in self.scheduler.placed if not self.workspace.holds(each.needed, 0)]
@@ -70,125 +74,131 @@ class Admission:
         return [self._refuse(each, "out of memory", self.workspace.failure) for each in without]
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether there is a free slot now, long enough for every sequence with the drafts of all."""
+        """Whether there is a free slot now, and slots are long enough for this sequence and all placed ones."""
         together = [*self.scheduler.placed, sequence]
-        members = {*sequence.needed, *self._drafting(together)}
+        members = {*sequence.needed, *self._drafting_members(together)}
         return bool(self.scheduler.free_slots()) and self.workspace.holds(members, self._capacity(together))
 
     def _grow(self, max_batch_size: int, cache_bytes: int | None, queue: Iterable[Sequence]) -> None:
-        """Have caches for all that have a slot and, as far as memory goes, for those of a queue.
+        """Grow the caches for all sequences that have a slot and, as far as memory allows, for those of a queue.
 
-        Slots up to the highest one in use (`in_use`) keep what they hold. An attempt that was made before
-        (`_attempted`) is not repeated: it would fail again.
+        Slots up to the highest one in use (`in_use`) keep their contents. The last growth that was tried
+        (`_attempted`) is not repeated, since it would fail again.
         """
         scheduler, workspace = self.scheduler, self.workspace
         placed = scheduler.placed
-        waiting = [each for each in queue if cache_bytes is None or self._bytes(each) <= cache_bytes]
-        places = min(len(waiting), max_batch_size - len(scheduler.active))
-        wanted = len(placed) + places
-        if cache_bytes is not None and self._cost(wanted, [*placed, *waiting]) > cache_bytes:
-            waiting = waiting[:places]  # a long one far back would take slots from the short ones before it
-            while len(waiting) > 1 and self._cost(len(placed) + len(waiting), [*placed, *waiting]) > cache_bytes:
-                waiting.pop()  # so would a long one near the front
+        waiting = [each for each in queue if cache_bytes is None or self._bytes_alone(each) <= cache_bytes]
+        new_slots = min(len(waiting), max_batch_size - len(scheduler.active))
+        wanted = len(placed) + new_slots
+        if cache_bytes is not None and self._slot_bytes(wanted, [*placed, *waiting]) > cache_bytes:
+            # A long sequence makes all slots long, so fewer fit. Leave out first those that would get no slot anyway,
+            # then as many from the end of the rest as the limit asks for.
+            waiting = waiting[:new_slots]
+            while len(waiting) > 1 and self._slot_bytes(len(placed) + len(waiting), [*placed, *waiting]) > cache_bytes:
+                waiting.pop()
         together = [*placed, *waiting]
         if not together:
             return
-        slots = len(placed) + min(places, len(waiting))
+        slots = len(placed) + min(new_slots, len(waiting))
         in_use = max((each.slot + 1 for each in placed if each.slot >= 0), default=0)
-        if in_use:  # those who come later pay for few growths
+        if in_use:  # double the slots, so that sequences that come later cause few growths
             slots = max(slots, min(2 * workspace.slots, max_batch_size))
         members, capacity = self._members(together), self._capacity(together)
-        # Where nothing has to stay, slots that a long one made few are made anew for the short ones behind it.
-        fitting = cache_bytes is not None and self._cost(slots, together) <= cache_bytes
-        anew = fitting and not in_use and slots > workspace.slots
-        if self._denied and not anew and workspace.holds(members, capacity):
-            return  # more slots are all that growing could give
+        # A long sequence may have left few, long slots. If none is in use, make more and shorter ones for those behind.
+        fitting = cache_bytes is not None and self._slot_bytes(slots, together) <= cache_bytes
+        remake = fitting and not in_use and slots > workspace.slots
+        if self._denied and not remake and workspace.holds(members, capacity):
+            return  # growing could only give more slots, and memory has denied them
         attempt = members, slots, capacity, in_use
         if attempt != self._attempted:
             self._attempted = attempt
             workspace.reserve(*attempt, cache_bytes)
-            if not workspace.whole:  # no memory to go back, or an interrupt in an earlier growth
+            # A growth may have failed without memory for the old sizes either, or an interrupt may have ended it.
+            if not workspace.is_intact:
                 self._start_over()
                 return self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             self._denied = workspace.slots < max(slots, wanted)
-            self._say(wanted, cache_bytes)
-            self._follow()
+            self._log_shortage(wanted, cache_bytes)
+            self._update_scheduler()
 
-    def _say(self, wanted: int, cache_bytes: int | None) -> None:
-        """Log that fewer sequences run together than might: a warning where no limit of the user's asks for it."""
+    def _log_shortage(self, wanted: int, cache_bytes: int | None) -> None:
+        """Log that fewer sequences run together than wanted: a warning, unless the user's limit asks for it."""
         found = min(self.workspace.slots, wanted), wanted, self.workspace.capacity
-        if self._denied and found[0] < wanted and found != self._said:
+        if self._denied and found[0] < wanted and found != self._logged_shortage:
             level = logging.WARNING if cache_bytes is None else logging.INFO
             limit = "all that is free" if cache_bytes is None else f"cache_bytes={cache_bytes:,}"
-            said = "KV caches of %s hold %d of %d sequences, of %d tokens each: the others wait"
-            logger.log(level, said, limit, *found)
-        self._said = found
+            message = "KV caches of %s hold %d of %d sequences, of %d tokens each: the others wait"
+            logger.log(level, message, limit, *found)
+        self._logged_shortage = found
 
-    def at_most(self, max_batch_size: int) -> int:
-        """Sequences that may run together."""
-        return max_batch_size if self.most is None else min(max_batch_size, self.most)
+    def allowed_batch_size(self, max_batch_size: int) -> int:
+        """Return how many sequences may run together: `max_batch_size`, or fewer after a step ran out of memory."""
+        return max_batch_size if self.reduced_batch_size is None else min(max_batch_size, self.reduced_batch_size)
 
     def shrink(self, error: Exception) -> list[Sequence]:
-        """A step ran out of memory: from now on half as many sequences run together, in caches that are made anew.
+        """Let half as many sequences run together after a step ran out of memory, in caches that are made anew.
 
-        All that have a slot wait for it again, first in the queue, and go on where they are: what a step draws does not
-        depend on who else is in it. Returns those that the step has ended. Raises the error itself if it is of another
-        kind, or if no fewer can run.
+        All sequences that have a slot wait first in the queue for a new one, and then go on where they are. Their text
+        stays the same, since a step's draws do not depend on which sequences share it. Returns the sequences that the
+        step has ended. Raises the error itself if it is of another kind, or if fewer sequences can't run.
         """
         placed = self.scheduler.placed
         most = max(1, len(placed) // 2)
-        if not out_of_memory(error) or (self.most is not None and most >= self.most):
+        if not out_of_memory(error) or (self.reduced_batch_size is not None and most >= self.reduced_batch_size):
             raise error
-        said = "a step of %d sequences ran out of memory: at most %d run together from now on (%s)"
-        logger.warning(said, len(placed), most, error)
-        self.most = most
-        self.executor.device.finish()  # what is still running uses caches that are about to be freed
+        message = "a step of %d sequences ran out of memory: at most %d run together from now on (%s)"
+        logger.warning(message, len(placed), most, error)
+        self.reduced_batch_size = most
+        self.executor.device.finish()  # work that still runs uses the caches that are freed next
         self._start_over()
         return [each for each in placed if each.ended]
 
     def _start_over(self) -> None:
-        """Free caches that lost what they held; whose slots are in them wait, first in the queue, for a new prefill."""
+        """Free caches whose contents are lost. Their sequences wait first in the queue for a new prefill."""
         for sequence in reversed(self.scheduler.placed):
             self.scheduler.preempt(sequence)
         self.workspace.free()
         self.begin()
-        self._follow()
+        self._update_scheduler()
 
-    def _follow(self) -> None:
-        """Let the scheduler have the slots that the caches have, and nothing of what was dropped with older caches."""
+    def _update_scheduler(self) -> None:
+        """Tell the scheduler how many slots there are, and to forget the prompts of caches that were dropped."""
         if self._generation != self.workspace.generation:
             self._generation = self.workspace.generation
             self.scheduler.forget_prompts()
         self.scheduler.resize(self.workspace.slots)
 
     def begin(self) -> None:
-        """A run begins: there may be more memory than before, or a higher limit."""
+        """Allow growths to be tried again: as a run begins, there may be more memory or a higher limit."""
         self._attempted, self._denied = None, False
 
     def _capacity(self, sequences: list[Sequence]) -> int:
-        """Tokens of a slot for these sequences; near its end, one may be padded as far as the others' drafts go."""
+        """Return the tokens of a slot that each of these sequences fits into.
+
+        A sequence near its end may be padded by as many positions as the drafts of another one take.
+        """
         return max(each.most_tokens for each in sequences) + max(each.speculation.most for each in sequences)
 
-    def _drafting(self, sequences: list[Sequence]) -> set[int]:
+    def _drafting_members(self, sequences: list[Sequence]) -> set[int]:
         draft_model = self.executor.draft_model
         drafts = any(each.speculation.most for each in sequences)
         return {draft_model} if draft_model is not None and drafts else set()
 
     def _members(self, sequences: list[Sequence]) -> set[int]:
-        """Members that need caches for these sequences, a draft model too."""
-        return {m for each in sequences for m in each.needed} | self._drafting(sequences)
+        """Return the members that need caches for these sequences, the draft model included if one of them drafts."""
+        return {m for each in sequences for m in each.needed} | self._drafting_members(sequences)
 
-    def _cost(self, slots: int, sequences: list[Sequence]) -> int:
-        """Bytes of so many slots, each long enough for every one of these sequences."""
+    def _slot_bytes(self, slots: int, sequences: list[Sequence]) -> int:
+        """Return the bytes of this number of slots, each long enough for every one of these sequences."""
         if not sequences:
             return 0
         return slots * self._capacity(sequences) * self.workspace.token_bytes(self._members(sequences))
 
-    def _bytes(self, sequence: Sequence) -> int:
-        return self._cost(1, [sequence])
+    def _bytes_alone(self, sequence: Sequence) -> int:
+        return self._slot_bytes(1, [sequence])
 
     def _refuse(self, sequence: Sequence, why: str, cause: BaseException | None) -> Sequence:
-        tokens, taken = self._capacity([sequence]), self._bytes(sequence)
+        tokens, taken = self._capacity([sequence]), self._bytes_alone(sequence)
         sequence.error = MemoryError(f"{tokens} tokens take {taken:,} bytes of cache: {why}")
         sequence.error.__cause__ = cause
         self.scheduler.leave([sequence])

@@ -1,4 +1,4 @@
-"""`agenerate` and `astream`: what event loops call, with the arguments and results of `generate` and `stream`."""
+"""`agenerate` and `astream`: the calls for event loops, with the arguments and results of `generate` and `stream`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genarm_fast.utils.progress import progress_bar
 
 
 class AsyncCalls(EngineOwner):
-    """A model's calls for event loops. One thread steps its engine for all of them, while there are any."""
+    """A model's calls for event loops. While there are any, one thread steps the model's engine for all of them."""
 
     async def agenerate(
         self,
@@ -29,13 +29,13 @@ class AsyncCalls(EngineOwner):
         speculation: str | Speculation | None = None,
         **overrides: Any,
     ) -> list[GenerationOutput]:
-        """`generate` for event loops, which it never blocks: arguments, result and errors are the same.
+        """Do as `generate` without blocking the event loop: arguments, result and errors are the same.
 
-        Calls of all tasks and loops share steps, with `generate` in other threads too. Cancelling the task takes its
-        sequences out after the step that runs.
+        Calls of all tasks and event loops share steps, also with `generate` in other threads. If the task is
+        cancelled, its sequences leave the engine after the step that runs.
 
         Raises:
-            RuntimeError: in a logits processor of this model, whose step would wait for itself.
+            RuntimeError: called by a logits processor of this model, whose step would wait for itself.
         """
         self._refuse_in_mid_step()
         given = (prompts, sampling_params, speculation, overrides)
@@ -63,14 +63,15 @@ class AsyncCalls(EngineOwner):
         speculation: str | Speculation | None = None,
         **overrides: Any,
     ) -> AsyncStream:
-        """`stream` for event loops: `async for chunk in model.astream(...)`. Arguments and errors as in `agenerate`.
+        """Do as `stream` in an event loop: `async for chunk in model.astream(...)`. Arguments and errors as there.
 
         Args:
             ahead: chunks of each prompt that may be decoded before the reader asks for them. With 0, weights that are
-                set between two chunks count from the next one on. More keep the engine busy while readers are not.
+                set between two chunks count from the next chunk on. A larger number keeps the engine at work while
+                readers do something else.
 
         Raises:
-            TypeError, ValueError: for `ahead`; what is wrong with other arguments is raised as the stream begins.
+            TypeError, ValueError: `ahead` is wrong. Errors in other arguments are raised when the stream begins.
         """
         ahead = check_integer("ahead", ahead, "an integer >= 0", 0)
 
@@ -82,12 +83,12 @@ class AsyncCalls(EngineOwner):
     async def parts_of_stream(
         self, prompts: Any, sampling_params: Any, speculation: Any, overrides: Mapping[str, Any]
     ) -> Parts:
-        """What `AsyncStream` is made of. Arguments and errors as of `astream`."""
+        """Return the parts of an `AsyncStream`: thread, engine, sequences, names of ARMs. Arguments as in `astream`."""
         self._refuse_in_mid_step()
         given = (prompts, sampling_params, speculation, overrides)
         engine, groups = await asyncio.to_thread(self._decoding, *given, True)
         return self._engine_thread(), engine, [sequence for (sequence,) in groups], self.arm_names
 
     def _refuse_in_mid_step(self) -> None:
-        if self._engine is not None and self._engine.turns.mine:
+        if self._engine is not None and self._engine.turns.is_mine:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected `generate` or `stream`")

@@ -1,4 +1,4 @@
-"""Streaming in an event loop: the chunks of `Stream`, awaited."""
+"""Streaming in an event loop: an asynchronous iterator over the same chunks that `Stream` gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from genarm_fast.engine.call import Call
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.engine_thread import EngineThread
 from genarm_fast.engine.sequence import Sequence
-from genarm_fast.engine.stream import Shown, Steering, StreamChunk
+from genarm_fast.engine.stream import ChunkMaker, Steering, StreamChunk
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import AnyWeights
 
@@ -17,15 +17,15 @@ Parts = tuple[EngineThread, Engine, list[Sequence], list[str]]
 
 
 class AsyncStream:
-    """Asynchronous iterator over `StreamChunk`s. Made by `GenARM.astream`; for one task of one event loop.
+    """Asynchronous iterator over `StreamChunk`s for one task of one event loop. `GenARM.astream` makes it.
 
-    It begins with its first chunk, or with `async with`. No prompt goes on before its last chunk was taken, or `ahead`
-    chunks later. Leaving it frees its slots: by `aclose`, by the end of an `async with` block, by cancelling the task
-    that waits for a chunk, or by dropping it.
+    Decoding begins when the first chunk is asked for, or with `async with`. Each prompt is decoded at most `ahead`
+    chunks further than its reader has asked for. `aclose` frees the slots, and so does the end of an `async with`
+    block. To cancel the task that waits for a chunk, or to drop the stream, frees them too.
     """
 
     def __init__(self, prepare: Callable[[], Awaitable[Parts]], ahead: int) -> None:
-        """prepare: checks the arguments and makes the sequences, off the event loop."""
+        """Make a stream that has not begun. prepare: checks arguments and makes the sequences in another thread."""
         self._prepare, self._ahead = prepare, ahead
         self._beginning = self._closed = False
         self._steering: Steering | None = None
@@ -35,9 +35,11 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> StreamChunk:
-        """Raises GenerationError once all others ended if requests failed, with what there is in its outputs.
+        """Return the next chunk.
 
-        The first one also raises what `generate` raises for wrong arguments.
+        Raises:
+            GenerationError: if requests failed, after all others ended. Its outputs hold all text that there is.
+            TypeError, ValueError: for wrong arguments, as `generate`; on the first chunk alone.
         """
         if self._closed:
             raise StopAsyncIteration
@@ -54,6 +56,7 @@ class AsyncStream:
         return chunk
 
     async def _begun(self) -> tuple[Call, Steering]:
+        """Begin the stream if it has not begun, and return its call and steering."""
         if self._call is None or self._steering is None:
             if self._beginning:
                 raise RuntimeError("another task waits for the next chunk: expected one reader")
@@ -62,19 +65,19 @@ class AsyncStream:
                 thread, engine, sequences, arm_names = await self._prepare()
             finally:
                 self._beginning = False
-            if self._closed:  # by another task meanwhile
+            if self._closed:  # another task has closed the stream meanwhile
                 raise StopAsyncIteration
             self._steering = Steering(sequences, arm_names)
-            self._call = thread.call(engine, sequences, Shown(sequences).chunk, self._ahead)
+            self._call = thread.call(engine, sequences, ChunkMaker(sequences).chunk, self._ahead)
         return self._call, self._steering
 
     def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:
-        """Use other ARM weights from the next token on that is not drawn yet: see `Stream.set_weights`.
+        """Set the ARM weights of all tokens that are not drawn yet: see `Stream.set_weights`.
 
         Raises:
             ValueError, TypeError: not one finite number per ARM (or one for all).
-            IndexError: no such prompt.
-            RuntimeError: before it begins.
+            IndexError: no prompt has this index.
+            RuntimeError: the stream has not begun.
         """
         if self._call is None or self._steering is None:
             raise RuntimeError("set_weights: expected the stream to have begun, by its first chunk or `async with`")
@@ -83,10 +86,10 @@ class AsyncStream:
 
     @property
     def outputs(self) -> list[GenerationOutput]:
-        """The whole output of every prompt.
+        """The whole output of every prompt. After `aclose` in mid-generation, finish_reason is "cancelled".
 
         Raises:
-            RuntimeError: before the end. After `aclose` in mid-generation, finish_reason is "cancelled".
+            RuntimeError: the stream has neither ended nor been closed.
         """
         if self._call is None or self._steering is None or not self._call.over:
             raise RuntimeError("output: expected the stream to be at its end, or closed")
@@ -94,17 +97,17 @@ class AsyncStream:
 
     @property
     def output(self) -> GenerationOutput:
-        """The output of the first prompt. Raises as `outputs`."""
+        """The output of the first prompt. Raises the same errors as `outputs`."""
         return self.outputs[0]
 
     async def aclose(self, index: int | None = None) -> None:
-        """Stop here, in mid-generation too: when it returns, the slots are free.
+        """Stop the stream, also in mid-generation. When this returns, the slots are free.
 
-        index: of the prompt whose text ends here, after the step that runs, while the others go on; None for all.
+        index: the prompt to stop alone, after the step that runs, while the others go on. None stops all.
 
         Raises:
-            IndexError: no such prompt.
-            RuntimeError: an index before the stream begins.
+            IndexError: no prompt has this index.
+            RuntimeError: an index is given, but the stream has not begun.
         """
         if index is not None:
             if self._call is None or self._steering is None:
@@ -126,6 +129,6 @@ class AsyncStream:
         await self.aclose()
 
     def __del__(self) -> None:
-        call: Call | None = getattr(self, "_call", None)  # not there if `__init__` failed
+        call: Call | None = getattr(self, "_call", None)  # missing if `__init__` failed
         if call is not None:
             call.close()

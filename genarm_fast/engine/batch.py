@@ -1,7 +1,7 @@
-"""The sequences of a step as the device knows them: row r of every tensor is sequence r.
+"""The sequences of a step as the device knows them: row r of every tensor belongs to sequence r.
 
-What a step changes for the next one (last tokens, lengths, who has finished) stays on the device. So the host may
-launch a step before it has read the one before. When sequences join or leave, the tensors are made anew.
+A step changes the last tokens, the lengths and which sequences have finished. These stay on the device, so the host can
+launch the next step before it has read this one. When sequences join or leave, the tensors are made anew.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from genarm_fast.kernels import Settled, seed_tensor
 
 
 class Batch:
-    """R sequences and the members that run for them.
+    """The R sequences of a step, and the members that run for them.
 
-    active: indices of these members among the engine's, base first. epochs: of the sequences' weights. shape: rows of
-    all tensors, if that is more than R, and H of `State.texts`. Rows after R repeat the first one, so that few shapes
-    exist, and nobody reads them. before: the batch of the step before, for its texts. in_graph: whether its tensors are
-    those of a graph; see `over`. numbers: where steps with so many drafts, each as one launch, leave so many
-    numbers of each row that the host reads.
+    active: indices of these members in the engine, base first. epochs: each sequence's epoch when the batch was made.
+    shape: number of rows of all tensors, if more than R, and the width H of `State.texts`. Rows after R repeat the
+    first one, so that few shapes exist; nobody reads them. before: the batch of the previous step, whose texts are
+    reused. in_graph: whether the tensors are those of a captured graph; see
+    `with_graph_tensors`. report_numbers: output tensors of steps that are one launch, by the number of drafts and the
+    width of a row; the host reads them.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class Batch:
         self.has_bias = any(sequence.request.has_bias for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
-        self.base_lines = [sequence.base_line for sequence in self.rows]
-        self.plain_base = all(line == (1.0,) for line in self.base_lines)
+        self.base_weights = [sequence.base_token_weights for sequence in self.rows]
+        self.plain_base = all(each == (1.0,) for each in self.base_weights)
         self.in_graph = False
-        self.numbers: dict[tuple[int, int], Tensor] = {}
+        self.report_numbers: dict[tuple[int, int], Tensor] = {}
         self._sampling: dict[WorkStream, SamplingTensors] = {}
         self._cache_rows: dict[int, Tensor] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)
@@ -72,9 +73,9 @@ class Batch:
         vocab_size: int,
         shape: tuple[int, int] = (0, 0),
     ) -> Batch:
-        """The batch of the next step: `before` itself if nothing changed, else one that takes over its device state.
+        """Return the batch of the next step: `before` if nothing changed, else a new one with its state on the device.
 
-        in_flight: the host has not read the last step of `before`, so the device alone knows where its sequences are.
+        in_flight: whether the last step of `before` is unread, so that only the device knows how long its texts are.
         """
         slots, epochs = [sequence.slot for sequence in sequences], [sequence.epoch for sequence in sequences]
         if before is not None and before.sequences == sequences and before.active == active:
@@ -90,27 +91,28 @@ class Batch:
                 if id(sequence) in rows and before.epochs[rows[id(sequence)]] == sequence.epoch
             ]
             if kept:
-                batch._take(before, *zip(*kept))
+                batch._copy_state(before, *zip(*kept))
         return batch
 
-    def over(self, state: State, sampling: SamplingTensors, bias: Tensor | None) -> Batch:
-        """The same sequences over the tensors of a graph that is captured; nothing is uploaded there."""
+    def with_graph_tensors(self, state: State, sampling: SamplingTensors, bias: Tensor | None) -> Batch:
+        """Return the same batch over the tensors of a graph that is being captured. It uploads nothing."""
         own = copy(self)
         own.state, own.in_graph = state, True
         own._sampling, own._bias = {self.executor.main: sampling}, (self._bias[0], bias)
         return own
 
-    def _take(self, before: Batch, rows: tuple[int, ...], theirs: tuple[int, ...]) -> None:
-        """Take over what only the device knows of these rows of `before`."""
-        target, source = (self.executor.upload(torch.tensor(index)) for index in (rows, theirs))
+    def _copy_state(self, before: Batch, rows: tuple[int, ...], before_rows: tuple[int, ...]) -> None:
+        """Copy last tokens, lengths and finished flags from rows `before_rows` of `before` to `rows` of this batch."""
+        target, source = (self.executor.upload(torch.tensor(index)) for index in (rows, before_rows))
         for name in ("last", "lengths", "finished"):
             mine, other = getattr(self.state, name), getattr(before.state, name)
             mine.index_copy_(-1, target, other.index_select(-1, source))
 
     def _texts(self, before: Batch | None, width: int) -> Tensor:
-        """`State.texts`. Those of `before` that are still right stay on the device; the host copies the others alone.
+        """Return `State.texts`. Texts of `before` that are still right stay on the device; the host uploads the others.
 
-        A text that the host has not read all of is right as far as it goes. Rows of nobody keep what stands there.
+        A text of `before` is right even if the host has not read its last tokens yet. Rows without a sequence of their
+        own keep any contents.
         """
         count, upload = len(self.rows), self.executor.upload
         known = None if before is None or before.state.texts.shape[1] != width else before.state.texts
@@ -134,10 +136,11 @@ class Batch:
         return texts
 
     def _upload(self, texts: Tensor) -> State:
-        """What the host knows of the sequences, and the texts."""
+        """Return the state of the sequences as the host knows it, uploaded, with these texts."""
         sequences, members = self.rows, range(len(self.executor.members))
         stops = [sorted(sequence.request.stop_ids) for sequence in sequences]
-        width = 1 << max(2, (max(map(len, stops)) - 1).bit_length())  # one of few: graphs are made for it
+        # A graph is captured for each width, so it is rounded up to a power of two.
+        width = 1 << max(2, (max(map(len, stops)) - 1).bit_length())
         prompts = [[len(each.request.token_ids[m]) - 1 for each in sequences] for m in members]
         known = (
             torch.tensor([[each.last_token(m) for each in sequences] for m in members]),
@@ -150,38 +153,44 @@ class Batch:
         return State._make([*map(self.executor.upload, known), texts])
 
     def tokens(self, members: list[int]) -> Tensor:
-        """As of `State`, on the main stream; so are the next three."""
+        """Return `State.tokens`, on the main stream."""
         return self.state.tokens(members)
 
     def positions(self, members: list[int]) -> Tensor:
+        """Return `State.positions`, on the main stream."""
         return self.state.positions(members)
 
     def response_positions(self, width: int) -> Tensor:
+        """Return `State.response_positions`, on the main stream."""
         return self.state.response_positions(width)
 
     def texts(self) -> tuple[Tensor, Tensor]:
+        """Return `State.texts` and their lengths, on the main stream."""
         return self.state.texts, self.state.text_lengths()
 
     def kv_bound(self, members: list[int], width: int) -> int:
-        """Above all positions that a forward of `width` tokens from the last one on reads or writes."""
+        """Return a number above all positions that a forward of the last token and what follows reads or writes.
+
+        width: tokens of each row in that forward.
+        """
         rows = self.sequences
         return width + max(each.request.starts[m] + len(each.tokens) + each.unread for each in rows for m in members)
 
     def accept(self, targets: Tensor, drafts: Tensor, draft_counts: Tensor | None = None) -> Settled:
-        """As of `State`, which it changes."""
+        """Accept drafts as `State.accept` does, and keep the next step's state."""
         self.state, settled = self.state.accept(targets, drafts, draft_counts)
         return settled
 
     def cache_rows(self, g: int, members: list[int]) -> Tensor:
-        """Rows of runner g's cache for these members of it, int64 [L·R] on the main stream."""
+        """Return the rows of runner g's cache that hold the sequences for these members, int64 [L·R], main stream."""
         if g not in self._cache_rows:
             index = self.executor.runners[g].row_index(self.slots, self.executor.lanes(members))
             self._cache_rows[g] = self.executor.upload(torch.tensor(index))
         return self._cache_rows[g]
 
     def sampling(self, stream: WorkStream) -> SamplingTensors:
-        """The sequences' parameters for use on `stream`."""
-        if self.in_graph:  # its tensors stay, and all of its streams begin after the main one
+        """Return the sequences' sampling parameters for use on `stream`."""
+        if self.in_graph:  # a graph's tensors live as long as it does, and its other streams wait for the main one
             return self._sampling[self.executor.main]
         if stream not in self._sampling:
             params = [sequence.request.params for sequence in self.rows]
@@ -203,22 +212,25 @@ class Batch:
         return self._sampling[stream]
 
     def weights(self, stream: WorkStream, positions: Tensor) -> Tensor:
-        """As of `SamplingTensors.at`, for use on `stream`."""
+        """Return the weights at these positions, as `SamplingTensors.at` does, for use on `stream`."""
         return self.sampling(stream).at(positions)
 
     def _weights(self) -> Tensor:
-        """The table of `SamplingTensors`, on the host. An ARM that is the base counts with it, and not by itself."""
+        """Return the weights of `SamplingTensors`, on the host.
+
+        An ARM that is the base itself adds its weight to the base's, and has weight 0 in its own column.
+        """
         lines = [
-            [base, *((0.0,) if m in sequence.request.as_base else sequence.line(m) for m in self.active[1:])]
-            for sequence, base in zip(self.rows, self.base_lines)
+            [base, *((0.0,) if m in sequence.request.as_base else sequence.token_weights(m) for m in self.active[1:])]
+            for sequence, base in zip(self.rows, self.base_weights)
         ]
         longest = max(len(line) for each in lines for line in each)
-        longest = 1 << (longest - 1).bit_length()  # one of few: graphs are made for it
+        longest = 1 << (longest - 1).bit_length()  # graphs are captured for each length, so few lengths exist
         table = [[line + line[-1:] * (longest - len(line)) for line in each] for each in lines]
         return torch.tensor(table, dtype=torch.float32).transpose(1, 2).contiguous()
 
     def bias(self) -> Tensor | None:
-        """logit_bias and banned stop tokens of the sequences, float32 [R, V] on the main stream; None without any."""
+        """Return the numbers that `bias_tensor` adds to combined logits, float32 [R, V] on the main stream, or None."""
         if not self.has_bias:
             return None
         lengths = [len(sequence.tokens) + sequence.unread for sequence in self.rows]

@@ -1,7 +1,7 @@
-"""What a task of an event loop waits for while the engine's thread steps.
+"""Calls of event loops: the sequences that a task waits for while the engine's thread steps.
 
-Whatever the task asks for goes through the thread's inbox, and whatever comes of a step goes back to each loop at
-once. So neither side holds a lock that the other one waits for.
+A task's wishes go through the thread's inbox. All items of a step go back to each loop in one callback. So neither the
+task nor the thread holds a lock that the other one waits for.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Sequence
 from genarm_fast.params import Weight
 
-Job = Callable[[Any], None]  # what the thread is to do, given its `_Shift`
-END = object()  # the item after a call's last one
+Job = Callable[[Any], None]  # a function that the thread calls with its `_CallWorker`
+END = object()  # marker that follows the last item of a call
 
 
 class Call:
-    """Sequences that a task waits for. Made in its event loop, by `EngineThread.call`.
+    """Sequences that a task waits for. `EngineThread.call` makes it in the task's event loop.
 
-    collect: makes an item of a sequence that has news, or None; called in the thread that steps, at the end of the
-    step. ahead: how many items of each sequence may be made before the task asks for them; None: any number.
+    collect: returns the item of a sequence that a step advanced, or None; called in the thread that steps, at the end
+    of the step. ahead: how many items of each sequence may be made before the task asks for them; None: any number.
 
-    asked and made count items; whoever changes one looks at `stalled` or at the other one afterwards, so that a call
-    that may go on is never left waiting.
+    `asked` and `made` count items. `next` raises `asked` and then reads `stalled`; `news` raises `made`, sets `stalled`
+    and then reads `asked`. In any order of these, one of the two sees that the call may go on.
     """
 
     def __init__(
@@ -50,16 +50,17 @@ class Call:
         self.over = self.closed = False
         self.failure: BaseException | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self.open = {sequence.id: sequence for sequence in sequences}  # the thread's own: those that are to end yet
+        # Sequences that have not ended, as far as the engine's thread knows. Only that thread touches them.
+        self.open = {sequence.id: sequence for sequence in sequences}
 
-    # In the event loop:
+    # Methods for the event loop:
 
     async def next(self) -> Any:
-        """The next item. Cancelled, it closes the call.
+        """Return the next item. If the task is cancelled, the call is closed.
 
         Raises:
-            StopAsyncIteration: there is none.
-            RuntimeError: another task waits for it, or it belongs to another event loop.
+            StopAsyncIteration: no item is left.
+            RuntimeError: another task waits for an item, or the call belongs to another event loop.
         """
         if self._waiters:
             raise RuntimeError("another task waits for the next chunk: expected one reader")
@@ -67,7 +68,7 @@ class Call:
             raise RuntimeError("expected the event loop in which it began")
         self.asked += 1
         if self.stalled:
-            self.inbox.put(lambda shift: shift.resume(self))
+            self.inbox.put(lambda worker: worker.resume(self))
         try:
             while not self.items and not self.over:
                 await self._changed()
@@ -81,15 +82,15 @@ class Call:
         raise StopAsyncIteration
 
     def close(self) -> None:
-        """Have unfinished sequences taken out, in mid-step after the step. Waits for nothing; from any thread."""
+        """Have the thread take unfinished sequences out, after a step that runs. Returns at once; for any thread."""
         if not (self.closed or self.over):
             self.closed = True
-            self.inbox.put(lambda shift: shift.close(self))
+            self.inbox.put(lambda worker: worker.close(self))
 
     async def closing(self) -> None:
-        """Close it, and wait until the sequences are out.
+        """Close the call, and wait until its sequences have left the engine.
 
-        Raises RuntimeError in another event loop, where it is closed, but can't be waited for.
+        Raises RuntimeError in another event loop: the call is closed then, but can't be waited for.
         """
         self.close()
         if not self.over and asyncio.get_running_loop() is not self.loop:
@@ -98,14 +99,15 @@ class Call:
             await self._changed()
 
     def drop(self, sequence: Sequence) -> None:
-        """Have one unfinished sequence taken out, while the others go on."""
-        self.inbox.put(lambda shift: shift.drop(self, sequence))
+        """Have the thread take one unfinished sequence out, while the others go on."""
+        self.inbox.put(lambda worker: worker.drop(self, sequence))
 
     def steer(self, sequence: Sequence, weights: tuple[Weight, ...]) -> None:
-        """Draw a sequence's next token with other weights, before what is asked for after this."""
+        """Have the thread draw a sequence's next token with other weights, before any later wish is done."""
         self.inbox.put(lambda _: self.engine.steer(sequence, weights))
 
     async def _changed(self) -> None:
+        """Wait until `receive` is called."""
         waiter = self.loop.create_future()
         self._waiters.append(waiter)
         try:
@@ -114,6 +116,7 @@ class Call:
             self._waiters.remove(waiter)
 
     def receive(self, item: Any) -> None:
+        """Add an item, or note the end, and wake the task."""
         if item is END:
             self.over = True
         else:
@@ -122,46 +125,46 @@ class Call:
             if not waiter.done():
                 waiter.set_result(None)
 
-    # In the thread that steps:
+    # Methods for the thread that steps:
 
     def news(self, sequence: Sequence) -> None:
-        """A step advanced a sequence."""
+        """Make the item of a sequence that a step advanced, and let the sequence go on if its reader wants more."""
         item = self.collect(sequence)
         self.made += item is not None
         if self.ahead is not None:
             self.stalled = True
-            if self.wanted():
+            if self.wants_more():
                 self.stalled = sequence.held = False
         ended = sequence.ended
-        self.inbox.put(lambda shift: shift.take(self, sequence, item, ended))
+        self.inbox.put(lambda worker: worker.take(self, sequence, item, ended))
 
-    def wanted(self) -> bool:
-        """Whether the reader has asked for more than there is, or will be glad of it."""
+    def wants_more(self) -> bool:
+        """Whether fewer items are made than the reader has asked for, plus those that may be made ahead."""
         return self.ahead is None or self.asked + self.ahead > self.made
 
-    # In the engine's thread:
+    # Methods for the engine's thread:
 
-    def runs(self) -> bool:
-        """Whether a step would advance it, or end what nobody reads: its time may be over."""
-        found, gone, now = False, [], time.perf_counter()
+    def can_advance(self) -> bool:
+        """Whether a step would advance one of its sequences, or end a held one whose time is over."""
+        found, cancelled, now = False, [], time.perf_counter()
         for sequence in self.open.values():
-            found = not sequence.ended and (not sequence.held or sequence.late(now))
+            found = not sequence.ended and (not sequence.held or sequence.is_late(now))
             if found:
                 break
-            if sequence.finish_reason == "cancelled":  # by somebody else, who told nobody
-                gone.append(sequence.id)
-        for key in gone:
+            if sequence.finish_reason == "cancelled":  # `abort` took it out, and does not call `news`
+                cancelled.append(sequence.id)
+        for key in cancelled:
             del self.open[key]
         return found
 
     def deadline(self) -> float:
-        """When the first time of those that have not ended is over, by the clock of `perf_counter`; or never."""
+        """Return the earliest deadline of sequences that have not ended, in seconds of `perf_counter`; inf for none."""
         times = (each.deadline for each in self.open.values() if not each.ended and each.deadline is not None)
         return min(times, default=math.inf)
 
 
 def receive(items: list[tuple[Call, Any]], answer: Callable[[], None] | None) -> None:
-    """In the event loop: give out what a step made. `answer` is called when tasks that wait for it have run."""
+    """Give each call its items; runs in the event loop. `answer` is called after the tasks that wait have run."""
     for call, item in items:
         call.receive(item)
     if answer is not None:

@@ -1,4 +1,4 @@
-"""Limits of an engine."""
+"""Configuration of an engine: its limits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from genarm_fast.utils.checks import check_integer, check_real
 
 @dataclass
 class EngineConfig:
-    """max_batch_size: sequences that are decoded together. cache_bytes: most that all KV caches may take together; None
-    for as much as there is. max_step_ms: what a step may take with prompts to prefill; None for as long as it takes.
+    """Limits of an engine, checked.
 
-    Raises TypeError, ValueError for anything else.
+    max_batch_size: most sequences that are decoded together. cache_bytes: most bytes that all KV caches may take
+    together; None for no limit but the memory. max_step_ms: milliseconds that a step may take while prompts are
+    prefilled; None for no limit.
+
+    Raises:
+        TypeError, ValueError: a value that is none of these.
     """
 
     max_batch_size: int = 16

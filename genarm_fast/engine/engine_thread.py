@@ -1,6 +1,6 @@
-"""A thread that steps an engine for callers that must not wait: tasks of event loops.
+"""The engine's thread: it steps an engine for tasks of event loops, which must not wait themselves.
 
-It works on `Call`s. Other threads may step the same engine meanwhile, on behalf of all (`Turns`).
+It works on `Call`s. Other threads may step the same engine meanwhile, for all sequences in it (`Turns`).
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from genarm_fast.engine.call import END, Call, Job, receive
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Sequence
 
-IDLE_SECONDS = 30.0  # until a thread without work ends; the next call starts another one in 0.1 ms
-PATIENCE = 0.002  # seconds that a step waits for readers who are just about to ask for their next token
-LOOK_AROUND = 1.0  # seconds between two looks for loops that were closed, while all streams are held
+IDLE_SECONDS = 30.0  # time after which a thread without work ends; the next call starts another one in 0.1 ms
+READER_WAIT_SECONDS = 0.002  # longest time that a step waits for readers that may ask for their next token soon
+LOOP_CHECK_SECONDS = 1.0  # time between two checks for closed event loops, while all streams are held
 
 _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
 
 class EngineThread:
-    """A daemon thread that is there while calls are, and for some seconds after the last one.
+    """A daemon thread that runs while there are calls, and for IDLE_SECONDS after the last one.
 
-    It holds engines only while it has calls of theirs, so that a model that is dropped goes at once.
+    It refers to an engine only while it has calls of that engine. So a model that is dropped is freed at once.
     """
 
     def __init__(self) -> None:
-        self.inbox: SimpleQueue[Job | None] = SimpleQueue()  # None: end. Its `put` may come from a finaliser
+        # None asks the thread to end. A SimpleQueue, because a finaliser may call its `put` at any moment.
+        self.inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._ending = False
@@ -47,10 +48,10 @@ class EngineThread:
     def call(
         self, engine: Engine, sequences: list[Sequence], collect: Callable[[Sequence], Any], ahead: int | None = None
     ) -> Call:
-        """Decode sequences that are new to the engine; of an event loop, see `Call` for the arguments."""
+        """Decode sequences that are new to the engine, for a task of an event loop. Arguments as in `Call`."""
         call = Call(self.inbox, engine, sequences, collect, ahead)
         with self._starting:
-            self.inbox.put(lambda shift: shift.join(call))
+            self.inbox.put(lambda worker: worker.join(call))
             if not self.running:
                 self._ending = False
                 self._thread = threading.Thread(target=self._run, name="genarm_fast", daemon=True)
@@ -63,22 +64,23 @@ class EngineThread:
         self.inbox.put(None)
 
     def stop(self) -> None:
-        """Take out all calls, and wait for the thread's end."""
+        """Close all calls, and wait for the thread's end."""
         thread = self._thread
         if thread is not None and thread.is_alive():
-            self.inbox.put(lambda shift: shift.stop())
+            self.inbox.put(lambda worker: worker.stop())
             self.end()
             thread.join()
 
     def _run(self) -> None:
+        """Work on calls until none came for IDLE_SECONDS, or `end` was called."""
         while True:
             try:
                 job = self.inbox.get(timeout=0 if self._ending else IDLE_SECONDS)
             except Empty:
                 job = None
             if job is not None:
-                _Shift(self.inbox).run(job)
-                del job  # it holds a model
+                _CallWorker(self.inbox).run(job)
+                del job  # the job refers to a model
                 continue
             with self._starting:
                 if self.inbox.empty():
@@ -88,27 +90,30 @@ class EngineThread:
 
 @atexit.register
 def _stop_all() -> None:
-    """A daemon thread that is in C++ while the interpreter goes down takes the process with it."""
+    """Stop all threads: a daemon thread that is in C++ code while the interpreter shuts down crashes the process."""
     for thread in list(_threads):
         thread.stop()
 
 
-class _Shift:
-    """What the thread does from the first call until there are none."""
+class _CallWorker:
+    """The thread's work from the first call until no call is left."""
 
     def __init__(self, inbox: SimpleQueue[Job | None]) -> None:
         self.inbox = inbox
         self.calls: list[Call] = []
-        self.mail: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
-        self.reading: set[asyncio.AbstractEventLoop] = set()  # loops whose readers may ask for more any moment
-        self.busy: set[asyncio.AbstractEventLoop] = set()  # those that took too long for that
+        self.outgoing: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
+        self.reading: set[asyncio.AbstractEventLoop] = set()  # loops whose readers may ask for more at any moment
+        self.busy: set[asyncio.AbstractEventLoop] = set()  # loops that took longer than that wait, not waited for again
 
     def run(self, job: Job) -> None:
+        """Do the first job, which adds a call, and work until no call is left."""
         try:
             job(self)
             while self.calls:
                 self._turn()
-        except BaseException as error:  # of no step: memory that can't be freed, say. Nobody is left waiting
+        except BaseException as error:
+            # The error came from outside a step, for example memory that can't be freed. End all calls with it, so that
+            # no task waits forever.
             for call in self.calls:
                 call.failure = error
                 self._post(call, END)
@@ -116,17 +121,19 @@ class _Shift:
             self._send()
 
     def _turn(self) -> None:
-        if any(call.runs() for call in self.calls):
+        """Step the engines of calls that can go on, or wait for a job if none can; then send all news."""
+        if any(call.can_advance() for call in self.calls):
             self._wait_for_readers()
-            for engine in {call.engine: None for call in self.calls if call.runs()}:
+            for engine in {call.engine: None for call in self.calls if call.can_advance()}:
                 self._step(engine)
-        elif not self.mail:
-            self._do_next(self._pause())
+        elif not self.outgoing:
+            self._do_next(self._pause_seconds())
         self._do_all()
-        self._sweep()
+        self._end_calls()
         self._send()
 
     def join(self, call: Call) -> None:
+        """Queue a call's sequences in its engine."""
         self.calls.append(call)
         if call.ahead is not None:
             for sequence in call.sequences:
@@ -135,64 +142,70 @@ class _Shift:
         self.resume(call)
 
     def resume(self, call: Call) -> None:
-        if call.wanted():
+        """Let a call's sequences go on if its reader wants more."""
+        if call.wants_more():
             call.stalled = False
             for sequence in call.open.values():
                 sequence.held = False
 
     def take(self, call: Call, sequence: Sequence, item: Any, ended: bool) -> None:
+        """Take the news of a sequence: an item for its task, and whether the sequence has ended."""
         if item is not None:
             self._post(call, item)
         if ended:
             call.open.pop(sequence.id, None)
 
     def close(self, call: Call) -> None:
+        """Take all sequences of a call out of the engine; `leave` is done once they are out."""
         call.engine.abort([sequence for sequence in call.sequences if not sequence.ended])
-        call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.leave(call)))
+        call.engine.turns.do_between_steps(partial(self.inbox.put, lambda worker: worker.leave(call)))
 
     def leave(self, call: Call) -> None:
         call.open.clear()
 
     def drop(self, call: Call, sequence: Sequence) -> None:
+        """Take one sequence of a call out of the engine."""
         call.engine.abort([sequence])
-        call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.take(call, sequence, None, True)))
+        taken_out = partial(self.inbox.put, lambda worker: worker.take(call, sequence, None, True))
+        call.engine.turns.do_between_steps(taken_out)
 
     def stop(self) -> None:
         for call in self.calls:
             self.close(call)
 
     def _post(self, call: Call, item: Any) -> None:
-        self.mail.setdefault(call.loop, []).append((call, item))
+        self.outgoing.setdefault(call.loop, []).append((call, item))
 
     def _send(self) -> None:
-        """Wake each loop once."""
-        mail, self.mail = self.mail, {}
-        for loop, items in mail.items():
+        """Send each loop its items in one callback."""
+        outgoing, self.outgoing = self.outgoing, {}
+        for loop, items in outgoing.items():
             answer = None
             if any(call.stalled for call, _ in items):
-                answer = partial(self.inbox.put, partial(_Shift.answer, loop=loop))
+                answer = partial(self.inbox.put, partial(_CallWorker.answer, loop=loop))
             try:
                 loop.call_soon_threadsafe(receive, items, answer)
-            except RuntimeError:  # it was closed
+            except RuntimeError:  # the loop was closed
                 continue
             if answer is not None and loop not in self.busy:
                 self.reading.add(loop)
 
     def answer(self, loop: asyncio.AbstractEventLoop) -> None:
-        """All readers of a loop were told of their items, and have asked for more if they do so at once."""
+        """Stop waiting for a loop: its readers got their items, and those that read on at once have asked for more."""
         self.reading.discard(loop)
         self.busy.discard(loop)
 
     def _wait_for_readers(self) -> None:
-        """Many readers in one step instead of some in this and the others in the next one; see PATIENCE."""
-        end = time.perf_counter() + PATIENCE
-        while self.reading and (left := end - time.perf_counter()) > 0:
-            self._do_next(left)
+        """Wait up to READER_WAIT_SECONDS, so that one step serves all of them instead of two steps a part each."""
+        end = time.perf_counter() + READER_WAIT_SECONDS
+        while self.reading and (remaining := end - time.perf_counter()) > 0:
+            self._do_next(remaining)
         self.busy |= self.reading
         self.reading.clear()
         self._do_all()
 
     def _do_next(self, seconds: float) -> None:
+        """Do the next job of the inbox, after waiting for it at most this long."""
         try:
             job = self.inbox.get(timeout=seconds)
         except Empty:
@@ -200,30 +213,32 @@ class _Shift:
         if job is not None:
             job(self)
 
-    def _pause(self) -> float:
-        """Seconds until somebody has to look again, while all streams are held: a request's time may end first."""
+    def _pause_seconds(self) -> float:
+        """Return the seconds to wait while all streams are held: until a deadline, LOOP_CHECK_SECONDS at most."""
         first = min((call.deadline() for call in self.calls), default=math.inf)
-        return min(LOOK_AROUND, max(0.0, first - time.perf_counter()))
+        return min(LOOP_CHECK_SECONDS, max(0.0, first - time.perf_counter()))
 
     def _do_all(self) -> None:
         while not self.inbox.empty():
             self._do_next(0)
 
     def _step(self, engine: Engine) -> None:
-        """A step, unless another thread's gave us news, or somebody asks for something, before it is our turn."""
+        """Run a step, unless the inbox gets a job while this thread waits for its turn."""
         try:
             with engine.turns.take(unless=lambda: not self.inbox.empty()) as taken:
                 if taken:
                     engine.step_in_turn()
         except BaseException as error:
-            if self.inbox.empty():  # it failed before any sequence did, which would fail again and again
+            # An empty inbox means that the step failed without failing a sequence. It would fail again and again, so
+            # the engine's calls end here.
+            if self.inbox.empty():
                 for call in self.calls:
                     if call.engine is engine and not call.closed:
                         call.failure = error
                         call.close()
 
-    def _sweep(self) -> None:
-        """Calls whose sequences have all left are over; those of closed loops have nobody who waits for them."""
+    def _end_calls(self) -> None:
+        """Send END to calls whose sequences have all ended, and close calls whose event loop was closed."""
         for call in [*self.calls]:
             if not call.open:
                 self.calls.remove(call)

@@ -1,4 +1,7 @@
-"""What callers hand to an engine, checked in their own thread: what they ask for is done in another one's step."""
+"""Checks of what callers pass to an engine.
+
+They run in the caller's thread, since another thread's step may carry out what the caller asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from genarm_fast.utils.checks import shown
 
 
 def check_request(request: object, members: int, arms: int) -> Request:
-    """Raises TypeError, ValueError for anything but a request to so many members, a draft model too, and ARMs."""
+    """Return the request. Raises TypeError, ValueError unless it was made for these numbers of members and ARMs.
+
+    members: the number of members, a draft model included.
+    """
     if not isinstance(request, Request):
         raise TypeError(f"request={shown(request)}: expected one that `prepare` made")
     if (len(request.token_ids), len(request.weights)) != (members, arms):
@@ -19,7 +25,7 @@ def check_request(request: object, members: int, arms: int) -> Request:
 
 
 def check_speculation(speculation: object, drafters: Iterable[str]) -> Speculation:
-    """Raises ValueError for anything but a way to draft, by one of these drafters if it names one."""
+    """Return the speculation setting. Raises ValueError for other values, and for a drafter that is not in the list."""
     plan, known = as_speculation(speculation), list(drafters)
     if plan.drafter is not None and plan.drafter not in known:
         raise ValueError(f"speculation: drafter={plan.drafter!r}: expected one of {', '.join(map(repr, known))}")
@@ -27,7 +33,7 @@ def check_speculation(speculation: object, drafters: Iterable[str]) -> Speculati
 
 
 def given_sequences(sequences: object, owner: object) -> list[Sequence]:
-    """As a list. Raises TypeError for anything but sequences, ValueError for those of another owner."""
+    """Return the sequences as a list. Raises TypeError for other objects, ValueError for sequences of another owner."""
     if isinstance(sequences, Sequence) or not isinstance(sequences, Iterable):
         raise TypeError(f"sequences={shown(sequences)}: expected a list of sequences")
     given = list(sequences)
@@ -40,7 +46,7 @@ def given_sequences(sequences: object, owner: object) -> list[Sequence]:
 
 
 def new_sequences(sequences: object, owner: object) -> list[Sequence]:
-    """As `given_sequences`; ValueError for those that an engine has, or had, as well."""
+    """Return the sequences as `given_sequences` does. Raises ValueError also for those that an engine has or had."""
     given = given_sequences(sequences, owner)
     if any(sequence.owner is not None or sequence.ended for sequence in given) or len(set(given)) < len(given):
         raise ValueError("sequences: expected new ones, got one that an engine has or had already")

@@ -1,4 +1,4 @@
-"""A step that was launched, and that the host has not read."""
+"""Steps in flight: launched on the device, and not yet read by the host."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from genarm_fast.speculation.shadow import Judge
 
 @dataclass
 class InFlight:
-    """What `Steps.finish` needs of a step.
+    """A launched step, with all that `Steps.finish` needs.
 
-    most: tokens that it may give each sequence. read: waits for what it drew. drafting, fed: the members that drafted,
-    and how many tokens each of them fed. drafts: of a step that was launched piece by piece. judge: tells shadow
-    evaluation what was accepted. logits: of the running members, by member, from which a bonus token may be drawn.
-    policy: who chose the step, if the host went on meanwhile; sequences that came or left since may have another one.
+    max_tokens: most tokens that the step may give each sequence. read: waits for the tokens that it drew. drafting:
+    the members that drafted. fed: how many tokens each of these fed. drafts: the drafts, if the step was launched
+    piece by piece. judge: tells shadow evaluation which tokens were accepted. logits: the running members' logits,
+    by member, from which a bonus token may be drawn. policy: the draft policy that chose the step, if the host went
+    on meanwhile; sequences that came or left since may have another one.
     """
 
     batch: Batch
     choice: Choice
-    most: int
+    max_tokens: int
     read: Callable[[], HostSample]
     drafting: tuple[int, ...] = ()
     fed: int = 0
@@ -39,19 +40,24 @@ class InFlight:
     judge: Judge = lambda _: None
     logits: dict[int, Tensor] = field(default_factory=dict)
     policy: DraftPolicy | None = None
-    advanced: list[Sequence] = field(default_factory=list)  # once it is finished; so are the next two
-    right: list[int] = field(default_factory=list)  # accepted drafts of each sequence
-    judged: list[int] = field(default_factory=list)  # drafts of each that count as tried; see `Steps.finish`
+    # `Steps.finish` fills these: sequences that got tokens, and for each sequence of the batch its accepted drafts and
+    # its drafts that count as tried.
+    advanced: list[Sequence] = field(default_factory=list)
+    accepted_counts: list[int] = field(default_factory=list)
+    tried_counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for sequence in self.batch.sequences:
-            sequence.unread += self.most
+            sequence.unread += self.max_tokens
 
 
-def reading(
+def begin_reading(
     executor: Executor, batch: Batch, result: GuidedSample, counts: Tensor, drafts: Drafts
 ) -> Callable[[], HostSample]:
-    """Begin to copy targets and how many are accepted, int64 [R], to the host; call the result to wait for them."""
+    """Begin to copy a step's targets to the host. Returns a function that waits for them.
+
+    counts: how many targets of each row are accepted, int64 [R].
+    """
     fields = {name: value for name, value in result._asdict().items() if value is not None}
     read = executor.read([*fields.values(), counts])
 

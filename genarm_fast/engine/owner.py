@@ -1,4 +1,4 @@
-"""What all calls of a model share: its members, the engine that decodes them, and the thread of its event loops."""
+"""The owner of an engine: the members, the engine and the thread for event loops that all calls of a model share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _owners: weakref.WeakSet[EngineOwner] = weakref.WeakSet()
 
 
 class EngineOwner:
-    """Members that decode together, and their engine, which the first call makes. Attributes as of `GenARM`."""
+    """Members that decode together, and their engine, which the first call makes. Attributes are those of `GenARM`."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class EngineOwner:
         self.tuners = Tuners()
         self._engine: Engine | None = None
         self._thread: EngineThread | None = None
-        self._making = Lock()  # engine or thread
+        self._creation_lock = Lock()  # held while the engine or the thread is made
         _owners.add(self)
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
@@ -65,12 +65,12 @@ class EngineOwner:
 
     @property
     def forwards(self) -> dict[str, str]:
-        """Which forward runs each member, ours or transformers' own, and why."""
+        """Which forward runs each member, genarm_fast's or that of transformers, and why; by the member's name."""
         return {member.name: member.runs_by for member in self.members}
 
     @property
     def quantized(self) -> dict[str, Quantized | None]:
-        """What `quantization` did to each member, by name, matrix by matrix; None: nothing."""
+        """What `quantization` did to each member, by the member's name and matrix by matrix; None if nothing."""
         return {member.name: getattr(member.model, "quantized", None) for member in self.members}
 
     @property
@@ -80,11 +80,14 @@ class EngineOwner:
     def prepare(
         self, prompts: Any, sampling_params: SamplingParams | Many[SamplingParams] | None = None, **overrides: Any
     ) -> list[Request]:
-        """Checked and tokenised requests; raises before any work. See `generate`."""
+        """Return checked and tokenised requests, one per prompt. Arguments and errors as in `generate`."""
         return self._requests.make(prompts, sampling_params, **overrides)
 
     def expand_weights(self, weights: AnyWeights | None) -> tuple[Weight, ...]:
-        """One weight per ARM, or one for each of its tokens; None for their defaults. Raises as `SamplingParams`."""
+        """Return one weight per ARM, each a number or one for each token; None takes the ARMs' defaults.
+
+        Raises the same errors as `SamplingParams`.
+        """
         return self._requests.expand_weights(weights)
 
     def warm_up(
@@ -95,16 +98,17 @@ class EngineOwner:
         max_new_tokens: int | None = None,
         speculation: str | Speculation | None = None,
     ) -> None:
-        """Do beforehand what a first request would wait for: self-check, caches, memory pages, graphs, kernels.
+        """Do what a first request would wait for otherwise: self-check, caches, memory pages, graphs, kernels.
 
         Args:
             batch_sizes: how many requests will be decoded together; one number or several.
-            prompt_tokens, max_new_tokens: of the longest request; None: 128, or what the narrowest context takes.
-            speculation: what requests will ask for, instead of the model's own.
+            prompt_tokens, max_new_tokens: tokens of the longest prompt and of the longest response. None: 128 each, or
+                fewer if the smallest context of a member is too small.
+            speculation: the setting that requests will ask for, if not the model's.
 
         Raises:
-            TypeError, ValueError: before any work; and for a model that fails the self-check.
-            MemoryError: the caches for such requests take more than there is, or than cache_bytes.
+            TypeError, ValueError: an argument is wrong, before any work; or a model fails the self-check.
+            MemoryError: the caches for such requests take more than the free memory, or than cache_bytes.
             RuntimeError: requests are running.
         """
         plan = self._speculation(speculation)
@@ -112,7 +116,10 @@ class EngineOwner:
             warm_up_engine(self.engine(), self.prepare, plan, batch_sizes, prompt_tokens, max_new_tokens)
 
     def release(self) -> None:
-        """Free the caches and graphs that calls leave for the next one, which take at most as much as the weights."""
+        """Free the caches and graphs that calls leave for the next one.
+
+        Calls leave at most as many bytes of caches as the weights take or 64 MB, unless `warm_up` made more.
+        """
         if self._engine is not None:
             with self._engine.turns.take():
                 self._engine.release()
@@ -124,23 +131,23 @@ class EngineOwner:
 
     @property
     def drafters(self) -> list[str]:
-        """Names for `Speculation`: members, if not all of them run in one forward, n-grams, the draft model."""
+        """Names of drafters for `Speculation`: members, unless all share one forward, n-grams, and the draft model."""
         names = (name for drafter in self.engine().drafters for name in drafter.names)
         return sorted(names, key=lambda name: name != "base")
 
     def engine(self) -> Engine:
-        """The engine, which all calls of all threads share; one of its own for a call from inside a step."""
+        """Return the engine that all calls of all threads share; a new one for a call from inside a step."""
         config = self._config()
-        with self._making:
+        with self._creation_lock:
             if self._engine is None:
                 self._engine = self._new_engine(config)
-        if self._engine.turns.mine:  # a logits processor that generates
+        if self._engine.turns.is_mine:  # a logits processor calls `generate`
             return self._new_engine(config)
         self._engine.config = config
         return self._engine
 
     def _config(self) -> EngineConfig:
-        return EngineConfig(self.max_batch_size, self.cache_bytes, self.max_step_ms)  # may have been set since
+        return EngineConfig(self.max_batch_size, self.cache_bytes, self.max_step_ms)  # a user may have set attributes
 
     def _new_engine(self, config: EngineConfig) -> Engine:
         with on_host():
@@ -149,36 +156,37 @@ class EngineOwner:
     def _decoding(
         self, prompts: Any, params: Any, speculation: Any, overrides: Mapping[str, Any], streamed: bool = False
     ) -> tuple[Engine, list[list[Sequence]]]:
+        """Return the engine and new sequences, one list per prompt. Raises ValueError for n > 1 in a stream."""
         plan, requests = self._speculation(speculation), self.prepare(prompts, params, **overrides)
         if streamed and (n := max(request.params.n for request in requests)) != 1:
             raise ValueError(f"n={n}: expected 1 in a stream")
         return self.engine(), [request.sequences(self.tokenizer, plan) for request in requests]
 
     def _speculation(self, speculation: str | Speculation | None) -> Speculation:
-        """What a call asks for, else the model's. Raises ValueError for a drafter that is not here."""
+        """Return the speculation setting of a call, or the model's for None. Raises ValueError for unknown drafters."""
         return check_speculation(self.speculation if speculation is None else speculation, self.drafters)
 
     def _engine_thread(self) -> EngineThread:
-        with self._making:
+        with self._creation_lock:
             if self._thread is None:
                 self._thread = EngineThread()
                 weakref.finalize(self, self._thread.end).atexit = False
             return self._thread
 
     def _forked(self) -> None:
-        """In a forked process: its other threads are not here, nor will they go on with what they began.
+        """Make new locks in a forked process, which lacks the parent's other threads; and a new engine if in use.
 
-        A stream of the thread that forked goes on in the old engine, unless it was in mid-step.
+        A stream of the thread that forked goes on in the old engine, unless that was in the middle of a step.
         """
-        self._making, self.tuners.lock, self._thread = Lock(), Lock(), None
+        self._creation_lock, self.tuners.lock, self._thread = Lock(), Lock(), None
         if self._engine is not None and (self._engine.turns.forked() or self._engine.scheduler):
             self._engine = None
 
 
-def _anew() -> None:
+def _reset_owners_after_fork() -> None:
     for owner in list(_owners):
         owner._forked()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_anew)
+    os.register_at_fork(after_in_child=_reset_owners_after_fork)

@@ -1,7 +1,7 @@
-"""What changes scores between the combination of the members and the temperature.
+"""Changes of scores between the combination of the members and the temperature: bias, penalties, logits processors.
 
-`logit_bias`, `min_new_tokens` and tokens that are ruled out are numbers that the kernel adds while it reads the logits.
-Penalties depend on the tokens so far, and processors are Python: their sequences take the slower way of
+`logit_bias`, `min_new_tokens` and tokens that are ruled out become numbers that the kernel adds as it reads the logits.
+Penalties depend on the tokens so far, and processors are Python functions: sequences with these take the slower way of
 `adjusted_scores`.
 """
 
@@ -24,12 +24,12 @@ def bans_stop(sequence: Sequence, length: int) -> bool:
 
 
 def bias_version(sequences: list[Sequence], lengths: list[int]) -> list[Any]:
-    """Equal for equal biases of the same sequences."""
+    """Return a value that is equal whenever `bias_tensor` of the same sequences is equal."""
     return [bans_stop(sequence, length) for sequence, length in zip(sequences, lengths)]
 
 
 def bias_tensor(sequences: list[Sequence], lengths: list[int], vocab_size: int) -> Tensor | None:
-    """Numbers to add to combined logits, float32 [R, V] on the host; None where no sequence asks for any.
+    """Return the numbers to add to combined logits, float32 [R, V] on the host; None if no sequence has any.
 
     lengths: tokens of each response so far.
     """
@@ -50,7 +50,7 @@ def bias_tensor(sequences: list[Sequence], lengths: list[int], vocab_size: int) 
 
 
 class SeenTokens:
-    """The tokens of each sequence as penalties and processors need them; a step adds its own alone."""
+    """The tokens of each sequence in the form that penalties and processors need. A step adds its new tokens alone."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -58,7 +58,7 @@ class SeenTokens:
         self._ids: WeakKeyDictionary[Sequence, tuple[Tensor, int]] = WeakKeyDictionary()
 
     def ids(self, sequence: Sequence, drafted: list[int], device: torch.device) -> Tensor:
-        """Prompt and response as the base sees them, and `drafted` tokens, int64 [1, n]; the caller's to change."""
+        """Return prompt, response and `drafted` tokens as the base sees them: a new tensor, int64 [1, n]."""
         prompt = sequence.request.token_ids[0]
         if sequence not in self._ids:
             new = torch.empty(len(prompt) + sequence.request.params.max_new_tokens, dtype=torch.int64, device=device)
@@ -72,7 +72,10 @@ class SeenTokens:
         return ids[: start + len(news)].clone()[None]
 
     def counts(self, sequence: Sequence, drafted: list[int], device: torch.device) -> Tensor:
-        """How often it has each token in its response, and in both, float32 [2, V]; with `drafted` tokens."""
+        """Return how often each token is in the response, and in prompt and response together, float32 [2, V].
+
+        drafted: tokens that count as part of the response.
+        """
         if sequence not in self._known:
             new = torch.zeros(2, self.vocab_size, dtype=torch.float32, device=device)
             self._count(new[1:], sequence.request.token_ids[0])
@@ -94,9 +97,10 @@ class SeenTokens:
 def adjusted_scores(
     sequences: list[Sequence], drafted: list[list[int]], scores: Tensor, bias: Tensor | None, seen: SeenTokens
 ) -> Tensor:
-    """Penalties, bias, processors on log-probabilities float32 [R, V] after the drafted tokens.
+    """Return log-probabilities, float32 [R, V], after penalties, bias and processors.
 
-    A sequence whose processor fails gets its `error` set; the others go on.
+    drafted: for each sequence, the tokens that precede this position and are not in its text yet. A sequence whose
+    processor fails gets its `error` set; the others go on.
     """
     if any(sequence.request.penalised for sequence in sequences):
         params = [sequence.request.params for sequence in sequences]
@@ -118,9 +122,9 @@ def adjusted_scores(
                     rows[r] = _processed(
                         processors[stage], sequence, seen.ids(sequence, drafted[r], scores.device), scores[r]
                     )
-                except BaseException as error:  # a caller's processor: its request fails, the others go on
+                except BaseException as error:  # an error in a processor fails its own request; the others go on
                     if isinstance(error, (KeyboardInterrupt, SystemExit)) and in_main_thread():
-                        raise  # a signal's
+                        raise  # a signal's handler raised it, not the processor
                     sequence.error = error if isinstance(error, Exception) else _as_failure(processors[stage], error)
         scores = torch.stack(rows)
         broken = (scores.isnan() | (scores == torch.inf)).any(-1).tolist()  # one read for all sequences
@@ -134,23 +138,23 @@ def adjusted_scores(
 
 
 def in_main_thread() -> bool:
-    """Where Python runs the handlers of signals."""
+    """Whether this is the main thread, in which Python runs the handlers of signals."""
     return threading.current_thread() is threading.main_thread()
 
 
 def _as_failure(processor: Any, error: BaseException) -> RuntimeError:
-    """For what is no failure elsewhere: the end of a task or of the process, which a processor must not ask for."""
+    """Return a RuntimeError for a processor that raised an error that would end a task or the process elsewhere."""
     failure = RuntimeError(f"logits_processors: {processor!r} raised {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
 
 
 def _processed(processor: Any, sequence: Sequence, ids: Tensor, scores: Tensor) -> Tensor:
-    """What a caller's processor makes of scores [V]."""
+    """Return the scores [V] that a caller's processor makes of these. Raises ValueError if they have another form."""
     changed = sequence.context.run(processor, ids, scores.clone()[None])
     if not isinstance(changed, Tensor) or changed.shape != (1, len(scores)) or not changed.is_floating_point():
         found = f"{tuple(changed.shape)}" if isinstance(changed, Tensor) else shown(changed)
-        if isinstance(changed, Tensor) and not changed.is_floating_point():  # a mask, say, or the tokens
+        if isinstance(changed, Tensor) and not changed.is_floating_point():  # for example a mask, or token ids
             found += f" of {changed.dtype}"
         raise ValueError(
             f"logits_processors: {processor!r} returned {found}, expected scores of shape (1, {len(scores)})"

@@ -1,4 +1,4 @@
-"""From what a caller passes to requests: checked, tokenised for every member, before any work is done."""
+"""Requests from a caller's arguments: checked, and tokenised for every member, before any work is done."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from genarm_fast.params import AnyWeights, SamplingParams, Weight, weights_per_a
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.prompts import check_context, check_ids, encode_prompt, special_stops
 
-MANY = 1024  # completions whose bookkeeping is not looked at
-SEQUENCE_BYTES = 8192  # of the host's memory that a sequence takes before its first token
-TOKEN_BYTES = 64  # and for each token: its id, and its log-probability if that is asked for
+UNCHECKED_COMPLETIONS = 1024  # number of completions up to which the memory for their bookkeeping is not checked
+SEQUENCE_BYTES = 8192  # bytes of the host's memory that a sequence takes before its first token
+TOKEN_BYTES = 64  # bytes that each token takes in addition: its id, and its log-probability if asked for
 
 
 @dataclass(frozen=True)
 class RequestMaker:
-    """Makes requests to these members, base first. No token from `vocab_size` on is in any of them."""
+    """Makes requests for these members, base first. All token ids in a request are below `vocab_size`."""
 
     members: Sequence[Member]
     vocab_size: int
@@ -37,7 +37,7 @@ class RequestMaker:
         chat_template_kwargs: Any = None,
         **overrides: Any,
     ) -> list[Request]:
-        """One request per prompt, in order. Arguments as in `GenARM.generate`.
+        """Return one request per prompt, in order. Arguments as in `GenARM.generate`.
 
         Raises:
             TypeError, ValueError: naming the prompt, the argument and what was expected.
@@ -53,7 +53,7 @@ class RequestMaker:
         ids = [encode_prompt(member, prompt, index, self.vocab_size) for member in self.members]
         for member, token_ids in zip(self.members, ids):
             check_context(member, len(token_ids), params.max_new_tokens, index)
-        if self.draft_model is not None:  # it reads the base's prompt
+        if self.draft_model is not None:  # the draft model reads the base's prompt
             check_context(self.draft_model, len(ids[0]), params.max_new_tokens, index)
             check_ids(self.draft_model, ids[0], index)
             ids.append(ids[0])
@@ -82,7 +82,7 @@ class RequestMaker:
             raise ValueError(f"logprobs={params.logprobs}: expected at most {self.vocab_size}, the vocabulary")
 
     def _check_possible(self, params: SamplingParams, stop_ids: frozenset[int]) -> None:
-        """Raises ValueError where all tokens are ruled out, so that the first one could not be drawn."""
+        """Raise ValueError if all tokens are ruled out, so that the first one could not be drawn."""
         ruled_out = {*params.suppress_tokens, *(t for t, b in (params.logit_bias or {}).items() if b == -inf)}
         if params.min_new_tokens:
             ruled_out |= stop_ids
@@ -92,9 +92,9 @@ class RequestMaker:
             raise ValueError(f"{by}: expected a token that they leave possible")
 
     def expand_weights(self, weights: AnyWeights | None) -> tuple[Weight, ...]:
-        """One weight per ARM: None for their defaults, one number for all of them, or numbers by name.
+        """Return one weight per ARM, from None for the defaults, a number for all ARMs, a list, or numbers by name.
 
-        In the place of a number there may be one for each token of the response.
+        A weight may be a tuple with a number for each token of the response.
 
         Raises:
             ValueError, TypeError: not one finite number per ARM (or one for all).
@@ -117,8 +117,8 @@ def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
 
 
 def _check_memory(each: Sequence[SamplingParams]) -> None:
-    """Raises ValueError for more completions, of all prompts together, than half of the memory that is free holds."""
-    if sum(params.n for params in each) <= MANY:
+    """Raise ValueError if the completions of all prompts together take more than half of the free memory."""
+    if sum(params.n for params in each) <= UNCHECKED_COMPLETIONS:
         return
     left = free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     for index, params in enumerate(each):

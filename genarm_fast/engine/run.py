@@ -1,4 +1,4 @@
-"""What a thread that decodes some sequences does: it steps for all, or waits while another thread steps."""
+"""A thread's run of its sequences: it steps the engine for all sequences, or waits while another thread steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from genarm_fast.engine.turns import Turns
 
 
 class Stepped(Protocol):
-    """What it needs of an engine."""
+    """The part of an engine that a run uses."""
 
     turns: Turns
 
@@ -24,12 +24,12 @@ class Stepped(Protocol):
 
 
 class Run:
-    """Iterator over the news of one caller's sequences: each item lists those that a step advanced.
+    """Iterator over the news of one caller's sequences. Each item lists the sequences that have advanced.
 
-    Closing it takes unfinished sequences out of the engine, in mid-step after the step.
+    Closing the run takes unfinished sequences out of the engine, after a step that runs.
     """
 
-    _closed = True  # for `__del__` of one whose `__init__` was interrupted: nothing is in the engine yet
+    _closed = True  # `__del__` reads this value if `__init__` was interrupted: then nothing is in the engine yet
 
     def __init__(self, engine: Stepped, sequences: list[Sequence], stepwise: bool) -> None:
         self.engine, self.sequences = engine, sequences
@@ -37,7 +37,7 @@ class Run:
         self._closed = False
         try:
             engine.join(sequences, self._news.append, stepwise=stepwise)
-        except (TypeError, ValueError):  # they are none of its own: there is nothing to take out
+        except (TypeError, ValueError):  # the engine refused the sequences, so there is nothing to take out
             self._closed = True
             raise
 
@@ -45,16 +45,17 @@ class Run:
         return self
 
     def __next__(self) -> list[Sequence]:
-        """Step until there are news, or wait for them while another thread steps. Raises what a step raises."""
+        """Step until there are news, or wait while another thread steps. Raises any error that a step raises."""
         if not self._news:
             for sequence in self.sequences:
                 sequence.held = False
         try:
-            while not self._over():
-                with self.engine.turns.take(unless=self._over) as taken:
-                    if not taken or self._over():
+            while not self._can_stop():
+                with self.engine.turns.take(unless=self._can_stop) as taken:
+                    if not taken or self._can_stop():
                         continue
-                    # Only in our turn does that mean that there will be no news: a step ends sequences, then tells.
+                    # A step ends sequences before it tells the news. So only in this thread's turn, with no step under
+                    # way, do ended sequences mean that no news will come.
                     if all(sequence.ended for sequence in self.sequences):
                         break
                     self.engine.step_in_turn()
@@ -65,15 +66,15 @@ class Run:
             raise StopIteration
         return list(dict.fromkeys(self._news.popleft() for _ in range(len(self._news))))
 
-    def _over(self) -> bool:
-        """Whether there is something to tell, or nobody to tell it."""
+    def _can_stop(self) -> bool:
+        """Whether stepping can stop: there are news, or the run is closed."""
         return bool(self._news) or self._closed
 
     def close(self) -> None:
         """Take unfinished sequences out of the engine."""
         if not self._closed:
             self.engine.abort([sequence for sequence in self.sequences if not sequence.ended])
-            self._closed = True  # only now: interrupted before, it can be closed again
+            self._closed = True  # set last, so that a close that was interrupted can be repeated
 
     def __enter__(self) -> Run:
         return self

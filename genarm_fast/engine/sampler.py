@@ -1,4 +1,4 @@
-"""The targets of a step: the token that plain decoding would give at each drafted position, and at the one after."""
+"""The targets of a step: the tokens that plain decoding would give at the drafted positions and at the next one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from genarm_fast.speculation.drafter import Drafts
 
 
 class Sampler:
-    """Draws targets from the members' logits, all of it on the main stream of the executor."""
+    """Draws targets from the members' logits, on the executor's main stream."""
 
     def __init__(self, executor: Executor, vocab_size: int) -> None:
         self.executor, self.vocab_size = executor, vocab_size
         self.seen = SeenTokens(vocab_size)
 
     def sample(self, batch: Batch, logits: list[Tensor], drafts: Drafts) -> GuidedSample:
-        """Targets [R, q] from each running member's logits [R, q, V]; position j follows the j first drafts.
+        """Return targets [R, q] from each running member's logits [R, q, V]; position j follows the first j drafts.
 
-        Sequences with penalties or processors need the host. They get targets up to the first that is not the draft; -1
-        stands at the positions after it.
+        Sequences with penalties or processors need the host. They get targets up to the first one that differs from the
+        draft, and -1 at the positions after it.
         """
         result = self.draw(logits, batch)
         rows = [r for r, sequence in enumerate(batch.sequences) if sequence.request.needs_host]
@@ -36,7 +36,7 @@ class Sampler:
         return self._adjusted(batch, members, drafts, result, rows) if rows else result
 
     def draw(self, logits: list[Tensor], batch: Batch) -> GuidedSample:
-        """Targets by what the device knows alone; arguments as of `sample`."""
+        """Return targets from tensors on the device alone. Arguments as in `sample`."""
         sampling = batch.sampling(self.executor.main)
         members = [each[..., : self.vocab_size] for each in logits]
         positions = batch.response_positions(members[0].shape[1])
@@ -46,7 +46,7 @@ class Sampler:
         if weights.ndim == 2:
             base, arms, weights = _weighed(members, weights, batch.plain_base)
             result = guided_sample(base, arms, weights, **given, **options)
-        else:  # each position has weights of its own, so each is a row
+        else:  # each position has its own weights, so each becomes a row of its own
             shape = positions.shape
             flat = [each.flatten(0, 1) for each in members]
             base, arms, weights = _weighed(flat, weights.flatten(0, 1), batch.plain_base)
@@ -59,7 +59,7 @@ class Sampler:
     def _adjusted(
         self, batch: Batch, members: list[Tensor], drafts: Drafts, result: GuidedSample, rows: list[int]
     ) -> GuidedSample:
-        """`result` with these rows drawn anew, position by position, so that processors only see what is accepted."""
+        """Return `result` with these rows drawn again, position by position: processors see accepted tokens alone."""
         result = GuidedSample(*(None if field is None else field.clone() for field in result))
         result.tokens[self._index(rows)] = -1
         for position in range(members[0].shape[1]):
@@ -94,7 +94,10 @@ class Sampler:
         drafted: list[list[int]],
         position: int,
     ) -> GuidedSample:
-        """Tokens [R', 1] of some rows at one position, from scores that are adjusted before the temperature."""
+        """Return tokens [R', 1] of some rows at one position, from scores that are adjusted before the temperature.
+
+        rows, index: the R' rows, as a list and on the device. drafted: the tokens that precede the position.
+        """
         main = self.executor.main
         sampling, bias = batch.sampling(main), batch.bias()
         logits = [member[index, position] for member in members]
@@ -126,9 +129,11 @@ class Sampler:
 
 
 def _weighed(members: list[Tensor], weights: Tensor, plain_base: bool) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Base, ARMs and ARM weights for `guided_sample`, of members [R, q, V] or [R, V] and their weights [R, 1 + m].
+    """Return base, ARMs and ARM weights for `guided_sample`.
 
-    The op gives the base the weight 1. Another weight b is had by b - 1 for a further ARM, which is the base again.
+    members: logits [R, q, V] or [R, V], base first. weights: [R, 1 + m].
+
+    The op gives the base the weight 1. For another weight b, the base is passed as a further ARM with weight b - 1.
     """
     base, *arms = members
     if plain_base:
@@ -137,14 +142,14 @@ def _weighed(members: list[Tensor], weights: Tensor, plain_base: bool) -> tuple[
 
 
 def _each_position(value: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """A parameter [R, ...] of the rows of [R, q], or one that is [R, q] itself, for each position by itself."""
+    """Return a parameter [R, ...] repeated for each of q positions, or one of shape [R, q] flattened: [R · q, ...]."""
     if value is None:
         return None
     return value.flatten() if value.shape == shape else value.repeat_interleave(shape[1], 0)
 
 
 def _in_blocks(result: GuidedSample, shape: torch.Size) -> GuidedSample:
-    """[R, q] again, in a result of R · q rows."""
+    """Return a result of R · q rows with its fields reshaped to [R, q, ...]."""
     fields = result._asdict()
     members = fields.pop("member_logprobs")
     blocks = {name: None if field is None else field.unflatten(0, shape) for name, field in fields.items()}
@@ -152,10 +157,11 @@ def _in_blocks(result: GuidedSample, shape: torch.Size) -> GuidedSample:
 
 
 class HostSample:
-    """What a step drew, on the host: lists with a row for each sequence.
+    """The tokens that a step drew, on the host, in lists with a row for each sequence.
 
-    tokens, status: [R, q]. accepted: how many of the tokens count. drafts: of each sequence. logprobs: the fields of a
-    `GuidedSample` beside tokens and status, by name. members: of the engine, of which those of `active` ran.
+    tokens, status: [R, q]. accepted: number of accepted tokens in each row. drafts: each sequence's drafts. logprobs:
+    the fields of a `GuidedSample` except tokens and status, by name. members: all members of the engine. active:
+    indices of the members that ran.
     """
 
     def __init__(
@@ -172,7 +178,7 @@ class HostSample:
         self.logprobs, self.members, self.active = logprobs, members, active
 
     def of(self, r: int, sequence: Sequence) -> list[int]:
-        """The accepted tokens of row r. Where one of them could not be drawn, the sequence gets its `error`."""
+        """Return the accepted tokens of row r. If one of them could not be drawn, the sequence's `error` is set."""
         count, status = self.accepted[r], self.status[r]
         if any(status):
             failed = next((j for j in range(count) if status[j]), None)
@@ -182,9 +188,9 @@ class HostSample:
         return self.tokens[r][:count]
 
     def reported(self, r: int, sequence: Sequence, count: int) -> list[Reported]:
-        """What the sequence wants to know of the first `count` tokens of row r.
+        """Return the log-probabilities that the sequence reports for the first `count` tokens of row r.
 
-        Rounding gives 1.2e-7 for the log-probability of a token that is certain, which is 0 here.
+        By rounding, a certain token's log-probability may be 1.2e-7; here it is 0.
         """
         given, most = self.logprobs, sequence.request.params.logprobs
         members = given["member_logprobs"][:, r, :count].clamp_max(0.0).T.tolist()
@@ -196,7 +202,7 @@ class HostSample:
         return [Reported(own, self._of_all(sequence, ran), likely) for own, ran, likely in lines]
 
     def _of_all(self, sequence: Sequence, ran: list[float]) -> list[float]:
-        """Log-probabilities of the base and every ARM, of those that ran; 0 for an ARM that did not."""
+        """Return log-probabilities by the base and every ARM, from those of members that ran; 0 for the other ARMs."""
         known = dict(zip(self.active, ran)) | dict.fromkeys(sequence.request.as_base, ran[0])
         return [known.get(m, 0.0) for m in range(len(sequence.weights) + 1)]
 

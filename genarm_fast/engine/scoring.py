@@ -1,4 +1,4 @@
-"""Teacher-forced scoring: what every member thinks of given responses, token by token."""
+"""Teacher-forced scoring: every member's log-probabilities of given responses, token by token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from genarm_fast.outputs import ArmRewards, ScoreOutput
 from genarm_fast.text.given import Prompt, as_responses
 from genarm_fast.text.prompts import check_context, encode_prompt, encode_response
 
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits alive at once: 64 MB and 1 GB in float32
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}  # most logits in memory at once: 64 MB and 1 GB in float32
 
 
 def score_responses(
@@ -31,7 +31,7 @@ def score_responses(
     max_batch_size: int,
     cache_bytes: int | None,
 ) -> list[ScoreOutput]:
-    """As `GenARM.score`, for members with the base first."""
+    """Score responses as `GenARM.score` does, by these members, base first."""
     answers = as_responses(responses, len(prompts))
     targets = []
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
@@ -62,7 +62,7 @@ def score_responses(
 
 
 def check_response_ids(index: int, response: str | list[int], ids: list[int], vocab_size: int) -> None:
-    """Raises ValueError for a response without tokens, or with ids outside the vocabulary."""
+    """Raise ValueError for a response without tokens, or with ids outside the vocabulary."""
     if not ids:
         raise ValueError(f"responses[{index}]={response!r}: expected at least one token")
     if min(ids) < 0 or max(ids) >= vocab_size:
@@ -76,13 +76,14 @@ def batches(
     rows: int,
     cache_bytes: int | None,
 ) -> Iterator[list[int]]:
-    """Indices of at most so many responses that are scored together, alike in length.
+    """Iterate over batches: lists of indices of responses that are scored together, in the order of their lengths.
 
-    prompts: tokens of each, for the member that sees most of them; responses: tokens of each. The caches of a batch
-    take at most `cache_bytes`, those of one model runner at a time.
+    prompts: each prompt's number of tokens, for the member for which it is largest. responses: each response's number
+    of tokens. rows: most responses in a batch. cache_bytes: most bytes that the caches of a batch take, for one model
+    runner at a time.
 
     Raises:
-        MemoryError: one does not fit alone.
+        MemoryError: a response does not fit alone.
     """
     token = max(token_bytes([members[i] for i in group]) for group in in_one_forward(members))
 
@@ -111,9 +112,10 @@ def response_logprobs(
     responses: Sequence[list[int]],
     vocab_size: int,
 ) -> list[list[list[float]]]:
-    """log π(token | prompt, earlier tokens) over the first `vocab_size` tokens, [response][member][token].
+    """Return log π(token | prompt, earlier tokens) as [response][member][token], over the first `vocab_size` tokens.
 
-    prompts: [response][member], not empty, like the responses. [R, T, V] never exists.
+    prompts: token ids as [response][member], none empty. responses: token ids, none empty. Logits of all positions,
+    [R, T, V], are never in memory at once.
     """
     lines: list[list[list[float]]] = [[[] for _ in members] for _ in responses]
     for group in in_one_forward(members):
@@ -130,7 +132,10 @@ def _lanes(
     responses: Sequence[list[int]],
     vocab_size: int,
 ) -> Tensor:
-    """[L, R, longest response] of the L members of one forward; beyond a response's end, anything."""
+    """Return log-probabilities [L, R, longest response] by the L members of one forward.
+
+    Numbers after the end of a response have no meaning.
+    """
     longest = max(map(len, responses))
     lengths = torch.tensor([[len(prompt) for prompt in lane] for lane in prompts])
     rows = range(len(responses))
@@ -161,5 +166,6 @@ def _lanes(
         labels = targets[:, start : start + step].to(logits.device).expand(len(members), -1, -1)[..., None]
         total = logits.logsumexp(-1)
         logprobs = (logits.gather(-1, labels)[..., 0] - total).clamp_max(0.0)
-        pieces.append(logprobs.masked_fill(total == torch.inf, torch.nan).cpu())  # another token's logit is +inf
+        # Where another token's logit is +inf, the log-probability would be -inf; NaN reports the fault instead.
+        pieces.append(logprobs.masked_fill(total == torch.inf, torch.nan).cpu())
     return torch.cat(pieces, dim=-1)

@@ -1,9 +1,9 @@
 """One step of the decode loop: propose → verify → sample → accept → next inputs.
 
-Before a step every running member's cache holds all but the last token of each sequence. A step feeds that token and
-the drafts that follow it, and draws the target of each of these positions. It accepts targets up to the first one that
-differs from the draft. Without drafts this is plain decoding. Drafts change how many steps a text takes, never the
-text: drafter and target draw a position with the same noise (docs/design.md).
+Before a step, every running member's cache holds all tokens of each sequence but the last one. A step feeds that token
+and the drafts that follow it, and draws the target of each of these positions. It accepts targets up to the first one
+that differs from the draft. Without drafts this is plain decoding. Drafts change how many steps a text takes, and never
+the text: drafter and target draw a position with the same noise (docs/design.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from genarm_fast.device.base import span
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.in_flight import InFlight, reading
+from genarm_fast.engine.in_flight import InFlight, begin_reading
 from genarm_fast.engine.penalties import bans_stop
 from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.sequence import Reported, Sequence, members_of
@@ -30,7 +30,7 @@ from genarm_fast.speculation.shadow import judge_of_first, model_shadows, shadow
 
 
 class Steps:
-    """Launches steps and finishes them; `before` is the batch of the latest one."""
+    """Launches steps and finishes them. `before` is the batch of the latest step, `in_flight` a step that is unread."""
 
     def __init__(self, executor: Executor, sampler: Sampler, drafters: list[Drafter]) -> None:
         self.executor, self.sampler, self.drafters = executor, sampler, drafters
@@ -39,20 +39,20 @@ class Steps:
         self.in_flight: InFlight | None = None
 
     def forget(self) -> None:
-        """Drop what the device knows of sequences; the next step begins from what the host knows."""
+        """Drop the state on the device. The next step begins from what the host knows of the sequences."""
         self.before = self.in_flight = None
         for drafter in self.drafters:
             drafter.forget()
 
     @property
     def text_width(self) -> int:
-        """Of texts on the device: with the targets behind a finished one's end, as the cache has their keys."""
+        """Width of texts on the device. Targets after the end of a finished text are written there, as in the cache."""
         return self.executor.runners[0].capacity + 1
 
     def batch(self, sequences: list[Sequence], *, padded: bool = False, texts: bool = False) -> Batch:
-        """The batch of a next step with these sequences, and with the members that any of them needs.
+        """Return the batch of the next step, with these sequences and all members that they need.
 
-        padded: with as many rows as the device likes. texts: with texts on the device, to draft from.
+        padded: raise the number of rows to one of the device's shapes. texts: keep texts on the device to draft from.
         """
         active, executor = members_of(sequences), self.executor
         width, flying = 0, self.in_flight is not None
@@ -63,43 +63,43 @@ class Steps:
         self.before = Batch.following(self.before, flying, sequences, active, executor, vocab_size, shape)
         return self.before
 
-    def going(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Those that another step may advance: of what is in flight each gets one token at least."""
+    def continuing(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Return the sequences that another step may advance. Each gets at least one token from a step in flight."""
         return [each for each in sequences if each.remaining > bool(each.unread)]
 
-    def in_one(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> bool:
-        """Whether the device can have such a step as one launch, and nothing of it is the host's."""
+    def fits_one_launch(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> bool:
+        """Whether a step can be one launch: the device captures it, and the host has no part in it."""
         if any(each.request.needs_host for each in sequences) or policy.timing_due():
             return False
         members = members_of(sequences)
         if choice.drafter is not None:
             drafter = self.drafters[choice.drafter]
             members = tuple(sorted({*members, *drafter.members}))
-            for each in sequences:  # all get as many drafts, and all positions of a step have one bias
+            for each in sequences:  # all get the same number of drafts, and one bias counts for all positions
                 if each.speculation.most < choice.k or bans_stop(each, len(each.tokens)):
                     return False
             before = None if self.in_flight is None else self.in_flight.drafting
             if not drafter.captures(sequences, before):
                 return False
-        return self.graph.serves(members)
+        return self.graph.can_capture(members)
 
     def run_ahead(
-        self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice, *, whole: bool
+        self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice, *, one_launch: bool
     ) -> InFlight | None:
-        """Launch a step before the one before it is read, and finish that one; returns it, None if there is none.
+        """Launch a step, and then finish the previous step. Returns the previous step, or None if there was none.
 
-        whole: as one launch; else it must be without drafts.
+        whole: whether the step is one launch; else it must be without drafts.
         """
-        before, self.executor.timed = self.in_flight, bool(policy.candidates)
+        before, self.executor.timed = self.in_flight, bool(policy.tuner_candidates)
         batch = self.batch(sequences, padded=True, texts=self._texts(policy))
-        self.in_flight = self.launch(batch, policy, choice, whole)
+        self.in_flight = self.launch(batch, policy, choice, one_launch)
         self.in_flight.policy = policy
         if before is not None:
             self.finish(before)
         return before
 
     def drain(self) -> list[Sequence]:
-        """Finish what is in flight: afterwards the host knows all that the device knows. Returns what it advanced."""
+        """Finish a step in flight, so that the host knows what the device knows. Returns the sequences it advanced."""
         before, self.in_flight = self.in_flight, None
         if before is None:
             return []
@@ -107,11 +107,11 @@ class Steps:
         return before.advanced
 
     def run(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> None:
-        """A step that the host waits for: it has to see each token, or there are drafts that it takes part in."""
+        """Run a step and wait for it, because the host has to see each token or takes part in drafting."""
         executor = self.executor
         mark, elapsed = executor.device.mark, executor.device.elapsed
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
-        executor.timed = bool(policy.candidates)
+        executor.timed = bool(policy.tuner_candidates)
         start = mark(executor.main)
         batch = self.batch(sequences, texts=self._texts(policy))
         step = self.launch(batch, policy, choice)
@@ -125,25 +125,25 @@ class Steps:
         drafting = elapsed(*drafts.marks) if drafts.marks else 0.0
         verifying = elapsed(start, verified) - drafting
         if drafter is not None and drafts.width:
-            drafter.accepted(drafts, step.right, drafting, verifying)
+            drafter.accepted(drafts, step.accepted_counts, drafting, verifying)
         drafting += elapsed(verified, ended)
-        rows, judged = len(sequences), (step.judged, step.right)
+        rows, judged = len(sequences), (step.tried_counts, step.accepted_counts)
         policy.observe(StepObservation(choice.drafter, rows, choice.k, *judged, drafting, verifying, drafts.steps))
 
     def observe(self, step: InFlight, seconds: float) -> None:
-        """Tell who chose a finished step that the host was ahead of, and which took so long in all."""
-        if step.policy is not None and step.policy.candidates:
-            drafter, k = step.choice  # with drafts it was one launch
-            drafting = 0.0 if drafter is None else None
-            rows, judged = len(step.batch), (step.judged, step.right)
+        """Report a finished step, during which the host went on, to the policy that chose it. seconds: its time."""
+        if step.policy is not None and step.policy.tuner_candidates:
+            drafter, k = step.choice
+            drafting = 0.0 if drafter is None else None  # a step with drafts was one launch: their time is unknown
+            rows, judged = len(step.batch), (step.tried_counts, step.accepted_counts)
             step.policy.observe(StepObservation(drafter, rows, k, *judged, drafting, seconds))
 
     def _texts(self, policy: DraftPolicy) -> bool:
-        """Whether this step or a next one is one launch that drafts from texts on the device."""
-        return self.executor.device.lag > 0 and any(self.drafters[i].reads_texts for i in policy.allowed)
+        """Whether steps may be one launch and a drafter reads texts, so that texts have to be on the device."""
+        return self.executor.device.lag > 0 and any(self.drafters[i].reads_texts for i in policy.usable_drafters)
 
-    def _launch_whole(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
-        """A step as one launch, of which all sequences get choice.k drafts."""
+    def _launch_as_graph(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
+        """Launch a step as one graph, in which all sequences get choice.k drafts."""
         executor, k = self.executor, choice.k
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
         shadows = shadow_drafters(policy, self.drafters, batch.active, choice.drafter)
@@ -154,18 +154,18 @@ class Steps:
         drafting = () if drafter is None else drafter.members
         return InFlight(batch, choice, 1 + k, host, drafting, k + 1, judge=judge)
 
-    def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice, whole: bool = False) -> InFlight:
-        """Everything that the device has to do for a step, as one launch or piece by piece; nothing is read."""
-        if whole:
-            return self._launch_whole(batch, policy, choice)
+    def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice, one_launch: bool = False) -> InFlight:
+        """Launch all device work of a step, as one graph (`one_launch`) or in pieces. The host reads nothing yet."""
+        if one_launch:
+            return self._launch_as_graph(batch, policy, choice)
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
         drafting = () if drafter is None else drafter.members
         launched = launch_verification(self.executor, batch, drafting, drafts.tensor, drafts.stream)
         logits = drafter.target_logits(drafts) if drafter is not None else {}
         logits |= collect_logits(self.executor, launched)
-        # Of k drafts a member that feeds them all gives k + 1 targets. A drafter that has not fed its last draft gives
-        # k: then the bonus target is drawn later, by `_bonus`, if it is needed at all.
+        # A member that feeds the last token and k drafts gives logits for k + 1 targets. A drafter that has not fed its
+        # last draft gives k: then `_bonus` draws the bonus token later, if all drafts were right.
         known = min(each.shape[1] for each in logits.values())
         judge = model_shadows(policy, self.drafters, batch, logits, choice.drafter if drafter is not None else None)
         step = self._targets(batch, choice, [logits[m][:, :known] for m in batch.active], drafts)
@@ -173,14 +173,14 @@ class Steps:
         return step
 
     def _targets(self, batch: Batch, choice: Choice, logits: list[Tensor], drafts: Drafts) -> InFlight:
-        """Sample the targets of logits [R, q, V] of each running member, and accept drafts by them."""
+        """Sample targets from each running member's logits [R, q, V], and accept the drafts that equal them."""
         with span("sample"):
             result = self.sampler.sample(batch, logits, drafts)
         with span("accept"):
             block, counts = self._draft_block(drafts, result.tokens.shape[1] - 1, result.tokens)
             settled = batch.accept(result.tokens, block, counts)
-        read = reading(self.executor, batch, result, settled.counts, drafts)
-        # In flight while others are launched are plain steps alone, whose one token this counts.
+        read = begin_reading(self.executor, batch, result, settled.counts, drafts)
+        # Such a step is in flight during another launch only if it has no drafts. So the 1, for `unread`, is right.
         return InFlight(batch, choice, 1, read, drafts.members, drafts.fed, drafts)
 
     def _propose(self, batch: Batch, choice: Choice) -> Drafts:
@@ -191,7 +191,10 @@ class Steps:
             return self.drafters[choice.drafter].propose(batch, most)
 
     def _most_drafts(self, sequence: Sequence, k: int) -> int:
-        """Within the limit; and while stop tokens are banned, since all positions of a step have one bias."""
+        """Return the most drafts of a sequence, at most k, that its limits allow.
+
+        While stop tokens are banned, the ban has to hold at all positions of the step, since they share one bias.
+        """
         length = len(sequence.tokens)
         if bans_stop(sequence, length):
             k = min(k, sequence.request.params.min_new_tokens - length - 1)
@@ -200,7 +203,10 @@ class Steps:
         return min(k, sequence.remaining - 1)
 
     def _draft_block(self, drafts: Drafts, width: int, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The drafts [R, width] that targets are compared with, on the main stream, and how many each sequence has."""
+        """Return the drafts [R, width] to compare with targets, on the main stream, and each sequence's number of them.
+
+        The second is None if all sequences have `width` drafts.
+        """
         if not drafts.width:
             return targets[:, :0], None
         counts = None
@@ -209,13 +215,13 @@ class Steps:
         return drafts.on_main[:, :width], counts
 
     def finish(self, step: InFlight) -> None:
-        """Wait for a step and give its sequences their tokens; `step.advanced` has those that it advanced.
+        """Wait for a step, give its sequences their tokens, and list those that advanced in `step.advanced`.
 
         A sequence is stale if it has ended, was steered, or has lost its slot since the launch: its tokens are dropped.
 
-        `step.right` counts its drafts that were accepted, `step.judged` those that count as tried. After a wrong draft
-        that is all of them. Without one, the text may have ended before the last draft's turn: of 4 drafts, a text that
-        ends with the second token has tried 2.
+        `step.accepted_counts` has each sequence's number of accepted drafts, `step.tried_counts` that of drafts that
+        count as tried. If a draft is wrong, all count as tried. Else the text may have ended before the last draft: of
+        4 drafts, a text that ends with the second token has tried 2.
         """
         host, batch = step.read(), step.batch
         news: list[list[int]] = []
@@ -224,26 +230,26 @@ class Steps:
             tokens, drafted = ([], []) if stale else (host.of(r, sequence), host.drafts[r])
             right = 0
             if drafted:
-                drafted = drafted[: sequence.remaining - 1]  # a step that is one launch has more
+                drafted = drafted[: sequence.remaining - 1]  # a step that is one launch may have more than the limit
                 right = sum(map(eq, tokens, drafted))
                 sequence.drafted += len(drafted)
                 sequence.accepted += right
-            step.right.append(right)
-            step.judged.append(right if right == len(tokens) else len(drafted))
+            step.accepted_counts.append(right)
+            step.tried_counts.append(right if right == len(tokens) else len(drafted))
             news.append(tokens)
             if not stale:
-                sequence.unread -= step.most  # steering set it to 0, so it counts launches after that alone
+                sequence.unread -= step.max_tokens  # not for stale sequences: steering has set their `unread` to 0
                 step.advanced.append(sequence)
                 wanted = sequence.request.wants_logprobs
                 self._append(step, sequence, tokens, host.reported(r, sequence, len(tokens)) if wanted else None)
         step.judge(news)
 
     def _append(self, step: InFlight, sequence: Sequence, tokens: list[int], reported: list[Reported] | None) -> None:
-        """Append tokens to a sequence, and count what the members' caches hold of it now.
+        """Append tokens to a sequence, and count the tokens that the members' caches hold of it now.
 
-        A member that ran fed the last token and all accepted drafts, so its cache again lacks the new last token alone:
-        `cached` grows by as much as the text. A draft model may have fed fewer, `step.fed`. A member whose cache was
-        behind before the step did not run, and stays behind until it is prefilled.
+        A member that ran has fed the last token and all accepted drafts. So its cache again lacks the new last token
+        alone, and `cached` grows by as much as the text. A draft model may have fed fewer tokens, `step.fed`. A member
+        whose cache was behind before the step did not run, and stays behind until it is prefilled.
         """
         before, cached, starts = len(sequence.tokens), sequence.cached, sequence.request.starts
         for i, token in enumerate(tokens):
@@ -254,14 +260,14 @@ class Steps:
             if cached[m] == starts[m] + before:
                 cached[m] += count
         for m in step.drafting:
-            if m not in active and cached[m] == starts[m] + before:  # a draft model
+            if m not in active and cached[m] == starts[m] + before:  # only a draft model drafts without being active
                 cached[m] += min(count, step.fed)
 
     def _bonus(self, step: InFlight, drafter: Drafter, width: int) -> bool:
-        """One more token for sequences whose every draft was right, where the drafter had not fed its last draft yet.
+        """Draw the bonus token of sequences whose drafts were all right, if the drafter had not fed its last draft.
 
-        With drafts a, b of an ARM: the ARM has fed the last token and a, the base the last token, a and b. If both are
-        right, the base's logits after b are at hand, and the ARM's forward on b alone is missing: it is made up here.
+        Example: an ARM drafts a and b. The ARM has fed the last token and a, the base the last token, a and b. If both
+        drafts are right, the base's logits after b are known, and the ARM's forward on b is missing: it is run here.
         width: drafts of the sequence that has most. Returns whether there was such a sequence.
         """
         executor, sequences, active = self.executor, step.batch.sequences, step.batch.active
@@ -271,7 +277,7 @@ class Steps:
         rows = [
             r
             for r, sequence in enumerate(sequences)
-            if step.right[r] == width and not sequence.ended and sequence.epoch == step.batch.epochs[r]
+            if step.accepted_counts[r] == width and not sequence.ended and sequence.epoch == step.batch.epochs[r]
         ]
         if not rows:
             return False
@@ -283,5 +289,5 @@ class Steps:
         index = executor.upload(torch.tensor(rows))
         logits = [own[m] if m in own else step.logits[m][index, width:] for m in batch.active]
         self.finish(self._targets(batch, PLAIN, logits, no_drafts(len(rows), executor.main)))
-        self.before = None  # the device's state of the step does not know of these tokens
+        self.before = None  # the step's state on the device lacks these tokens, so the next batch is made anew
         return True

@@ -1,8 +1,8 @@
-"""A whole step as one launch, on devices that capture: drafts, forwards of all runners on their streams, sampling,
-accepting.
+"""Steps as one launch, on devices that capture graphs: drafts, forwards of all runners, sampling and accepting.
 
-For such a step the host copies what changed, launches once, and reads the step before. What the step changes stays in
-the graph's own tensors, from which its next launch goes on. Steps that the host has to see are launched piece by piece.
+For such a step the host copies inputs that changed, launches once, and reads the previous step. The step changes the
+graph's own tensors, and the graph's next launch goes on from these. Steps that the host has to see are launched piece
+by piece instead.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from genarm_fast.models.member import Member
 from genarm_fast.speculation.drafter import Drafter
 from genarm_fast.speculation.model_drafter import tempered_draft
 
-Shadows = tuple[tuple[int, ...], ...]  # members of each drafter that is judged in a step without drafting there
+Shadows = tuple[tuple[int, ...], ...]  # members of each shadow: a drafter that is judged in a step without drafting
 
 
 class StepKey(NamedTuple):
-    """What a graph of a step holds for good; all shapes follow from it. streams: of the runners with the caches."""
+    """The fixed properties of a step's graph, from which all shapes follow. streams: the streams of its runners."""
 
     streams: tuple[WorkStream, ...]
-    runners: tuple[Any, ...]  # of each: KV bound, generation of its cache
+    runners: tuple[Any, ...]  # KV bound and generation of the cache, for each runner
     active: tuple[int, ...]
     drafting: tuple[int, ...]  # members that draft
     k: int
     shadows: Shadows
     rows: int
-    widths: tuple[int, int, int]  # stop ids, texts, tokens that have weights of their own
+    widths: tuple[int, int, int]  # number of stop ids, width of texts, tokens that have weights of their own
     parameters: tuple[str, ...]
     biased: bool
     logprobs: tuple[bool, int]
@@ -46,11 +46,11 @@ class StepKey(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a step of q positions tells the host.
+    """The report of a step of q positions, which the host reads.
 
-    numbers: int64 [R, 3 q + S], in one tensor so that one copy takes them: targets, their status, how many of them are
-    accepted, the q - 1 drafts (all of them -1 where there are none), and what each of S shadows would have drafted
-    first. logprobs: fields of `GuidedSample`, by name.
+    numbers: int64 [R, 3 q + S], one tensor so that one copy is enough. Its columns are the q targets, their q statuses
+    and the number of accepted targets; then the q - 1 drafts, all -1 for a row without drafts; then the first draft
+    that each of S shadows would have made. logprobs: fields of `GuidedSample`, by name.
     """
 
     numbers: Tensor
@@ -59,13 +59,13 @@ class Report(NamedTuple):
 
     @staticmethod
     def pack(result: GuidedSample, counts: Tensor, drafts: Tensor, guesses: Sequence[Tensor]) -> Tensor:
-        """`numbers`; the status, int32, is cast. guesses: int64 [R, 1] each."""
+        """Return `numbers`, with the int32 status cast to int64. guesses: the shadows' drafts, int64 [R, 1] each."""
         return torch.cat([result.tokens, result.status.to(torch.int64), counts[:, None], drafts, *guesses], dim=1)
 
     def unpack(
         self, read: Callable[[], Sequence[Tensor]], members: list[Member], active: tuple[int, ...]
     ) -> HostSample:
-        """What a step of these members drew. read: waits for `numbers` and the values of `logprobs`."""
+        """Return the tokens that the step drew. read: waits for `numbers` and the values of `logprobs`."""
         with span("read-back"):
             numbers, *logprobs = read()
         q, rows = self.q, numbers.tolist()
@@ -73,25 +73,25 @@ class Report(NamedTuple):
             [row[:q] for row in rows],
             [row[q : 2 * q] for row in rows],
             [row[2 * q] for row in rows],
-            [drafts if (drafts := row[2 * q + 1 : 3 * q]) and drafts[0] >= 0 else [] for row in rows],  # -1: none
+            [drafts if (drafts := row[2 * q + 1 : 3 * q]) and drafts[0] >= 0 else [] for row in rows],
             dict(zip(self.logprobs, logprobs)),
             members,
             active,
         )
 
     def guesses(self, numbers: Tensor) -> Tensor:
-        """What each shadow would have drafted first, of `numbers` on the host, int64 [R, S]."""
+        """Return the first draft that each shadow would have made, int64 [R, S], from `numbers` on the host."""
         return numbers[:, 3 * self.q :]
 
 
 class StepGraph:
-    """Steps of one batch after another, each as one launch."""
+    """Launches whole steps, each as one graph."""
 
     def __init__(self, executor: Executor, sampler: Sampler) -> None:
         self.executor, self.sampler = executor, sampler
 
-    def serves(self, members: tuple[int, ...]) -> bool:
-        """Whether the device can have steps in which these members run as one launch."""
+    def can_capture(self, members: tuple[int, ...]) -> bool:
+        """Whether the device can run a step of these members as one launch."""
         runners = [self.executor.runners[g] for g in self.executor.by_runner(members)]
         streams = [self.executor.main, *(runner.stream for runner in runners)]
         return self.executor.device.captures(streams) and all(runner.on_one_device for runner in runners)
@@ -99,10 +99,10 @@ class StepGraph:
     def launch(
         self, batch: Batch, drafter: Drafter | None = None, k: int = 0, longest: int = 0, shadows: Shadows = ()
     ) -> Report:
-        """Launch a step; its report is the next step's as well, so it has to be read before that is launched.
+        """Launch a step, and return its report. The next step overwrites the report, so begin to read it before that.
 
-        drafter: drafts k tokens of every sequence, by what the device knows. longest: a KV bound to have at least.
-        shadows: of members that run.
+        drafter: drafts k tokens of every sequence from tensors on the device. longest: least KV bound of the graph.
+        shadows: drafters to judge; all their members run in the step.
         """
         executor, main, device = self.executor, self.executor.main, self.executor.device
         drafting = drafter.members if drafter is not None and k else ()
@@ -117,17 +117,18 @@ class StepGraph:
         inputs = [*batch.state, *(batch.cache_rows(g, members) for g, members in groups.items()), sampling.weights]
         inputs += [*sampling.parameters.values(), *([] if bias is None else [bias])]
         width = 3 * (k + 1) + len(shadows)
-        if (k, width) not in batch.numbers:
-            batch.numbers[k, width] = batch.state.lengths.new_empty(len(batch.rows), width)
-        inputs.append(batch.numbers[k, width])
+        if (k, width) not in batch.report_numbers:
+            batch.report_numbers[k, width] = batch.state.lengths.new_empty(len(batch.rows), width)
+        inputs.append(batch.report_numbers[k, width])
         logprobs = _logprobs(batch)
 
         def step(*tensors: Tensor) -> tuple[Tensor, ...]:
             given, numbers = iter(tensors[:-1]), tensors[-1]
             state = State(*islice(given, state_size))
             caches = {g: (bounds[g], next(given)) for g in groups}
-            own = batch.over(state, SamplingTensors(next(given), dict(zip(names, given))), next(given, None))
-            with executor.captured(caches):
+            own_sampling = SamplingTensors(next(given), dict(zip(names, given)))
+            own = batch.with_graph_tensors(state, own_sampling, next(given, None))
+            with executor.capturing(caches):
                 numbers_now, result = self._step(own, drafter, drafting, k, shadows)
             numbers.copy_(numbers_now)
             for old, new in zip(state, own.state):
@@ -151,14 +152,16 @@ class StepGraph:
             batch.plain_base,
         )
         out = iter(executor.repeat(key, streams, step, *inputs))
-        batch.state, batch.numbers[k, width] = State(*islice(out, state_size)), next(out)
-        return Report(batch.numbers[k, width], k + 1, dict(zip(logprobs, out)))
+        batch.state, batch.report_numbers[k, width] = State(*islice(out, state_size)), next(out)
+        return Report(batch.report_numbers[k, width], k + 1, dict(zip(logprobs, out)))
 
     def _step(
         self, batch: Batch, drafter: Drafter | None, drafting: tuple[int, ...], k: int, shadows: Shadows
     ) -> tuple[Tensor, GuidedSample]:
-        """The work of a step, on the main stream and on those of the runners, which leave it and come back; the numbers
-        that it reports, and what it drew."""
+        """Do a step's work on the main stream and on those of the runners, which fork from it and join it again.
+
+        Returns `Report.numbers`, and the sample.
+        """
         executor = self.executor
         if drafter is not None and k:
             with span("draft"):
@@ -182,6 +185,6 @@ class StepGraph:
 
 
 def _logprobs(batch: Batch) -> list[str]:
-    """Fields of a `GuidedSample` that such a batch asks for, beside tokens and status."""
+    """Return the names of the fields of a `GuidedSample` that the batch asks for, besides tokens and status."""
     logprobs = ["logprobs", "member_logprobs"] if batch.wants_logprobs else []
     return [*logprobs, *(["top_tokens", "top_logprobs"] if batch.top_logprobs else [])]

@@ -1,6 +1,6 @@
-"""What the device knows of the sequences of a step: where they are, and by what they are sampled.
+"""Tensors of a step's sequences on the device: their state, and their sampling parameters.
 
-Row r of every tensor is sequence r of a `Batch`.
+Row r of every tensor belongs to sequence r of a `Batch`.
 """
 
 from __future__ import annotations
@@ -16,47 +16,50 @@ from genarm_fast.kernels import Settled, settle
 
 
 def _of(table: Tensor, members: list[int]) -> Tensor:
-    """Lines of a table [members, R]. A view where it is one: on a CPU an op whose code left the caches takes 50 µs."""
+    """Return these members' lines of a table [members, R], as a view for one member.
+
+    The view saves an op, which takes 50 µs on a CPU if its code has left the processor's caches.
+    """
     return table[members[0]][None] if len(members) == 1 else torch.stack([table[m] for m in members])
 
 
 class State(NamedTuple):
-    """What a step changes, and what it needs to change it. int64 but for `finished`.
+    """The state of a step's sequences: the tensors that a step changes, and those that decide how. int64 or bool.
 
     Lengths and limits count tokens of the response.
     """
 
     last: Tensor  # [members, R], the last token as each member sees it
     starts: Tensor  # [members, R], the position of the last token of the prompt
-    lengths: Tensor  # [R]
-    limits: Tensor  # [R]
+    lengths: Tensor  # [R], tokens of the response so far
+    limits: Tensor  # [R], most tokens of the response
     finished: Tensor  # bool [R]
     stop_ids: Tensor  # [R, S], padded with -1
-    texts: Tensor  # [R, H], prompt and response as the base sees them; H is 0 where nobody drafts from them
+    texts: Tensor  # [R, H], prompt and response as the base sees them; H is 0 if no drafter reads them
 
     def tokens(self, members: list[int]) -> Tensor:
-        """The last token of each sequence as these members see it, int64 [L, R, 1]."""
+        """Return the last token of each sequence as these members see it, int64 [L, R, 1]."""
         return _of(self.last, members)[..., None]
 
     def positions(self, members: list[int]) -> Tensor:
-        """Where these members see the last tokens, int64 [L, R, 1]."""
+        """Return the positions of the last tokens for these members, int64 [L, R, 1]."""
         return (_of(self.starts, members) + self.lengths)[..., None]
 
     def response_positions(self, width: int) -> Tensor:
-        """Index in the response of the next `width` tokens, int64 [R, width]."""
+        """Return the indices in the response of the next `width` tokens, int64 [R, width]."""
         if width == 1:
             return self.lengths[:, None]
         return self.lengths[:, None] + torch.arange(width, device=self.lengths.device)
 
     def text_lengths(self) -> Tensor:
-        """Of `texts`, int64 [R]."""
+        """Return the lengths of `texts`, int64 [R]."""
         return self.starts[0] + 1 + self.lengths
 
     def accept(self, targets: Tensor, drafts: Tensor, draft_counts: Tensor | None = None) -> tuple[State, Settled]:
-        """Accept the drafts [R, q - 1] that equal their targets [R, q] and one target more; the next step's state.
+        """Accept drafts [R, q - 1] as far as they equal the targets [R, q], and one target more.
 
-        It has the `texts` of this one, where the targets stand now. This is the only place where drafts are judged.
-        draft_counts: drafts of each row, int64 [R]; None: q - 1.
+        Returns the next step's state, and what was settled. Both states share `texts`, which get the targets. This is
+        the only place where drafts are judged. draft_counts: drafts of each row, int64 [R]; None for q - 1 in all rows.
         """
         settled = settle(
             targets,
@@ -68,8 +71,8 @@ class State(NamedTuple):
             draft_counts=draft_counts,
         )
         each, count = settled.next_tokens, len(self.last)
-        last = each[None] if count == 1 else each.repeat(count, 1)  # a graph writes there: no number stands for two
-        if self.texts.shape[1]:  # tokens that are not accepted lie behind the text, and the next ones over them
+        last = each[None] if count == 1 else each.repeat(count, 1)  # copies, since a graph writes into this tensor
+        if self.texts.shape[1]:  # targets that are not accepted stand after the text, until later ones overwrite them
             places = self.text_lengths()[:, None] + torch.arange(targets.shape[1], device=targets.device)
             self.texts.scatter_(1, places, targets)
         return self._replace(last=last, lengths=settled.lengths, finished=settled.finished), settled
@@ -77,11 +80,11 @@ class State(NamedTuple):
 
 @dataclass
 class SamplingTensors:
-    """What `guided_sample` takes for the rows, on one stream.
+    """Arguments of `guided_sample` for all rows, on one stream.
 
-    weights: float32 [R, S, 1 + m] of the members that run, base first, for the first S tokens of the response; the last
-    of them hold for all that follow. parameters: temperature, seeds, and of the filters those that any
-    sequence uses: an unused filter costs a kernel nothing if it is not passed.
+    weights: float32 [R, S, 1 + m], the weights of the members that run, base first, for the first S tokens of the
+    response; the last of the S counts for all that follow. parameters: temperature, seeds, and the filters that any
+    sequence uses. Unused filters are left out, so that the kernel spends no time on them.
     """
 
     weights: Tensor
@@ -89,7 +92,10 @@ class SamplingTensors:
     _sharpened: dict[WorkStream, dict[str, Tensor]] = field(default_factory=dict)
 
     def at(self, positions: Tensor) -> Tensor:
-        """Weights at positions [R, q] of the responses: float32 [R, 1 + m] if q or S is 1, else [R, q, 1 + m]."""
+        """Return the weights at positions [R, q] of the responses.
+
+        They are float32 [R, 1 + m] if q or S is 1, else [R, q, 1 + m].
+        """
         table = self.weights
         if table.shape[1] == 1:
             return table[:, 0]
@@ -98,9 +104,9 @@ class SamplingTensors:
         return weights[:, 0] if positions.shape[1] == 1 else weights
 
     def sharpened(self, positions: Tensor, stream: WorkStream) -> dict[str, Tensor]:
-        """The parameters with the temperature at positions [R, 1] divided by the sum of the weights.
+        """Return the parameters with the temperature divided by the sum of the weights at positions [R, 1].
 
-        A sum of 0 or less counts as 1. Where weights are the same at all positions, this is computed once.
+        A sum of 0 or less counts as 1. If weights are the same at all positions, the result is computed once.
         """
         if stream in self._sharpened:
             return self._sharpened[stream]

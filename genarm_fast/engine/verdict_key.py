@@ -1,7 +1,7 @@
-"""What the verdict of the self-check depends on, as a hash: code, shapes and settings, but no numbers in weights.
+"""The key of a self-check's verdict: a hash of code, shapes and settings, but not of the values of weights.
 
-Left out is what no model of transformers does: attention that computes otherwise because of what is in its weights, or
-because of an environment variable that its own code reads.
+Two influences are not part of it, since no model of transformers has them: attention that computes otherwise because
+of the values of its weights, or because of an environment variable that its own code reads.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ SOURCES = (
     *("__init__.py", "models/*.py", "device/*.py"),
     *("engine/model_runner.py", "engine/selfcheck.py", "engine/layer_code.py", "engine/layer_kinds.py"),
 )
-SIMPLE = (bool, int, float, str, type(None))  # attributes of a module that may say how it computes
+SIMPLE = (bool, int, float, str, type(None))  # types of a module's attributes that may decide how it computes
 PACKAGES = ("transformers", "peft", "flash-attn", "bitsandbytes")
 
 
 def verdict_key(members: Sequence[Member]) -> str | None:
-    """64 hex digits for members of one forward; 50 ms of CPU for SmolLM2-135M, next to 3 s of the check.
+    """Return the key of members of one forward. It takes 50 ms of CPU time for SmolLM2-135M, the check itself 3 s.
 
     Returns:
-        None where it is not known what code runs: hooks, a forward of a module's own, a class without a file, weights
-        on several devices, what can't be described. Such a model is checked each time.
+        64 hex digits, or None if it is not known what code runs: there are hooks, a module has its own forward, a class
+        has no file, weights are on several devices, or an object can't be described. Such a model is checked each time.
     """
     parts: list[Any] = [_library(), _machine(members[0].device), [member.lane for member in members]]
     try:
         described = [_described(member.model) for member in members]
-    except (AttributeError, OSError, TypeError, ValueError):  # modules and configurations of somebody's own
+    except (AttributeError, OSError, TypeError, ValueError):  # a user's own modules or configuration
         return None
     if None in described:
         return None
@@ -50,6 +50,7 @@ def verdict_key(members: Sequence[Member]) -> str | None:
 
 
 def _described(model: Any) -> list[Any] | None:
+    """Return a description of a model's code, shapes and settings; None if it is not known what code runs."""
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     if len({tensor.device for tensor in tensors.values()}) != 1:
         return None
@@ -87,12 +88,15 @@ def _file(module: str) -> str | None:
 
 
 def _codes(values: Iterable[Any]) -> list[str]:
-    """Hashes of what `codes_of` has of each."""
+    """Return the hashes of all code objects that `codes_of` gives for these values."""
     return [_code(code) for value in values for code in codes_of(value)]
 
 
 def codes_of(value: Any) -> Iterator[CodeType]:
-    """Of a function and of those that it calls by a global name: one may be replaced while its file stays."""
+    """Iterate over the code of a function and of functions that it calls by a global name.
+
+    Such a function may be replaced at run time, while its file stays the same.
+    """
     for function in _functions(value):
         names = function.__code__.co_names
         called = [function.__globals__[name] for name in names if name in function.__globals__]
@@ -101,7 +105,7 @@ def codes_of(value: Any) -> Iterator[CodeType]:
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
-    """A function, and what it wraps; nothing for any other kind of object."""
+    """Iterate over a function and the functions that it wraps. Other objects give nothing."""
     value = getattr(value, "__func__", getattr(value, "fget", value))
     while isinstance(value, FunctionType):
         yield value
@@ -116,7 +120,7 @@ def _code(code: CodeType) -> str:
 
 
 def _constant(value: Any) -> str:
-    """The same in every process: the order of a set is not."""
+    """Return a constant's `repr`, with sets sorted, since their order differs between processes."""
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
 
 
@@ -127,7 +131,7 @@ def _digest(file: str) -> str:
 
 @cache
 def _library() -> list[Any]:
-    """Our own code, and the versions of what it runs on."""
+    """Return digests of genarm_fast's own code, and the versions of Python, torch and other packages."""
     files = [path for pattern in SOURCES for path in PACKAGE.glob(pattern)]
     files += [path for pattern in ("**/*.py", "*.so") for path in Path(inspect.getfile(kernels)).parent.glob(pattern)]
     return [
@@ -145,6 +149,7 @@ def _version(package: str) -> str | None:
 
 
 def _machine(device: torch.device) -> list[Any]:
+    """Return the device's type and model, whether C++ kernels are there, and the precision of matrix products."""
     kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None
     if device.type == "cuda":
         kind = torch.cuda.get_device_name(device)

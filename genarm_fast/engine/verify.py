@@ -1,4 +1,4 @@
-"""The forwards of a step: every running member over the last token of each sequence and the drafts that follow it."""
+"""Verification: forwards of all running members over the last token of each sequence and the drafts that follow it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from genarm_fast.engine.executor import Executor
 def launch_verification(
     executor: Executor, batch: Batch, drafting: tuple[int, ...], drafts: Tensor, stream: WorkStream
 ) -> list[tuple[list[int], list[Tensor]]]:
-    """Launch the forwards of all runners but the one whose members draft; give the result to `collect_logits`.
+    """Launch the forwards of all runners except the one whose members draft. Pass the result to `collect_logits`.
 
-    drafts: int64 [R, k] on `stream`.
+    drafting: members that draft. drafts: int64 [R, k] on `stream`.
     """
     launched, width = [], 1 + drafts.shape[1]
     for members in executor.by_runner(batch.active).values():
@@ -37,10 +37,10 @@ def launch_verification(
 
 
 def collect_logits(executor: Executor, launched: list[tuple[list[int], list[Tensor]]]) -> dict[int, Tensor]:
-    """Logits [R, q, V] of each of these members, for use on the main stream."""
+    """Return the logits [R, q, V] of each launched member, for use on the main stream."""
     return {m: each for members, lanes in launched for m, each in executor.collect(members, lanes).items()}
 
 
 def _following(positions: Tensor, width: int) -> Tensor:
-    """Positions [L, R, 1] of the last tokens → of them and what follows, [L, R, width]."""
+    """Return positions [L, R, width] that go on from positions [L, R, 1] of the last tokens."""
     return positions + torch.arange(width, device=positions.device)

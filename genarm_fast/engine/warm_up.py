@@ -1,8 +1,8 @@
-"""What a first request would do besides its own work, done before it: caches, memory pages, graphs, kernels.
+"""Warm-up: it makes caches, memory pages, graphs and kernels before the first request, which would wait for them.
 
-Short requests that nobody asked for go the way of all requests. What they do not reach, steps and forwards at other
-lengths of the cache and with other numbers of drafts, is launched by itself on devices that capture graphs. Of steps
-that are one launch these are the ones without filters, bias and log-probabilities: others are captured when they come.
+It decodes short made-up requests like any others. On devices that capture graphs, it also launches steps and forwards
+that these requests do not reach: other lengths of the cache, and other numbers of drafts. Of steps that are one launch,
+it captures those without filters, bias and log-probabilities. Others are captured when a request needs them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from genarm_fast.utils.checks import check_integer
 
 
 class EngineBusy(RuntimeError):
-    """Requests are running, and `warm_up` needs the engine for itself."""
+    """Error raised when requests are running, since `warm_up` needs the engine for itself."""
 
 
-STEPS = 3  # that a request runs for before it is taken out; 128 would take seconds and show nothing new
-DEFAULT_LENGTH = 128  # of prompts and of responses
-# Filters, log-probabilities and rewards have kernels of their own on a GPU.
-VARIED: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1, "rewards": True}
+STEPS_PER_REQUEST = 3  # steps of a request before it is taken out; 128 would take seconds and compile nothing new
+DEFAULT_LENGTH = 128  # tokens of a prompt, and of a response
+# Parameters of a second kind of request: filters, log-probabilities and rewards have kernels of their own on a GPU.
+VARIED_PARAMS: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1, "rewards": True}
 
 
 def warm_up(
@@ -42,21 +42,21 @@ def warm_up(
     prompt_tokens: int | None,
     max_new_tokens: int | None,
 ) -> None:
-    """Make an engine ready for batches up to these sizes, of requests up to this length that weigh every ARM.
+    """Make an engine ready for batches of these sizes, of requests up to this length that use every ARM.
 
-    prepare: makes requests of prompts and parameters. speculation: what requests will ask for.
+    prepare: makes requests from prompts and parameters. speculation: the setting that requests will ask for.
 
     Raises:
-        TypeError, ValueError: for the limits, before any work; for a model that the engine can't run.
-        MemoryError: caches for them take more than there is, or than cache_bytes.
-        EngineBusy: requests are running or waiting, a RuntimeError.
+        TypeError, ValueError: a limit is wrong, before any work; or the engine can't run a model.
+        MemoryError: the caches take more than the free memory, or than cache_bytes.
+        EngineBusy: a RuntimeError; requests are running or waiting.
     """
     sizes = _sizes(batch_sizes, engine.config.max_batch_size)
     prompt, new = _lengths(engine, prompt_tokens, max_new_tokens)
     params = SamplingParams(weights=1.0, max_new_tokens=new, ignore_eos=True, seed=0)
     kinds = [(params, OFF)]
-    if engine.executor.device.launches_to_capture:  # kernels are compiled at their first call there
-        kinds.append((params.override(**VARIED), OFF))
+    if engine.executor.device.launches_to_capture:  # such a device compiles kernels at their first call
+        kinds.append((params.override(**VARIED_PARAMS), OFF))
         kinds += [(params, Speculation(each.names[0], speculation.most)) for each in _drafters(engine, speculation)]
     vocab_size = engine.steps.sampler.vocab_size
     prompts = [[(row + i) % vocab_size for i in range(prompt)] for row in range(sizes[0])]
@@ -64,23 +64,24 @@ def warm_up(
         kinds.append((params, speculation))
     requests = {(size, k): prepare(prompts[:size], kinds[k][0]) for size in sizes for k in range(len(kinds))}
     longest, workspace = prompt + new + speculation.most, engine.workspace
-    kept, workspace.warm = workspace.warm, inf  # what ends meanwhile frees nothing
+    kept, workspace.warm_up_bytes = workspace.warm_up_bytes, inf  # runs that end meanwhile free no caches
     try:
         with engine.executor.device.keeping_graphs():
             _reserve(engine, sizes[0], longest, drafting=speculation.most > 0)
             with engine.tuners.learning_costs_alone():
                 for (_, k), group in requests.items():
                     _run(engine, group, kinds[k][1])
-            _launch(engine, sizes[0], longest, speculation.most)
+            _launch_forwards(engine, sizes[0], longest, speculation.most)
             _launch_steps(engine, prepare(prompts, params), longest, speculation)
         kept = max(kept, workspace.bytes)
     finally:
-        workspace.warm = kept
-    gc.collect()  # the first look at all that imports and loading made takes 0.4 s, which no request shall wait for
+        workspace.warm_up_bytes = kept
+    # The first collection after imports and loading takes 0.4 s. It runs here, so that no request waits for it.
+    gc.collect()
 
 
 def _sizes(batch_sizes: Any, most: int) -> list[int]:
-    """The largest first, so that all others find what they need."""
+    """Return the checked batch sizes, the largest first: caches that are made for it suffice for the others."""
     given = batch_sizes if isinstance(batch_sizes, Sequence) else [batch_sizes]
     expected = f"integers in 1..{most}, which is max_batch_size"
     sizes = {check_integer("batch_sizes", size, expected, 1, high=most) for size in given}
@@ -90,7 +91,7 @@ def _sizes(batch_sizes: Any, most: int) -> list[int]:
 
 
 def _lengths(engine: Engine, prompt_tokens: int | None, max_new_tokens: int | None) -> tuple[int, int]:
-    """Tokens of prompts and of responses; by default as many as the narrowest context takes, up to 128 of each."""
+    """Return the tokens of prompts and of responses: by default 128 each, or fewer for a small context."""
     context = min((member.context for member in engine.executor.members if member.context), default=None)
     if context is not None and context < 2:
         raise ValueError(f"context={context}: expected 2 tokens, of a prompt and of a response")
@@ -109,7 +110,7 @@ def _lengths(engine: Engine, prompt_tokens: int | None, max_new_tokens: int | No
 
 @torch.inference_mode()
 def _reserve(engine: Engine, slots: int, capacity: int, *, drafting: bool) -> None:
-    """Have the caches, which also checks models that were not checked before."""
+    """Make the caches, which also checks models that were not checked before."""
     executor, workspace = engine.executor, engine.workspace
     members = {m for m in range(len(executor.members)) if drafting or m != executor.draft_model}
     with engine.turns.take():
@@ -126,17 +127,18 @@ def _reserve(engine: Engine, slots: int, capacity: int, *, drafting: bool) -> No
 
 
 def _drafters(engine: Engine, speculation: Speculation) -> list[Drafter]:
-    """Who may draft then, as `DraftPolicy` has it."""
+    """Return the drafters that may draft with this setting, as `DraftPolicy` chooses them."""
     drafters = [each for each in engine.drafters if speculation.drafter in (None, *each.names)]
     return drafters[: None if speculation.k is None else 1] if speculation.most else []
 
 
 def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> None:
+    """Decode STEPS steps of requests, or more if a tuner has ways to draft to time. Raises the error of a sequence."""
     sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, speculation)]
     ways = len(DEFAULT_TUNER_CONFIG.warm_drafts) * len(_drafters(engine, speculation)) if speculation.k is None else 0
     with engine.run(sequences) as run:
         for _ in run:
-            if all(sequence.ended or sequence.steps >= STEPS + 2 * ways for sequence in sequences):
+            if all(sequence.ended or sequence.steps >= STEPS_PER_REQUEST + 2 * ways for sequence in sequences):
                 break
     for sequence in sequences:
         if sequence.error is not None:
@@ -144,8 +146,8 @@ def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> N
 
 
 @torch.inference_mode()
-def _launch(engine: Engine, rows: int, longest: int, drafts: int) -> None:
-    """Write to every page of the caches, and have graphs of every shape that a forward of all lanes may have."""
+def _launch_forwards(engine: Engine, rows: int, longest: int, drafts: int) -> None:
+    """Write to every page of the caches, and capture graphs of every shape that a forward of all lanes may have."""
     executor, device = engine.executor, engine.executor.device
     with engine.turns.take():
         if engine.scheduler:
@@ -170,7 +172,7 @@ def _launch(engine: Engine, rows: int, longest: int, drafts: int) -> None:
 
 @torch.inference_mode()
 def _launch_steps(engine: Engine, requests: list[Request], longest: int, speculation: Speculation) -> None:
-    """Have graphs of steps, for every number of rows, every KV bound, and all drafts that may be asked for."""
+    """Capture graphs of steps, for every number of rows, every KV bound, and every number of drafts."""
     executor, steps, device = engine.executor, engine.steps, engine.executor.device
     sequences = [sequence for request in requests for sequence in request.sequences(engine.tokenizer, OFF)]
     active = tuple(range(len(executor.members) if executor.draft_model is None else executor.draft_model))
@@ -178,13 +180,13 @@ def _launch_steps(engine: Engine, requests: list[Request], longest: int, specula
     plans: list[tuple[Drafter | None, int, Shadows]] = [(None, 0, ())]
     for each in drafters:
         plans += [(each, k, ()) for k in (range(1, speculation.most + 1) if speculation.k is None else [speculation.k])]
-    if speculation.k is None:  # a tuner judges those whose turn it is not
+    if speculation.k is None:  # a tuner also judges drafters that do not draft in a step
         shadows = [each for each in drafters if each.members and set(each.members) <= set(active)]
         judged = [(each, k, tuple(s.members for s in shadows if s is not each)) for each, k, _ in plans]
         plans += [plan for plan in judged if plan[2]]
     text_width = steps.text_width if any(each.reads_texts for each in drafters) else 0
     with engine.turns.take():
-        if not steps.graph.serves(tuple(sorted({*active, *(m for each in drafters for m in each.members)}))):
+        if not steps.graph.can_capture(tuple(sorted({*active, *(m for each in drafters for m in each.members)}))):
             return
         for slot, sequence in enumerate(sequences):
             sequence.slot = slot

@@ -1,4 +1,4 @@
-"""Memory that lives from run to run: the KV caches of all runners, grown when longer or more requests come."""
+"""The workspace: KV caches of all runners, which live from run to run and grow when longer or more requests come."""
 
 from __future__ import annotations
 
@@ -10,46 +10,47 @@ from itertools import chain
 import torch
 
 from genarm_fast.device.base import out_of_memory
-from genarm_fast.engine.allocate import sizes
+from genarm_fast.engine.allocate import sizes_to_try
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.selfcheck import entries_of, token_bytes
 
-LEAST = 1 << 26  # bytes of caches that are kept, where the weights take less
+MIN_KEPT_BYTES = 1 << 26  # bytes of caches that may be kept if the weights take fewer
 
 
 class Workspace:
-    """The KV caches of an executor's runners: `slots` slots for sequences, each with `capacity` tokens a member."""
+    """The KV caches of an executor's runners: `slots` slots for sequences, each with `capacity` tokens per member."""
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.slots = self.capacity = 0
-        self.generation = 0  # counts how often everything in the caches was dropped
-        self.failure: BaseException | None = None  # why the last growth fell short
-        self.warm: float = 0  # bytes that are kept in any case, since `warm_up` made them
+        self.generation = 0  # number of times that all caches were freed
+        self.failure: BaseException | None = None  # error of the last growth that ran out of memory
+        self.warm_up_bytes: float = 0  # bytes that are kept after a run in any case, since `warm_up` made them
 
     def holds(self, members: Iterable[int], capacity: int) -> bool:
-        """Whether these members' caches are there, with so many tokens a slot."""
+        """Whether these members have caches, with at least `capacity` tokens per slot."""
         groups = self.executor.by_runner(members)
         lanes = all(set(self.executor.lanes(own)) <= set(self.executor.runners[g].blocks) for g, own in groups.items())
         return lanes and self.capacity >= capacity
 
     def token_bytes(self, members: Iterable[int]) -> int:
-        """What the caches of these members take for one token."""
+        """Return the bytes that the caches of these members take for one token."""
         groups = self.executor.by_runner(members).items()
         hosts = [(self.executor.runners[g].members, len(own)) for g, own in groups]
         return sum(token_bytes(host) // len(host) * count for host, count in hosts)
 
     def reserve(self, members: set[int], slots: int, capacity: int, in_use: int, cache_bytes: int | None) -> None:
-        """Have so many slots with so many tokens for these members, or as many as memory allows.
+        """Make `slots` slots of `capacity` tokens for these members, or as many slots as memory allows.
 
-        That is as many as fit beside what the device keeps for forwards; if that is not one, what fits at all.
+        First it tries as many as fit beside the memory that the device keeps free for forwards. If that fails, it tries
+        one slot, or the slots in use, in all memory that is left.
 
-        in_use: slots, counted from 0, whose sequences must stay. With none in use, too small caches are freed before
-        larger ones are made; else they grow tensor by tensor. Afterwards `slots` and `capacity` say what there is, or
-        `whole` is False.
+        in_use: number of the first slots whose contents must stay. With none in use, caches that are too small are
+        freed before larger ones are made; else they grow tensor by tensor. Afterwards `slots` and `capacity` tell what
+        there is, or `is_intact` is False.
         """
         held = {m for m in range(len(self.executor.members)) if self.slots and self.holds([m], 0)}
-        if self.slots >= slots and self.holds(members, capacity) and self.allowed(cache_bytes):
+        if self.slots >= slots and self.holds(members, capacity) and self.is_within_limit(cache_bytes):
             return
         if in_use:
             members = members | held
@@ -58,33 +59,34 @@ class Workspace:
             self.free()
         token, least = self.token_bytes(members), max(in_use, 1)
         groups = self.executor.by_runner(sorted(members))
-        rooms = self._rooms(groups, growing=in_use > 0)
+        budgets = self._device_budgets(groups, growing=in_use > 0)
 
         def allowed(slots: int, tokens: int) -> bool:
             return cache_bytes is None or slots * tokens * token <= cache_bytes
 
         def fits(slots: int, tokens: int) -> bool:
-            return allowed(slots, tokens) and all(slots * tokens * each <= room for each, room in rooms)
+            return allowed(slots, tokens) and all(slots * tokens * each <= budget for each, budget in budgets)
 
         last = [(least, capacity)] if allowed(least, capacity) else []
-        for count, tokens in chain(sizes(slots, least, capacity, fits), last):
+        for count, tokens in chain(sizes_to_try(slots, least, capacity, fits), last):
             if self._grow(groups, count, tokens):
                 self.slots, self.capacity = count, tokens
                 return
             if not in_use:
                 self.free()
-            elif not self.whole:
+            elif not self.is_intact:
                 return
 
     @property
-    def whole(self) -> bool:
-        """False where a growth ended half-way: nothing in the caches counts any more, and they have to be freed."""
-        return all(runner.whole for runner in self.executor.runners)
+    def is_intact(self) -> bool:
+        """False if a growth ended half-way: then the caches' contents are lost, and the caches have to be freed."""
+        return all(runner.is_intact for runner in self.executor.runners)
 
-    def _rooms(self, groups: dict[int, list[int]], growing: bool) -> list[tuple[int, float]]:
-        """For each device: bytes that its caches take for one token, and bytes that they may take.
+    def _device_budgets(self, groups: dict[int, list[int]], growing: bool) -> list[tuple[int, float]]:
+        """Return for each device the bytes that its caches take for one token, and the bytes that they may take.
 
-        Those of caches that are there count as free. Growing takes one tensor above the new size, at most a layer.
+        Memory of the present caches counts as free. Growing takes one tensor more than the new size, for which a
+        layer's bytes are counted.
         """
         taken: Counter[torch.device] = Counter()
         copied: Counter[torch.device] = Counter()
@@ -100,7 +102,7 @@ class Workspace:
         ]
 
     def _grow(self, groups: dict[int, list[int]], slots: int, tokens: int) -> bool:
-        """Have so much for these members by runner; whether there was memory."""
+        """Grow the caches of these members, grouped by runner, to this size. Returns whether there was memory."""
         try:
             for g, own in groups.items():
                 runner = self.executor.runners[g]
@@ -109,7 +111,7 @@ class Workspace:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            self.failure = error.with_traceback(None)  # its frames hold caches
+            self.failure = error.with_traceback(None)  # the traceback's frames would keep caches alive
             return False
         return True
 
@@ -117,25 +119,25 @@ class Workspace:
     def bytes(self) -> int:
         return sum(runner.bytes for runner in self.executor.runners)
 
-    def allowed(self, cache_bytes: int | None) -> bool:
-        """Whether the caches take no more than this."""
+    def is_within_limit(self, cache_bytes: int | None) -> bool:
+        """Whether the caches take at most `cache_bytes`; None allows any size."""
         return cache_bytes is None or self.bytes <= cache_bytes
 
     def trim(self) -> None:
-        """A run has ended: keep the caches for the next one, unless they take more than the weights."""
-        if self.bytes > max(self.most, self.warm):
+        """End a run: keep the caches for the next one, unless they take more bytes than may be kept."""
+        if self.bytes > max(self.kept_bytes_limit, self.warm_up_bytes):
             self.free()
 
     def free(self) -> None:
-        """Let go of all caches."""
+        """Free all caches."""
         for runner in self.executor.runners:
             runner.free()
         self.slots = self.capacity = 0
         self.generation += 1
 
     @cached_property
-    def most(self) -> int:
-        """Bytes of caches that are kept while nothing runs."""
+    def kept_bytes_limit(self) -> int:
+        """Most bytes of caches that are kept while nothing runs: those of the weights, and at least LEAST."""
         models = (member.model for member in self.executor.members)
         weights = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
-        return max(sum(weights.values()), LEAST)
+        return max(sum(weights.values()), MIN_KEPT_BYTES)

@@ -1,1 +1,1 @@
-"""The same guided decoding inside other libraries' decoders. Each module imports the library it is named after."""
+"""Guided decoding inside other libraries' decoders. Each module imports the library that it is named after."""

@@ -1,8 +1,8 @@
 """The engine inside transformers' `model.generate(..., custom_generate=guided(arms))`.
 
-`generate` prepares inputs, generation config, processors and criteria as always, and hands them to the callable in
-place of its own decoding loop. So whatever only knows `model.generate` (pipelines, evaluation harnesses) decodes with
-the engine: drafts, LoRA lanes, no padding. Tokens are those of `GenARM.generate`, for the same seeds.
+`generate` prepares inputs, generation config, processors and criteria as always. It then calls the callable with them
+in place of its own decoding loop. So every program that only knows `model.generate` (pipelines, evaluation harnesses)
+decodes with the engine: drafts, LoRA lanes, no padding. The tokens are those of `GenARM.generate`, for the same seeds.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from genarm_fast.kept import OPTIONS
 from genarm_fast.models.arm import as_arms
 from genarm_fast.params import SamplingParams
 
-# What transformers has no word for. All else comes from the call of `generate`.
-OWN = (
+# Parameters for which transformers has no name. All others come from the call of `generate`.
+GENARM_PARAMETERS = (
     "allowed_token_ids",
     "base_weight",
     "frequency_penalty",
@@ -36,40 +36,42 @@ OWN = (
     "stop_token_ids",
 )
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
-PREPARED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")  # by `generate`
+# `generate` prepares these.
+PREPARED_INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 
 
 def guided(arms: Any, *, weights: Any = None, streamer: Any = None, **options: Any) -> Guided:
-    """A `custom_generate` for transformers: `model.generate(**inputs, custom_generate=guided(arms))`.
+    """Return a `custom_generate` for transformers: `model.generate(**inputs, custom_generate=guided(arms))`.
 
-    `generate` takes three more keywords with it: `weights` and `seed`, as in `SamplingParams`, and `prompts`, texts or
-    chats of the rows, which ARMs then read in their own formats. Without, they read the tokens that the base reads.
-    Without a seed PyTorch's generator gives one, so that `torch.manual_seed` makes texts reproducible.
+    `generate` then takes three more keywords: `weights` and `seed`, as in `SamplingParams`, and `prompts`, the texts or
+    chats of the rows. With `prompts`, each ARM reads them in its own format; without, the ARMs read the tokens that the
+    base reads. Without a seed, PyTorch's generator gives one, so that `torch.manual_seed` makes texts reproducible.
 
     Args:
         arms: one or several hub ids, folders, loaded models or `ARM`s.
         weights: as in `SamplingParams`.
-        streamer: gets prompt and tokens of one row as they come. `generate` does not hand its own streamer over.
-        options: of `GenARM.from_pretrained` (`tokenizer`, `speculation`, `max_batch_size`, ...), and `SamplingParams`
-            that transformers has no word for: allowed_token_ids, base_weight, frequency_penalty, logit_bias,
-            logits_processors, presence_penalty, priority, stop, stop_token_ids.
+        streamer: gets the prompt and the tokens of one row as they are made. `generate` does not pass its own streamer
+            on.
+        options: options of `GenARM.from_pretrained` (`tokenizer`, `speculation`, `max_batch_size`, ...), and those of
+            `SamplingParams` for which transformers has no name: allowed_token_ids, base_weight, frequency_penalty,
+            logit_bias, logits_processors, presence_penalty, priority, stop, stop_token_ids.
 
     Raises:
-        TypeError, ValueError: an option that is neither, or a value that is not right.
+        TypeError, ValueError: an option that is neither of these, or a wrong value.
     """
     return Guided(arms, weights=weights, streamer=streamer, **options)
 
 
 class Guided:
-    """What `guided` returns; loads the ARMs at its first call, and keeps them as `genarm_fast.generate` does."""
+    """What `guided` returns. It loads the ARMs at its first call, and keeps them as `genarm_fast.generate` does."""
 
     def __init__(self, arms: Any, *, weights: Any, streamer: Any, **options: Any) -> None:
         self.arms, self.streamer = as_arms(arms), streamer
-        if unknown := sorted(set(options) - set(OPTIONS) - set(OWN)):
-            known = ", ".join([*OWN, *OPTIONS])
+        if unknown := sorted(set(options) - set(OPTIONS) - set(GENARM_PARAMETERS)):
+            known = ", ".join([*GENARM_PARAMETERS, *OPTIONS])
             raise TypeError(f"{unknown[0]}: expected one of {known}; all else is said to `generate`")
         self.loading = {name: value for name, value in options.items() if name in OPTIONS}
-        self.sampling = {name: value for name, value in options.items() if name in OWN}
+        self.sampling = {name: value for name, value in options.items() if name in GENARM_PARAMETERS}
         SamplingParams(weights=weights, **self.sampling)
         self.weights = weights
         self.speculation = self.loading.pop("speculation", None)
@@ -90,8 +92,10 @@ class Guided:
         prompts: Any = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """As transformers calls it. input_ids: int64 [R, t], padded on the left → [R, t + longest], or the output with
-        it in `sequences`.
+        """Decode the rows, as transformers calls it.
+
+        input_ids: int64 [R, t], padded on the left. Returns int64 [R, t + longest], or an output object with that in
+        `sequences`.
 
         Raises:
             TypeError, ValueError: before any work, naming what the engine cannot do or what is wrong.
@@ -147,7 +151,7 @@ def _columns(
     config: Any,
     streamer: Any,
 ) -> list[Tensor]:
-    """The new tokens of all rows, int64 [R] each, as transformers' loop would append them."""
+    """Return the new tokens of all rows, int64 [R] each, as transformers' loop would append them."""
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(params[0].stop_token_ids), 0)
     if not plan.criteria and streamer is None:
         texts = [output.token_ids for output in engine.generate(prompts, params, speculation=speculation)]
@@ -171,7 +175,7 @@ def _columns(
                 done |= stopped
                 if done.all():
                     break
-                if plan.eos:  # without an end-of-sequence token, transformers lets rows go on beside the others
+                if plan.eos:  # without an end-of-sequence token, transformers lets stopped rows go on
                     for r in stopped.nonzero()[:, 0].tolist():
                         stream.close(r)
                         closed.add(r)
@@ -181,15 +185,16 @@ def _columns(
 
 
 def _lockstep(stream: Any, rows: int, pad: int, closed: set[int]) -> Iterator[list[int]]:
-    """The next token of every row, again and again; `pad` for those that have ended, or that the caller has closed."""
+    """Yield the next token of every row, again and again; `pad` for rows that have ended or were closed."""
     waiting: list[list[int]] = [[] for _ in range(rows)]
     over: set[int] = set()
     while True:
         for r in closed - over:
-            waiting[r].clear()  # drafts may have brought several tokens at once
+            # Drafts may have brought several tokens at once.
+            waiting[r].clear()
             over.add(r)
         while not all(line or r in over for r, line in enumerate(waiting)):
-            chunk = next(stream, None)  # raises what failed, once the others have ended
+            chunk = next(stream, None)  # raises the error of a failed row after the other rows have ended
             if chunk is None:
                 over.update(range(rows))
             else:
@@ -201,7 +206,7 @@ def _lockstep(stream: Any, rows: int, pad: int, closed: set[int]) -> Iterator[li
 
 
 def _check_config(config: Any) -> None:
-    """Raises ValueError for what transformers would do and the engine can't."""
+    """Raises ValueError for settings that transformers supports and the engine does not."""
     if (config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams={config.num_beams}: expected 1 with guided(); GenARMLogitsProcessor guides beam search"
@@ -214,11 +219,15 @@ def _check_config(config: Any) -> None:
 
 
 def _mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-    """False for padding, [R, t]. Raises ValueError for inputs that a forward would get besides tokens."""
+    """Return the mask of the rows, bool [R, t], False for padding.
+
+    Raises:
+        ValueError: inputs for the forward other than tokens, such as a filled cache.
+    """
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     for name, value in model_kwargs.items():
-        if name not in PREPARED and value is not None:
+        if name not in PREPARED_INPUTS and value is not None:
             raise ValueError(f"{name}: expected none with guided(), whose members read token ids alone")
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
@@ -230,7 +239,7 @@ def _mask(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
 
 
 def _check_prompts(engine: GenARM, prompts: Any, rows: list[list[int]], copies: int) -> list[Any]:
-    """The prompts, one for each row. Raises ValueError where the base reads them otherwise than `generate` does."""
+    """Return the prompts, one for each row. Raises ValueError if the base reads one differently from `generate`."""
     requests = engine.prepare(prompts, SamplingParams(max_new_tokens=1))
     if len(requests) * copies != len(rows):
         raise ValueError(f"prompts: expected {len(rows) // copies}, one for each row of input_ids, got {len(requests)}")
@@ -244,7 +253,7 @@ def _check_prompts(engine: GenARM, prompts: Any, rows: list[list[int]], copies: 
 
 
 def _seeds(seed: int | None, rows: int, copies: int, *, draw: bool) -> list[int]:
-    """One for each row: those of the completions that `GenARM.generate(..., n=copies, seed=seed)` gives."""
+    """Return one seed for each row: the seeds of the completions of `GenARM.generate(..., n=copies, seed=seed)`."""
     if seed is not None:
         firsts = [SamplingParams(seed=seed).seed or 0] * (rows // copies)
     elif draw:

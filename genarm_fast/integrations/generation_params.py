@@ -1,6 +1,7 @@
-"""What transformers' `generate` prepares for its decoding loop, in the words of `SamplingParams`.
+"""Translate what transformers' `generate` prepares for its decoding loop into `SamplingParams`.
 
-Whatever has no word there is called as transformers calls it, with scores of the guided distribution, or refused.
+A processor or criterion that `SamplingParams` has no field for is called as transformers calls it, with scores of the
+guided distribution, or refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers.generation import logits_process as lp
 from transformers.generation import stopping_criteria as sc
 
-# Each acts on a row by itself and keeps nothing from call to call, so one row at a time is what it would see anyway.
+# Each of these acts on every row separately and keeps nothing between calls, so it may be called with one row at a
+# time.
 ROW_BY_ROW = (
     lp.EpsilonLogitsWarper,
     lp.EtaLogitsWarper,
@@ -39,7 +41,7 @@ ROW_BY_ROW = (
     lp.TopPLogitsWarper,
     lp.TypicalLogitsWarper,
 )
-WARPERS = (  # in the order of `guided_sample`, which is that of transformers
+WARPERS = (  # the order of `guided_sample` and of transformers
     (lp.TemperatureLogitsWarper, "temperature", "temperature"),
     (lp.TopKLogitsWarper, "top_k", "top_k"),
     (lp.TopPLogitsWarper, "top_p", "top_p"),
@@ -49,8 +51,12 @@ WARPERS = (  # in the order of `guided_sample`, which is that of transformers
 
 @dataclass
 class Translated:
-    """params: fields of `SamplingParams`. processors: called before the temperature, in this order. criteria: asked
-    after each token. eos: whether a text may end with a token, so that rows which ended are padded."""
+    """The settings of one `generate` in the engine's terms.
+
+    params: fields of `SamplingParams`. processors: processors to call before the temperature, in this order. criteria:
+    stopping criteria to ask after each token. eos: whether a token may end a text. Rows that have ended are then
+    padded.
+    """
 
     params: dict[str, Any]
     processors: list[Any] = field(default_factory=list)
@@ -68,12 +74,12 @@ def translated(
     vocab_size: int,
     also_stop: Sequence[int],
 ) -> Translated:
-    """The prepared lists of `generate` for prompts padded to `width` tokens, [rows, width].
+    """Translate the prepared lists of `generate`, for prompts padded to `width` tokens, [rows, width].
 
-    also_stop: token ids that end a text where end-of-sequence ids do.
+    also_stop: further token ids that end a text, if end-of-sequence ids do.
 
     Raises:
-        ValueError: a processor that cannot be had row by row, naming it.
+        ValueError: a processor that cannot be called row by row. The message names it.
     """
     limit, max_time, eos, criteria = math.inf, None, [], []
     for criterion in stopping_criteria:
@@ -87,12 +93,13 @@ def translated(
             criteria.append(criterion)
     if not math.isfinite(limit):
         raise ValueError("max_length=None: expected max_new_tokens or max_length")
-    stops = [token for token in eos if 0 <= token < vocab_size]  # -1, say, is a way to have none
+    stops = [token for token in eos if 0 <= token < vocab_size]  # -1, for example, is a way to have no end
     most = int(limit) - width
     params: dict[str, Any] = {
         "max_new_tokens": most,
         "max_time": max_time,
-        "ignore_eos": True,  # those of the generation config count, and no others
+        # Only the EOS ids of the generation config count.
+        "ignore_eos": True,
         "stop_token_ids": [*stops, *(also_stop if stops else ())],
         "temperature": 1.0 if do_sample else 0.0,
     }
@@ -107,11 +114,12 @@ def translated(
 
 
 def _take_warpers(processors: list[Any], params: dict[str, Any]) -> None:
-    """Move temperature, top-k, top-p and min-p at the end of the list to the parameters."""
+    """Move temperature, top-k, top-p and min-p from the end of the list to the parameters."""
     if processors and type(processors[-1]) is lp.LogitNormalization:
-        processors.pop()  # the draw normalises
+        processors.pop()  # drawing normalises
     kinds = [kind for kind, _, _ in WARPERS]
-    at = len(processors)  # of the first of a row of warpers, in their order, that goes to the end
+    # The index of the first warper of a run, in the order of WARPERS, that reaches the end of the list.
+    at = len(processors)
     while at and type(processors[at - 1]) in kinds:
         place = kinds.index(type(processors[at - 1]))
         if at < len(processors) and place >= kinds.index(type(processors[at])):
@@ -128,7 +136,7 @@ def _take_warpers(processors: list[Any], params: dict[str, Any]) -> None:
 def _take_penalties(
     processors: list[Any], params: dict[str, Any], width: int, most: int, eos: set[int], vocab_size: int
 ) -> None:
-    """Move what begins the list to the parameters: a penalty and bans, whose order does not matter."""
+    """Move a penalty and bans from the beginning of the list to the parameters. Their order does not matter."""
     while processors:
         first = processors[0]
         banned = {int(t) for t in getattr(first, "eos_token_id", ())} == eos
@@ -164,7 +172,7 @@ def _check_own(processor: Any, rows: int) -> None:
 
 
 def for_row(processor: Callable[..., Tensor], row: int, padding: Tensor) -> Callable[..., Tensor]:
-    """A processor of `generate` for one row: it sees the row with the padding [p] that `generate` has on its left."""
+    """Return a processor of `generate` for one row. It gets the padding [p] that `generate` has on the left."""
     if type(processor) is lp.PrefixConstrainedLogitsProcessor:
         allowed = processor._prefix_allowed_tokens_fn
         processor = lp.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)

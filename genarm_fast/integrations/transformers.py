@@ -1,10 +1,10 @@
-"""ARMs for those who stay on Hugging Face's `model.generate`: `custom_generate=guided(arms)`, or a logits processor.
+"""ARMs inside Hugging Face's `model.generate`: `custom_generate=guided(arms)`, or a logits processor.
 
 The processor gives
 
     scores = log_softmax(base scores) + Σ_i w_i · log_softmax(ARM_i logits)            arXiv 2410.08193, eq. 6
 
-over the common vocabulary, in float32; Hugging Face's temperature, top-k, top-p and min-p come after it.
+over the common vocabulary, in float32. Hugging Face's temperature, top-k, top-p and min-p are applied after it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from genarm_fast.text.prompts import encode_prompt, left_padded
 from genarm_fast.utils.checks import check_integer
 
 __all__ = ["GenARMLogitsProcessor", "guided"]
-PADDING = -1  # in place of a token that is masked
+PADDING = -1  # stands for a masked token
 
 
 class GenARMLogitsProcessor(LogitsProcessor):
     """Guides `base.generate(..., logits_processor=[this])`, by sampling, greedily, with beams or an assistant.
 
-    Every ARM has a key-value cache of its own and is fed what it has not read: rows are compared with those of the
-    call before, so that reordered rows, rejected drafts and new prompts are seen as what they are. The ARMs read the
-    rows of `generate` without the pad tokens that they begin with; after `start`, prompts in their own templates.
-    What was read of a prompt serves its own texts and prompts that go on from them, unless `release` forgets it.
+    Every ARM has its own key-value cache and gets only the tokens that it has not read. Rows are compared with those of
+    the previous call. So reordered rows, rejected drafts and new prompts are recognised. By default the ARMs read the
+    rows of `generate` without their leading pad tokens. After `start` they read the prompts in their own templates. The
+    cache of a prompt serves its own texts and later prompts that continue them, until `release` frees it.
 
     Args:
-        base: the model that generates; adapters of it share its weights. Never modified.
+        base: the model that generates; its adapters share its weights. Never modified.
         arms: one or several hub ids, folders, loaded models or `ARM`s.
         weights: one for each ARM, or a number for all; default: the ARMs' own. May be set between any two tokens.
-        tokenizer: the base's; default: the one in its folder.
-        pad_token_id: what rows are padded with on their left; default: the tokenizer's.
-        dtype, device: of ARMs that are not loaded yet; default: their checkpoint's, the base's.
+        tokenizer: the base's tokenizer; default: the one in its folder.
+        pad_token_id: the token that rows are padded with on their left; default: the tokenizer's.
+        dtype, device: dtype and device of ARMs that are not loaded yet; default: the dtype of their checkpoint, the
+            device of the base.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `GenARM.from_pretrained`.
@@ -95,14 +96,14 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @property
     def pad_token_id(self) -> int | None:
-        """As it was given, else the tokenizer's, which may be set late."""
+        """The pad token id that was given, else the tokenizer's, which may be set later."""
         return self.members[0].tokenizer.pad_token_id if self._pad_token_id is None else self._pad_token_id
 
     def start(self, prompts: Any) -> dict[str, Tensor]:
-        """The next `generate` is about these prompts: `base.generate(**processor.start(prompts), ...)`.
+        """Set the prompts of the next `generate`: `base.generate(**processor.start(prompts), ...)`.
 
         Args:
-            prompts: as in `GenARM.generate`: each member sees them in its own template.
+            prompts: as in `GenARM.generate`: each member reads them in its own template.
 
         Returns:
             The base's input_ids and attention_mask, int64 [prompts, longest], padded on the left.
@@ -125,10 +126,10 @@ class GenARMLogitsProcessor(LogitsProcessor):
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids: int64 [R, t]. scores: the base's logits or log-probabilities [R, V] → float32 [R, V].
+        """Return guided scores, float32 [R, V], not normalised.
 
-        Scores are not normalised. -inf where the base or an ARM of non-zero weight has it, and beyond the common
-        vocabulary.
+        input_ids: int64 [R, t]. scores: the base's logits or log-probabilities [R, V]. The result is -inf where the
+        base or an ARM of non-zero weight has -inf, and beyond the common vocabulary.
 
         Raises:
             ValueError: rows that the ARMs cannot read as the base does; a row without any token left; NaN.
@@ -152,14 +153,14 @@ class GenARMLogitsProcessor(LogitsProcessor):
                 masked |= logprobs == -torch.inf
                 total += weight * logprobs
         total = total.masked_fill(masked, -torch.inf)
-        if not bool((total.amax(-1) > -torch.inf).all()):  # nor is NaN
+        if not bool((total.amax(-1) > -torch.inf).all()):  # also true for NaN
             raise ValueError(
                 "scores of the base and its ARMs: expected no NaN, and in every row a token that none masks"
             )
         return nn.functional.pad(total, (0, scores.shape[-1] - self.vocab_size), value=-torch.inf)
 
     def _padded_rows(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Tokens and mask for each ARM: `generate` doesn't hand over its own."""
+        """Return tokens and mask for each ARM, found by the pad tokens: `generate` doesn't pass its mask on."""
         mask = torch.ones_like(input_ids, dtype=torch.bool)
         if self.pad_token_id is not None:
             mask = (input_ids == self.pad_token_id).cumprod(-1) == 0
@@ -194,16 +195,21 @@ class _Reader:
 
     def forget(self) -> None:
         self.rows = torch.empty(0, 0, dtype=torch.long)
-        self.prompt = 1  # tokens that each had at first
-        self.cache = DynamicCache()  # not by the config: sliding windows that dropped a token can't roll back over it
+        self.prompt = 1  # number of tokens of each row in the first call
+        # Made without the config: a sliding window that has dropped a token can't be rolled back.
+        self.cache = DynamicCache()
 
     def logits(self, tokens: Tensor, mask: Tensor, pad_token_id: int | None) -> Tensor:
-        """Of what follows each row. tokens: int64 [R, t]; mask: bool [R, t], False on the left → [R, V]."""
+        """Return the logits [R, V] of the token after each row.
+
+        tokens: int64 [R, t]. mask: bool [R, t], False for padding on the left.
+        """
         tokens = self._readable(tokens.to(self.member.device), mask.to(self.member.device), pad_token_id)
         rows, prompt, cache = self.rows, self.prompt, self.cache
-        self.forget()  # should the forward fail
+        self.forget()  # the state stays empty if the forward fails
         parents, kept = parents_of(tokens, rows)
-        if kept < prompt:  # another generation, before which the ARM may have been trained
+        # This is another generation, and the ARM may have been trained in between.
+        if kept < prompt:
             prompt, kept, cache = tokens.shape[1], 0, self.cache
         else:
             if parents != list(range(len(rows))):
@@ -228,7 +234,8 @@ class _Reader:
         if context is not None and longest > context:
             raise ValueError(f"input_ids: {longest} tokens for {name}: expected at most {context}, its context")
         tokens = tokens.masked_fill(~mask, PADDING)
-        if pad_token_id is not None and pad_token_id >= width:  # what `generate` adds to rows that have ended
+        # `generate` appends this token to rows that have ended.
+        if pad_token_id is not None and pad_token_id >= width:
             tokens = tokens.masked_fill(tokens == pad_token_id, 0)
         if int(tokens.max()) >= width:
             raise ValueError(
@@ -238,10 +245,11 @@ class _Reader:
 
 
 def parents_of(tokens: Tensor, rows: Tensor) -> tuple[list[int], int]:
-    """For each sequence of tokens [R, t], the one of rows [R', t'] that begins most like it: its parent.
+    """Find, for each sequence of tokens [R, t], its parent: the row of [R', t'] with the longest common beginning.
 
-    Returns the parents, and how many tokens every sequence has in common with its own: at most t - 1, since the last
-    token has to be fed.
+    Returns:
+        The parents, and the number of tokens that every sequence has in common with its parent: at most t - 1, since
+        the last token has to be fed.
     """
     width = min(tokens.shape[1] - 1, rows.shape[1])
     tokens, rows = tokens[:, :width], rows[:, :width]

@@ -1,7 +1,8 @@
-"""Batch jobs: requests in a JSON-lines file, answers in another, in the same order; killed jobs resume.
+"""Batch jobs: requests in a JSON-lines file, answers in another, in the same order. Killed jobs resume.
 
-The same input, setup and batch size give the same bytes. A request without a seed takes one from the job's seed and its
-line number (see `inputs`). Requests are decoded in the same groups whether or not a kill came between (`run`).
+The same input, setup and batch size give the same bytes. A request without a seed gets one from the job's seed and its
+line number (see `inputs`). Requests are decoded in the same groups whether or not the job was killed in between
+(`run`).
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from genarm_fast.text.given import Prompt
 
 __all__ = ["JobRequest", "Requests", "ResultsFile", "Summary", "read_requests", "run"]
 
-BATCHES = 8  # a group has so many batches of lines: at its end slots are empty, so few groups waste less
-CHECKING = 5.0  # seconds for prompts to be tokenised before the first answer: 50,000 short ones
-SHARE = 0.1  # of the time that answers take, for the prompts after those
-WRITING = 1.0  # seconds that an answer waits for others to be synced to disk with it
-REPLACED = 4096  # lines that are held until the file is written anew
+# Batches of lines in a group. Slots are empty at the end of a group, so few groups waste less.
+GROUP_BATCHES = 8
+# Seconds for prompts to be tokenised before the first answer, enough for 50,000 short ones.
+FIRST_CHECK_SECONDS = 5.0
+# Share of the answers' time that is spent on tokenising further prompts.
+CHECK_TIME_SHARE = 0.1
+WRITE_DELAY_SECONDS = 1.0  # seconds that an answer waits, so that others are synced to disk with it
+LINES_PER_REWRITE = 4096  # lines that are held before the file is rewritten
 KEPT_ERRORS = 1000
 
 
 class Model(Protocol):
-    """What a job needs of a GenARM."""
+    """The methods and attributes of a GenARM that a job needs."""
 
     max_batch_size: int
     tokenizer: Any
@@ -49,8 +53,11 @@ class Model(Protocol):
 
 @dataclass
 class Summary:
-    """How a run went. requests: all of the job's. kept: answered by earlier runs. errors: (id, message) of the first
-    thousand of those that failed."""
+    """The result of a run.
+
+    requests: number of requests of the whole job. kept: number of requests that earlier runs answered. errors: (id,
+    message) of the first thousand failed requests.
+    """
 
     requests: int
     kept: int
@@ -68,25 +75,26 @@ def run(
     *,
     as_prompt: Callable[[Prompt], Prompt] = lambda prompt: prompt,
 ) -> Summary:
-    """Answers the requests that `results` does not answer yet, and writes each once those before it are written.
+    """Answer the requests that `results` does not answer yet. Each answer is written after the answers before it.
 
-    Groups of `BATCHES * model.max_batch_size` lines are decoded together, fewer where lines ask for several
-    completions. They count from the first line of the job: a resumed job decodes the group that was cut once more, so
-    that its numbers are rounded alike. Prompts are tokenised ahead, some before the first answer, others between
-    groups.
+    Groups of `GROUP_BATCHES * model.max_batch_size` lines are decoded together, fewer if lines ask for several
+    completions. Groups are counted from the first line of the job. A resumed job therefore decodes the interrupted
+    group again, so that its numbers are rounded alike. Prompts are tokenised ahead, some before the first answer,
+    others between groups.
 
-    A request that fails alone gets a line with `error`, and the next run tries it again. `progress` is told of lines
-    answered and tokens generated. as_prompt: what the model is given in the place of a line's prompt.
+    A request that fails by itself gets a line with `error`, and the next run tries it again. progress: called with
+    numbers of lines answered and tokens generated. as_prompt: returns the prompt that the model gets for a line's
+    prompt.
 
     Raises:
-        ValueError: naming file and line of a prompt that the model cannot take. What was written before stays.
+        ValueError: naming file and line of a prompt that the model cannot take. The lines written before stay.
         OSError: the output's disk is full.
     """
     return _Job(model, requests, results, progress, as_prompt).run()
 
 
 class _Job:
-    """One run. Arguments as in `run`."""
+    """One run. The arguments are those of `run`."""
 
     def __init__(
         self,
@@ -98,7 +106,7 @@ class _Job:
     ) -> None:
         self.model, self.requests, self.results = model, requests, results
         self.progress, self.as_prompt = progress, as_prompt
-        self.most = BATCHES * model.max_batch_size
+        self.group_size = GROUP_BATCHES * model.max_batch_size
         self.summary = Summary(len(requests), kept=sum(results.answered))
 
     def run(self) -> Summary:
@@ -109,26 +117,29 @@ class _Job:
         if done < len(self.requests):
             if isinstance(self.requests, Requests):
                 checks.one(self.requests.longest)
-            checks.spend(CHECKING)
+            checks.check_for(FIRST_CHECK_SECONDS)
         if not all(self.results.answered):
-            self._again()
-        first = done - done % self.most
+            self._retry_failed()
+        first = done - done % self.group_size
         rest = iter(self.requests[first:])
-        # A group never crosses a multiple of `most`, so that a resumed job finds its beginning without those before it.
-        while block := list(islice(rest, self.most)):
+        # A group never crosses a multiple of `group_size`, so a resumed job finds its beginning without decoding
+        # earlier groups.
+        while block := list(islice(rest, self.group_size)):
             for group in self._groups(block):
                 stop = first + len(group)
                 if stop > done:
-                    checks.through(stop - done)
+                    checks.check_until(stop - done)
                     start = time.monotonic()
                     self._append(first, group)
-                    checks.spend(SHARE * (time.monotonic() - start))
+                    checks.check_for(CHECK_TIME_SHARE * (time.monotonic() - start))
                 first = stop
         return self.summary
 
     def _check_prompt(self, index: int, line: bytes) -> None:
-        """Raises ValueError where the base reads a prompt otherwise than when it was answered: nothing else that a job
-        is known by tells of a template that renders the date, say."""
+        """Raises ValueError if the base reads a prompt differently from when it was answered.
+
+        This detects, for example, a template that renders the date. The job's digests do not show such a change.
+        """
         request, row = self.requests[index], json.loads(line)
         (prepared,) = self.model.prepare([self.as_prompt(request.prompt)], request.params)
         now = prepared.token_ids[0]
@@ -143,11 +154,11 @@ class _Job:
             )
 
     def _groups(self, requests: Sequence[JobRequest]) -> Iterator[Sequence[JobRequest]]:
-        """Parts that ask for at most `most` completions each, but for a request that asks for more by itself."""
+        """Split requests into groups of at most `group_size` completions. A request for more is a group by itself."""
         group: list[JobRequest] = []
         completions = 0
         for request in requests:
-            if group and completions + request.params.n > self.most:
+            if group and completions + request.params.n > self.group_size:
                 yield group
                 group, completions = [], 0
             group.append(request)
@@ -155,27 +166,27 @@ class _Job:
         yield group
 
     def _append(self, first: int, group: Sequence[JobRequest]) -> None:
-        """Answers a group and writes what is new of it. first: the index of its first request."""
+        """Answer a group and write its new lines. first: the index of the group's first request."""
         waiting: dict[int, dict[str, Any]] = {}
-        rows: list[dict[str, Any]] = []  # next in order, from index `begin` of the group on
+        rows: list[dict[str, Any]] = []  # rows to write next, in order, from index `begin` of the group
         begin, written = len(self.results.answered) - first, time.monotonic()
         for index, result in _answers(self.model, [self._asked(request) for request in group]):
             if index < begin:
-                continue  # written before a kill
+                continue  # written before the job was killed
             waiting[index] = self._row(group[index], result)
             while (row := waiting.pop(begin + len(rows), None)) is not None:
                 rows.append(row)
-            if rows and (len(rows) >= self.model.max_batch_size or time.monotonic() - written > WRITING):
+            if rows and (len(rows) >= self.model.max_batch_size or time.monotonic() - written > WRITE_DELAY_SECONDS):
                 self.results.append(rows)
                 begin, rows, written = begin + len(rows), [], time.monotonic()
         if rows:
             self.results.append(rows)
 
-    def _again(self) -> None:
-        """Tries those once more that failed in an earlier run."""
+    def _retry_failed(self) -> None:
+        """Try the requests again that failed in an earlier run."""
         lines = zip(self.requests, self.results.answered)
         failed = ((index, request) for index, (request, answered) in enumerate(lines) if not answered)
-        while part := list(islice(failed, REPLACED)):
+        while part := list(islice(failed, LINES_PER_REWRITE)):
             rows: dict[int, dict[str, Any]] = {}
             at = iter(part)
             for group in self._groups([request for _, request in part]):
@@ -188,7 +199,7 @@ class _Job:
         return self.as_prompt(request.prompt), request.params
 
     def _row(self, request: JobRequest, result: GenerationOutput | str) -> dict[str, Any]:
-        """A request's output line, counted."""
+        """Return a request's output line, and count the request."""
         summary, tokens = self.summary, 0
         if isinstance(result, str):
             summary.failed += 1
@@ -206,10 +217,10 @@ class _Job:
 def _answers(
     model: Model, asked: Sequence[tuple[Prompt, SamplingParams]]
 ) -> Iterator[tuple[int, GenerationOutput | str]]:
-    """(index, answer or message), as they come.
+    """Yield (index, answer or error message) in the order in which they finish.
 
-    Those that fail in a group are tried alone, so that an error is the request's own. Where the group fails as a whole,
-    its halves are tried: one bad request among a hundred costs about as much again as the group.
+    Requests that fail in a group are tried alone, so that an error is the request's own. If the group fails as a whole,
+    its halves are tried: one bad request in a hundred costs about as much as another group.
     """
     left = dict.fromkeys(range(len(asked)), "")
     whole = True
@@ -239,7 +250,7 @@ def _message(error: Exception) -> str:
 
 
 def _line(request: JobRequest, head: Any, result: GenerationOutput | str, tokenizer: Any) -> dict[str, Any]:
-    """What follows a head."""
+    """Return the fields of an output line after its head."""
     if request.openai is not None:
         if isinstance(result, str):
             return openai.failure_of(result)

@@ -1,4 +1,4 @@
-"""Prompts are tokenised ahead of their turn, so that one that no context holds is named early."""
+"""Tokenise prompts ahead of their turn, so that a prompt that fits no context is reported early."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from genarm_fast.utils.jsonlines import located
 
 
 class Checks:
-    """Checks requests in order, as far as there is time. prepare: of the model. as_prompt: what it makes of a prompt.
+    """Checks requests in order, as far as time allows.
 
-    All methods raise ValueError that names file and line.
+    prepare: the model's method. as_prompt: returns the prompt that the model gets for a line's prompt. All methods
+    raise ValueError, naming file and line, for a prompt that the model cannot take.
     """
 
     def __init__(
@@ -27,13 +28,13 @@ class Checks:
         with located(request.file, request.line):
             self._prepare([self._as_prompt(request.prompt)], request.params)
 
-    def through(self, count: int) -> None:
-        """The first `count` requests are checked when this returns."""
+    def check_until(self, count: int) -> None:
+        """Check requests until the first `count` are checked."""
         while self.checked < count and self._next():
             pass
 
-    def spend(self, seconds: float) -> None:
-        """Checks for so long, or until all are checked."""
+    def check_for(self, seconds: float) -> None:
+        """Check requests for this many seconds, or until all are checked."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self._next():
             pass

@@ -1,4 +1,4 @@
-"""Hashes that tell whether a line was made by the same request on the same models."""
+"""Hashes that show whether a line was made by the same request on the same models."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ BLOCKS = 64
 
 
 def digest(value: Any) -> str:
-    """A short hash of JSON data."""
+    """Return a short hash of JSON data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identity(source: str) -> str:
-    """A hub id as it is; for a folder a hash of its files' content, so that it may move but not be trained anew.
+    """Return a hub id as it is, and for a folder a hash of its files' content.
 
-    Files above 4 MiB are sampled at 64 places: training moves every weight, and reading 100 GB would take minutes.
+    A folder that is moved keeps its hash; one that is trained anew does not. Files above 4 MiB are sampled at 64
+    places: training changes every weight, and reading 100 GB would take minutes.
     """
     folder = Path(source)
     if not folder.is_dir():

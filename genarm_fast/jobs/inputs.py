@@ -1,9 +1,9 @@
 """The input file of a batch job.
 
-Each line is an object with `prompt` (text, chat messages or token ids), optionally `id` (any JSON value, by default the
-line number) and any field of SamplingParams but `max_time` and `priority`, by which bytes would depend on the machine.
-`tools` and `chat_template_kwargs` go to the chat templates, `metadata` (any JSON value) to the output. Lines of
-OpenAI's batch files are taken too: see `openai`.
+Each line is an object with `prompt` (text, chat messages or token ids) and optionally `id` (any JSON value, by default
+the line number). It may have any field of SamplingParams except `max_time` and `priority`, which would make the output
+depend on the machine. `tools` and `chat_template_kwargs` go to the chat templates, `metadata` (any JSON value) to the
+output. Lines of OpenAI's batch files are accepted too, see `openai`.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.messages import may_be_stored
 
-OF_THE_MACHINE = ("max_time", "priority")  # with these an answer would depend on the time of day
-# What JSON can express, less those.
+MACHINE_FIELDS = ("max_time", "priority")  # an answer would depend on the time of day with these
+# The fields that JSON can express, except those of the machine.
 DEFAULTS = {
     field.name: field.default
     for field in fields(SamplingParams)
-    if field.name not in ("logits_processors", *OF_THE_MACHINE)
+    if field.name not in ("logits_processors", *MACHINE_FIELDS)
 }
 FIELDS = tuple(DEFAULTS)
-TEMPLATE = ("tools", "chat_template_kwargs")
-CHECKED = {*FIELDS} - {"seed"}  # lines differ in it
-MOST_SEEN, LONGEST_SEEN = 1024, 1024  # sets of parameters, and characters of one, that are remembered
-OUTPUT = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
+TEMPLATE_FIELDS = ("tools", "chat_template_kwargs")
+LINE_PARAMETERS = {*FIELDS} - {"seed"}  # lines differ in their seeds
+# Most sets of parameters that are remembered, and most characters of one of them.
+MOST_SEEN, LONGEST_SEEN = 1024, 1024
+OUTPUT_FIELDS = ("id", "setup", "request", "error", "prompt", "prompt_token_ids", "completions", "usage")
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One input line. `params` has a seed. kept: fields that its output line has too. openai: the line, if it is one of
-    OpenAI's batch files. file: where the line is, for errors."""
+    """One input line.
+
+    params: the parameters, with a seed. kept: fields that are copied to the output line. openai: the whole line, if it
+    has the form of OpenAI's batch files. file: the name of the line's file, for errors.
+    """
 
     line: int
     id: Any
@@ -49,8 +53,8 @@ class JobRequest:
     file: str = "requests"
 
     def head(self, setup: str) -> dict[str, Any]:
-        """What its output line begins with: `setup` stands for the models, `request` for prompt and parameters."""
-        # Fields at their default do not count, so that a job outlives a version with more fields.
+        """Return the beginning of the output line, with digests of the models and of prompt and parameters."""
+        # Fields at their default do not count, so that a job can continue in a version with more fields.
         values = {name: getattr(self.params, name) for name in FIELDS}
         parameters = {name: value for name, value in values.items() if value != DEFAULTS[name]}
         template = [arguments] if (arguments := arguments_of(self.prompt)) else []
@@ -59,35 +63,40 @@ class JobRequest:
 
 
 def line_seed(job_seed: int, line: int) -> int:
-    """The seed of an input line, 64 bits."""
+    """Return the seed of an input line, 64 bits."""
     return int.from_bytes(hashlib.sha256(f"{job_seed}:{line}".encode()).digest()[:8], "little")
 
 
-class Form:
-    """Makes requests of lines. Arguments as in `read_requests`.
+class LineParser:
+    """Makes requests of lines. The arguments are those of `read_requests`.
 
-    Raises ValueError for a name that cannot be kept, and for `max_time` or `priority` in the defaults.
+    Raises:
+        ValueError: a name that cannot be kept, and `max_time` or `priority` in the defaults.
     """
 
     def __init__(self, file: str, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> None:
-        if taken := [name for name in keep if name in (*OUTPUT, *FIELDS, *TEMPLATE)]:
+        if taken := [name for name in keep if name in (*OUTPUT_FIELDS, *FIELDS, *TEMPLATE_FIELDS)]:
             raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
         for each in fields(SamplingParams):
-            if each.name in OF_THE_MACHINE and (value := getattr(defaults, each.name)) != each.default:
+            if each.name in MACHINE_FIELDS and (value := getattr(defaults, each.name)) != each.default:
                 raise ValueError(
                     f"{each.name}={value!r}: expected {each.default!r} in a batch job, whose bytes would depend on the"
                     " machine"
                 )
         self.file, self.defaults, self.arms, self.keep = file, defaults, arms, ("metadata", *keep)
-        self._known = {"id", "prompt", *TEMPLATE, *self.keep, *FIELDS}
+        self._known = {"id", "prompt", *TEMPLATE_FIELDS, *self.keep, *FIELDS}
         self._seen: dict[str, SamplingParams] = {}
 
     def check(self, row: Mapping[str, Any]) -> tuple[Any, Prompt]:
-        """A line's id (None: it has none) and prompt, in a third of the time of `request`. Raises as that does."""
+        """Return a line's id (None: it has none) and prompt, in a third of the time of `request`. Same errors."""
         return self._parts(row)[:2]
 
     def request(self, row: Mapping[str, Any], line: int) -> JobRequest:
-        """Raises TypeError, ValueError: naming the field, its value and what was expected."""
+        """Return the request of a line.
+
+        Raises:
+            TypeError, ValueError: naming the field, its value and what was expected.
+        """
         _, prompt, params, own = self._parts(row)
         seed = own.get("seed")
         params = params.with_seed(line_seed(self.defaults.seed or 0, line) if seed is None else seed)
@@ -96,7 +105,7 @@ class Form:
         return JobRequest(line, own.get("id", line), prompt, params, kept, source, self.file)
 
     def _parts(self, row: Mapping[str, Any]) -> tuple[Any, Prompt, SamplingParams, Mapping[str, Any]]:
-        """Id, prompt, parameters but for the seed, and the line as this project has it."""
+        """Return id, prompt, parameters without the seed, and the line in this project's form."""
         if openai.is_openai(row):
             row = openai.request_of(row)
         if not self._known.issuperset(row):
@@ -107,17 +116,17 @@ class Form:
         for name in self.keep:
             if name in row:
                 _check_kept(name, row[name])
-        template = {name: row[name] for name in TEMPLATE if name in row}
+        template = {name: row[name] for name in TEMPLATE_FIELDS if name in row}
         if template or not isinstance(prompt, str) or not prompt or not prompt.isascii() or may_be_stored(prompt):
             if not isinstance(prompt, (str, list)):
                 raise ValueError(f"prompt={prompt!r:.60}: expected text, chat messages or token ids")
             (prompt,) = as_prompts([prompt], **template)
         if seed is not None:
             self.defaults.with_seed(seed)
-        return id, prompt, self._params({name: row[name] for name in row if name in CHECKED}), row
+        return id, prompt, self._params({name: row[name] for name in row if name in LINE_PARAMETERS}), row
 
     def _params(self, given: dict[str, Any]) -> SamplingParams:
-        """Most lines have the parameters of others: checking them takes ten times as long as all else."""
+        """Return the parameters of a line. Most lines repeat some; checking them takes ten times all else."""
         key = repr(given)
         if (known := self._seen.get(key)) is not None:
             return known
@@ -133,7 +142,7 @@ class Form:
         return params
 
     def _unknown(self, row: Mapping[str, Any]) -> ValueError:
-        name, known = min(set(row) - self._known), ", ".join(("id", "prompt", *TEMPLATE, *self.keep, *FIELDS))
+        name, known = min(set(row) - self._known), ", ".join(("id", "prompt", *TEMPLATE_FIELDS, *self.keep, *FIELDS))
         return ValueError(
             f"{name}={row[name]!r:.60}: expected one of {known};"
             " other fields go to the output if they are named by --keep"
@@ -150,7 +159,7 @@ def _check_kept(name: str, value: Any) -> None:
 
 
 def _biases(value: Any) -> dict[int, Any]:
-    """JSON has only text as keys."""
+    """Return biases with integer keys: JSON has only text as keys."""
     if not isinstance(value, dict) or not all(key.isdecimal() and str(int(key)) == key for key in value):
         raise ValueError(f"logit_bias={value!r:.200}: expected an object from token ids to numbers")
     return {int(key): bias for key, bias in value.items()}

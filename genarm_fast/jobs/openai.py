@@ -1,6 +1,6 @@
-"""Lines of OpenAI's batch files: `{"custom_id", "method", "url", "body"}` in, responses of that API's shape out.
+"""Lines of OpenAI's batch files: `{"custom_id", "method", "url", "body"}` in, responses in that API's form out.
 
-Bodies of `/v1/chat/completions` and `/v1/completions`. Fields beyond OpenAI's are those of `SamplingParams`.
+Bodies are those of `/v1/chat/completions` and `/v1/completions`. Fields beyond OpenAI's are those of `SamplingParams`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from genarm_fast.params import SamplingParams
 from genarm_fast.text.detokenize import token_text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-LINE = {"custom_id", "method", "url", "body"}
+LINE_FIELDS = {"custom_id", "method", "url", "body"}
 RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
-WITHOUT_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-# What would change the answer and is not there: accepted only where it asks for nothing.
-NOTHING: dict[str, tuple[Any, ...]] = {
+IGNORED_FIELDS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+# Fields that would change the answer and are not supported. These values ask for nothing, so they are accepted.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "echo": (False,),
     "best_of": (1,),
@@ -28,23 +28,23 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-SAMPLING = {field.name for field in fields(SamplingParams)} - {"logits_processors", "max_time", "priority"}
+SAMPLING_FIELDS = {field.name for field in fields(SamplingParams)} - {"logits_processors", "max_time", "priority"}
 REASONS = {"time": "length", "cancelled": "stop"}
 
 
 def is_openai(row: Mapping[str, Any]) -> bool:
-    """Whether a line is meant as one of OpenAI's."""
+    """Whether a line has the form of OpenAI's batch files."""
     return "custom_id" in row or "body" in row
 
 
 def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The line as this project has it: id, prompt, sampling parameters.
+    """Return the line in this project's form: id, prompt, sampling parameters.
 
     Raises:
         ValueError: naming the field, its value and what was expected.
     """
-    if unknown := sorted(set(row) - LINE):
-        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(LINE))}, beside custom_id")
+    if unknown := sorted(set(row) - LINE_FIELDS):
+        raise ValueError(f"{unknown[0]}: expected one of {', '.join(sorted(LINE_FIELDS))}, beside custom_id")
     if not isinstance(row.get("custom_id"), str):
         raise ValueError(f"custom_id={row.get('custom_id')!r:.60}: expected a text")
     if row.get("method", "POST") != "POST":
@@ -62,21 +62,23 @@ def request_of(row: Mapping[str, Any]) -> dict[str, Any]:
     if chat and not isinstance(body[own], list):
         raise ValueError(f"messages={body[own]!r:.60}: expected a list of messages")
     for name, value in body.items():
-        if name == own or name in WITHOUT_EFFECT or value is None:
+        if name == own or name in IGNORED_FIELDS or value is None:
             continue
-        if name in NOTHING:
-            if value not in NOTHING[name]:
-                raise ValueError(f"{name}={value!r:.60}: expected none, or {NOTHING[name][0]!r}")
+        if name in NEUTRAL_VALUES:
+            if value not in NEUTRAL_VALUES[name]:
+                raise ValueError(f"{name}={value!r:.60}: expected none, or {NEUTRAL_VALUES[name][0]!r}")
         elif name in ("logprobs", "top_logprobs") and chat:
             continue
-        elif name == "chat_template_kwargs" and chat:  # as vLLM takes it
+        elif name == "chat_template_kwargs" and chat:  # the same field as in vLLM
             request[name] = value
-        elif (known := RENAMED.get(name, name)) in SAMPLING:
+        elif (known := RENAMED.get(name, name)) in SAMPLING_FIELDS:
             if known in request:
                 raise ValueError(f"{name}={value!r:.60}: expected one limit, it has two names here")
             request[known] = value
         else:
-            names = sorted(SAMPLING | set(RENAMED) | WITHOUT_EFFECT | set(NOTHING) | {own, "top_logprobs"})
+            names = sorted(
+                SAMPLING_FIELDS | set(RENAMED) | IGNORED_FIELDS | set(NEUTRAL_VALUES) | {own, "top_logprobs"}
+            )
             raise ValueError(f"{name}={value!r:.60}: expected one of {', '.join(names)}")
     if chat:
         request |= _chat_logprobs(body)
@@ -93,17 +95,17 @@ def _chat_logprobs(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def head_of(row: Mapping[str, Any], head: Mapping[str, Any]) -> dict[str, Any]:
-    """What the output line begins with. head: of a line of this project."""
+    """Return the beginning of the output line. head: the beginning in this project's form."""
     return {**head, "id": f"batch_req_{head['request']}", "custom_id": row["custom_id"]}
 
 
 def failure_of(message: str) -> dict[str, Any]:
-    """What follows the head of a request that failed."""
+    """Return the fields after the head for a request that failed."""
     return {"response": None, "error": {"code": "generation_error", "message": message}}
 
 
 def response_of(row: Mapping[str, Any], head: Mapping[str, Any], output: GenerationOutput, tokenizer: Any) -> Any:
-    """What follows the head of a request that was answered. `created` is 0: equal jobs write equal bytes."""
+    """Return the fields after the head for an answered request. With `created` 0, equal jobs write equal bytes."""
     chat = row["url"] == CHAT
     usage = output.usage
     body = {

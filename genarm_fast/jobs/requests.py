@@ -1,4 +1,4 @@
-"""The requests of an input file, which is read anew each time: a million lines take little memory."""
+"""The requests of an input file. The file is read again each time, so a million lines take little memory."""
 
 from __future__ import annotations
 
@@ -10,48 +10,54 @@ from typing import Any, overload
 
 import numpy
 
-from genarm_fast.jobs.inputs import Form, JobRequest
+from genarm_fast.jobs.inputs import JobRequest, LineParser
 from genarm_fast.params import SamplingParams
 from genarm_fast.text.given import Prompt
 from genarm_fast.utils.jsonlines import dumps, located, parsed, read_lines
 from genarm_fast.utils.pipes import copied, is_pipe
 
-TOKEN_CHARACTERS = 4  # of a usual text
+TOKEN_CHARACTERS = 4  # characters of a token in usual text
 
 
 @dataclass(frozen=True)
 class Requests(Sequence[JobRequest]):
-    """Iterating reads the lines again; slices are views of the file as well. 8 bytes a line are kept.
+    """The requests of a file. Iterating reads its lines again; a slice is a view of the file too.
 
-    longest: the request whose prompt is longest. Iterating raises ValueError for a line that is another one by now.
+    8 bytes for each line are kept. longest: the request with the longest prompt. Iterating raises ValueError for a line
+    that has changed.
     """
 
-    form: Form
+    parser: LineParser
     longest: JobRequest
     _path: Path
     _hashes: array[int]
     _range: range
-    _copy: Any = field(default=None, repr=False)  # of an input that can be read but once: it lives as long as this
+    # Copy of an input that can be read only once; it lives as long as this object.
+    _copy: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self._range)
 
     def __iter__(self) -> Iterator[JobRequest]:
-        lines, stop = read_lines(self._path, self.form.file), self._range.stop
+        lines, stop = read_lines(self._path, self.parser.file), self._range.stop
         for index in range(stop):
             number, line = next(lines, (0, b""))
             if hash(line) != self._hashes[index]:
-                where = f"{self.form.file} line {number}" if number else self.form.file
+                where = f"{self.parser.file} line {number}" if number else self.parser.file
                 raise ValueError(f"{where}: expected the line that was there when the job began")
             if index >= self._range.start:
-                yield self.form.request(parsed(self.form.file, number, line), number)
+                yield self.parser.request(parsed(self.parser.file, number, line), number)
 
     @overload
     def __getitem__(self, key: int) -> JobRequest: ...
     @overload
     def __getitem__(self, key: slice) -> Requests: ...
     def __getitem__(self, key: int | slice) -> JobRequest | Requests:
-        """An index reads the file up to there. Raises ValueError for a slice that leaves out lines inside it."""
+        """Return a request, or a slice. An index reads the file up to that line.
+
+        Raises:
+            ValueError: a slice with a step other than 1.
+        """
         if isinstance(key, slice):
             if key.step not in (None, 1):
                 raise ValueError(f"step={key.step}: expected 1")
@@ -68,30 +74,30 @@ def read_requests(
     keep: Sequence[str] = (),
     progress: Callable[[int], None] = lambda lines: None,
 ) -> Requests:
-    """Checks all lines but for the lengths of their prompts in tokens, which the members decide.
+    """Check all lines, except for the lengths of their prompts in tokens, which the members decide.
 
     Args:
         path: JSON lines, plain or `.gz`. A pipe is copied to a temporary file.
-        defaults: the parameters that a line leaves out, `max_time` and `priority` not among them; its seed is the job's
-            seed (None: 0), from which each line without a seed derives its own.
-        arms: how many weights a list must have.
-        keep: names of fields that go to the output as they are, besides `metadata`.
-        progress: told how many lines were checked, every thousand of them.
+        defaults: the parameters that a line leaves out, except `max_time` and `priority`. Its seed is the job's seed
+            (None: 0), from which each line without a seed derives its own.
+        arms: the number of weights that a list must have.
+        keep: names of fields that are copied to the output, besides `metadata`.
+        progress: called with the number of lines checked so far, every thousand lines.
 
     Raises:
         ValueError: naming file, line, field, value and expectation.
     """
     path, name = Path(path), str(path)
-    form, copy = Form(name, defaults, arms, keep), copied(path) if is_pipe(path) else None
+    parser, copy = LineParser(name, defaults, arms, keep), copied(path) if is_pipe(path) else None
     if copy is not None:
         path = Path(copy.name)
     hashes, ids, longest, size, count = array("q"), array("q"), None, -1, 0
     for number, line in read_lines(path, name):
         row = parsed(name, number, line)
         try:
-            id, prompt = form.check(row)
+            id, prompt = parser.check(row)
             if (own := _size(prompt)) > size:
-                longest, size = form.request(row, number), own
+                longest, size = parser.request(row, number), own
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} line {number}: {error}") from error
         hashes.append(hash(line))
@@ -101,14 +107,14 @@ def read_requests(
             progress(count)
     if longest is None:
         raise ValueError(f"{name}: expected one JSON object a line, found none")
-    requests = Requests(form, longest, path, hashes, range(count), copy)
+    requests = Requests(parser, longest, path, hashes, range(count), copy)
     _check_unique(requests, ids)
     progress(count)
     return requests
 
 
 def _size(prompt: Prompt) -> int:
-    """About as many characters as it has."""
+    """Return the prompt's approximate number of characters."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(TOKEN_CHARACTERS if isinstance(item, int) else len(item.get("content") or "") for item in prompt)
@@ -119,8 +125,8 @@ def _id_hash(id: Any) -> int:
 
 
 def _check_unique(requests: Requests, ids: array[int]) -> None:
-    """Raises ValueError for an id that two lines have. ids: hashes, which get sorted; few are equal by chance."""
-    values = numpy.frombuffer(ids, numpy.int64)  # shares their memory
+    """Raises ValueError for an id that two lines have. ids: hashes, sorted in place; few are equal by chance."""
+    values = numpy.frombuffer(ids, numpy.int64)  # shares the memory of ids
     values.sort()
     suspected = set(values[1:][values[1:] == values[:-1]].tolist())
     if not suspected:
@@ -129,5 +135,5 @@ def _check_unique(requests: Requests, ids: array[int]) -> None:
     for request in requests:
         text = dumps(request.id)
         if _id_hash(request.id) in suspected and lines.setdefault(text, request.line) != request.line:
-            with located(requests.form.file, request.line):
+            with located(requests.parser.file, request.line):
                 raise ValueError(f"id={request.id!r}: expected each id once, line {lines[text]} has it too")

@@ -19,14 +19,17 @@ _OTHERWISE = "; choose another output file, or overwrite"
 
 
 class ResultsFile:
-    """Line i is the answer to request i, or has its `error`. setup: what stands for the models, see `JobRequest.head`.
+    """The output file. Line i is the answer to request i, or has its `error`.
 
-    Opening locks the file until it is closed and checks the lines that are there against as many of the requests. With
-    `overwrite` it passes over them; the first write replaces them, and only then.
-    answered: for each line, True for an answer, False for an error. last: the number of the last answer that was there,
-    and its line.
+    Opening locks the file until it is closed, and checks its lines against the first requests. With `overwrite` the
+    lines are not checked, and the first write replaces them.
 
-    Raises ValueError if it is no regular file or holds another job's lines, BlockingIOError if a running job writes it.
+    setup: the digest that stands for the models, see `JobRequest.head`. answered: for each line, True for an answer,
+    False for an error. last: index and text of the last answered line that was there.
+
+    Raises:
+        ValueError: no regular file, or the lines of another job.
+        BlockingIOError: a running job writes the file.
     """
 
     def __init__(
@@ -58,21 +61,22 @@ class ResultsFile:
             try:
                 self._file.close()
             except OSError:
-                if error is None:  # else it is the one that is told already
+                # Otherwise the first error is the one to report.
+                if error is None:
                     raise
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the next lines at once, each with its head; they are on disk when this returns."""
+        """Write the next lines at once, each with its head. They are on disk when this returns."""
         lines = b"".join(map(_line, rows))
         with resumable(self.path):
-            self._file.truncate(self._kept_bytes)  # cuts off half a line from a kill
+            self._file.truncate(self._kept_bytes)  # removes half a line that a kill left
             self._file.write(lines)
             _sync(self._file)
         self._kept_bytes = self._file.tell()
         self.answered += [row.get("error") is None for row in rows]
 
     def replace(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Puts new rows in the place of lines, by index: all of them or, if killed, none."""
+        """Replace lines by new rows, by index: all of them or, if killed, none."""
         path = self.path.resolve()
         temporary = path.with_name(path.name + ".tmp")
         temporary.unlink(missing_ok=True)
@@ -90,7 +94,7 @@ class ResultsFile:
             self.answered[index] = row.get("error") is None
 
     def _check(self, requests: Iterable[JobRequest], progress: Callable[[int], None]) -> int:
-        """Fills `answered` and returns how many bytes the whole lines take."""
+        """Fill `answered`, and return the number of bytes of the whole lines."""
         size, rest = 0, iter(requests)
         with open(self.path, "rb") as file:
             for index, line in enumerate(file):
@@ -104,7 +108,7 @@ class ResultsFile:
                         if not (line.startswith(start) or start.startswith(line)):
                             raise ValueError(f"expected a line of this job, found {line[:40]!r}{_OTHERWISE}")
                         break
-                    # Most lines begin with the bytes of their head and have no error: to parse them takes longer.
+                    # Most lines begin with the bytes of their head and have no error. Parsing them would take longer.
                     whole = line.startswith(start) and line.endswith(b"}\n") and b'"error"' not in line[len(start) :]
                     self.answered.append(whole or _checked_row(line, head).get("error") is None)
                 size += len(line)
@@ -152,7 +156,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes a rename last before anything is appended under the new name."""
+    """Wait until a rename is on disk, before anything is appended under the new name."""
     folder = os.open(path, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

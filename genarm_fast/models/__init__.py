@@ -1,1 +1,1 @@
-"""The members of a guided decoder: loading them, checking them, and running their modules fast."""
+"""The members of a guided decoder: code that loads their models, checks them, and runs them fast."""

@@ -1,4 +1,4 @@
-"""PEFT adapters: which are supported, and putting one on a base whose weights stay as they are."""
+"""PEFT adapters: which are supported, and how to put one on a base whose weights must stay as they are."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from genarm_fast.models.patterns import check_patterns
 from genarm_fast.models.weights import own_weights, share_weights
 
 TASKS = (None, "CAUSAL_LM")
-# Fields of LoRA that the modules themselves compute, or that say how it was trained. Others want what only PEFT's own
-# forward does, or name code to import.
+# Fields of LoRA that take effect in the modules themselves, or that only describe the training. Other fields need
+# PEFT's own forward, or name code to import.
 LORA_FIELDS = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "lora_bias",
     "use_rslora", "use_dora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
@@ -31,21 +31,24 @@ LORA_FIELDS = {
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
 }  # fmt: skip
-# Initialisations of LoRA that leave the base's weights alone, and those that loading repeats, number for number.
-KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-REPEATED = ("pissa", "olora", "loftq")
-SHARING = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "LN_TUNING")  # kinds that do, too
-SHOWN = 3  # names of tensors in an error
+# Initialisations of LoRA that leave the base's weights alone, and initialisations that loading repeats, number for
+# number.
+INITS_KEEPING_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+REPEATED_INITS = ("pissa", "olora", "loftq")
+# Kinds of adapters that leave the base's weights alone as well.
+KINDS_KEEPING_BASE = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "HRA", "LN_TUNING")
+MAX_LISTED_NAMES = 3  # most names of tensors in an error
 
 
 def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
-    """The base's module tree with an adapter in it, over the base's weights.
+    """Return the base's module tree with an adapter in it, over the base's weights.
 
-    The adapter computes in the base's dtype, as it will when several share one forward. `what` names it in errors.
+    The adapter computes in the base's dtype, because adapters that share one forward all do. what: the adapter's name
+    in errors.
 
     Raises:
-        ValueError: an adapter of a kind that is not supported, or one that lacks matrices, has others, or has matrices
-            of other shapes than the base wants.
+        ValueError: an adapter of a kind that is not supported, or an adapter with missing matrices, further matrices,
+            or matrices of other shapes than the base needs.
     """
     from peft import PeftModel, load_peft_weights
 
@@ -64,7 +67,9 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
     missing = _not_loaded(adapted, result.missing_keys)
     for problem, names in (("lacks", missing), ("has no place for", result.unexpected_keys)):
         if names:
-            raise ValueError(f"{what}: expected the matrices of its adapter_config.json, {problem} {shown(names)}")
+            raise ValueError(
+                f"{what}: expected the matrices of its adapter_config.json, {problem} {listed_names(names)}"
+            )
     if fingerprint(base) != before:
         raise RuntimeError(f"{what}: loading it changed the weights of its base")
     check_forward(what, adapted)
@@ -72,9 +77,9 @@ def load_adapter(what: str, source: Source, base: nn.Module) -> nn.Module:
 
 
 def check_alone(what: str, folder: str, recorded: Any) -> None:
-    """Raises ValueError for a folder that holds a whole model as well, merged perhaps, of which its adapter is none.
+    """Raises ValueError for a folder that holds an adapter and also a whole model that is not the adapter's base.
 
-    recorded: the adapter's base, as the folder says.
+    The whole model may be the merged one. recorded: the adapter's base, as the folder names it.
     """
     whole = [
         path.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in Path(folder).glob(pattern)
@@ -88,7 +93,7 @@ def check_alone(what: str, folder: str, recorded: Any) -> None:
 
 
 def check_kind(what: str, config: Any) -> None:
-    """Raises ValueError for an adapter whose effect is not all in the modules that it adapts."""
+    """Raises ValueError for an adapter that does not work in its adapted modules alone."""
     kind = plain(config.peft_type)
     if config.is_prompt_learning:
         raise ValueError(f"{what}: {kind} adapters add virtual tokens; expected LoRA-like")
@@ -108,9 +113,9 @@ def check_kind(what: str, config: Any) -> None:
 
 @torch.inference_mode()
 def check_forward(what: str, adapted: Any) -> None:
-    """Raises ValueError where PEFT's forward does more than the modules inside: it is they that run here."""
+    """Raises ValueError if PEFT's forward does more than the adapted modules: only these modules run here."""
     if all(plain(config.peft_type) == "LORA" for config in adapted.peft_config.values()):
-        return  # by its fields
+        return  # `check_kind` has checked these by their fields
     inside = adapted.get_base_model().eval()
     tokens = torch.arange(1, 9, device=inside.get_input_embeddings().weight.device)[None]
     tokens = tokens % inside.config.get_text_config().vocab_size
@@ -122,7 +127,7 @@ def check_forward(what: str, adapted: Any) -> None:
 
 
 def _check_scales(what: str, config: Any) -> None:
-    """Raises ValueError for a scale of a LoRA that is no number, which JSON can hold as NaN or Infinity."""
+    """Raises ValueError for a scale of a LoRA that is not finite: JSON can hold NaN and Infinity."""
     patterns = getattr(config, "alpha_pattern", None)
     scales = [("lora_alpha", getattr(config, "lora_alpha", 1))]
     scales += [(f"alpha_pattern[{name!r:.60}]", value) for name, value in (patterns or {}).items()]
@@ -132,11 +137,13 @@ def _check_scales(what: str, config: Any) -> None:
 
 
 def _check_initialisation(what: str, config: Any) -> None:
-    """Raises ValueError for an initialisation that gave the base other weights when training began, and that loading
-    does not repeat: from random numbers, from gradients, from activations."""
+    """Raises ValueError for an initialisation that changed the base's weights and that loading does not repeat.
+
+    Such initialisations depend on random numbers, gradients or activations.
+    """
     how = getattr(config, "init_lora_weights", True)
-    if how not in KEEPS_BASE and str(how).lower() not in REPEATED:
-        known = ", ".join(map(repr, (*KEEPS_BASE, *REPEATED)))
+    if how not in INITS_KEEPING_BASE and str(how).lower() not in REPEATED_INITS:
+        known = ", ".join(map(repr, (*INITS_KEEPING_BASE, *REPEATED_INITS)))
         raise ValueError(
             f"{what}: init_lora_weights={how!r:.60}: expected one of {known}. If it changed the base as training began,"
             " convert the adapter: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...). If this base"
@@ -145,7 +152,7 @@ def _check_initialisation(what: str, config: Any) -> None:
 
 
 def _not_loaded(adapted: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of these names whose parameter was not loaded under another name either, as VB-LoRA's bank is."""
+    """Return those names whose parameter was not loaded under another name either. VB-LoRA's bank has several names."""
     missing = set(names)
     parameters = dict(adapted.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for name, parameter in parameters.items() if name not in missing}
@@ -157,15 +164,15 @@ def is_adapted(model: nn.Module) -> bool:
     return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
-def shown(names: Iterable[str]) -> str:
-    """The first few names of many."""
+def listed_names(names: Iterable[str]) -> str:
+    """Return the first MAX_LISTED_NAMES names in order, and the number of the others."""
     ordered = sorted(names)
-    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
-    return ", ".join(ordered[:SHOWN]) + more
+    more = f" and {len(ordered) - MAX_LISTED_NAMES} more" if len(ordered) > MAX_LISTED_NAMES else ""
+    return ", ".join(ordered[:MAX_LISTED_NAMES]) + more
 
 
 def checked_config(what: str, source: Source) -> Any:
-    """The adapter's PEFT config.
+    """Return the adapter's PEFT config, checked.
 
     Raises:
         ValueError: a kind or a setting that is not supported, or that this version of PEFT does not know.
@@ -188,7 +195,7 @@ def _config(what: str, source: Source) -> Any:
     known = {field.name for field in fields(kinds[kind])}
     for field in fields(kinds[kind]):
         value = values.get(field.name, field.default)
-        if field.type in (bool, "bool") and not isinstance(value, bool | None):  # "false" would count as true
+        if field.type in (bool, "bool") and not isinstance(value, bool | None):  # the text "false" would count as true
             raise ValueError(f"{what}: {field.name}={value!r:.60}: expected true or false")
     for name, value in values.items():
         if name not in known and value:
@@ -198,7 +205,7 @@ def _config(what: str, source: Source) -> Any:
 
 
 def _check_vocabulary(what: str, base: Any, saved: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError for embeddings of more tokens than the base has, as of an adapter trained with added ones."""
+    """Raises ValueError for embeddings of more or fewer tokens than the base's, as after training with added tokens."""
     vocabularies = [
         module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None
     ]
@@ -216,14 +223,16 @@ def _check_vocabulary(what: str, base: Any, saved: Mapping[str, torch.Tensor]) -
 
 
 def _no_numbers_to_overwrite(config: Any) -> AbstractContextManager[None]:
-    """Where all that PEFT would draw is read from a file afterwards. It costs 0.1 s for 210 matrices."""
-    lora = plain(config.peft_type) == "LORA" and config.init_lora_weights in KEEPS_BASE and not config.use_dora
+    """Skip PEFT's initial weights if the adapter's file provides all of them. They take 0.1 s for 210 matrices."""
+    lora = plain(config.peft_type) == "LORA" and config.init_lora_weights in INITS_KEEPING_BASE and not config.use_dora
     return no_init_weights() if lora else nullcontext()
 
 
 def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) -> set[int]:
-    """Ids of the parameters that PEFT will write to: biases or embeddings trained along, or all that its
-    initialisation changes."""
+    """Return ids of the parameters that PEFT will write to.
+
+    These are biases or embeddings that were trained too, or all parameters that the adapter's initialisation changes.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
 
     written: set[int] = set()
@@ -233,9 +242,9 @@ def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) 
         if old is not None and not (old.shape == value.shape and torch.equal(old, value.to(old))):
             written.add(id(old))
     kind = plain(config.peft_type)
-    if kind not in SHARING:
+    if kind not in KINDS_KEEPING_BASE:
         return {id(parameter) for parameter in tree.parameters()}
-    if kind == "LORA" and config.init_lora_weights not in KEEPS_BASE:
+    if kind == "LORA" and config.init_lora_weights not in INITS_KEEPING_BASE:
         for name, module in tree.named_modules():
             if check_target_module_exists(config, name):
                 written.update(id(parameter) for parameter in module.parameters())
@@ -243,5 +252,5 @@ def _rewritten(tree: nn.Module, config: Any, saved: Mapping[str, torch.Tensor]) 
 
 
 def plain(value: Any) -> Any:
-    """The text of a kind or a task, of which PEFT makes enums."""
+    """Return the text of an adapter kind or a task, which PEFT holds as an enum."""
     return value.value if isinstance(value, Enum) else value

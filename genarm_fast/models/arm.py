@@ -1,4 +1,4 @@
-"""What a caller says of an ARM: where its model is, its weight, its name, its templates."""
+"""What a caller says of an ARM: where its model is, its weight, its name and its templates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genarm_fast.models.quantized import check_quantization
 from genarm_fast.params import check_weights
 from genarm_fast.utils.checks import too_large
 
-RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
+RESERVED = ("base", "ngram", "draft_model")  # names of the drafters that are not ARMs
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,16 @@ class ARM:
 
     Args:
         model: hub id, local folder, folder of a PEFT adapter, or a loaded model (never modified; used in eval mode).
-        weight: default weight, the paper's 1/β; any finite real. A request's `weights` override it.
-        name: key of its rewards; default: the last part of its path.
-        prompt_template: wraps raw string prompts, e.g. "<|user|>\\n{prompt}\\n<|assistant|>\\n".
-        chat_template: Jinja template for chat messages; default: the one of its tokenizer.
-        base: what an adapter belongs to, instead of the base that its folder names: hub id, folder or a loaded model.
-        trust_remote_code: run Python code that its folder or repository brings along; never otherwise.
-        quantization: how its own weights are held, "exact", "int8" or "int4"; None: as `from_pretrained` says.
+        weight: default weight, the paper's 1/β; any finite real number. A request's `weights` override it.
+        name: the name under which the outputs report this ARM's rewards; default: the last part of the model's path.
+        prompt_template: text that wraps raw string prompts, e.g. "<|user|>\\n{prompt}\\n<|assistant|>\\n".
+        chat_template: Jinja template for chat messages; default: the template of the ARM's tokenizer.
+        base: the model that an adapter belongs to, instead of the base that its folder names: hub id, folder or loaded
+            model.
+        trust_remote_code: whether to run Python code that the ARM's folder or repository contains; default: it never
+            runs.
+        quantization: how the ARM's own weights are held: "exact", "int8" or "int4". None: as the `quantization` of
+            `from_pretrained` says.
 
     Templates default to those that training recorded in the folder's genarm.json. An ARM without tokenizer files takes
     the base's tokenizer and chat template.
@@ -44,7 +47,8 @@ class ARM:
     base: Source | nn.Module | None = field(default=None, kw_only=True)
     trust_remote_code: bool = field(default=False, kw_only=True)
     quantization: str | None = field(default=None, kw_only=True)
-    # Adapters that were active in a given PeftModel when this was made: one that is switched later is not meant.
+    # The adapters that were active in a given PeftModel when this ARM was made. Loading refuses the model if they
+    # changed.
     active: tuple[str, ...] = field(default=(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,12 +72,12 @@ class ARM:
 
 
 def active_adapters(model: object) -> tuple[str, ...]:
-    """Names of a PeftModel's active adapters; () for all else."""
+    """Return the names of a PeftModel's active adapters, or () for any other model."""
     return tuple(model.active_adapters) if hasattr(model, "get_base_model") else ()  # type: ignore[attr-defined]
 
 
 def as_arms(arms: Any) -> list[ARM]:
-    """ARM specifications from one or several specifications, paths or models."""
+    """Return a list of `ARM`s, made from one `ARM`, path or model, or from a list of them."""
     if isinstance(arms, (ARM, str, os.PathLike, nn.Module)):
         arms = [arms]
     if not isinstance(arms, Sequence):
@@ -82,7 +86,7 @@ def as_arms(arms: Any) -> list[ARM]:
 
 
 def arm_names(specs: Sequence[ARM]) -> list[str]:
-    """Unique names: given ones as they are, default ones numbered where they repeat."""
+    """Return a unique name for each ARM. Given names stay as they are; default names are numbered where they repeat."""
     given = [spec.name for spec in specs if spec.name is not None]
     for name in given:
         if given.count(name) > 1 or not name:

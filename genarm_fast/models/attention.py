@@ -1,4 +1,4 @@
-"""Attention over our cache as transformers calls it: its name in a config, and its function."""
+"""Attention over our cache as transformers calls it: a name for a model's config, and the function."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from genarm_fast.kernels.ragged_attention import ragged_attention
-from genarm_fast.models.forward_context import place
+from genarm_fast.models.forward_context import current_positions
 
-IMPLEMENTATION = "genarm_fast_ragged"  # has no mask function, so transformers makes no mask
-UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks and biases would be lost
+IMPLEMENTATION = "genarm_fast_ragged"  # transformers has no mask function of this name, so it makes no mask
+UNSUPPORTED = ("s_aux", "position_bias")  # attention sinks and biases, which the op does not compute
 
 
 def attend(
@@ -25,10 +25,16 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function. query: [N, heads, q, dim] → [N, q, heads, dim]."""
+    """Compute causal attention over the cache, as an attention function of transformers.
+
+    query: [N, heads, q, dim] → [N, q, heads, dim].
+
+    Raises:
+        NotImplementedError: a mask, attention sinks or biases.
+    """
     if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED):
         raise NotImplementedError(f"{type(module).__name__} asks for more than causal attention")
-    where = place(query.device)
+    where = current_positions(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return (
         ragged_attention(

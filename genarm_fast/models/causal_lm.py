@@ -1,4 +1,4 @@
-"""transformers' causal LM of a folder or hub repository, with all of its weights and no others, or refused."""
+"""Load the causal LM of a folder or hub repository with transformers, or refuse it if its weights do not fit."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from transformers.utils import logging
 
 from genarm_fast.kernels.quant_linear import QuantWeight
 from genarm_fast.models import coded_checkpoint
-from genarm_fast.models.adapter import shown
+from genarm_fast.models.adapter import listed_names
 from genarm_fast.models.files import check_files, refusing
 from genarm_fast.models.hub import Source
 from genarm_fast.models.one_load import one_load
 from genarm_fast.models.sizes import check_size
 
-CONSTANTS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
+CONSTANT_NAME_ENDINGS = (".masked_bias",)  # ends of names that old versions of transformers saved beside the weights
 
 
 @one_load()
 def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
-    """transformers' causal LM of a folder or hub repository, if that holds all of its weights and nothing else.
+    """Load the causal LM of a folder or hub repository, if that holds all of the model's weights and no others.
 
-    member: its role in errors. kwargs: to transformers' `from_pretrained`.
+    member: the model's role, named in errors. kwargs: keyword arguments for transformers' `from_pretrained`.
 
     Raises:
-        ValueError: files that cannot be read, code of the folder's own without `trust_remote_code`, and weights that
-            are missing, that have no place in the model, or that have another shape.
+        ValueError: files that cannot be read, Python code of the folder's own without `trust_remote_code`, and weights
+            that are missing, that have no place in the model, or that have another shape.
     """
     check_files(member, source)
     _check_size(member, source, trust_remote_code, kwargs)
@@ -40,11 +40,12 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
 
 
 def load_coded(
-    member: str, source: Source, coded: dict[str, Any], *, trust_remote_code: bool = False, **kwargs: Any
+    member: str, source: Source, coded_config: dict[str, Any], *, trust_remote_code: bool = False, **kwargs: Any
 ) -> tuple[Any, dict[str, QuantWeight]]:
-    """As `load_causal_lm`, of a folder whose matrices are coded by another method; and the codes that we have as well.
+    """Load a folder whose matrices another method coded. Return the model, and the codes that `quant_linear` can hold.
 
-    coded: its config's quantization_config. The model is plain: coded matrices are dequantised.
+    coded_config: the quantization_config of the folder's config. The model is plain: its coded matrices are
+    dequantised. The codes have the names of their weights. The other arguments are those of `load_causal_lm`.
 
     Raises:
         ValueError: as `load_causal_lm`, and for codes, scales and zeros that do not fit together.
@@ -56,12 +57,13 @@ def load_coded(
         del config.quantization_config
         with torch.device("meta"), no_init_weights():
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    tensors, codes = coded_checkpoint.read(what, Path(source), coded)
+    tensors, codes = coded_checkpoint.read(what, Path(source), coded_config)
     return _load(what, None, {**kwargs, "config": config, "state_dict": tensors}, kind), codes
 
 
 def _check_size(member: str, source: Source, trust_remote_code: bool, kwargs: dict[str, Any]) -> None:
-    if not kwargs.keys() & {"gguf_file", "config"}:  # whose model is not that of the folder's config.json
+    # With either argument, the model is not that of the folder's config.json.
+    if not kwargs.keys() & {"gguf_file", "config"}:
         check_size(member, source, trust_remote_code=trust_remote_code)
 
 
@@ -70,7 +72,7 @@ def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = Aut
         loaded: Any = kind.from_pretrained(
             source,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # mismatches are refused below, by name
             **kwargs,
         )
     model, found = loaded
@@ -78,9 +80,9 @@ def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = Aut
     problems = (
         ("lacks", found["missing_keys"]),
         ("has other shapes for", {name for name, *_ in found["mismatched_keys"]}),
-        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANTS)}),
+        ("has no place for", {name for name in unexpected if not name.endswith(CONSTANT_NAME_ENDINGS)}),
     )
-    said = "; ".join(f"{problem} {shown(names)}" for problem, names in problems if names)
+    said = "; ".join(f"{problem} {listed_names(names)}" for problem, names in problems if names)
     if said:
         kinds = ", ".join(model.config.architectures or ())
         raise ValueError(
@@ -91,7 +93,7 @@ def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = Aut
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers' table of what did not fit is not for users here: the errors say it."""
+    """Silence transformers' table of weights that did not fit, because our error says the same."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

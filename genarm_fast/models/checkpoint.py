@@ -1,4 +1,4 @@
-"""The members' models from their sources: hub ids, folders, PEFT adapters, given models. Weights are in memory once."""
+"""Load the members' models from hub ids, folders, PEFT adapters or given models. Shared weights are in memory once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from genarm_fast.models.adapter import check_alone, check_forward, check_kind, i
 from genarm_fast.models.causal_lm import load_causal_lm, load_coded
 from genarm_fast.models.files import check_files, read_object
 from genarm_fast.models.fingerprint import fingerprint
-from genarm_fast.models.hub import OPTIONS, Source, adapter_folder, hub_options, locate, within
+from genarm_fast.models.hub import OPTIONS, Source, adapter_folder, hub_options, locate, subfolder_of
 from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.weights import share_weights
 
 
 def check_device(device: Any) -> torch.device:
-    """As torch has it; None: CUDA if there is any, else the CPU. Raises ValueError for one that is not here."""
+    """Return the torch device. None means CUDA if there is any, else the CPU.
+
+    Raises:
+        ValueError: a device that is not here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -39,9 +43,9 @@ def check_device(device: Any) -> torch.device:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raises ValueError for what transformers takes for no precision of weights."""
+    """Raises ValueError for a dtype that transformers does not accept as the precision of weights."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype in (None, "auto") or isinstance(dtype, dict):  # of each part of a composite model
+    if dtype in (None, "auto") or isinstance(dtype, dict):  # a dict gives the dtype of each part of a composite model
         return
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ValueError(f"dtype={dtype!r:.60}: expected auto, float32, bfloat16, float16, or another float of torch")
@@ -52,7 +56,7 @@ def _key(source: Source) -> str:
 
 
 class ModelLoader:
-    """Models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
+    """The models loaded for one `GenARM`. An adapter gets its own module tree over the weights of its base."""
 
     def __init__(
         self,
@@ -80,28 +84,39 @@ class ModelLoader:
         self.device = device if device_map is None else None
         self.kwargs = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config, **kwargs}
         self.kwargs = {name: value for name, value in self.kwargs.items() if value is not None}
-        self.loaded: dict[str, Any] = {}  # source → bare transformers model, without adapters
-        self.places: dict[str, tuple[Source, Source]] = {}  # source → where its model is, and what that is a part of
-        self.evaluated: dict[int, nn.Module] = {}  # id of a given model in training mode → the same in eval mode
-        self.adapted: dict[int, str] = {}  # id of a given model with an adapter → its role
+        self.loaded: dict[str, Any] = {}  # from a source to its bare transformers model, without adapters
+        # From a source to the location of its model, and the location without the subfolder.
+        self.locations: dict[str, tuple[Source, Source]] = {}
+        # From the id of a given model in training mode to its copy in eval mode.
+        self.eval_copies: dict[int, nn.Module] = {}
+        self.adapted_roles: dict[int, str] = {}  # from the id of a given model with an adapter to its role
 
     def locate(self, role: str, source: Source) -> Source:
-        """Where to read its files; each source is looked for once. Raises FileNotFoundError if there are none."""
-        return self._placed(role, source)[0]
+        """Return where to read the files of a source; each source is looked for once.
 
-    def tokenizer_places(self, role: str, source: Source) -> list[Source]:
-        """Where its tokenizer may be: beside the model, or else beside its subfolder. Raises as `locate`."""
-        return list(dict.fromkeys(self._placed(role, source)))
+        Raises:
+            FileNotFoundError: the source is found nowhere.
+        """
+        return self._locate_both(role, source)[0]
 
-    def _placed(self, role: str, source: Source) -> tuple[Source, Source]:
+    def tokenizer_locations(self, role: str, source: Source) -> list[Source]:
+        """Return the locations where a source's tokenizer may be: the model's folder, then the one around a subfolder.
+
+        The errors are those of `locate`.
+        """
+        return list(dict.fromkeys(self._locate_both(role, source)))
+
+    def _locate_both(self, role: str, source: Source) -> tuple[Source, Source]:
+        """Return the location of a source's model, and the location without the subfolder."""
         if not isinstance(source, (str, os.PathLike)):
             raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
         key = _key(source)
-        if key not in self.places:
-            whole = locate(role, source, **{name: self.kwargs[name] for name in OPTIONS if name in self.kwargs})
-            # An ARM without the subfolder that the base's model is in is an ordinary one.
-            self.places[key] = (within(whole, self.subfolder) if self.subfolder else None) or whole, whole
-        return self.places[key]
+        if key not in self.locations:
+            main_location = locate(role, source, **{name: self.kwargs[name] for name in OPTIONS if name in self.kwargs})
+            # An ARM that lacks the subfolder of the base's model is an ordinary one: its model is in its main folder.
+            inside = subfolder_of(main_location, self.subfolder) if self.subfolder else None
+            self.locations[key] = inside or main_location, main_location
+        return self.locations[key]
 
     def load(
         self,
@@ -112,10 +127,10 @@ class ModelLoader:
         trust_remote_code: bool = False,
         quantization: str | None = None,
     ) -> nn.Module:
-        """The model of a member, in eval mode. `role` names it in errors. A module is taken as it is.
+        """Return the model of a member, in eval mode. A loaded model is used as it is.
 
-        base: what an adapter belongs to, instead of what its folder says. quantization: of this member, instead of the
-        loader's.
+        role: the member's role, named in errors. base: the model that an adapter belongs to, instead of the base that
+        the adapter's folder names. quantization: how this member's weights are held, instead of the loader's setting.
         """
         if base is not None and (isinstance(source, nn.Module) or not self._is_adapter(role, source)):
             raise ValueError(f"{role}: base={base!r:.80}: expected none, as its model is no folder of an adapter")
@@ -125,11 +140,11 @@ class ModelLoader:
                     f"{role}: quantization={quantization!r}: expected a folder or hub id, not a loaded model"
                 )
             model = self._given(role, source)
-            if model.training and id(model) not in self.evaluated:
-                self.evaluated[id(model)] = share_weights(model)
-            return self.evaluated[id(model)] if model.training else model
-        place, whole = self._placed(role, source)
-        if role == "base" and self.subfolder and place is whole:
+            if model.training and id(model) not in self.eval_copies:
+                self.eval_copies[id(model)] = share_weights(model)
+            return self.eval_copies[id(model)] if model.training else model
+        location, main_location = self._locate_both(role, source)
+        if role == "base" and self.subfolder and location is main_location:
             what = f"base={os.fspath(source)!r}: subfolder={self.subfolder!r}"
             raise FileNotFoundError(f"{what}: expected it to be there")
         if self._is_adapter(role, source):
@@ -137,18 +152,18 @@ class ModelLoader:
                 raise ValueError(
                     f"{role}: quantization={quantization!r}: expected none for an adapter, it has its base's weights"
                 )
-            return self._load_adapter(role, os.fspath(adapter_folder(place)), base, trust_remote_code)
+            return self._load_adapter(role, os.fspath(adapter_folder(location)), base, trust_remote_code)
         return self._load_bare(role, source, trust_remote_code, quantization)
 
     def _is_adapter(self, role: str, source: Source) -> bool:
         return bool(read_object(role, self.locate(role, source), "adapter_config.json"))
 
     def _given(self, role: str, model: Any) -> Any:
-        """What is inside a PEFT model or a compiled one; others are taken as they are.
+        """Return the model inside a PEFT model or a compiled one. Any other model is returned as it is.
 
         Raises:
-            TypeError: no causal LM.
-            ValueError: an adapter that is not supported, or a model of which it is not clear which adapter is meant.
+            TypeError: a model that is no causal LM.
+            ValueError: an adapter that is not supported, or a model where it is not clear which adapter is meant.
         """
         model = getattr(model, "_orig_mod", model)
         if not hasattr(model, "config") or model.get_output_embeddings() is None:
@@ -165,7 +180,7 @@ class ModelLoader:
             raise ValueError(
                 f"{role}: PEFT has put an adapter into this model: expected one without, loaded anew, or the PeftModel"
             )
-        other = self.adapted.setdefault(id(inside), role) if is_adapted(inside) else role
+        other = self.adapted_roles.setdefault(id(inside), role) if is_adapted(inside) else role
         if other != role:
             raise ValueError(
                 f"{role}: the same adapted model as {other}, with the same active adapter: expected another object for"
@@ -173,26 +188,31 @@ class ModelLoader:
             )
         return inside
 
-    def adopt(self, name: str, model: nn.Module) -> None:
-        """Let adapters share the weights of a model that was given, not loaded."""
+    def register_given(self, name: str, model: nn.Module) -> None:
+        """Let adapters share the weights of a model that the caller gave already loaded."""
         self.loaded[_key(name)] = model
 
     def _load_bare(self, role: str, source: Source, trust_remote_code: bool, own: str | None = None) -> Any:
         quantization = own or self.quantization
         key = _key(source)
         if self.subfolder and key not in self.loaded and os.path.isdir(source):
-            key = _key(self.locate(role, source))  # so that both the folder and the one inside it name it
+            # The same key then serves the outer folder and the one inside it.
+            key = _key(self.locate(role, source))
         key = key if own in (None, self.quantization) else f"{key} ({own})"
         if key not in self.loaded:
-            place = self.locate(role, source)
-            coded = coded_checkpoint.coded(role, place) if quantization and "gguf_file" not in self.kwargs else None
+            location = self.locate(role, source)
+            coded_config: dict[str, Any] | None = None
+            if quantization and "gguf_file" not in self.kwargs:
+                coded_config = coded_checkpoint.quantization_config_of(role, location)
             codes: dict[str, QuantWeight] = {}
-            if coded is not None and quantization is not None:
-                coded_checkpoint.check_method(f"{role}={os.fspath(place)!r}", place, coded, quantization)
-                model, codes = load_coded(role, place, coded, trust_remote_code=trust_remote_code, **self.kwargs)
+            if coded_config is not None and quantization is not None:
+                coded_checkpoint.check_method(f"{role}={os.fspath(location)!r}", location, coded_config, quantization)
+                model, codes = load_coded(
+                    role, location, coded_config, trust_remote_code=trust_remote_code, **self.kwargs
+                )
             else:
                 model = load_causal_lm(
-                    role, place, trust_remote_code=trust_remote_code, **self._kwargs_for(role, place)
+                    role, location, trust_remote_code=trust_remote_code, **self._kwargs_for(role, location)
                 )
             model = (model if self.device is None else model.to(self.device)).eval()
             if quantization is not None:
@@ -200,16 +220,20 @@ class ModelLoader:
             self.loaded[key] = model
         return self.loaded[key]
 
-    def _kwargs_for(self, role: str, place: Source) -> dict[str, Any]:
-        """To transformers. An ARM's folder without the GGUF file that is the base's is an ordinary checkpoint."""
-        kwargs = self.kwargs | hub_options(place)
+    def _kwargs_for(self, role: str, location: Source) -> dict[str, Any]:
+        """Return the keyword arguments for transformers.
+
+        An ARM's folder that lacks the base's GGUF file is an ordinary checkpoint.
+        """
+        kwargs = self.kwargs | hub_options(location)
         name = kwargs.get("gguf_file")
         if name is None:
             return kwargs
-        if role != "base" and os.path.isdir(place) and not os.path.exists(os.path.join(place, name)):
+        if role != "base" and os.path.isdir(location) and not os.path.exists(os.path.join(location, name)):
             return {key: value for key, value in kwargs.items() if key != "gguf_file"}
-        # Dequantised, it is a plain model, with a fingerprint, lanes and our own codes. Callers may ask for its blocks.
-        config = getattr(transformers, "GgufConfig", None)  # None: an older one, which always dequantises
+        # A dequantised model is plain: it has a fingerprint, can share lanes and take our codes. Callers may ask for
+        # GGUF's own blocks instead.
+        config = getattr(transformers, "GgufConfig", None)  # None in an older transformers, which always dequantises
         dense = {} if config is None else {"quantization_config": config(dequantize=True)}
         return dense | kwargs
 
@@ -224,9 +248,10 @@ class ModelLoader:
         return load_adapter(what, source, self._adapter_base(role, source, recorded, base, trust_remote_code))
 
     def _adapter_base(self, role: str, source: str, recorded: Any, named: Any, trust_remote_code: bool) -> Any:
-        """The loaded model that the adapter was trained on, else its own base, checked by fingerprint.
+        """Return the loaded model that the adapter was trained on, else load its base and check the fingerprint.
 
-        recorded: what its folder says of its base. named: what the caller says of it; None for nothing.
+        recorded: the base that the adapter's folder names. named: the base that the caller names; None if the caller
+        names none.
         """
         base = recorded if named is None else named
         expected = read_object(role, source, "genarm.json").get("base_fingerprint")
@@ -246,7 +271,7 @@ class ModelLoader:
             ) from error
         found = fingerprint(model)
         if named is not None and (expected is None or found is None):
-            return model  # the caller says so
+            return model  # there is nothing to check, and the caller named the base
         if expected is None or found is None:
             warnings.warn(f"{wanted}: no fingerprint to check that against, so it is believed", stacklevel=2)
         elif found != expected:

@@ -1,4 +1,4 @@
-"""The fingerprint of a base from its files, without loading it."""
+"""The fingerprint of a base, computed from its files without loading the model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from genarm_fast.models.files import INDICES, read_object
-from genarm_fast.models.fingerprint import ROWS, fingerprint
+from genarm_fast.models.fingerprint import SAMPLED_ROWS, fingerprint
 from genarm_fast.models.hub import Source
 
-WHOLE = "model.safetensors"  # comes before shards and their index
+SINGLE_WEIGHTS_FILE = "model.safetensors"  # transformers prefers this file to shards and their index
 
 
 def checkpoint_fingerprint(base: Source) -> str | None:
-    """`fingerprint` of a folder's checkpoint, from the first rows of each matrix; None where that can't be told.
+    """Return the `fingerprint` of a folder's checkpoint, from the first rows of each matrix; None if unknown.
 
-    A hub id, a quantised checkpoint, and one whose files name tensors otherwise than the model has none.
+    It is unknown for a hub id, a quantised checkpoint, and files that name tensors differently from the model.
     """
     folder = Path(base)
     if not folder.is_dir() or not (files := _loaded(folder)):
@@ -36,14 +36,14 @@ def checkpoint_fingerprint(base: Source) -> str | None:
 
 
 def _loaded(folder: Path) -> list[Path]:
-    """The files that transformers loads: others may lie there, such as variants, an adapter's, or another format's."""
+    """Return the files that transformers loads. The folder may hold others: variants, an adapter, or another format."""
     index = read_object("base", folder, INDICES[0]).get("weight_map", {})
-    names = [WHOLE] if (folder / WHOLE).is_file() else sorted(set(index.values()))
+    names = [SINGLE_WEIGHTS_FILE] if (folder / SINGLE_WEIGHTS_FILE).is_file() else sorted(set(index.values()))
     return [folder / name for name in names if (folder / name).is_file()]
 
 
 class _FirstRows(nn.Module):
-    """Stands for a model before `fingerprint`: the names of its matrices, and their first rows from the files."""
+    """A stand-in for a model, for `fingerprint`: the names of its matrices, and their first rows from the files."""
 
     def __init__(self, model: nn.Module, files: Sequence[Path]) -> None:
         super().__init__()
@@ -57,4 +57,4 @@ class _FirstRows(nn.Module):
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, Any]]:
         for name in self.names:
             with safe_open(self.files[name], "pt") as file:
-                yield name, file.get_slice(name)[:ROWS]
+                yield name, file.get_slice(name)[:SAMPLED_ROWS]

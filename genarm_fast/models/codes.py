@@ -1,7 +1,8 @@
-"""Codes, scales and zeros of GPTQ, AWQ and compressed-tensors checkpoints, as quant_linear holds weights.
+"""Convert codes, scales and zeros of GPTQ, AWQ and compressed-tensors checkpoints for quant_linear.
 
-w[o, i] = scale · (code - zero) in all of them, by groups of inputs. Ours have groups of 32 with a float16 scale, and of
-4 bits a float16 minimum, -scale · zero. What that holds exactly is taken; all else is dequantised.
+In all three methods w[o, i] = scale · (code - zero), by groups of inputs. quant_linear has groups of 32 inputs with a
+float16 scale, and for 4 bits also a float16 minimum, -scale · zero. A matrix that quant_linear can hold exactly keeps
+its codes; any other matrix is dequantised.
 """
 
 from __future__ import annotations
@@ -15,27 +16,28 @@ from torch import Tensor
 from genarm_fast.kernels.quant_linear import QuantWeight, dequantize
 
 GROUP = 32
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs the nibbles of a word belong to, the lowest first
+# Output, out of eight, of each 4-bit field of a word, lowest field first.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-class Coded(NamedTuple):
-    """A matrix of a checkpoint."""
+class CodedMatrix(NamedTuple):
+    """A coded matrix of a checkpoint."""
 
     codes: Tensor  # int16 [out, in]
     zeros: Tensor  # int16 [out, groups]
     scales: Tensor  # floating point [out, groups]
-    group: Tensor  # int64 [in]: the group of each input
+    group: Tensor  # int64 [in], the group of each input
 
     def values(self) -> Tensor:
-        """float32 [out, in]: what the codes stand for; exact where the scales have 16 bits."""
+        """Return the weights that the codes stand for, float32 [out, in]; exact if the scales have 16 bits."""
         return (self.codes - self.zeros[:, self.group]).float() * self.scales.float()[:, self.group]
 
-    def held(self) -> QuantWeight | None:
-        """The same weight in 4 bits, or in 8, or None where neither holds it."""
+    def as_quant_weight(self) -> QuantWeight | None:
+        """Return the same weight in 4 bits, else in 8 bits, or None if neither holds it exactly."""
         width = self.codes.shape[1]
         first = torch.arange(0, width, GROUP)
         if not torch.equal(self.group[first].repeat_interleave(GROUP)[:width], self.group):
-            return None  # groups that are smaller than ours, or scattered
+            return None  # groups are smaller than 32 inputs, or scattered
         zeros, scales = (part[:, self.group[first]] for part in (self.zeros, self.scales))
         halves = scales.to(torch.float16)
         if not halves.isfinite().all() or not torch.equal(halves.to(scales.dtype), scales):
@@ -52,7 +54,7 @@ class Coded(NamedTuple):
 
 
 def unpacked(words: Tensor, bits: int, dim: int, count: int) -> Tensor:
-    """int32 words, the first code in the lowest bits → int16 codes, `count` of them along `dim`."""
+    """Unpack int32 words, whose first code is in the lowest bits, into int16 codes, `count` of them along `dim`."""
     fields = torch.arange(0, 32, bits, dtype=torch.int32)
     codes = (words.movedim(dim, -1)[..., None] >> fields) & ((1 << bits) - 1)
     return codes.flatten(-2)[..., :count].movedim(-1, dim).to(torch.int16)
@@ -64,47 +66,53 @@ def check_bits(name: str, bits: Any) -> int:
     return int(bits)
 
 
-def _even(width: int, groups: int, size: Any) -> Tensor:
-    """Groups one after the other, `size` inputs each; -1 or None: one for all inputs."""
+def _even_groups(width: int, groups: int, size: Any) -> Tensor:
+    """Return the group of each input, for consecutive groups of `size` inputs; -1 or None: one group for all inputs."""
     size = width if size in (-1, None) else size
     if not isinstance(size, int) or size < 1 or groups != -(-width // size):
         raise ValueError(f"group_size={size!r}: expected that of {groups} groups over {width} inputs")
     return torch.arange(width) // size
 
 
-def gptq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
-    """qweight int32 [in · bits / 32, out], qzeros int32 [groups, out · bits / 32], scales [groups, out], g_idx [in]."""
+def gptq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedMatrix:
+    """Read a matrix of GPTQ.
+
+    qweight int32 [in · bits / 32, out], qzeros int32 [groups, out · bits / 32], scales [groups, out], optionally g_idx
+    [in].
+    """
     bits = check_bits("bits", config.get("bits"))
     groups, out = parts["scales"].shape
     width = parts["qweight"].shape[0] * (32 // bits)
     zeros = unpacked(parts["qzeros"], bits, 1, out)
-    if config.get("checkpoint_format", "gptq") != "gptq_v2":  # whose zeros are stored less one
+    # Before version 2, the format stores each zero less one.
+    if config.get("checkpoint_format", "gptq") != "gptq_v2":
         zeros = (zeros + 1) & ((1 << bits) - 1)
-    group = parts["g_idx"].long() if "g_idx" in parts else _even(width, groups, config.get("group_size"))
-    return Coded(unpacked(parts["qweight"], bits, 0, width).T, zeros.T, parts["scales"].T, group)
+    group = parts["g_idx"].long() if "g_idx" in parts else _even_groups(width, groups, config.get("group_size"))
+    return CodedMatrix(unpacked(parts["qweight"], bits, 0, width).T, zeros.T, parts["scales"].T, group)
 
 
-def awq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
-    """qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]."""
+def awq(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedMatrix:
+    """Read a matrix of AWQ. qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]."""
     version = str(config.get("version", "gemm")).lower()
     bits = config.get("bits", config.get("w_bit"))
     if version != "gemm" or bits != 4:
         raise ValueError(f"version={version!r}, bits={bits!r}: expected 'gemm' and 4")
     groups, out = parts["scales"].shape
     width = len(parts["qweight"])
-    places = torch.tensor([AWQ_ORDER.index(i) for i in range(8)])
+    field_order = torch.tensor([AWQ_ORDER.index(i) for i in range(8)])
 
     def ordered(words: Tensor) -> Tensor:
-        return unpacked(words, 4, 1, out).unflatten(1, (-1, 8))[..., places].flatten(1)
+        return unpacked(words, 4, 1, out).unflatten(1, (-1, 8))[..., field_order].flatten(1)
 
-    group = _even(width, groups, config.get("group_size", config.get("q_group_size")))
-    return Coded(ordered(parts["qweight"]).T, ordered(parts["qzeros"]).T, parts["scales"].T, group)
+    group = _even_groups(width, groups, config.get("group_size", config.get("q_group_size")))
+    return CodedMatrix(ordered(parts["qweight"]).T, ordered(parts["qzeros"]).T, parts["scales"].T, group)
 
 
-def compressed_tensors(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Coded:
-    """weight_packed int32 [out, in · bits / 32] of codes plus 2^(bits - 1), or weight int8 [out, in].
+def compressed_tensors(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> CodedMatrix:
+    """Read a matrix of compressed-tensors.
 
-    weight_scale [out, groups], weight_shape [2]; weight_zero_point, packed along outputs as the codes are, or int8.
+    weight_packed int32 [out, in · bits / 32] with codes plus 2^(bits - 1), or weight int8 [out, in]. weight_scale [out,
+    groups], weight_shape [2]. weight_zero_point, optional, is packed along outputs like the codes, or int8.
     """
     weights = config["weights"]
     bits = check_bits("num_bits", weights.get("num_bits"))
@@ -129,10 +137,10 @@ def compressed_tensors(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -
         else:
             zeros = (stored.to(torch.int16) + offset).reshape(-1, scales.shape[1]).expand(out, -1)
     size = weights.get("group_size") if weights["strategy"] == "group" else -1
-    group = parts["weight_g_idx"].long() if "weight_g_idx" in parts else _even(width, scales.shape[1], size)
-    return Coded(codes, zeros, scales, group)
+    group = parts["weight_g_idx"].long() if "weight_g_idx" in parts else _even_groups(width, scales.shape[1], size)
+    return CodedMatrix(codes, zeros, scales, group)
 
 
-def as_bfloat16(coded: Coded, held: QuantWeight | None) -> Tensor:
-    """The matrix that a model without codes has."""
-    return (coded.values() if held is None else dequantize(held)).to(torch.bfloat16)
+def as_bfloat16(matrix: CodedMatrix, quant_weight: QuantWeight | None) -> Tensor:
+    """Return the matrix as a model without codes has it, bfloat16 [out, in]."""
+    return (matrix.values() if quant_weight is None else dequantize(quant_weight)).to(torch.bfloat16)

@@ -1,6 +1,7 @@
-"""Turning a module tree of our own into one that runs fast: our attention, linears of few rows, fused small things.
+"""Make a module tree run fast: attention over our cache, linears for few rows, and fused small operations.
 
-Norms and rotations are replaced where ours give the same bits on a trial: names of classes do not say where they round.
+Norms and rotations are replaced only if our versions give the same bits on a trial. The name of a class does not tell
+where the class rounds.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from genarm_fast.models import attention, flash_attention
 from genarm_fast.models.fused_decoder import fused_forward
 from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.lora_lanes import hooked
-from genarm_fast.models.quantized import QuantizedMatrix, linear_of
+from genarm_fast.models.quantized import QuantizedMatrix, cpu_linear
 from genarm_fast.models.stacking import stacked_forward
 from genarm_fast.models.weights import Movable, trees_over
 
-GATED = ("down_proj", "act_fn", "gate_proj", "up_proj")  # what the forward of Llama's MLP names, and no more
+# All names that the forward of Llama's MLP uses.
+GATED_MLP_NAMES = ("down_proj", "act_fn", "gate_proj", "up_proj")
 
 
 @torch.inference_mode()
-def as_runner(model: Any, others: Iterable[nn.Module] = ()) -> Any:
-    """Change a tree, whose config and modules no other model shares, and return it.
+def make_fast(model: Any, others: Iterable[nn.Module] = ()) -> Any:
+    """Change a module tree in place so that it runs fast, and return it. No model may share its config or modules.
 
-    Its `runs_by` says in words which forward it got. others: models some of whose weights are its own as well. On a GPU
-    weights may move, in all trees that `share_weights` made of these; their numbers stay.
+    Its new attribute `runs_by` names the forward that it got, in words. others: models that share weights with this
+    one. On a GPU weights may move, in all trees that `share_weights` made of these models; the numbers do not change.
     """
     wants_flash = model.config._attn_implementation == "flash_attention_2"
     model.config._attn_implementation = (flash_attention if wants_flash else attention).IMPLEMENTATION
@@ -53,26 +55,28 @@ def as_runner(model: Any, others: Iterable[nn.Module] = ()) -> Any:
 
 
 def on_gpu(model: Any) -> bool:
-    """Whether the kernels of a GPU serve it."""
+    """Whether the model is on a kind of GPU that our kernels serve."""
     return model.get_input_embeddings().weight.device.type in _dispatch.GPUS
 
 
 def _fast(module: nn.Module) -> Callable[..., Any] | None:
-    """What gives a module's results sooner, where the C++ core has it."""
+    """Return a faster function with the module's results, if the C++ core has one; else None."""
     if "forward" in vars(module):
         return None
     used = getattr(type(module).forward, "__code__", _fast.__code__).co_names
     if "apply_rotary_pos_emb" in used:
         return _fast_rotation(module)
-    if used == GATED:
+    if used == GATED_MLP_NAMES:
         activation: Any = module.act_fn
         if type(activation).__name__ in ("SiLU", "SiLUActivation") and not hooked(activation):
             return partial(_gated, module)
-    weight = module._parameters.get("weight")  # a hook may compute another one for each call, which is no parameter
+    # A weight that a hook computes for each call is no parameter.
+    weight = module._parameters.get("weight")
     if weight is None or not weight.is_cpu:
         return None
+    # Of few rows, these linears are faster than PyTorch's, and of many about as fast.
     if type(module) is nn.Linear and weight.dtype in (torch.bfloat16, torch.float32):
-        return linear_of(weight, module.bias)
+        return cpu_linear(weight, module.bias)
     if type(module) is nn.Embedding and isinstance(weight, QuantizedMatrix):
         return weight.linear.rows
     if type(module).__name__.endswith("RMSNorm") and weight.dim() == 1:
@@ -97,7 +101,10 @@ def _fast_norm(module: nn.Module, weight: Tensor) -> Norm | None:
 
 
 def _fast_rotation(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward of an attention with `rotary` in place of the function that its file defines."""
+    """Return an attention's forward with `rotary` in place of the rotation that its file defines.
+
+    None if `rotary` does not give the same bits.
+    """
     forward = type(module).forward
     theirs = forward.__globals__["apply_rotary_pos_emb"]
     width = getattr(module, "head_dim", None)
@@ -111,11 +118,12 @@ def _fast_rotation(module: nn.Module) -> Callable[..., Any] | None:
     try:
         pairs = zip(theirs(*states, whole.cos(), whole.sin()), rotary(*states, whole.cos(), whole.sin()))
         same = all(torch.equal(their, our) for their, our in pairs)
-    except (TypeError, RuntimeError):  # another signature
+    except (TypeError, RuntimeError):  # the function has another signature
         return None
     with suppress(RuntimeError):
         theirs(*states, half.cos(), half.sin())
-        return None  # it rotates as many dimensions as it has angles for
+        # It rotates only as many dimensions as it has angles, which `rotary` does not.
+        return None
     if not same:
         return None
     names = {**forward.__globals__, "apply_rotary_pos_emb": rotary}

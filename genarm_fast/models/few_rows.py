@@ -1,4 +1,7 @@
-"""Which kernel multiplies few rows on a GPU, cuBLAS's or ours: measured once for a shape, and kept for the process."""
+"""Choose the kernel that multiplies few rows on a GPU: cuBLAS's or this package's.
+
+Each shape is measured once, and the choice is kept for the life of the process.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from torch.nn import functional
 from genarm_fast.device.base import Device, WorkStream, out_of_memory
 from genarm_fast.device.cuda import Cuda, power_of_two
 
-ROWS = (1, 2, 4, 8, 16)  # others count as the next of these
-REPEATS = 5  # measured replays of a graph with the products of all layers
-GAIN = 0.97  # of cuBLAS's time: what ours has to take less than, as measurements scatter
-FAR = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}  # of the norm; float32: cuBLAS may use TF32
+MEASURED_ROWS = (1, 2, 4, 8, 16)  # measured numbers of rows; any other number counts as the next larger one
+REPEATS = 5  # measured replays of a graph that holds the products of all layers
+# Our kernel is chosen if it takes less than this share of cuBLAS's time. The margin covers the scatter of measurements.
+MAX_TIME_SHARE = 0.97
+# Largest distance of our product from cuBLAS's, as a share of the product's norm. In float32 cuBLAS may use TF32.
+MAX_DISTANCE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-8}
 logger = logging.getLogger(__name__)
 
 
@@ -33,34 +38,37 @@ class Shape(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of one product by each, inf where the kernel fails or gives other numbers; and why."""
+    """Seconds that one product takes by each kernel.
+
+    few_rows: inf if our kernel fails or its result differs from cuBLAS's; `why` then gives the reason.
+    """
 
     cublas: float
-    ours: float
+    few_rows: float
     why: str = ""
 
     @property
-    def ours_is_faster(self) -> bool:
-        return self.ours < GAIN * self.cublas
+    def few_rows_is_faster(self) -> bool:
+        return self.few_rows < MAX_TIME_SHARE * self.cublas
 
 
 class Product(Protocol):
-    """What is chosen for: `ours` has the rows for which our kernel serves."""
+    """Linears of a decoder that need a kernel. kernel_row_counts: the numbers of rows that our kernel multiplies."""
 
     weight: Tensor
     bias: Tensor | None
-    ours: frozenset[int]
+    kernel_row_counts: frozenset[int]
 
 
-known: dict[Shape, Seconds] = {}
+measured: dict[Shape, Seconds] = {}
 
 
 @torch.no_grad()
 def choose(products: Sequence[Product], device: Device | None = None) -> str:
-    """Set `ours` of the products of a decoder, and say in words what was chosen; "" where there is no choice.
+    """Set `kernel_row_counts` of each product of a decoder, and return a sentence about the choice; "" without a GPU.
 
-    Products of one shape are measured together, layer after layer as a forward has them: their weights are not in the
-    cache. device: for its clock, and its graphs, without which the host's launches would be measured.
+    Products of one shape are measured together, layer after layer as in a forward, so that their weights are not in the
+    cache. device: gives the clock and the graphs. Without graphs, the host's launches would be measured.
     """
     if device is None:
         if not all(product.weight.is_cuda for product in products):
@@ -73,19 +81,21 @@ def choose(products: Sequence[Product], device: Device | None = None) -> str:
     chosen: Counter[bool] = Counter()
     streams = {where: device.stream(where) for where in {shape.device for shape in alike}}
     for shape, group in alike.items():
-        for rows in ROWS:
+        for rows in MEASURED_ROWS:
             key = shape._replace(rows=rows)
-            if key not in known:
-                known[key] = _measured(key, group, device, streams[key.device])
-                logger.info("%s: %s", key, known[key])
-            chosen[known[key].ours_is_faster] += 1
+            if key not in measured:
+                measured[key] = _measured(key, group, device, streams[key.device])
+                logger.info("%s: %s", key, measured[key])
+            chosen[measured[key].few_rows_is_faster] += 1
         for product in group:
-            product.ours = frozenset(rows for rows in ROWS if known[shape._replace(rows=rows)].ours_is_faster)
+            product.kernel_row_counts = frozenset(
+                rows for rows in MEASURED_ROWS if measured[shape._replace(rows=rows)].few_rows_is_faster
+            )
     return f"of {chosen.total()} shapes of few rows, cuBLAS multiplies {chosen[False]} and our kernel {chosen[True]}"
 
 
-def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias by our kernel."""
+def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x Wᵀ + bias by our kernel. Raises ValueError for an x that the kernel does not take."""
     from genarm_fast.kernels.small_linear.triton import launch  # triton is not on every platform
 
     found = launch(x, weight, bias)
@@ -95,8 +105,8 @@ def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def serves(product: Product, x: Tensor) -> bool:
-    """Whether our kernel was chosen for so many rows."""
-    return bool(product.ours) and power_of_two(x.shape[:-1].numel()) in product.ours
+    """Whether our kernel was chosen for the number of rows of x."""
+    return bool(product.kernel_row_counts) and power_of_two(x.shape[:-1].numel()) in product.kernel_row_counts
 
 
 def _measured(shape: Shape, group: Sequence[Product], device: Device, stream: WorkStream) -> Seconds:
@@ -104,22 +114,22 @@ def _measured(shape: Shape, group: Sequence[Product], device: Device, stream: Wo
     first = group[0]
     expected, why = functional.linear(x, first.weight, first.bias).float(), ""
     try:
-        found = ours(x, first.weight, first.bias).float()
-        far = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-        if not far <= FAR[shape.dtype] and float(expected.abs().max()) > 0:
-            why = f"it is {far:.2g} of the result away from cuBLAS"
+        found = few_rows_linear(x, first.weight, first.bias).float()
+        distance = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
+        if not distance <= MAX_DISTANCE[shape.dtype] and float(expected.abs().max()) > 0:
+            why = f"it is {distance:.2g} of the result away from cuBLAS"
     except Exception as error:
         if out_of_memory(error):
             raise
         why = f"{type(error).__name__}: {error}"
     cublas = _seconds(functional.linear, x, group, device, stream)
-    return Seconds(cublas, math.inf if why else _seconds(ours, x, group, device, stream), why)
+    return Seconds(cublas, math.inf if why else _seconds(few_rows_linear, x, group, device, stream), why)
 
 
 def _seconds(
     multiply: Callable[..., Tensor], x: Tensor, group: Sequence[Product], device: Device, stream: WorkStream
 ) -> float:
-    """Of one product, the median of some replays of all."""
+    """Return the seconds of one product: the median over replays that each compute the products of all layers."""
 
     def run() -> tuple[()]:
         for product in group:

@@ -1,7 +1,7 @@
 """The files of a model folder, checked before anything is built from them.
 
 A folder may come from anywhere: cut off while it was copied, edited by hand, or made to do harm. Each fault is one
-ValueError in one form: the member, the file, what was expected.
+ValueError of one form: the member, the file, what was expected.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from safetensors import safe_open
 
 from genarm_fast.models.hub import Source, find_file
-from genarm_fast.utils.disk import FULL
+from genarm_fast.utils.disk import DISK_FULL_ERRNOS
 from genarm_fast.utils.jsonlines import repeated
 
 MIB = 1 << 20
-JSON_LIMITS = {  # largest sizes; the largest of the hub are a tenth of these
+JSON_LIMITS = {  # largest sizes in bytes; the largest files of the hub have a tenth of them
     "config.json": 16 * MIB,
     "generation_config.json": 16 * MIB,
     "adapter_config.json": 16 * MIB,
@@ -34,11 +34,14 @@ JSON_LIMITS = {  # largest sizes; the largest of the hub are a tenth of these
     "model.safetensors.index.json": 256 * MIB,
     "pytorch_model.bin.index.json": 256 * MIB,
 }
-OURS = "genarm.json"  # training writes it; other files are read by libraries that take the last of two equal keys
-MOST_NESTED = 100  # objects and arrays inside each other; those of the hub have 10, and libraries recurse over them
-READ = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".tiktoken")  # how names end that libraries read
+# The file that training writes. All other files are read by libraries, which take the last of two equal keys.
+TRAINING_RECORD_FILE = "genarm.json"
+# Deepest nesting of objects and arrays. Files of the hub have at most 10 levels, and libraries recurse over them.
+MOST_NESTED = 100
+# Ends of the names of files that libraries read.
+LIBRARY_FILE_ENDINGS = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".tiktoken")
 TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
-MOST_TEMPLATE = MIB  # bytes; the longest of the hub have 20 kB
+MOST_TEMPLATE = MIB  # bytes; the longest templates of the hub have 20 kB
 WEIGHTS = ("*.safetensors", "*.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = (
@@ -49,15 +52,17 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
-MOST_TOKENIZER = 512 * MIB  # bytes of tokenizer.json; the largest of the hub have 35 MB
-COUNTS = ("layers", "layer", "experts", "heads", "size", "dim", "rank")  # how names of sizes end, or "n_" begins
+MOST_TOKENIZER = 512 * MIB  # bytes of tokenizer.json; the largest files of the hub have 35 MB
+# A setting of a config is a size if its name ends with one of these words or begins with "n_".
+SIZE_NAME_ENDINGS = ("layers", "layer", "experts", "heads", "size", "dim", "rank")
 
 
 def read_object(member: str, source: Source, name: str) -> dict[str, Any]:
-    """A JSON object of a folder or hub repository, {} where it has no such file.
+    """Return a JSON object from a file of a folder or hub repository, or {} if there is no such file.
 
     Raises:
-        ValueError: it is no file, too large, or no JSON object in UTF-8.
+        ValueError: something that is no regular file, a file that is too large, or one that holds no JSON object in
+            UTF-8.
     """
     if os.path.isdir(source):
         _check_regular(member, Path(source, name))
@@ -66,13 +71,13 @@ def read_object(member: str, source: Source, name: str) -> dict[str, Any]:
 
 
 def check_files(member: str, source: Source) -> None:
-    """Raises ValueError for a file that is no file, a JSON file that holds no object, and safetensors cut short.
+    """Raises ValueError for a folder entry that is no regular file, JSON without an object, and safetensors cut short.
 
-    A repository of the hub is checked as far as its JSON files go: its weights are not here yet.
+    Of a hub repository only the JSON files are checked, since its weights are not here yet.
     """
     if os.path.isdir(source):
         for path in (*Path(source).iterdir(), *Path(source).glob(TEMPLATES[1])):
-            if path.name.endswith(READ):
+            if path.name.endswith(LIBRARY_FILE_ENDINGS):
                 _check_regular(member, path)
     objects = {name: read_object(member, source, name) for name in JSON_LIMITS}
     _check_code(f"{member}: {Path(source, 'config.json')}", objects["config.json"])
@@ -97,7 +102,7 @@ def check_files(member: str, source: Source) -> None:
 
 
 def _check_code(what: str, config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a repository of kernels that a config names: transformers would fetch and run it."""
+    """Raises ValueError for a config that names a repository of kernels: transformers would fetch and run them."""
     for name, value in config.items():
         if name.endswith(("_implementation", "_implementation_internal")) and "/" in str(value):
             raise ValueError(
@@ -108,52 +113,58 @@ def _check_code(what: str, config: Mapping[str, Any]) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of all weights in a folder."""
+    """Return the bytes of all weight files in a folder."""
     return sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern))
 
 
 def check_sizes(what: str, config: Mapping[str, Any], limit: int) -> None:
-    """Raises ValueError for a size in a config that no checkpoint of so many bytes can have, such as 10^9 layers.
+    """Raises ValueError for a size in a config that no checkpoint of `limit` bytes can have, such as 10^9 layers.
 
     A layer has more than a byte of weights, and so has a row of a matrix.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_sizes(f"{what}: {name}", value, limit)
-        elif isinstance(value, int) and value > limit > 0 and (name.startswith("n_") or name.endswith(COUNTS)):
+        elif (
+            isinstance(value, int) and value > limit > 0 and (name.startswith("n_") or name.endswith(SIZE_NAME_ENDINGS))
+        ):
             raise ValueError(f"{what}: {name}={value}: expected at most {limit}, the bytes of its weights")
 
 
 @contextmanager
 def refusing(what: str, expected: str) -> Iterator[None]:
-    """Turns whatever a library raises over a file into one ValueError; lack of memory and interrupts stay."""
+    """Turn any error that a library raises over a file into a ValueError. MemoryError and interrupts pass through."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except BaseException as error:
-        # The Rust of tokenizers panics over some files, with an exception of its own that is no Exception.
+        # The Rust code of tokenizers panics over some files, with an exception that is no subclass of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        if getattr(error, "errno", None) in FULL:  # of a temporary file: nothing is wrong with the model's
+        # The disk is full, for example for a temporary file. Nothing is wrong with the model's file.
+        if getattr(error, "errno", None) in DISK_FULL_ERRNOS:
             raise
         raise ValueError(f"{what}: expected {expected}{_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """What a library says, in one line. What it says of pickles is left out: it advises to load them all the same."""
+    """Return a library's message in one line. Messages about pickles are replaced: they advise to load the file."""
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return "; it brings Python code of its own, which runs only with trust_remote_code"
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
         return ", got a pickle of more than tensors"
-    if isinstance(error, KeyError):  # its text is the key alone
+    if isinstance(error, KeyError):  # the text of a KeyError is the key alone
         return f", found nothing for {text[:300]}"
     return f": {text[:300]}" if text else f", got {type(error).__name__}"
 
 
 def _check_ranks(what: str, config: Mapping[str, Any], largest: int) -> None:
-    """Raises ValueError for a rank that no matrix of an adapter has: PEFT takes memory for it before it reads them."""
+    """Raises ValueError for a rank that no matrix of the adapter has.
+
+    PEFT takes memory for the rank before it reads the matrices.
+    """
     ranks = config.get("rank_pattern") or {}
     for rank in (config.get("r"), *(ranks.values() if isinstance(ranks, Mapping) else ())):
         if isinstance(rank, int) and rank > largest > 0:
@@ -176,7 +187,7 @@ def _parsed(what: str, path: Path, limit: int) -> dict[str, Any]:
     twice: list[str] = []
     with refusing(what, expected):
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=lambda pairs: _last(pairs, twice))
-    if twice and path.name == OURS:
+    if twice and path.name == TRAINING_RECORD_FILE:
         raise ValueError(f"{what}: the key {twice[0]!r:.80} is there twice: expected it once")
     if twice:
         warnings.warn(f"{what}: the key {twice[0]!r:.80} is there twice: the last one counts", stacklevel=2)
@@ -192,7 +203,10 @@ def _parsed(what: str, path: Path, limit: int) -> dict[str, Any]:
 
 
 def _last(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
-    """As `json` makes objects, and so transformers and PEFT read them; keys that were there already are noted."""
+    """Return the pairs as a dict in which the last of equal keys counts, as in `json`, transformers and PEFT.
+
+    A key that repeats is added to `twice`.
+    """
     row = dict(pairs)
     if len(row) < len(pairs):
         twice.append(repeated(pairs))
@@ -209,7 +223,10 @@ def _check_template(what: str, path: Path) -> None:
 
 
 def blame_tokenizer(member: str, folder: Path) -> str:
-    """Which of the tokenizer's files an error is about, once one could not be loaded. JSON is read again to tell."""
+    """Return the path of the tokenizer's file to blame, after the tokenizer could not be loaded.
+
+    The JSON files are parsed again, so that a fault in them is raised as its own ValueError.
+    """
     for name in ("tokenizer.json", "vocab.json"):
         if (folder / name).is_file():
             _parsed(f"{member}: {folder / name}", folder / name, MOST_TOKENIZER)
@@ -217,10 +234,10 @@ def blame_tokenizer(member: str, folder: Path) -> str:
 
 
 def _weight_files(member: str, folder: Path, objects: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-    """The weights of a folder, and the shards that its indices name, which must be there."""
+    """Return the weight files of a folder. Raises ValueError for a shard that an index names and that is not there."""
     for index in INDICES:
         named = objects[index].get("weight_map", {})
-        if named and not isinstance(objects[index].get("metadata"), Mapping):  # transformers reads it
+        if named and not isinstance(objects[index].get("metadata"), Mapping):  # transformers reads the metadata
             raise ValueError(f"{member}: {folder / index}: expected an object 'metadata' in it")
         if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named.values()):
             raise ValueError(f"{member}: {folder / index}: expected a weight_map from tensors to files")

@@ -8,29 +8,31 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-VALUES = 16  # of every matrix
-ROWS = 256  # from its first rows alone: a vocabulary may grow
-# bf16 numbers from here on are exact in fp16 too; smaller ones count as zero.
+SAMPLES_PER_MATRIX = 16  # numbers taken from every matrix
+SAMPLED_ROWS = 256  # first rows that the numbers come from; more tokens in the vocabulary then change nothing
+# bf16 numbers of at least this size are exact in fp16 too; smaller numbers count as zero.
 SMALLEST = 2.0**-14
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """16 hex digits from values of every weight matrix; 12 ms of CPU for 211 of them on a busy machine.
+    """Return 16 hex digits computed from values of every weight matrix.
 
-    The same for a bfloat16 checkpoint loaded as bfloat16, float16 or float32, for a float32 one loaded as float32 or
-    bfloat16, and for a model before and after LoRA layers or vocabulary rows are added to it. Different once the
-    weights themselves change (fine-tuned, merged).
+    It takes 12 ms of CPU time for 211 matrices on a busy machine. The fingerprint is the same for a bfloat16 checkpoint
+    loaded as bfloat16, float16 or float32, and for a float32 checkpoint loaded as float32 or bfloat16. LoRA layers or
+    vocabulary rows that are added to a model do not change it. A change of the weights themselves (fine-tuning,
+    merging) does.
 
     Returns:
-        None where the weights cannot be read as numbers: on the meta device, or quantised by others. Such a model can
-        be neither confirmed nor refused. One that our `quantization=` made has that of the weights it was made from, as
-        long as its codes and scales are those that it got.
+        None if the weights cannot be read as numbers: on the meta device, or quantised by another library. Such a model
+        can be neither confirmed nor refused. A model that our `quantization=` made has the fingerprint of the weights
+        it was made from, as long as its codes and scales are unchanged.
     """
     if (quantized := getattr(model, "quantized", None)) is not None:  # see quantized.py
-        now = held_fingerprint(model)
-        return quantized.fingerprint if now == quantized.held else now
+        now = codes_fingerprint(model)
+        return quantized.fingerprint if now == quantized.codes_fingerprint else now
     weights = _own_weights(model)
-    if getattr(model, "hf_quantizer", None) is not None:  # its tensors may pass for numbers, and be others
+    # Another library quantised the model. Its tensors may look like numbers, and hold something else.
+    if getattr(model, "hf_quantizer", None) is not None:
         return None
     if not weights or any(w.is_meta or not w.is_floating_point() or w.itemsize < 2 for w in weights.values()):
         return None
@@ -42,20 +44,20 @@ def fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def held_fingerprint(model: nn.Module) -> str:
-    """The same of codes and scales, where weights are held in 8 or 4 bits."""
+def codes_fingerprint(model: nn.Module) -> str:
+    """Return 16 hex digits computed from codes and scales, for a model whose weights are held in 8 or 4 bits."""
     digest = hashlib.sha256()
     for name, weight in sorted(_own_weights(model).items()):
         digest.update(name.encode())
         linear = getattr(weight, "linear", None)
-        samples = [_rounded(_sample(weight).float())] if linear is None else linear.sample(VALUES)
+        samples = [_rounded(_sample(weight).float())] if linear is None else linear.sample(SAMPLES_PER_MATRIX)
         for sample in samples:
             digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def _own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Matrices by the name they have in the plain model, adapters left out."""
+    """Return the matrices by the names that they have in the plain model, without those of adapters."""
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         parts = name.removeprefix("base_model.model.").split(".")
@@ -66,16 +68,16 @@ def _own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """VALUES numbers, evenly from the first ROWS rows."""
-    rows = weight.detach()[:ROWS].flatten()
-    return rows[_places(rows.numel(), weight.device)]
+    """Return SAMPLES_PER_MATRIX numbers, evenly spaced over the first SAMPLED_ROWS rows."""
+    rows = weight.detach()[:SAMPLED_ROWS].flatten()
+    return rows[_sample_indices(rows.numel(), weight.device)]
 
 
 @cache
-def _places(numbers: int, device: torch.device) -> Tensor:
-    return torch.arange(VALUES, device=device) * (numbers - 1) // (VALUES - 1)
+def _sample_indices(numbers: int, device: torch.device) -> Tensor:
+    return torch.arange(SAMPLES_PER_MATRIX, device=device) * (numbers - 1) // (SAMPLES_PER_MATRIX - 1)
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """float32 → bfloat16, as all dtypes of loading give them."""
+    """Round float32 to bfloat16, so that all dtypes of loading give the same numbers."""
     return values.where(values.abs() >= SMALLEST, 0.0).to(torch.bfloat16)

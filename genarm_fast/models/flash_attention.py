@@ -1,7 +1,7 @@
 """Attention over our cache by the package flash-attn, for models loaded with attn_implementation="flash_attention_2".
 
-It reads no entry beyond a row's position, needs no mask, and splits long rows over a GPU. Not run on a GPU yet: tests
-compare what it is given with a stand-in.
+flash-attn reads no entry beyond a row's position, needs no mask, and splits long rows over a GPU. It has not run on a
+GPU yet: tests compare the arguments of the call with a stand-in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from genarm_fast.models.attention import UNSUPPORTED, attend
-from genarm_fast.models.forward_context import place
+from genarm_fast.models.forward_context import current_positions
 
 IMPLEMENTATION = "genarm_fast_flash"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -30,15 +30,15 @@ def attend_flash(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As `attend`, which does what flash-attn can't: other dtypes and devices."""
+    """Compute `attend` by flash-attn. Dtypes and devices that flash-attn does not take go to `attend` itself."""
     if not query.is_cuda or query.dtype not in DTYPES:
         return attend(module, query, key, value, attention_mask, scaling, sliding_window, softcap, **kwargs)
     if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED):
         raise NotImplementedError(f"{type(module).__name__} asks for more than causal attention")
     from flash_attn import flash_attn_with_kvcache
 
-    where = place(query.device)
-    # The tokens of a row stand one after the other, so that causal from the end is what each of them may see.
+    where = current_positions(query.device)
+    # The tokens of a row are consecutive, so a causal mask aligned to the end gives each token what it may see.
     out = flash_attn_with_kvcache(
         query.transpose(1, 2),
         key.transpose(1, 2),  # [slots, capacity, heads, dim]

@@ -1,6 +1,6 @@
-"""What is true of one running forward: which LoRA lanes run, and where the tokens go in the cache.
+"""Facts about the running forward: which LoRA lanes run, and where the tokens go in the cache.
 
-Modules deep inside transformers read it here, since their own arguments have no place for it.
+Modules deep inside transformers read these facts here, since the arguments of their forwards have no place for them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from genarm_fast.kernels.linear import Span
 
 
 class Ragged(NamedTuple):
-    """Where the tokens of a forward go. slots: int64 [N], rows of the cache. positions: int64 [N, q].
+    """Where the tokens of a forward go.
 
-    kv_bound: above all positions, known without reading them. arrivals: of `ragged_attention`, on the device of
-    slots, for forwards of which none runs while another one does.
+    slots: int64 [N], rows of the cache. positions: int64 [N, q]. kv_bound: a number above all positions, known without
+    reading them. arrivals: the argument of `ragged_attention`, on the device of `slots`; only for forwards that never
+    run at the same time.
     """
 
     slots: Tensor
@@ -35,29 +36,29 @@ class Ragged(NamedTuple):
         return Ragged(self.slots.to(device), self.positions.to(device), self.kv_bound)
 
 
-# Threads have their own.
-_placed: ContextVar[Ragged] = ContextVar("where the tokens of the running forward go")
+# Each thread has its own value of a context variable.
+_positions: ContextVar[Ragged] = ContextVar("where the tokens of the running forward go")
 _lanes: ContextVar[tuple[Sequence[int], int]] = ContextVar("lanes of the running forward, sequences of each")
 
 
 @contextmanager
-def placed(ragged: Ragged) -> Iterator[None]:
-    """Forwards inside write and attend here."""
-    token = _placed.set(ragged)
+def at_positions(ragged: Ragged) -> Iterator[None]:
+    """Run forwards inside the block with tokens that go where `ragged` says."""
+    token = _positions.set(ragged)
     try:
         yield
     finally:
-        _placed.reset(token)
+        _positions.reset(token)
 
 
-def place(device: torch.device) -> Ragged:
-    """Of the running forward, for a layer on this device."""
-    return _placed.get().to(device)
+def current_positions(device: torch.device) -> Ragged:
+    """Return slots and positions of the running forward's tokens, on this device."""
+    return _positions.get().to(device)
 
 
 @contextmanager
 def running(lanes: Sequence[int], rows: int) -> Iterator[None]:
-    """Forwards inside run these lanes, each with so many rows, one lane after the other."""
+    """Run forwards inside the block with these lanes, `rows` sequences each, one lane after the other."""
     token = _lanes.set((lanes, rows))
     try:
         with no_autocast():
@@ -67,12 +68,16 @@ def running(lanes: Sequence[int], rows: int) -> Iterator[None]:
 
 
 def running_lanes() -> tuple[Sequence[int], int]:
-    """The lanes of the running forward, in the order of their rows, and how many sequences each has."""
+    """Return the lanes of the running forward, in the order of their rows, and the number of sequences of each lane."""
     return _lanes.get()
 
 
 def spans_of(index: Mapping[int, int], block: int) -> tuple[Span, ...]:
-    """Rows of each running lane that has one of the adapters, with blocks of so many tokens: the flattened ones."""
+    """Return the span of rows of each running lane that has an adapter.
+
+    index: from a lane to the number of its adapter. block: tokens of each sequence; the rows are those of a flattened
+    [sequences, block].
+    """
     lanes, rows = _lanes.get()
     size = rows * block
     return tuple((i * size, (i + 1) * size, index[lane]) for i, lane in enumerate(lanes) if lane in index)

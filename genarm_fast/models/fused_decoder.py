@@ -1,9 +1,9 @@
-"""The decoder of Llama and its likes without what a module call costs, for CPUs.
+"""The decoder of Llama and similar models without the cost of module calls, for CPUs.
 
-A decode step of 30 layers calls some 370 modules, and each call asks for hooks, keywords and configuration: an eighth
-of the time of SmolLM2-135M on one core. Here all layers are one call of the C++ core (`one_call`), or nine calls a
-layer where that does not take them, with the same bits. Used only where every part is exactly what this file knows, and
-where a trial gives the bits of the model's own forward.
+A decode step of 30 layers calls some 370 modules, and each call looks up hooks, keywords and configuration. That is an
+eighth of the time of SmolLM2-135M on one core. Here all layers are one call of the C++ core (`one_call`), with the bits
+of the model's own forward. Where the core does not take them, they are nine calls a layer. The fused decoder is used
+only if this file knows every part exactly, and a trial gives the bits of the model's own forward.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.silu_mul import silu_mul
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.angles import Angles
-from genarm_fast.models.forward_context import Ragged, place, spans_of
+from genarm_fast.models.forward_context import Ragged, current_positions, spans_of
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, built_as_known, family_of, over_layers, trial
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.one_call import OneCall
 
-Fast = Mapping[nn.Module, Callable[..., Any]]  # what a runner put in place of forwards
-Spans = Mapping[tuple[int, ...], Sequence[Span]]  # of the rows of a forward, for linears by the lanes they adapt
+# Modules, each with the function that a runner put in place of its forward.
+Fast = Mapping[nn.Module, Callable[..., Any]]
+# Spans of rows of a forward, by the lanes that adapt a linear.
+Spans = Mapping[tuple[int, ...], Sequence[Span]]
 
 
 @torch.inference_mode()
 def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
-    """The forward of a model without its head, over our cache; None where its own is needed."""
+    """Return a fused forward of a decoder, a model without its head, over our cache; None if it can't run fused."""
     if not (built_as_known(decoder, fast) and _runs_here(decoder, fast)):
         return None
     try:
         expected = trial(decoder, decoder, [2])
-    except (RuntimeError, ValueError) as error:  # a model that does not run: the self-check says whose, and why
+    # The model does not run at all. The self-check reports whose it is, and why.
+    except (RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise
         return None
@@ -50,8 +53,7 @@ def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
 
 
 def _runs_here(decoder: Any, fast: Fast) -> bool:
-    """Whether its weights are on the CPU, its rotation is `rotary`, its norms are `rms_norm`, and `silu_mul` stands
-    between its linears."""
+    """Whether all weights are on the CPU, and fast functions replaced every attention, MLP and norm of the decoder."""
     on_cpu = all(parameter.is_cpu for parameter in decoder.parameters())
     norms = [decoder.norm, *(norm for layer in decoder.layers for norm in _norms_of(layer))]
     known = all(layer.self_attn in fast and layer.mlp in fast for layer in decoder.layers)
@@ -59,11 +61,11 @@ def _runs_here(decoder: Any, fast: Fast) -> bool:
 
 
 class FusedDecoder:
-    """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`."""
+    """The forward of a decoder (a model without its head) over our cache. It takes the place of `decoder.forward`."""
 
     def __init__(self, decoder: Any, fast: Fast, window: Callable[[Any], int | None]) -> None:
         self.embed, self.angles = _part(decoder.embed_tokens, fast), Angles(decoder.rotary_emb)
-        self.layers = [_Layer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
+        self.layers = [_FusedLayer(layer, fast, window(layer.self_attn)) for layer in decoder.layers]
         self.norm, *norms = (_norm(layer.input_layernorm, fast) for layer in decoder.layers)
         self.next_norms = [*norms, _norm(decoder.norm, fast)]
         adapted = [module.index for module in decoder.modules() if isinstance(module, LaneLinear)]
@@ -71,9 +73,9 @@ class FusedDecoder:
         self.one_call = OneCall(self.layers, self.next_norms, [(), *self.adapted])
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
-        """input_ids, position_ids: int64 [N, q]."""
+        """Run the decoder. input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
-        where = place(hidden.device)
+        where = current_positions(hidden.device)
         angles = self.angles(hidden, position_ids, where.kv_bound)
         spans: dict[tuple[int, ...], Sequence[Span]] = {(): ()}
         spans |= {lanes: spans_of(index, input_ids.shape[1]) for lanes, index in self.adapted.items()}
@@ -89,7 +91,7 @@ class FusedDecoder:
         return Output(out, past_key_values)
 
     def of_layers(self, kept: Sequence[int]) -> Callable[..., Output]:
-        """The forward of these layers alone, over the same cache."""
+        """Return a forward that runs only the layers `kept`, over the same cache."""
         part, norms = copy.copy(self), [self.norm, *self.next_norms]
         part.layers, part.norm = [self.layers[i] for i in kept], norms[kept[0]]
         part.next_norms = [*(norms[i] for i in kept[1:]), norms[-1]]
@@ -97,7 +99,7 @@ class FusedDecoder:
         return over_layers(part, kept)
 
 
-class _Layer:
+class _FusedLayer:
     def __init__(self, layer: Any, fast: Fast, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.second_norm = _norm(layer.post_attention_layernorm, fast)
@@ -112,7 +114,7 @@ class _Layer:
         self.kv_heads = attention.config.num_key_value_heads
 
     def prepare(self, cache: Any, hidden: Tensor) -> None:
-        """Give this layer's cache its memory, if it has none yet."""
+        """Allocate this layer's cache, if it has no memory yet."""
         if not cache.is_initialized:
             cache.allocate(Entry(self.kv_heads, (self.width, self.width), hidden.dtype, hidden.device))
 
@@ -126,7 +128,7 @@ class _Layer:
         spans: Spans,
         next_norm: Norm,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream after this layer, and the next one's input."""
+        """Return the residual stream after this layer, and the next layer's input."""
         keys, values, slots, positions = cache.keys, cache.values, where.slots, where.positions
         query = rotary_append(self.qkv.stacked(x, spans), *angles, keys, values, slots, positions, **self.head_norms)
         y = ragged_attention(
@@ -155,7 +157,7 @@ def _norm(module: nn.Module, fast: Fast) -> Norm:
 
 
 class _Linears:
-    """Linears over one input [N, q, in], with the lanes' adapters in the forward's spans."""
+    """Linears over one input [N, q, in]. The lanes' adapters act on the spans of the forward."""
 
     def __init__(self, modules: Sequence[nn.Module], fast: Fast) -> None:
         self.lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]
@@ -164,13 +166,13 @@ class _Linears:
         self.siblings = SiblingLinears(self.runs) if ours else None
 
     def __call__(self, x: Tensor, spans: Spans) -> Sequence[Tensor]:
-        """The outputs of each."""
+        """Return the output of each linear, [N, q, out]."""
         if self.siblings is not None:
             return self.siblings(x, [spans[own] for own in self.lanes])
         return [run(x, spans[own]) if own else run(x) for run, own in zip(self.runs, self.lanes)]
 
     def stacked(self, x: Tensor, spans: Spans) -> Tensor:
-        """The same side by side: [N, q, sum of outputs]."""
+        """Return the outputs side by side: [N, q, sum of outputs]."""
         if self.siblings is not None:
             return self.siblings.stacked(x, [spans[own] for own in self.lanes])
         return torch.cat(list(self(x, spans)), -1)

@@ -1,4 +1,4 @@
-"""Where the files of a model are: in a folder, in a repository of the hub, or in the hub's cache."""
+"""Find the files of a model: in a folder, in a repository of the hub, or in the hub's cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from huggingface_hub.errors import (
 Source = str | os.PathLike[str]
 CONFIGS = ["config.json", "adapter_config.json"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-OPTIONS = ("revision", "cache_dir", "token")  # of transformers' `from_pretrained`: how files of a repository are had
+OPTIONS = ("revision", "cache_dir", "token")  # options of transformers' `from_pretrained` for fetching files
 
 
 class Repository(str):
-    """A repository that the hub answers for: its id, and what all who read its files are told of it.
+    """A repository that the hub answers for: its id, and the options that every reader of its files needs.
 
-    options: `OPTIONS` as far as given, and the subfolder that a model is in. Libraries that keep its name get
-    `str(...)` of it: options may hold a token.
+    options: those of `OPTIONS` that were given, and the subfolder that a model is in. Libraries that keep the name get
+    `str(...)` of the repository, because the options may hold a token.
     """
 
     options: dict[str, Any]
@@ -37,21 +37,21 @@ class Repository(str):
 
 
 def hub_options(source: Source) -> dict[str, Any]:
-    """What reading a file of this source takes beside its name; nothing for a folder."""
+    """Return the options needed to read a file of this source; {} for a folder."""
     return source.options if isinstance(source, Repository) else {}
 
 
 def locate(
     what: str, source: Source, *, revision: str | None = None, cache_dir: Any = None, token: Any = None
 ) -> Source:
-    """`source` if it is a folder, a `Repository` if the hub answers for it, else its folder in the hub's cache.
+    """Return `source` if it is a folder, a `Repository` if the hub answers for it, else its folder in the hub's cache.
 
-    One request decides: out of the hub's reach, huggingface_hub tries for 23 s for every file that is not in its cache.
-    revision, cache_dir and token are those of transformers' `from_pretrained`.
+    One request decides. If the hub is out of reach, huggingface_hub would try for 23 s for every file that is not in
+    its cache. revision, cache_dir and token are those of transformers' `from_pretrained`.
 
     Raises:
-        FileNotFoundError: it is nowhere. The message names it by `what`.
-        ValueError: it is a file.
+        FileNotFoundError: `source` is found nowhere. The message begins with `what`.
+        ValueError: `source` is a file.
     """
     name = os.fspath(source)
     if os.path.isdir(name):
@@ -65,8 +65,8 @@ def locate(
     try:
         get_hf_file_metadata(hf_hub_url(name, CONFIGS[0], revision=revision), token=token)
     except EntryNotFoundError:
-        return found  # a repository without that file, such as an adapter's
-    except Exception as error:  # of httpx or httpx2, by the version of huggingface_hub
+        return found  # a repository without that file, such as an adapter's repository
+    except Exception as error:  # an error of httpx or of httpx2, depending on the version of huggingface_hub
         try:
             return snapshot_download(
                 name, revision=revision, cache_dir=cache_dir, allow_patterns=CONFIGS, local_files_only=True
@@ -79,24 +79,24 @@ def locate(
     return found
 
 
-def within(place: Source, subfolder: str) -> Source | None:
-    """The part of a folder or repository that a model is in, as transformers' `subfolder` means it; None: not there."""
-    if os.path.isdir(place):
-        folder = os.path.join(place, subfolder)
+def subfolder_of(location: Source, subfolder: str) -> Source | None:
+    """Return the part of a folder or repository in transformers' `subfolder`; None if it is not there."""
+    if os.path.isdir(location):
+        folder = os.path.join(location, subfolder)
         return folder if os.path.isdir(folder) else None
-    part = Repository(os.fspath(place), hub_options(place) | {"subfolder": subfolder})
+    part = Repository(os.fspath(location), hub_options(location) | {"subfolder": subfolder})
     return part if any(find_file(part, name) for name in CONFIGS) else None
 
 
-def adapter_folder(place: Source) -> Source:
-    """A folder as it is; of a repository, the folder in the hub's cache with all that an adapter has.
+def adapter_folder(location: Source) -> Source:
+    """Return a folder as it is, and for a repository its folder in the hub's cache, with all files of an adapter.
 
-    PEFT's own way there misses a subfolder where the hub is out of reach.
+    PEFT's own search misses a subfolder when the hub is out of reach.
     """
-    if os.path.isdir(place):
-        return place
-    found = [find_file(place, name) for name in (*ADAPTER_FILES, "genarm.json")]
-    return next((path.parent for path in found if path is not None), place)
+    if os.path.isdir(location):
+        return location
+    found = [find_file(location, name) for name in (*ADAPTER_FILES, "genarm.json")]
+    return next((path.parent for path in found if path is not None), location)
 
 
 def _refusal(error: Exception) -> str:
@@ -109,7 +109,7 @@ def _refusal(error: Exception) -> str:
 
 
 def find_file(source: Source, name: str) -> Path | None:
-    """A file of a local folder or of a hub repository, None where it has none."""
+    """Return the path of a file of a local folder or hub repository, or None if it has no such file."""
     if os.path.isdir(source):
         path = Path(source, name)
         return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Which decoders run by a forward of ours, and the trial that it must pass beside the model's own."""
+"""Which decoders this package can run by a forward of its own, and the trial against the model's own forward."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers import Cache
 from genarm_fast.kernels import Lanes
 from genarm_fast.kernels.add_rms_norm import add_rms_norm
 from genarm_fast.kernels.rms_norm import rms_norm
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear
 
-WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a family hands on
+WINDOWS: dict[str, Callable[[Any], int | None]] = {  # the window that the attention of a family passes on
     "Llama": lambda attention: None,
     "Mistral": lambda attention: getattr(attention.config, "sliding_window", None),
     "Qwen2": lambda attention: attention.sliding_window,
@@ -28,7 +28,7 @@ WINDOWS: dict[str, Callable[[Any], int | None]] = {  # what the attention of a f
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm as `rms_norm` computes it; see there for the offset."""
+    """An RMSNorm as `rms_norm` computes it, which documents the offset."""
 
     weight: Tensor
     eps: float
@@ -38,12 +38,12 @@ class Norm:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
 
     def of_sum(self, hidden: Tensor, y: Tensor, lanes: Lanes | None = None) -> tuple[Tensor, Tensor]:
-        """hidden + y, completed by the lanes, and its norm."""
+        """Return hidden + y, with what the lanes add to y, and the norm of that sum."""
         return add_rms_norm(hidden, y, self.weight, self.eps, offset=self.offset, lanes=lanes)
 
 
 class Output(NamedTuple):
-    """What heads read of transformers' output, which takes 80 µs to make."""
+    """The fields that heads read of transformers' output object, which takes 80 µs to make."""
 
     last_hidden_state: Tensor
     past_key_values: Cache
@@ -52,7 +52,7 @@ class Output(NamedTuple):
 
 
 def family_of(decoder: Any) -> str:
-    """Its name in `WINDOWS`, if it has one."""
+    """Return the name of the decoder's family, which is a key of `WINDOWS` for a known one."""
     return type(decoder).__name__.removesuffix("Model")
 
 
@@ -79,10 +79,10 @@ def built_as_known(decoder: Any, replaced: Collection[nn.Module] = ()) -> bool:
 
 
 def head_of(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """What makes logits of hidden states in a causal LM whose decoder runs by a forward of ours.
+    """Return the function from hidden states to logits, for a causal LM whose decoder's forward we replaced.
 
-    None where the forward of the LM has to be called: what it does besides is unknown. That of the families in
-    `WINDOWS` applies `lm_head` alone, and what surrounds it takes 0.1 ms with cold caches (by hand, 2026-11-29).
+    None if the LM's forward has to be called, because what it does besides is unknown. In the families of `WINDOWS` the
+    LM's forward applies only `lm_head`; the rest of that forward takes 0.1 ms with cold caches (by hand, 2026-11-29).
     """
     decoder, kind = model.base_model, type(model)
     known = kind.__name__ == f"{family_of(decoder)}ForCausalLM" and kind.__module__ == type(decoder).__module__
@@ -92,12 +92,12 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def lanes_of(decoder: nn.Module) -> list[int]:
-    """Lanes that have an adapter in it."""
+    """Return the sorted lanes that have an adapter in the decoder."""
     return sorted({lane for module in decoder.modules() if isinstance(module, LaneLinear) for lane in module.index})
 
 
 def over_layers(forward: Callable[..., Output], kept: Sequence[int]) -> Callable[..., Output]:
-    """A forward of some layers, so that each finds its own part of the whole decoder's cache."""
+    """Return a forward of the layers `kept` that passes each layer its own part of the whole decoder's cache."""
 
     def of_these(past_key_values: Cache, **given: Any) -> Output:
         return forward(past_key_values=Cache(layers=[past_key_values.layers[i] for i in kept]), **given)
@@ -107,9 +107,10 @@ def over_layers(forward: Callable[..., Output], kept: Sequence[int]) -> Callable
 
 @torch.inference_mode()
 def trial(decoder: Any, forward: Callable[..., Any], blocks: Sequence[int]) -> list[Tensor]:
-    """What a forward makes of a short text for each lane, fed block after block: hidden states, then keys and values.
+    """Run a forward on a short text in each lane, block after block. Return hidden states, then keys and values.
 
-    The first dimension of each tensor is that of the lanes, lane 0 before those that have an adapter.
+    blocks: the number of tokens of each forward. The first dimension of each tensor counts the lanes, lane 0 before the
+    lanes that have an adapter.
     """
     lanes = [0, *(lane for lane in lanes_of(decoder) if lane)]
     layers = [RaggedLayer(len(lanes), sum(blocks)) for _ in decoder.layers]
@@ -118,7 +119,7 @@ def trial(decoder: Any, forward: Callable[..., Any], blocks: Sequence[int]) -> l
     for start, block in zip((sum(blocks[:i]) for i in range(len(blocks))), blocks):
         positions = torch.arange(start, start + block, device=device).expand(len(lanes), block)
         tokens = (31 * positions + 7 * rows[:, None]) % decoder.config.vocab_size
-        with running(lanes, 1), placed(Ragged(rows, positions, start + block)):
+        with running(lanes, 1), at_positions(Ragged(rows, positions, start + block)):
             out = forward(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
         found.append(out.last_hidden_state)
     return [*found, *(states for layer in layers for states in (layer.keys, layer.values) if states is not None)]

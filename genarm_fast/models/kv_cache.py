@@ -1,7 +1,8 @@
-"""A static key-value cache in which every row writes where it stands: transformers' cache layer.
+"""A static key-value cache in which every row writes at its own position: a cache layer of transformers.
 
-A row's entry j of the cache is its token at position j, so a query at position p attends 0..p. What lies beyond is
-left-over or padding, which the row overwrites before it gets there. A roll-back lowers a position and moves nothing.
+A row's entry j of the cache is its token at position j, so a query at position p attends to entries 0..p. Later entries
+are left over from earlier use or padding, and the row overwrites them before it reads them. A roll-back lowers a
+position and moves nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from genarm_fast.kernels.ragged_attention import ragged_append
-from genarm_fast.models.forward_context import place
+from genarm_fast.models.forward_context import current_positions
 
 
 class Entry(NamedTuple):
     """What a layer caches of one token."""
 
     heads: int
-    widths: tuple[int, int]  # of keys and of values
+    widths: tuple[int, int]  # width of the keys, width of the values
     dtype: torch.dtype
     device: torch.device
 
@@ -30,7 +31,7 @@ class Entry(NamedTuple):
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of a layer, [slots, heads, capacity, dim]; made when the first ones come, or by `allocate`."""
+    """Keys and values of a layer, [slots, heads, capacity, dim]. `allocate` or the first `update` makes them."""
 
     is_sliding = False
 
@@ -48,10 +49,11 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def resize(self, old: tuple[int, int], new: tuple[int, int], capacity: int) -> None:
-        """Have other numbers of (lanes, slots) and tokens; of what each lane's slot holds, what fits stays there.
+        """Change the numbers of (lanes, slots) and the capacity in tokens. Each lane's slot keeps what still fits.
 
-        Each old tensor goes before the next new one is made, so only one of them is needed above the larger size. If
-        memory runs out in between, the keys have the new size and the values the old one: go back by the same call.
+        Each old tensor is freed before the next new one is made, so memory holds at most one tensor above the larger
+        size. If memory runs out in between, the keys have the new size and the values the old one; the reverse call
+        restores both.
         """
         lanes, slots = min(old[0], new[0]), min(old[1], new[1])
         for name in ("keys", "values"):
@@ -63,22 +65,27 @@ class RaggedLayer(CacheLayerMixin):
                 after.view(*new, *after.shape[1:])[kept] = before.view(*old, heads, tokens, width)[kept]
                 setattr(self, name, after)
                 del after
-            del before  # or it would stay while the next one is made, and as long as an error's traceback
+            # Without this, the old tensor would stay while the next one is made, and as long as an error's traceback
+            # lives.
+            del before
         self.slots, self.capacity = new[0] * new[1], capacity
 
     @property
     def entry(self) -> Entry | None:
-        """None before the first keys, and for ever in a layer that reads those of another."""
+        """What the layer caches of one token.
+
+        None before the first keys, and always in a layer that reads another layer's keys and values.
+        """
         if self.keys is None or self.values is None:
             return None
         widths = (self.keys.shape[-1], self.values.shape[-1])
         return Entry(self.keys.shape[1], widths, self.keys.dtype, self.keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new ones; what `attend` gets is the whole cache."""
+        """Write the new keys and values, and return the whole cache, which `attend` reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        where = place(key_states.device)
+        where = current_positions(key_states.device)
         assert self.keys is not None
         assert self.values is not None
         ragged_append(self.keys, self.values, key_states, value_states, where.slots, where.positions)
@@ -95,5 +102,5 @@ class RaggedLayer(CacheLayerMixin):
 
 
 def zeros(rows: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a cache: where its memory is taken."""
+    """Allocate a tensor of a cache, filled with zeros. All memory of caches comes from here."""
     return torch.zeros(*rows, width, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Loading the members of a guided decoder: their models, tokenizers and prompt templates."""
+"""Load the members of a guided decoder: their models, tokenizers and prompt templates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from genarm_fast.models.arm import ARM, active_adapters, arm_names
 from genarm_fast.models.checkpoint import ModelLoader
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.files import TOKENIZER_FILES, blame_tokenizer, check_files, read_object, refusing
 from genarm_fast.models.hub import Source, find_file, hub_options
 from genarm_fast.models.known_decoders import built_as_known
@@ -27,7 +27,7 @@ from genarm_fast.text.prompts import PromptFormat
 from genarm_fast.text.templates import default_template
 
 log = logging.getLogger(__name__)
-RECORDED = {
+RECORDED_TYPES = {
     "prompt_template": (str, type(None)),
     "chat_template": (str, type(None)),
     "prompt_format": (str, type(None)),
@@ -48,20 +48,21 @@ def load_members(
     trust_remote_code: bool = False,
     **loading: Any,
 ) -> tuple[list[Member], Member | None]:
-    """Base first, then the ARMs in order; and the model that only proposes tokens.
+    """Load the members, base first and then the ARMs in order, and the draft model, a model that only proposes tokens.
 
-    trust_remote_code: of base and draft model; each ARM has its own. loading: to `ModelLoader`.
+    trust_remote_code: for the base and the draft model; each `ARM` has its own setting. loading: keyword arguments for
+    `ModelLoader`.
 
     Raises:
-        ValueError: a folder or adapter that is not whole or not supported, an adapter of another base, a model without
+        ValueError: a folder or adapter that is incomplete or not supported, an adapter of another base, a model without
             a key-value cache, tokenizers that disagree on the common vocabulary, a template without {prompt}, a name
             given twice, a device that is not here, one adapted model in two roles.
-        FileNotFoundError: one of them is nowhere; before any is loaded.
+        FileNotFoundError: a model that is found nowhere; raised before any model is loaded.
     """
     names = arm_names(specs)
     models = ModelLoader(**loading)
     roles = ["base", *(f"arms[{index}]" for index in range(len(specs))), "draft_model"]
-    places = [
+    locations = [
         None if source is None or isinstance(source, nn.Module) else models.locate(role, source)
         for role, source in zip(roles, [base, *(spec.model for spec in specs), draft_model])
     ]
@@ -76,13 +77,13 @@ def load_members(
     model = models.load("base", base, trust_remote_code=trust_remote_code)
     source = getattr(model.config, "_name_or_path", "") if isinstance(base, nn.Module) else base
     if isinstance(base, nn.Module) and not hasattr(model, "peft_config"):
-        models.adopt(str(source) or "the given base", model)
-    recorded = _recorded("base", places[0])
+        models.register_given(str(source) or "the given base", model)
+    recorded = _recorded("base", locations[0])
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"tokenizer={tokenizer!r}: expected a loaded tokenizer")
     base_tokenizer = tokenizer
     if tokenizer is None and source:
-        with suppress(FileNotFoundError):  # a given model may come from anywhere
+        with suppress(FileNotFoundError):  # a loaded model may name a folder that does not exist here
             found = models.locate("base", source)
             base_tokenizer = _tokenizer_of("base", source, models, trust_remote_code)
             gguf = loading.get("gguf_file")
@@ -102,10 +103,10 @@ def load_members(
         given=isinstance(base, nn.Module),
     )
     members = [first]
-    for role, name, spec, place in zip(roles[1:], names, specs, places[1:]):
-        recorded = _recorded(role, place)
+    for role, name, spec, location in zip(roles[1:], names, specs, locations[1:]):
+        recorded = _recorded(role, location)
         _check_format(role, spec, recorded.get("prompt_format"))
-        own = None if place is None else _tokenizer_of(role, spec.model, models, spec.trust_remote_code)
+        own = None if location is None else _tokenizer_of(role, spec.model, models, spec.trust_remote_code)
         members.append(
             Member(
                 name,
@@ -131,40 +132,47 @@ def load_members(
         if (end := recorded.get("end_token_id")) is not None:
             if end >= first.vocab_size:
                 raise ValueError(
-                    f"{role}: {Path(place or '', 'genarm.json')}: end_token_id={end}: expected a token of the base, "
+                    f"{role}: {Path(location or '', 'genarm.json')}: end_token_id={end}: expected a token of the base, "
                     f"less than {first.vocab_size}"
                 )
             first.stop_ids |= {end}
     drafter = None
     if draft_model is not None:
-        # It reads the base's prompts, with or without a tokenizer of its own.
-        own = None if places[-1] is None else _tokenizer_of("draft_model", draft_model, models, trust_remote_code)
+        # The draft model gets the base's prompts, whether or not it has a tokenizer of its own.
+        own = None if locations[-1] is None else _tokenizer_of("draft_model", draft_model, models, trust_remote_code)
         model = ModelLoader(**loading).load("draft_model", draft_model, trust_remote_code=trust_remote_code)
         drafter = Member("draft_model", model, own or base_tokenizer)
     _make_runners(members, drafter)
     everyone = zip([*members, drafter], [base, *(spec.model for spec in specs), draft_model])
-    for member, source in everyone:  # weights lie where they will stay
+    # The watch is made after the runners, because making a runner on a GPU moves weights.
+    for member, source in everyone:
         if member is not None and isinstance(source, nn.Module):
             member.watch = WeightWatch(source)
     return members, drafter
 
 
 def _make_runners(members: list[Member], drafter: Member | None) -> None:
-    """The module trees that run members, one for those that share a forward."""
+    """Make the module trees that run the members. Members that share a forward get one tree together."""
     models = [member.model for member in members]
     made: dict[int, Any] = {}
     for lane, (member, shared) in enumerate(zip(members, share_forwards(models, built_as_known))):
         member.lane, member.shared, member.relatives = lane, shared, models
         if shared is not member.model and id(shared) not in made:
-            made[id(shared)] = as_runner(shared, models)
+            made[id(shared)] = make_fast(shared, models)
     for member in [*members, *([] if drafter is None else [drafter])]:
-        log.info("%s: %s", member.name, member.runs_by)  # makes its runner now, since weights may move
+        # Reading `runs_by` makes the member's runner. That happens here, because making a runner on a GPU can move
+        # weights.
+        log.info("%s: %s", member.name, member.runs_by)
 
 
-def _recorded(member: str, place: Source | None) -> dict[str, Any]:
-    """What training recorded in genarm.json, {} where there is none. Raises ValueError for what it never writes."""
-    recorded = {} if place is None else read_object(member, place, "genarm.json")
-    for name, kinds in RECORDED.items():
+def _recorded(member: str, location: Source | None) -> dict[str, Any]:
+    """Return what training recorded in genarm.json, or {} without such a file.
+
+    Raises:
+        ValueError: a value that training never writes.
+    """
+    recorded = {} if location is None else read_object(member, location, "genarm.json")
+    for name, kinds in RECORDED_TYPES.items():
         value = recorded.get(name)
         known = isinstance(value, kinds) and not isinstance(value, bool)
         if name == "prompt_format":
@@ -172,27 +180,30 @@ def _recorded(member: str, place: Source | None) -> dict[str, Any]:
         elif name == "end_token_id":
             known = known and (value is None or value >= 0)
         elif name == "chat_template_kwargs" and known:
-            with refusing(f"{member}: {Path(place or '', 'genarm.json')}", "what training records"):
+            with refusing(f"{member}: {Path(location or '', 'genarm.json')}", "what training records"):
                 template_arguments(None, value)
         if not known:
-            file = Path(place or "", "genarm.json")
+            file = Path(location or "", "genarm.json")
             raise ValueError(f"{member}: {file}: {name}={recorded[name]!r:.60}: expected what training records")
     return recorded
 
 
 def _tokenizer_of(member: str, source: Any, models: ModelLoader, trust: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside its model, or else beside the subfolder that its model is in. Errors: `load_tokenizer`."""
-    for place in models.tokenizer_places(member, source):
-        if (found := load_tokenizer(member, place, trust_remote_code=trust)) is not None:
+    """Return the tokenizer beside the model, else the one beside the subfolder that the model is in, else None.
+
+    The errors are those of `load_tokenizer`.
+    """
+    for location in models.tokenizer_locations(member, source):
+        if (found := load_tokenizer(member, location, trust_remote_code=trust)) is not None:
             return found
     return None
 
 
 def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or hub repository, None where it has no tokenizer files.
+    """Load the tokenizer of a folder or hub repository; return None if it has no tokenizer files.
 
     Raises:
-        ValueError: files that hold no tokenizer, or one that needs code of the folder's own.
+        ValueError: files that hold no tokenizer, or a tokenizer that needs the folder's own Python code.
     """
     if not any(find_file(source, name) for name in TOKENIZER_FILES):
         return None
@@ -206,7 +217,8 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
     except ValueError as error:
         if not os.path.isdir(source) or error.__cause__ is None:
             raise
-        if find_file(source, "config.json"):  # transformers looks into it first
+        # transformers reads this file before the tokenizer's, so its fault is named first.
+        if find_file(source, "config.json"):
             with refusing(f"{member}: {Path(source, 'config.json')}", "a config that can be read"):
                 AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         with refusing(f"{member}: {blame_tokenizer(member, Path(source))}", expected):
@@ -214,7 +226,7 @@ def load_tokenizer(member: str, source: Source, *, trust_remote_code: bool = Fal
 
 
 def _check_format(member: str, spec: ARM, trained_on: str | None) -> None:
-    """Raises ValueError for a template that an ARM was not trained with."""
+    """Raises ValueError for a kind of template that the ARM was not trained with."""
     for name, formats in (("prompt_template", ("transcript", "chat")), ("chat_template", ("transcript", "text"))):
         if getattr(spec, name) is not None and trained_on in formats:
             raise ValueError(

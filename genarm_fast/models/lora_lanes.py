@@ -1,9 +1,8 @@
-"""Members over the same weights in one forward: rows are [lanes × R], LoRA is added on each lane's rows.
+"""Members over the same weights in one forward: rows are [lanes × R], and LoRA is added on each lane's rows.
 
-A decode step of few rows takes the time that the weights take to arrive from memory, so a lane more costs little.
-What makes a lane is read off the loaded modules: the same tree over the same storage, but for plain LoRA linears.
-Every other member (DoRA, saved modules, adapted embeddings, linears that others quantised, another dtype) keeps its own
-forward.
+A decode step of few rows takes as long as the weights take to arrive from memory, so one more lane costs little. Lanes
+are recognised by the loaded modules: the same tree over the same storage, except for plain LoRA linears. Every other
+member (DoRA, saved modules, adapted embeddings, linears that others quantised, another dtype) keeps its own forward.
 """
 
 from __future__ import annotations
@@ -17,19 +16,22 @@ from torch import Tensor, nn
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.small_linear import SmallLinear
 from genarm_fast.models.forward_context import running, running_lanes, spans_of
-from genarm_fast.models.quantized import linear_of
+from genarm_fast.models.quantized import cpu_linear
 from genarm_fast.models.weights import share_weights
 
 
 class LaneLinear(nn.Module):
-    """y = x Wᵀ once for all rows, and each lane's LoRA on its slice of them. x: [lanes × R, q, in]."""
+    """A linear that computes y = x Wᵀ once for all rows, and adds each lane's LoRA on its rows.
+
+    x: [lanes × R, q, in].
+    """
 
     def __init__(self, linear: nn.Linear, adapters: dict[int, Lora]) -> None:
         super().__init__()
         self.linear = linear
         self.index = {lane: i for i, lane in enumerate(adapters)}
-        self.loras = list(adapters.values())  # b is PEFT's own weight, and SmallLinear's a copy of it
-        self.run = linear_of(linear.weight, linear.bias, self.loras)
+        self.loras = list(adapters.values())  # b is PEFT's own weight; SmallLinear holds a copy of b
+        self.run = cpu_linear(linear.weight, linear.bias, self.loras)
 
     def forward(self, x: Tensor) -> Tensor:
         lanes, rows = running_lanes()
@@ -40,7 +42,7 @@ class LaneLinear(nn.Module):
 
 @torch.inference_mode()
 def reread(model: nn.Module, lanes: Collection[int]) -> None:
-    """Take the weights of these lanes' LoRAs as they are now. A is read where it is, like all others; B is a copy."""
+    """Take over the current weights of these lanes' LoRAs. A is read in place, like all other weights; B is a copy."""
     for module in model.modules():
         if isinstance(module, LaneLinear):
             for i in (module.index[lane] for lane in lanes if lane in module.index):
@@ -48,21 +50,21 @@ def reread(model: nn.Module, lanes: Collection[int]) -> None:
 
 
 def linears_of(model: nn.Module) -> list[SmallLinear]:
-    """What the C++ core reads at fixed addresses."""
+    """Return the linears whose memory the C++ core reads at fixed addresses."""
     runs = (module.run if isinstance(module, LaneLinear) else vars(module).get("forward") for module in model.modules())
     return [run for run in runs if isinstance(run, SmallLinear)]
 
 
 class _RegroupedRows(Exception):
-    """A model hands its linears something else than all rows in order, as mixtures of experts do."""
+    """A model passes its linears something else than all rows in order, as mixtures of experts do."""
 
 
 @torch.inference_mode()
 def share_forwards(models: Sequence[Any], known: Callable[[Any], bool] = lambda decoder: False) -> list[Any]:
-    """For each model the one to run it with: common to all lanes over the same weights, else the model itself.
+    """Return the module tree that runs each model: a common one for all lanes over the same weights, else the model.
 
-    In a common one, lane i is `models[i]`. The models are not changed, and no weight is copied. known: whether a
-    decoder is one that hands its linears all rows in order, as a forward tells of others.
+    In a common tree, lane i is `models[i]`. The models are not changed, and no weight is copied. known: whether a
+    decoder is known to pass its linears all rows in order. Other decoders are tried by a forward.
     """
     shared = dict(enumerate(models))
     groups: dict[Any, list[int]] = {}
@@ -80,7 +82,10 @@ def share_forwards(models: Sequence[Any], known: Callable[[Any], bool] = lambda 
 
 
 def _keeps_rows(model: Any, lanes: Sequence[int]) -> bool:
-    """By a forward of two tokens: one would hide that rows and positions are exchanged."""
+    """Whether the model passes its linears all rows in order, by a forward of two tokens.
+
+    A forward of one token would not show that rows and positions are exchanged.
+    """
     tokens = torch.zeros(len(lanes), 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
         with running(lanes, 1):
@@ -91,7 +96,10 @@ def _keeps_rows(model: Any, lanes: Sequence[int]) -> bool:
 
 
 def _skeleton(model: Any) -> tuple[Any, dict[str, Lora]]:
-    """What models must have in common to share a forward (None: shares with none), and the LoRAs by module name."""
+    """Return what models must have in common to share a forward, and the LoRAs by module name.
+
+    The first is None for a model that can't share a forward.
+    """
     parts: list[Any] = [repr(model.config.to_dict())]
     adapters: dict[str, Lora] = {}
     devices: set[torch.device] = set()
@@ -114,7 +122,7 @@ def _skeleton(model: Any) -> tuple[Any, dict[str, Lora]]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a call of it does more or other things than its class's forward."""
+    """Whether a call of the module does anything besides its class's forward."""
     return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -123,7 +131,7 @@ def _storage(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _plain_lora(module: Any) -> Lora | None:
-    """The adapter of PEFT's LoRA linear, None where that is more than W x + s · B A x."""
+    """Return the adapter of PEFT's LoRA linear; None if the linear computes more than W x + s · B A x."""
     from peft.tuners.lora.layer import Linear
 
     base = getattr(module, "base_layer", None)
@@ -139,7 +147,7 @@ def _plain_lora(module: Any) -> Lora | None:
 
 
 def _merge(model: Any, adapters: dict[int, dict[str, Lora]]) -> Any:
-    """A copy of the tree, over the same weights, with a `LaneLinear` where any lane has a LoRA."""
+    """Return a copy of the tree, over the same weights, with a `LaneLinear` wherever any lane has a LoRA."""
     merged = share_weights(model)
     for path in sorted({path for by_path in adapters.values() for path in by_path}):
         layer: Any = merged.get_submodule(path)

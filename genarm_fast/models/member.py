@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.rebound import WeightWatch
 from genarm_fast.models.support import check_supported, context_of
 from genarm_fast.models.weights import share_weights
@@ -20,9 +20,13 @@ from genarm_fast.text.prompts import PromptFormat
 
 @dataclass
 class Member:
-    """A loaded member. `weight` is the ARM's default weight. given: somebody else has its model, and may change it.
-    prompt_format: what it was trained on; None: nobody recorded that. chat_template_kwargs: what its chat template got
-    with every row of the training. stop_ids: tokens that end its answers, too."""
+    """A loaded member.
+
+    weight: the ARM's default weight. given: whether the caller passed a loaded model, which the caller may change
+    later. prompt_format: the format of the prompts that the ARM was trained on; None if nobody recorded it.
+    chat_template_kwargs: the arguments that the chat template got for every row of the training. stop_ids: tokens that
+    also end an answer, besides those of the base's configuration.
+    """
 
     name: str
     model: Any  # a transformers causal LM in eval mode
@@ -34,8 +38,8 @@ class Member:
     prompt_format: PromptFormat | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     stop_ids: frozenset[int] = frozenset()
-    watch: WeightWatch | None = None  # of a given model
-    relatives: Sequence[nn.Module] = ()  # models some of whose weights are its own as well
+    watch: WeightWatch | None = None  # only for a given model
+    relatives: Sequence[nn.Module] = ()  # all members' models; they may share weights with this one
 
     def __post_init__(self) -> None:
         check_supported(self.name, type(self.model), self.model.config)
@@ -54,22 +58,27 @@ class Member:
         self.context = context_of(text)
         if self.context is not None and self.context < 1:
             raise ValueError(f"{self.name}: max_position_embeddings={self.context}: expected at least 1")
-        self.shared = self.model  # runs it together with the other members that have the same one: see lora_lanes.py
+        # The module tree that runs this member. Members with the same tree share one forward, see lora_lanes.py.
+        self.shared = self.model
         self.lane = 0
 
     @cached_property
     def runner(self) -> Any:
-        """A copy of the module tree, over the same weights, that runs it alone over our cache."""
-        return as_runner(share_weights(self.model), self.relatives)
+        """A copy of the module tree, over the same weights, that runs this member alone over our cache."""
+        return make_fast(share_weights(self.model), self.relatives)
 
     @property
     def runs_by(self) -> str:
-        """Which forward runs it, and why: "stacked", "fused" or "its own forward"."""
+        """Which forward runs the member, and why: the text begins with "stacked", "fused" or "its own forward"."""
         return (self.runner if self.shared is self.model else self.shared).runs_by
 
     @property
     def device(self) -> torch.device:
-        """The device that its token ids have to be on; accelerate says which, where it brings weights in time."""
+        """The device on which the member's token ids must be.
+
+        Embeddings on the meta device get their weights from accelerate during a call; accelerate's hook then names the
+        device.
+        """
         embeddings = self.model.get_input_embeddings()
         device = embeddings.weight.device
         if device.type == "meta":

@@ -1,8 +1,9 @@
-"""One load of models at a time in a process.
+"""A lock that lets only one load of models run at a time in a process.
 
-transformers' and PEFT's `from_pretrained` change what all threads share, and put it back at their end: torch's default
-dtype, the functions of `torch.nn.init`, how modules register parameters, the level of logging. Two loads at a time put
-back what the other one had set: then models have another dtype than asked for, and later ones no initial weights.
+transformers' and PEFT's `from_pretrained` change settings that all threads share, and restore them at their end:
+torch's default dtype, the functions of `torch.nn.init`, how modules register parameters, and the level of logging. Two
+loads at a time restore what the other load had set. Models then get another dtype than asked for, and models loaded
+later get no initial weights.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ _lock = threading.RLock()
 
 @contextmanager
 def one_load() -> Iterator[None]:
-    """Waits until no other thread loads. Also a decorator: `@one_load()`."""
+    """Wait until no other thread loads, and hold the lock inside the block. Also a decorator: `@one_load()`."""
     with _lock:
         yield
 
 
-def _anew() -> None:
+def _renew_lock() -> None:
     global _lock
     _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_anew)  # threads do not live on in a fork, and the lock may be held
+    # The child of a fork gets a new lock, because a thread that held the old one does not exist in the child.
+    os.register_at_fork(after_in_child=_renew_lock)

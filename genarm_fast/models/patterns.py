@@ -1,7 +1,7 @@
-"""Regular expressions of an adapter's config: tried in a process of their own first, since `re` can't be stopped.
+"""Try the regular expressions of an adapter's config in a process of their own first, since `re` can't be stopped.
 
-A pattern such as `([a-z.]+)+!` takes longer than the age of the universe over the name of a layer. Patterns of plain
-names, as nearly all are, are not tried.
+A pattern such as `([a-z.]+)+!` takes longer than the age of the universe on the name of a layer. Nearly all patterns
+are plain names; they are not tried.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SECONDS = 5.0  # for all patterns over all names, the start of a process in it; real ones take milliseconds
+# Time limit for all patterns on all names, the start of the process included. Real patterns take milliseconds.
+LIMIT_SECONDS = 5.0
 REPEATS = re.compile(r"[*+{?]")
 TRIAL = """
 import json, re, sys
@@ -25,11 +26,11 @@ for pattern in patterns:
 
 
 def check_patterns(what: str, config: Any, names: Iterable[str]) -> None:
-    """Raises ValueError for a pattern of a PEFT config that doesn't come to an end over the names of a base's modules.
+    """Raises ValueError for a pattern of a PEFT config that takes too long on the names of the base's modules.
 
-    One that is no regular expression is left to PEFT, which says so.
+    A pattern that is no regular expression passes; PEFT reports it.
     """
-    given: list[tuple[str, str, str]] = []  # field, pattern, as PEFT tries it
+    given: list[tuple[str, str, str]] = []  # the field, its pattern, and the pattern in the form that PEFT matches
     for field, form in (("target_modules", "(?:{})\\Z"), ("exclude_modules", "(?:{})\\Z")):
         if isinstance(value := getattr(config, field, None), str):
             given.append((field, value, form.format(value)))
@@ -49,9 +50,11 @@ def check_patterns(what: str, config: Any, names: Iterable[str]) -> None:
             input=inputs,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=SECONDS,
+            timeout=LIMIT_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired:
         said = ", ".join(f"{field}={pattern!r:.60}" for field, pattern, _ in given[:3])
-        raise ValueError(f"{what}: {said}: expected a pattern that ends within {SECONDS:g} s over its base") from None
+        raise ValueError(
+            f"{what}: {said}: expected a pattern that ends within {LIMIT_SECONDS:g} s over its base"
+        ) from None

@@ -1,7 +1,7 @@
-"""Models whose matrices are held in 8 or 4 bits, for CPUs: which codes each gets, and a tensor that stands for it.
+"""Models whose matrices are held in 8 or 4 bits, for CPUs: the choice of codes, and a tensor that stands for a matrix.
 
-The modules stay transformers' own. Their weights are `QuantizedMatrix` tensors, whose linear runs the op quant_linear,
-so that a forward of transformers, and a naive decoder over it, computes what our runners compute.
+The modules stay transformers' own. Their weights are `QuantizedMatrix` tensors, whose linear runs the op quant_linear.
+So a forward of transformers, and a naive decoder over it, computes what our runners compute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.quant_linear import QuantLinear, QuantWeight, dequantize, exact, quantize
 from genarm_fast.kernels.small_linear import SmallLinear
-from genarm_fast.models.fingerprint import fingerprint, held_fingerprint
+from genarm_fast.models.fingerprint import codes_fingerprint, fingerprint
 
 QUANTIZATIONS = ("exact", "int8", "int4")
 
@@ -25,7 +25,7 @@ QUANTIZATIONS = ("exact", "int8", "int4")
 class QuantizedMatrix(Tensor):
     """A bfloat16 matrix [out, in] whose memory holds codes of 8 or 4 bits. It can't be written to.
 
-    `functional.linear` runs the op quant_linear and `functional.embedding` looks up rows; everything else sees the
+    `functional.linear` runs the op quant_linear and `functional.embedding` looks up rows. Every other function gets the
     dequantised numbers, rounded to bfloat16.
     """
 
@@ -42,12 +42,12 @@ class QuantizedMatrix(Tensor):
         super().__init__()
 
     def data_ptr(self) -> int:
-        """Of the codes: what tells weights apart that are shared from others."""
+        """Address of the codes, by which shared weights are recognised."""
         return self.linear.packed.data_ptr()
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Of the codes and scales."""
+        """Bytes of the codes and scales."""
         return self.linear.packed.nbytes
 
     def bfloat16_values(self) -> Tensor:
@@ -57,7 +57,7 @@ class QuantizedMatrix(Tensor):
         return f"QuantizedMatrix({tuple(self.shape)}, {self.linear.bits} bits)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedMatrix:
-        return self  # it can't be written to
+        return self  # a matrix that can't be written to needs no copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return QuantizedMatrix, (self.linear,)
@@ -71,7 +71,7 @@ class QuantizedMatrix(Tensor):
             named = dict(zip(("input", "weight", "bias"), args)) | given
             x, weight, bias = named["input"], named["weight"], named.get("bias")
             if isinstance(weight, cls) and not isinstance(x, cls):
-                return linear_of(weight, bias)(x)
+                return cpu_linear(weight, bias)(x)
         if func is functional.embedding and not any(given.get(name) for name in ("max_norm", "sparse")):
             named = dict(zip(("input", "weight"), args)) | given
             if isinstance(named["weight"], cls):
@@ -91,8 +91,8 @@ class QuantizedMatrix(Tensor):
         return func(*plain[0], **plain[1])
 
 
-def linear_of(weight: Tensor, bias: Tensor | None = None, loras: Iterable[Lora] = ()) -> SmallLinear | QuantLinear:
-    """What runs a linear layer on the CPU, by how its weight is held."""
+def cpu_linear(weight: Tensor, bias: Tensor | None = None, loras: Iterable[Lora] = ()) -> SmallLinear | QuantLinear:
+    """Return the linear that multiplies by a weight on the CPU: quantised or plain, as the weight is held."""
     if isinstance(weight, QuantizedMatrix):
         own = weight.linear
         return QuantLinear.from_packed(own.packed, *own.shape, own.bits, bias, list(loras))
@@ -105,23 +105,24 @@ def is_quantized(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What became of one matrix."""
+    """How one matrix is held after quantisation."""
 
     name: str
-    bits: int  # 16: it stayed bfloat16
+    bits: int  # 16 for a matrix that stayed bfloat16
     bytes_before: int
     bytes_after: int
-    largest_error: float  # of a dequantised weight, rounded to bfloat16
+    largest_error: float  # error of a dequantised weight, rounded to bfloat16
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize_model` did to a model."""
+    """A report of what `quantize_model` did to a model."""
 
     how: str
-    fingerprint: str | None  # of the weights before: adapters of that base are adapters of this one
+    # Fingerprint of the weights before: adapters of that base are adapters of this model.
+    fingerprint: str | None
     matrices: tuple[Matrix, ...]
-    held: str = ""  # the fingerprint of codes and scales
+    codes_fingerprint: str = ""  # of codes and scales
 
     @property
     def bytes_before(self) -> int:
@@ -140,22 +141,22 @@ class Quantized:
 
 
 def check_quantization(name: str, quantization: Any) -> None:
-    """Raises ValueError for what is no way of holding weights."""
+    """Raises ValueError for a value that names no way of holding weights."""
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise ValueError(f"{name}={quantization!r}: expected None or one of {', '.join(QUANTIZATIONS)}")
 
 
 @torch.no_grad()
 def quantize_model(what: str, model: Any, how: str, codes: Mapping[str, QuantWeight] | None = None) -> Quantized:
-    """Hold the matrices of a bfloat16 model on the CPU in fewer bits, in place, one after the other.
+    """Hold the matrices of a bfloat16 model on the CPU in fewer bits, in place, one matrix after the other.
 
-    how: "exact": each in the fewest bits that give it back bit for bit, else as it is. "int8": rounded to 8 bits.
-    "int4": rounded to 4 bits, embedding and head to 8. `what` names the model in errors. codes: of a checkpoint, by the
-    matrix's name: they are taken, not searched for.
+    what: the model's name in errors. how: "exact": each matrix in the fewest bits that give it back bit for bit, else
+    unchanged. "int8": rounded to 8 bits. "int4": rounded to 4 bits, embedding and head to 8. codes: codes of a
+    checkpoint, by the matrix's name; these are used as they are.
 
     Raises:
-        ValueError: another dtype or device, weights that are quantised already, that are NaN or infinite, or whose
-            scales float16 does not hold.
+        ValueError: another dtype or device, and weights that are quantised already, that are NaN or infinite, or whose
+            scales float16 cannot hold.
     """
     check_quantization("quantization", how)
     asked = f"{what}: quantization={how!r}"
@@ -173,27 +174,28 @@ def quantize_model(what: str, model: Any, how: str, codes: Mapping[str, QuantWei
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     report = []
     while users:
-        weight, modules = users.popitem()  # so that nothing holds the bfloat16 weights when they are replaced
+        weight, modules = users.popitem()  # no other reference keeps the bfloat16 weights alive when they are replaced
         named = modules[0][0]
         at_end = any(module is end for _, module in modules for end in ends)
         with _naming(f"{asked}: {named}.weight"):
             given = (codes or {}).get(f"{named}.weight")
-            linear = _held(weight.detach(), how, at_end) if given is None else QuantLinear(given)
+            linear = _quantized_linear(weight.detach(), how, at_end) if given is None else QuantLinear(given)
         error = 0.0 if how == "exact" or linear is None else _largest_error(weight.detach(), linear)
         bits, after = (16, weight.nbytes) if linear is None else (linear.bits, linear.packed.nbytes)
         report.append(Matrix(f"{named}.weight", bits, weight.nbytes, after, error))
         if linear is not None:
-            held = nn.Parameter(QuantizedMatrix(linear), requires_grad=False)
+            parameter = nn.Parameter(QuantizedMatrix(linear), requires_grad=False)
             for _, module in modules:
-                module.weight = held
-                module.quantized_bits = linear.bits  # what tells the self-check that it is another model
+                module.weight = parameter
+                # engine/verdict_key.py hashes the plain attributes of modules, and so tells the bits of weights apart.
+                module.quantized_bits = linear.bits
         del weight
-    model.quantized = Quantized(how, before, tuple(reversed(report)), held_fingerprint(model))
+    model.quantized = Quantized(how, before, tuple(reversed(report)), codes_fingerprint(model))
     return model.quantized
 
 
 class _naming:
-    """Puts the name of a matrix before an error's text."""
+    """A context manager that puts the name of a matrix before the text of a ValueError."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -206,7 +208,7 @@ class _naming:
             raise ValueError(f"{self.name}: {error}") from error
 
 
-def _held(weight: Tensor, how: str, at_end: bool) -> QuantLinear | None:
+def _quantized_linear(weight: Tensor, how: str, at_end: bool) -> QuantLinear | None:
     if how == "exact":
         found = next((codes for bits in (4, 8) if (codes := exact(weight, bits)) is not None), None)
         return None if found is None else QuantLinear(found)

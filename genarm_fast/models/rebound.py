@@ -1,7 +1,7 @@
-"""Notices weights of a given model that were bound to other memory after loading.
+"""Detect weights of a given model that were bound to other memory after loading.
 
-The engine reads weights where they lay at loading: changes in place count, but `p.data = ...` or `.to(...)` leave the
-engine with the old numbers. A look at 300 parameters takes some 50 µs, once a run.
+The engine reads weights at the addresses that they had at loading. Changes in place count, but `p.data = ...` or
+`.to(...)` leave the engine with the old numbers. Checking 300 parameters takes some 50 µs, once a run.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from torch import nn
 
 
 class WeightWatch:
-    """Where the parameters of a model that its owner keeps lay when the watch was made."""
+    """The addresses of a given model's parameters at the time when the watch was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.addresses = self._addresses()
 
     def moved(self) -> str | None:
-        """Name of a parameter that lies elsewhere now, or None."""
+        """Return the name of a parameter whose address has changed, or None."""
         now = self._addresses()
         return next((name for name, address in self.addresses.items() if now.get(name) != address), None)
 

@@ -1,7 +1,7 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3 in nine launches a layer, for GPUs.
 
-Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows; the kernel that reads
-the product next applies B (`genarm_fast.kernels.add_rms_norm` and its like). Nothing of a forward needs the host.
+Linears of one input are one product, whose weight holds the A of every LoRA lane as extra rows. The kernel that reads
+the product next applies B (`genarm_fast.kernels.add_rms_norm` and others). No part of a forward needs the host.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import ragged_attention
 from genarm_fast.kernels.rotary_append import rotary_append
 from genarm_fast.kernels.small_linear import SmallLinear
-from genarm_fast.models.few_rows import choose, ours, serves
-from genarm_fast.models.forward_context import place, running_lanes
+from genarm_fast.models.few_rows import choose, few_rows_linear, serves
+from genarm_fast.models.forward_context import current_positions, running_lanes
 from genarm_fast.models.known_decoders import WINDOWS, Norm, Output, family_of, lanes_of, over_layers
 from genarm_fast.models.kv_cache import Entry
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.weights import Movable
 
-stacked: WeakValueDictionary[int, Stack] = WeakValueDictionary()  # by the address of its weight
+stacks_by_address: WeakValueDictionary[int, Stack] = (
+    WeakValueDictionary()
+)  # stacks by the address of their weight's memory
 
 
 class StackedDecoder:
-    """The forward of a decoder without its head, over our cache. It takes the place of `decoder.forward`.
+    """The forward of a decoder (a model without its head) over our cache. It takes the place of `decoder.forward`.
 
-    The linears' parameters become views of the stacked weights, so that changes in place count; where they are another
-    decoder's already, it shares them. A and B of the lanes are copies, which `reread` takes anew. movable: the
-    parameters that move with them.
+    The linears' parameters become views of the stacked weights, so changes in place count. Where they are already views
+    of another decoder's stacks, this decoder shares those stacks. A and B of the lanes are copies, which `reread`
+    updates. movable: the parameters that move together with the linears'.
     """
 
     @torch.inference_mode(False)  # the owner of a given model may train it
@@ -45,41 +47,41 @@ class StackedDecoder:
     def __init__(self, decoder: Any, movable: Movable) -> None:
         window = WINDOWS[family_of(decoder)]
         self.embed, self.rotary = decoder.embed_tokens, decoder.rotary_emb
-        self.number = {lane: i for i, lane in enumerate(lanes_of(decoder))}
-        self.layers = [_Layer(layer, self.number, window, movable) for layer in decoder.layers]
+        self.adapter_by_lane = {lane: i for i, lane in enumerate(lanes_of(decoder))}
+        self.layers = [_StackedLayer(layer, self.adapter_by_lane, window, movable) for layer in decoder.layers]
         norms = [layer.norm for layer in self.layers[1:]]
         self.next_norms = [*norms, _norm(decoder.norm)]
         self._adapters: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, past_key_values: Cache, **_: Any) -> Output:
-        """input_ids, position_ids: int64 [N, q]."""
+        """Run the decoder. input_ids, position_ids: int64 [N, q]."""
         hidden = self.embed(input_ids)
         cos, sin = self.rotary(hidden, position_ids=position_ids)
-        where, adapters = place(hidden.device), self._running(hidden.device)
+        where, adapters = current_positions(hidden.device), self._running_adapters(hidden.device)
         x = self.layers[0].norm(hidden)
         for layer, next_norm, cache in zip(self.layers, self.next_norms, past_key_values.layers):
             hidden, x = layer(hidden, x, cos, sin, cache, where, adapters, next_norm)
         return Output(x, past_key_values)
 
     def of_layers(self, kept: Sequence[int]) -> Callable[..., Output]:
-        """The forward of these layers alone, over the same cache."""
+        """Return a forward that runs only the layers `kept`, over the same cache."""
         part = copy.copy(self)
         part.layers = [self.layers[i] for i in kept]
         part.next_norms = [*(layer.norm for layer in part.layers[1:]), self.next_norms[-1]]
         return over_layers(part, kept)
 
-    def _running(self, device: torch.device) -> Tensor | None:
-        """The adapter of each running lane, uploaded once."""
-        if not self.number:
+    def _running_adapters(self, device: torch.device) -> Tensor | None:
+        """Return the adapter number of each running lane, or -1; int64 [lanes], uploaded once for each set of lanes."""
+        if not self.adapter_by_lane:
             return None
         lanes = tuple(running_lanes()[0])
         if lanes not in self._adapters:
-            self._adapters[lanes] = torch.tensor([self.number.get(lane, -1) for lane in lanes], device=device)
+            self._adapters[lanes] = torch.tensor([self.adapter_by_lane.get(lane, -1) for lane in lanes], device=device)
         return self._adapters[lanes]
 
     @torch.inference_mode()
     def reread(self) -> None:
-        """Take A and B of the lanes as they are now."""
+        """Copy the current A and B of the lanes."""
         for product in self.products:
             product.reread()
 
@@ -89,17 +91,17 @@ class StackedDecoder:
 
     def choose_kernels(self) -> str:
         """Measure which kernels multiply few rows, as `few_rows.choose` says."""
-        return choose([product for product in self.products if product.own or not product.rank])
+        return choose([product for product in self.products if product.owns_stack or not product.rank])
 
     @property
-    def over_another(self) -> bool:
-        """Whether the weights were stacked for another decoder, and are shared."""
-        return not all(product.own for product in self.products)
+    def shares_stacks(self) -> bool:
+        """Whether some weights were stacked for another decoder, and are shared."""
+        return not all(product.owns_stack for product in self.products)
 
 
-class _Layer:
+class _StackedLayer:
     def __init__(
-        self, layer: Any, number: Mapping[int, int], window: Callable[[Any], int | None], movable: Movable
+        self, layer: Any, adapter_by_lane: Mapping[int, int], window: Callable[[Any], int | None], movable: Movable
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.second_norm = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
@@ -107,9 +109,12 @@ class _Layer:
         if hasattr(attention, "q_norm"):
             query, key = _norm(attention.q_norm), _norm(attention.k_norm)
             self.head_norms = {"query_norm": query.weight, "key_norm": key.weight, "eps": query.eps}
-        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], number, movable)
-        self.o, self.down = Product([attention.o_proj], number, movable), Product([mlp.down_proj], number, movable)
-        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], number, movable)
+        self.qkv = Product([attention.q_proj, attention.k_proj, attention.v_proj], adapter_by_lane, movable)
+        self.o, self.down = (
+            Product([attention.o_proj], adapter_by_lane, movable),
+            Product([mlp.down_proj], adapter_by_lane, movable),
+        )
+        self.gate_up = Product([mlp.gate_proj, mlp.up_proj], adapter_by_lane, movable)
         self.width, self.scale, self.window = attention.head_dim, attention.scaling, window(attention)
         self.kv_heads = self.qkv.widths[1] // self.width
 
@@ -117,7 +122,7 @@ class _Layer:
         self, hidden: Tensor, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, where: Any, adapters: Tensor | None,
         next_norm: Norm,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The residual stream after this layer, and the next one's input."""
+        """Return the residual stream after this layer, and the next layer's input."""
         if not cache.is_initialized:
             cache.allocate(Entry(self.kv_heads, (self.width, self.width), hidden.dtype, hidden.device))
         keys, values, slots, positions = cache.keys, cache.values, where.slots, where.positions
@@ -134,17 +139,17 @@ class _Layer:
 
 
 class Stack:
-    """Weights of linears of one input, one below the other; under them the A of the lanes of who made it.
+    """The weights of linears of one input, one below the other, then the A of the lanes of the first decoder.
 
-    Decoders over the same weights share it, and it lives as long as any of them does.
+    Decoders over the same weights share the stack that the first one made. It lives as long as any of them.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        stacked[weight.untyped_storage().data_ptr()] = self
+        stacks_by_address[weight.untyped_storage().data_ptr()] = self
 
     def holds(self, linears: Sequence[Any]) -> bool:
-        """Whether these linears are its first ones, in this order."""
+        """Whether the stack begins with these linears, in this order."""
         size = sum(len(linear.weight) for linear in linears)
         spans = self.weight[:size].split([len(linear.weight) for linear in linears])
         return all(
@@ -154,47 +159,48 @@ class Stack:
 
 
 def stack_of(linears: Sequence[Any]) -> Stack | None:
-    """Where the first of them lies already."""
-    return stacked.get(linears[0].weight.untyped_storage().data_ptr())
+    """Return the stack that holds the first of these linears, or None."""
+    return stacks_by_address.get(linears[0].weight.untyped_storage().data_ptr())
 
 
 class Product:
-    """Linears of one input as one, with the LoRAs of each adapted lane; `number` numbers these lanes.
+    """The linears of one input as one product, with the LoRAs of each adapted lane.
 
-    The A of the lanes are rows of `weight`. Over another decoder's `stack` they are a weight of their own, `a`, which
-    costs a launch more.
+    adapter_by_lane: from a lane to the number of its adapter. The A of the lanes are rows of `weight`. If the stack is
+    another decoder's, they are a weight of their own, `a`, which costs one launch more.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], number: Mapping[int, int], movable: Movable) -> None:
-        linears = [linear_of(module) for module in modules]
+    def __init__(self, modules: Sequence[nn.Module], adapter_by_lane: Mapping[int, int], movable: Movable) -> None:
+        linears = [bare_linear(module) for module in modules]
         self.widths = [linear.weight.shape[0] for linear in linears]
         self.loras: list[tuple[int, int, Lora]] = [
-            (number[lane], part, module.loras[i])
+            (adapter_by_lane[lane], part, module.loras[i])
             for part, module in enumerate(modules)
             if isinstance(module, LaneLinear)
             for lane, i in module.index.items()
         ]
         self.rank = max((len(lora.a) for _, _, lora in self.loras), default=0)
         out, first = sum(self.widths), linears[0].weight
-        adapters = len(number) if self.rank else 0
+        adapters = len(adapter_by_lane) if self.rank else 0
         rows = adapters * len(linears) * self.rank
         self.b = first.new_zeros(adapters, self.rank, out) if self.rank else None
-        self.ours: frozenset[int] = frozenset()
+        self.kernel_row_counts: frozenset[int] = frozenset()
         self.columns = list(torch.arange(out).split(self.widths))
         found = stack_of(linears)
-        self.own = found is None
+        self.owns_stack = found is None
         self.stack = self._stacked(linears, rows, movable) if found is None else found
-        self.a = self.stack.weight[out:] if self.own else first.new_zeros(rows, first.shape[1])
-        size = len(self.stack.weight) if self.own else out
+        self.a = self.stack.weight[out:] if self.owns_stack else first.new_zeros(rows, first.shape[1])
+        size = len(self.stack.weight) if self.owns_stack else out
         self.weight = self.stack.weight[:size]
         self.bias = None if self.stack.bias is None else self.stack.bias[:size]
         for module in modules:
-            if isinstance(module, LaneLinear):  # it held the weight where that lay
+            # The linear held the weight at its old address.
+            if isinstance(module, LaneLinear):
                 module.run = SmallLinear(module.linear.weight, module.linear.bias, module.loras)
         self.reread()
 
     def _stacked(self, linears: Sequence[Any], rows: int, movable: Movable) -> Stack:
-        """The linears' weights and so many rows in one memory, to which they move."""
+        """Move the linears' weights into one memory, with `rows` more rows for the A of the lanes."""
         first = linears[0].weight
         weight = first.new_zeros(sum(self.widths) + rows, first.shape[1])
         bias = None if all(linear.bias is None for linear in linears) else weight.new_zeros(len(weight))
@@ -214,15 +220,15 @@ class Product:
             self.b[adapter, : len(a), int(columns[0]) : int(columns[-1]) + 1] = b * scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out, and the shrunk inputs of the adapters]."""
-        if len(self.a) and not self.own:
-            return self._beside(x)
+        """Multiply x [..., in]. Return [..., out + rows of A]: the outputs, then the shrunk inputs of the adapters."""
+        if len(self.a) and not self.owns_stack:
+            return self._two_products(x)
         if serves(self, x):
-            return ours(x, self.weight, self.bias)
+            return few_rows_linear(x, self.weight, self.bias)
         return functional.linear(x, self.weight, self.bias)
 
-    def _beside(self, x: Tensor) -> Tensor:
-        """The same, by a product of each weight into one memory."""
+    def _two_products(self, x: Tensor) -> Tensor:
+        """Compute the same result by two products, of `weight` and of `a`, into one memory."""
         rows, out = x.reshape(-1, x.shape[-1]), len(self.weight)
         y = x.new_empty(len(rows), out + len(self.a))
         if self.bias is None:
@@ -236,8 +242,8 @@ class Product:
         return None if self.b is None or adapters is None else Lanes(self.b, adapters)
 
 
-def linear_of(module: Any) -> Any:
-    """Without the adapters of lanes."""
+def bare_linear(module: Any) -> Any:
+    """Return the linear without the lanes' adapters."""
     return module.linear if isinstance(module, LaneLinear) else module
 
 

@@ -1,4 +1,4 @@
-"""Whether a decoder on a GPU runs as a `StackedDecoder`, which a trial beside its own forward decides."""
+"""Decide whether a decoder on a GPU runs as a `StackedDecoder`, by a trial against its own forward."""
 
 from __future__ import annotations
 
@@ -11,58 +11,61 @@ from torch import nn
 
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.models.known_decoders import WINDOWS, built_as_known, trial
-from genarm_fast.models.stacked_decoder import StackedDecoder, linear_of, stack_of
+from genarm_fast.models.stacked_decoder import StackedDecoder, bare_linear, stack_of
 from genarm_fast.models.weights import Movable
 
-UNIT = {
+ROUNDING_UNIT = {
     torch.bfloat16: 2**-8,
     torch.float16: 2**-11,
     torch.float32: 2**-18,
-}  # what a product of 4,096 numbers rounds by
-UNIT_OF_PRODUCTS = {"highest": 0.0, "high": 2**-11, "medium": 2**-8}  # in float32, as torch is told to multiply it
-ROUNDINGS = 8  # of a number on its way through a layer
-BLOCKS = (4, 1)  # tokens of the trial's forwards
+}  # unit by which a product of 4,096 numbers is rounded
+# The same unit for torch's settings of float32 products.
+PRODUCT_ROUNDING_UNIT = {"highest": 0.0, "high": 2**-11, "medium": 2**-8}
+ROUNDINGS = 8  # how often a number is rounded on its way through a layer
+BLOCKS = (4, 1)  # tokens of each forward of the trial
 
 
 def stacked_forward(decoder: Any, movable: Movable) -> tuple[StackedDecoder | None, str]:
-    """A forward that may take the place of the decoder's own, or None; and in words, which one runs and why.
+    """Return a forward that may replace the decoder's own, or None; and a text that says which one runs and why.
 
-    The decoder's linears, and all that lies over their weights in `movable`, become views of stacked weights, if they
-    are none of another model's: no number is held twice, and none changes.
+    The decoder's linears, and all parameters in `movable` over the same weights, become views of stacked weights. If
+    the weights are stacked for another model already, the decoder shares that stack. No number is held twice, and none
+    changes.
     """
     if reason := _unfit(decoder):
         return None, f"its own forward: {reason}"
     forward = StackedDecoder(decoder, movable)
     bound = tolerance(decoder)
     try:
-        chosen = forward.choose_kernels()  # before the trial, which proves them too
-        far = deviation(decoder, forward)
+        chosen = forward.choose_kernels()  # before the trial, which then checks these kernels too
+        distance = deviation(decoder, forward)
     except Exception as error:
         if out_of_memory(error):
             raise
         return None, f"its own forward: the stacked one failed in its trial: {type(error).__name__}: {error}"
-    if not far <= bound:  # NaN, too
-        return None, f"its own forward: the stacked one is {far:.2g} of a hidden state away from it, over {bound:.2g}"
-    how = f"stacked: {far:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
-    shared = "its weights were stacked for another model, and are shared" if forward.over_another else ""
+    if not distance <= bound:  # also true for NaN
+        why = f"the stacked one is {distance:.2g} of a hidden state away from it, over {bound:.2g}"
+        return None, f"its own forward: {why}"
+    how = f"stacked: {distance:.2g} of a hidden state away from its own forward, where {bound:.2g} may be rounding"
+    shared = "its weights were stacked for another model, and are shared" if forward.shares_stacks else ""
     return forward, "; ".join(filter(None, (how, shared, chosen)))
 
 
 def tolerance(decoder: Any) -> float:
-    """How far two ways of rounding may be apart, as a share of the hidden states' norm.
+    """Return how far two ways of rounding may be apart, as a share of the hidden states' norm.
 
     A number that is rounded to units of 2u has an error of u/√3 of it. Two computations of n roundings each, one after
-    the other, are u √(2n/3) apart; four times that is allowed. In bfloat16 it gives 0.2 for 32 layers, where what is
-    wrong is off by 1, and an H100 was off by 0.044 (Llama-3-8B's shape, prototype of 2026-11-27).
+    the other, are u √(2n/3) apart; four times that is allowed. In bfloat16 this allows 0.2 for 32 layers. A wrong
+    forward is off by 1, and an H100 was off by 0.044 (Llama-3-8B's shape, prototype of 2026-11-27).
     """
-    dtype, unit = decoder.dtype, UNIT[decoder.dtype]
+    dtype, unit = decoder.dtype, ROUNDING_UNIT[decoder.dtype]
     if dtype == torch.float32:
-        unit = max(unit, UNIT_OF_PRODUCTS[torch.get_float32_matmul_precision()])
+        unit = max(unit, PRODUCT_ROUNDING_UNIT[torch.get_float32_matmul_precision()])
     return 4 * unit * math.sqrt(2 * ROUNDINGS * len(decoder.layers) / 3)
 
 
 def deviation(decoder: Any, forward: Callable[..., Any]) -> float:
-    """The largest of any lane, of hidden states, keys or values, as a share of their norm."""
+    """Return the largest distance of any lane's hidden states, keys or values, as a share of their norm."""
     pairs = zip(*(trial(decoder, each, BLOCKS) for each in (decoder, forward)))
     return max(
         float((torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)).nan_to_num(math.inf))
@@ -72,7 +75,7 @@ def deviation(decoder: Any, forward: Callable[..., Any]) -> float:
 
 
 def _unfit(decoder: Any) -> str | None:
-    """Why its layers can't run as stacked ones."""
+    """Return why the decoder's layers can't run stacked, or None if they can."""
     if not built_as_known(decoder):
         return f"{type(decoder).__name__} with its hooks is none of {', '.join(WINDOWS)} as transformers builds them"
     groups = [group for layer in decoder.layers for group in _linears(layer)]
@@ -81,7 +84,7 @@ def _unfit(decoder: Any) -> str | None:
         return "some of its linears are no plain ones"
     devices = {parameter.device for parameter in decoder.parameters()}
     dtypes = {parameter.dtype for parameter in decoder.parameters()}
-    if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= UNIT.keys():
+    if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= ROUNDING_UNIT.keys():
         return f"its weights are on {len(devices)} devices in {len(dtypes)} dtypes"
     if any(type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation") for layer in decoder.layers):
         return "its activation isn't SiLU"
@@ -95,7 +98,7 @@ def _unfit(decoder: Any) -> str | None:
 
 
 def _linears(layer: Any) -> list[list[Any]]:
-    """Those of one input together, as a `StackedDecoder` has them."""
+    """Return the linears of a layer, grouped by their input as a `StackedDecoder` stacks them."""
     attention, mlp = layer.self_attn, layer.mlp
     groups = (
         (attention.q_proj, attention.k_proj, attention.v_proj),
@@ -103,4 +106,4 @@ def _linears(layer: Any) -> list[list[Any]]:
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     )
-    return [[linear_of(module) for module in group] for group in groups]
+    return [[bare_linear(module) for module in group] for group in groups]

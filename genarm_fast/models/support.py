@@ -1,4 +1,4 @@
-"""Which models the engine can decode with, and how long their sequences may be."""
+"""Decide which models the engine can decode with, and how long their sequences may be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def check_supported(role: str, kind: type, config: Any) -> None:
-    """Raises ValueError for a class of transformers whose attention cannot read our key-value cache."""
+    """Raises ValueError for a model class of transformers whose attention cannot read our key-value cache."""
     if getattr(config, "return_dict", True) is False:
         raise ValueError(f"{role}: return_dict=False in its config: expected true, its outputs have names here")
     unsupported = set(getattr(config.get_text_config(), "layer_types", None) or ()) - CACHED_LAYERS
@@ -25,17 +25,20 @@ def check_supported(role: str, kind: type, config: Any) -> None:
 
 
 def takes_positions(kind: Any) -> bool:
-    """Whether its forward can be told where tokens stand."""
+    """Whether the forward of a model class takes the positions of the tokens."""
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def context_of(config: Any) -> int | None:
-    """Positions that a text config gives a sense to. LongRoPE turns all of a sequence otherwise once it is longer than
-    the original context, what is cached of it too, so it ends there."""
+    """Return the number of positions that a text config allows, or None if it sets no limit.
+
+    LongRoPE rotates a whole sequence differently once it is longer than the original context, so cached keys would be
+    wrong. A sequence therefore ends at the original context.
+    """
     ropes = getattr(config, "rope_parameters", None) or {}
     originals = [
         rope["original_max_position_embeddings"]
-        for rope in (ropes, *ropes.values())  # of all layers, or of each kind
+        for rope in (ropes, *ropes.values())  # rope parameters are given once, or for each kind of layer
         if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
     ]
     return min(

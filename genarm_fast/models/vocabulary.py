@@ -1,4 +1,4 @@
-"""Token ids that all members share, and those that end a response."""
+"""The token ids that all members share, and the token ids that end a response."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from genarm_fast.text.templates import end_of_answer
 
 
 def common_vocabulary(members: Sequence[Member]) -> int:
-    """Number of token ids that all members share: narrower of all logits and tokenizers.
+    """Return the number of token ids that all members share: the smallest size of all logits and tokenizers.
 
     Raises:
-        ValueError: two tokenizers disagree on one of them.
+        ValueError: two tokenizers disagree on one of these ids.
     """
     tokenizers = {id(member.tokenizer): member for member in members}
     tokens = {
@@ -34,10 +34,10 @@ def common_vocabulary(members: Sequence[Member]) -> int:
 
 
 def end_of_sequence(base: Member, vocab_size: int) -> frozenset[int]:
-    """Token ids that end a response.
+    """Return the token ids that end a response.
 
-    Those of the base's generation config, else its config; the EOS of its tokenizer; what its chat template puts
-    behind an answer; and what ARMs were trained to end with.
+    These are the EOS ids of the base's generation config, else of its config; the EOS of its tokenizer; the token that
+    its chat template puts behind an answer; and the tokens that ARMs were trained to end with.
     """
     generation_config = getattr(base.model, "generation_config", None)
     candidates: tuple[int | list[int] | None, ...] = (

@@ -12,36 +12,41 @@ import torch
 from torch import Tensor, nn
 
 HOW_TO_COPY = ("__deepcopy__", "__copy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__", "__new__")
-ATOMS = frozenset({bool, int, float, str, bytes, type(None), torch.dtype})  # of which a copy is the thing itself
+# Types whose copy is the object itself.
+ATOMS = frozenset({bool, int, float, str, bytes, type(None), torch.dtype})
 CONTAINERS = frozenset({dict, OrderedDict, set})
 
-_over_the_same: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_trees_by_model: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """A copy of the module tree in eval mode over the same weights: adapters put into it leave `model` as it was."""
+    """Return a copy of the module tree in eval mode over the same weights. Adapters put into it leave `model` alone."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter  # quantised ones carry state that only they know
+        plain = type(parameter) is nn.Parameter  # quantised parameters carry state that only their own class knows
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False) if plain else parameter
     memo.update({id(tensor): tensor.detach() for tensor in _computed(model)})
     tree = _copied(model, memo).eval()
-    family = _over_the_same.setdefault(model, WeakSet([model]))
+    family = _trees_by_model.setdefault(model, WeakSet([model]))
     family.add(tree)
-    _over_the_same[tree] = family
+    _trees_by_model[tree] = family
     return tree
 
 
 def _computed(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that a hook makes of parameters before each call, as of torch.nn.utils.prune: no tree can copy them."""
+    """Yield tensors that a hook computes from parameters before each call, as torch.nn.utils.prune does.
+
+    copy.deepcopy fails on such tensors.
+    """
     for module in model.modules():
         yield from (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
 
 
 def _copied(root: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy(root, memo)` in a sixth of its time, which is 60 ms for the 397 modules of SmolLM2-135M.
+    """Do `copy.deepcopy(root, memo)` in a sixth of its time, which is 60 ms for the 397 modules of SmolLM2-135M.
 
-    Most of their attributes are empty containers. Modules that copy themselves in a way of their own still do.
+    Most attributes of modules are empty containers, which are cheap to make. Modules that define how to copy themselves
+    still do that.
     """
     plain = {kind: _copies_plainly(kind) for kind in {type(module) for module in root.modules()}}
     modules = [module for module in root.modules() if plain[type(module)]]
@@ -73,32 +78,32 @@ def _copies_plainly(kind: type[nn.Module]) -> bool:
 
 
 def trees_over(models: Iterable[nn.Module]) -> list[nn.Module]:
-    """All module trees that `share_weights` made over the weights of these models, and the models."""
-    found = {id(tree): tree for model in models for tree in (model, *_over_the_same.get(model, ()))}
+    """Return the models, and all module trees that `share_weights` made over their weights."""
+    found = {id(tree): tree for model in models for tree in (model, *_trees_by_model.get(model, ()))}
     return list(found.values())
 
 
 class Movable:
-    """Parameters by where their numbers lie, so that a weight moves in all trees at once."""
+    """Parameters by the address of their numbers, so that a weight moves in all trees at once."""
 
     def __init__(self, trees: Iterable[nn.Module]) -> None:
-        self._at: dict[Any, list[nn.Parameter]] = {}
+        self._by_address: dict[Any, list[nn.Parameter]] = {}
         for parameter in (parameter for tree in trees for parameter in tree.parameters()):
-            self._at.setdefault(_place(parameter), []).append(parameter)
+            self._by_address.setdefault(_address_key(parameter), []).append(parameter)
 
-    def move(self, parameter: Tensor, place: Tensor) -> None:
-        """Copy a parameter there, and let all that lay where it lay lie there. Others' gradients stay as they are."""
-        place.copy_(parameter)
-        for each in self._at.pop(_place(parameter)):
-            each.data = place
+    def move(self, parameter: Tensor, destination: Tensor) -> None:
+        """Copy a parameter to `destination`, and make all parameters at its old address use that. Gradients stay."""
+        destination.copy_(parameter)
+        for each in self._by_address.pop(_address_key(parameter)):
+            each.data = destination
 
 
-def _place(tensor: Tensor) -> Any:
+def _address_key(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def own_weights(model: nn.Module, shared: Collection[int]) -> None:
-    """Give a module tree copies of these of its parameters, named by their ids, so that they can be written to."""
+    """Replace the parameters whose ids are in `shared` by copies, so that the module tree can write to them."""
     own = {id(p): nn.Parameter(p.detach().clone(), requires_grad=False) for p in model.parameters() if id(p) in shared}
     for module in model.modules():
         module._parameters.update({k: own[id(p)] for k, p in module._parameters.items() if id(p) in own})

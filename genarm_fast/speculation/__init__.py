@@ -1,4 +1,4 @@
-"""Speculation: who drafts tokens, and how many, so that steps pay off. Drafts never change a token."""
+"""Speculation: which drafter proposes tokens, and how many, so that decoding is fast. Drafts never change a token."""
 
 from genarm_fast.speculation.config import Speculation
 

@@ -1,6 +1,6 @@
-"""What a caller may ask of speculation, and the numbers by which the tuner decides (docs/speculation.md).
+"""Settings of speculation for callers, and the numbers by which the tuner decides (docs/speculation.md).
 
-Speculation changes how fast a text comes, never the text.
+Speculation changes how fast a text is decoded, never the text.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ MAX_K = 32
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Draft tokens with a cheap member or from the text itself, and verify several at once with the others.
+    """Setting of speculation: a cheap member or the text itself drafts tokens, and the others verify several at once.
 
     Args:
-        drafter: who drafts: the name of a member that has a forward of its own (an ARM, or "base"; lanes of one
-            forward draft together under any of their names), "ngram" (what followed the last few tokens when they
-            came before, in the prompt or the output), or "draft_model". None: whichever pays best.
-        k: drafts per step; 0 turns drafting off; None: as many as pay, by measured cost and acceptance.
+        drafter: name of the drafter. The name of an ARM, or "base", makes that member draft, with all members that
+            share its forward; one forward must not hold all members. "ngram" proposes the tokens that followed the last
+            few tokens earlier in the prompt or the output. "draft_model" is the draft model. None: the fastest one.
+        k: drafts per step; 0 turns drafting off. None: the number that is fastest by measured cost and acceptance.
         max_k: most drafts per step, if k is None.
 
     Raises:
@@ -43,7 +43,7 @@ class Speculation:
 
     @property
     def most(self) -> int:
-        """Most drafts of a step."""
+        """The most drafts of a step."""
         return self.max_k if self.k is None else self.k
 
 
@@ -51,7 +51,7 @@ OFF = Speculation(k=0)
 
 
 def as_speculation(value: object) -> Speculation:
-    """A `Speculation` from "auto", "off" or a `Speculation`; raises ValueError for anything else."""
+    """Return a `Speculation` for "auto", "off" or a `Speculation`. Raises ValueError for anything else."""
     if isinstance(value, Speculation):
         return value
     if not isinstance(value, str) or value not in ("auto", "off"):
@@ -61,33 +61,34 @@ def as_speculation(value: object) -> Speculation:
 
 @dataclass(frozen=True, slots=True)
 class TunerConfig:
-    """The numbers by which a `Tuner` measures, predicts, switches and tries. Nobody has to change them."""
+    """The numbers by which a `Tuner` measures, predicts, switches and tries. Users need not change them."""
 
-    # Timings kept for each size of a forward. Their lower quartile ignores the one in twenty that the machine held up.
+    # Timings kept for each size of a forward. Their lower quartile ignores the one in twenty that the machine delayed.
     timings: int = 7
-    # Drafts of steps that `warm_up` times. What is between is interpolated, more goes on from there.
+    # Numbers of drafts in the steps that `warm_up` times. Numbers between are interpolated, larger ones extrapolated.
     warm_drafts: tuple[int, ...] = (1, 4)
     # Rows after which evidence on acceptance counts half, since a text changes its kind within some 32 tokens.
     half_life: float = 32.0
-    # The half-life of a second, short memory: 4 rows show a sudden change within a few steps.
+    # Half-life of a second, short memory: 4 rows show a sudden change within a few steps.
     jump_half_life: float = 4.0
-    # Where one size was measured, n tokens cost in proportion to 16 + n: reading the weights dominates few tokens.
+    # If one size was measured, n tokens cost in proportion to 16 + n: reading the weights dominates few tokens.
     free_tokens: int = 16
-    # Steps between two predictions, each of which takes 0.1 to 0.2 ms of the host; steps between do the same.
+    # Steps from one prediction to the next. One takes 0.1 to 0.2 ms of the host; the steps between repeat its choice.
     update_interval: int = 4
     # Steps between shadow evaluations that take a draw: 0.4 % of a step with 32 rows, so 0.1 % of the time.
     shadow_interval: int = 4
-    # A new choice needs at most this share of the old one's time, so that noise of 2 % does not switch back and forth.
+    # Most time of a new choice, as a share of the old one's, so that noise of 2 % does not switch back and forth.
     switch_margin: float = 0.98
-    # The same to leave plain decoding: rows that get ahead by drafts end early and leave smaller, dearer batches.
+    # The same share for leaving plain decoding. It is lower, because rows that get ahead by drafts end early and leave
+    # smaller batches, whose tokens cost more.
     leave_plain_margin: float = 0.95
-    # Share of the time that trials may lose: 1 % is what nobody notices.
+    # Share of the time that trials may lose; users do not notice 1 %.
     exploration: float = 0.01
-    # Share of the time saved by drafts that trials may lose on top: whoever gains much can pay for finding more.
+    # Share of the time saved by drafts that trials may lose in addition: large savings can pay for more trials.
     exploration_of_savings: float = 0.02
     # Steps before a choice is tried again, at first and after a success.
     retry_steps: int = 16
-    # Most steps before a drafter is tried again: each trial in vain doubles them, so a poor one has 6 in 1500 steps.
+    # Most steps before a drafter is tried again. Each failed trial doubles them, so a poor drafter has 6 in 1500 steps.
     max_retry_steps: int = 512
 
 

@@ -1,6 +1,6 @@
-"""What a drafter is: it proposes tokens, and all of them are verified. So a wrong one costs time, and nothing else.
+"""Drafters: they propose tokens, and all of these are verified. So a wrong draft costs time, and nothing else.
 
-The engine knows drafters by the protocols of this page alone, and drafters know the engine likewise.
+The engine uses drafters through the protocols of this file alone, and drafters use the engine in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from genarm_fast.device.base import Device, WorkStream
 
 
 class SequenceBatch(Protocol):
-    """What drafters read of the sequences of a step; see `genarm_fast.engine.batch.Batch`."""
+    """The part of a step's batch that drafters read; see `genarm_fast.engine.batch.Batch`."""
 
     sequences: Any
     active: tuple[int, ...]
@@ -38,12 +38,12 @@ class SequenceBatch(Protocol):
 
 
 class DraftExecutor(Protocol):
-    """What drafters may ask for; see `genarm_fast.engine.executor.Executor`."""
+    """The part of the executor that drafters use; see `genarm_fast.engine.executor.Executor`."""
 
     device: Device
     main: WorkStream
     draft_model: int | None
-    spent: dict[int, tuple[Any, Any]]
+    forward_marks: dict[int, tuple[Any, Any]]
 
     def stream_of(self, members: list[int]) -> WorkStream: ...
 
@@ -61,12 +61,12 @@ class DraftExecutor(Protocol):
 
 
 class Drafts:
-    """The drafts of a step: of sequence r the first counts[r] of `tensor`, int64 [R, k] on `stream`; -1 is none.
+    """The drafts of a step. Sequence r has the first counts[r] tokens of row r of `tensor`; -1 stands for no draft.
 
-    on_main: the same for use on the main stream, once `target_logits` was called. read: gives the tensor, or a wider
-    one, on the host. marks, steps: times around so many forwards of the drafter, for which the step had to wait. fed:
-    how many tokens the drafter itself has fed in this step. The last token and all drafts but the last one are k; a
-    drafter that runs ahead has fed k + 1.
+    tensor: int64 [R, k] on `stream`. on_main: the same tensor for use on the main stream, after `target_logits`. read:
+    returns the tensor, or a wider one, on the host. marks: times before and after the drafter's forwards, for which the
+    step had to wait. steps: number of these forwards. fed: tokens that the drafter itself has fed in this step. It is
+    k, the last token and all drafts but the last one; for a drafter that runs ahead it is k + 1.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Drafts:
     ) -> None:
         self.tensor, self.counts, self.stream, self.read = tensor[:, : max(counts)], list(counts), stream, read
         self.marks, self.steps, self.fed, self.on_main = marks, steps, 0, self.tensor
-        self.members: tuple[int, ...] = ()  # of the drafter, if it runs any
+        self.members: tuple[int, ...] = ()  # members that the drafter runs
 
     @property
     def width(self) -> int:
@@ -90,7 +90,7 @@ class Drafts:
 
     @cached_property
     def host(self) -> list[list[int]]:
-        """All that the drafter drew; waits for the device where it drafts."""
+        """All tokens that the drafter drew, on the host. Waits for a device that drafts."""
         assert self.read is not None
         return self.read().tolist()
 
@@ -101,17 +101,17 @@ class Drafts:
 
 
 def no_drafts(rows: int, stream: WorkStream) -> Drafts:
-    """None for any of `rows` sequences."""
+    """Return drafts in which none of `rows` sequences has any."""
     nothing = torch.empty(rows, 0, dtype=torch.int64)
     return Drafts(nothing, [0] * rows, stream, lambda: nothing)
 
 
 class CapturedDrafts(NamedTuple):
-    """Drafts within a graph: `block`, int64 [R, k] on `stream`, as others feed it.
+    """Drafts within a graph.
 
-    rest: launches what is left of the drafter's forwards, when all that others verify is launched. It returns for the
-    main stream the block, with -1 where there is no draft, and what its members say of the drafted positions,
-    [R, k + 1, V] by member.
+    block: int64 [R, k] on `stream`, the tokens that the other members feed. rest: launches the drafter's last forwards,
+    after the verification by the others is launched. It returns two things for the main stream: the block, with -1 for
+    no draft, and its members' logits at the drafted positions, [R, k + 1, V] by member.
     """
 
     block: Tensor
@@ -120,10 +120,10 @@ class CapturedDrafts(NamedTuple):
 
 
 class Drafter(Protocol):
-    """Proposes tokens for the sequences of a batch.
+    """A drafter: it proposes tokens for the sequences of a batch.
 
-    names: what users call it. members: indices of the members that it runs, () where it reads text alone. reads_texts:
-    whether a batch has to have `texts` for it in graphs.
+    names: names by which users choose it. members: indices of the members that it runs; () if it reads text alone.
+    reads_texts: whether a batch needs `texts` on the device when this drafter is part of a graph.
     """
 
     names: tuple[str, ...]
@@ -131,35 +131,35 @@ class Drafter(Protocol):
     reads_texts: bool
 
     def propose(self, batch: SequenceBatch, most: list[int]) -> Drafts:
-        """At most most[r] drafts for sequence r, drawn with the noise of their targets where noise plays a part."""
+        """Return at most most[r] drafts for sequence r. Random draws use the noise of their targets."""
 
     def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
-        """What its members say of the drafted positions, [R, q, V] by member, for the main stream; {} without members.
+        """Return its members' logits at the drafted positions, [R, q, V] by member, for the main stream.
 
-        Called when all that others verify is launched. Drafts of another stream get their `on_main` and `read` here,
-        and their `fed`, which is q.
+        The result is {} without members. The engine calls this after it has launched the verification by the others.
+        Drafts of another stream get their `on_main`, `read` and `fed`, which is q, here.
         """
 
     def captures(self, sequences: list[Any], before: tuple[int, ...] | None) -> bool:
-        """Whether it may draft for these sequences as part of a graph.
+        """Whether the drafter may draft for these sequences as part of a graph.
 
-        before: members that drafted in the step that is in flight, () if none did; None where nothing is in flight.
+        before: members that drafted in the step in flight; () if none did, None if no step is in flight.
         """
 
     def capture(self, batch: SequenceBatch, k: int) -> CapturedDrafts:
-        """Draft k tokens of every sequence by work of the device alone, for a graph. All of them are fed."""
+        """Draft k tokens of every sequence by work of the device alone, for a graph. The drafter feeds all of them."""
 
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
         """Learn how many drafts of each sequence were right, and the seconds that drafting and verifying took."""
 
     def forget(self) -> None:
-        """Drop what is kept from one step to the next: the sequences have left, or a step failed."""
+        """Drop all state of earlier steps, because the sequences have left or a step failed."""
 
     def guess(self, sequences: list[Any], most: int) -> list[list[int]] | None:
-        """For shadow evaluation: what it would propose from the text alone; None if that takes a model."""
+        """Return, for shadow evaluation, the drafts that it would propose from the text; None if it needs a model."""
 
     def shadow(self, batch: SequenceBatch, logits: dict[int, Tensor]) -> Callable[[], tuple[list[list[int]], float]]:
-        """For shadow evaluation: the next token that its members would propose, given their logits at hand.
+        """Draw, for shadow evaluation, the next token that its members would propose from logits of this step.
 
-        Call the result for the tokens and the seconds that they would have taken.
+        Call the result for the tokens of each sequence, and the seconds that drafting them would have taken.
         """

@@ -1,4 +1,4 @@
-"""Drafts without a model: what followed when the last few tokens stood in the text before (prompt lookup)."""
+"""Drafts without a model (prompt lookup): the tokens that followed the last few tokens earlier in the text."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from genarm_fast.speculation.drafter import CapturedDrafts, DraftExecutor, Draft
 
 
 class NgramIndex:
-    """The tokens of one sequence, prompt first, and where each of their n-grams was last followed by something.
+    """The tokens of one sequence, prompt first, and the latest place at which each n-gram was followed by a token.
 
     Args:
-        tokens: int ids that are there already.
-        max_n, min_n: lengths of the endings that are looked up, the longest first.
+        tokens: token ids to begin with.
+        max_n, min_n: lengths of the text's ending that are looked up, the longest first.
     """
 
     def __init__(self, tokens: Iterable[int] = (), *, max_n: int = 4, min_n: int = 2) -> None:
@@ -26,7 +26,7 @@ class NgramIndex:
             raise ValueError(f"min_n={min_n}, max_n={max_n}: expected 1 <= min_n <= max_n")
         self.lengths = range(max_n, min_n - 1, -1)
         self.tokens: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}  # n-gram → index after its latest occurrence but the last one
+        self._follows: dict[tuple[int, ...], int] = {}  # n-gram → index of the token after its latest such occurrence
         self.extend(tokens)
 
     def __len__(self) -> int:
@@ -42,7 +42,10 @@ class NgramIndex:
             self.tokens.append(token)
 
     def propose(self, k: int) -> list[int]:
-        """k tokens that may come next, [] where nothing fits. A repetition that reaches the end goes on."""
+        """Return k tokens that may come next; [] if no ending occurred before.
+
+        If fewer than k tokens follow that occurrence, they are repeated in a cycle.
+        """
         for n in self.lengths:
             start = self._follows.get(tuple(self.tokens[-n:]))
             if start is not None:
@@ -52,7 +55,7 @@ class NgramIndex:
 
 
 class NgramDrafter:
-    """Proposes what followed the last tokens when they came before, in the base's prompt or in the response."""
+    """Proposes the tokens that followed the last tokens earlier, in the base's prompt or in the response."""
 
     names: tuple[str, ...] = ("ngram",)
     members: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""What the tuner says before a step, and what it is told afterwards."""
+"""Choices of the tuner before a step, and observations that it gets after the step."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import NamedTuple
 
 
 class Choice(NamedTuple):
-    """Who drafts in a step, as an index of the drafters, and how many tokens a sequence; (None, 0) for nobody."""
+    """The drafter of a step, as an index of the drafters, and its drafts per sequence; (None, 0) for no drafts."""
 
     drafter: int | None
     k: int
 
 
-PLAIN = Choice(None, 0)  # plain decoding: one token a step and sequence
+PLAIN = Choice(None, 0)  # plain decoding: one token per step and sequence
 
 
 @dataclass(frozen=True, slots=True)
 class StepObservation:
-    """What one step proposed, accepted and cost.
+    """Observation of one step: its drafts, the accepted ones, and its times.
 
     Args:
-        drafter, k: as chosen for the step; None and 0 for plain decoding.
-        rows: sequences that the step advanced.
-        proposed: drafts of each sequence, at most k. If no sequence has any, the step tells the cost of plain decoding.
-        accepted: how many of these drafts were right, for each sequence.
-        draft_seconds: time in the drafter, also where it runs once more because all drafts of a sequence were right.
-            None: the step was one launch, in which every sequence has k drafts, and its parts have no times.
-        verify_seconds: time in everything else.
-        drafter_steps: forwards of the drafter in `draft_seconds`. None: one for each draft of the sequence with
-            most, and one more where all of them were right.
+        drafter, k: the choice for the step; None and 0 for plain decoding.
+        rows: number of sequences that the step advanced.
+        proposed: number of drafts of each sequence, at most k. If all are 0, the step shows the cost of plain decoding.
+        accepted: number of right drafts of each sequence.
+        draft_seconds: time of the drafter's forwards, the one for a bonus token included. None: the step was one
+            launch, in which every sequence has k drafts and parts are not timed.
+        verify_seconds: time of the rest of the step, or of the whole step if `draft_seconds` is None.
+        drafter_steps: forwards of the drafter in `draft_seconds`. None: as many as the sequence with most drafts has,
+            and one more if all drafts of a sequence were right.
     """
 
     drafter: int | None
@@ -44,19 +44,20 @@ class StepObservation:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Time of the whole step."""
         return (self.draft_seconds or 0.0) + self.verify_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class ShadowObservation:
-    """What a drafter would have been worth in a step in which another one drafted, or nobody.
+    """Observation of a drafter that did not draft in a step: the drafts that it would have made, and the right ones.
 
     Args:
-        drafter: whose drafts were evaluated.
-        proposed: drafts of each sequence that can be judged: no more than tokens were generated for the sequence.
-        accepted: how many of these drafts were right, for each sequence.
-        seconds: time of one draft for all sequences, with the forward that the step needed anyway; None: not measured.
+        drafter: index of the drafter that was evaluated.
+        proposed: number of each sequence's drafts that can be judged, at most the tokens that the step gave it.
+        accepted: number of right drafts of each sequence.
+        seconds: time of one draft for all sequences, including the forward that the step ran anyway. None: not
+            measured.
     """
 
     drafter: int

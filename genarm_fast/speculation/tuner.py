@@ -1,8 +1,8 @@
-"""Chooses the drafter and K that give most tokens per second, by what steps cost and how often drafts were right.
+"""The tuner: it chooses the drafter and K with most tokens per second, by measured times and acceptance of drafts.
 
-Plain decoding is one of the choices. Most of what there is to know costs nothing. Shadow evaluation compares what
-drafters would have proposed with the tokens of the step, and plain steps run every member's forward anyway. The rest is
-tried now and then, within a small budget of time, unless it could not win even if verification was free.
+Plain decoding is one of the choices. Most measurements cost nothing: shadow evaluation compares the tokens of a step
+with those that drafters would have proposed, and plain steps run every member's forward anyway. Other choices are tried
+now and then, within a small budget of time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Tuner:
     """Chooses a drafter and K before each step and learns from the step. One tuner sees all steps of a model.
 
     Args:
-        drafters: their names. A drafter may be a member, which then is not among what verifies its drafts.
+        drafters: the names of the drafters. A drafter may be a member, which then does not verify its own drafts.
         max_k: most drafts in a step.
         ahead: whether the next block is drafted while one is verified.
         config: the numbers by which it decides.
@@ -37,23 +37,23 @@ class Tuner:
             raise ValueError(f"max_k={max_k}: expected an integer >= 1")
         self.config, self.ahead = config, ahead
         self.drafters = [DrafterStats(name, max_k, config) for name in drafters]
-        self.plain_costs = ForwardCosts(config)  # of a step of plain decoding, over rows
+        self.plain_costs = ForwardCosts(config)  # seconds of a step of plain decoding, over rows
         self.now = 0  # number of the current step
         self.budget = 0.0  # seconds that trials may lose
-        self.best = PLAIN  # as far as is known
-        self.trial: Choice | None = None  # what this step tries instead
+        self.best = PLAIN  # the choice that is fastest as far as is known
+        self.trial: Choice | None = None  # the choice that this step tries instead of the best one
         self.last_steps: dict[Choice, int] = {}  # number of the latest step of each choice
-        self.texts_mean_nothing = False  # while a model is warmed up: only what steps cost is learnt
-        self._timed: Counter[tuple[int, Choice]] = Counter()  # such steps, by their rows
-        self._plain_steps = 0  # of either kind
+        self.learns_costs_only = False  # True while a model is warmed up: then only times of steps are learnt
+        self._warm_up_steps: Counter[tuple[int, Choice]] = Counter()  # steps of a warm-up, by rows and choice
+        self._plain_steps = 0  # steps of plain decoding, those of a warm-up included
         self.steps: Counter[Choice] = Counter()
-        self._best_seconds = 0.0  # per token of the best choice
-        self._rows = 0  # of the current step
+        self._best_seconds = 0.0  # seconds per token of the best choice
+        self._rows = 0  # rows of the current step
 
     def choose(self, rows: int) -> Choice:
-        """The choice for the next step, with this many sequences."""
-        if self.texts_mean_nothing:
-            return self._next_untimed(rows)
+        """Return the choice for the next step, which has `rows` sequences."""
+        if self.learns_costs_only:
+            return self._next_warm_up_choice(rows)
         self.now += 1
         same_rows, self._rows = rows == self._rows, rows
         again, self.trial = self.trial if same_rows else None, None
@@ -61,7 +61,7 @@ class Tuner:
             return PLAIN
         if same_rows and again is None and self._plain_steps > 2 and self.now % self.config.update_interval:
             return self.best
-        seconds = {PLAIN: self.plain_costs.at(rows)}  # per token
+        seconds = {PLAIN: self.plain_costs.at(rows)}  # seconds per token of each choice
         for i, drafter in enumerate(self.drafters):
             if drafter.steps < 2 and not drafter.shadow_steps:
                 return Choice(i, 1)
@@ -73,11 +73,11 @@ class Tuner:
         return self.trial or self.best
 
     def shadow_due(self) -> bool:
-        """Whether drafters for which a shadow evaluation takes a draw should have one in this step."""
+        """Whether this step should draw shadow drafts of members."""
         return self.now % self.config.shadow_interval == 0 or self.timing_due()
 
     def timing_due(self) -> bool:
-        """Whether shadow evaluation has to show what a draft takes, which a step that is one launch can't."""
+        """Whether shadow evaluation has to time a draft, which is impossible in a step that is one launch."""
         return self._plain_steps < 2
 
     def observe(self, step: StepObservation) -> None:
@@ -86,7 +86,7 @@ class Tuner:
         drafter = None if step.drafter is None else self.drafters[step.drafter]
         self._observe_costs(step, drafter)
         self._plain_steps += choice == PLAIN
-        if self.texts_mean_nothing:
+        if self.learns_costs_only:
             return
         seconds = step.seconds
         self.steps[choice] += 1
@@ -99,45 +99,45 @@ class Tuner:
         saved = max(tokens * plain - seconds, 0.0)
         self.budget += self.config.exploration * seconds + self.config.exploration_of_savings * saved
         if self.trial is not None:
-            lost = min(seconds - tokens * self._best_seconds, plain)  # more than that is the machine's doing
+            lost = min(seconds - tokens * self._best_seconds, plain)  # a larger loss is a delay by the machine
             self.budget -= lost
             if drafter is not None:
                 longer = min(2 * drafter.retry_steps, self.config.max_retry_steps)
                 drafter.retry_steps = longer if lost > 0 else self.config.retry_steps
-            if lost > 0:  # else the next step tries it again
+            if lost > 0:  # a trial that gains is repeated in the next step
                 self.trial = None
 
     def _observe_costs(self, step: StepObservation, drafter: DrafterStats | None) -> None:
+        """Learn from a step's times."""
         width = max(step.proposed, default=0)
         if drafter is not None and step.draft_seconds is None:
-            drafter.observe_whole(step.rows, step.k, step.seconds)
+            drafter.observe_one_launch(step.rows, step.k, step.seconds)
         elif drafter is None or width == 0:
             self.plain_costs.add(step.rows, step.seconds)
         else:
             forwards = step.drafter_steps
             if forwards is None:
                 forwards = width + any(a == width for a in step.accepted)
-            if forwards and step.draft_seconds is not None:  # else all were drafted ahead
+            if forwards and step.draft_seconds is not None:  # with 0 forwards, all drafts were drawn ahead
                 drafter.draft_costs.add(step.rows, step.draft_seconds / forwards)
             drafter.verify_costs.add(step.rows * (1 + width), step.verify_seconds)
 
     def observe_shadow(self, shadow: ShadowObservation) -> None:
-        """Learn from drafts that were not used, in a step of another drafter or of none.
+        """Learn from drafts that were judged but not used, in a step in which the drafter did not draft.
 
-        An n-gram's drafts cost nothing. A member's first draft takes no more than a draw, since its logits are part of
-        the target.
+        Drafts of n-grams cost nothing. A member's first draft costs a draw alone, since the step has its logits.
         """
         if not shadow.proposed:
             return
         drafter = self.drafters[shadow.drafter]
-        if not self.texts_mean_nothing:
+        if not self.learns_costs_only:
             drafter.shadow_steps += 1
             drafter.observe(shadow.proposed, shadow.accepted, self.now)
         if shadow.seconds is not None:
             drafter.draft_costs.add(len(shadow.proposed), shadow.seconds)
 
     def stats(self) -> dict[str, Any]:
-        """What was measured and chosen so far, for JSON. Costs are {tokens in the forward: seconds}."""
+        """Return all measurements and choices so far, for JSON. Costs are {tokens in the forward: seconds}."""
         return {
             "steps": {
                 "plain" if i is None else f"{self.drafters[i].name}, k={k}": count
@@ -147,12 +147,15 @@ class Tuner:
             "drafters": {drafter.name: drafter.summary() for drafter in self.drafters},
         }
 
-    def _next_untimed(self, rows: int) -> Choice:
-        """Plain decoding, then drafters with some numbers of drafts: each for two steps with so many sequences."""
+    def _next_warm_up_choice(self, rows: int) -> Choice:
+        """Return the next choice to time in a warm-up with this many sequences, each for two steps.
+
+        Plain decoding comes first, then each drafter with the numbers of drafts in `warm_drafts`.
+        """
         most = max((len(drafter.rates) for drafter in self.drafters), default=0)
         kinds = [PLAIN, *(Choice(i, min(k, most)) for i in range(len(self.drafters)) for k in self.config.warm_drafts)]
-        choice = next((each for each in kinds if self._timed[rows, each] < 2), PLAIN)
-        self._timed[rows, choice] += 1
+        choice = next((each for each in kinds if self._warm_up_steps[rows, each] < 2), PLAIN)
+        self._warm_up_steps[rows, choice] += 1
         return choice
 
     def _update_best(self, seconds: dict[Choice, float]) -> None:
@@ -163,7 +166,7 @@ class Tuner:
             self.best = fastest
 
     def _next_trial(self, seconds: dict[Choice, float]) -> Choice | None:
-        """What to try instead of the best choice, if something is due and the budget allows it."""
+        """Return a choice to try instead of the best one, if one is due and the budget allows it."""
         best_drafter, k = self.best
         near = (PLAIN, Choice(best_drafter, k - 1), Choice(best_drafter, k + 1))
         due = {
@@ -175,7 +178,8 @@ class Tuner:
             if i != best_drafter:
                 own = [choice for choice in seconds if choice.drafter == i]
                 bound = 1.2 * min(seconds[choice] for choice in own)
-                longest = max(choice for choice in own if seconds[choice] <= bound)  # it tells most
+                # Of the drafter's choices within 20 % of its fastest, the one with most drafts shows most.
+                longest = max(choice for choice in own if seconds[choice] <= bound)
                 own_steps = (step for choice, step in self.last_steps.items() if choice.drafter == i)
                 due[longest] = max(own_steps, default=-drafter.retry_steps) + drafter.retry_steps
         for choice, step in sorted(due.items(), key=lambda item: item[1]):

@@ -1,1 +1,1 @@
-"""Prompts into token ids and tokens into text, the same in training and in decoding."""
+"""Turn prompts into token ids and tokens into text, the same way in training and in decoding."""

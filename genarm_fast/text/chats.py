@@ -1,4 +1,4 @@
-"""Chats with what their templates take besides messages: tools, and arguments such as `enable_thinking`."""
+"""Chats with everything that their templates take besides messages: tools, and arguments such as `enable_thinking`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import Any
 
 from genarm_fast.text.messages import Message
 
-KEYS = ("messages", "tools", "chat_template_kwargs")
-# What the messages, the model and the call say themselves.
-OWN = {"messages", "conversation", "chat_template", "tools", "documents", "tokenize", "return_tensors", "return_dict"}
-OWN |= {"add_generation_prompt", "continue_final_message", "tokenizer", "self", "tokenizer_kwargs"}
-OWN |= {"padding", "truncation", "max_length", "return_assistant_tokens_mask"}  # which no template would see
+CHAT_KEYS = ("messages", "tools", "chat_template_kwargs")
+# Arguments that the messages, the model or the call set themselves.
+RESERVED_ARGUMENTS = {
+    "messages", "conversation", "chat_template", "tools", "documents", "tokenize", "return_tensors", "return_dict",
+    "add_generation_prompt", "continue_final_message", "tokenizer", "self", "tokenizer_kwargs",
+    "padding", "truncation", "max_length", "return_assistant_tokens_mask",  # no template would see these
+}  # fmt: skip
 
 
 class Chat(list[Message]):
-    """Messages, and the arguments that each member's chat template gets with them, tools among them."""
+    """Messages, with the arguments that each member's chat template gets besides them, tools included."""
 
     def __init__(self, messages: Iterable[Message] = (), arguments: Mapping[str, Any] | None = None) -> None:
-        super().__init__(messages)  # `dataclasses.asdict` makes lists of a kind from their items alone
+        # `dataclasses.asdict` makes copies of a list's class from the items alone, so `arguments` has a default.
+        super().__init__(messages)
         self.arguments = dict(arguments or {})
 
 
@@ -28,22 +31,22 @@ def is_chat_object(value: Any) -> bool:
 
 
 def arguments_of(prompt: Any) -> dict[str, Any]:
-    """The arguments of a prompt's chat template, {} where it has none."""
+    """Return the arguments for a prompt's chat template, {} if it has none."""
     return prompt.arguments if isinstance(prompt, Chat) else {}
 
 
 def template_arguments(tools: Any, chat_template_kwargs: Any) -> dict[str, Any]:
-    """Both as one: what a chat template is given besides messages.
+    """Return one dict of all that a chat template is given besides messages.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was expected.
+        TypeError, ValueError: a wrong argument; the message names the argument and what was expected.
     """
     arguments: dict[str, Any] = {}
     if chat_template_kwargs is not None:
         if not isinstance(chat_template_kwargs, Mapping):
             raise TypeError(f"chat_template_kwargs={chat_template_kwargs!r:.80}: expected a mapping")
         for name in chat_template_kwargs:
-            if name in OWN:
+            if name in RESERVED_ARGUMENTS:
                 raise ValueError(f"chat_template_kwargs={name!r}: expected what only the template knows")
         arguments |= chat_template_kwargs
     if tools is not None:

@@ -1,4 +1,4 @@
-"""A limit on the time and the memory that Python code of others takes, in any thread; nothing is started per call."""
+"""Limit the time and memory of other people's Python code, in any thread, without starting anything for each call."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-SECONDS = 10.0  # of a call; a chat of a million characters renders in 20 ms
-MOST_GROWTH = 1 << 30  # bytes that the process may gain meanwhile
-POLL = 0.05  # seconds between looks at the calls that run
+LIMIT_SECONDS = 10.0  # time limit of a call; a chat of a million characters renders in 20 ms
+MAX_GROWTH_BYTES = 1 << 30  # bytes that the process may gain during the call
+POLL_SECONDS = 0.05  # seconds between looks at the running calls
 
 
 class Overrun(BaseException):
-    """Raised by the watching thread inside the one that takes too long; no handler of a template catches it."""
+    """The watching thread raises this inside a thread that takes too long. No handler of a template catches it."""
 
 
 class _Watch:
-    """One thread that looks at the calls of all others, asleep while there is none."""
+    """One thread that looks at the calls of all other threads. It sleeps while there is no call."""
 
     def __init__(self) -> None:
-        # Taken by `with` on the lock itself, which is C. The condition's own __enter__ is Python: an Overrun inside it
-        # would leave the lock held for ever.
+        # Use `with` on the lock itself, which is C code. The condition's own __enter__ is Python code: an Overrun
+        # inside it would leave the lock held forever.
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
-        self.calls: dict[int, list[Any]] = {}  # by thread: when it ends, resident bytes before, why it was stopped
+        # By thread: the deadline, the resident bytes at the first look, and the reason why the call was stopped.
+        self.calls: dict[int, list[Any]] = {}
         self.thread: threading.Thread | None = None
 
     def begin(self, seconds: float) -> None:
@@ -41,7 +42,7 @@ class _Watch:
                 self.changed.notify()
 
     def end(self) -> str | None:
-        """Why the call was stopped, None if it was not. No exception comes after this."""
+        """Return why the call was stopped, or None if it was not. No Overrun is raised after this."""
         with self.lock:
             _, _, reason = self.calls.pop(threading.get_ident(), (0, None, None))
             if reason is not None:
@@ -53,7 +54,7 @@ class _Watch:
             with self.changed:
                 while not self.calls:
                     self.changed.wait()
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
             with self.changed:
                 for thread, call in self.calls.items():
                     if call[2] is None and (reason := self._too_much(call)):
@@ -65,20 +66,22 @@ class _Watch:
         resident = _resident_bytes()
         if call[1] is None:
             call[1] = resident
-        if resident - call[1] > MOST_GROWTH:
-            return f"it takes more than {MOST_GROWTH >> 20} MiB"
-        return f"it takes more than {SECONDS:g} s" if time.monotonic() > call[0] else None
+        if resident - call[1] > MAX_GROWTH_BYTES:
+            return f"it takes more than {MAX_GROWTH_BYTES >> 20} MiB"
+        return f"it takes more than {LIMIT_SECONDS:g} s" if time.monotonic() > call[0] else None
 
 
-def within(function: Callable[[], Result], seconds: float | None = None) -> Result:
-    """The function's result: 5 µs more than a call. It must be Python code that runs no long operation of C at once.
+def run_within_limits(function: Callable[[], Result], seconds: float | None = None) -> Result:
+    """Return the function's result; the watch costs 5 µs a call.
+
+    The function must be Python code without long operations in C, which can't be stopped.
 
     Raises:
-        TimeoutError: it took more time or memory than it may.
+        TimeoutError: the function took more time or memory than allowed.
     """
     reason = None
     try:
-        _watch.begin(SECONDS if seconds is None else seconds)
+        _watch.begin(LIMIT_SECONDS if seconds is None else seconds)
         try:
             result = function()
         finally:
@@ -93,15 +96,16 @@ def within(function: Callable[[], Result], seconds: float | None = None) -> Resu
 def _resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # no Linux: time alone is limited
+    except OSError:  # not Linux: only the time is limited
         return 0
 
 
-def _anew() -> None:
+def _renew_watch() -> None:
     global _watch
     _watch = _Watch()
 
 
 _watch = _Watch()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_anew)  # threads do not live on in a fork, and locks may be held
+    # The child of a fork gets a new watch: the watching thread does not exist in the child, and locks may be held.
+    os.register_at_fork(after_in_child=_renew_watch)

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: no token is decoded more than a few times, no character or stop string shown half."""
+"""Turn tokens into text as they arrive. No token is decoded often, and no character or stop string is shown in part."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-REPLACEMENT = "\ufffd"  # what a decoder makes of an unfinished UTF-8 sequence
-CHARACTER = 4  # bytes of one at most, and so tokens
-CONTEXT = 8  # tokens of the prompt that tell how a text goes on
+REPLACEMENT = "\ufffd"  # text of an unfinished UTF-8 sequence
+MAX_CHARACTER_BYTES = 4  # most bytes of a character, and so most tokens
+CONTEXT_TOKENS = 8  # tokens of the prompt that decide how a text continues
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-    """Text of all tokens at once; special tokens are left out unless asked for."""
+    """Return the text of all tokens at once. Special tokens are left out unless asked for."""
     text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)  # a list of texts for lists of lists only
+    assert isinstance(text, str)  # decode returns a list of texts only for lists of lists
     return text
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool) -> Callable[[list[int]], str]:
-    """`decode` of this tokenizer, for many calls: without the 25 us that transformers' own function takes around the
-    one of the tokenizers library (one core of a shared EPYC), where it does no more than that."""
+    """Return `decode` for this tokenizer, made for many calls.
+
+    transformers' own function takes 25 µs more than the one of the tokenizers library (one core of a shared EPYC). The
+    library's function is called directly if transformers' function does nothing else.
+    """
     kind = type(tokenizer)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         theirs = kind.decode is PreTrainedTokenizerBase.decode and kind._decode is PreTrainedTokenizerFast._decode
@@ -31,21 +34,24 @@ def decoder(tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool) ->
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """What one token adds to a text: its leading space is kept, and special tokens show. Bytes of a character that it
-    does not complete are "\ufffd", and an id that the tokenizer does not have is ""."""
+    """Return what one token adds to a text. Its leading space is kept, and special tokens show.
+
+    Bytes of a character that the token does not complete are "\ufffd". An id that the tokenizer does not have gives "".
+    """
     before = tokenizer.encode("a", add_special_tokens=False)
     context = decode(tokenizer, before, skip_special_tokens=False)
     return decode(tokenizer, [*before, token_id], skip_special_tokens=False)[len(context) :]
 
 
 class Detokenizer:
-    """Turns tokens into text one by one, with the same result as the tokenizer's `decode` of all of them.
+    """Turns tokens into text one by one, with the same result as the tokenizer's `decode` of all tokens at once.
 
-    before: the tokens before the first, of which the last few count: it is the text that follows theirs. Decoders of
-    SentencePiece take a leading space off a whole text, and those of WordPiece write "##" before a word's rest there.
+    before: the tokens before the first one, of which only the last few matter. SentencePiece decoders remove a leading
+    space from a whole text, and WordPiece decoders write "##" before the rest of a word there.
 
     A token's text depends on its neighbours (spaces, bytes of one character). So the last piece is decoded again
-    together with the new tokens, and what they add is the new text. It is held back while it ends inside a character.
+    together with the new tokens, and the text beyond the last piece is new. New text that ends inside a character is
+    held back.
     """
 
     def __init__(
@@ -53,11 +59,11 @@ class Detokenizer:
     ) -> None:
         self.tokenizer, self._decode = tokenizer, decoder(tokenizer, skip_special_tokens=skip_special_tokens)
         self.ids = self._context(before)
-        self.start, self.read = 0, len(self.ids)  # ids[start:read] is the piece before, which gives the context
+        self.start, self.read = 0, len(self.ids)  # ids[start:read] is the previous piece, which gives the context
 
     def _context(self, before: Sequence[int]) -> list[int]:
-        """The last tokens before a text, as many as are whole characters; [] where they show nothing."""
-        last = list(before[-CONTEXT:])
+        """Return the last tokens before a text, as many as form whole characters; [] if none of them shows anything."""
+        last = list(before[-CONTEXT_TOKENS:])
         for start in range(len(last)):
             text = self._decode(last[start:])
             if text and REPLACEMENT not in text:
@@ -65,15 +71,17 @@ class Detokenizer:
         return []
 
     def push(self, token_id: int) -> str:
-        """New text, "" while a character is unfinished."""
+        """Add a token and return the new text; "" while a character is unfinished."""
         self.ids.append(token_id)
         text, end = self._unread(), len(self.ids)
         if not text and token_id in self.tokenizer.all_special_ids:
-            self.ids.pop()  # leaves no trace
+            # A special token that shows nothing has no influence on later text.
+            self.ids.pop()
         if text.endswith(REPLACEMENT):
-            if end - self.read <= 2 * CHARACTER:
+            if end - self.read <= 2 * MAX_CHARACTER_BYTES:
                 return ""
-            end -= CHARACTER  # this is no text: what cannot become a character any more is shown
+            # The last bytes are no text. Those that can no longer become a character are shown.
+            end -= MAX_CHARACTER_BYTES
             sure = self._unread(end)
             text = sure if text.startswith(sure) else ""
         if text:
@@ -81,7 +89,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is still held back, at the end of the text."""
+        """Return the text that is still held back, at the end of the text."""
         text = self._unread()
         self.start = self.read = len(self.ids)
         return text
@@ -92,10 +100,10 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Looks for stop strings in text that comes in pieces, whatever the pieces' borders.
+    """Looks for stop strings in text that arrives in pieces, wherever the pieces begin and end.
 
     The stop string that is complete first ends the text (the longest if several are complete at the same character).
-    Text that may be the beginning of a stop string is held back. include: the stop string is part of the text.
+    Text that may be the beginning of a stop string is held back. include: whether the stop string is part of the text.
     """
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
@@ -104,7 +112,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, piece: str) -> str:
-        """Text that is safe to show; sets `found` when a stop string is complete."""
+        """Return the text that is safe to show. Sets `found` when a stop string is complete."""
         if not self.stops:
             return piece
         text = self.held + piece
@@ -123,5 +131,5 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest end of `text` that is a proper beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Rendering in a helper process, which one template that takes too long brings down and nothing else."""
+"""Render templates in a helper process. A template that takes too long brings down only that process."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from typing import Any
 
 from genarm_fast.text import deadline
 
-START = 120.0  # seconds until it is ready; 1 to 6 where the disk is slow
+START_SECONDS = 120.0  # seconds until the process is ready; it takes 1 to 6 s on a slow disk
 WORKER = Path(__file__).with_name("render_worker.py")
 
 
 class Helper:
-    """Starts its process at the first call, and another one after one that it had to end."""
+    """The helper process. It starts at the first call, and starts again after it had to be ended."""
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.process: Any = None
 
     def render(self, most: int, options: dict[str, Any]) -> dict[str, Any]:
-        """What the worker replies: text, characters where there are more than `most`, or an error and its message.
+        """Return the worker's reply: the text, its number of characters if above `most`, or an error and its message.
 
         Raises:
-            TimeoutError: it took too long.
+            TimeoutError: the worker took too long.
         """
         data = pickle.dumps((most, options))
         with self.lock:
@@ -39,9 +39,9 @@ class Helper:
                     self.process = subprocess.Popen(
                         [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
                     )
-                    self._reply(START)
+                    self._reply(START_SECONDS)
                 self.process.stdin.write(len(data).to_bytes(8, "little") + data)
-                return self._reply(deadline.SECONDS)
+                return self._reply(deadline.LIMIT_SECONDS)
             except BaseException as error:
                 self._end()
                 if isinstance(error, (BrokenPipeError, EOFError)):
@@ -75,11 +75,12 @@ class Helper:
             self.process = None
 
 
-def _anew() -> None:
-    global shared
-    shared = Helper()
+def _renew_helper() -> None:
+    global shared_helper
+    shared_helper = Helper()
 
 
-shared = Helper()
+shared_helper = Helper()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_anew)  # a fork must not talk into its parent's pipes
+    # The child of a fork gets a new helper, because it must not use its parent's pipes.
+    os.register_at_fork(after_in_child=_renew_helper)

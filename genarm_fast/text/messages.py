@@ -1,4 +1,4 @@
-"""Chat messages as chat APIs and data sets have them, made into what templates take, and nothing of them lost."""
+"""Read chat messages in the forms of chat APIs and data sets. The templates get every key of a message."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
-PAYLOAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # what may stand for a content
+# Keys that may take the place of a content.
+CONTENT_ALTERNATIVES = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
-PART = ("type", "text", "annotations", "cache_control")  # of a part that is text alone
+TEXT_PART_KEYS = ("type", "text", "annotations", "cache_control")  # keys of a part that is only text
 SHAREGPT = ("system", "human", "gpt", "user", "assistant", "tool", "function_call", "observation")
-_STORED = re.compile(r"""\s*\[?\s*\{\s*["']""")  # how texts begin that may be messages
+_STORED = re.compile(r"""\s*\[?\s*\{\s*["']""")  # beginnings of texts that may be messages
 
 
 class UnsupportedContent(ValueError):
-    """A message is well-formed, but holds what no text can."""
+    """A message is well-formed, but holds something that no text can hold."""
 
 
 def as_message(value: Any) -> Message:
-    """A message with all of its keys but those that are None; text parts become one string.
+    """Return a message with all of its keys except those that are None. Its text parts become one string.
 
     Raises:
-        TypeError, ValueError: no message, or one without content.
+        TypeError, ValueError: something that is no message, or a message without content.
         UnsupportedContent: a part that is not text.
     """
     if not isinstance(value, Mapping) or "role" not in value:
@@ -38,9 +39,9 @@ def as_message(value: Any) -> Message:
     if not isinstance(calls, (list, tuple)) or any(isinstance(call, (str, bytes)) for call in calls):
         raise TypeError(f"message {value!r:.80}: expected a list of calls as 'tool_calls', got {calls!r:.60}")
     content = message.get("content")
-    if content is None and "content" in value and not any(message.get(name) for name in PAYLOAD):
+    if content is None and "content" in value and not any(message.get(name) for name in CONTENT_ALTERNATIVES):
         raise TypeError(f"message {value!r:.80}: expected a string as 'content'")
-    if content is None and not any(message.get(name) for name in PAYLOAD):
+    if content is None and not any(message.get(name) for name in CONTENT_ALTERNATIVES):
         raise ValueError(f"message {value!r:.80}: expected the keys 'role' and 'content'")
     if content is not None and not isinstance(content, str):
         content = _joined(value, content)
@@ -50,7 +51,7 @@ def as_message(value: Any) -> Message:
 
 
 def check_text(name: str, text: str) -> str:
-    """The text. Raises ValueError for half a surrogate pair, which no tokenizer can read."""
+    """Return the text. Raises ValueError for half a surrogate pair, which no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -59,9 +60,9 @@ def check_text(name: str, text: str) -> str:
 
 
 def stored_messages(text: str) -> list[Any] | None:
-    """The messages of a text that is nothing but these, as JSON or as Python prints them; None for any other text.
+    """Return the messages that a text consists of, as JSON or as Python prints them; None for any other text.
 
-    Tables without types (CSV, SQL) hold messages so.
+    Tables without types (CSV, SQL) hold messages in this form.
 
     Raises:
         ValueError: messages that cannot be read, since NumPy has printed them.
@@ -80,7 +81,7 @@ def stored_messages(text: str) -> list[Any] | None:
 
 
 def check_plain(name: str, text: str) -> str:
-    """As `check_text`. Raises ValueError also for messages in the place of a text."""
+    """Return the text, as `check_text`. Raises ValueError also for messages in the place of a text."""
     messages = True
     with suppress(ValueError):
         messages = stored_messages(text) is not None
@@ -93,22 +94,25 @@ def check_plain(name: str, text: str) -> str:
 
 
 def may_be_stored(text: str) -> bool:
-    """Whether a text begins as messages do; a tenth of a microsecond."""
+    """Whether a text begins like stored messages; takes a tenth of a microsecond."""
     return _STORED.match(text) is not None
 
 
 def _literal(text: str) -> Any:
-    with warnings.catch_warnings():  # Python warns of escapes in it that it does not know
+    with warnings.catch_warnings():  # Python warns of unknown escapes in the text
         warnings.simplefilter("ignore")
         return ast.literal_eval(text.strip())
 
 
 def _is_message(value: Any) -> bool:
-    """Also a request with messages in it, and those of `from` and `value`, which are refused by name later."""
+    """Whether a value is a message, or a request with messages in it.
+
+    Messages with the keys `from` and `value` count too; they are refused by name later.
+    """
     if not isinstance(value, Mapping):
         return False
     if isinstance(value.get("role"), str):
-        return "content" in value or any(name in value for name in PAYLOAD)
+        return "content" in value or any(name in value for name in CONTENT_ALTERNATIVES)
     inside = value.get("messages")
     if isinstance(inside, list):
         return any(map(_is_message, inside))
@@ -123,7 +127,7 @@ def _joined(message: Any, parts: Any) -> str:
         kind = part.get("type") or "text"
         if kind != "text":
             raise UnsupportedContent(f"a content part of type {kind!r}: expected text parts")
-        if others := [name for name, value in part.items() if name not in PART and value is not None]:
+        if others := [name for name, value in part.items() if name not in TEXT_PART_KEYS and value is not None]:
             raise UnsupportedContent(f"a content part with {others[0]!r}: expected text parts")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"message {message!r:.80}: expected a string as 'text' of a part")

@@ -24,17 +24,19 @@ from genarm_fast.text.templates import (
 )
 from genarm_fast.text.transcripts import as_transcript, transcript_messages
 
-PromptFormat = Literal["text", "transcript", "chat"]  # what an ARM was trained on
+PromptFormat = Literal["text", "transcript", "chat"]  # formats that an ARM may have been trained on
 
-LONG_TOKEN = 16  # characters; texts of fewer a token are not looked at
+# Characters of a token. A text with fewer characters for each token of the context is not looked at.
+LONG_TOKEN = 16
 
 
 class Reader(Protocol):
-    """Who reads prompts: a member of a guided decoder, as far as text is concerned.
+    """A reader of prompts: the part of a guided decoder's member that concerns text.
 
-    prompt_format: what it was trained on; None where nobody recorded that, and texts stay texts, messages messages.
-    chat_template_kwargs: what its chat template got with every row of the training. vocab_size: width of its logits.
-    context: tokens that prompt and response may have together, None without a bound.
+    prompt_format: the format that the member was trained on. None if nobody recorded it; then texts stay texts and
+    messages stay messages. chat_template_kwargs: the arguments that the chat template got for every row of the
+    training. vocab_size: width of the member's logits. context: most tokens of prompt and response together; None
+    without a limit.
     """
 
     name: str
@@ -48,11 +50,13 @@ class Reader(Protocol):
 
 
 def encode_prompt(reader: Reader, prompt: Prompt, index: int, vocab_size: int) -> list[int]:
-    """Token ids of a prompt as one member reads it, beginning-of-sequence included where its tokenizer adds it.
+    """Return the token ids of a prompt as one member reads it, with the BOS token if its tokenizer adds one.
+
+    index: the prompt's index in errors.
 
     Raises:
-        ValueError: no chat template, a prompt that is not of the format it was trained on, no token left, or ids
-            outside the vocabulary.
+        ValueError: a missing chat template, a prompt of another format than the member was trained on, a prompt without
+            tokens, or ids outside the vocabulary.
     """
     rendered = _rendered(reader, prompt, index)
     if rendered is not None:
@@ -73,7 +77,7 @@ def encode_prompt(reader: Reader, prompt: Prompt, index: int, vocab_size: int) -
 
 
 def _rendered(reader: Reader, prompt: Prompt, index: int = 0) -> Rendered | None:
-    """A prompt in the format that its reader was trained on; None for token ids, which are what they are."""
+    """Return a prompt in the format that its reader was trained on; None for token ids, which stay as they are."""
     if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
         return None
     given: Any = prompt
@@ -125,7 +129,7 @@ def _as_chat(prompt: str) -> list[Message]:
 
 
 def check_ids(reader: Reader, ids: Sequence[int], index: int) -> None:
-    """Raises ValueError where a member has no embedding of a prompt's token."""
+    """Raises ValueError if a member has no embedding of one of a prompt's tokens."""
     if max(ids) >= reader.vocab_size:
         raise ValueError(
             f"prompts[{index}]: token id {max(ids)}: expected less than {reader.vocab_size}, {reader.name}'s vocabulary"
@@ -135,7 +139,10 @@ def check_ids(reader: Reader, ids: Sequence[int], index: int) -> None:
 def encode_response(
     reader: Reader, prompt: Prompt, response: str, eos_token_ids: frozenset[int], *, append_end: bool = True
 ) -> list[int]:
-    """Token ids of a response to a prompt, with the token that ends a whole one, as in training."""
+    """Return the token ids of a response to a prompt, as in training: with the token that ends a whole response.
+
+    append_end: whether that last token is added.
+    """
     rendered, given = _rendered(reader, prompt), list(prompt)
     before: Any = given if rendered is None else token_ids(reader.tokenizer, rendered)
     ids = response_ids(reader.tokenizer, rendered, before, response)
@@ -146,10 +153,10 @@ def encode_response(
 
 
 def special_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> frozenset[int]:
-    """Ids of the stop strings that are special tokens, which never show in a text.
+    """Return the ids of the stop strings that are special tokens, which never show in a text.
 
     Raises:
-        ValueError: a stop string with a special token and more, which could not fire.
+        ValueError: a stop string with a special token and further text, which could not be found.
     """
     special = {text: i for i, text in special_tokens(tokenizer).items()}
     for stop in stops:
@@ -161,9 +168,9 @@ def special_stops(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> f
 
 
 def _check_length(reader: Reader, text: str, index: int) -> None:
-    """Raises ValueError for a text that is longer than all tokens of a context together; it costs no tokenising.
+    """Raises ValueError for a text that is longer than a whole context of the longest tokens. It tokenises nothing.
 
-    Normalisers may shorten texts: hence twice that.
+    The limit is twice that length, because a tokenizer's normaliser may shorten a text.
     """
     if reader.context is None or len(text) <= LONG_TOKEN * reader.context:
         return
@@ -176,7 +183,7 @@ def _check_length(reader: Reader, text: str, index: int) -> None:
 
 
 def check_context(reader: Reader, prompt_tokens: int, new_tokens: int, index: int) -> None:
-    """Raises ValueError where prompt and response do not fit into a member's context."""
+    """Raises ValueError if prompt and response together do not fit into a member's context."""
     if reader.context is not None and prompt_tokens + new_tokens > reader.context:
         raise ValueError(
             f"prompts[{index}]: {prompt_tokens} prompt tokens + {new_tokens} new tokens: expected at most"
@@ -185,7 +192,7 @@ def check_context(reader: Reader, prompt_tokens: int, new_tokens: int, index: in
 
 
 def left_padded(ids: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens and mask of rows as transformers' `generate` takes them, int64 [R, longest]."""
+    """Return left-padded tokens and their mask, as transformers' `generate` takes them: both int64 [R, longest]."""
     width = max(map(len, ids))
     tokens = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in ids])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])

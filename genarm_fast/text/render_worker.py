@@ -1,6 +1,7 @@
-"""A process that renders chat templates that may take any time and memory: its parent ends it, and limits its memory.
+"""A process that renders chat templates which may take any time and memory.
 
-Frames of 8 bytes of length and as many of data: in come pickles of the parent's own, out goes JSON, which runs nothing.
+Its parent ends it when it takes too long; the process limits its own memory. Both directions use frames: 8 bytes with
+the length, then the data. Requests are pickles made by the parent. Replies are JSON, because reading JSON runs no code.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-MOST_BYTES = 1 << 32  # of addresses; the interpreter with transformers' templates has mapped a tenth of that
+# Limit of the address space. The interpreter with transformers' templates has mapped a tenth of that.
+MOST_BYTES = 1 << 32
 
 
 def main() -> None:
-    sys.path.pop(0)  # this folder, whose modules have common names
+    sys.path.pop(0)  # removes this folder, whose modules have common names
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     import resource
 
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with suppress(ValueError, OSError):  # a lower limit is there already
+    with suppress(ValueError, OSError):  # a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
 
     def reply(value: Any) -> None:

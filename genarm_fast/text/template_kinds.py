@@ -1,6 +1,7 @@
-"""Which chat templates run in this process: those of whose operations none can take long by itself.
+"""Decide which chat templates run in this process: those without an operation that can take long by itself.
 
-Between two operations of a template it can be stopped; inside one (9 ** 9 ** 9, or a text of 10^12 spaces) it can not.
+A template can be stopped between two operations. It can't be stopped inside one, such as 9 ** 9 ** 9, or a text of
+10^12 spaces.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ METHODS = {
     "lstrip", "replace", "rfind", "rsplit", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper",
     "values",
 }  # fmt: skip
-FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}  # and macros of the template's own
-LONGEST = 64  # characters of a text, and the largest of a number, that may be put in many places
+FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}  # macros of the template are allowed too
+# Most characters of a text, and the largest number, that may be inserted in many places.
+LONGEST = 64
 
 
 @lru_cache(64)
 def is_plain(template: str) -> bool:
-    """Whether no operation of a template takes long by itself. Raises what Jinja raises of a wrong one."""
+    """Whether no operation of a template takes long by itself. Raises Jinja's own errors for a faulty template."""
     tree = _environment.parse(template)
     macros = {node.name for node in tree.find_all(nodes.Macro)}
     ranges = any(node.name == "range" for node in tree.find_all(nodes.Name))
@@ -39,7 +41,8 @@ def is_plain(template: str) -> bool:
 def _may_take_long(node: nodes.Node, macros: set[str], ranges: bool) -> bool:
     if isinstance(node, (nodes.Mul, nodes.Pow)):
         return True
-    if isinstance(node, nodes.Mod):  # of a text it is a format; the loop's counters are numbers
+    # On a text, `%` is a format. The loop's counters are numbers.
+    if isinstance(node, nodes.Mod):
         left = node.left
         return not (isinstance(left, nodes.Getattr) and isinstance(left.node, nodes.Name) and left.node.name == "loop")
     if isinstance(node, nodes.Filter):
@@ -64,14 +67,14 @@ def _is_long(name: str, node: nodes.Filter | nodes.Call, known: set[str], ranges
 
 
 def _is_short(value: nodes.Node) -> bool:
-    """Whether a value is written there, and is small."""
+    """Whether a value is a constant in the template, and small."""
     if not isinstance(value, nodes.Const):
         return False
     return len(value.value) <= LONGEST if isinstance(value.value, str) else abs(value.value or 0) <= LONGEST
 
 
 class _Generation(loopcontrols):
-    """Lets `{% generation %}` blocks of transformers through."""
+    """A parser that accepts transformers' `{% generation %}` blocks."""
 
     tags = loopcontrols.tags | {"generation"}
 

@@ -1,4 +1,4 @@
-"""Text and chat messages as token ids, the same in training and in decoding."""
+"""Turn text and chat messages into token ids, the same way in training and in decoding."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from genarm_fast.text import helper
-from genarm_fast.text.deadline import within
+from genarm_fast.text.deadline import run_within_limits
 from genarm_fast.text.messages import Message, check_text
 from genarm_fast.text.template_kinds import is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MOST_CHARACTERS = 1 << 24  # of a rendered chat; the longest contexts hold a quarter of that
-PRINTED = ("'type': 'text'", '"type": "text"')  # content parts in a text that a template has put together
-ANCHORS = ("\n", ".", "a", "0")  # texts that a response may follow without joining them
+MOST_CHARACTERS = 1 << 24  # most characters of a rendered chat; the longest contexts hold a quarter of that
+# Marks of content parts that a template has printed as they are.
+PRINTED_PART_MARKS = ("'type': 'text'", '"type": "text"')
+ANCHORS = ("\n", ".", "a", "0")  # texts that a response may follow without merging with them
 
 
 class Rendered(NamedTuple):
@@ -29,7 +30,7 @@ class Rendered(NamedTuple):
 
 
 def rendered_text(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_template: str | None) -> Rendered:
-    """A text prompt, inside its template "...{prompt}..." if it has one."""
+    """Return a text prompt, inside its template "...{prompt}..." if it has one."""
     text = prompt if prompt_template is None else prompt_template.replace("{prompt}", prompt)
     # A template may spell out the beginning-of-sequence token; the tokenizer must not add it twice.
     bos = tokenizer.bos_token
@@ -39,30 +40,31 @@ def rendered_text(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_templa
 def rendered_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str, **options: Any
 ) -> Rendered:
-    """Chat messages up to where the assistant's answer begins, or goes on if the last message begins it.
+    """Render chat messages up to where the assistant's answer begins, or continues if the last message begins it.
 
-    options: what else the template takes, such as `tools`.
+    options: further arguments of the template, such as `tools`.
     """
     ahead = "continue_final_message" if messages[-1]["role"] == "assistant" else "add_generation_prompt"
     return Rendered(render(tokenizer, messages, chat_template, **{ahead: True}, **options), False)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
-    """Token ids of a text; special: with what the tokenizer adds.
+    """Return the token ids of a text. special: whether to include the special tokens that the tokenizer adds.
 
     Raises:
-        ValueError: the tokenizer gives up, as over a pattern that would take for ever.
+        ValueError: a text that the tokenizer fails on, for example because a pattern would take forever.
     """
     try:
         return list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    except BaseException as error:  # the Rust of tokenizers panics with an exception of its own that is no Exception
+    # The Rust code of tokenizers panics with an exception that is no subclass of Exception.
+    except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{len(text)} characters: expected a text that the tokenizer can read: {error}") from error
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Rendered) -> list[int]:
-    """Token ids of a prompt. An EOS that the tokenizer would put behind it is left out: the response follows."""
+    """Return the token ids of a prompt. An EOS that the tokenizer would append is left out: the response follows."""
     ids = encoded(tokenizer, prompt.text, special=prompt.special)
     eos = tokenizer.eos_token
     if prompt.special and eos and ids[-1:] == [tokenizer.eos_token_id] and not prompt.text.endswith(eos):
@@ -73,10 +75,10 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Rendered) -> list[int]
 def response_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Rendered | None, prompt_ids: Sequence[int], response: str
 ) -> list[int]:
-    """Token ids of a response behind its prompt: those of the joined text, where that begins with the prompt's own.
+    """Return the token ids of a response after its prompt, cut from the ids of the joined text.
 
-    SentencePiece puts a space before every text, and so would take " great" by itself for two of them. prompt: None
-    where only its ids are known.
+    The joined text is used only if its ids begin with the prompt's own. SentencePiece puts a space before every text,
+    so " great" alone would have two spaces. prompt: None if only the prompt's ids are known.
     """
     if prompt is not None:
         joined = token_ids(tokenizer, Rendered(prompt.text + response, prompt.special))
@@ -90,7 +92,7 @@ def response_ids(
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Its chat template; the one called so where it has several (for tools, for retrieval)."""
+    """Return the tokenizer's chat template. Of several (for tools, for retrieval), return the one named "default"."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
@@ -98,9 +100,10 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def end_of_answer(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None, stop_ids: Collection[int] = ()
 ) -> int | None:
-    """The token that ends a response: the stop or special token that the chat template puts after an answer, else EOS.
+    """Return the token that ends a response.
 
-    They differ for Llama 3, say. `chat_template` None: not a chat.
+    It is the stop or special token that the chat template puts after an answer, else EOS. Llama 3 has different ones.
+    chat_template: None if the prompt is no chat.
     """
     if chat_template is not None and (after := after_answer(tokenizer, chat_template)):
         ids = encoded(tokenizer, after)
@@ -110,7 +113,7 @@ def end_of_answer(
 
 
 def after_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
-    """What a chat template puts behind the text of an answer; "" where it can't render a plain one."""
+    """Return what a chat template puts after the text of an answer; "" if it can't render a plain answer."""
     answer = "ANSWER"
     messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
     try:
@@ -121,19 +124,19 @@ def after_answer(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Tokens that decoding leaves out of a text, by id."""
+    """Return the tokens that decoding leaves out of a text, by id."""
     return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def ended(response: list[int], end: int | None) -> list[int]:
-    """A whole response with the token that ends it, once also where its text spells that token out."""
+    """Return a whole response with the token that ends it, which is there once even if the text spells it out."""
     return response if end is None or response[-1:] == [end] else [*response, end]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat_template: str, **options: Any) -> str:
-    """What a chat template makes of messages. A template is a program of others, and may fail in any way.
+    """Render messages by a chat template. A template is other people's program, and may fail in any way.
 
-    One whose operations are all short runs here, under a watch; any other in a process of its own.
+    A template whose operations are all short runs here, under a watch. Any other template runs in a process of its own.
 
     Raises:
         ValueError: naming what the template raised, or which limit on time, memory or size it met.
@@ -142,32 +145,36 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], chat
     try:
         if isinstance(tokenizer.chat_template, dict):
             template = tokenizer.get_chat_template(chat_template, options.get("tools"))
-        text = _shown(tokenizer, messages, template, options)
+        text = _rendered_with_user_texts(tokenizer, messages, template, options)
     except (RecursionError, ArithmeticError, LookupError, AttributeError, TypeError, MemoryError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    except Exception as error:  # of Jinja: wrong itself, or it refuses these roles
+    # The error is one of Jinja's: the template is faulty, or it refuses these roles.
+    except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error
     if len(text) > MOST_CHARACTERS:
         raise ValueError(_too_long(len(text)))
     return check_text("it makes a text", text)
 
 
-def _shown(tokenizer: Any, messages: Sequence[Message], template: str, options: dict[str, Any]) -> str:
-    """What a template makes of contents that are texts, or of parts where it reads these alone and loses texts."""
-    said = [str(message["content"] or "").strip() for message in messages if message["role"] == "user"]
+def _rendered_with_user_texts(
+    tokenizer: Any, messages: Sequence[Message], template: str, options: dict[str, Any]
+) -> str:
+    """Render messages with plain texts as contents, or with lists of parts if only those show every user text."""
+    user_texts = [str(message["content"] or "").strip() for message in messages if message["role"] == "user"]
     failed = None
     try:
         text = _rendered(tokenizer, messages, template, options)
-        if all(each in text for each in said):
+        if all(each in text for each in user_texts):
             return text
-    except ValueError as error:  # of a last message, say, that it does not show
+    # The template raises, for example, if it does not show a last message that has to be continued.
+    except ValueError as error:
         if "continue_final_message" not in options:
             raise
         text, failed = "", error
-    with suppress(Exception):  # it wants texts, and changes them
+    with suppress(Exception):  # the template wants texts, and changes them
         in_parts = _rendered(tokenizer, [_in_parts(message) for message in messages], template, options)
-        printed = any(mark in in_parts and mark not in text for mark in PRINTED)
-        if all(each in in_parts for each in said) and not printed:
+        printed = any(mark in in_parts and mark not in text for mark in PRINTED_PART_MARKS)
+        if all(each in in_parts for each in user_texts) and not printed:
             return in_parts
     if failed is not None:
         raise failed
@@ -181,7 +188,7 @@ def _in_parts(message: Message) -> Message:
 
 def _rendered(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:
     if is_plain(template):
-        return within(lambda: _rendered_here(tokenizer, messages, template, options))
+        return run_within_limits(lambda: _rendered_here(tokenizer, messages, template, options))
     return _rendered_apart(tokenizer, messages, template, options)
 
 
@@ -191,7 +198,7 @@ def _rendered_here(tokenizer: Any, messages: Any, template: str, options: dict[s
 
 
 def _concatenated(pieces: Iterable[str]) -> str:
-    """As "".join, up to a length: a hundred thousand times a long message is one operation otherwise."""
+    """Join pieces up to a maximal length. With "".join, 100,000 times a long message would be one operation."""
     kept, size = [], 0
     for piece in pieces:
         kept.append(piece)
@@ -203,7 +210,7 @@ def _concatenated(pieces: Iterable[str]) -> str:
 
 def _rendered_apart(tokenizer: Any, messages: Any, template: str, options: dict[str, Any]) -> str:
     given = {"conversations": [messages], "chat_template": template, **tokenizer.special_tokens_map, **options}
-    reply = helper.shared.render(MOST_CHARACTERS, given)
+    reply = helper.shared_helper.render(MOST_CHARACTERS, given)
     if "error" in reply:
         kind = "" if reply["error"] in ("TemplateError", "ValueError") else f"{reply['error']}: "
         raise ValueError(f"{kind}{reply['message']}")

@@ -1,4 +1,4 @@
-"""Transcripts, as of the HH-RLHF data: a conversation in one text, each turn behind "Human:" or "Assistant:"."""
+"""Transcripts as in the HH-RLHF data: one text for a conversation, with "Human:" or "Assistant:" before each turn."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def standard(text: str) -> str:
-    """A transcript that has lost the line breaks before its first turn gets them back; other texts stay."""
+    """Restore the line breaks before a transcript's first turn, if they are missing. Other texts do not change."""
     stripped = text.lstrip()
     return "\n\n" + stripped if stripped.startswith(HUMAN.lstrip()) and not text.startswith(HUMAN) else text
 
 
 def is_transcript(text: str) -> bool:
-    """Whether a prompt is one: a human speaks in it, and it ends where the assistant begins."""
+    """Whether a prompt is a transcript: a human speaks in it, and it ends where the assistant begins."""
     text = standard(text)
     return HUMAN in text and text.rstrip().endswith(ASSISTANT.strip())
 
 
 def transcript_messages(prompt: str) -> list[Message]:
-    """Chat messages of a transcript that ends with an open assistant turn; [] for any other text.
+    """Return the chat messages of a transcript that ends with an open assistant turn; [] for any other text.
 
-    What comes before the first turn is a system message.
+    Text before the first turn becomes a system message.
     """
     if not is_transcript(prompt):
         return []
@@ -39,7 +39,7 @@ def transcript_messages(prompt: str) -> list[Message]:
 
 
 def as_transcript(prompt: str | Sequence[Message]) -> str:
-    """The prompt as a transcript that ends where the assistant goes on: one human turn for a text.
+    """Return the prompt as a transcript that ends where the assistant goes on. A text becomes one human turn.
 
     Raises:
         ValueError: messages of roles that a transcript has no turns for.

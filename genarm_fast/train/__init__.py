@@ -1,4 +1,4 @@
-"""Training autoregressive reward models from preference pairs."""
+"""Training of autoregressive reward models from preference pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TrainConfig", "TrainReport", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only when training begins: `genarm-fast train --help` needs neither."""
+    """Import torch and transformers only when training begins: `genarm-fast train --help` needs neither."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from genarm_fast.train import run

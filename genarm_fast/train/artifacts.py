@@ -1,4 +1,4 @@
-"""What a finished run leaves: weights, genarm.json, the curve, the model card and, last, report.json."""
+"""The files that a finished run writes: weights, genarm.json, the curve, the model card and, last, report.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PANELS = (
 
 
 def save_artifacts(model: PairModel, tokenizer: Any, config: TrainConfig, report: dict[str, Any]) -> None:
-    """Fills the output folder. report.json comes last and tells that the rest is there."""
+    """Fill the output folder. report.json is written last and shows that the other files are complete."""
     info = genarm_info(config, report)
     save_weights(model, tokenizer, config, info["base"])
     write_json(config.folder / "genarm.json", info)
@@ -37,7 +37,7 @@ def save_artifacts(model: PairModel, tokenizer: Any, config: TrainConfig, report
 
 
 def save_weights(model: PairModel, tokenizer: Any, config: TrainConfig, base: str) -> None:
-    """The adapter, or the whole model with its tokenizer, in `save_dtype`."""
+    """Write the adapter, or the whole model with its tokenizer, in `save_dtype`."""
     dtype = getattr(torch, config.save_dtype)
     lm: Any = model.lm
     partial = config.folder / "weights"
@@ -47,20 +47,24 @@ def save_weights(model: PairModel, tokenizer: Any, config: TrainConfig, base: st
             name: tensor.to(dtype)
             for name, tensor in peft.get_peft_model_state_dict(lm, save_embedding_layers=False).items()
         }
-        lm.save_pretrained(partial, state_dict=state, save_embedding_layers=False)  # "auto" asks the hub
+        lm.save_pretrained(partial, state_dict=state, save_embedding_layers=False)  # "auto" would ask the hub
         (partial / "README.md").unlink()  # PEFT's own model card
     else:
         lm.to(dtype).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     for file in partial.iterdir():
-        if file.is_dir():  # of further chat templates; a kill may have left one
+        # A folder of further chat templates. A kill may have left an old one.
+        if file.is_dir():
             shutil.rmtree(config.folder / file.name, ignore_errors=True)
         os.replace(file, config.folder / file.name)
     partial.rmdir()
 
 
 def genarm_info(config: TrainConfig, report: dict[str, Any]) -> dict[str, Any]:
-    """genarm.json: what loading and guiding need to know. `base_fingerprint` is None for an ARM of its own weights."""
+    """Return genarm.json: what loading and guiding need to know.
+
+    `base_fingerprint` is None for an ARM with all weights of its own.
+    """
     final = report["final"]
     return {
         "base": report["config"]["base"],
@@ -87,7 +91,7 @@ def genarm_info(config: TrainConfig, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def curve(history: list[dict[str, Any]], title: str) -> Figure:
-    """Loss, pair accuracy and reward margin over steps, training and held out."""
+    """Draw loss, pair accuracy and reward margin over steps, for training and held-out pairs."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes: list[Any] = list(figure.subplots(1, len(PANELS)))
     for axis, (label, training, held_out) in zip(axes, PANELS):
@@ -109,7 +113,7 @@ def curve(history: list[dict[str, Any]], title: str) -> Figure:
 
 
 def model_card(info: dict[str, Any], report: dict[str, Any]) -> str:
-    """README.md as the Hugging Face hub shows it."""
+    """Return the text of README.md, in the form that the Hugging Face hub shows."""
     config, data, before, final = (report[name] for name in ("config", "data", "before", "final"))
     rows = {
         "base": f"`{info['base']}`, fingerprint `{report['base_fingerprint']}`",

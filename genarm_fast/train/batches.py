@@ -16,17 +16,18 @@ from genarm_fast.kernels.arm_logps import IGNORE
 from genarm_fast.train.encode import Encoded
 
 Layout = Literal["shared", "rows"]
-IDLE = -1  # of a data set that ends with `NOTHING`
-NOTHING = Encoded(-1, [0], [0], [0])  # stands for a pair where another process has the last one
+NO_PAIR_INDEX = -1  # index of `NO_PAIR`, which ends the data set
+NO_PAIR = Encoded(-1, [0], [0], [0])  # stands for a pair where another process has the last one
 POOL = 32  # micro-batches that are sorted by length together
 
 
 class PairBatches(Sampler[list[int]]):
-    """Indices of every micro-batch of a run, all epochs in one sequence, a function of the arguments alone.
+    """Indices of every micro-batch of a run, all epochs in one sequence. They depend only on the arguments.
 
-    Pairs of similar length share a micro-batch, so that little is padding; the order of the micro-batches is random.
-    One sequence for all epochs lets a resumed run skip what it has done without replaying random states.
-    Of several processes each takes every n-th micro-batch; where they end unevenly, some get the index IDLE.
+    Pairs of similar length share a micro-batch, so that there is little padding. The order of the micro-batches is
+    random. One sequence for all epochs lets a resumed run skip finished micro-batches without replaying random states.
+    With n processes, each takes every n-th micro-batch. If they do not divide evenly, some processes get the index
+    NO_PAIR_INDEX.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class PairBatches(Sampler[list[int]]):
             rng.shuffle(cut)
             batches += cut
         batches = batches[: max(1, round(epochs * per_epoch))]
-        batches += [[IDLE]] * (-len(batches) % processes)
+        batches += [[NO_PAIR_INDEX]] * (-len(batches) % processes)
         self.batches = batches[rank::processes]
         self.batch_size = size
 
@@ -56,9 +57,9 @@ class PairBatches(Sampler[list[int]]):
 
 @dataclass
 class Collator:
-    """Encoded pairs → tensors; see `rows` and `shared` for the two layouts.
+    """Turns encoded pairs into tensors; see `rows` and `shared` for the two layouts.
 
-    Of N pairs, `index` and `targets` [2N, R] hold the chosen responses, then the rejected ones: `targets[i, t]` is
+    For N pairs, `index` and `targets` [2N, R] hold the chosen responses, then the rejected ones: `targets[i, t]` is
     predicted by the hidden state `index[i, t]` of the flattened batch.
     """
 
@@ -67,12 +68,12 @@ class Collator:
 
     def __call__(self, pairs: list[Encoded]) -> dict[str, Tensor]:
         batch = shared(pairs, self.pad) if self.layout == "shared" else rows(pairs, self.pad)
-        tokens = [0 if pair is NOTHING else pair.tokens for pair in pairs]
+        tokens = [0 if pair is NO_PAIR else pair.tokens for pair in pairs]
         return {**batch, "tokens": torch.tensor(tokens), "margins": torch.tensor([pair.margin for pair in pairs])}
 
 
 def rows(pairs: list[Encoded], pad: int) -> dict[str, Tensor]:
-    """Each response in a row of its own behind its prompt. The last token predicts nothing and stays out."""
+    """Lay out each response in its own row after its prompt. The last token predicts nothing and is left out."""
     sides = [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
     inputs = [prompt + response[:-1] for prompt, response in sides]
     width = max(map(len, inputs))
@@ -88,7 +89,7 @@ def rows(pairs: list[Encoded], pad: int) -> dict[str, Tensor]:
 
 
 def shared(pairs: list[Encoded], pad: int) -> dict[str, Tensor]:
-    """Prompt, chosen and rejected response in one row: the prompt is computed once.
+    """Lay out prompt, chosen and rejected response in one row, so that the prompt is computed once.
 
     A 4-D mask hides the chosen response from the rejected one, and both start at the position after the prompt.
     """

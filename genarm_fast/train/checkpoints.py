@@ -11,12 +11,13 @@ from pathlib import Path
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.files import read_json, with_keys, write_json
 
-COMPLETE = "complete.json"  # written last: a checkpoint without it was cut off by a kill
+# This file is written last: a checkpoint without it was cut off by a kill.
+COMPLETE = "complete.json"
 BLOCK = 1 << 20
 
 
 def checkpoints(config: TrainConfig) -> Path:
-    """Holds checkpoint-N folders and nothing else."""
+    """Return the folder that holds checkpoint-N folders and nothing else."""
     return config.folder / "checkpoints"
 
 
@@ -31,17 +32,17 @@ def seal(folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, None where there never was one.
+    """Return the newest undamaged checkpoint, or None if there never was one.
 
-    Those that a kill cut off are removed, and damaged ones are passed over with a warning.
+    Checkpoints that a kill cut off are removed. Damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged: to begin anew would give other weights without a word.
+        ValueError: all checkpoints are damaged. To begin anew would silently give other weights.
     """
     sealed = {}
     for path in folder.glob("checkpoint-*"):
         if not path.is_dir() or not path.name.removeprefix("checkpoint-").isdecimal():
-            continue  # somebody else's
+            continue  # the folder's name is no checkpoint's
         if (path / COMPLETE).is_file():
             sealed[int(path.name.removeprefix("checkpoint-"))] = path
         else:
@@ -57,7 +58,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a sealed checkpoint."""
+    """Return what is wrong with a sealed checkpoint, or None."""
     try:
         expected = with_keys(folder / COMPLETE, read_json(folder / COMPLETE, "files")["files"])
         found = _digests(folder)
@@ -70,7 +71,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _digests(folder: Path) -> dict[str, list[int | str]]:
-    """Size and SHA-256 of each file, by its path in the folder."""
+    """Return size and SHA-256 of each file, by its path in the folder."""
     found: dict[str, list[int | str]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != COMPLETE:

@@ -1,4 +1,4 @@
-"""What a training refuses before any weights are read."""
+"""Checks of a training before any weights are read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from genarm_fast.train import processes
 from genarm_fast.train.config import TrainConfig
 
 Rows = Iterable[Mapping[str, Any]]
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")  # as `accelerate launch` says it
+# In the names of variables that `accelerate launch` sets.
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
 def check_call(config: TrainConfig, data: Rows | None, eval_data: Rows | None) -> None:
-    """Raises ValueError for what does not go together, with these processes, or with what is installed."""
+    """Raises ValueError for options that conflict with each other, the number of processes, or what is installed."""
     for name, rows in (("data", data), ("eval_data", eval_data)):
         if rows is not None and getattr(config, name):
             raise ValueError(f"{name}={getattr(config, name)!r}: expected none in the config where rows are given")
     if data is None and not config.data:
         raise ValueError("data='': expected a non-empty string, or rows given to `train`")
-    if data is not None or Path(config.data).is_file():  # which a `datasets` id or folder alone has
+    if data is not None or Path(config.data).is_file():  # only a `datasets` id or folder has these options
         where = "rows" if data is not None else "a file"
         for name, usual in (("dataset_split", "train"), ("dataset_config", None), ("dataset_dir", None)):
             if (value := getattr(config, name)) != usual and config.eval_data is None:
@@ -52,7 +53,7 @@ def check_call(config: TrainConfig, data: Rows | None, eval_data: Rows | None) -
         raise ValueError(f"optimizer={config.optimizer!r}: expected one of {', '.join(names)}")
     found = get_available_reporting_integrations()
     missing = sorted(set(config.report_to) - set(found))
-    if missing and config.report_to not in (("none",), ("all",)):  # as transformers takes them
+    if missing and config.report_to not in (("none",), ("all",)):  # words that transformers takes
         raise ValueError(
             f"report_to={config.report_to!r}: {missing[0]!r} is unknown to transformers or not installed: "
             f"expected none, all, or some of {', '.join(found) or 'those that are installed, of which there is none'}"
@@ -60,7 +61,7 @@ def check_call(config: TrainConfig, data: Rows | None, eval_data: Rows | None) -
 
 
 def check_optimizer(config: TrainConfig) -> None:
-    """Raises ValueError for an optimiser whose package is not installed, or that wants what no option says."""
+    """Raises ValueError for an optimiser whose package is missing, or that needs arguments that no option gives."""
     arguments = TrainingArguments(output_dir=str(config.folder), optim=config.optimizer, report_to="none")
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -68,31 +69,35 @@ def check_optimizer(config: TrainConfig) -> None:
         raise ValueError(f"optimizer={config.optimizer!r}: expected one that can be used here: {error}") from error
 
 
-def check_same_base(config: TrainConfig, place: Source, report: Mapping[str, Any]) -> None:
-    """Raises ValueError where a finished run was of another base; as far as its files tell, which are not loaded."""
-    rounded = report["dtype"] == "float16" and config.method == "lora"  # its fingerprint, too
-    found = None if rounded or config.trust_remote_code else checkpoint_fingerprint(place)
+def check_same_base(config: TrainConfig, location: Source, report: Mapping[str, Any]) -> None:
+    """Raises ValueError if a finished run had another base, as far as the base's files tell without loading it."""
+    # float16 weights have another fingerprint.
+    rounded = report["dtype"] == "float16" and config.method == "lora"
+    found = None if rounded or config.trust_remote_code else checkpoint_fingerprint(location)
     if found is not None and report["base_fingerprint"] not in (None, found):
         raise ValueError(f"base={config.base!r}: expected the weights that the run in {config.output!r} began with")
 
 
-def check_servable(config: TrainConfig, place: Source) -> None:
-    """Raises ValueError for a kind of model that the engine refuses to decode with; before any weights are read."""
+def check_servable(config: TrainConfig, location: Source) -> None:
+    """Raises ValueError for a kind of model that the engine can't decode with, before any weights are read."""
     with refusing(f"base={config.base!r}", "a folder or a hub id with a model and its tokenizer"):
-        found = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(found), None)
-    if kind is not None:  # else code of its own, which is looked at once it is loaded
+    # A model with Python code of its own is checked once it is loaded.
+    if kind is not None:
         check_supported("base", kind, found)
 
 
-def stop_ids(config: TrainConfig, place: Source) -> frozenset[int]:
-    """The tokens that end a response in decoding, too (`models.vocabulary.end_of_sequence`)."""
+def stop_ids(config: TrainConfig, location: Source) -> frozenset[int]:
+    """Return the tokens that end a response in decoding as well (`models.vocabulary.end_of_sequence`)."""
     try:
-        eos = GenerationConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).eos_token_id
+        eos = GenerationConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code).eos_token_id
     except OSError:  # the model has no generation config
         eos = None
     if eos is None:
         eos = (
-            AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code).get_text_config().eos_token_id
+            AutoConfig.from_pretrained(location, trust_remote_code=config.trust_remote_code)
+            .get_text_config()
+            .eos_token_id
         )
     return frozenset([eos] if isinstance(eos, int) else eos or ())

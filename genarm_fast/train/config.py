@@ -1,4 +1,4 @@
-"""Everything a training run is told, checked before any work."""
+"""All options of a training run, checked before any work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from genarm_fast.text.chats import template_arguments
 
-# A run can be continued with other values of these: the trained weights stay the same.
+# A run can be continued with other values of these options: the trained weights stay the same.
 OPERATIONAL = frozenset(
     {
         "output",
@@ -29,7 +29,7 @@ OPERATIONAL = frozenset(
         "trust_remote_code",
     }
 )
-AT_LEAST = {  # smallest value of the integers
+AT_LEAST = {  # smallest values of the integers
     **dict.fromkeys(("max_prompt_tokens", "max_response_tokens", "lora_rank", "max_pairs"), 1),
     **dict.fromkeys(("batch_size", "micro_batch_size", "log_every"), 1),
     **dict.fromkeys(("eval_every", "eval_pairs", "checkpoint_every", "seed"), 0),
@@ -42,7 +42,7 @@ BELOW_ONE = ("lora_dropout", "holdout_fraction")
 
 
 def option(default: Any, help: str) -> Any:
-    """A field whose description is also the command line's."""
+    """Return a field with a description that the command line shows too."""
     return field(default=default, metadata={"help": help})
 
 
@@ -187,12 +187,12 @@ def _is_json(value: Any) -> bool:
 
 @cache
 def hints() -> dict[str, Any]:
-    """Evaluated type of each field."""
+    """Return the evaluated type of each field."""
     return get_type_hints(TrainConfig)
 
 
 def scalar_type(hint: Any) -> type:
-    """int, float or str of a hint such as `int | None`."""
+    """Return int, float or str for a hint such as `int | None`."""
     return next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
 
 

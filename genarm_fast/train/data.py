@@ -19,14 +19,14 @@ from genarm_fast.utils.pipes import is_pipe
 CUT = "human turn at the end cut, kept"
 SEVERAL = "several messages in a response, kept"
 SWAPPED = "also there with chosen and rejected swapped, kept"
-SPLIT = "train"  # unless another one is asked for
-SAVED = ("state.json", "dataset_dict.json")  # in folders of `save_to_disk`
-TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # files of these are no JSON lines
+SPLIT = "train"  # split that is read if the caller names none
+DATASET_FOLDER_MARKS = ("state.json", "dataset_dict.json")  # files that mark a folder of `save_to_disk`
+TABLE_ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # ends of names of files that are no JSON lines
 
 
 @dataclass
 class Pairs:
-    """Pairs of one source. `dropped` counts reasons."""
+    """The pairs of one source. `dropped` counts the reasons for dropped rows."""
 
     format: str
     pairs: list[Pair]
@@ -40,15 +40,15 @@ class Pairs:
 
 
 def prompt_kind(pairs: Iterable[Pair]) -> str:
-    """What the prompts of a source are: "chats", "transcripts" if all are such, or "texts"."""
+    """Return the kind of a source's prompts: "chats", "transcripts" if all of them are, or "texts"."""
     prompts = [pair.prompt for pair in pairs]
     if any(not isinstance(prompt, str) for prompt in prompts):
         return "chats"
     return "transcripts" if all(is_transcript(str(prompt)) for prompt in prompts) else "texts"
 
 
-def reading(config: TrainConfig) -> dict[str, Any]:
-    """What `load_pairs` is told of the data's rows."""
+def loading_options(config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of `load_pairs` about the data's rows."""
     return {
         "columns": dict(each.split("=", 1) for each in config.columns),
         "chosen_by": config.chosen_by,
@@ -70,14 +70,14 @@ def load_pairs(
     on_bad_row: str = "error",
     name: str = "data",
 ) -> Pairs:
-    """Reads every row; the first one tells the format: "text", "implicit", "messages" or "transcript".
+    """Read every row. The first row decides the format: "text", "implicit", "messages" or "transcript".
 
     Args:
-        source: a file, a folder, a `datasets` id, or rows: a `datasets.Dataset`, say.
-        columns: names of columns that the rows have otherwise, {"prompt": "question"}, say.
-        chosen_by: a column with 0 or 1: which of the columns response_0 and response_1 is chosen.
-        on_bad_row: "error", or "drop": count a malformed row and go on.
-        name: what errors call the argument `source`.
+        source: a file, a folder, a `datasets` id, or rows, for example a `datasets.Dataset`.
+        columns: the data's own names of columns, for example {"prompt": "question"}.
+        chosen_by: a column with 0 or 1, which tells which of the columns response_0 and response_1 is chosen.
+        on_bad_row: "error", or "drop": count a malformed row and continue.
+        name: the name of the argument `source` in errors.
 
     Raises:
         ValueError: a malformed row, naming source, line and field; no usable pair.
@@ -92,10 +92,10 @@ def load_pairs(
         try:
             with located(title, number):
                 format, pair = parse(rows, row, columns or {}, chosen_by, format)
-                if pair.identity in seen:
+                if pair.content_hash in seen:
                     raise Dropped("duplicate")
-                dropped.update([SWAPPED] * (pair.opposite in seen))
-                seen.add(pair.identity)
+                dropped.update([SWAPPED] * (pair.swapped_hash in seen))
+                seen.add(pair.content_hash)
                 dropped.update([CUT] * pair.trimmed + [SEVERAL] * pair.several)
                 pairs.append(replace(pair, line=number))
         except Dropped as reason:
@@ -113,13 +113,14 @@ def load_pairs(
 def split_pairs(
     pairs: list[Pair], config: TrainConfig, eval_rows: Iterable[Mapping[str, Any]] | None = None
 ) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) pairs; depends on rows or prompts alone, so every caller with this config agrees.
+    """Return training pairs and held-out pairs. The split depends only on rows or prompts, so all callers agree.
 
-    By hash, all pairs of one prompt land on the same side. eval_rows: held-out rows of their own, as `eval_data`.
+    When the split is by hash, all pairs of one prompt are on the same side. eval_rows: held-out rows, in place of
+    `eval_data`.
     """
     held_out = config.eval_data if eval_rows is None else eval_rows
     if held_out is not None:
-        return pairs, load_pairs(held_out, **reading(config), name="eval_data").pairs
+        return pairs, load_pairs(held_out, **loading_options(config), name="eval_data").pairs
     held = [pair for pair in pairs if is_held_out(pair, config)]
     return [pair for pair in pairs if not is_held_out(pair, config)], held
 
@@ -149,17 +150,17 @@ def _rows(
     elif is_pipe(Path(source)):
         raise ValueError(f"{name}={source!r}: expected a file, which a run that goes on can read again, got a pipe")
     elif Path(source).is_file():
-        if source.endswith(TABLES):
+        if source.endswith(TABLE_ENDINGS):
             raise ValueError(f"{name}={source!r}: expected JSON lines, or a folder of such tables, for `datasets`")
         yield from read_objects(source)
-    elif source.endswith((".jsonl", ".json", ".gz", *TABLES)):
+    elif source.endswith((".jsonl", ".json", ".gz", *TABLE_ENDINGS)):
         raise ValueError(f"{name}={source!r}: expected a file that exists, or a `datasets` id")
     else:
         from datasets import load_dataset, load_from_disk
 
         folder = Path(source, dataset_dir or "")
         try:
-            if any((folder / file).is_file() for file in SAVED):
+            if any((folder / file).is_file() for file in DATASET_FOLDER_MARKS):
                 saved = load_from_disk(str(folder))
                 if not isinstance(saved, dict) and name == "data" and dataset_split != SPLIT:
                     raise ValueError("expected a folder with splits, this is one")

@@ -1,4 +1,4 @@
-"""Pairs as token ids: templates, EOS and length limits, formatted as decoding formats them."""
+"""Turn pairs into token ids: templates, EOS and length limits, formatted as decoding formats them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from genarm_fast.text.messages import PAYLOAD, Message
+from genarm_fast.text.messages import CONTENT_ALTERNATIVES, Message
 from genarm_fast.text.templates import (
     Rendered,
     after_answer,
@@ -31,7 +31,7 @@ from genarm_fast.utils.jsonlines import located
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one pair; complete responses end with EOS. margin: as of `Pair`."""
+    """The token ids of one pair. Complete responses end with EOS. margin: as in `Pair`."""
 
     row: int
     prompt: list[int]
@@ -58,7 +58,10 @@ class Encoder:
             raise ValueError("as_chat=True: expected a tokenizer with a chat template, or chat_template")
 
     def __call__(self, pairs: list[Pair], source: str) -> tuple[list[Encoded], Counter[str]]:
-        """Encoded pairs within the limits, and why the others were dropped. `source`: their file, for errors."""
+        """Return the encoded pairs within the limits, and the reasons for dropping others, counted.
+
+        source: the pairs' file, named in errors.
+        """
         config = self.config
         kept: list[Encoded] = []
         dropped: Counter[str] = Counter()
@@ -83,10 +86,10 @@ class Encoder:
         return kept, dropped
 
     def encode(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
-        """Prompt, chosen and rejected token ids, without limits.
+        """Return prompt, chosen and rejected token ids, without limits.
 
         Raises:
-            Dropped: a pair that a template or a transcript loses something of.
+            Dropped: a pair of which a template or a transcript loses a part.
             ValueError: no chat template, or one that fails; a prompt without tokens.
         """
         prompt, sides = pair.prompt, [pair.chosen, pair.rejected]
@@ -130,11 +133,14 @@ class Encoder:
         return ids, responses[0], responses[1]
 
     def options(self, pair: Pair) -> dict[str, Any]:
-        """What the chat template gets with a pair besides messages; what its row says comes first."""
+        """Return the arguments for the chat template of a pair. Its row's arguments override those of the config."""
         return {**(self.config.chat_template_kwargs or {}), **pair.options}
 
     def recorded(self, pairs: list[Pair]) -> dict[str, Any] | None:
-        """What the template got with every pair alike, tools aside: decoding gives it, too. None: nothing."""
+        """Return the arguments that the template got for every pair alike, without tools; None if there are none.
+
+        Decoding gives the template the same arguments.
+        """
         options = [self.options(pair) for pair in pairs]
         alike = {
             name: value
@@ -144,22 +150,23 @@ class Encoder:
         return alike or None
 
     def _answer(self, prompt: list[Message], side: Side, rendered: Rendered, options: Any) -> str:
-        """An answer as the chat template renders it behind the prompt, without what ends it."""
+        """Return an answer as the chat template renders it after the prompt, without the text that ends it."""
         answer = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
         messages = [answer] if isinstance(answer, dict) else answer
         template = str(self.chat_template)
         chat = [*prompt, *messages]
         whole = render(self.tokenizer, chat, template, **options)
-        for place, each in enumerate(chat):
-            for name in set(PAYLOAD) & set(each):
-                without = [*chat[:place], {**each, name: None}, *chat[place + 1 :]]
+        for index, each in enumerate(chat):
+            for name in set(CONTENT_ALTERNATIVES) & set(each):
+                without = [*chat[:index], {**each, name: None}, *chat[index + 1 :]]
                 if render(self.tokenizer, without, template, **options) == whole:
                     raise Dropped(f"the chat template leaves out {name!r}")
         rest, end = whole.removeprefix(rendered.text), self._after_answer
         if whole.startswith(rendered.text) and end and rest.endswith(end):
             text = rest.removesuffix(end)
         elif len(messages) == 1 and set(messages[0]) == {"role", "content"}:
-            text = messages[0]["content"]  # a template that begins answers with more than it renders of them
+            # The template begins answers with more text than it renders of them.
+            text = messages[0]["content"]
         elif whole.startswith(rendered.text):
             text = rest
         else:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, in a folder that one process writes."""
+"""Files that are written whole or not at all, in a folder that only one process writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTIAL = "partial-"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write to, which takes the place of `path` if the block succeeds."""
+    """Yield a path to write to. Its file replaces `path` if the block succeeds."""
     partial = path.with_name(PARTIAL + path.name)
     try:
         with resumable(path):
@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The object that `write_json` wrote. Raises ValueError where the file is damaged, or lacks one of the keys."""
+    """Return the object that `write_json` wrote. Raises ValueError for a damaged file or a missing key."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -43,7 +43,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def with_keys(path: Path, value: Any, *keys: str) -> dict[str, Any]:
-    """A value that is an object with these keys. Raises ValueError for any other."""
+    """Return a value that is an object with these keys. Raises ValueError for any other value."""
     if not isinstance(value, dict) or not set(keys) <= set(value):
         raise ValueError(f"{path}: expected a JSON object with {', '.join(keys)}, as a run wrote it, got {value!r:.60}")
     return value
@@ -51,12 +51,12 @@ def with_keys(path: Path, value: Any, *keys: str) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a folder, made if missing, from other processes that ask for it; a kill gives it back.
+    """Lock a folder, made if missing, against other processes that call this. A killed process releases its lock.
 
-    A folder that was made for this and is still empty in the end goes away again.
+    A folder that was made here and is still empty at the end is removed.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process holds the lock.
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, and what was decided once for all its continuations."""
+"""The output folder of a run: which run it belongs to, and values decided once for all its continuations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genarm_fast.train.files import PARTIAL, read_json, with_keys, write_json
 
 
 class RunFolder:
-    """Finds the run with this config and data in `config.output`, or the place for a new one, claimed by `save`.
+    """The run with this config and data in `config.output`, or the place for a new run, which `save` claims.
 
     Raises:
         ValueError: the folder holds something else, or another run.
@@ -22,7 +22,7 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig, training: list[Encoded], held_out: list[Encoded]) -> None:
         self.folder, self.path = config.folder, config.folder / "run.json"
-        # By content, not by name: base and data may have moved.
+        # Base and data are compared by content, not by name, because they may have moved.
         names = OPERATIONAL | {"base", "data", "dataset_split", "dataset_dir", "dataset_config", "eval_data"}
         self.identity: dict[str, Any] = {
             "config": {name: value for name, value in _plain(asdict(config)).items() if name not in names},
@@ -41,13 +41,13 @@ class RunFolder:
             check_folder(config)
 
     def once(self, name: str, decide: Callable[[], Any]) -> Any:
-        """The value that this run has for `name`, decided at its first start."""
+        """Return the run's value for `name`, which is decided at its first start."""
         if name not in self.state:
             self.state[name] = decide()
         return self.state[name]
 
     def save(self) -> None:
-        """Claims the folder with what has been decided so far."""
+        """Claim the folder, with the values that have been decided so far."""
         write_json(self.path, self.state)
 
     def report(self) -> dict[str, Any] | None:
@@ -56,7 +56,8 @@ class RunFolder:
 
     def _check(self, config: TrainConfig) -> None:
         before = self.state["identity"]
-        options = _plain(defaults()) | before["config"]  # an option added since then had its default
+        # An option that was added later had its default in the earlier run.
+        options = _plain(defaults()) | before["config"]
         changed = [name for name, value in self.identity["config"].items() if options[name] != value]
         changed += [name for name in ("train_sha256", "held_out_sha256") if before[name] != self.identity[name]]
         if changed:
@@ -67,7 +68,7 @@ class RunFolder:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Raises ValueError for an output that is a file, or a folder of other things than a run."""
+    """Raises ValueError for an output that is a file, or a folder that holds something else than a run."""
     folder = config.folder
     if not folder.exists() or (folder / "run.json").is_file():
         return
@@ -76,7 +77,7 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back: tuples are lists."""
+    """Return the values as JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(values))
 
 

@@ -1,4 +1,4 @@
-"""Rows as data sets of preferences have them, read as pairs: texts, chats, transcripts, and TRL's forms of each."""
+"""Read rows of preference data sets as pairs: texts, chats, transcripts, and TRL's forms of each."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from genarm_fast.text.transcripts import ASSISTANT, HUMAN, is_transcript, standa
 from genarm_fast.train.rows import Dropped, margin_of, messages_of, named_row, options_of, text_of
 
 Side = str | Message | list[Message]
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")  # names of columns that hold no text
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One comparison. An incomplete response was cut on purpose and gets no EOS.
+    """One comparison of two responses. An incomplete response was cut on purpose and gets no EOS.
 
-    chosen, rejected: texts, whole messages where they hold more than a text, or several messages. options: what the
-    chat template takes besides messages, such as `tools`. trimmed: whether a human turn was cut off the end. margin: by
-    how much β_r times the difference of rewards should exceed 0.
-    `row` counts rows from 0; `line`, for errors, the lines of the file from 1, blank ones too.
+    row: number of the row, from 0. chosen, rejected: texts, whole messages if they hold more than a text, or several
+    messages. line: number of the line in the file, from 1, blank lines included; for errors. options: arguments of the
+    chat template besides messages, such as `tools`. trimmed: whether a human turn was cut off the end. margin: how far
+    β_r times the difference of rewards should exceed 0.
     """
 
     row: int
@@ -44,17 +44,17 @@ class Pair:
 
     @property
     def key(self) -> str:
-        """The prompt as text: what the held-out split is drawn by."""
+        """The prompt as text, by which the held-out split is drawn."""
         return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
 
     @property
-    def identity(self) -> bytes:
+    def content_hash(self) -> bytes:
         """A hash of the prompt and both responses."""
         return self._hash(self.chosen, self.rejected)
 
     @property
-    def opposite(self) -> bytes:
-        """The identity of the pair that prefers the other response."""
+    def swapped_hash(self) -> bytes:
+        """The content hash of the pair that prefers the other response."""
         return self._hash(self.rejected, self.chosen)
 
     def _hash(self, *sides: Side) -> bytes:
@@ -65,13 +65,13 @@ class Pair:
 def parse(
     index: int, row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | None, format: str
 ) -> tuple[str, Pair]:
-    """(format, pair) of a row: "text", "implicit", "messages" or "transcript". columns, chosen_by: as of `load_pairs`.
+    """Return the format and the pair of a row. The format is "text", "implicit", "messages" or "transcript".
 
-    format: that of the rows before, "" for the first.
+    columns, chosen_by: as in `load_pairs`. format: the format of the rows before; "" for the first row.
 
     Raises:
-        ValueError: a malformed row, or one of another format.
-        Dropped: a row that is no usable pair.
+        ValueError: a malformed row, or a row of another format.
+        Dropped: a row that gives no usable pair.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a row with named columns, got {row!r:.60}")
@@ -104,17 +104,18 @@ def _pair(
 ) -> Pair:
     complete: dict[str, bool] = {}
     for name in ("chosen_complete", "rejected_complete"):
-        value = row.get(name)  # None: `datasets` fills up columns that some rows lack
+        # `datasets` fills columns that some rows lack with None.
+        value = row.get(name)
         if not isinstance(value, bool | None):
             raise ValueError(f"field {name!r}: expected true or false, got {value!r:.60}")
         complete[name] = value is not False
-    for name in MEDIA:
+    for name in MEDIA_COLUMNS:
         if row.get(name):
             raise ValueError(f"field {name!r}: expected texts alone, images, videos and sounds are not trained on")
     options = options_of(row)
     if options and isinstance(prompt, str):
         raise ValueError(f"field {min(options)!r}: expected messages with it")
-    # The text of a message with nothing else in it.
+    # A message that holds only role and content becomes its text.
     chosen, rejected = (side["content"] if isinstance(side, dict) and len(side) == 2 else side for side in sides)
     if chosen == rejected:
         raise Dropped("chosen equals rejected")
@@ -127,19 +128,22 @@ def _parse_text(index: int, row: Mapping[str, Any]) -> Pair:
     prompt, *sides = (text_of(row, name) for name in ("prompt", "chosen", "rejected"))
     if not is_transcript(prompt):
         return _pair(index, row, prompt, sides)
-    if all(side.startswith(prompt) for side in sides):  # whole transcripts beside their beginning
+    if all(side.startswith(prompt) for side in sides):  # whole transcripts, given besides their beginning
         sides = [side[len(prompt) :] for side in sides]
     answers = [side.partition(HUMAN)[0] for side in sides]
     return _pair(index, row, standard(prompt), answers, trimmed=answers != sides)
 
 
 def _parse_implicit(index: int, row: Mapping[str, Any]) -> Pair:
-    """Plain texts without a prompt: it is what both begin with, up to the space before they part, as in TRL."""
+    """Read plain texts without a prompt, which is what both begin with, up to the space before they differ.
+
+    TRL does the same.
+    """
     sides = [text_of(row, name) for name in ("chosen", "rejected")]
     shortest = min(map(len, sides))
     common = next((at for at in range(shortest) if sides[0][at] != sides[1][at]), shortest)
     if common == shortest:
-        common -= 1  # one text begins the other, and keeps its last character
+        common -= 1  # one text is the beginning of the other; the response keeps its last character
     elif sides[0][:common].endswith(" "):
         common -= 1
     if sides[0] != sides[1] and common < 1:
@@ -166,10 +170,14 @@ def _parse_transcript(index: int, row: Mapping[str, Any]) -> Pair:
 
 
 def _joined(prompt: list[Message], common: list[Message]) -> list[Message]:
-    """The prompt and what both sides begin with, once where they are the same but for a system message, say."""
+    """Return the prompt followed by what both sides begin with.
+
+    Messages that are in both, for example all but a system message, appear once.
+    """
     if not common:
         return prompt
-    if common[0]["role"] == "assistant":  # they go on, also where the user says the same again
+    # The sides continue the prompt, even if the user says the same again.
+    if common[0]["role"] == "assistant":
         return [*prompt, *common]
     if prompt[-len(common) :] == common:
         return prompt

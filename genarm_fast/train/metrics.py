@@ -1,4 +1,4 @@
-"""What held-out pairs say about an ARM, length bias included."""
+"""Metrics of an ARM on held-out pairs, length bias included."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def pair_losses(logps: Tensor, beta: float, margins: Tensor | float = 0.0) -> Tensor:
-    """−log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l) − margin) of N pairs (arXiv 2410.08193; margins as in TRL).
+    """Return −log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l) − margin) for N pairs (arXiv 2410.08193; margins as in TRL).
 
-    `logps` [2N] holds Σ log π over the tokens of each response, EOS included, the chosen ones first. margins: [N].
+    logps: [2N], Σ log π over the tokens of each response, EOS included, the chosen ones first. margins: [N].
     """
     chosen, rejected = logps.chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected) - margins)
@@ -31,7 +31,7 @@ class PairStats:
     margins: list[float] = field(default_factory=list)
 
     def add(self, logps: Tensor, tokens: Tensor, margins: Tensor) -> None:
-        """`logps`, `tokens`: [2N], chosen first. margins: [N], those that the loss asks for."""
+        """Add N pairs. logps, tokens: [2N], chosen first. margins: [N], the margins that the loss requires."""
         half = len(logps) // 2
         self.chosen += logps[:half].tolist()
         self.rejected += logps[half:].tolist()
@@ -40,7 +40,7 @@ class PairStats:
         self.margins += margins.tolist()
 
     def rows(self) -> list[tuple[float, ...]]:
-        """What is held of each pair; `of_rows` makes them one again."""
+        """Return the numbers of each pair, from which `of_rows` makes the same statistics again."""
         margins = self.margins or [0.0] * len(self.chosen)
         return list(zip(self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens, margins))
 
@@ -49,7 +49,7 @@ class PairStats:
         return cls(beta, *(list(column) for column in zip(*rows)))
 
     def summary(self) -> dict[str, float]:
-        """Accuracy counts ties as half. `length_*` say how much of it length explains."""
+        """Return the metrics. Accuracy counts ties as half. `length_*` tell how much of it length explains."""
         n = len(self.chosen)
         if not n:
             return {}

@@ -1,4 +1,4 @@
-"""The model that is trained, and its log-probabilities of responses on the cheapest path that is right."""
+"""The model that is trained. Its log-probabilities of responses take the cheapest path that proves right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class PairModel(nn.Module):
     """A causal LM as a function from a batch of N pairs to Σ log π of its responses, [2N] float32, chosen first."""
 
     causal: Any
-    accepts_loss_kwargs = True  # tells the Trainer that the loss is a mean over all pairs of the step already
+    # Tells the Trainer that the loss is already a mean over all pairs of the step.
+    accepts_loss_kwargs = True
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
@@ -32,20 +33,21 @@ class PairModel(nn.Module):
             raise ValueError("model: expected weights of 16 bits or more to train on, they are held in 8 or 4 bits")
         self.lm = lm
         causal = lm.get_base_model() if hasattr(lm, "get_base_model") else lm  # type: ignore[operator]
-        object.__setattr__(self, "causal", causal)  # part of lm: not to be registered as a second module
+        object.__setattr__(self, "causal", causal)  # part of lm already, so not registered as a second module
         config = self.causal.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scales = [getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling")]
         self.scale = scales[0] / scales[1]  # Cohere multiplies, Granite divides
-        # LoRA on the output layer, or a trained copy of it, makes it another module than a plain linear one.
+        # With LoRA on it, or a trained copy, the output layer is another module than a plain linear one.
         self.fused = type(self.causal.get_output_embeddings()) is nn.Linear
 
     def forward(self, **batch: Tensor) -> Tensor:
         return self.token_logps(**batch).sum(-1)
 
     def token_logps(self, index: Tensor, targets: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """[2N, R] log-probabilities of `targets`, 0 where there is none. Arguments as `Collator` makes them."""
-        if attention_mask.ndim == 4 and self.causal.config._attn_implementation == "eager":  # adds its mask
+        """Return the log-probabilities of `targets`, [2N, R], 0 where there is none. Arguments: as from `Collator`."""
+        # This attention adds its mask to the scores.
+        if attention_mask.ndim == 4 and self.causal.config._attn_implementation == "eager":
             bias = torch.zeros_like(attention_mask, dtype=self.causal.dtype)
             attention_mask = bias.masked_fill(~attention_mask, torch.finfo(bias.dtype).min)
         inputs["attention_mask"] = attention_mask
@@ -67,10 +69,10 @@ class PairModel(nn.Module):
 
 
 def load_base(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base in the precision that it is served in; full fine-tuning keeps float32 master weights.
+    """Load the base in the precision that it is served in. Full fine-tuning keeps float32 master weights.
 
-    Where the base caps attention's scores (Gemma-2), "sdpa" becomes "eager": PyTorch's attention has no cap, and
-    transformers leaves it out in silence.
+    If the base caps attention's scores (Gemma-2), "sdpa" becomes "eager". PyTorch's attention has no cap, and
+    transformers silently leaves it out.
     """
     lm = load_causal_lm(
         "base",
@@ -86,10 +88,11 @@ def load_base(config: TrainConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
-    """LoRA on the named linear layers, or on `default_targets`.
+    """Put LoRA on the linear layers in `config.lora_targets`, or on `default_targets`.
 
     Raises:
-        ValueError: a name that no linear module of the model has, with those that there are; targets that PEFT refuses.
+        ValueError: a name that no linear module of the model has; the message lists the names that exist. Targets that
+            PEFT refuses.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -117,14 +120,14 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
 
 
 def default_targets(lm: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that LoRA trains by default: all but the output layer.
+    """Return the names of the linear layers that LoRA trains by default: all but the output layer.
 
-    Of a mixture of experts, only those outside of its feed-forward parts. Routers stay as they are. Experts are no
-    linear layers. PEFT would take the names of dense feed-forward layers for those of the experts.
+    In a mixture of experts, these are only the layers outside of its feed-forward parts. Routers are not trained, and
+    experts are no linear layers. PEFT would also match experts by the names of dense feed-forward layers.
     """
     experts = [name.split(".") for name, parameter in lm.named_parameters() if parameter.dim() == 3]
     experts += [name.split(".") for name, _ in lm.named_modules() if name.endswith(".experts")]
-    # "mlp" of "model.layers.3.mlp.experts.down_proj": the part of a layer, which stands behind its number.
+    # In "model.layers.3.mlp.experts.down_proj" this is "mlp", the part of a layer that follows the layer's number.
     parts = {parts[i + 1] for parts in experts for i, part in enumerate(parts[:-2]) if part.isdecimal()}
     head = lm.get_output_embeddings()
     return sorted(
@@ -137,9 +140,9 @@ def default_targets(lm: PreTrainedModel) -> list[str]:
 
 
 def choose_paths(model: PairModel, probe: list[Encoded]) -> tuple[Layout, bool]:
-    """(layout, whether `arm_logps` replaces the model's own logits), each proved on real pairs against those logits.
+    """Return the layout, and whether `arm_logps` replaces the model's own logits. Sets `model.fused`.
 
-    Sets `model.fused`.
+    Each choice is tried on real pairs, and must agree with the model's own logits.
     """
     tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in probe)
     # Mean error of a token's log-probability; bfloat16 logits near 16 are 0.06 apart.
@@ -177,14 +180,14 @@ def _takes_own_masks(model: PairModel) -> bool:
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """float32, bfloat16 or float16; "auto" is bfloat16 where this machine gains from it."""
+    """Return the dtype of this name. "auto" is bfloat16 if this machine computes faster with it, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if torch.backends.mps.is_available():
         return torch.float32
-    # A CPU with bf16 instructions may still multiply it slower (seen: 88 against 150 GFLOP/s a core with AVX-512).
+    # A CPU with bf16 instructions may still multiply bf16 slower (seen: 88 against 150 GFLOP/s a core with AVX-512).
     faster = 1.2 * _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32)
     return torch.bfloat16 if faster else torch.float32
 

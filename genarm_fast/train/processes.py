@@ -1,6 +1,6 @@
-"""Training in several processes, one a device, as `torchrun` or `accelerate launch` starts them.
+"""Training in several processes, one for each device, as `torchrun` or `accelerate launch` starts them.
 
-In a process that runs alone nothing is sent, and every function here gives back what it got.
+In a process that runs alone nothing is sent, and every function here returns what it got.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch
 from torch import distributed
 
 T = TypeVar("T")
-LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
-def join() -> None:
-    """Meets the other processes: over gloo on a CPU, over NCCL on CUDA.
+def connect() -> None:
+    """Connect to the other processes: over gloo on a CPU, over NCCL on CUDA.
 
     Raises:
-        ValueError: WORLD_SIZE says that there are others, and not how to meet them.
+        ValueError: WORLD_SIZE is above 1, but the variables that tell how to connect are missing.
     """
     if count() > 1:
-        if missing := [name for name in LAUNCHED if name not in os.environ]:
+        if missing := [name for name in LAUNCHER_VARIABLES if name not in os.environ]:
             raise ValueError(
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}: expected {', '.join(missing)} beside it, as torchrun and "
                 "accelerate launch set them"
@@ -43,14 +43,14 @@ def join() -> None:
         PartialState(cpu=not torch.accelerator.is_available())
 
 
-def leave() -> None:
-    """Takes leave of the others, at the end of a command."""
+def disconnect() -> None:
+    """Disconnect from the other processes, at the end of a command."""
     if count() > 1 and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def from_first(decide: Callable[[], T]) -> T:
-    """What the first process gets from `decide`, in all of them; so is what it raises. All must call this."""
+    """Return in all processes what `decide` returns in the first, or raise what it raises. All must call this."""
     if count() == 1:
         return decide()
     sent: list[Any] = [None, None]
@@ -65,16 +65,10 @@ def from_first(decide: Callable[[], T]) -> T:
     return sent[0]
 
 
-def gathered(values: list[T]) -> list[T]:
-    """The lists of all processes one behind the other, in all of them. All must call this."""
+def all_gather(values: list[T]) -> list[T]:
+    """Return, in all processes, the lists of all processes one after another. All must call this."""
     if count() == 1:
         return values
     lists: list[list[T]] = [[] for _ in range(count())]
     distributed.all_gather_object(lists, values)
     return [value for each in lists for value in each]
-
-
-def together() -> None:
-    """Returns once all processes have called this."""
-    if count() > 1:
-        distributed.barrier()

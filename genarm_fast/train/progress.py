@@ -1,4 +1,4 @@
-"""What a run tells while it trains."""
+"""What a run prints while it trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 def progress_bar(show: bool) -> Progress:
-    """On stderr, so that stdout holds results alone."""
+    """Return a progress bar on stderr, so that stdout holds only results."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not show
@@ -20,7 +20,7 @@ def progress_bar(show: bool) -> Progress:
 
 
 class Narrator(TrainerCallback):
-    """Shows steps and held-out metrics; leaves the last evaluation to the one on all held-out pairs."""
+    """Shows steps and held-out metrics. Skips the evaluation after the last step: one on all held-out pairs follows."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar
@@ -55,7 +55,7 @@ class Narrator(TrainerCallback):
         )
 
     def _left(self, state: TrainerState) -> timedelta:
-        """The time for the steps to come, by those of this process, evaluations included."""
+        """Return the time left, estimated from the steps of this process, evaluations included."""
         each = (time.monotonic() - self.began) / max(1, state.global_step - self.first)
         return timedelta(seconds=round(each * (state.max_steps - state.global_step)))
 

@@ -1,4 +1,4 @@
-"""A row of a data set before its format is told: its columns by the names that are used here, and what each holds."""
+"""A row of a data set before its format is known: its columns under this package's names, and the value of each."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from genarm_fast.utils.jsonlines import loads
 
 
 class Dropped(Exception):
-    """This row is well-formed but no usable pair."""
+    """This row is well-formed but gives no usable pair."""
 
 
 def named_row(row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | None) -> Mapping[str, Any]:
-    """A row of plain values, with the names that are used here. columns, chosen_by: as of `load_pairs`.
+    """Return a row of plain values under this package's names. columns, chosen_by: as in `load_pairs`.
 
     Raises:
-        ValueError: a column that is missing, or messages in a text that cannot be read.
+        ValueError: a missing column, or a text of messages that cannot be read.
     """
     return _read(_named(_plain(row), columns, chosen_by))
 
 
 def _plain(value: Any) -> Any:
-    """Lists in place of tensors, arrays and tuples, at any depth: as `Dataset.with_format` and pandas give them."""
+    """Return lists in place of tensors, arrays and tuples at any depth. `Dataset.with_format` and pandas give these."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -35,7 +35,7 @@ def _plain(value: Any) -> Any:
 
 
 def _named(row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | None) -> Mapping[str, Any]:
-    """A row with the names that are used here; chosen and rejected by the column that says which is which."""
+    """Return a row under this package's names, with chosen and rejected set by the column `chosen_by`."""
     for name, column in columns.items():
         if column not in row:
             raise ValueError(f"field {column!r} ({name}) is missing, found {sorted(map(str, row))}")
@@ -56,7 +56,7 @@ def _named(row: Mapping[str, Any], columns: Mapping[str, str], chosen_by: str | 
 
 
 def _read(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row with lists in the place of messages that a table without types holds as text."""
+    """Return a row with lists in place of messages that a table without types holds as text."""
     found = {}
     for name in ("prompt", "chosen", "rejected"):
         if isinstance(row.get(name), str):
@@ -91,9 +91,10 @@ def messages_of(row: Mapping[str, Any], name: str) -> list[Message]:
 
 
 def options_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row wants its chat template to be given."""
+    """Return the arguments that a row gives to its chat template."""
     tools, options = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str):  # as `datasets` keeps lists whose entries differ
+    # `datasets` stores lists whose entries differ as text.
+    if isinstance(tools, str):
         try:
             tools = loads(tools)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""`train`: from a config to a finished ARM folder, through kills and continuations."""
+"""`train`: make a finished ARM folder from a config. A run that was killed continues."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from genarm_fast.train.batches import Collator
 from genarm_fast.train.checkpoints import checkpoints, last_checkpoint
 from genarm_fast.train.checks import Rows, check_call, check_optimizer, check_same_base, check_servable, stop_ids
 from genarm_fast.train.config import TrainConfig
-from genarm_fast.train.data import load_pairs, prompt_kind, reading, split_pairs
+from genarm_fast.train.data import load_pairs, loading_options, prompt_kind, split_pairs
 from genarm_fast.train.encode import Encoded, Encoder
 from genarm_fast.train.files import locked
 from genarm_fast.train.folder import RunFolder, check_folder
@@ -36,12 +36,12 @@ from genarm_fast.train.progress import progress_bar
 from genarm_fast.train.trainer import ArmTrainer, sample
 from genarm_fast.utils.disk import resumable
 
-PROBE = 2  # pairs that the fast paths are proved on
+PROBE = 2  # pairs on which the fast paths are tried
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """A finished run: its folder, and what its report.json holds."""
+    """A finished run: its folder, and the content of its report.json."""
 
     folder: Path
     report: dict[str, Any]
@@ -60,30 +60,34 @@ def train(
     progress: bool = True,
     auxiliary_loss: Callable[[nn.Module, int], Tensor] | None = None,
 ) -> TrainReport:
-    """Trains an ARM from preference pairs (arXiv 2410.08193) and writes it to `config.output`.
+    """Train an ARM from preference pairs (arXiv 2410.08193) and write it to `config.output`.
 
-    A run that was killed continues from its last checkpoint and ends with the weights that it would have had; one that
-    has finished returns its report at once. The folder is complete once report.json is in it. Processes that torchrun
-    or `accelerate launch` started train together, and all return the report.
+    A run that was killed continues from its last checkpoint, and ends with the weights that it would have had. A run
+    that has finished returns its report at once. The folder is complete once report.json is in it. Processes started by
+    torchrun or `accelerate launch` train together, and all return the report.
 
-    data, eval_data: rows in memory instead of those that the config names: a `datasets.Dataset`, or any iterable of
-        dicts. `data_id` is their name in the report.
-    auxiliary_loss: of the causal LM and the number of the micro-batch, from 0; a scalar that is added to each
-        micro-batch's mean loss. A term that keeps a small ARM near the base, say, so that it can draft for it. A run
-        must be continued with the same one: nothing can compare two functions.
+    Args:
+        config: the options of the run.
+        data, eval_data: rows in memory instead of those that the config names: a `datasets.Dataset`, or any iterable of
+            dicts. `data_id` is their name in the report.
+        progress: whether to show progress on stderr.
+        auxiliary_loss: a function of the causal LM and the number of the micro-batch, from 0. It returns a scalar,
+            which is added to each micro-batch's mean loss, for example to keep a small ARM near the base so that it can
+            draft. A run must be continued with the same function: nothing can compare two functions.
 
     Raises:
         ValueError: malformed data, options that do not fit the model or the data, or an output folder that holds a run
             with other options, data or base.
-        TypeError: data that are no rows: all splits of a `DatasetDict`, say.
-        FileNotFoundError: the base is nowhere.
+        TypeError: data that are no rows, for example all splits of a `DatasetDict`.
+        FileNotFoundError: a base that is found nowhere.
         BlockingIOError: another process trains in that folder.
         FloatingPointError: the loss is no longer finite.
     """
     check_call(config, data, eval_data)
-    processes.join()
+    processes.connect()
     processes.from_first(lambda: check_folder(config))
-    with ExitStack() as held:  # before anything is read there: another run may just be about to finish
+    # The lock comes before anything is read: another run may just be about to finish.
+    with ExitStack() as held:
         processes.from_first(lambda: bool(held.enter_context(locked(config.folder))))
         return _train(config, data, eval_data, progress and processes.rank() == 0, auxiliary_loss)
 
@@ -95,20 +99,20 @@ def _train(
     progress: bool,
     auxiliary_loss: Callable[[nn.Module, int], Tensor] | None,
 ) -> TrainReport:
-    place = locate("base", config.base)
-    check_files("base", place)
-    if find_file(place, "adapter_config.json"):
+    location = locate("base", config.base)
+    check_files("base", location)
+    if find_file(location, "adapter_config.json"):
         raise ValueError(f"base={config.base!r}: expected a whole model, got an adapter: merge it into its base first")
-    tokenizer = load_tokenizer("base", place, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer("base", location, trust_remote_code=config.trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"base={config.base!r}: expected a folder or a hub id with a model and its tokenizer")
-    check_servable(config, place)
-    data = _read(config, tokenizer, place, data_rows, eval_rows)
-    # The folder is the first process's. The others know of it what they are told, so all decide alike.
+    check_servable(config, location)
+    data = _read(config, tokenizer, location, data_rows, eval_rows)
+    # Only the first process reads the folder. It tells the others, so that all decide alike.
     run = processes.from_first(lambda: RunFolder(config, data.training, data.held_out))
     if (finished := processes.from_first(run.report)) is not None:
-        processes.from_first(lambda: check_same_base(config, place, finished))
-        processes.from_first(lambda: _remove_checkpoints(config))  # a kill may have come before that
+        processes.from_first(lambda: check_same_base(config, location, finished))
+        processes.from_first(lambda: _remove_checkpoints(config))  # a kill may have come before they were removed
         return TrainReport(config.folder, finished)
     processes.from_first(lambda: _check_writable(config))
     check_optimizer(config)
@@ -131,7 +135,7 @@ def _train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         final = trainer.pair_stats(data.held_out).summary()
         report = {
-            "config": _shown(config),
+            "config": _portable_config(config),
             "base_fingerprint": base_fingerprint,
             "method": f"LoRA of rank {config.lora_rank}" if config.method == "lora" else "full fine-tuning",
             "lora_targets": lora_targets(model),
@@ -153,7 +157,8 @@ def _train(
                 {"step": trainer.steps, **_prefixed(final)},
             ],
         }
-        report = processes.from_first(lambda: json.loads(json.dumps(report)))  # the same whether made or read again
+        # JSON makes a new report equal to one that is read again.
+        report = processes.from_first(lambda: json.loads(json.dumps(report)))
         with resumable(config.folder):
             processes.from_first(lambda: save_artifacts(model, tokenizer, config, report))
         processes.from_first(lambda: _remove_checkpoints(config))
@@ -176,9 +181,9 @@ class _Data:
     summary: dict[str, Any]
 
 
-def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None, eval_rows: Rows | None) -> _Data:
-    encoder = Encoder(tokenizer, config, stop_ids(config, place))
-    source = load_pairs(config.data if rows is None else rows, **reading(config))
+def _read(config: TrainConfig, tokenizer: Any, location: Source, rows: Rows | None, eval_rows: Rows | None) -> _Data:
+    encoder = Encoder(tokenizer, config, stop_ids(config, location))
+    source = load_pairs(config.data if rows is None else rows, **loading_options(config))
     if source.format == "implicit" and (config.as_chat or config.prompt_template):
         raise ValueError(
             f"as_chat={config.as_chat}, prompt_template={config.prompt_template!r}: expected none where the rows "
@@ -223,14 +228,15 @@ def _read(config: TrainConfig, tokenizer: Any, place: Source, rows: Rows | None,
 
 
 def _check_alike(name: str, training: list[Pair], held_out: list[Pair]) -> None:
-    """Raises ValueError for held-out prompts of another format: they would measure what no decoding asks."""
+    """Raises ValueError for held-out prompts of another kind: metrics on them would not describe decoding."""
     found, expected = prompt_kind(held_out), prompt_kind(training)
-    if held_out and found != expected and (expected, found) != ("texts", "transcripts"):  # which are texts as well
+    # Transcripts are texts as well.
+    if held_out and found != expected and (expected, found) != ("texts", "transcripts"):
         raise ValueError(f"{name}: its prompts are {found}: expected {expected}, as those that are trained on are")
 
 
 def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairModel, str | None]:
-    """The model to train, and the fingerprint of its base."""
+    """Return the model to train, and the fingerprint of its base."""
     lm: Any = load_base(config, dtype)
     check_supported("base", type(lm), lm.config)
     context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
@@ -253,13 +259,13 @@ def _load(config: TrainConfig, dtype: torch.dtype, data: _Data) -> tuple[PairMod
 
 
 def lora_targets(model: PairModel) -> list[str]:
-    """Names of the linear layers that the run trained a LoRA on; [] without LoRA."""
+    """Return the names of the linear layers that the run trained a LoRA on; [] without LoRA."""
     configs = getattr(model.lm, "peft_config", {})
     return sorted({name for config in configs.values() for name in config.target_modules})
 
 
-def _shown(config: TrainConfig) -> dict[str, Any]:
-    """The config for the report, without paths of this machine."""
+def _portable_config(config: TrainConfig) -> dict[str, Any]:
+    """Return the config for the report, without paths of this machine."""
     shown = asdict(config) | {"base": config.base_id or config.base, "output": config.folder.name}
     for name in ("data", "eval_data"):
         path = shown[name]

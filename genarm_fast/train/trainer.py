@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from genarm_fast.train import processes
-from genarm_fast.train.batches import NOTHING, Collator, PairBatches
+from genarm_fast.train.batches import NO_PAIR, Collator, PairBatches
 from genarm_fast.train.checkpoints import checkpoints, seal
 from genarm_fast.train.config import TrainConfig
 from genarm_fast.train.encode import Encoded
@@ -27,8 +27,8 @@ from genarm_fast.train.model import PairModel
 from genarm_fast.train.progress import Narrator
 from genarm_fast.utils.disk import resumable
 
-WEIGHTS = "trained.safetensors"
-SINCE_LOG = "since_log.json"
+WEIGHTS_FILE = "trained.safetensors"
+SINCE_LOG_FILE = "since_log.json"
 
 DIVERGED = "expected a finite number; a lower learning_rate, or dtype='float32', may help"
 
@@ -36,8 +36,8 @@ DIVERGED = "expected a finite number; a lower learning_rate, or dtype='float32',
 class ArmTrainer(Trainer):
     """Minimises −log σ(β_r · margin), averaged over all pairs of a step whatever the sizes of its micro-batches.
 
-    Several processes take turns with the micro-batches of a step, and dropout is drawn by a micro-batch's number: how
-    many processes there are changes nothing but the order of sums.
+    Several processes take turns with the micro-batches of a step. A micro-batch's number seeds its dropout. So the
+    number of processes changes only the order of sums.
     """
 
     model: Any
@@ -65,8 +65,9 @@ class ArmTrainer(Trainer):
             rank=self.rank,
             processes=self.processes,
         )
-        self.tokens_seen, self.pairs_seen, self.seconds, self.micro_batch = 0, 0, 0.0, 0  # of this process
-        self.recent, self.losses, self.logged_step = PairStats(config.beta), list[Tensor](), 0  # since the last log
+        self.tokens_seen, self.pairs_seen, self.seconds, self.micro_batch = 0, 0, 0.0, 0  # counts of this process alone
+        # Collected since the last log.
+        self.recent, self.losses, self.logged_step = PairStats(config.beta), list[Tensor](), 0
         accumulate = config.batch_size // config.micro_batch_size // self.processes
         self.steps = math.ceil(len(self.batches) / accumulate)
         evaluate, save = bool(config.eval_every and held_out), bool(config.checkpoint_every)
@@ -77,7 +78,8 @@ class ArmTrainer(Trainer):
             max_steps=self.steps,
             learning_rate=config.learning_rate,
             lr_scheduler_type=config.schedule,
-            warmup_steps=config.warmup if self.steps > 1 else 0,  # or the only step has a learning rate of 0
+            # With a warmup, a single step would have a learning rate of 0.
+            warmup_steps=config.warmup if self.steps > 1 else 0,
             weight_decay=config.weight_decay,
             optim=config.optimizer,
             max_grad_norm=config.max_grad_norm,
@@ -94,9 +96,10 @@ class ArmTrainer(Trainer):
             save_total_limit=2,
             disable_tqdm=True,
             report_to=list(config.report_to) or "none",
-            ddp_find_unused_parameters=config.method == "full",  # experts that no token went to, say
+            # A step may, for example, send no token to some experts.
+            ddp_find_unused_parameters=config.method == "full",
             remove_unused_columns=False,
-            use_cpu=not torch.accelerator.is_available(),  # or bf16=True looks for a GPU
+            use_cpu=not torch.accelerator.is_available(),  # otherwise bf16=True would look for a GPU
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         if arguments.n_gpu > 1:
@@ -106,19 +109,19 @@ class ArmTrainer(Trainer):
             model=model,
             args=arguments,
             data_collator=collator,
-            train_dataset=[*train, NOTHING],
+            train_dataset=[*train, NO_PAIR],
             eval_dataset=evaluated or None,
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(Narrator(bar))
 
     def get_train_dataloader(self) -> DataLoader:
-        # Not by `accelerator.prepare`, which would share the batches out once more.
+        # `accelerator.prepare` is not used: it would distribute the batches among processes a second time.
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)  # type: ignore[arg-type]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(processes.gathered([int((batch["tokens"] > 0).sum()) for batch in batches]))
+        return batches, sum(processes.all_gather([int((batch["tokens"] > 0).sum()) for batch in batches]))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)
@@ -140,37 +143,39 @@ class ArmTrainer(Trainer):
         tokens, margins = inputs.pop("tokens"), inputs.pop("margins")
         accumulate = self.args.gradient_accumulation_steps
         step, turn = self.state.global_step, self.micro_batch % accumulate
-        number = (step * accumulate + turn) * self.processes + self.rank  # among those of all processes
+        # Its number among the micro-batches of all processes.
+        number = (step * accumulate + turn) * self.processes + self.rank
         self.micro_batch += 1
         torch.manual_seed((self.config.seed << 31) + number)
         logps = model(**inputs)
-        if not tokens.any():  # the other processes wait for this one's share of nothing
+        # A batch without pairs. Take part anyway, because the other processes wait for this one's gradients.
+        if not tokens.any():
             return (logps.sum() * 0.0, logps) if return_outputs else logps.sum() * 0.0
         self.tokens_seen, self.pairs_seen = self.tokens_seen + int(tokens.sum()), self.pairs_seen + len(tokens)
         self.recent.add(logps.detach(), (inputs["targets"] >= 0).sum(-1), margins)
         loss = pair_losses(logps, self.config.beta, margins).sum() / num_items_in_batch
         if self.auxiliary_loss is not None:
             loss = loss + self.auxiliary_loss(self.model.lm, number) * (len(tokens) / num_items_in_batch)
-        loss = loss * self.processes  # gradients are averaged over them
+        loss = loss * self.processes  # gradients are averaged over the processes
         return (loss, logps) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             steps = self.state.global_step - self.logged_step
-            # transformers' own leaves out what came before a resume.
-            logs["loss"] = math.fsum(processes.gathered([loss.item() for loss in self.losses])) / max(1, steps)
+            # transformers' own loss leaves out the steps before a resume.
+            logs["loss"] = math.fsum(processes.all_gather([loss.item() for loss in self.losses])) / max(1, steps)
             self.losses, self.logged_step = [], self.state.global_step
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(f"the loss is {logs['loss']} at step {self.state.global_step}: {DIVERGED}")
-            recent = PairStats.of_rows(self.config.beta, processes.gathered(self.recent.rows())).summary()
+            recent = PairStats.of_rows(self.config.beta, processes.all_gather(self.recent.rows())).summary()
             self.recent = PairStats(self.config.beta)
             logs |= {f"train_{name}": recent[name] for name in ("accuracy", "margin_mean")}
             logs |= self.speed()
         super().log(logs, *args, **kwargs)
 
     def speed(self) -> dict[str, float]:
-        """Tokens and pairs per second of all processes, {} before the first. All must call this."""
-        each = processes.gathered([(self.tokens_seen, self.pairs_seen, self.seconds)])
+        """Return tokens and pairs per second of all processes, {} before the first step. All must call this."""
+        each = processes.all_gather([(self.tokens_seen, self.pairs_seen, self.seconds)])
         tokens, pairs, seconds = (list(column) for column in zip(*each))
         if not max(seconds):
             return {}
@@ -180,9 +185,9 @@ class ArmTrainer(Trainer):
         }
 
     def history(self) -> list[dict[str, float]]:
-        """What was logged, continuations included, without what transformers only knows of this process.
+        """Return the log, continuations included, without entries that transformers computes for this process alone.
 
-        Nor its epochs: it takes all of them for one, since `PairBatches` does.
+        Epochs are left out as well: transformers counts only one, since `PairBatches` puts all epochs into one.
         """
         logged = [entry for entry in self.state.log_history if "train_runtime" not in entry]
         return [{name: value for name, value in entry.items() if name != "epoch"} for entry in logged]
@@ -190,7 +195,7 @@ class ArmTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`PairStats.summary` of held-out pairs, each name with the prefix."""
+        """Return `PairStats.summary` of held-out pairs, each name with the prefix."""
         summary = self.pair_stats(self.eval_dataset if eval_dataset is None else eval_dataset).summary()  # type: ignore[arg-type]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         self.log(metrics)
@@ -198,11 +203,11 @@ class ArmTrainer(Trainer):
         return metrics
 
     def pair_stats(self, pairs: Sequence[Encoded]) -> PairStats:
-        """Rewards and lengths of pairs, in evaluation mode."""
+        """Compute rewards and lengths of pairs, in evaluation mode."""
         rows: list[tuple[int, list[tuple[float, ...]]]] = []
         training = self.model.training
         self.model.eval()
-        # The longest first: what does not fit into memory fails at once.
+        # The longest pairs come first, so that a lack of memory shows at once.
         ordered = sorted(pairs, key=lambda pair: -pair.tokens)
         task = self.bar.add_task("evaluating", total=len(pairs))
         with torch.no_grad():
@@ -215,44 +220,45 @@ class ArmTrainer(Trainer):
                 rows.append((i, stats.rows()))
         self.bar.remove_task(task)
         self.model.train(training)
-        in_order = sorted(processes.gathered(rows), key=lambda part: part[0])
+        in_order = sorted(processes.all_gather(rows), key=lambda part: part[0])
         return PairStats.of_rows(self.config.beta, [row for _, part in in_order for row in part])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = checkpoints(self.config) / f"checkpoint-{self.state.global_step}"
         with resumable(folder):
             super()._save_checkpoint(model, trial)
-            losses = processes.gathered([loss.item() for loss in self.losses])
-            recent = PairStats.of_rows(self.config.beta, processes.gathered(self.recent.rows()))
+            losses = processes.all_gather([loss.item() for loss in self.losses])
+            recent = PairStats.of_rows(self.config.beta, processes.all_gather(self.recent.rows()))
             since = {"losses": losses, "logged_step": self.logged_step, "recent": vars(recent)}
-            processes.from_first(lambda: self._finish_checkpoint(folder, since))  # once all have written
+            processes.from_first(lambda: self._finish_checkpoint(folder, since))  # after all processes have written
 
     def _finish_checkpoint(self, folder: Path, since: dict[str, Any]) -> None:
-        write_json(folder / SINCE_LOG, since)
+        write_json(folder / SINCE_LOG_FILE, since)
         seal(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or checkpoints(self.config))
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / WEIGHTS)
+        save_file(trained, folder / WEIGHTS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint, WEIGHTS))
+        weights = load_file(Path(resume_from_checkpoint, WEIGHTS_FILE))
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in weights.items():
                 parameters[name].copy_(value)
-        if (path := Path(resume_from_checkpoint, SINCE_LOG)).is_file():  # an older version's has none
+        # A checkpoint of an older version has no such file.
+        if (path := Path(resume_from_checkpoint, SINCE_LOG_FILE)).is_file():
             since = read_json(path)
             self.logged_step = since["logged_step"]
-            if self.rank == 0:  # it has what all have seen
+            if self.rank == 0:  # the file holds the numbers of all processes
                 self.losses = [torch.tensor(loss) for loss in since["losses"]]
                 self.recent = PairStats(**since["recent"])
 
 
 def sample(pairs: list[Encoded], n: int | None, seed: int) -> list[Encoded]:
-    """n pairs in their order, drawn by row: the same ones whatever else is in the list."""
+    """Return n pairs in their order, drawn by row: a row's draw does not depend on the other pairs."""
     if n is None or len(pairs) <= n:
         return pairs
     drawn = sorted(pairs, key=lambda pair: hashlib.sha256(f"{seed}\0{pair.row}".encode()).digest())[:n]

@@ -1,1 +1,1 @@
-"""Files and progress bars: small helpers that know nothing of models."""
+"""Small helpers that do not depend on models: checks of numbers, files, records, progress bars."""

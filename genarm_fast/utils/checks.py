@@ -1,4 +1,4 @@
-"""Numbers of callers, checked: errors name the argument, its value, and what was expected."""
+"""Checks of numbers that callers pass: errors name the argument, its value, and what was expected."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-# Numbers that act on scores. Arithmetic on them is in float32, which ends at 3.4e38: up to here a logit of 1e8 and a
-# million tokens of a penalty still fit.
+# Largest size of numbers that act on scores. Their arithmetic is in float32, whose largest number is 3.4e38. So a
+# weight of this size times a logit of 1e8 still fits, and so does a penalty of this size for a million tokens.
 LARGEST = 1e30
 
 
 def number(value: Any) -> Any:
-    """What a tensor or array of no dimension holds; all else as it is."""
+    """Return the number in a tensor or array without dimensions, and any other value as it is."""
     return value.tolist() if getattr(value, "shape", None) == () else value
 
 
 def check_integer(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int:
-    """As a Python int; numpy's overflow. Raises TypeError, ValueError."""
+    """Return an integer in low..high as a Python int, since numpy's integers overflow.
+
+    Raises TypeError, ValueError with `expected` in the message.
+    """
     value = number(value)
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name}={shown(value)}: expected {expected}")
@@ -30,7 +33,10 @@ def check_integer(name: str, value: object, expected: str, low: int, *, high: in
 def check_real(
     name: str, value: object, expected: str, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> float:
-    """As a Python float, of at most `LARGEST` in size. Raises TypeError, ValueError."""
+    """Return a number in low..high, at most `LARGEST` in size, as a Python float. open_low: `low` itself is refused.
+
+    Raises TypeError, ValueError with `expected` in the message.
+    """
     value = number(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name}={shown(value)}: expected {expected}")
@@ -40,12 +46,12 @@ def check_real(
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a number is no NaN, and at most `LARGEST` in size."""
+    """Whether a number is not NaN, and at most `LARGEST` in size."""
     return bool(abs(value) <= LARGEST)
 
 
 def too_large(value: Any) -> str:
-    """What to add to what is expected where a number is finite, but too large."""
+    """Return the words that an error adds to `expected` for a number that is finite but too large; else ""."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return ""
     size: Any = abs(value)
@@ -53,7 +59,10 @@ def too_large(value: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in an error, in at most 80 characters; some have no text, such as integers of 5000 digits."""
+    """Return a value's `repr` for an error, in at most 80 characters, or its type if it has none.
+
+    An integer of 5000 digits, for example, has no `repr`.
+    """
     try:
         text = repr(value)
     except Exception:

@@ -1,4 +1,4 @@
-"""Python's collector of circles, where it would only look again and again at what stays."""
+"""Pause of Python's garbage collector while imports and loading make many objects that stay."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_waits() -> Iterator[None]:
-    """For imports and loading: no collections meanwhile, and what was made then counts as old without a look at it.
+    """Turn the garbage collector off in the block. Objects that are made in it then count as old without a collection.
 
     torch and transformers make a million objects that stay. From process start to a loaded SmolLM2-135M the collector
-    takes 1.3 of 10 s of CPU. Nothing is done where it is off already, and what the caller froze stays frozen.
+    takes 1.3 of 10 s of CPU time. If the collector is off already, nothing changes. Objects that the caller froze stay
+    frozen.
     """
     if not gc.isenabled():
         yield
@@ -23,5 +24,5 @@ def collector_waits() -> Iterator[None]:
     finally:
         if not gc.get_freeze_count():
             gc.freeze()
-            gc.unfreeze()  # into the oldest generation
+            gc.unfreeze()  # moves all objects into the oldest generation
         gc.enable()

@@ -1,4 +1,4 @@
-"""Errors of a full disk that name what was being written."""
+"""Errors of a full disk, with the name of the file that was being written."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SAID = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")  # where the number is lost
-TORCH = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")  # torch.save loses the reason
-RESUMES = "; the same command resumes"
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Texts of errors that have no errno.
+DISK_FULL_TEXTS = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")
+# Texts of torch.save, which drops the cause.
+TORCH_WRITE_TEXTS = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")
+RESUME_HINT = "; the same command resumes"
 
 
 @contextmanager
 def resumable(path: str | Path) -> Iterator[None]:
-    """Raises OSError that names the file, and says that the same command resumes, where the disk is full."""
+    """Turn an error of a full disk in the block into an OSError that names the file and says how to resume."""
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if RESUMES in str(error) or (number not in FULL and not any(said in str(error) for said in (*SAID, *TORCH))):
+        text, number = str(error), getattr(error, "errno", None)
+        by_torch = any(each in text for each in TORCH_WRITE_TEXTS)
+        disk_full = number in DISK_FULL_ERRNOS or by_torch or any(each in text for each in DISK_FULL_TEXTS)
+        if RESUME_HINT in text or not disk_full:
             raise
-        unknown = "can't be written whole" if any(said in str(error) for said in TORCH) else "No space left on device"
-        said = f"{getattr(error, 'strerror', None) or unknown}{RESUMES}"
-        raise OSError(number or errno.ENOSPC, said, str(path)) from error
+        unknown = "can't be written whole" if by_torch else "No space left on device"
+        message = f"{getattr(error, 'strerror', None) or unknown}{RESUME_HINT}"
+        raise OSError(number or errno.ENOSPC, message, str(path)) from error

@@ -1,4 +1,4 @@
-"""JSON lines in and strict JSON out, with errors that name the file and the line."""
+"""Reading of JSON lines and writing of strict JSON, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-LONGEST = 1 << 26  # bytes of a line: ten million token ids
-KINDS = {  # how files begin that are no JSON lines, and what they are
+MAX_LINE_BYTES = 1 << 26  # most bytes of a line, enough for ten million token ids
+KINDS_BY_FIRST_BYTES = {  # first bytes of files that are not JSON lines, and what such files are
     b"\x1f\x8b": "gzip data, whose names end with .gz",
     b"BZh": "bzip2 data",
     b"\xfd7zXZ": "xz data",
@@ -27,10 +27,10 @@ KINDS = {  # how files begin that are no JSON lines, and what they are
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) for every line that is not blank; `.gz` files are unpacked.
+    """Iterate over (line number from 1, object) for every line that is not blank. `.gz` files are unpacked.
 
-    Raises ValueError for a line that is no JSON object or too long for one, a compressed file that is cut off or
-    damaged, or if the file holds no object.
+    Raises ValueError for a line that is too long or not a JSON object, and for a file without any object. A compressed
+    file that is cut off or damaged raises it too.
     """
     empty = True
     for number, line in read_lines(path):
@@ -41,19 +41,20 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_lines(path: str | Path, name: str | Path | None = None) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) for every line that is not blank. name: of the file in errors, if not its path.
+    """Iterate over (line number from 1, bytes) for every line that is not blank.
 
-    Raises as `read_objects`.
+    name: the file's name in errors; default: its path. Raises ValueError for a line that is too long, for other kinds
+    of files, and for a compressed file that is cut off or damaged.
     """
     name, number = path if name is None else name, 0
     with _open(path) as file:
         try:
-            while line := file.readline(LONGEST + 1):
+            while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if number == 1 and (kind := _kind(line)):
                     raise ValueError(f"{name} line 1: expected a JSON object a line, plain or in .gz, got {kind}")
-                if len(line) > LONGEST:
-                    raise ValueError(f"{name} line {number}: expected at most {LONGEST:,} bytes")
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"{name} line {number}: expected at most {MAX_LINE_BYTES:,} bytes")
                 if not line.isspace():
                     yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -61,9 +62,9 @@ def read_lines(path: str | Path, name: str | Path | None = None) -> Iterator[tup
 
 
 def parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
-    """The object of a line. Raises ValueError that names file and line where it is none."""
+    """Return the JSON object of a line. Raises ValueError, with file and line, if the line is not one."""
     try:
-        row = loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows marks files so
+        row = loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # on Windows, files may begin with a mark
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} line {number}: expected a JSON object, got {line.strip()[:40]!r}: {error}") from error
     if not isinstance(row, dict):
@@ -72,11 +73,11 @@ def parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def loads(text: str) -> Any:
-    """As `json.loads`. Raises ValueError for a key that an object has twice, of which that would take the last one."""
-    return json.loads(text, object_pairs_hook=_once)
+    """Parse JSON as `json.loads` does, but raise ValueError for a key that an object has twice."""
+    return json.loads(text, object_pairs_hook=_without_repeated_keys)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError(f"the key {repeated(pairs)!r:.80} is there twice")
@@ -84,14 +85,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated(pairs: list[tuple[str, Any]]) -> str:
-    """The first key that an object has more than once."""
+    """Return the first key that is there more than once."""
     counts = Counter(key for key, _ in pairs)
     return next(key for key, count in counts.items() if count > 1)
 
 
 @contextlib.contextmanager
 def located(path: str | Path, number: int) -> Iterator[None]:
-    """Puts file and line before the message of a TypeError or ValueError from within."""
+    """Put file and line before the message of a TypeError or ValueError that the block raises."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -99,7 +100,7 @@ def located(path: str | Path, number: int) -> Iterator[None]:
 
 
 def dumps(value: Any) -> str:
-    """One line of strict JSON. Numbers that JSON lacks (a log-probability of -inf) become null."""
+    """Return a value as one line of strict JSON. Numbers that JSON lacks (a log-probability of -inf) become null."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -107,7 +108,7 @@ def dumps(value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same with None in the place of numbers that JSON lacks."""
+    """Return a copy with None in the place of numbers that JSON lacks: NaN, inf and -inf."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -118,7 +119,7 @@ def finite(value: Any) -> Any:
 
 
 def _kind(line: bytes) -> str | None:
-    return next((kind for begin, kind in KINDS.items() if line.startswith(begin)), None)
+    return next((kind for begin, kind in KINDS_BY_FIRST_BYTES.items() if line.startswith(begin)), None)
 
 
 def _open(path: str | Path) -> IO[bytes]:

@@ -1,4 +1,4 @@
-"""Inputs that can be read but once."""
+"""Pipes: inputs that can be read only once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def is_pipe(path: Path) -> bool:
-    """Whether it can be read but once. Raises ValueError for devices, of which some never end."""
+    """Whether a path can be read only once. Raises ValueError for devices, some of which never end."""
     if not path.exists() or path.is_file() or path.is_dir():
         return False
     if path.is_block_device() or (path.is_char_device() and not os.path.samefile(path, "/dev/stdin")):
@@ -19,7 +19,7 @@ def is_pipe(path: Path) -> bool:
 
 
 def copied(path: Path) -> Any:
-    """A temporary file with what a pipe gives, which lives as long as this object. `name`: its path."""
+    """Return a temporary file with the bytes of a pipe. It lives as long as this object; `name` is its path."""
     copy = tempfile.NamedTemporaryFile(prefix="genarm-fast-input-", suffix=path.suffix)  # noqa: SIM115
     with open(path, "rb") as pipe:
         shutil.copyfileobj(pipe, copy)

@@ -1,4 +1,4 @@
-"""A progress bar that is only there on request."""
+"""A progress bar that is shown on request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function that counts finished completions; the bar goes to stderr."""
+    """Give the block a function to call with numbers of newly finished completions. The bar goes to stderr.
+
+    show: without it there is no bar, and the function does nothing.
+    """
     if not show:
         yield lambda count: None
         return

@@ -1,4 +1,4 @@
-"""Small JSON records in the cache folder, which processes share: written whole, and believed only if they are whole."""
+"""Small JSON records in the cache folder, which processes share. Readers see whole and valid records alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 1 << 20  # a record of a model of 100 layers takes 4 kB
+MAX_RECORD_BYTES = 1 << 20  # most bytes of a record; that of a model with 100 layers takes 4 kB
 
 
 def cache_dir() -> Path:
-    """$GENARM_FAST_CACHE, or ~/.cache/genarm_fast."""
+    """Return the cache folder: $GENARM_FAST_CACHE, or ~/.cache/genarm_fast."""
     return Path(os.environ.get("GENARM_FAST_CACHE") or "~/.cache/genarm_fast").expanduser()
 
 
 def read_record(kind: str, key: str) -> dict[str, Any] | None:
-    """What was written under a kind and a key; None where there is nothing, or nothing that can be believed."""
+    """Return the record of a kind and a key; None if there is no record, or if it is not valid."""
     try:
         path = _path(kind, key)
-        if path.stat().st_size > MOST_BYTES:
+        if path.stat().st_size > MAX_RECORD_BYTES:
             return None
         record = json.loads(path.read_bytes())
     except (OSError, RuntimeError, ValueError, RecursionError):
@@ -30,7 +30,7 @@ def read_record(kind: str, key: str) -> dict[str, Any] | None:
 
 
 def write_record(kind: str, key: str, record: dict[str, Any]) -> None:
-    """Readers see the old one or the new one, never a part of it. A folder that can't be written to changes nothing."""
+    """Write a record. Readers see the old one or the new one, never a part. Does nothing if it can't be written."""
     with suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
         path = _path(kind, key)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-// The Python module: what it has, and which instruction set runs.
+// The Python module: its functions, and the choice of the instruction set.
 #include <cstring>
 
 #include "common/bindings.h"
@@ -7,8 +7,8 @@
 
 namespace {
 
-// Of "avx512vnni" there are loops of quant_linear alone, and "avx512bf16" has those and loops of small_linear; all others
-// are those of `loops`.
+// An instruction set that a user may choose. "avx512vnni" has its own loops for quant_linear only. "avx512bf16" uses
+// those, and has its own loops for small_linear. Otherwise both run the loops of avx512.
 struct InstructionSet {
   const char* name;
   const genarm::TileLoops* loops;
@@ -24,7 +24,7 @@ constexpr InstructionSet kInstructionSets[] = {
 bool runs_here(const InstructionSet& set) {
 #ifdef GENARM_X86
   __builtin_cpu_init();
-  const bool pairs = !std::strcmp(set.name, "avx512bf16");  // slower than FMA on Intel's: small_linear/dot_group.h
+  const bool pairs = !std::strcmp(set.name, "avx512bf16");  // slower than FMA on Intel: small_linear/dot_group.h
   if (pairs && !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"))) return false;
   if ((pairs || !std::strcmp(set.name, "avx512vnni")) && !__builtin_cpu_supports("avx512vnni")) return false;
   if (set.loops == &genarm::loops_avx512) {

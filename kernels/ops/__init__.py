@@ -1,7 +1,8 @@
-"""Kernels of guided decoding, usable alone: tensors in, tensors out; a folder an op.
+"""Kernels of guided decoding, which also work without the engine. They take and return tensors. Each op is a folder.
 
-In each folder: reference.py is the specification, triton*.py the kernels of GPUs, cpu.py the call into the C++ core,
-custom_op.py the node of torch.compile, __init__.py the public function. `_dispatch` chooses among them.
+In an op's folder, __init__.py has the public function and reference.py the specification. triton*.py has the kernels
+for GPUs, cpu.py the call into the C++ core, and custom_op.py the node in the graphs of torch.compile. `_dispatch`
+chooses the implementation that serves a call.
 """
 
 from ._product import Lanes

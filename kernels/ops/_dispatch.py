@@ -1,4 +1,4 @@
-"""Which implementation of an op serves a call: decided here, for all ops."""
+"""Choose the implementation that serves a call, for all ops."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.compiler import is_compiling
 
 from . import _native
 
-GPUS = ("cuda", "xpu")  # PyTorch calls ROCm's devices cuda, too
+GPUS = ("cuda", "xpu")  # PyTorch names ROCm's devices cuda, too
 requires_grad = attrgetter("requires_grad")
 Result = TypeVar("Result")
 
 
 def on_cpu(tensor: Any) -> bool:
-    """Also for what is no tensor: an implementation for the CPU finds out."""
+    """Whether a tensor is on the CPU. True for other objects too, which the implementation for the CPU then refuses."""
     return getattr(tensor, "is_cpu", True)
 
 
@@ -33,19 +33,20 @@ def dispatcher(
     custom_op: Callable[..., Result] | None = None,
     differentiable: int = 0,
 ) -> Callable[..., Result]:
-    """A function that takes the op's arguments by position and calls the first implementation that serves.
+    """Return a function that takes the op's arguments by position and calls the first implementation that serves.
 
-    Every implementation takes the same arguments by position; the first argument is a tensor, whose device counts.
+    Every implementation takes the same arguments by position. The first argument is a tensor, and its device decides.
 
-    pytorch: the reference, or PyTorch code that serves as well. It serves everything that the others leave.
+    pytorch: the reference, or PyTorch code with the same results. It serves every call that no other one serves.
     check: raises TypeError or ValueError for arguments that no implementation may take.
-    cpu: the C++ core's function. It makes all checks itself, which costs less than checks in Python, and returns None
-        for arguments that it does not take as they stand.
-    convert: checked arguments as `cpu` takes them, or None if they are not for the CPU.
-    triton: the launcher, for tensors on a GPU; None for dtypes that it does not take.
-    known: as `triton`, before any check: the result of a call like an earlier one, or None for other arguments.
+    cpu: the C++ core's function. It checks all arguments itself, which costs less than checks in Python. It returns
+        None for arguments that have to be converted or refused.
+    convert: takes checked arguments and returns them in the form that `cpu` takes, or None if they are not on the CPU.
+    triton: the launcher, for tensors on a GPU. It returns None for dtypes that its kernels do not read.
+    known: a launcher like `triton` that runs before any check. It returns the result of a call that resembles an
+        earlier one, and None for other arguments.
     custom_op: the node in the graphs of torch.compile and torch.export, which checks what can be traced. Without one,
-        the compiler traces `pytorch`, and fuses it with its neighbours.
+        the compiler traces `pytorch` and fuses it with its neighbours.
     differentiable: the number of leading tensors whose gradient only `pytorch` computes.
     """
 
@@ -84,7 +85,7 @@ def dispatcher(
 
 
 def checked_reference(check: Callable[..., None], reference: Callable[..., Result]) -> Callable[..., Result]:
-    """The reference as users call it, by name or by position: after the op's checks."""
+    """Return the reference with the op's checks before it. Users may pass its arguments by name or by position."""
 
     @wraps(reference)
     def run(*args: Any, **kwargs: Any) -> Result:

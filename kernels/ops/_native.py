@@ -1,10 +1,10 @@
-"""The C++ core (kernels/csrc) on the CPU, where it was built.
+"""The C++ core for the CPU, built from kernels/csrc where there is a compiler.
 
-GENARM_FAST_ISA = avx512bf16 | avx512vnni | avx512 | avx2 | baseline forces one of the instruction sets that run here;
-`none` turns the core off.
+GENARM_FAST_ISA = avx512bf16 | avx512vnni | avx512 | avx2 | baseline forces one of the instruction sets that this CPU
+has. GENARM_FAST_ISA = none turns the core off.
 
-Its functions take every argument by position, check all of them, and return None for a call that they do not take as it
-stands: arguments to refuse, or to convert first.
+The core's functions take every argument by position and check all of them. They return None if an argument has to be
+converted or refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ._tensors import dense
 
 
 def load_core() -> Any:
-    """The core, or None: installed without a compiler, or a torch that has no DLPack exchange table."""
+    """Return the core. None if it was installed without a compiler, or if torch has no DLPack exchange table."""
     with suppress(ImportError):
         found = import_module("._C", __package__)
         found.use_tensors(Tensor)
@@ -34,7 +34,10 @@ def load_core() -> Any:
 
 
 def warn_if_older(core: Path, sources: Path) -> None:
-    """An editable install runs the Python of now over the C++ of its installation; a wheel has no sources beside it."""
+    """Warn if a C++ source is newer than the core.
+
+    This happens in an editable install, which does not build the C++ again. A wheel has no sources beside it.
+    """
     files = (path for path in sources.rglob("*") if path.suffix in (".cpp", ".h"))
     changed = [str(path.relative_to(sources)) for path in files if path.stat().st_mtime > core.stat().st_mtime]
     if changed:
@@ -59,10 +62,13 @@ elif forced and core is not None:
 
 
 def instruction_set() -> str:
-    """The one in use: the forced one, else the fastest that runs here; "none" without a core."""
+    """Return the instruction set in use: the forced one, else the fastest that this CPU has; "none" without a core."""
     return "none" if core is None else forced or core.instruction_sets()[0]
 
 
 def plain(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor as the core takes it: on the CPU, no subclass, contiguous in its last dimension."""
+    """Return the tensor in the form that the core takes: on the CPU, not a subclass, contiguous in its last dimension.
+
+    dtype: the dtype to convert to; None keeps the tensor's own.
+    """
     return dense(tensor.detach().to("cpu", dtype))

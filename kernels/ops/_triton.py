@@ -1,4 +1,4 @@
-"""What the Triton kernels of a decoder layer share: rounding as PyTorch rounds, and the B of LoRA lanes."""
+"""Functions that the Triton kernels of a decoder layer share: PyTorch's rounding, and the B of LoRA lanes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from ._tensors import dense, in_memory
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[..., width] → [rows, width], whose memory holds its values, contiguous in the last dimension."""
+    """Return a tensor [..., width] as [rows, width], dense in memory and contiguous in its last dimension."""
     return dense(tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]))
 
 
 def lane_arguments(y: Tensor, b: Tensor | None, index: Tensor | None, rows: int, block: int, warps: int) -> Any:
-    """(B, index, rows of a lane), and the constants of `expanded` for blocks of so many columns.
+    """Return (B, index, rows per lane) for a kernel, and the constants of `completed`.
 
-    A turn of its loop takes so many of the r rows of B that a thread has 16 numbers of them in flight.
+    block, warps: the columns and the warps of a program. STEP is the number of B's rows that one turn of the loop in
+    `expanded` loads. It is chosen so that each thread has 16 numbers of B in flight.
     """
     if b is None or index is None:
         return (y, y, 1), {"LANES": False, "RANK": 1, "STEP": 1}
@@ -31,7 +32,7 @@ def lane_arguments(y: Tensor, b: Tensor | None, index: Tensor | None, rows: int,
 
 @triton.jit
 def rounded(b_values, p_like):
-    """As PyTorch rounds after each operation on tensors of that dtype."""
+    """Round to the dtype of `p_like` and return float32, as PyTorch rounds after each operation."""
     return b_values.to(p_like.dtype.element_ty).to(tl.float32)
 
 
@@ -39,7 +40,7 @@ def rounded(b_values, p_like):
 def expanded(
     p_shrunk, p_b, o_columns, m_columns, OUT: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Σ_k shrunk[k] · B[k, columns] of one row, in float32. p_shrunk: [RANK]; p_b: [RANK, OUT]."""
+    """Return Σ_k shrunk[k] · B[k, columns] of one row, in float32. p_shrunk: [RANK]; p_b: [RANK, OUT]."""
     b_sums = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, RANK, STEP, loop_unroll_factor=4):
         o_ranks = start + tl.arange(0, STEP)
@@ -57,7 +58,10 @@ def completed(
     b_x, p_like, o_columns, m_columns, p_shrunk, p_b, p_index, lane, OUT: tl.constexpr, PARTS: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Columns of a row's product with its lane's LoRA, rounded. p_shrunk: of adapter 0, of the columns' part."""
+    """Add its lane's LoRA to columns of a row's product, and round the sum.
+
+    p_shrunk: the row's shrunk inputs of adapter 0, for the linear that the columns belong to.
+    """
     if LANES:
         adapter = tl.load(p_index + lane)
         if adapter >= 0:

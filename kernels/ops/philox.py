@@ -5,13 +5,14 @@ Philox 4x32-10 (Salmon et al., SC 2011, doi 10.1145/2063384.2063405) with
     key     = (seed mod 2^32, seed div 2^32)
     counter = (index, position, level, 0)         level 0: tiles, level 1: tokens
 
-and only the first of the four output words, b, is used:
+and b is the first of the four output words. The other three are not used.
 
     u = min((float32(b) + 0.5) · 2^-32, 1 - 2^-24)      uniform on (0, 1), every one of the 32 bits counts
     w = 1 - u;  E = u if w = 1 else -log(w) · u / (1 - w)   = -log1p(-u), from log alone: exact where u is tiny
     G = -log(E)
 
-all in float32. A large G is a small u, which float32 resolves down to 2^-33: a vocabulary of 128k needs that tail.
+All of this is in float32. A large G comes from a small u, which float32 resolves down to 2^-33. A vocabulary of 128k
+tokens needs that tail.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ MASK32 = 0xFFFFFFFF
 
 
 def as_int64(seed: int) -> int:
-    """A seed 0..2^64-1 as the int64 of the same bits, since torch computes little in uint64."""
+    """Return the int64 with the same bits as a seed 0..2^64-1, because torch has few operations for uint64."""
     return seed - (1 << 64) if seed >> 63 else seed
 
 
 def seed_tensor(seeds: list[int], device: torch.device | str | None = None) -> Tensor:
-    """Seeds 0..2^64-1 as int64 [R]: the same 64 bits. ValueError for others."""
+    """Return seeds 0..2^64-1 as an int64 tensor [R] with the same 64 bits. Raises ValueError for other seeds."""
     for seed in seeds:
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed {seed}: expected 0..{(1 << 64) - 1}")
@@ -40,11 +41,11 @@ def seed_tensor(seeds: list[int], device: torch.device | str | None = None) -> T
 
 
 def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words, held in int64 tensors, of Philox 4x32-10 for broadcastable counters and keys."""
+    """Return the four 32-bit words of Philox 4x32-10, held in int64 tensors, for broadcastable counters and keys."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, device=key[0].device) for c in counter))
     k0, k1 = key
     for _ in range(ROUNDS):
-        # int64 products wrap modulo 2^64, so both halves of the unsigned product are right after masking
+        # int64 products wrap modulo 2^64, so both halves of the unsigned product are right after masking.
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             (product1 >> 32 & MASK32) ^ c1 ^ k0,
@@ -57,7 +58,10 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor, Tensor]) -> tup
 
 
 def gumbel(seeds: Tensor, level: int, positions: Tensor, indices: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32, in the broadcast shape of the int64 tensors `seeds`, `positions`, `indices`."""
+    """Return standard Gumbel noise, float32, in the broadcast shape of the int64 `seeds`, `positions` and `indices`.
+
+    level: `TILE_LEVEL` or `TOKEN_LEVEL`.
+    """
     seeds, positions, indices = torch.broadcast_tensors(seeds, positions, indices)
     bits = philox((indices & MASK32, positions & MASK32, level, 0), (seeds & MASK32, seeds >> 32 & MASK32))[0]
     u = ((bits.to(torch.float32) + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)

@@ -1,7 +1,7 @@
-"""How well a small model predicts the base: KL, top-1 agreement and acceptance bounds on held-out prompts.
+"""Measures how well a small model predicts the base: KL, top-1 agreement and acceptance bounds on held-out prompts.
 
-Σ_x min(p(x), q(x)) is the best possible probability that a token drafted from q is accepted as one of p. For guided
-decoding with the small model as ARM of weight w, p ∝ base · small^w, and the drafter is the small model alone, tempered
+Σ_x min(p(x), q(x)) is the best possible probability that a token drafted from q is accepted as a token of p. In guided
+decoding with the small model as an ARM of weight w, p ∝ base · small^w. The drafter is the small model alone, tempered
 by 1 + w: q ∝ small^(1 + w).
 """
 
@@ -25,7 +25,7 @@ ROW_ARRAYS = ("tokens", "top_ids", "top_logprobs", "tail_ids")
 
 
 def load_responses(folder: Path, names: Iterable[str] | None = None) -> list[dict[str, np.ndarray]]:
-    """The responses of teacher_data.py's shards, one dict of arrays each."""
+    """Return the responses in teacher_data.py's shards, each a dict of arrays. names: shards to read; default: all."""
     paths = sorted(folder.glob("*.npz")) if names is None else [folder / name for name in names]
     if not paths:
         raise ValueError(f"folder={str(folder)!r}: expected shards of teacher_data.py (*.npz), found none")
@@ -43,7 +43,7 @@ def load_responses(folder: Path, names: Iterable[str] | None = None) -> list[dic
 
 @torch.inference_mode()
 def response_logprobs(model: PreTrainedModel, response: dict[str, np.ndarray]) -> Tensor:
-    """log p(· | prefix) at each response position, float32 [N, V]."""
+    """Return log p(· | prefix) at each position of a response, float32 [N, V]."""
     text = np.concatenate([response["prompt_tokens"], response["tokens"][:-1]]).astype(np.int64)
     ids = torch.from_numpy(text)[None]
     return (
@@ -52,12 +52,12 @@ def response_logprobs(model: PreTrainedModel, response: dict[str, np.ndarray]) -
 
 
 def overlap(p: Tensor, q: Tensor) -> Tensor:
-    """Σ_x min(p(x), q(x)) of two log-distributions [N, V]: [N]."""
+    """Return Σ_x min(p(x), q(x)), [N], of two log-distributions [N, V]."""
     return torch.minimum(p, q).exp().sum(-1)
 
 
 class Agreement:
-    """Compares models with the base at the positions of some responses; keeps the base's log-probs, float16."""
+    """A comparison of models with the base at the positions of some responses. Holds the base's log-probs, float16."""
 
     def __init__(self, base: PreTrainedModel, responses: list[dict[str, np.ndarray]]):
         self.responses = responses
@@ -65,7 +65,7 @@ class Agreement:
 
     @torch.inference_mode()
     def plain(self, model: PreTrainedModel) -> dict[str, float]:
-        """kl (nats, base || model), top1 (share of equal argmax), overlap (Σ min(p, q)): means over positions."""
+        """Return means over positions: kl (base || model, nats), top1 (share of equal argmax), overlap: Σ min(p, q)."""
         rows = []
         for response, kept in zip(self.responses, self.base):
             p, q = kept.float(), response_logprobs(model, response)
@@ -76,7 +76,9 @@ class Agreement:
 
     @torch.inference_mode()
     def guided(self, model: PreTrainedModel) -> dict[str, float]:
-        """Σ min(p, q) for each weight w: p ∝ base · model^w (T = 1), q ∝ model^(1 + w) and, to compare, q ∝ model."""
+        """Return Σ min(p, q) for each weight w, where p ∝ base · model^w at T = 1.
+
+        "tempered" has q ∝ model^(1 + w); "untempered" has q ∝ model, for comparison."""
         rows = []
         for response, kept in zip(self.responses, self.base):
             base, small = kept.float(), response_logprobs(model, response)
@@ -91,7 +93,7 @@ class Agreement:
 
     @torch.inference_mode()
     def drift(self, before: PreTrainedModel, after: PreTrainedModel) -> float:
-        """KL(before || after) in nats per token, mean over positions."""
+        """Return KL(before || after) in nats per token, the mean over positions."""
         total, positions = 0.0, 0
         for response in self.responses:
             p, q = response_logprobs(before, response), response_logprobs(after, response)
@@ -102,14 +104,14 @@ class Agreement:
 
 @torch.inference_mode()
 def decode_cost(base: PreTrainedModel, model: PreTrainedModel, steps: int = 60, context: int = 64) -> dict[str, float]:
-    """Median seconds of a batch-1 decode step of each, taken by turns so that both see the same machine."""
+    """Return the median ms of a batch-1 decode step of both models. Steps alternate, so both see the same machine."""
     ids = torch.randint(0, base.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
     caches, seconds = (DynamicCache(), DynamicCache()), ([], [])
     for member, cache in zip((base, model), caches):
         member(input_ids=ids, past_key_values=cache)
     for _ in range(steps):
         for member, cache, times in zip((base, model), caches, seconds):
-            start = time.process_time()  # one thread: CPU time, which a busy machine does not stretch
+            start = time.process_time()  # with one thread, CPU time does not grow on a busy machine
             member(input_ids=ids[:, :1], past_key_values=cache)
             times.append(time.process_time() - start)
     t_base, t_model = map(statistics.median, seconds)
@@ -117,9 +119,9 @@ def decode_cost(base: PreTrainedModel, model: PreTrainedModel, steps: int = 60, 
 
 
 def measure(model: Path, base: Path | str, held_out: Path, before: Path | None = None) -> dict[str, Any]:
-    """Everything above for a model's folder, apart for each temperature that the held-out text was sampled at.
+    """Return all measures of a model's folder, separately for each temperature at which held-out text was sampled.
 
-    `before`: folder of the model before preference training, to report KL(before || model) as `drift` as well.
+    before: folder of the model before preference training; if it is given, KL(before || model) is reported as `drift`.
     """
 
     def load(folder: Path | str, dtype: torch.dtype) -> PreTrainedModel:

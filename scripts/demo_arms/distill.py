@@ -1,13 +1,13 @@
-"""Distil the demo's `small` model from the base, out of teacher_data.py's shards.
+"""Distil the demo's `small` model from the base, with teacher_data.py's shards.
 
-The student is a narrow Llama with the base's vocabulary: its tied embedding (49,152 rows) is most of it, and starts as
-the truncated SVD of the base's. `--hidden` is its width; it has 6 layers at any width. The loss is in
-distillation_loss.py.
+The student is a narrow Llama with the base's vocabulary. Its tied embedding (49,152 rows) holds most of its parameters,
+and starts as the truncated SVD of the base's embedding. `--hidden` is the student's width; it has 6 layers at any
+width. The loss is in distillation_loss.py.
 
-The layers' matrices are trained by Muon, the rest by AdamW: in runs of 100,000 tokens the KL fell to 2.81, with AdamW
-for all to 3.22.
+Muon trains the layers' matrices, AdamW the other parameters: in runs of 100,000 tokens the KL fell to 2.81, and with
+AdamW for all parameters to 3.22.
 
-A killed run goes on from its last checkpoint; --tokens may change until the learning rate has begun to fall.
+A killed run continues from its last checkpoint. --tokens may change until the learning rate has begun to fall.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ INHERITED = (
     "eos_token_id",
     "pad_token_id",
 )
-BATCH = 8  # responses
+BATCH = 8  # responses in a step
 LR, EMBEDDING_LR, CLIP = 1e-2, 3e-3, 1.0
-WARMUP, DECAY = 20_000, 0.5  # tokens; share of all
+WARMUP, DECAY = 20_000, 0.5  # tokens over which the rate rises; share of all tokens over which it falls
 CHECKPOINT_S = 120
 
 
 def new_student(base: LlamaForCausalLM, hidden: int = HIDDEN) -> LlamaForCausalLM:
-    """Random but for the embedding, whose rows are the base's in the basis of its largest singular vectors.
+    """Return a random student, except for its embedding: the base's rows in the basis of its largest singular vectors.
 
-    `hidden` is the width. A head has 32 of its numbers, the MLP 2.8 times as many, rounded to a multiple of 32.
+    `hidden` is the width. A head has 32 dimensions. The MLP is 2.8 times as wide, rounded to a multiple of 32.
 
     Raises:
         ValueError: `hidden` is not a multiple of 32 from 32 to the base's width.
@@ -68,17 +68,17 @@ def new_student(base: LlamaForCausalLM, hidden: int = HIDDEN) -> LlamaForCausalL
     )
     student = LlamaForCausalLM(config)
     table = base.get_input_embeddings().weight.detach().float()
-    _, basis = torch.linalg.eigh(table.T @ table)  # ascending
+    _, basis = torch.linalg.eigh(table.T @ table)  # in ascending order
     with torch.no_grad():
         student.get_input_embeddings().weight.copy_(table @ basis[:, -hidden:])
-        for layer in student.model.layers:  # the residual stream starts as the embedding
+        for layer in student.model.layers:  # small branches, so that the residual stream starts close to the embedding
             layer.self_attn.o_proj.weight.mul_((2 * LAYERS) ** -0.5)
             layer.mlp.down_proj.weight.mul_((2 * LAYERS) ** -0.5)
     return student
 
 
 def add_dropout(student: LlamaForCausalLM, rate: float) -> None:
-    """Dropout in training mode after the embedding, each attention, each MLP and the last norm: Llama has none."""
+    """Add dropout in training mode after the embedding, each attention, each MLP and the last norm: Llama has none."""
     inner = student.model
     branches = [m for layer in inner.layers for m in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     for module in (inner.embed_tokens, *branches, inner.norm):
@@ -86,12 +86,12 @@ def add_dropout(student: LlamaForCausalLM, rate: float) -> None:
 
 
 def learning_rate(tokens: float, total: float) -> float:
-    """Linear warm-up, a plateau, and a linear fall to zero; a factor."""
+    """Return the factor of the peak learning rate: a linear warm-up, a plateau, and a linear fall to zero."""
     return max(0.0, min(tokens / WARMUP, 1.0, (1 - tokens / total) / DECAY))
 
 
 def save_model(student: LlamaForCausalLM, base_folder: str, output: Path) -> None:
-    """The student in bf16 and its generation config; the tokenizer is the base's."""
+    """Save the student in bfloat16 with the base's generation config. No tokenizer is saved: the base's is used."""
     shipped = LlamaForCausalLM(student.config).to(torch.bfloat16)
     shipped.load_state_dict(student.state_dict())
     shipped.generation_config = GenerationConfig.from_pretrained(base_folder, trust_remote_code=False)
@@ -170,7 +170,7 @@ def main() -> None:
     while state["tokens"] < args.tokens:
         start = time.monotonic()
         if len(order) == 0:
-            # the epoch's own list of shards, so that a resumed epoch sees the same order
+            # Keep the epoch's list of shards, so that a resumed epoch sees the same order.
             state["shards"] = state["shards"] or sorted(p.name for p in args.shards.glob("*.npz"))
             responses = load_responses(args.shards, state["shards"])
             order = np.random.default_rng(state["epoch"]).permutation(len(responses))

@@ -1,8 +1,8 @@
-"""The loss of distillation, over the few next tokens of each position that teacher_data.py kept.
+"""The loss of distillation, over the few next tokens that teacher_data.py kept at each position.
 
--Σ_x p(x) log q(x) is KL(p || q) plus the base's entropy: exact on the base's 48 likeliest tokens, and an unbiased
-estimate on the tail, of which 8 draws stand for the remaining mass. (One bucket for the tail says nothing about which
-tokens are in it, renormalising the top pretends that there is none; the tail holds a tenth of this base's mass.)
+-Σ_x p(x) log q(x) is KL(p || q) plus the base's entropy. It is exact on the base's 48 likeliest tokens. On the tail it
+is an unbiased estimate, where 8 draws stand for the remaining mass, a tenth of this base's. One bucket for the tail
+would not say which tokens are in it; renormalising the top tokens would pretend that there is no tail.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ NEGATIVES = 2048
 class SparseCrossEntropy(torch.autograd.Function):
     """Mean over rows of -Σ_k probs[n, k] · log softmax(hidden @ weight.T + bias)[n, ids[n, k]], never holding [N, V].
 
-    hidden [N, D], weight [V, D], bias [V] float32; ids [N, K] int64, a row may repeat one; probs [N, K], rows sum to 1.
-    The gradients (none for bias) are made in the forward pass, so that each chunk's logits are computed once.
+    hidden [N, D], weight [V, D] and bias [V] are float32. ids [N, K] is int64, and a row may repeat an id. The rows of
+    probs [N, K] sum to 1. The forward pass also makes the gradients, so that each chunk's logits are computed once.
+    bias gets no gradient.
     """
 
     @staticmethod
@@ -52,10 +53,10 @@ class SparseCrossEntropy(torch.autograd.Function):
 
 
 def candidates(ids: Tensor, vocab_size: int, negatives: int) -> tuple[Tensor, Tensor]:
-    """Token ids that a batch's normalisers are summed over, ascending, and the log of how many tokens each stands for.
+    """Return the ascending token ids over which a batch sums its normalisers, and the log of each id's count of tokens.
 
-    All of `ids`, and `negatives` draws from the others: the normaliser is estimated without bias, at a quarter of the
-    cost. All tokens where there are no more.
+    They are all of `ids`, and `negatives` draws from the other tokens. A drawn id stands for several tokens, so the
+    normaliser is estimated without bias, at a quarter of the cost. With at most `negatives` others, all are returned.
     """
     named = torch.zeros(vocab_size, dtype=torch.bool)
     named[ids] = True
@@ -71,7 +72,7 @@ def candidates(ids: Tensor, vocab_size: int, negatives: int) -> tuple[Tensor, Te
 
 
 def sparse_targets(response: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
-    """ids [N, 48 + 8] and their probabilities: the top as stored, the tail's draws an eighth of what is left each."""
+    """Return ids [N, 48 + 8] and their probabilities: those stored for the top, an eighth of the rest for each draw."""
     top = torch.from_numpy(response["top_logprobs"]).float().exp()
     top /= top.sum(-1, keepdim=True).clamp_min(1.0)  # float16 may round the sum above 1
     tail_ids = response["tail_ids"]
@@ -83,9 +84,9 @@ def sparse_targets(response: dict[str, np.ndarray]) -> tuple[Tensor, Tensor]:
 def batch_loss(
     student: LlamaForCausalLM, responses: list[dict[str, np.ndarray]], free: int | None = None
 ) -> tuple[Tensor, int]:
-    """The loss over all response positions of a batch, and how many they are.
+    """Return the loss over all response positions of a batch, and the number of these positions.
 
-    With `free`, given that this is not the next token: it may have any probability.
+    free: a token that may have any probability; both distributions are conditioned on the next token being another.
     """
     lengths = [(len(r["prompt_tokens"]), len(r["tokens"])) for r in responses]
     ids = torch.zeros(len(responses), max(p + n for p, n in lengths) - 1, dtype=torch.long)
@@ -101,15 +102,15 @@ def batch_loss(
         hidden, targets, probs = hidden[some], targets[some], probs[some] / probs[some].sum(-1, keepdim=True)
     kept, bias = candidates(targets, student.config.vocab_size, NEGATIVES)
     if free is not None:
-        bias[kept == free] = -1e4  # of no weight, and finite
+        bias[kept == free] = -1e4  # no weight in the softmax, but finite
     weight = student.get_output_embeddings().weight.index_select(0, kept)
     return SparseCrossEntropy.apply(hidden, weight, bias, torch.searchsorted(kept, targets), probs), len(hidden)
 
 
 class Distillation:
-    """An `auxiliary_loss` for `train`: keeps an ARM near the base, by `count` of its answers for each micro-batch.
+    """An `auxiliary_loss` for `train` that keeps an ARM near the base.
 
-    It may say what it likes of the token `free`.
+    It uses `count` of the base's answers per micro-batch. The ARM may give the token `free` any probability.
     """
 
     def __init__(self, shards: Path, count: int, weight: float = 1.0, free: int | None = None) -> None:

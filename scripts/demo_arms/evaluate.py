@@ -1,9 +1,9 @@
-"""Generate with the demo's ARMs and measure what they do: runs, then tables and plots in docs/results.md.
+"""Generate with the demo's ARMs, measure the texts, and write tables and plots into docs/results.md.
 
     python evaluate.py runs/ --hh hh-rlhf-harmless-base-test.jsonl.gz --docs ../../docs
 
-A run is one condition with one seed, in one JSON file, written whole; runs that exist are not repeated. Every prompt of
-every seed has its own random seed, the same in all conditions.
+A run is one condition with one seed, in one JSON file that is written as a whole. Existing runs are not repeated. Every
+prompt has a random seed of its own in each run, which is the same in all conditions.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Chat = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Condition:
-    """What is compared. The base as its own ARM with weight w is the base at temperature 1 / (1 + w), exactly."""
+    """A way to decode. The base as its own ARM with weight w is exactly the base at temperature 1 / (1 + w)."""
 
     name: str
-    weights: dict[str, float] = field(default_factory=dict)  # of the ARMs that take part
+    weights: dict[str, float] = field(default_factory=dict)  # name of an ARM that takes part -> its weight
     temperature: float = 1.0
     prompts: str = "chat"
 
@@ -62,7 +62,9 @@ CONDITIONS = (
 
 
 def hh_prompts(hh: Path, tokenizer, max_response_tokens: int = 64) -> list[Chat]:
-    """The last turns of held-out lines that fit, and that people's assistant answered shortly, as we have to."""
+    """Return the last turns of held-out lines that fit the limits.
+
+    Both responses of a line are shorter than `max_response_tokens`, since the demo's answers have to be short too."""
     prompts = []
     for pair in load_pairs(str(hh)).pairs:
         if pair.row % HOLD_OUT_EVERY == 0:
@@ -74,7 +76,7 @@ def hh_prompts(hh: Path, tokenizer, max_response_tokens: int = 64) -> list[Chat]
 
 
 def run(model: GenARM, condition: Condition, seed: int, chats: list[Chat], max_new_tokens: int) -> dict[str, Any]:
-    """One condition, one seed: a sample per chat."""
+    """Run one condition with one seed: return its settings and a sample for each chat."""
     weights = [condition.weights.get(name, 0.0) for name in model.arm_names]
     common = SamplingParams(weights=weights, temperature=condition.temperature, max_new_tokens=max_new_tokens)
     start = time.perf_counter()

@@ -1,6 +1,6 @@
-"""Round a model's matrices to codes of 8 bits by groups of 32, which `quantization="exact"` finds again bit for bit.
+"""Round a model's matrices to 8-bit codes in groups of 32, from which `quantization="exact"` restores every bit.
 
-A decode step on a CPU takes about as long as its bytes take to arrive, so `small` drafts at half the cost there.
+A decode step on a CPU takes about as long as reading the weights, so with 8 bits `small` drafts there at half the cost.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from genarm_fast.kernels.quant_linear import dequantize, exact, quantize
 
 @torch.no_grad()
 def to_grid(folder: Path) -> float:
-    """Write a bfloat16 model anew with every matrix rounded; returns the largest change of a weight.
+    """Overwrite a bfloat16 model with its matrices rounded, and return the largest change of a weight.
 
     Raises:
-        ValueError: a matrix whose codes would not be found again.
+        ValueError: the codes of a rounded matrix would not be found again.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
     largest = 0.0

@@ -1,9 +1,9 @@
-"""Independent judges of generated text. None of them has seen what an ARM was trained on.
+"""Independent judges of generated text. None of them was fitted on the training data of an ARM.
 
-* sentiment: TF-IDF and logistic regression on the reviews' `judge` half; probability that a text is positive
-* VADER: a hand-made sentiment lexicon; compound score in [-1, 1]
-* preference: TF-IDF and logistic regression on HH-RLHF pairs that the `harmless` ARM was not trained on
-* caution: share of answers that refuse, warn or ask back, by a short list of phrases
+* sentiment: TF-IDF and logistic regression on the reviews' `judge` half give the probability that a text is positive.
+* VADER: a hand-made sentiment lexicon gives a compound score in [-1, 1].
+* preference: TF-IDF and logistic regression on HH-RLHF pairs that the `harmless` ARM was not trained on.
+* caution: the share of answers that refuse, warn or ask back, by a short list of phrases.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ CAUTION = re.compile(
 
 
 def judge_halves(reviews: Sequence[Review]) -> tuple[list[Review], list[Review]]:
-    """(training, test) reviews of the judge's half, 4 to 1, by content."""
+    """Return (training, test) reviews of the judge's half, 4 to 1. A review's text decides where it belongs."""
     mine = [review for review in reviews if review.half == "judge"]
     test = [review for review in mine if digest(review.text) // 2 % 5 == 0]
     return [review for review in mine if digest(review.text) // 2 % 5], test
 
 
 class SentimentJudge:
-    """P(positive) of a text. `accuracy`: on reviews that it was not fitted on, per source."""
+    """A classifier that gives P(positive) of a text. `accuracy`: by source, on reviews that it was not fitted on."""
 
     def __init__(self, reviews: Sequence[Review]) -> None:
         train, test = judge_halves(reviews)
@@ -57,7 +57,9 @@ class SentimentJudge:
 
 
 class PreferenceJudge:
-    """Log-odds that a text is a pair's chosen response, by its words. `accuracy`: on held-out pairs, in five folds."""
+    """A classifier that gives the log-odds that a text is a pair's chosen response, by its words.
+
+    `accuracy`: on held-out pairs, in five folds."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
         texts = [text for pair in pairs for text in pair]
@@ -92,7 +94,7 @@ def caution(texts: Sequence[str]) -> np.ndarray:
 
 
 def repetition(texts: Sequence[str], n: int = 3) -> np.ndarray:
-    """Share of word n-grams that occurred before in the same text: a symptom of degenerate decoding."""
+    """Return the share of word n-grams that occurred before in the same text, a symptom of degenerate decoding."""
     shares = []
     for text in texts:
         words = text.lower().split()

@@ -1,8 +1,8 @@
-"""Preference pairs for the `concise` ARM, from the base model's own samples (teacher_data.py).
+"""Makes preference pairs for the `concise` ARM from the base model's own samples (teacher_data.py).
 
-The chosen answer is the opening of a sample, in whole sentences; the rejected one goes on for a sentence or two. Both
-end, so what tells them apart is where they end. Rejecting whole samples instead taught the ARM to avoid their words,
-and the guided text broke down into repetition.
+The chosen answer is the opening of a sample, in whole sentences. The rejected answer continues it for a sentence or
+two. Both answers end, so they differ only in where they end. When whole samples were rejected instead, the ARM learned
+to avoid their words, and the guided text broke down into repetition.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SENTENCE_END = re.compile(r"[.!?][\"')]?(?=\s|$)")
 
 
 def read_samples(folder: Path, tokenizer) -> dict[str, list[str]]:
-    """Prompt → sampled answers, for prompts of the committed pool."""
+    """Return the sampled answers to each prompt of the committed pool."""
     allowed, samples = set(training_prompts()), defaultdict(list)
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as shard:
@@ -34,13 +34,15 @@ def read_samples(folder: Path, tokenizer) -> dict[str, list[str]]:
 
 
 def openings(text: str) -> list[str]:
-    """Everything up to each end of a sentence, shortest first. Numbers of a list ("1.") end no sentence."""
+    """Return the text up to each end of a sentence, the shortest first. The number of a list item ("1.") ends none."""
     ends = [match.end() for match in SENTENCE_END.finditer(text)]
     return [text[:end] for end in ends if not re.search(r"(^|\s)(\d+|[A-Z])\.$", text[:end])]
 
 
 def pair(answer: str, tokenizer, low: int, high: int, more: int) -> tuple[str, str] | None:
-    """(short, long): the first opening of `low`..`high` tokens, and the next one that is `more` tokens longer."""
+    """Return the first opening of `low` to `high` tokens, and the next one that is at least `more` tokens longer.
+
+    None if the answer does not have both."""
     ends = [(text, len(tokenizer(text)["input_ids"])) for text in openings(answer)]
     for short, length in ends:
         if low <= length <= high:

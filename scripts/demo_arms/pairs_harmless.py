@@ -1,12 +1,13 @@
-"""Preference pairs for the `harmless` ARM from HH-RLHF transcripts, as chat messages; pairs_helpful.py shares it.
+"""Makes preference pairs for the `harmless` ARM from HH-RLHF transcripts, as chat messages.
 
-Of each transcript the last user turns are kept, as many as fit. Both responses are cut to the same number of tokens: a
-sum of log-probabilities follows length before anything else (correlation -0.94 on the whole responses), and a pair of
-unequal ones teaches little else. It also lets long responses in. Of these pairs the clearest are trained on: those
-whose words speak most for the label, by a linear classifier that was fitted on other training pairs.
+The last turns of each transcript are kept, from a user's turn on, as many as fit. Both responses are cut to the same
+number of tokens. A sum of log-probabilities follows length before anything else (correlation -0.94 on the whole
+responses), so a pair of unequal lengths teaches little else. Cutting also makes long responses usable. The training
+pairs are the clearest ones: those whose words speak most for the label, by a linear classifier that was fitted on other
+training pairs. pairs_helpful.py shares this code.
 
-Lines whose number (from 0) is divisible by 5 are held out, all of them, in a file of their own, and once more with
-whole responses, for score_pairs.py.
+All lines whose number (from 0) is divisible by 5 are held out. They are written to a file of their own, and to another
+one with whole responses, for score_pairs.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ MIN_RESPONSE_TOKENS, MAX_RESPONSE_TOKENS = 6, 48
 
 
 def last_turns(messages: list[Message], tokenizer, max_tokens: int) -> list[Message]:
-    """The longest ending that starts with a user turn and has at most so many tokens; [] if none is that short."""
+    """Return the longest ending that starts with a user turn and has at most `max_tokens` tokens, or [] if none has."""
     lengths = [len(tokenizer(message["content"])["input_ids"]) for message in messages]
     for start in range(len(messages)):
         if messages[start]["role"] == "user" and sum(lengths[start:]) <= max_tokens:
@@ -44,7 +45,7 @@ def last_turns(messages: list[Message], tokenizer, max_tokens: int) -> list[Mess
 
 
 def cut(responses: list[str], tokenizer, max_tokens: int) -> tuple[list[str], int]:
-    """The responses' beginnings of equally many tokens, and how many those are."""
+    """Return the beginnings of the responses, cut to equally many tokens, and their number of tokens."""
     ids = tokenizer(responses)["input_ids"]
     tokens = min(max_tokens, *map(len, ids))
     return [tokenizer.decode(row[:tokens]).rstrip("\ufffd") for row in ids], tokens
@@ -53,9 +54,9 @@ def cut(responses: list[str], tokenizer, max_tokens: int) -> tuple[list[str], in
 def split(
     files: Iterable[Path], tokenizer, max_prompt_tokens: int, max_response_tokens: int | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training, held-out) pairs that fit, in the files' order; `max_response_tokens` None: whole responses."""
+    """Return (training, held-out) pairs that fit, in the files' order. max_response_tokens: None keeps all tokens."""
     sides: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for pair in (pair for path in files for pair in load_pairs(str(path)).pairs):  # row: within its file
+    for pair in (pair for path in files for pair in load_pairs(str(path)).pairs):  # pair.row counts within its file
         prompt = last_turns(transcript_messages(str(pair.prompt)), tokenizer, max_prompt_tokens)
         responses = [pair.chosen.strip(), pair.rejected.strip()]
         beginnings, tokens = cut(responses, tokenizer, max_response_tokens or MAX_RESPONSE_TOKENS)
@@ -70,7 +71,7 @@ def split(
 
 
 def clearest(pairs: list[dict[str, Any]], n: int, folds: int = 5) -> list[dict[str, Any]]:
-    """The `n` pairs whose words speak most for the label, clearest first, by classifiers fitted on the other folds."""
+    """Return the `n` pairs whose words speak most for the label, clearest first, by classifiers of the other folds."""
     texts = [pair[side] for pair in pairs for side in ("chosen", "rejected")]
     features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit_transform(texts)
     differences = features[0::2] - features[1::2]
@@ -85,7 +86,7 @@ def clearest(pairs: list[dict[str, Any]], n: int, folds: int = 5) -> list[dict[s
 
 
 def main(name: str = "harmless", description: str | None = __doc__, default_pairs: int | None = 512) -> None:
-    """Writes <name>.jsonl, <name>-held-out.jsonl and <name>-held-out-whole.jsonl."""
+    """Write <name>.jsonl, <name>-held-out.jsonl and <name>-held-out-whole.jsonl."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hh", nargs="+", type=Path, help="HH-RLHF .jsonl(.gz) of whole transcripts")
     parser.add_argument("output", type=Path, help=f"folder for {name}.jsonl and its held-out files")

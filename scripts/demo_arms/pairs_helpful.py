@@ -1,8 +1,8 @@
-"""Preference pairs for helpfulness from HH-RLHF transcripts, made as pairs_harmless.py makes its own: all that fit.
+"""Makes preference pairs for helpfulness from HH-RLHF transcripts, like pairs_harmless.py, but of all pairs that fit.
 
     python pairs_helpful.py hh-rlhf-helpful-base-test.jsonl.gz pairs/
 
-Several files may be given: each is held out by its own line numbers.
+Several files may be given. The held-out lines of each are chosen by the line numbers within that file.
 """
 
 from pairs_harmless import main

@@ -1,8 +1,8 @@
-"""Preference pairs for the `positive` ARM: a positive and a negative passage of film reviews, equally long.
+"""Makes preference pairs for the `positive` ARM: a positive and a negative passage of film reviews, equally long.
 
-Only the reviews' `arm` half is used. A passage is a run of whole sentences, the one per review whose words speak
-clearest for the review's label, by a linear classifier that was fitted on other reviews of the same half. Equal length
-keeps the sum of log-probabilities from rewarding length instead of sentiment.
+Only the reviews' `arm` half is used. A passage is a run of whole sentences. Each review gives the passage whose words
+speak most clearly for its label, by a linear classifier that was fitted on other reviews of the same half. With equal
+lengths, the sum of log-probabilities can't reward length instead of sentiment.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sentences(text: str) -> list[str]:
 
 
 def windows(lengths: Sequence[int], low: int, high: int) -> Iterator[tuple[int, int]]:
-    """Every run [start, end) of consecutive items whose lengths add up to low..high."""
+    """Yield every run [start, end) of consecutive items whose lengths add up to `low` to `high`."""
     for start in range(len(lengths)):
         total = 0
         for end in range(start, len(lengths)):
@@ -73,14 +73,14 @@ def windows(lengths: Sequence[int], low: int, high: int) -> Iterator[tuple[int, 
 
 
 def is_plain(text: str) -> bool:
-    """Ordinary prose: no ratings, markup or shouting."""
+    """Whether a text is ordinary prose, without ratings, markup or words in capitals."""
     return bool(re.fullmatch(r"[A-Z][A-Za-z0-9 ,.;:'!?()-]*[.!?]", text)) and not re.search(
         r"\d+/\d|[A-Z]{4}|\.\.", text
     )
 
 
 def passages(reviews: list[Review], tokenizer, low: int, high: int) -> Iterator[Passage]:
-    """The clearest passage of each review. Two folds, each judged by a classifier fitted on the other."""
+    """Yield the clearest passage of each review. Reviews of one fold are judged by a classifier of the other fold."""
     for fold in (0, 1):
         train = [r for r in reviews if digest(r.text) // 2 % 2 != fold]
         classifier = make_pipeline(
@@ -99,7 +99,7 @@ def passages(reviews: list[Review], tokenizer, low: int, high: int) -> Iterator[
 
 
 def match(items: Iterable[Passage]) -> list[tuple[Passage, Passage]]:
-    """(positive, negative) pairs of exactly as many tokens; each passage once at most."""
+    """Return (positive, negative) pairs with equal numbers of tokens. Each passage is used at most once."""
     sides: dict[tuple[int, bool], list[Passage]] = defaultdict(list)
     for passage in items:
         sides[passage.tokens, passage.positive].append(passage)

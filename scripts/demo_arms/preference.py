@@ -1,4 +1,4 @@
-"""Preference pairs as chat messages in a JSON-lines file: what `genarm-fast train` reads."""
+"""Preference pairs as chat messages in a JSON-lines file, which `genarm-fast train` reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def to_record(prompt: str, chosen: str, rejected: str) -> dict[str, list[dict[str, str]]]:
-    """One preference pair as chat messages."""
+    """Return one preference pair as chat messages."""
     return {
         "prompt": [{"role": "user", "content": prompt}],
         "chosen": [{"role": "assistant", "content": chosen}],

@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 SEED = 2410
-HELD_OUT_SUBJECTS = 4  # per domain; no training prompt of that domain speaks of them
+HELD_OUT_SUBJECTS = 4  # subjects per domain that no training prompt of the domain mentions
 HELD_OUT = 128
 
 
@@ -16,7 +16,7 @@ def _words(text: str) -> list[str]:
     return [phrase.strip() for phrase in text.split(",")]
 
 
-# domain -> (templates, subjects)
+# Maps a domain to (templates, subjects).
 DOMAINS: dict[str, tuple[list[str], list[str]]] = {
     "film": (
         [
@@ -243,7 +243,7 @@ DOMAINS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def _split() -> tuple[list[str], list[str]]:
-    """(training pool, all prompts on held-out subjects), each in a fixed shuffled order."""
+    """Return the training pool, and all prompts on held-out subjects, each in a fixed shuffled order."""
     rng = random.Random(SEED)
     train, held_out = [], []
     for templates, subjects in DOMAINS.values():
@@ -256,7 +256,7 @@ def _split() -> tuple[list[str], list[str]]:
 
 
 def training_prompts(hh_file: Path | None = None) -> list[str]:
-    """The training pool, shuffled; with `hh_file`, the opening turns of its training lines are mixed in."""
+    """Return the shuffled training pool. With `hh_file`, the opening turns of its training lines are mixed in."""
     pool = _split()[0]
     if hh_file is None:
         return pool
@@ -266,12 +266,12 @@ def training_prompts(hh_file: Path | None = None) -> list[str]:
 
 
 def held_out_prompts() -> list[str]:
-    """Evaluation prompts; none occurs in the training pool, nor does any of their subjects in the same domain."""
+    """Return the evaluation prompts. The training pool has none of them, and none of their subjects in their domain."""
     return _split()[1][:HELD_OUT]
 
 
 def hh_openings(path: Path, max_chars: int = 300) -> list[str]:
-    """First human turns of an HH-RLHF file (.jsonl or .jsonl.gz), from its training lines (number % 5 != 0) only."""
+    """Return the first human turns in the training lines (number % 5 != 0) of an HH-RLHF file (.jsonl or .jsonl.gz)."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["chosen"] for number, line in enumerate(lines) if number % 5]
     openings = (text.split("\n\nAssistant:")[0].removeprefix("\n\nHuman:").strip() for text in texts)

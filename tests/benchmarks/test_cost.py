@@ -1,4 +1,4 @@
-"""What is counted of a method's cost, on methods of known cost."""
+"""The measured cost of methods, on methods of known cost."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def costs(script, tiny_model, tokenizer) -> dict:
 
     chosen = {"base": method("base", 1), "guided, w = 1": method("guided", 2), "best of 4": method("best", 4)}
     found = cost.measure(models, chosen, 2, 4, 5, 1)
-    assert calls["best"] == 1 + 1 + 1  # of one token, warmed up and timed, and of all, timed once
+    assert calls["best"] == 1 + 1 + 1  # calls for one token: warm-up and one timed; for all tokens: one timed
     chosen = cost.at_batch(chosen, 3, 2)
     assert list(chosen) == ["base", "guided, w = 1"], "methods that search run at the first batch size alone"
     calls.clear()
     third = cost.measure(models, chosen, 3, 4, 5, 1)
-    assert calls == {"base": 11, "guided": 11}  # no second base for methods that are not there
+    assert calls == {"base": 11, "guided": 11}  # the base is not timed again for methods that do not run
     return {"batches": {"2": found, "3": third}, "peak_mib": {"2": {"base": 100.0}, "3": {"base": 300.0}}}
 
 
@@ -55,7 +55,7 @@ def test_prompts_are_the_engines(script, tiny_model, tokenizer) -> None:
 
 
 def test_a_policy_is_loaded_alone(script) -> None:
-    """Neither the engine nor another policy is there beside it, for its peak memory."""
+    """For its peak memory, no engine and no other policy is loaded beside it."""
     methods, params = script("quality_methods"), script("baselines.interface").Params(1)
     models = methods.Models({}, None)
     methods.general(models, methods.SIZES["quick"])["policy"](script("cost").prompts_of(models, 2), params)

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md are what the code makes of the result files."""
+"""The tables of docs/results.md equal what the code makes of the result files."""
 
 from __future__ import annotations
 

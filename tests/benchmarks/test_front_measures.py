@@ -1,4 +1,4 @@
-"""Figures of fronts, by hand."""
+"""Figures of fronts, worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-VALUES = {0.0: (0.0, 1), 0.5: (0.5, 2), 1.0: (1.0, 4)}  # by share: P(positive), tokens of at most 5
+VALUES = {0.0: (0.0, 1), 0.5: (0.5, 2), 1.0: (1.0, 4)}  # share: P(positive), number of tokens (at most 5)
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def size(script):
 
 
 def texts(positive: float, tokens: float) -> SimpleNamespace:
-    """Of three prompts and two seeds, whose means over prompts are these."""
+    """Return texts of three prompts and two seeds with these means over prompts."""
     around = np.array([[-0.1, 0.1], [0.1, 0.1], [-0.1, -0.1]])
     return SimpleNamespace(scores=lambda judge: positive + around, tokens=tokens + around)
 
 
 def test_front(front, script, size) -> None:
-    """Three points, each as its share asks: hypervolume and inner product by hand."""
+    """Three points follow their shares; hypervolume and inner product are worked out by hand."""
     name = script("quality_methods").point_name
     found = {name("guided", share): texts(*values) for share, values in VALUES.items()}
     figures = front.front_figures(found, None, size)["guided"]
@@ -41,7 +41,7 @@ def test_front(front, script, size) -> None:
 
 
 def test_policies_of_single_points(front, script, size) -> None:
-    """They have no front, and stand beside every method at their shares."""
+    """Such policies have no front; at their shares they are listed beside every method."""
     name, trained = script("quality_methods").point_name, script("quality_methods").TRAINED
     found = {name("guided", share): texts(*values) for share, values in VALUES.items()}
     found[name(trained, 0.5)] = texts(0.75, 1)

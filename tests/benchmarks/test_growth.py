@@ -1,4 +1,4 @@
-"""The benchmark of growth: it measures what is asked for, once, and goes on where it was stopped."""
+"""The benchmark of growth: it measures each point asked for once, and continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_run_goes_on_where_it_was(growth, folder, monkeypatch, capsys):
 
 
 def test_arms_that_are_weighed_take_part(growth, folder, monkeypatch):
-    """As many as the axis says: the logits of a step are those of that many lanes."""
+    """As many ARMs take part as the axis says: a step has the logits of that many lanes."""
     ours = growth.Ours(str(folder / "base"), "bfloat16", [folder / "1", folder / "2"], 4)
     stream, weights = ours.model.stream, []
 
@@ -78,7 +78,7 @@ def test_arms_that_are_weighed_take_part(growth, folder, monkeypatch):
 
 
 def test_a_prompt_is_the_base_s_alone(growth, folder, monkeypatch):
-    """As "hf" is: an ARM would have a prompt of its own to read."""
+    """ "hf" reads the base's prompt alone too: an ARM would have its own prompt to read."""
     ours = growth.Ours(folder / "base", "bfloat16", [folder / "1", folder / "2"], 1)
     weights, generate = [], ours.model.generate
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Tables of the README and the page are what the newest result files say."""
+"""The tables of the README and the page have the figures of the newest result files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def guidance(script):
 
 
 def reported(ratio):
-    """A result file in which every figure follows from the place where it stands."""
+    """Return a result file in which every figure follows from its place."""
     lines = [("base alone", 1.0), ("1 LoRA ARM, lanes", 0.5), ("1 LoRA ARM, own forward", 9.0)]
     lines += [("base alone, Hugging Face generate", 0.1)]
     figures = [(name, batch, ratio * factor / batch) for name, factor in lines for batch in (1, 8)]

@@ -1,4 +1,4 @@
-"""Cost-inflated models: the same function to the bit, and adapters that go with them."""
+"""Cost-inflated models: the same function bit for bit, and adapters that fit them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genarm_fast import GenARM
 
 @pytest.fixture
 def inflated(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The benchmarks are no package: they import each other by name."""
+    """The module `inflated`. The benchmarks are no package: they import each other by name."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     return importlib.import_module("inflated")
 
@@ -36,7 +36,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=torch.arange(2, 32)[None]).logits
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # families without and with biases
 def test_logits_are_equal_to_the_bit(inflated, tiny_model, family: str) -> None:
     model = tiny_model(family, seed=3)
     deep = inflated.deepen(copy.deepcopy(model), 9)
@@ -66,7 +66,7 @@ def test_saved_models_and_adapters_give_the_same_text(inflated, saved: Path, tmp
     fitted = inflated.fit_adapter(tmp_path / "lora", deep, tmp_path / "lora-deep")
     plain, large = GenARM.from_pretrained(saved, tmp_path / "lora"), GenARM.from_pretrained(deep, fitted)
     assert large.base.model.num_parameters() > 2 * plain.base.model.num_parameters()
-    assert large.base.shared is large.arms[0].shared  # lanes
+    assert large.base.shared is large.arms[0].shared  # base and ARM are lanes of one forward
     one, other = (
         m.generate([[5, 6, 7]], seed=2, max_new_tokens=20, rewards=True, ignore_eos=True) for m in (plain, large)
     )

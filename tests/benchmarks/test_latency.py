@@ -23,7 +23,7 @@ def latency(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class StandIn:
-    """Of vLLM's engine: it answers each request with as many chunks as tokens were asked for."""
+    """A stand-in for vLLM's engine: it answers a request with one chunk per token asked for."""
 
     def __init__(self):
         self.asked = []
@@ -73,7 +73,7 @@ def test_lines_of_all_contenders(latency, tiny_model, tokenizer, tmp_path, capsy
 
 
 def test_times_of_a_request(latency, monkeypatch):
-    """Three chunks: one first time since the arrival, two gaps."""
+    """Three chunks give one time to the first since the arrival, and two gaps."""
     now = iter([3.0, 3.5, 4.5])
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(now))
 

@@ -1,4 +1,4 @@
-"""Calls like an earlier one go through Triton's own launcher, compiled for CUDA, by addresses: two launches or four."""
+"""Repeated calls use Triton's own launcher, compiled for CUDA, by addresses, with two launches or four."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, for the driver that launches nothing")
 def test_launches_of_known_calls():
-    """In a process of its own, since Triton keeps its driver; a call that were not known would make a fresh plan."""
+    """The test has its own process, since Triton keeps its driver. An unknown call would make a new plan."""
     code = """
 import json, launch_overhead as benchmark
 from unittest.mock import patch

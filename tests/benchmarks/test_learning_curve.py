@@ -55,7 +55,7 @@ def test_malformed_points_are_told_before_anything_is_trained(curves, text: str,
 
 
 def test_a_changed_setting_reaches_the_training(curves, tmp_path: Path) -> None:
-    """All weights instead of LoRA: a whole model, which is ranked as it is, not as an adapter."""
+    """With all weights trained instead of LoRA, the model is ranked as a whole, not as an adapter."""
     for name, count in (("helpful", 8), ("helpful-held-out", 3), ("helpful-held-out-whole", 2)):
         write(tmp_path / f"{name}.jsonl", count, "the cat sat", "a man and")
     wanted = [curves.Point(4, "method=full,learning_rate=0.05,dtype=float32")]
@@ -79,7 +79,7 @@ def write(path: Path, count: int, good: str, bad: str) -> None:
 
 
 def test_training_turns_the_ranking_of_the_base_round(curves, tmp_path: Path, monkeypatch) -> None:
-    """Held-out pairs prefer what training pairs prefer, and the base does not."""
+    """Held-out pairs prefer what training pairs prefer, and the base prefers the opposite."""
     good, bad = "the cat sat", "a man and"
     write(tmp_path / "held.jsonl", 3, good, bad)
     held = curves.load_pairs(str(tmp_path / "held.jsonl")).pairs
@@ -113,7 +113,7 @@ def test_training_turns_the_ranking_of_the_base_round(curves, tmp_path: Path, mo
 
 
 def test_gains_are_pair_by_pair_and_the_arm_that_ships_is_ranked(curves, tmp_path: Path, monkeypatch) -> None:
-    """By hand: of four pairs the base has two right; the ARM keeps one of these, and wins one more."""
+    """By hand: of four pairs the base has two right; the ARM keeps one of these and wins another one."""
     write(tmp_path / "harmless-held-out.jsonl", 4, "the cat sat", "a man and")
     write(tmp_path / "harmless-held-out-whole.jsonl", 4, "the cat", "the cat sat")
     made = {"base": [1.0, 2.0, -1.0, -2.0], "8": [0.5, -1.0, 3.0, -1.0], "shipped": [1.0, 2.0, 3.0, 4.0]}
@@ -131,7 +131,8 @@ def test_gains_are_pair_by_pair_and_the_arm_that_ships_is_ranked(curves, tmp_pat
     (point,) = found["points"]
     assert (point["arm"]["accuracy"], point["arm_over_base"]["accuracy"], found["base"]["accuracy"]) == (0.5, 0.5, 0.5)
     assert point["gain"]["value"] == 0.0
-    assert point["gain"]["standard_error"] == pytest.approx((2 / 3) ** 0.5 / 2)  # of 0, -1, 1, 0
+    # Standard error of the changes 0, -1, 1, 0.
+    assert point["gain"]["standard_error"] == pytest.approx((2 / 3) ** 0.5 / 2)
     assert found["shipped"]["gain"]["value"] == 0.5
     line = curves.table({"harmless": found}).splitlines()[-1]
     assert line.startswith("| harmless | the ARM that ships |  | 4 | 1.000 ± 0.000 | 0.500 ± 0.490 | +0.500 ± 0.566 |")

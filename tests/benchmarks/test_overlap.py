@@ -1,4 +1,4 @@
-"""benchmarks/overlap.py: its tokens a step are those of a simulation, and docs/gpu.md has its table."""
+"""benchmarks/overlap.py: its tokens per step equal a simulation's, and docs/gpu.md has its table."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
 
 
 class Texts:
-    """A target and an ARM: of a right text the ARM knows the next token with probability `a`, of a wrong one never."""
+    """A target and an ARM. After a right text the ARM knows the next token with probability `a`, after a wrong one
+    never."""
 
     def __init__(self, a):
         self.a, self.text, self.known = a, [], []
         self.random = Random(1)
 
     def right(self, place):
-        """Whether the ARM's token for a place is the target's, given the target's text before it."""
+        """Whether the ARM's token at a place is the target's, given the target's text before it."""
         while len(self.known) <= place:
             self.known.append(self.random.random() < self.a)
         return self.known[place]
 
 
 def simulated(a, k, *, overlapped, steps=40_000):
-    """Tokens a step, place by place: `block` has where the drafts that stand begin, None for drafts of a wrong text."""
+    """Return the tokens per step, simulated token by token.
+
+    `block` is where the drafts at hand begin; None if they follow a wrong text.
+    """
     texts, place, block = Texts(a), 0, 0
     for _ in range(steps):
         accepted = 0
         if block == place:
             while accepted < k and texts.right(place + accepted):
                 accepted += 1
-        end = place + accepted + 1  # one target more, which follows the accepted drafts
+        end = place + accepted + 1  # one target token more, which follows the accepted drafts
         if not overlapped:
             block = end
-        elif block == place:  # it went on from its own drafts, and from its token for the bonus place
+        elif block == place:
+            # The ARM continued from its own drafts, and from its guess of the bonus token.
             block = end if accepted == k and texts.right(end - 1) else None
-        else:  # the text before `place` was known as it began to draft, and the token at `place` was its own
+        else:
+            # The ARM knew the text before `place` when it began to draft, and guessed the token at `place`.
             block = end if texts.right(place) else None
         place = end
     return place / steps
@@ -52,7 +58,7 @@ def test_tokens_of_a_step_are_those_of_a_simulation(script, a, k):
 
 
 def test_known_numbers(script):
-    """Acceptance 0.8 and 4 drafts: 3.36 tokens a step in turn, 2.28 overlapped."""
+    """At acceptance 0.8 with 4 drafts, steps settle 3.36 tokens in turn and 2.28 overlapped."""
     module = script("overlap")
     assert module.settled(0.8, 4) == pytest.approx(1 + 0.8 + 0.64 + 0.512 + 0.4096)
     assert module.settled_overlapped(0.8, 4) == pytest.approx(2.283, abs=1e-3)

@@ -91,7 +91,7 @@ def test_ratios_are_taken_within_rounds(peers):
     reference, ours = lines(peers)
     assert reference["times"]["median"] == 1.0
     assert ours["milliseconds"] == 1000.0
-    assert ours["times"]["median"] == 3.0  # of 2, 4 and 3
+    assert ours["times"]["median"] == 3.0  # median of 2, 4 and 3
 
 
 def test_table(peers):
@@ -144,7 +144,7 @@ def test_the_newest_file_of_each_shape_is_written(peers, monkeypatch, tmp_path):
     other = {"machine": about | {"date": "2026-11-26", "capability": "AVX512"}, "results": lines(peers)}
     (tmp_path / "peers-other.json").write_text(json.dumps(other))
     peers.write()
-    assert "2026-11-26" in page.read_text()  # another instruction set is another table
+    assert "2026-11-26" in page.read_text()  # another instruction set has its own table
     assert "2026-11-28" in page.read_text()
     assert text.startswith("above\n")
     assert text.endswith("<!-- end peers -->\nbelow\n")
@@ -152,7 +152,7 @@ def test_the_newest_file_of_each_shape_is_written(peers, monkeypatch, tmp_path):
 
 
 def test_a_random_shape_is_one_file_for_all(script, tmp_path, monkeypatch, tokenizer):
-    """Held exactly in 4 bits by ours, and the same weights for transformers."""
+    """GenARM holds the shape exactly in 4 bits, and transformers gets the same weights."""
     gguf = pytest.importorskip("gguf")
     shapes = script("peer_shapes")
     like = tmp_path / "like.gguf"

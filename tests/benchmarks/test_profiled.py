@@ -1,4 +1,4 @@
-"""benchmarks/profiled.py: what it makes of a profiler's events."""
+"""benchmarks/profiled.py: its figures from a profiler's events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def event(name, start, end, ours=True):
 
 @pytest.fixture
 def events():
-    """Two steps, of 100 and 60 us, in no order; work outside of steps and operators do not count."""
+    """Two steps of 100 and 60 us, unordered; work outside of steps and operators does not count."""
     return [
         event("aten::mm", 20, 30, ours=False),
         event("ProfilerStep#1", 0, 500),
@@ -63,7 +63,7 @@ def test_one_step_is_drawn(script, events, tmp_path):
 
 
 def test_a_whole_run(tmp_path, tiny_model, tokenizer, script):
-    """As somebody types it: what the library names is in the trace, the table and the file."""
+    """The run is called as a user calls it; the library's range names are in the trace, the table and the file."""
     for name, seed in (("base", 0), ("arm", 1)):
         tiny_model(seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -81,7 +81,7 @@ def test_a_whole_run(tmp_path, tiny_model, tokenizer, script):
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_profile_sh(tmp_path, script, cuda):
-    """With stand-ins for nsys and python: Nsight where both are there, torch.profiler else."""
+    """With stand-ins for nsys and python, Nsight runs if both are there, else torch.profiler."""
     log = tmp_path / "log"
     for name, status in (("nsys", 0), ("python", 0 if cuda else 1)):
         stand_in = tmp_path / name

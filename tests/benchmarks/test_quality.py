@@ -1,4 +1,4 @@
-"""The quality tables on a tiny model: what is run, kept, and told."""
+"""The quality tables on a tiny model: what runs, what is kept, and what is reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPTS = [[2, 3], [4, 5, 6], [7]]
 
 
 class Judge:
-    """Longer is better."""
+    """A judge to whom longer texts are better."""
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         return np.array([float(len(text)) for text in texts])
@@ -57,7 +57,7 @@ def test_runs_are_kept_and_told(quality, script, models, size, tmp_path: Path) -
     asked: list[str] = []
     methods = methods_of(script, models, asked)
     found = quality.collect(models, methods, tmp_path, PROMPTS, size)
-    assert asked == ["base", "base", "guided", "guided"]  # a call a seed
+    assert asked == ["base", "base", "guided", "guided"]  # one call per seed
     again = quality.collect(models, methods, tmp_path, PROMPTS, size)
     assert len(asked) == 4
     assert again["base"].texts == found["base"].texts
@@ -66,7 +66,7 @@ def test_runs_are_kept_and_told(quality, script, models, size, tmp_path: Path) -
     assert found["base"].forwards == {"base": 1.0}
     assert len(found["guided, w = 1"].forwards) == 2
 
-    # what a text's perplexity is of: the base's own log-probability of the text that was sampled
+    # A text's perplexity comes from the base's own log-probability of the sampled text.
     texts = json.loads((tmp_path / "guided, w = 1.json").read_text())["samples"]
     (guided,) = script("baselines.guided").guided(
         models.engine,
@@ -90,7 +90,7 @@ def test_runs_are_kept_and_told(quality, script, models, size, tmp_path: Path) -
 
 
 def test_a_method_of_the_first_prompts_only(quality, script, models, size, tmp_path: Path) -> None:
-    """It is compared with the base on these, text by text, and its row says so."""
+    """The method is compared with the base on these prompts, text by text, and its row says so."""
     methods = methods_of(script, models, [])
     few = script("quality_methods").FirstPrompts(methods["guided, w = 1"], 2)
     found = quality.collect(models, methods | {"few": few}, tmp_path, PROMPTS, size)
@@ -104,7 +104,7 @@ def test_a_method_of_the_first_prompts_only(quality, script, models, size, tmp_p
 
 
 def test_wins_over_the_policy(quality, script, models, size, tmp_path: Path) -> None:
-    """Of a method on two of three prompts: against the policy's texts on these, by hand."""
+    """A method on two of three prompts is compared with the policy's texts on the same prompts, by hand."""
     methods = methods_of(script, models, [])
     methods["policy"] = methods["guided, w = 1"]
     methods["few"] = script("quality_methods").FirstPrompts(methods["base"], 2)
@@ -116,11 +116,11 @@ def test_wins_over_the_policy(quality, script, models, size, tmp_path: Path) -> 
     theirs = theirs.reshape(2, 3)[:, :2].reshape(-1)
     assert rows["few"]["over_policy"]["value"] == pytest.approx(((ours > theirs) + (ours == theirs) / 2).mean())
     assert rows["guided, w = 1"]["vader_over_policy"]["value"] == 0.5  # the same texts
-    quality.add_duels({}, {"base": found["base"]}, Judge())  # no policy, no column
+    quality.add_duels({}, {"base": found["base"]}, Judge())  # without a policy there is no column
 
 
 def test_other_inputs_are_refused(quality, tmp_path: Path) -> None:
-    """What is new is added to the note, and nothing of it is lost by a run that does without."""
+    """New inputs are added to the note, and a run without them loses nothing of it."""
     given = {"size": {"prompts": 3}, "adapters": {"reward": None, "positive": "ab"}}
 
     def other(**adapters: str) -> dict:
@@ -155,7 +155,7 @@ def test_policies(quality, tmp_path: Path) -> None:
 
 
 def test_methods_of_the_scenarios(script) -> None:
-    """Names alone load nothing."""
+    """Asking for the names alone loads nothing."""
     methods = script("quality_methods")
     models, size = methods.Models({}, methods.REWARD), methods.SIZES["full"]
     names = set(methods.general(models, size))
@@ -185,7 +185,7 @@ def test_a_rewarded_folder_that_is_not_there(quality, monkeypatch, capsys) -> No
 
 
 def test_points_of_a_front(quality, script, tmp_path: Path) -> None:
-    """A share of the front's own, by its name; the row runs the adapter that is named."""
+    """A point is named by a share of the front; its row runs the named adapter."""
     methods = script("quality_methods")
     size = methods.SIZES["short"]
     assert quality.point_folders([f"0.50={tmp_path}", f"0.30={tmp_path}"], size) == {0.5: tmp_path, 0.3: tmp_path}

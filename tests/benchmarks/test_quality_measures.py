@@ -1,4 +1,4 @@
-"""Win rates, shares of a gap and fronts on cases worked by hand."""
+"""Win rates, shares of a gap and fronts, on cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def test_win_rate(script) -> None:
 
 
 def test_intervals_cover(script) -> None:
-    """Of 95 % intervals of the mean of 40 normal numbers, about 95 % hold the truth; half as wide ones do not."""
+    """About 95 % of the 95 % intervals of the mean of 40 normal numbers hold the truth; intervals half as wide do
+    not."""
     measures, rng = script("quality_measures"), np.random.default_rng(1)
     measures.RESAMPLES = 400
     found = [measures.mean(rng.normal(size=40)) for _ in range(200)]

@@ -100,7 +100,7 @@ def test_a_small_loss_is_tolerated(script) -> None:
     [
         (result_file(one=(2.0, 1.9, 2.1), two=(1.0, 0.9, 1.1)), 0),
         (result_file(one=(1.0, 0.9, 1.1), two=(1.0, 0.9, 1.1)), 1),
-        (result_file(one=(2.0, 1.9, 2.1)), 1),  # what is not measured is not kept
+        (result_file(one=(2.0, 1.9, 2.1)), 1),  # a missing measurement counts as a loss
     ],
 )
 def test_exit_status(script, tmp_path: Path, monkeypatch, capsys, after: dict, code: int) -> None:

@@ -1,4 +1,4 @@
-"""Tables get into pages between their marks; peak memory is of one process."""
+"""Tables are written into pages between their marks; peak memory counts one process only."""
 
 import subprocess
 import sys

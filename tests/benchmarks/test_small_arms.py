@@ -1,4 +1,4 @@
-"""Small ARMs of several sizes: which they are, their rows, and the curve."""
+"""Small ARMs of several sizes: how they are recognised, their rows, and the curve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def small_arms(script):
 
 
 def folder_of(small_arms, path: Path, parameters: int, *, shape: bool = False) -> Path:
-    """A folder like the one that ships, of so many parameters by its own word. shape: with its weights."""
+    """Make a folder like the shipped one that records this number of parameters. shape: copy the weights too."""
     shipped = small_arms.demo.arm("small")
     if shape:
         shutil.copytree(shipped, path)
@@ -45,7 +45,7 @@ def test_sizes_are_told_from_their_folders(small_arms, tmp_path: Path) -> None:
 
 
 def test_a_size_is_a_row_an_input_and_a_member(small_arms, script, tmp_path: Path) -> None:
-    """The row runs that ARM alone: a copy of the ARM that ships draws what the one that ships draws."""
+    """The row runs only that ARM: a copy of the shipped ARM draws the same tokens as the shipped ARM."""
     methods = script("quality_methods")
     folder = folder_of(small_arms, tmp_path / "one", 9_000_000, shape=True)
     models = methods.Models({}, None, small=[folder])

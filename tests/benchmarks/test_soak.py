@@ -1,4 +1,4 @@
-"""The soak, at a size for tests; docs/decoding.md has a real one."""
+"""The soak test, at a size for tests; docs/decoding.md has a real one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_tokens_are_right(soak):
 
 @pytest.mark.usefixtures("neighbourly_noise")
 def test_wrong_ones_are_counted(soak, monkeypatch):
-    """Negative control."""
+    """This is the negative control."""
     monkeypatch.setattr(soak, "COMPARED", 10)
     assert soak.soak(20)["different"] > 0
 

@@ -1,4 +1,4 @@
-"""The soak with faults, for 15 seconds; `make soak` runs it for as long as one likes."""
+"""The soak test with faults, for 15 seconds; `make soak` runs it for any time."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_answers_are_right_whatever_happens_beside_them(soak_faults):
 
 @pytest.mark.usefixtures("neighbourly_noise")
 def test_wrong_ones_are_counted(soak_faults):
-    """Negative control."""
+    """This is the negative control."""
     assert soak_faults.soak_faults(5.0, threads=3)["wrong"] > 0

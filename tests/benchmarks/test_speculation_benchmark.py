@@ -1,4 +1,4 @@
-"""The benchmark of speculation on tiny models: it measures what it says."""
+"""The benchmark of speculation on tiny models measures what it claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models in folders, and a way to run a command line in this process."""
+"""Fixtures for the command line: tiny models in folders, and a way to run a command in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genarm_fast.cli import main
 
 
 class Models(NamedTuple):
-    """Folders; `options` loads the base with two ARMs."""
+    """Folders of a base and an ARM; `options` load the base with two ARMs."""
 
     base: Path
     arm: Path
@@ -43,13 +43,13 @@ def models(
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """cli("generate", ...) → exit code, stdout, stderr."""
+    """cli("generate", ...): returns exit code, stdout, stderr."""
 
     def run(*argv: str) -> Result:
         capfd.readouterr()
         try:
             code = main([str(arg) for arg in argv])
-        except SystemExit as stop:  # argparse's own errors and --help
+        except SystemExit as stop:  # argparse raises SystemExit for its errors and --help
             code = int(stop.code or 0)
         return Result(code, *capfd.readouterr())
 

@@ -20,7 +20,7 @@ REQUESTS = 24
 
 @pytest.fixture
 def job(models: Any, tmp_path: Path) -> tuple[list[str], Path]:
-    """A job's command line without its output, and a folder for that."""
+    """A job's command line without its output, and a folder for the output."""
     rows: list[dict[str, Any]] = [{"prompt": f"the cat {i} " * (1 + i % 3)} for i in range(REQUESTS)]
     rows[3] |= {"weights": [0.5, 2], "temperature": 0.5, "id": "three"}
     rows[8] |= {"prompt": [{"role": "user", "content": "hello"}], "n": 2}
@@ -55,7 +55,7 @@ def test_killed_job_resumes_to_the_same_bytes(cli: Callable, job: tuple[list[str
 def test_stdout_is_no_output_of_a_job(
     cli: Callable, job: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of that name would surprise."""
+    """A file named "-" would be a surprise."""
     command, folder = job
     monkeypatch.chdir(folder)
     result = cli(*command, "--output", "-")
@@ -146,7 +146,7 @@ def test_failed_requests_are_reported_and_tried_again(
 
 @pytest.mark.parametrize("openai", [False, True])
 def test_a_template_that_renders_the_date(cli: Callable, models: Any, tmp_path: Path, openai: bool) -> None:
-    """The next day the rest of a job would read other prompts than its beginning did."""
+    """On the next day, the rest of the job would read other prompts than its first lines did."""
     messages = [{"role": "user", "content": "the cat"}]
     asked = [{"custom_id": str(i), "url": "/v1/chat/completions", "body": {"messages": messages}} for i in range(2)]
     rows = asked if openai else [{"prompt": messages}] * 2
@@ -158,7 +158,7 @@ def test_a_template_that_renders_the_date(cli: Callable, models: Any, tmp_path: 
     whole = (tmp_path / "out.jsonl").read_bytes()
     assert cli(*run).code == 0, "nothing is left to do"
     cut = whole.splitlines(keepends=True)[0]
-    if openai:  # of which the number of tokens is known alone
+    if openai:  # the output of such lines has only the number of prompt tokens
         cut = re.sub(rb'"prompt_tokens": \d+', b'"prompt_tokens": 7', cut)
     (tmp_path / "out.jsonl").write_bytes(cut)
     time.sleep(1.1)
@@ -168,7 +168,7 @@ def test_a_template_that_renders_the_date(cli: Callable, models: Any, tmp_path: 
 
 
 def test_an_output_that_is_not_what_its_name_says(cli: Callable, job: tuple[list[str], Path]) -> None:
-    """A job appends plain lines, which no gzip would read."""
+    """A job appends plain lines, which gzip could not read."""
     command, folder = job
     for ending in (".gz", ".zst", ".parquet"):
         result = cli(*command, "--output", folder / f"out.jsonl{ending}")

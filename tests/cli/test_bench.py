@@ -1,4 +1,4 @@
-"""`genarm-fast bench` on tiny models: who is timed, what is reported, what is refused."""
+"""`genarm-fast bench` on tiny models: which contenders are timed, what is reported, what is refused."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ SECONDS = {"hugging_face": 8.0, "base": 4.0, "guided": 5.0, "guided_drafts": 2.0
 
 
 class Calls:
-    """What ran, by contender. Each takes what SECONDS says; guided_drafts takes `growth` times as long each time."""
+    """Records what ran, by contender. A call takes the time in SECONDS; guided_drafts takes `growth` times longer each
+    time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.growth = 1.0
-        self.shapes: list[tuple[int, int, int]] = []  # Hugging Face's: rows, tokens of all prompts, new ones
+        self.shapes: list[tuple[int, int, int]] = []  # Hugging Face's rows, prompt tokens, new tokens
         self.prompts: dict[str, list[Any]] = {}
         self.texts: dict[str, list[list[int]]] = {}
         self.slowed = 0
@@ -98,7 +99,7 @@ def test_json_has_figures_of_each_contender_and_batch_size(cli: Callable, models
             unguided: set(SECONDS) - {unguided} for unguided in ("hugging_face", "base")
         }
         assert result["clock"] == "a test's clock"
-        assert not result["trusted"]  # two rounds
+        assert not result["trusted"]  # two rounds are too few
         assert (result["drafts"]["texts"], result["drafts"]["same_texts"]) == (3 * batch, 3 * batch)
 
 
@@ -129,17 +130,18 @@ def test_nobody_ends_early(
     assert [new for _, _, new in calls.shapes] == [8, 8]
     texts = [text for texts in calls.texts.values() for text in texts]
     assert [len(text) for text in texts] == [8] * 6
-    assert all(set(text) & set(ending) for text in texts)  # else this shows nothing
+    # Each text contains an end token, else the test shows nothing.
+    assert all(set(text) & set(ending) for text in texts)
 
 
 def test_drafts_of_the_timed_rounds_are_counted(
     cli: Callable, models: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*models.options, "--batch", "1", "--new-tokens", "12", "--rounds", "2"]
-    monkeypatch.setattr(Tuner, "choose", lambda self, rows: Choice(0, 1))  # whatever would pay
+    monkeypatch.setattr(Tuner, "choose", lambda self, rows: Choice(0, 1))  # drafts even if they do not pay
     found = json.loads(cli("bench", *options, "--json").out)["results"][0]["drafts"]
     steps = sum(found["chosen"].values())
-    assert set(found["chosen"]) <= {"one, k=1", "plain"}  # where only one token is left
+    assert set(found["chosen"]) <= {"one, k=1", "plain"}  # "plain" is chosen where only one token is left
     assert 12 <= steps < 24
     assert found["tokens_per_step"] == 24 / steps
     assert found["accepted"] == 24 - steps
@@ -165,7 +167,7 @@ def test_table(cli: Callable, models: Any) -> None:
     assert max(map(len, result.out.splitlines())) <= 80
     bars = [line for line in result.out.splitlines() if line.startswith("│ base, Hugging")]
     assert len(bars) == 2
-    assert all(line.split("│")[5].strip() == "" for line in bars)  # nothing to itself
+    assert all(line.split("│")[5].strip() == "" for line in bars)  # no ratio to itself
 
 
 def test_wide_intervals_are_told_of_those_that_have_them(cli: Callable, models: Any, calls: Calls) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from genarm_fast import ARM, GenARM, SamplingParams
-from genarm_fast.cli.chat import Chat
+from genarm_fast.cli.chat import ChatSession
 from genarm_fast.engine.stream import Stream
 
 PARAMS = SamplingParams(max_new_tokens=10, seed=7)
@@ -23,7 +23,7 @@ def model(models: Any) -> GenARM:
 
 @pytest.fixture
 def talk(cli: Callable, models: Any, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """talk("a message", "/a command", ...) → exit code, stdout, stderr of a chat whose stdin is a pipe."""
+    """talk("a message", "/a command", ...): returns exit code, stdout, stderr of a chat whose stdin is a pipe."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> Any:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
@@ -51,7 +51,7 @@ def test_each_turn_sees_the_ones_before(talk: Callable, model: GenARM) -> None:
 
 
 def test_lines_as_windows_ends_them(talk: Callable, model: GenARM) -> None:
-    """And as it begins a file: neither is part of a message or a command."""
+    """Line ends and byte order marks of Windows are no part of a message or a command."""
     lines = ["\ufeff/weights 0.5 -1\r", "the cat\r", "/reset\r", "hello\r", "/quit\r", "more\r"]
     texts = [answer(model, user(text), weights=[0.5, -1.0]) for text in ("the cat", "hello")]
     assert talk(*lines)[:2] == (0, "".join(text + "\n" for text in texts))
@@ -122,7 +122,7 @@ def test_an_interrupt_keeps_the_beginning_of_the_answer(
     model: GenARM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = answer(model, user("the cat"))
-    chat = Chat(model, PARAMS, None)
+    chat = ChatSession(model, PARAMS, None)
     advance = Stream.__next__
 
     def interrupted(self: Stream) -> Any:

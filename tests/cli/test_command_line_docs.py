@@ -1,4 +1,4 @@
-"""docs/cli.md names what exists."""
+"""docs/cli.md names only commands and options that exist."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ CHAT = [{"role": "user", "content": "the cat"}]
 
 @pytest.fixture(scope="module")
 def model(models: Any) -> GenARM:
-    """What the command line loads."""
+    """The model that the command line loads."""
     arms = [ARM(models.arm, weight=1.5, name="one"), ARM(models.base, weight=-0.25, name="two")]
     return GenARM.from_pretrained(models.base, arms)
 
@@ -50,7 +50,7 @@ def test_raw_prompts_and_system_messages(cli: Callable, options: list[str], mode
 
 
 def test_arguments_of_the_chat_template(cli: Callable, options: list[str], tokenizer: Any, tmp_path: Path) -> None:
-    """In generate, chat and score; where there is no chat, an error."""
+    """The arguments work in generate, chat and score. Without a chat they are an error."""
     (tmp_path / "own.jinja").write_text("{{ style }}" + tokenizer.chat_template)
     own = [*options, "--chat-template", str(tmp_path / "own.jinja")]
     brief = ["--chat-template-kwargs", '{"style": "brief"}']
@@ -66,7 +66,7 @@ def test_arguments_of_the_chat_template(cli: Callable, options: list[str], token
 
 
 def test_tools(cli: Callable, models: Any, options: list[str], tokenizer: Any, tmp_path: Path) -> None:
-    """A list or a file of one, in generate, score and a batch job, whose lines may have their own."""
+    """Tools come as a list or a file, in generate, score and batch jobs, whose lines may have their own."""
     (tmp_path / "own.jinja").write_text("{% if tools %}<{{ tools[0].name }}>{% endif %}" + tokenizer.chat_template)
     (tmp_path / "tools.json").write_text('[{"name": "look"}]')
     alone = ["--base", str(models.base), "--chat-template", str(tmp_path / "own.jinja")]
@@ -91,7 +91,7 @@ def test_tools(cli: Callable, models: Any, options: list[str], tokenizer: Any, t
     for wrong in ('{"name": "look"}', "[1]", "[", str(tmp_path / "none.json"), str(tmp_path), "[" * 100_000):
         result = cli("generate", "the cat", *own, "--tools", wrong)
         assert (result.code, "expected a JSON list of tools" in result.err, len(result.err) < 4000) == (2, True, True)
-    unread = cli("generate", "the cat", *options, "--tools", given)  # by the ARMs' own templates
+    unread = cli("generate", "the cat", *options, "--tools", given)  # the ARMs' own templates do not read tools
     assert (unread.code, "chat template leaves them out" in unread.err) == (2, True)
     scores = [
         json.loads(cli("score", "--prompt", "the cat", "--response", "sat", *alone, "--chat", "--json", *more).out)
@@ -196,7 +196,7 @@ def test_every_flag_can_be_set_to_what_is_not_its_default() -> None:
 
 
 def test_help_without_docstrings() -> None:
-    """PYTHONOPTIMIZE=2 strips them; the options' help is read off the source."""
+    """PYTHONOPTIMIZE=2 strips docstrings, so the options' help is read from the source."""
     code = "import sys; from genarm_fast.cli import main; sys.exit(main(['generate', '--help']))"
     done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True)
     assert (done.returncode, "keep the k most probable tokens" in " ".join(done.stdout.split())) == (0, True)
@@ -208,7 +208,7 @@ def test_foreign_code_is_asked_for_by_name(cli: Callable, models: Any) -> None:
 
 
 def test_weights_for_each_token_and_the_text_of_tokens(cli, models):
-    """`W:W:...` in the place of an ARM's number, by place and by name; JSON shows what each token says."""
+    """`W:W:...` replaces an ARM's number, by position and by name; JSON shows each token's text."""
     run = [
         "generate",
         *models.options,

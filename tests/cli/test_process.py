@@ -1,4 +1,4 @@
-"""What the process does with signals, full disks, closed and narrow streams: a sentence, an exit code, nothing lost."""
+"""The process's answer to signals, full disks, closed and narrow streams: a sentence, an exit code, nothing lost."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_signals_end_a_job_that_resumes(base, tmp_path, number):
     (tmp_path / "in.jsonl").write_text(lines)
     out = tmp_path / "out.jsonl"
     arguments, env = command(base, "--input", tmp_path / "in.jsonl", "--output", out, "--max-batch-size", 4)
-    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, in the command too
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP, and the command inherits that
     with subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True) as process:
         signal.signal(number, before)
         while not out.exists() or out.stat().st_size == 0:

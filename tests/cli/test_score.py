@@ -54,7 +54,7 @@ def test_a_file_of_responses(cli: Callable, models: Any, model: GenARM, tmp_path
 
 
 def test_a_pipe_is_read_whole(cli: Callable, models: Any, tmp_path: Path) -> None:
-    """Its first line tells what it holds, so it would be opened twice, and the second time lack what came before."""
+    """The first line tells the format. Opened a second time, the pipe would lack the lines read before."""
     rows = [{"prompt": f"the cat {i}", "response": "sat"} for i in range(9)]
     path = write_lines(tmp_path / "responses.jsonl", rows)
     expected = cli("score", *models.options, "--input", path, "--json")
@@ -83,7 +83,7 @@ def test_pairs_give_accuracy_and_margins(cli: Callable, models: Any, model: GenA
     assert other["summary"]["one"]["accuracy"] == pytest.approx(1 - found["summary"]["one"]["accuracy"])
     first = found["scores"][0]["chosen"]
     assert first["(weighted sum)"] == pytest.approx(1.5 * first["one"] - 0.25 * first["two"])
-    assert first["(base)"] == pytest.approx(first["two"])  # that ARM is the base
+    assert first["(base)"] == pytest.approx(first["two"])  # ARM "two" is the base
     table = cli("score", *models.options, "--input", path).out
     assert "20 pairs" in table
     assert "(weighted sum)" in table
@@ -108,7 +108,7 @@ def test_responses_cut_on_purpose_get_no_end_token(cli: Callable, models: Any, m
 
 
 def test_lines_of_pairs_are_those_of_the_file(cli: Callable, models: Any, tmp_path: Path) -> None:
-    """Blank ones and dropped ones too."""
+    """Blank lines and dropped lines count too."""
     good = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"})
     path = tmp_path / "pairs.jsonl"
     for bad in ({"prompt": "a", "chosen": "b " * 300, "rejected": "c"}, {"prompt": "", "chosen": "b", "rejected": "c"}):

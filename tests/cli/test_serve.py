@@ -1,4 +1,4 @@
-"""`genarm-fast serve`, as far as it goes without vLLM: tests/vllm_plugin has the server."""
+"""`genarm-fast serve`, as far as it works without vLLM; tests/vllm_plugin tests the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guided tiny model with the demo's three ARMs; an empty cache whose base is made at once."""
+"""A guided tiny model with the demo's three ARMs, and an empty cache whose base is made at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model(tiny_model: Any, tokenizer: Any) -> GenARM:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder, not there yet. No test that takes it downloads anything."""
+    """The path of a cache folder that does not exist yet. No test that takes it downloads anything."""
     for name in ("download", "extract", "convert"):
         monkeypatch.setattr(smollm2, name, getattr(stand_in, name))
     monkeypatch.setenv("GENARM_FAST_CACHE", str(tmp_path / "cache"))

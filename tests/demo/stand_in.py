@@ -1,4 +1,4 @@
-"""Replaces the slow parts of the base's preparation; run as a program, it prepares the base in a process of its own."""
+"""Replaces the slow parts of the base's preparation; run as a program, it prepares the base in its own process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def extract(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Slow enough that a second process gets there in the meantime; notes in `calls` that it was called."""
+    """Write FILES slowly enough that a second process arrives meanwhile; note the call in `calls`."""
     with (assets.cache_dir() / "calls").open("a") as calls:
         calls.write("convert\n")
     for name, text in FILES.items():

@@ -1,4 +1,4 @@
-"""The base's cache is whole or not there, whatever happens while it is made; errors say what to do."""
+"""The base's cache is whole or absent, whatever happens while it is made; errors say what to do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import stand_in
 
 from genarm_fast.demo import arm, arm_names, assets, base, smollm2
 
-download = smollm2.download  # the real ones; the fixture `cache` replaces them
+download = smollm2.download  # the real functions; the fixture `cache` replaces them
 extract = smollm2.extract
 
 

@@ -38,7 +38,8 @@ def test_answers_a_question(folder: Path, tokenizer: Any) -> None:
 
 
 def test_tokenizer_splits_as_in_training(tokenizer: Any) -> None:
-    """Digits one by one and apart from the spaces before them, special tokens whole, and every text comes back."""
+    """Digits are single tokens apart from the spaces before them, special tokens stay whole, and every text comes
+    back."""
     assert tokenizer.tokenize("a\n\n12. b") == ["a", "ĊĊ", "1", "2", ".", "Ġb"]
     assert tokenizer.tokenize("<|im_start|>user\nhi<|im_end|>") == ["<|im_start|>", "user", "Ċ", "hi", "<|im_end|>"]
     text = "  Naïve 猫 🙂\n\n\tit 's 3.14 !"

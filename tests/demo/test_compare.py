@@ -1,4 +1,4 @@
-"""Comparisons: same seeds without and with guidance, advantages from the members' own log-probabilities."""
+"""Comparisons: the same seeds without and with guidance, advantages from the members' own log-probabilities."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_shown_in_colour() -> None:
 
 
 def test_shown_without_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe, and NO_COLOR on a terminal: the strongest tokens are spelt out."""
+    """On a pipe, or with NO_COLOR on a terminal, the strongest tokens are listed in words."""
     monkeypatch.setenv("NO_COLOR", "1")
     piped = shown(Console(file=io.StringIO(), width=100))
     terminal = shown(Console(file=io.StringIO(), width=100, force_terminal=True, color_system="truecolor"))

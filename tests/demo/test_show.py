@@ -1,4 +1,4 @@
-"""The demo from end to end on tiny models, as a person calls it."""
+"""The demo from end to end on tiny models, as a user calls it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep against one request at a time, and what it shows."""
+"""The sweep, compared with one request at a time, and its table and plot."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ POINTS = [Point(pair, (0.1 * i, 0.05), (30.0 - i, 2.0)) for i, pair in enumerate
 
 
 def test_sweep_equals_single_requests(model: GenARM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also: batches of 8 rows cut the grid of 9 anywhere, and the ARMs are taken by name, not by place."""
+    """Batches of 8 rows also cut the grid of 9 anywhere, and the ARMs are taken by name, not by position."""
 
-    def letters(text: str) -> float:  # a judge to whom no two texts are the same; VADER knows none of their words
+    def letters(text: str) -> float:  # gives any two texts different scores; VADER knows none of their words
         return float(sum(map(ord, text)))
 
     monkeypatch.setattr("genarm_fast.demo.sweep.positivity", letters)

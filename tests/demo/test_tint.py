@@ -1,4 +1,4 @@
-"""Colours grow with the advantage, and the pieces spell the text."""
+"""Colours grow with the advantage, and the pieces add up to the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts are no package: they import each other by name, and so do their tests."""
+"""Puts the scripts on the path: they are no package and import each other by name."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "demo_arms"))
 
 @pytest.fixture
 def response() -> dict[str, np.ndarray]:
-    """One response of five tokens, as teacher_data.py stores it; ids below 300."""
+    """One response of five tokens, as teacher_data.py stores it; ids are below 300."""
     rng = np.random.default_rng(0)
     n = 5
     logprobs = np.sort(np.log(rng.dirichlet(np.ones(200), n)))[:, ::-1]

@@ -1,4 +1,4 @@
-"""Distillation: its agreement with the base, its schedule, widths, and runs that are killed."""
+"""Distillation: agreement with the base, learning rates, widths, and runs that are killed."""
 
 import json
 import sys
@@ -89,7 +89,8 @@ def test_a_killed_run_ends_like_an_unbroken_one(tiny_model, tmp_path: Path, monk
 
 
 def test_a_student_of_each_width():
-    """Widths, heads and parameters by hand; the embedding keeps what the base's largest singular vectors keep."""
+    """Widths, heads and parameters are worked out by hand. The embedding keeps the part of the base's largest singular
+    vectors."""
     base = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=96, num_hidden_layers=1, num_attention_heads=3))
     table = base.get_input_embeddings().weight.detach()
     values = torch.linalg.svdvals(table)
@@ -109,7 +110,7 @@ def test_a_student_of_each_width():
 
 
 def test_the_shipped_shape():
-    """hidden=160 is the shape of the `small` that ships."""
+    """The shipped `small` has the shape of hidden=160."""
     shipped = AutoConfig.from_pretrained(demo.arm("small"))
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=192, num_hidden_layers=1, num_attention_heads=3))
     config = distill.new_student(base).config

@@ -1,4 +1,4 @@
-"""The loss of distillation: the sparse one against brute force, the normaliser's mean, what may be free."""
+"""The loss of distillation: the sparse loss against brute force, the normaliser's mean, tokens of free probability."""
 
 import copy
 import math
@@ -54,7 +54,7 @@ def test_targets_sum_to_one_and_share_the_tail(response):
 
 
 def test_batch_loss_reads_the_right_positions(tiny_model, response):
-    """Against one unbatched, unpadded forward per response with a dense log-softmax."""
+    """The loss equals one unbatched, unpadded forward per response with a dense log-softmax."""
     model = tiny_model("llama")
     short = {key: value[:2] for key, value in response.items()}
     loss, n = distillation_loss.batch_loss(model, [response, short])
@@ -67,7 +67,7 @@ def test_batch_loss_reads_the_right_positions(tiny_model, response):
 
 
 def test_a_free_token_may_have_any_probability(tiny_model, response):
-    """The loss of dense distributions without it; its own logit gets no gradient."""
+    """The loss equals that of dense distributions without the token, whose own logit gets no gradient."""
     model = tiny_model("llama")
     ids, probs = distillation_loss.sparse_targets(response)
     free = int(ids[0, 0])

@@ -1,4 +1,4 @@
-"""A model on the grid of 8 bits: `quantization="exact"` halves it and changes no weight."""
+"""A model on the grid of 8 bits: `quantization="exact"` halves its size and changes no weight."""
 
 import grid
 import pytest
@@ -35,7 +35,7 @@ def test_matrices_are_rounded_to_what_is_found_again(tmp_path):
             scales.append(float(was.abs().max()))
             assert 0 < (weight - was).abs().max() <= was.abs().max() * (0.5 / 127 + 2**-8)
     assert 0 < change <= max(scales) * (0.5 / 127 + 2**-8)
-    assert grid.to_grid(tmp_path) == 0  # it is there already
+    assert grid.to_grid(tmp_path) == 0  # the model is on the grid already
 
 
 def test_a_matrix_off_the_grid_is_told(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Preference pairs: halves and splits that never meet, equal or clearly unequal lengths."""
+"""Preference pairs: halves and splits share nothing, and lengths are equal or clearly different."""
 
 import json
 import random

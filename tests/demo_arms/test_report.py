@@ -1,4 +1,4 @@
-"""Judges and statistics: they see their own half only, and intervals cover what they should."""
+"""Judges and statistics: a judge sees only its own half, and intervals have the coverage they claim."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def test_differences_are_taken_prompt_by_prompt(tmp_path):
     results = Results(tmp_path, SentimentJudge(make_reviews()), None)
     assert results.samples == {"base": 20, "positive-1": 20}
     tokens = results.estimate("positive-1", "tokens", against="base")
-    assert (tokens.mean, tokens.low, tokens.high) == (0, 0, 0)  # unlike the wide interval of unpaired samples
+    assert (tokens.mean, tokens.low, tokens.high) == (0, 0, 0)  # an interval of unpaired samples would be wide
     assert results.estimate("positive-1", "tokens").high > 10
     assert results.estimate("positive-1", "vader", against="base").low > 0.3
     table = results.table(["base", "self-1", "positive-1"], [("Δ", "tokens", "base", 1)])

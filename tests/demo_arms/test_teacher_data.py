@@ -49,7 +49,7 @@ def test_stored_logprobs_equal_a_plain_forward(model, tmp_path: Path, prompts):
 def test_responses_end_at_eos(model):
     rows = teacher_data.sample_responses(model, [[5, 6]] * 64, [1.0] * 64, 40, EOS, torch.Generator().manual_seed(0))
     ended = [r["tokens"] for r in rows if EOS in r["tokens"]]
-    assert ended  # about one in eight does, at 300 tokens
+    assert ended  # about one text in eight ends, at 300 tokens
     assert all((tokens[:-1] != EOS).all() for tokens in ended)
     assert all(len(r["tokens"]) == 40 for r in rows if EOS not in r["tokens"])
 
@@ -81,7 +81,7 @@ def test_the_prefix_leaves_a_token_of_every_prompt():
 
 
 def test_a_base_in_bfloat16_is_normalised_in_float32(model):
-    """Probabilities add up as exactly as float16 keeps them, which bfloat16's steps of 1/256 would not."""
+    """Probabilities keep float16's precision, which bfloat16's steps of 1/256 would lose."""
     half = copy.deepcopy(model).to(torch.bfloat16)
     (row,) = teacher_data.sample_responses(half, [[5, 6, 7]], [1.0], 8, EOS, torch.Generator().manual_seed(0))
     kept = torch.from_numpy(row["top_logprobs"]).float()

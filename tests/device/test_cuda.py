@@ -33,7 +33,8 @@ def run(model, params=PLAIN, speculation="off", count=5):
 @pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3), Speculation("ngram", 2)])
 @pytest.mark.parametrize("changes", [{}, {"logprobs": 1, "rewards": True}, {"repetition_penalty": 1.3}])
 def test_tokens_with_replayed_graphs(model, speculation, changes):
-    """Captured once per shape after its warm-up, then only replayed, with inputs copied in: the tokens are the same."""
+    """Each shape is captured once after its warm-up, then only replayed with inputs copied in. The tokens stay the
+    same."""
     params = PLAIN.override(**changes)
     expected = run(model, params)
     with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
@@ -45,18 +46,17 @@ def test_tokens_with_replayed_graphs(model, speculation, changes):
 
 
 def test_a_plain_step_is_one_launch(model):
-    """Captured on the main stream, from which those of the backbones leave, and to which they come back."""
+    """The step is captured on the main stream; the backbones' streams fork from it and join it again."""
     with cuda_driver() as log, engines_on(OnCpuTensors()):
         run(model, count=3)
     main, *streams = (entry[1] for entry in log.of("stream"))
     assert len(streams) == 2
     captures = log.captures()
     assert {stream for *_, stream in captures} == {entry[-1] for entry in log.of("replay")} == {main}
-    assert len({pool for _, pool, _ in captures}) == 1  # a pool of memory for all
-    waits = Counter(
-        entry[1:3] for entry in log.of("wait")[6:]
-    )  # three streams wait for what was done to weights before
-    calls = (WARM_UP + 1) * len(captures)  # replays need none, but the first step waits for the prompts
+    assert len({pool for _, pool, _ in captures}) == 1  # one memory pool for all captures
+    # Skip the first six waits: three streams wait for earlier changes of the weights.
+    waits = Counter(entry[1:3] for entry in log.of("wait")[6:])
+    calls = (WARM_UP + 1) * len(captures)  # replays need no waits, but the first step waits for the prompts
     assert waits == {pair: calls + (pair[0] is main) for s in streams for pair in ((s, main), (main, s))}
 
 
@@ -70,8 +70,8 @@ def test_a_step_with_drafts_is_one_launch(model, drafter):
 
 
 def test_a_prompt_waits_for_the_graph_that_writes_to_its_slot(model):
-    """A replay is work of the main stream alone: the next prompt's stream waits for it, and the next step for the
-    prompt."""
+    """A replay is work of the main stream only. The next prompt's stream waits for the replay, and the next step waits
+    for the prompt."""
     params = PLAIN.override(ignore_eos=True, max_new_tokens=24)
     with cuda_driver() as log, engines_on(OnCpuTensors()):
         run(model, params, count=4)
@@ -86,7 +86,7 @@ def test_a_prompt_waits_for_the_graph_that_writes_to_its_slot(model):
 
 
 def test_replays_run_where_they_were_captured(model):
-    """Where the host takes part, each backbone's graphs are on its own stream, with a pool of memory of their own."""
+    """Where the host takes part, each backbone's graphs run on its own stream, with a memory pool of their own."""
     with cuda_driver() as log, engines_on(OnCpuTensors()):
         run(model, PLAIN.override(repetition_penalty=1.3), count=3, speculation=Speculation("arm", 2))
     _, *streams = (entry[1] for entry in log.of("stream"))
@@ -98,7 +98,7 @@ def test_replays_run_where_they_were_captured(model):
 
 
 def test_a_replay_copies_what_changed_and_no_more(model):
-    """The state of the last step and all parameters stand where the next step reads them."""
+    """The last step's state and all parameters are already in the memory that the next step reads."""
     copied, call = [], Graph.__call__
     with cuda_driver() as log, engines_on(OnCpuTensors()) as device:
 
@@ -110,13 +110,13 @@ def test_a_replay_copies_what_changed_and_no_more(model):
         with patch.object(Graph, "__call__", counted):
             run(model, PLAIN.override(ignore_eos=True, max_new_tokens=20), count=1)
     assert len(device.graphs) == 1
-    assert copied[0] > 6  # all
+    assert copied[0] > 6  # the first replay copies everything
     assert set(copied[1:]) == {0}
     assert len(copied) == len(log.of("replay")) > 10
 
 
 def test_a_graph_goes_on_from_what_it_wrote():
-    """An input that is returned is the graph's own; others are copied when another tensor is given."""
+    """An input that the graph returned is its own memory; other inputs are copied when another tensor is given."""
     with cuda_driver():
         device = Cuda()
         stream = device.stream(Gpu())
@@ -136,22 +136,23 @@ def test_a_graph_goes_on_from_what_it_wrote():
         again, twice_again = call(total, one)
         assert again is total
         assert (int(total), int(twice), int(twice_again)) == (12, 22, 24)
-        one.fill_(100)  # which nobody may do to what is given again
+        one.fill_(100)  # callers must not change an input that they give again
         assert int(call(total, one)[0]) == 13
         assert int(call(total, torch.tensor(5))[0]) == 18
-        assert int(call(given, torch.tensor(5))[0]) == 15  # the same tensor as before, where others were written since
+        # The same tensor as before, but another one was copied in since.
+        assert int(call(given, torch.tensor(5))[0]) == 15
         assert int(call(given, torch.tensor(0))[0]) == 10
 
 
 @pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3)])
 def test_a_text_that_outgrows_its_graph_gets_another(model, speculation):
-    """At a KV bound of 128 a graph would attend to no more than 128 tokens."""
+    """At a KV bound of 128, a graph would attend to no more than 128 tokens."""
     prompt = random_prompts(random.Random(3), 1, 1)[0] * 120
     params = PLAIN.override(ignore_eos=True, max_new_tokens=20)
     expected = model.generate(prompt, params)[0].token_ids
     with cuda_driver(), engines_on(OnCpuTensors()) as device:
         assert model.generate(prompt, params, speculation=speculation)[0].token_ids == expected
-    assert [key[1].runners[0][0] for key in device.graphs] == [128, 192]  # the second is all that the cache has
+    assert [key[1].runners[0][0] for key in device.graphs] == [128, 192]  # 192 is the whole cache
 
 
 def test_graphs_go_with_the_caches_that_they_use(model):
@@ -164,7 +165,7 @@ def test_graphs_go_with_the_caches_that_they_use(model):
 
 
 def test_few_shapes(tiny_model, tokenizer):
-    """Rows come in powers of two, limits too: batches that drain and prompts that grow share their graphs."""
+    """Rows and limits come in powers of two, so batches that drain and prompts that grow share their graphs."""
     model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, max_batch_size=6)
     prompts = random_prompts(random.Random(2), 12, 40)
     params = [SamplingParams(max_new_tokens=5 + 5 * i, seed=i, ignore_eos=True) for i in range(12)]
@@ -180,7 +181,7 @@ def test_the_host_waits_once_a_round_for_the_round_before(model):
         run(model, PLAIN.override(ignore_eos=True), count=3)
     events = [entry[1] for entry in log.of("event")]
     recorded = [entry[1] for entry in log.of("record")]
-    assert events == recorded  # each is waited for once, in order
+    assert events == recorded  # the host waits once for each event, in order
     steps = [entry[:2] for entry in log.of("record", "event")]
     ahead = [kind for kind, _ in steps]
     assert ahead == ["record", *["record", "event"] * (len(events) - 1), "event"]
@@ -192,7 +193,7 @@ def test_a_forward_that_cannot_be_captured_runs_eagerly(model):
     with cuda_driver(captures=False) as log, engines_on(OnCpuTensors()) as device, warned:
         assert run(model) == expected
     assert len(device.eager) == 3
-    assert len(log.of("capture")) == 3 * TRIES  # for a step, and for each backbone
+    assert len(log.of("capture")) == 3 * TRIES  # a step and two backbones
     assert not device.graphs
 
 
@@ -224,7 +225,7 @@ def test_between_two_devices_copies_are_ordered_on_both():
         assert moved == [(other.device, True, ["default", one, other])]
         cpu = torch.device("cpu")
         device.hand_over([Moving()], one, cpu)
-        assert moved[-1] == (cpu, False, ["default", one])  # blocks
+        assert moved[-1] == (cpu, False, ["default", one])  # a blocking copy
 
 
 def test_a_closed_stream_leaves_nothing_running(model):

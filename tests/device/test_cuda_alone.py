@@ -1,4 +1,4 @@
-"""The CUDA device by itself, through a stubbed torch.cuda: what decoding on one GPU never asks of it."""
+"""The CUDA device by itself, through a stubbed torch.cuda: cases that decoding on one GPU never reaches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def device(log):
 
 @pytest.fixture
 def stream(device):
-    """Its device is the CPU's, so that copies to it run."""
+    """A stream with the CPU as its device, so that copies to it run."""
     made = device.stream(Gpu())
     made.device = CPU
     return made
@@ -42,7 +42,7 @@ def test_a_member_on_the_cpu_has_no_stream(device, log):
 
 
 def test_what_a_member_on_the_cpu_gives_is_uploaded(device, stream, log, monkeypatch):
-    """Through pinned memory, on the stream that will read it; nobody has to wait for the CPU, which is done."""
+    """The upload uses pinned memory on the stream that reads it. No stream waits, because the CPU's work is done."""
     where = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: where.append(log.current[-1]) or pinned(t))
     given = [torch.arange(3), torch.zeros(2).expand(2, 2)]
@@ -54,7 +54,7 @@ def test_what_a_member_on_the_cpu_gives_is_uploaded(device, stream, log, monkeyp
 
 
 def test_what_a_member_on_the_cpu_gets_is_there(device, stream, log):
-    """A blocking copy, made in the order of its source's work."""
+    """The CPU gets a blocking copy, ordered after the source's work."""
     tensor = torch.arange(3)
     (got,) = device.hand_over([tensor], stream, CPU)
     assert got is tensor
@@ -95,7 +95,7 @@ def test_only_the_latest_graphs_are_kept(device, stream):
     device.most_graphs = 2
     for key in ("a", "b"):
         captured(device, stream, key)
-    captured(device, stream, "a", count=1)  # which makes b the oldest
+    captured(device, stream, "a", count=1)  # makes "b" the oldest
     captured(device, stream, "c")
     assert [key for _, key in device.graphs] == ["a", "c"]
 
@@ -111,7 +111,7 @@ def test_graphs_that_requests_will_need_are_kept_for_good(device, stream):
 
 
 def test_graphs_of_memory_that_is_freed_are_forgotten(device, stream):
-    """Those of one stream: afterwards a shape is warmed up again."""
+    """The graphs of one stream are forgotten; a shape there has to warm up again."""
     other = device.stream(Gpu())
     for each in (stream, other):
         captured(device, each, "key")
@@ -124,7 +124,7 @@ def test_graphs_of_memory_that_is_freed_are_forgotten(device, stream):
 
 
 def test_a_capture_without_memory_is_the_caller_s(device, stream):
-    """The engine shrinks the batch; the stream is not taken for one that can't be captured."""
+    """The engine shrinks the batch; the stream does not count as one that can't be captured."""
     calls = []
 
     def function(x):
@@ -152,7 +152,7 @@ def test_a_replay_reads_its_own_inputs(device, stream):
     given = torch.full((1,), 41.0)
     (got,) = device.repeat(stream, "key", None, given)
     (later,) = device.repeat(stream, "key", None, given + 1)
-    assert (given.item(), got.item(), later.item()) == (41, 42, 43)  # what came first is a copy, and stays
+    assert (given.item(), got.item(), later.item()) == (41, 42, 43)  # earlier results are copies and stay
 
 
 def test_on_a_device_nothing_changes(log):
@@ -167,7 +167,7 @@ def test_few_shapes_exist(device):
 
 
 def test_no_two_engines_have_one_stream(log, monkeypatch):
-    """PyTorch gives 32 in turn. What one engine launches while another one captures on its stream would be captured."""
+    """PyTorch hands out 32 streams in turn. A capture would record what another engine launches on its stream."""
     handles = count()
 
     class Pooled(FakeStream):
@@ -185,17 +185,17 @@ def test_no_two_engines_have_one_stream(log, monkeypatch):
     engine = Cuda()
 
     def made(device):
-        log.clear()  # which keeps streams
+        log.clear()  # the log keeps streams alive
         return device.stream(Gpu()).handle
 
     assert [made(engine), made(engine)] == [0, 1]
     assert {made(Cuda()) for _ in range(9)} == {2, 3}
     others = [Cuda() for _ in range(4)]
-    assert {made(each) for each in others} >= {2, 3}  # where there are no more, some have one twice
+    assert {made(each) for each in others} >= {2, 3}  # once streams run out, some engines share one
 
 
 def test_a_capture_begins_where_no_product_runs(device, stream, log):
-    """For when a graph goes, cuBLAS's memory of the stream that its capture began on does as well, under the others."""
+    """A graph that goes frees cuBLAS's memory of the stream its capture began on, under all other graphs too."""
     device.most_graphs = 1
     for key in ("a", "b"):  # the driver finds products of a living graph that lose their memory
         captured(device, stream, key)
@@ -206,19 +206,19 @@ def test_a_capture_begins_where_no_product_runs(device, stream, log):
 
 
 def test_the_pool_of_graphs_that_are_gone_takes_no_other(device, stream, log):
-    """PyTorch has none without graphs, but while memory of one is alive it has not noticed."""
+    """PyTorch drops a pool without graphs, but does not notice while memory of the pool is alive."""
     captured(device, stream, "key")
     device.forget(stream)
     captured(device, stream, "key")
     assert len({pool for _, pool, _ in log.captures()}) == 2
     device.most_graphs = 1
-    captured(device, device.stream(Gpu()), "key")  # which leaves none of the first stream
+    captured(device, device.stream(Gpu()), "key")  # leaves no graph of the first stream
     captured(device, stream, "other")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a host read"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_capture_that_fails_is_over(device, stream, log, error):
-    """For PyTorch's allocator, too; the driver knows whether it was told. Later ones take another pool."""
+    """PyTorch's allocator has to be told too, and the driver checks that. Later captures use another pool."""
     calls = []
 
     def function(x):
@@ -233,7 +233,7 @@ def test_a_capture_that_fails_is_over(device, stream, log, error):
     with pytest.raises(type(error)) if out_of_memory(error) else pytest.warns(match="without a CUDA graph"):
         device.launch(stream, "forward", captured, device, stream, "key", function, 1)
     assert log.current == ["default"]
-    assert set(calls[WARM_UP:]) == {stream}  # where it runs without a graph, too
+    assert set(calls[WARM_UP:]) == {stream}  # the function runs there without a graph too
     assert device.eager == (set() if out_of_memory(error) else {stream})
     device.eager.clear()
     captured(device, stream, "another")
@@ -241,7 +241,7 @@ def test_a_capture_that_fails_is_over(device, stream, log, error):
 
 
 def test_what_pytorch_has_released_is_not_released_twice(device, stream, monkeypatch):
-    """A later one notices that a capture has failed; then it says that none is under way."""
+    """A later PyTorch notices that a capture has failed, and then reports that none is under way."""
     end, released = torch._C._cuda_endAllocateToPool, []
 
     def over(index, pool):
@@ -261,7 +261,7 @@ def test_what_pytorch_has_released_is_not_released_twice(device, stream, monkeyp
 
 
 def test_a_capture_that_another_thread_broke_is_tried_again(device, stream):
-    """By waiting for the whole device, say. It happens once in a while, and a model without graphs is slow for good."""
+    """Another thread may wait for the whole device, for example. A model without graphs would stay slow."""
     calls = []
 
     def function(x):
@@ -279,7 +279,7 @@ def test_a_capture_that_another_thread_broke_is_tried_again(device, stream):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_in_a_capture_is_the_caller_s(device, stream, error):
-    """Ending the capture fails then, with an error that must not take its place."""
+    """Ending the capture then fails, with an error that must not replace the interrupt."""
     calls = []
 
     def function(x):
@@ -294,7 +294,7 @@ def test_an_interrupt_in_a_capture_is_the_caller_s(device, stream, error):
 
 
 def test_a_thread_runs_a_shape_once_before_it_captures(device, stream, log):
-    """cuBLAS makes a handle for each thread, which fails in a capture; threads take turns at an engine's steps."""
+    """cuBLAS makes a handle per thread, which fails inside a capture. Threads take turns at an engine's steps."""
     captured(device, stream, "key", count=WARM_UP)
     for captures in (0, 1):
         thread = threading.Thread(target=captured, args=(device, stream, "key"), kwargs={"count": captures + 1})
@@ -304,7 +304,7 @@ def test_a_thread_runs_a_shape_once_before_it_captures(device, stream, log):
 
 
 def test_captures_of_two_threads_wait_for_each_other(log):
-    """Two engines on one GPU: each capture begins by waiting for the device, which one under way does not allow."""
+    """Two engines share a GPU. Each capture begins by waiting for the device, which a capture under way forbids."""
     inside, go = threading.Event(), threading.Event()
 
     def slow(x):

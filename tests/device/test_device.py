@@ -1,4 +1,4 @@
-"""What the engine asks of a device that runs behind the host: nothing unordered, no waiting, the same tokens."""
+"""The engine on a device that runs behind the host: nothing unordered, no waiting, the same tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = SamplingParams(max_new_tokens=6, seed=1, stop_token_ids=tuple(range(2, 3
 
 @pytest.fixture
 def model(tiny_model, tokenizer):
-    """Two backbones; more prompts than slots are given to them."""
+    """A model of two backbones with two slots; tests give it more prompts than that."""
     return GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=2)
 
 
@@ -39,13 +39,13 @@ def tokens_of(outputs):
 
 @pytest.mark.parametrize("case", range(24))
 def test_the_host_may_be_behind(tiny_model, tokenizer, case):
-    """Tokens, log-probabilities, rewards and reasons are those of rounds that the host waits for."""
+    """Tokens, log-probabilities, rewards and reasons equal those of rounds that the host waits for."""
     rng = random.Random(case)
     arms = [tiny_model(seed=i + 1) for i in range(case % 3)]
     model = GenARM.from_pretrained(tiny_model(), arms, tokenizer=tokenizer, max_batch_size=rng.randint(1, 4))
     shown = {"rewards": rng.random() < 0.5, "logprobs": rng.choice([None, 0, 3]), "n": rng.randint(1, 2)}
     params = [random_params(rng, len(arms)) for _ in range(rng.randint(1, 6))]
-    if case % 2:  # nothing that needs the host
+    if case % 2:  # without parameters that need the host
         for each in params:
             each |= {"min_new_tokens": 0, "logit_bias": None}
             each |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
@@ -75,7 +75,7 @@ def test_a_stop_string_ends_a_row_that_the_device_still_runs(model):
 
 
 def test_a_failing_row_leaves_alone(tiny_model, tokenizer):
-    """Its NaN is noticed a round late; the others, and who gets its slot, are as ever."""
+    """The row's NaN is noticed a round late. The other rows, and the row that gets its slot, are unaffected."""
     broken = tiny_model(seed=7)
     model = GenARM.from_pretrained(broken, tokenizer=tokenizer, max_batch_size=2)
     params = SamplingParams(max_new_tokens=8, seed=3, ignore_eos=True)
@@ -113,7 +113,7 @@ def record(model, without=None, params=PLAIN, speculation="off", count=4):
     ],
 )
 def test_conflicting_accesses_are_ordered(model, params, speculation):
-    """Prefill, plain rounds, drafts and their verification, slots that are refilled."""
+    """The cases cover prefill, plain rounds, drafts and their verification, and slots that are refilled."""
     recorder, tokens = record(model, None, params, speculation)
     assert recorder.found == []
     assert recorder.streams == 3
@@ -122,7 +122,7 @@ def test_conflicting_accesses_are_ordered(model, params, speculation):
 
 @pytest.mark.parametrize("speculation", ["off", Speculation("arm", 2)])
 def test_every_hand_over_is_needed(model, speculation):
-    """Without any single one of them, the recorder finds an access that nothing orders."""
+    """Without any one hand-over, the recorder finds an access that nothing orders."""
     params = PLAIN.override(max_new_tokens=3)
     recorder, _ = record(model, None, params, speculation, count=2)
     assert recorder.hand_overs >= 10
@@ -131,7 +131,7 @@ def test_every_hand_over_is_needed(model, speculation):
 
 
 def test_forwards_of_a_round_may_overlap(model):
-    """And a round may be launched before the host has read the one before it."""
+    """A round may also be launched before the host has read the previous one."""
     recorder, _ = record(model, count=2)
     forwards = [launch for launch in recorder.launches if launch[0].endswith(".forward")]
     names = {"allocate", "prefill", "decode", "base.forward", "arm[0].forward"}
@@ -146,7 +146,7 @@ WAITING_OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "_uniqu
 
 
 class NoWaiting(TorchFunctionMode):
-    """Fails where Python asks a tensor for its numbers, or makes one of numbers that the host has."""
+    """A mode that fails where Python asks a tensor for its numbers, or makes a tensor from the host's numbers."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -156,7 +156,7 @@ class NoWaiting(TorchFunctionMode):
 
 
 class Trace(TorchDispatchMode):
-    """Operations and the shapes that they give; fails at those for which the host has to wait."""
+    """A mode that records operations and the shapes of their results; it fails where the host has to wait."""
 
     def __init__(self):
         super().__init__()
@@ -175,9 +175,10 @@ class Trace(TorchDispatchMode):
 
 @contextmanager
 def traced_rounds():
-    """Rows and operations of whole steps in which no row came or went. Not looked into: `guided_sample`, a kernel."""
+    """Yield the rows and operations of whole steps in which no row came or went. The kernel `guided_sample` is not
+    traced."""
     traces = []
-    launch, batches = Steps._launch_whole, []
+    launch, batches = Steps._launch_as_graph, []
 
     def traced(self, batch, *rest):
         steady = bool(batches) and batches[-1] is batch
@@ -194,10 +195,11 @@ def traced_rounds():
             return guided_sample(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Steps, "_launch_whole", traced)
+        patch.setattr(Steps, "_launch_as_graph", traced)
         patch.setattr("genarm_fast.engine.sampler.guided_sample", kernel)
         patch.setattr("genarm_fast.speculation.model_drafter.guided_sample", kernel)
-        for module in ("ragged_attention.arguments", "rotary_append.reference"):  # it looks at numbers on the CPU alone
+        # check_cache reads numbers, but only on the CPU.
+        for module in ("ragged_attention.arguments", "rotary_append.reference"):
             patch.setattr(sys.modules[f"genarm_fast.kernels.{module}"], "check_cache", lambda *_: None)
         yield traces
 
@@ -218,7 +220,7 @@ def test_a_round_never_waits_and_its_shapes_repeat(tiny_model, tokenizer, family
 
 
 def test_waiting_is_noticed(model, monkeypatch):
-    """Control: something in a round that looks at a tensor."""
+    """This is the control: an operation in a round that reads a tensor."""
     accept = State.accept
     for look in (lambda t: t.item(), lambda t: t.nonzero(), lambda t: t[t > 0], lambda t: bool(t.any())):
         monkeypatch.setattr(State, "accept", lambda *args, look=look: (look(args[1][0]), accept(*args))[1])

@@ -1,4 +1,4 @@
-"""Whole steps on CUDA tensors without a GPU: nothing is left on the CPU, and the host reads nothing in a step."""
+"""Whole steps on CUDA tensors without a GPU: no tensor stays on the CPU, and the host reads nothing in a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from genarm_fast.speculation.config import OFF, Speculation
 
 @pytest.fixture(autouse=True)
 def without_core(monkeypatch):
-    """The C++ core replaces modules by its own, which are of the CPU."""
+    """Switch the C++ core off: it replaces modules by its own, which run on the CPU."""
     monkeypatch.setattr(_native, "core", None)
 
 
@@ -45,7 +45,7 @@ def lanes(tmp_path, tokenizer):
 
 
 def decode(model, speculation=OFF, prompts=((5, 6, 7), (8, 9)), **params):
-    """Decodes on the fake device; returns the kernels launched."""
+    """Decode on the fake device; return the names of the kernels launched."""
     params = SamplingParams(**{"max_new_tokens": 5, "ignore_eos": True, "seed": 1, **params})
     requests = model.prepare([list(prompt) for prompt in prompts], params)
     fake = FakeCuda()
@@ -89,17 +89,17 @@ STACKED = {"norm_kernel", "rotary_append_kernel", "attend_kernel", "gated_kernel
 
 @pytest.mark.parametrize("speculation", [OFF, Speculation("arm", 2)])
 def test_stacked_decoders(two_models, monkeypatch, speculation):
-    """Of both models, in prompts and steps, with and without drafts."""
+    """Both models use it, in prompts and steps, with and without drafts."""
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
     model = two_models("qwen3")
     launched = decode(model, speculation)
     assert {"scores_kernel", "draw_kernel", "settle_kernel", *STACKED} <= set(launched)
-    assert "append_kernel" not in launched  # of the models' own forwards
+    assert "append_kernel" not in launched  # "append_kernel" belongs to the models' own forwards
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_splits_are_combined_where_they_are_made(two_models, monkeypatch, stacked):
-    """Rows of several splits take no launch more, in both forwards: each runner has counters of its own."""
+    """Rows of several splits take no extra launch, in both forwards: each runner has its own counters."""
     monkeypatch.setattr(plan, "CHUNK", 16)
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: stacked)
     model, counters = two_models("qwen3"), set()
@@ -120,10 +120,10 @@ def test_stacked_lanes(lanes, monkeypatch):
 
 
 def test_products_of_few_rows_in_steps(two_models, monkeypatch):
-    """Decoders for which our kernel was measured to be faster, which nothing without a GPU can tell."""
+    """The decoders take the few-rows kernel as if it had been measured to be faster, which needs a GPU."""
 
     def serves(product, x):
-        return x.is_cuda and x.shape[:-1].numel() <= max(few_rows.ROWS)
+        return x.is_cuda and x.shape[:-1].numel() <= max(few_rows.MEASURED_ROWS)
 
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
     monkeypatch.setattr(stacked_decoder, "serves", serves)
@@ -131,9 +131,9 @@ def test_products_of_few_rows_in_steps(two_models, monkeypatch):
 
 
 def test_log_probs_of_training():
-    """Forward and backward of a trained output layer with a bias: no tensor of the CPU, and no read on the host.
+    """Run forward and backward of a trained output layer with a bias: no CPU tensor and no host read.
 
-    Called by hand: autograd's own threads ask for the driver.
+    Both are called directly, because autograd's own threads ask for the driver.
     """
     saved = []
     context = SimpleNamespace(needs_input_grad=[True] * 3, save_for_backward=lambda *given: saved.extend(given))

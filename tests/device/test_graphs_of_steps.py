@@ -1,4 +1,5 @@
-"""Steps as one graph on CUDA: which numbers change without another capture, and who leaves the graph and returns."""
+"""Steps as one graph on CUDA: which numbers change without another capture, and which requests leave the graph and
+return."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def unchanged(input_ids, scores):
     "needing", [{"repetition_penalty": 1.3}, {"logits_processors": [unchanged]}], ids=["penalty", "processor"]
 )
 def test_requests_that_need_the_host_leave_the_graph_and_the_others_return(model, monkeypatch, plan, needing):
-    """Steps with such a request are launched in pieces, each forward a graph of its own; all others are one launch."""
+    """Steps with such a request are launched in pieces, each forward as a graph of its own. All other steps are one
+    launch."""
     steps, launch = [], Steps.launch
 
     def pieces(self, batch, policy, choice, one=False):
@@ -51,7 +53,7 @@ def test_requests_that_need_the_host_leave_the_graph_and_the_others_return(model
         outputs = model.generate(prompts, params, speculation=plan)
     assert [output.token_ids for output in outputs] == expected
     kinds = [key for key, _ in itertools.groupby(needed for _, needed in steps)]
-    assert kinds == [True, False, True, False]  # beside the first request, one after the other
+    assert kinds == [True, False, True, False]  # one host-bound request after the other, beside the first request
     assert all(one != needed for one, needed in steps)
     main = log.of("stream")[0][1]
     assert {entry[-1] is main for entry in log.of("replay")} == {False, True}
@@ -69,7 +71,7 @@ FILTERS = [{"top_k": 7, "top_p": 0.9, "min_p": 0.02}, {"top_k": 40, "top_p": 0.5
 @PLANS
 @pytest.mark.parametrize("changes", [NUMBERS, FILTERS], ids=["numbers", "filters"])
 def test_numbers_change_without_a_capture(model, plan, changes):
-    """Weights, temperature, seeds; and filters, where some request uses each of them anyway."""
+    """Weights, temperature and seeds change freely; filters do where some request uses each of them anyway."""
     prompt, base = [5, 6, 7], FREE.override(**(changes[0] if "top_k" in changes[0] else {}))
     expected = [model.generate(prompt, base.override(**each)) for each in changes]
     with cuda_driver() as log, engines_on(OnCpuTensors()):
@@ -85,7 +87,7 @@ def test_numbers_change_without_a_capture(model, plan, changes):
 
 @PLANS
 def test_weights_that_change_in_mid_generation_stay_in_the_graph(model, monkeypatch, plan):
-    """Each step is one launch, of the graph that was captured first; the reference's tokens with the weights so far."""
+    """Each step is one launch of the first captured graph. The tokens equal the reference's with the same weights."""
     steps, launch = [], Steps.launch
     monkeypatch.setattr(Steps, "launch", lambda self, *given: steps.append(given[3]) or launch(self, *given))
     with cuda_driver() as log, engines_on(OnCpuTensors()):

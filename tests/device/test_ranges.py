@@ -1,4 +1,4 @@
-"""What a profiler shows of a run: named ranges, each inside of what it is a part of."""
+"""What a profiler shows of a run: named ranges, each inside the range it is a part of."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genarm_fast.device import base
 from genarm_fast.speculation.config import Speculation
 
 PARAMS = {"max_new_tokens": 8, "ignore_eos": True, "seed": 1}
-INSIDE = {  # range: ranges that it may be directly inside of
+INSIDE = {  # range: ranges that may directly enclose it
     "step": {None},
     "admit": {"step"},
     "allocate": {"admit"},
@@ -31,7 +31,7 @@ INSIDE = {  # range: ranges that it may be directly inside of
 
 
 def ranges(trace):
-    """(name, name of the range around it) of all of ours, in order of time."""
+    """Return (name, name of the enclosing range) of all ranges in INSIDE, in order of time."""
     events = [event for event in trace.events() if event.name in INSIDE]
     events.sort(key=lambda event: (event.time_range.start, -event.time_range.end))
     open_, found = [], []
@@ -44,7 +44,7 @@ def ranges(trace):
 
 
 def test_a_trace_names_the_parts_of_a_step(model):
-    """In an order that makes sense, for steps with drafts."""
+    """The ranges of steps with drafts come in a sensible order."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         model.generate("the cat", **PARAMS, speculation=Speculation("a", 2))
     found = ranges(trace)
@@ -59,7 +59,7 @@ def test_a_trace_names_the_parts_of_a_step(model):
 
 
 def test_a_trace_of_all_threads_shows_the_engine_thread(model):
-    """Its steps are in a thread that no profiler was started in."""
+    """The engine's steps run in a thread where no profiler was started."""
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with profile(activities=[ProfilerActivity.CPU], experimental_config=everywhere) as trace:
         asyncio.run(model.agenerate("the cat", **PARAMS))

@@ -1,4 +1,4 @@
-"""What tests of event loops share: a model, and steps that take long enough for others to come meanwhile."""
+"""Fixtures for tests of event loops: a model, and steps slow enough for other requests to arrive during one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from genarm_fast.engine.step import Steps
 
 @pytest.fixture
 def one_arm(tiny_model, tokenizer):
-    """A new GenARM, with a thread of its own for event loops."""
+    """A new GenARM, with its own engine thread for event loops."""
     return GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
 
 
 @pytest.fixture
 def slow_steps(monkeypatch):
-    """The batch of every step; each takes 5 ms, so that others come meanwhile."""
+    """Make each step take 5 ms, so that other requests arrive meanwhile; return the list of the steps' batches."""
     batches, launch = [], Steps.launch
 
     def slowly(self, batch, *rest):

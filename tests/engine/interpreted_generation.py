@@ -1,6 +1,7 @@
-"""Whole generations as on a GPU, run by test_interpreted_generation.py in a process of its own: Triton's kernels in its
-interpreter, the stacked decoder, and stand-ins for streams and for graphs that replay what they captured."""
+"""Whole generations as on a GPU; test_interpreted_generation.py runs them in a process of their own. Triton's kernels
+run in its interpreter, under the stacked decoder. Stand-ins replace streams and replay captured graphs."""
 
+import inspect
 import os
 
 import pytest
@@ -10,8 +11,10 @@ from cuda_driver import OnCpuTensors, cuda_driver
 from doubles import engines_on
 from interpreter import no_reads
 from tiny_models import build_model, save_adapter
+from triton.runtime.interpreter import InterpretedFunction
 
 from genarm_fast import GenARM, SamplingParams
+from genarm_fast.device import cuda
 from genarm_fast.engine.step_graph import StepGraph
 from genarm_fast.kernels import _dispatch, _native
 from genarm_fast.models.stacked_decoder import StackedDecoder
@@ -24,7 +27,7 @@ PARAMS = [
     {"weights": [0.0, 2.0], "max_new_tokens": 7, "stop_token_ids": list(range(2, 300, 7)), "top_p": 0.8, "top_k": 30},
     {"weights": [0.3, 0.3], "max_new_tokens": 5, "temperature": 0.0, "min_new_tokens": 2},
 ]
-# Most of the interpreter's time goes to the heads of every token; more layers and heads are in `test_lanes`.
+# The interpreter spends most of its time on attention heads: SMALL has few, and `test_lanes` has more layers and heads.
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -32,12 +35,63 @@ SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads"
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(_dispatch, "GPUS", ("cpu",))
     monkeypatch.setattr(_native, "core", None)
-    monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # all of the texts are compared
+    monkeypatch.setenv("GENARM_FAST_SELFCHECK", "never")  # the tests compare every text
+
+
+@pytest.fixture(autouse=True)
+def compiled_before(monkeypatch):
+    """A capture launches nothing that Triton has not compiled by then, for arguments like these.
+
+    On a GPU the first launch of a specialisation loads a module, which CUDA refuses in a capture. Graphs have clones of
+    what the warm-up was given, so an address that is no multiple of 16 in one of the two would do.
+    """
+    captured, launch = cuda.captured, InterpretedFunction.__getitem__
+    seen, capturing, late = set(), [], []
+
+    def capture(*args):
+        capturing.append(True)
+        try:
+            return captured(*args)
+        finally:
+            capturing.pop()
+
+    def getitem(kernel, grid):
+        run, parameters = launch(kernel, grid), inspect.signature(kernel.fn).parameters
+
+        def launched(*args, **options):
+            given = dict(zip(parameters, args)) | options
+            key = [kernel.fn.__name__]
+            for name, value in given.items():
+                constant = name not in parameters or "constexpr" in str(parameters[name].annotation)
+                key.append((name, value if constant else specialisation(value)))
+            if (text := repr(key)) not in seen and capturing:
+                late.append(text)
+            seen.add(text)
+            return run(*args, **options)
+
+        return launched
+
+    monkeypatch.setattr(cuda, "captured", capture)
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", getitem)
+    yield
+    assert seen
+    assert late == []
+
+
+def specialisation(value):
+    """What Triton compiles an argument for."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(map(specialisation, value))
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return type(value)
 
 
 @pytest.fixture(params=[SMALL])
 def lanes(tmp_path, tokenizer, request):
-    """A base of this shape with two LoRA ARMs."""
+    """A base of the given shape with two LoRA ARMs."""
     build_model("llama", 0, **request.param).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for seed in (1, 2):
@@ -53,7 +107,7 @@ def two_models(tokenizer):
 
 
 def decode(model, speculation):
-    """Three requests in two slots, compared with the reference; returns the log and the device."""
+    """Decode three requests in two slots and compare them with the reference; return the log and the device."""
     arms = len(model.arms)
     params = [each | {"weights": each["weights"][:arms]} for each in PARAMS]
     sampling = [SamplingParams(**each, seed=i) for i, each in enumerate(params)]
@@ -68,7 +122,7 @@ def decode(model, speculation):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Drafts of each step that was one launch. Nothing in it is read on the host."""
+    """The number of drafts of each step that was one launch. Such a step must not read on the host."""
     launch, drafts = StepGraph.launch, []
 
     def launched(self, batch, drafter, k, **shadows):
@@ -101,7 +155,8 @@ def test_two_models_with_drafts(two_models, launches):
 
 
 def test_a_draft_model(tokenizer, launches):
-    """It is no member of the target. The first step shows it the prompt, the others are one launch."""
+    """The draft model is no member of the target. The first step gives it the prompt; the other steps are one
+    launch."""
     base, draft = (build_model(family, 0, **SMALL) for family in ("qwen2", "llama"))
     model = GenARM.from_pretrained(base, draft_model=draft, tokenizer=tokenizer, max_batch_size=2)
     log, device = decode(model, Speculation("draft_model", 3))
@@ -110,7 +165,7 @@ def test_a_draft_model(tokenizer, launches):
 
 
 def test_lanes_with_a_draft_model(tmp_path, tokenizer, launches):
-    """A small extra model drafts for a base and a LoRA ARM in one forward, in the same launch."""
+    """A small draft model drafts for a base and a LoRA ARM that share a forward, in the same launch."""
     build_model("llama", 0, **SMALL).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     save_adapter(tmp_path / "arm", base=tmp_path / "base", seed=1)

@@ -24,7 +24,7 @@ PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True, seed=1)
 
 @pytest.fixture
 def guided(tiny_model, tokenizer):
-    """A new GenARM of a base and an ARM each time."""
+    """A function that returns a new GenARM of a base and an ARM at each call."""
     return lambda **options: GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, **options)
 
 
@@ -40,7 +40,7 @@ def tokens_alone(model, prompts, params):
 @pytest.mark.parametrize("device", [None, Lagging])
 @pytest.mark.parametrize("speculation", [OFF, Speculation("arm", 2)])
 def test_200_requests_at_random_times(guided, device, speculation):
-    """Each gets the tokens that it gets alone, whatever runs beside it, and every one of them ends."""
+    """Each request gets the tokens that it gets alone, whatever runs beside it, and every request ends."""
     rng = random.Random(5)
     model = guided(max_batch_size=8)
     prompts = random_prompts(rng, 200, 30)
@@ -95,7 +95,7 @@ def test_abort_frees_the_slot_before_the_next_step(guided, device):
 
 
 def test_a_longer_request_grows_the_caches_under_running_ones(guided):
-    """What they hold stays: the running sequences go on as if nothing had happened."""
+    """The caches keep their contents: the running sequences continue unchanged."""
     model = guided(max_batch_size=3)
     prompts = [[5, 6, 7], [8, 9] * 40, [4] * 200]
     expected = tokens_alone(guided(), prompts, [PARAMS] * 3)
@@ -113,7 +113,7 @@ def test_a_longer_request_grows_the_caches_under_running_ones(guided):
 
 
 def test_threads_share_steps(guided, monkeypatch):
-    """Two calls at a time are decoded in one batch, and each gets its own tokens."""
+    """Concurrent calls are decoded in one batch, and each gets its own tokens."""
     model = guided()
     texts = random_prompts(random.Random(1), 8)
     expected = tokens_alone(guided(), texts, [PARAMS] * 8)
@@ -121,7 +121,7 @@ def test_threads_share_steps(guided, monkeypatch):
 
     def slowly(self, batch, *rest):
         batches.append(len(batch))
-        time.sleep(0.01)  # the others come meanwhile
+        time.sleep(0.01)  # other calls arrive meanwhile
         return launch(self, batch, *rest)
 
     monkeypatch.setattr(Steps, "launch", slowly)
@@ -153,7 +153,7 @@ def test_a_late_request_does_not_wait_for_a_long_one(guided):
 
 @pytest.mark.parametrize("device", [None, Lagging])
 def test_a_late_request_is_admitted_in_the_next_step(guided, device):
-    """While there is a slot, whatever else runs; its first token comes with that step, or the one after it."""
+    """A free slot is given in the next step. The request's first token comes with that step or the one after."""
     with engines_on(device()) if device else nullcontext():
         model = guided(max_batch_size=4)
         engine = model.engine()
@@ -172,9 +172,9 @@ def test_a_late_request_is_admitted_in_the_next_step(guided, device):
 
 @pytest.mark.parametrize("scarce", [False, True])
 def test_nobody_starves(guided, scarce):
-    """Short requests never stop coming. A long one waits for those before it alone: a bound in steps.
+    """Short requests never stop coming. A long one waits only for those before it, a bounded number of steps.
 
-    scarce: it takes the caches of all others together, so it can only run alone.
+    scarce: the long request needs the caches of all others together, so it can only run alone.
     """
     model = guided(max_batch_size=3)
     if scarce:
@@ -193,12 +193,12 @@ def test_nobody_starves(guided, scarce):
                 admitted.setdefault(each, steps)
 
     for _ in range(5):
-        step(more=2)  # more than three slots and six steps each can take: the queue grows
+        step(more=2)  # three slots and six steps each cannot keep up: the queue grows
     ahead, begun = len(engine.scheduler.waiting), steps
     (long,) = engine.add(request(model, [9] * 50, max_new_tokens=10))
     while long.slot < 0:
         step(more=1)
-        # Three at a time take six steps and one to be admitted; and those that run must end first.
+        # Three at a time take six steps, and one more to be admitted. Running requests must end first.
         assert steps - begun <= (ahead // 3 + 2) * (length + 2)
     first = steps
     while not long.ended:
@@ -234,8 +234,8 @@ def test_a_failing_step_fails_those_in_it_and_nobody_else(guided, monkeypatch):
 
 
 def test_a_held_stream_gives_its_slot_to_those_who_are_waited_for(guided):
-    """Where memory is short; it goes on later from its own text, and its tokens are the same."""
-    token = 2 * 2 * 2 * 2 * 8 * 4  # bytes of both members: layers, keys and values, heads, width, float32
+    """A held stream loses its slot where memory is short. It continues later from its own text with the same tokens."""
+    token = 2 * 2 * 2 * 2 * 8 * 4  # bytes per token of both members: layers, keys and values, heads, width, float32
     expected = tokens_alone(guided(), [[5, 6, 7], [8, 9]], [PARAMS] * 2)
     model = guided(cache_bytes=20 * token)
     with model.stream([5, 6, 7], PARAMS) as stream:
@@ -248,7 +248,7 @@ def test_a_held_stream_gives_its_slot_to_those_who_are_waited_for(guided):
 
 @pytest.mark.parametrize("device", [None, Lagging])
 def test_a_stream_waits_for_its_reader(guided, device):
-    """Others' steps do not advance it, so that weights count from the token after the one that was read."""
+    """Steps of other requests do not advance a stream, so new weights count from the token after the last one read."""
     model = guided()
 
     def decode():
@@ -273,7 +273,7 @@ def test_a_stream_waits_for_its_reader(guided, device):
 
 
 def test_a_steered_stream_stays_asynchronous_and_exact(guided, monkeypatch):
-    """On a device that the host runs ahead of: only the step that was in flight is drawn again."""
+    """On a device that the host runs ahead of, a change of weights redraws only the step in flight."""
     model = guided()
     launched, launch = [], Steps.launch
     monkeypatch.setattr(Steps, "launch", lambda self, *rest: launched.append(1) or launch(self, *rest))
@@ -288,7 +288,7 @@ def test_a_steered_stream_stays_asynchronous_and_exact(guided, monkeypatch):
 
 
 def test_times_of_a_stream_that_is_closed_early(guided, monkeypatch):
-    """Also while another prompt is still being prefilled, or waits."""
+    """Timings stay non-negative, also while another prompt is still being prefilled, or waits."""
     monkeypatch.setattr(scheduler, "CHUNK_TOKENS", 8)
     model = guided(max_batch_size=2)
     with model.stream([[5, 6], [7] * 100, [8, 9]], PARAMS) as stream:
@@ -300,7 +300,7 @@ def test_times_of_a_stream_that_is_closed_early(guided, monkeypatch):
 
 
 def test_a_processor_may_generate(guided):
-    """With the same model, in the middle of a step."""
+    """A processor may call generate on the same model in the middle of a step."""
     model, found = guided(), []
 
     def ask(input_ids, scores):
@@ -329,7 +329,7 @@ def test_weights_that_were_rebound_are_refused(tiny_model, tokenizer, rebind):
         model.generate([5, 6], PARAMS)
         weight = changed.model.layers[1].mlp.up_proj.weight
         with torch.no_grad():
-            weight.mul_(1.5)  # in place counts
+            weight.mul_(1.5)  # a change in place is allowed
         expected = GenARM.from_pretrained(base, arm, tokenizer=tokenizer).generate([5, 6], PARAMS)[0].token_ids
         assert model.generate([5, 6], PARAMS)[0].token_ids == expected
         weight.data = rebind(weight)

@@ -1,4 +1,4 @@
-"""Caches never exceed what they may take; what does not fit fails alone."""
+"""Caches never exceed their limit; a request that does not fit fails alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from genarm_fast import GenARM, GenerationError
 from genarm_fast.device.base import out_of_memory
 from genarm_fast.models.kv_cache import RaggedLayer
 
-TOKEN = 2 * 2 * 2 * 8 * 4  # bytes of one member: layers, keys and values, heads, width, float32
+TOKEN = 2 * 2 * 2 * 8 * 4  # bytes per token of one member: layers, keys and values, heads, width, float32
 PARAMS = {"max_new_tokens": 6, "ignore_eos": True, "seed": 1}
 
 
 @pytest.fixture
 def allocated(monkeypatch):
-    """Bytes of all caches made, by run: cleared by the test."""
+    """The bytes of each cache layer allocated so far; tests clear the list before a run."""
     made = []
     allocate = RaggedLayer.allocate
 
@@ -31,11 +31,11 @@ def allocated(monkeypatch):
 def guided(tokenizer, **options):
     models = [build_model("llama", seed) for seed in (0, 1)]
     model = GenARM.from_pretrained(models[0], models[1], tokenizer=tokenizer, **options)
-    model.generate([5], max_new_tokens=1)  # the self-check has caches of its own
+    model.generate([5], max_new_tokens=1)  # the self-check allocates caches too
     return model
 
 
-PROMPTS = [[5, 6, 7, 8], [9, 8, 7], [6] * 4, [7, 9, 5]]  # 10 tokens at most, with 6 new ones
+PROMPTS = [[5, 6, 7, 8], [9, 8, 7], [6] * 4, [7, 9, 5]]  # at most 10 tokens, 6 of them new
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 8, 7], [6] * 4, [7, 9, 5]]  # 10 tokens at most, wi
     ],
 )
 def test_slots_shrink_to_fit(tokenizer, allocated, cache_bytes, slots, tokens):
-    """And the tokens stay the same."""
+    """Fewer slots give the same tokens."""
     expected = guided(tokenizer).generate(PROMPTS, **PARAMS)
     model = guided(tokenizer, cache_bytes=cache_bytes)
     allocated.clear()
@@ -104,7 +104,7 @@ def test_a_stream_goes_on_without_it(tokenizer):
 
 @pytest.fixture
 def scarce(monkeypatch, allocated):
-    """scarce(tokens): a cache of more of them, all slots together, is more than there is."""
+    """scarce(tokens, error): allocating a layer of more tokens, all slots together, raises the error."""
 
     def limit(tokens, error):
         allocate = RaggedLayer.allocate
@@ -132,7 +132,7 @@ def test_out_of_memory_halves_the_slots(tokenizer, allocated, scarce, tokens, sl
 
 
 def test_out_of_memory_at_one_slot_fails_the_longest(tokenizer, allocated, scarce):
-    """The others get as many slots as they would without it."""
+    """The longest requests fail, and the others get as many slots as they would without them."""
     model = guided(tokenizer)
     prompts = [PROMPTS[0], [5] * 50, PROMPTS[1], [6] * 50]
     expected = [model.generate(prompts[i], **PARAMS)[0].token_ids for i in (0, 2)]
@@ -172,13 +172,14 @@ PAIRS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [6], [7, 9, 5]], [[4, 4], [3, 5, 6, 7], 
     [(None, [4]), (52, [4]), (51, [3, 1]), (29, [2, 2]), (25, [2, 1, 1]), (10, [2, 1, 1])],
 )
 def test_fewer_are_scored_together(tokenizer, allocated, tokens, batches):
-    """And get the same numbers. A token of one backbone counts: they come after each other."""
+    """Smaller batches give the same numbers. Only one backbone's tokens count: the backbones are scored one after the
+    other."""
     limit = None if tokens is None else tokens * TOKEN
     expected = guided(tokenizer).score(*PAIRS)
     model = guided(tokenizer, cache_bytes=limit)
     allocated.clear()
     scores = model.score(*PAIRS)
-    made = [sum(allocated[i : i + 2]) for i in range(0, len(allocated), 2)]  # of two layers
+    made = [sum(allocated[i : i + 2]) for i in range(0, len(allocated), 2)]  # sums over two layers
     assert len(made) == 2 * len(batches)
     assert limit is None or max(made) <= limit
     for mine, other in zip(scores, expected):

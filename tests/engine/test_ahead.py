@@ -1,7 +1,7 @@
 """Drafts on a device that runs behind the host.
 
-Steps that are one launch are launched before the host has read the one before. In steps that are not, the next block is
-drafted while one is verified, and dropped when it has to be.
+Steps that are one launch start before the host has read the previous step. In other steps, the next block is drafted
+while one is verified, and dropped if it turns out not to follow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
 
 @pytest.fixture
 def advances(monkeypatch):
-    """Steps that were drafted ahead and used, one entry a block."""
+    """The number of steps of each block that was drafted ahead and used."""
     used, advance = [], DraftRollout.advance
 
     def counted(self, steps):
@@ -48,7 +48,7 @@ def results(outputs):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("case", range(24))
 def test_equals_plain_decoding(tiny_model, tokenizer, case, advances, whole):
-    """Stop tokens, stop strings and limits anywhere; rows that leave, and others in their slots; penalties; filters."""
+    """The cases cover stop tokens, stop strings, limits, rows that leave and are replaced, penalties, and filters."""
     rng = random.Random(case)
     arms = [similar(case), *([tiny_model(seed=1)] if case % 3 == 0 else [])]
     draft = similar(case + 1, 0.01) if case % 4 == 1 else None
@@ -74,7 +74,7 @@ def test_equals_plain_decoding(tiny_model, tokenizer, case, advances, whole):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("case", range(8))
 def test_whatever_auto_chooses(tiny_model, tokenizer, case, whole):
-    """With times that say nothing; rounds of all kinds take turns, some of which the host reads late."""
+    """Random times drive the tuner, so kinds of steps take turns, and the host reads some of them late."""
     rng = random.Random(case)
     draft = similar(case + 1, 0.01) if case % 3 == 0 else None
     model = GenARM.from_pretrained(
@@ -82,7 +82,7 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case, whole):
     )
     prompts = random_prompts(rng, 5)
     params = [random_params(rng, 1) | {"max_new_tokens": rng.randint(1, 60)} for _ in prompts]
-    for each in params if case % 2 else ():  # nothing that needs the host
+    for each in params if case % 2 else ():  # without parameters that need the host
         each |= {"min_new_tokens": 0, "logit_bias": None}
         each |= {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     requests = [SamplingParams(**each, seed=rng.getrandbits(64), rewards=rng.random() < 0.5) for each in params]
@@ -95,7 +95,7 @@ def test_whatever_auto_chooses(tiny_model, tokenizer, case, whole):
 
 
 def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):
-    """In batches, too, as long as all rows are right."""
+    """Batches draft ahead too, as long as all rows' drafts are right."""
     for case in (4, 12):
         test_equals_plain_decoding(tiny_model, tokenizer, case, advances, whole=False)
     assert sum(advances) > 10
@@ -104,7 +104,7 @@ def test_those_cases_draft_ahead(tiny_model, tokenizer, advances):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ["arm", "base"])
 def test_weights_change_while_a_block_is_ahead(tiny_model, tokenizer, advances, name, whole):
-    """It was drafted with the old ones, and may be used: targets have the new ones."""
+    """A block drafted with the old weights may still be used, because the targets are drawn with the new weights."""
     base, arm = tiny_model(), similar()
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
     changing = model.stream([5, 6, 7], FREE.override(max_new_tokens=60), speculation=Speculation(name, 2))
@@ -139,7 +139,7 @@ def launched(model, params=FREE, k=3, prompts=([5, 6, 7],)):
 
 
 def test_nothing_is_drafted_twice(tiny_model, tokenizer):
-    """An ARM that is always right feeds every token once, a base every fourth time; at its end nothing is left over."""
+    """An ARM that is always right feeds every token once, the base one in four. No draft is left over at the end."""
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
     names = [name for name, *_ in launched(model).launches]
     assert names.count("arm[0].forward") == 24
@@ -147,7 +147,7 @@ def test_nothing_is_drafted_twice(tiny_model, tokenizer):
 
 
 def test_the_next_block_is_drafted_while_one_is_verified(tiny_model, tokenizer, monkeypatch):
-    """Neither waits for the other, nor does the host for what was drafted ahead."""
+    """Drafting and verification do not wait for each other, and the host does not wait for drafts made ahead."""
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
     waits = []
 
@@ -164,7 +164,7 @@ def test_the_next_block_is_drafted_while_one_is_verified(tiny_model, tokenizer, 
             rounds[-1].append(launch)
         elif launch[0] == "step":
             rounds.append([])
-    for forwards in rounds[1:5]:  # the first has nothing ahead yet, the last no further one
+    for forwards in rounds[1:5]:  # the first round has no block ahead yet, the last no further one
         (_, stream, behind, end), *ahead = forwards
         assert [name for name, *_ in forwards] == ["base.forward", *["arm[0].forward"] * 4]
         assert all(before.get(stream, 0) < end for _, _, before, _ in ahead)
@@ -173,7 +173,7 @@ def test_the_next_block_is_drafted_while_one_is_verified(tiny_model, tokenizer, 
 
 
 def test_every_hand_over_is_needed(tiny_model, tokenizer):
-    """Also those of blocks that were ahead: without any of them, an access is found that nothing orders."""
+    """Without any one hand-over, also of blocks drafted ahead, the recorder finds an unordered access."""
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
     params = FREE.override(max_new_tokens=4)
     for number in range(launched(model, params, 1).hand_overs):
@@ -200,9 +200,9 @@ def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, mon
 
 
 def test_how_far_ahead():
-    """As far as fits into verification, no further than the next block or the text; not where drafts are wrong."""
+    """Drafts made ahead fit into verification and end with the next block or the text. Wrong drafts stop them."""
     drafter = ModelDrafter(SimpleNamespace(draft_model=None), 1, (1,), ("arm",))
-    drafter.right = 1.0
+    drafter.all_right_share = 1.0
     sequence = SimpleNamespace(remaining=20)
 
     def steps():
@@ -214,7 +214,7 @@ def test_how_far_ahead():
     drafter.accepted(drafts, [3], 3.0, 2.5)  # a step takes 1 s
     assert steps() == 3 + 2
     drafter.accepted(drafts, [3], 3.0, 0.1)
-    assert steps() == 3 + 1  # what the targets need
+    assert steps() == 3 + 1  # the tokens that the targets need
     drafter.accepted(drafts, [3], 3.0, 30.0)
     sequence.remaining = 6
     assert steps() == 6
@@ -231,18 +231,18 @@ def test_how_far_ahead():
 
 @pytest.mark.parametrize("case", range(12))
 def test_the_device_looks_up_what_the_host_does(tiny_model, tokenizer, case, monkeypatch):
-    """Also beside rows that leave, in slots that are filled again, and where the text has nothing to offer."""
+    """Both find the same drafts, also beside rows that leave, in refilled slots, and where the text has none."""
     rng = random.Random(case)
     model = GenARM.from_pretrained(tiny_model(), similar(case), tokenizer=tokenizer, max_batch_size=rng.randint(1, 3))
     prompts = [prompt * rng.randint(1, 3) for prompt in random_prompts(rng, 6)]
-    bias = dict.fromkeys(rng.sample(range(2, 300), 3), 30.0)  # so few different tokens that endings come again
+    bias = dict.fromkeys(rng.sample(range(2, 300), 3), 30.0)  # few different tokens, so that endings recur
     requests = [FREE.override(max_new_tokens=rng.randint(1, 30), seed=i, logit_bias=bias) for i in range(6)]
     seen, finish = [], Steps.finish
 
     def checked(self, step):
         known = [NgramIndex([*each.request.token_ids[0], *each.tokens]) for each in step.batch.sequences]
         finish(self, step)
-        if step.choice.k and step.most > 1:
+        if step.choice.k and step.max_tokens > 1:
             seen.extend((mine.propose(step.choice.k), drafted) for mine, drafted in zip(known, step.read().drafts))
 
     monkeypatch.setattr(Steps, "finish", checked)
@@ -256,7 +256,7 @@ def test_the_device_looks_up_what_the_host_does(tiny_model, tokenizer, case, mon
 
 @pytest.mark.parametrize("drafter", ["arm", "ngram"])
 def test_a_ban_on_stop_tokens_ends_within_a_block(tiny_model, tokenizer, drafter):
-    """All positions of a step have one bias: none of them may be banned longer than it is, or shorter."""
+    """All positions of a step share one bias. The ban has to end at the right position all the same."""
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
     params = SamplingParams(max_new_tokens=20, min_new_tokens=3, stop_token_ids=[9], logit_bias={9: 50.0}, seed=1)
     with engines_on(Lagging()):
@@ -266,7 +266,7 @@ def test_a_ban_on_stop_tokens_ends_within_a_block(tiny_model, tokenizer, drafter
 
 
 def test_each_sequence_gets_as_many_drafts_as_it_asked_for(tiny_model, tokenizer):
-    """Who runs longest says who drafts; one that asked for none gets none."""
+    """The sequence with the most tokens left decides the drafter. A sequence that asked for no drafts gets none."""
     model = GenARM.from_pretrained(tiny_model(), similar(noise=0.0), tokenizer=tokenizer)
     with engines_on(Lagging()):
         engine = model.engine()
@@ -278,7 +278,7 @@ def test_each_sequence_gets_as_many_drafts_as_it_asked_for(tiny_model, tokenizer
 
 
 def test_a_draft_model_is_shown_what_it_did_not_draft(tiny_model, tokenizer):
-    """One that is the base is always right, also after steps in which it had no part, one of them in flight."""
+    """A draft model equal to the base is always right, also after steps without it, one of them in flight."""
     model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
     with engines_on(Lagging()):
         engine = model.engine()
@@ -292,7 +292,7 @@ def test_a_draft_model_is_shown_what_it_did_not_draft(tiny_model, tokenizer):
 
 
 def test_a_draft_model_and_plain_steps_take_turns(tiny_model, tokenizer, monkeypatch):
-    """A plain step in flight gives a token that the draft model has not seen when the next drafts are due."""
+    """A plain step in flight yields a token that the draft model has not seen when the next drafts are due."""
     model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
     choose, turns = DraftPolicy.choose, []
 
@@ -300,17 +300,17 @@ def test_a_draft_model_and_plain_steps_take_turns(tiny_model, tokenizer, monkeyp
         turns.append(rows)
         return choose(self, rows) if len(turns) % 5 else PLAIN
 
-    launch, launched = Steps._launch_whole, set()
+    launch, launched = Steps._launch_as_graph, set()
 
     def noted(self, batch, policy, choice):
         launched.add((None if self.in_flight is None else self.in_flight.choice.k, choice.k))
         return launch(self, batch, policy, choice)
 
     monkeypatch.setattr(DraftPolicy, "choose", now_and_then)
-    monkeypatch.setattr(Steps, "_launch_whole", noted)
+    monkeypatch.setattr(Steps, "_launch_as_graph", noted)
     with engines_on(Lagging()):
         params = FREE.override(max_new_tokens=60)
         (output,) = model.generate([5, 6, 7], params, speculation=Speculation("draft_model", 3))
     assert output.rounds.drafted == output.rounds.accepted > 5
-    assert {(3, 3), (3, 0)} <= launched  # drafts before the step with drafts, and before a plain one, are read
+    assert {(3, 3), (3, 0)} <= launched  # drafts before a step with drafts and before a plain step are both read
     assert (0, 3) not in launched

@@ -1,4 +1,4 @@
-"""Tasks of event loops: `agenerate` and `astream` over one engine thread."""
+"""`agenerate` and `astream` in tasks of event loops, over one engine thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_agenerate_equals_generate(model):
 @pytest.mark.parametrize("ahead", [0, 3])
 @pytest.mark.parametrize("device", [None, Lagging])
 def test_astream_equals_stream(model, ahead, device):
-    """Chunk by chunk; several prompts, of which the shorter ones end before."""
+    """The chunks are equal, for several prompts of which the shorter ones end first."""
     prompts, params = ["the cat", [5, 6], "that"], [PARAMS.override(max_new_tokens=4 + 3 * i) for i in range(3)]
 
     async def chunks_of(stream):
@@ -56,7 +56,7 @@ def test_astream_equals_stream(model, ahead, device):
 
 @pytest.mark.parametrize("ahead", [None, 0, 2])
 def test_16_tasks_share_steps(model, slow_steps, ahead):
-    """Each gets its own tokens, in little more steps than one of them takes."""
+    """Each task gets its own tokens, in little more steps than one task takes."""
     seeds = range(16)
     expected = [model.generate("the cat", PARAMS, seed=seed)[0].token_ids for seed in seeds]
     slow_steps.clear()
@@ -70,7 +70,7 @@ def test_16_tasks_share_steps(model, slow_steps, ahead):
         return await asyncio.gather(*map(one, seeds))
 
     assert run(together()) == expected
-    assert len(slow_steps) <= 3 * PARAMS.max_new_tokens  # 12 where all come at once
+    assert len(slow_steps) <= 3 * PARAMS.max_new_tokens  # 12 if all tasks arrive at once
 
 
 def test_tasks_share_steps_with_threads_and_other_loops(model, slow_steps):
@@ -94,7 +94,7 @@ def test_tasks_share_steps_with_threads_and_other_loops(model, slow_steps):
 
 
 def test_weights_count_from_the_next_chunk_on(model):
-    """Also those that are set before the first one, and by two calls at a time."""
+    """Weights set before the first chunk count too, and so do two calls at one point."""
 
     async def steered():
         async with model.astream([5, 6, 7], PARAMS) as stream:
@@ -122,7 +122,7 @@ def test_weights_count_from_the_next_chunk_on(model):
 
 
 def test_weights_by_name_add_up(model, tiny_model, tokenizer):
-    """Two changes within one step: the second one knows of the first, in streams of either kind."""
+    """Of two changes within one step, the second keeps the first's weights, in streams of both kinds."""
     several = GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1), tiny_model(seed=2)], tokenizer=tokenizer)
     first, second = several.arm_names
 
@@ -145,7 +145,7 @@ def test_weights_by_name_add_up(model, tiny_model, tokenizer):
 
 
 def test_context_variables_reach_processors(model):
-    """Of the caller, whichever thread steps for it."""
+    """Processors see the caller's context variables, whichever thread steps."""
     name, seen = contextvars.ContextVar("name"), []
 
     def processor(input_ids, scores):
@@ -169,7 +169,7 @@ def test_context_variables_reach_processors(model):
 
 
 def test_the_example_of_the_docs(tiny_model, tokenizer, tmp_path, monkeypatch):
-    """With tiny models in place of the real ones."""
+    """The example in docs/api.md runs, with tiny models in place of the real ones."""
     for name, seed in (("base", 0), ("small", 1)):
         tiny_model(seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)

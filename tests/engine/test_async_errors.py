@@ -1,4 +1,4 @@
-"""Calls of event loops that fail, or are in the wrong place; and what is left of a call after its end."""
+"""Calls of event loops that fail or are made in the wrong place, and what a call leaves behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_errors_reach_their_caller_alone(model, slow_steps):
 
 @pytest.mark.parametrize("raised", [asyncio.CancelledError, SystemExit, GeneratorExit, KeyboardInterrupt])
 def test_a_processor_that_raises_what_ends_tasks_and_processes(model, slow_steps, raised):
-    """In the engine's thread, where no signal comes, that is its request's failure and nobody else's."""
+    """Only the processor's own request fails: signals never reach the engine's thread, so none raised this."""
 
     def ending(input_ids, scores):
         raise raised
@@ -128,7 +128,7 @@ def test_a_failing_step_fails_those_in_it(model, monkeypatch):
 
 
 def test_weights_that_moved_are_refused(tokenizer):
-    """As by `generate`: no sequence has a slot yet, and the error is raised as it is."""
+    """The error is raised unchanged, as by `generate`: no sequence has a slot yet."""
     base = build_model("llama", 0)
     model = GenARM.from_pretrained(base, build_model("llama", 1), tokenizer=tokenizer)
     expected = run(model.agenerate([5, 6], PARAMS))[0].token_ids
@@ -179,7 +179,7 @@ def test_nothing_of_a_call_is_kept(model):
 
 
 def test_a_dropped_model_is_freed_and_its_thread_ends(tiny_model, tokenizer):
-    """At once, and without a garbage collection: no cycle holds it."""
+    """The model is freed at once, without a garbage collection: no cycle holds it."""
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
     run(model.agenerate([5, 6], PARAMS))
     run(tokens_of(model.astream([5, 6], PARAMS)))
@@ -202,7 +202,7 @@ def test_an_idle_thread_ends_and_another_one_begins(model, monkeypatch):
 
 
 def test_the_interpreter_ends_in_mid_generation():
-    """The thread is in C++ then; it ends its step first."""
+    """The thread runs C++ code when the interpreter ends; it finishes its step first."""
     program = """
         import asyncio, sys, threading
         from tiny_models import build_model, build_tokenizer

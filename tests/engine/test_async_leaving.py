@@ -1,4 +1,4 @@
-"""Tasks and streams that end early, slow readers, and loops that close: nobody else waits for them."""
+"""Tasks and streams that end early, slow readers, and loops that close: no other request waits for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model(one_arm):
 
 
 def test_cancelling_a_task_frees_its_slot(model, slow_steps):
-    """After the step that runs; the others go on."""
+    """The slot is free after the current step, and the other tasks continue."""
     engine = model.engine()
 
     async def main():
@@ -58,7 +58,7 @@ def test_one_prompt_of_a_stream_is_closed(model, slow_steps):
         return indices, stream.outputs
 
     indices, outputs = run(main())
-    assert set(indices[2:]) == {1}  # one of the first may be there already
+    assert set(indices[2:]) == {1}  # chunks of prompt 0 may have arrived already
     assert [output.finish_reason for output in outputs] == ["cancelled", "length"]
     assert outputs[0].token_ids == whole[0][: len(outputs[0].token_ids)]
     assert (len(outputs[0].token_ids) < 12, outputs[1].token_ids) == (True, whole[1])
@@ -85,7 +85,7 @@ async def leave_by_aclose(stream):
 
 
 def test_a_stream_is_closed_from_another_loop(model, slow_steps):
-    """It can't be waited for there, but its slot is free."""
+    """The other loop cannot wait for the stream's end, but the slot becomes free."""
 
     async def main():
         stream = model.astream([5, 6], PARAMS, max_new_tokens=200)
@@ -141,7 +141,8 @@ def test_an_abandoned_stream_leaves(model, slow_steps, leave):
 
 @pytest.mark.parametrize("ahead", [0, 4])
 def test_a_slow_reader_holds_up_nobody(model, slow_steps, ahead):
-    """It is so many chunks ahead of its reader and no more, while others end, and gets all its tokens later."""
+    """A stream runs exactly `ahead` chunks ahead of its reader while other requests end. The reader gets all tokens
+    later."""
     engine = model.engine()
 
     async def main():
@@ -157,7 +158,8 @@ def test_a_slow_reader_holds_up_nobody(model, slow_steps, ahead):
 
 
 def test_a_blocked_loop_holds_up_no_other(model, slow_steps):
-    """Its reader was about to ask; the steps of others wait for that once, for 2 ms."""
+    """The blocked loop's reader was about to ask for a chunk. The steps of other requests wait once for it, for 2
+    ms."""
     blocked, done = threading.Event(), threading.Event()
 
     async def blocking():
@@ -197,7 +199,8 @@ def test_max_time(model, slow_steps):
 
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_the_end_of_its_time_comes_without_a_reader(model, ahead):
-    """Its slot is free in time, while nobody steps for others. The reader finds its chunks, and why they end."""
+    """The slot becomes free in time although no request steps. The reader finds its chunks and the reason for their
+    end."""
     engine, limit = model.engine(), 0.4
 
     async def main():
@@ -218,7 +221,7 @@ def test_the_end_of_its_time_comes_without_a_reader(model, ahead):
 
 
 def test_the_end_of_its_time_where_others_are_read(model):
-    """One of a stream's prompts ends so, of which none is read; an agenerate beside it is not held up."""
+    """One of two prompts in a stream runs out of time unread; an `agenerate` beside the stream is not held up."""
     engine = model.engine()
 
     async def main():
@@ -239,7 +242,7 @@ def test_the_end_of_its_time_where_others_are_read(model):
 
 
 def test_a_stream_that_nobody_reads_leaves_before_it_is_in_the_way(model):
-    """Without an event loop there is no thread that could look at a clock: whoever wants the memory does."""
+    """Without an event loop no thread watches the clock, so the caller who wants the memory checks the time limit."""
     with model.stream([5, 6], PARAMS, max_time=0.1) as stream:
         next(stream)
         time.sleep(0.11)
@@ -255,7 +258,7 @@ def test_a_stream_that_nobody_reads_leaves_before_it_is_in_the_way(model):
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_loop_that_is_closed_with_requests_open(model, slow_steps, streamed):
-    """Nobody reads them any more: their slots are freed."""
+    """The slots of requests that nobody can read any more are freed."""
     engine, loop, kept = model.engine(), asyncio.new_event_loop(), []
 
     async def begin():

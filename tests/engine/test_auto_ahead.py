@@ -1,4 +1,4 @@
-"""What a tuner learns of steps that are one launch, on a device that runs behind the host."""
+"""What a tuner learns from steps that are one launch, on a device that runs behind the host."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FREE = SamplingParams(max_new_tokens=24, ignore_eos=True, seed=1)
 
 
 def test_auto_takes_its_times_from_whole_steps(tiny_model, tokenizer, monkeypatch):
-    """The first steps alone are launched piece by piece, to see what a draft takes; the texts are uploaded once."""
+    """Only the first steps are launched in pieces, to time a draft. The texts are uploaded once."""
     pieces, texts, launch, upload = [], [], Steps.launch, Batch._texts
 
-    def counted(self, batch, policy, choice, whole=False):
-        pieces.append(not whole)
-        return launch(self, batch, policy, choice, whole)
+    def counted(self, batch, policy, choice, one_launch=False):
+        pieces.append(not one_launch)
+        return launch(self, batch, policy, choice, one_launch)
 
     def uploaded(batch, before, width):
         texts.append(before is None or before.state.texts.shape[1] != width)
@@ -32,7 +32,7 @@ def test_auto_takes_its_times_from_whole_steps(tiny_model, tokenizer, monkeypatc
     model = GenARM.from_pretrained(tiny_model(), similar(), tokenizer=tokenizer)
     with engines_on(Lagging(whole_steps=True)):
         model.generate([[5, 6, 7], [8, 9]], FREE.override(max_new_tokens=60), speculation="auto")
-    assert sum(pieces) == pieces.index(False) <= 3  # the host sees that it has two when it has launched a third
+    assert sum(pieces) == pieces.index(False) <= 3  # the host reads the second such step after it has launched a third
     assert len(pieces) > 20
     assert sum(texts) == 1
     (stats,) = model.tuners.stats()
@@ -41,13 +41,14 @@ def test_auto_takes_its_times_from_whole_steps(tiny_model, tokenizer, monkeypatc
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_whole_steps_judge_whose_turn_it_is_not(tiny_model, tokenizer, monkeypatch, noise):
-    """By the token that members would have drafted, in steps of nobody and of another drafter: as steps in pieces."""
+    """Members are judged by the token they would have drafted, in plain steps and in steps of another drafter, as in
+    steps in pieces."""
     model = GenARM.from_pretrained(tiny_model(), [similar(noise=noise), similar(1, 0.5)], tokenizer=tokenizer)
     params = FREE.override(weights=[1.0, 0.1], max_new_tokens=40)
 
     def judged(choice, whole):
-        """How often the first guess of each member was right, by drafter."""
-        seen = {0: 0, 1: 0, 3: 0}  # the ARMs and the base; 2 reads the text
+        """Return how often the first guess of each member was right, keyed by the drafter's index."""
+        seen = {0: 0, 1: 0, 3: 0}  # the ARMs and the base; index 2 reads the text
 
         def observe(policy, i, guesses, drawn, *_):
             if i in seen:
@@ -55,7 +56,7 @@ def test_whole_steps_judge_whose_turn_it_is_not(tiny_model, tokenizer, monkeypat
 
         monkeypatch.setattr(DraftPolicy, "choose", lambda *_: choice)
         monkeypatch.setattr(DraftPolicy, "timing_due", lambda _: not whole)
-        monkeypatch.setattr(DraftPolicy, "shadow_due", lambda policy: policy.allowed)
+        monkeypatch.setattr(DraftPolicy, "shadow_due", lambda policy: policy.usable_drafters)
         monkeypatch.setattr(DraftPolicy, "observe_shadow", observe)
         with engines_on(Lagging(whole_steps=whole)):
             model.generate([[5, 6, 7], [8, 9]], params, speculation="auto")
@@ -64,5 +65,5 @@ def test_whole_steps_judge_whose_turn_it_is_not(tiny_model, tokenizer, monkeypat
     plain, drafted = judged(PLAIN, True), judged(Choice(0, 2), True)
     assert plain == judged(PLAIN, False)
     assert drafted == judged(Choice(0, 2), False)
-    assert (plain[0] > 60) == (noise == 0.0)  # of 80
-    assert plain[3] > drafted[3] > drafted[0] == 0  # which had its turn
+    assert (plain[0] > 60) == (noise == 0.0)  # out of 80
+    assert plain[3] > drafted[3] > drafted[0] == 0  # the ARM that drafted, so no guess of it is judged

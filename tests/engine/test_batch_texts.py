@@ -1,4 +1,4 @@
-"""Texts on the device: right after every change of a batch, and the host copies those that joined alone."""
+"""The device's copy of the texts is right after every change of a batch, and the host uploads only rows that joined."""
 
 import random
 
@@ -21,7 +21,8 @@ def model(tokenizer):
 
 
 class Seen:
-    """Every batch with texts: how many rows are new in it, and the numbers that were uploaded for it."""
+    """A record of each batch with texts: its rows, how many of them joined, and how many numbers were uploaded for
+    it."""
 
     def __init__(self, monkeypatch):
         self.batches, self.sizes, uploads = [], [], []
@@ -57,19 +58,19 @@ class Seen:
         monkeypatch.setattr(Steps, "batch", checked)
 
     def check(self, batch):
-        """What the host knows of a text is there; the device may know more."""
+        """The device has all tokens that the host knows; it may have more."""
         lengths = batch.state.text_lengths()
         for row, each in enumerate(batch.sequences):
             text = [*each.request.token_ids[0], *each.tokens]
             assert batch.state.texts[row, : len(text)].tolist() == text
             assert int(lengths[row]) >= len(text)
-        assert int(batch.state.texts.min()) >= 0  # drafts come from rows of nobody, too
+        assert int(batch.state.texts.min()) >= 0  # the device drafts for rows without a sequence too
         self.batches.append(len(batch.sequences))
 
 
 @pytest.mark.parametrize("case", range(4))
 def test_texts_stay_on_the_device(model, monkeypatch, case):
-    """Seven requests of unequal lengths in three slots: they join and leave in every order."""
+    """Seven requests of different lengths in three slots join and leave in every order."""
     rng = random.Random(case)
     prompts = [[rng.randint(2, 9) for _ in range(rng.randint(1, 12))] * 2 for _ in range(7)]
     params = [SamplingParams(max_new_tokens=rng.randint(1, 25), ignore_eos=True, seed=i) for i in range(7)]
@@ -80,7 +81,8 @@ def test_texts_stay_on_the_device(model, monkeypatch, case):
     assert [output.token_ids for output in outputs] == expected
     assert len(seen.batches) > 5
     small = [(rows, joined, copied, most) for rows, joined, copied, most in seen.sizes]
-    assert all(copied <= most + 2 * 4 for _, _, copied, most in small)  # and indices of at most four rows
+    # The upload also has the indices of up to four rows.
+    assert all(copied <= most + 2 * 4 for _, _, copied, most in small)
     assert any(joined < rows for rows, joined, _, _ in small)
     assert sum(joined for _, joined, _, _ in small) < sum(rows for rows, _, _, _ in small)
 

@@ -1,4 +1,5 @@
-"""Caches that grow under running sequences: what that takes at most, and what is left if it fails half-way."""
+"""Caches that grow under running sequences: the memory that growth takes at most, and the state after a failure
+half-way."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from genarm_fast.speculation.config import OFF
 
 SEEDED = {"max_new_tokens": 20, "ignore_eos": True, "seed": 1}
 LONG, SHORT = list(range(20, 30)), [[3, 4, 5], [6, 7], [8, 9], [10, 11]]
-TENSORS = {"lanes": 4, "members": 8}  # keys and values of two layers, for both members in one forward or for each
+# Keys and values of two layers, for both members in one forward or for each member.
+TENSORS = {"lanes": 4, "members": 8}
 DEVICES = pytest.mark.parametrize("device", [nullcontext, lambda: engines_on(Lagging())], ids=["cpu", "lagging"])
 
 
@@ -33,7 +35,8 @@ def model(request, tmp_path, tokenizer):
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Bytes of caches, {"now", "most"}. After `small` tensors that fit, `errors` come, one for each that follows."""
+    """The bytes of all caches: "now", "most", and of the "largest" tensor. After `small` tensors, each further one
+    raises the next of `errors`."""
     zeros, state = kv_cache.zeros, {"now": 0, "most": 0, "largest": 0, "made": 0, "small": 0, "errors": []}
 
     def gone(size):
@@ -55,7 +58,7 @@ def memory(monkeypatch):
 
 
 def begun(model):
-    """An engine with a sequence under way, and its run."""
+    """Return an engine with a sequence under way, and its run."""
     (request,) = model.prepare([LONG], SamplingParams(**SEEDED))
     engine = model.engine()
     run = engine.run(request.sequences(model.tokenizer, OFF))
@@ -77,13 +80,13 @@ def test_growing_takes_one_tensor_more(model, memory):
     assert large >= 2 * small
     assert memory["now"] == large
     assert large < memory["most"] <= large + memory["largest"]
-    assert memory["most"] < large + small  # both at once
+    assert memory["most"] < large + small  # the old and the new caches never exist at the same time
     assert [run.sequences[0].tokens, *(output.token_ids for output in outputs)] == expected
 
 
 @DEVICES
 def test_growth_that_fails_keeps_what_runs(model, memory, device):
-    """Whichever tensor there is no memory for: all get their old size back, and those that run go on where they are."""
+    """Whichever tensor finds no memory, all tensors get their old size back, and the running sequences continue."""
     expected = [output.token_ids for output in model.generate([LONG, *SHORT], **SEEDED)]
     with device():
         for at in range(model.tensors):
@@ -113,12 +116,12 @@ def test_without_memory_to_go_back_all_is_prefilled_again(model, memory, device)
                 pass
             assert not memory["errors"]
             assert engine.workspace.generation > lost
-            assert engine.workspace.whole
+            assert engine.workspace.is_intact
             assert [run.sequences[0].tokens, *(output.token_ids for output in outputs)] == expected
 
 
 def test_an_interrupt_in_mid_growth(model, memory):
-    """Ctrl-C comes between two tensors: no later answer is of caches whose layers differ."""
+    """Ctrl-C comes between two tensors. Later answers never come from caches whose layers differ in size."""
     expected = [output.token_ids for output in model.generate([LONG, *SHORT], **SEEDED)]
     for at in range(model.tensors):
         model.release()
@@ -130,7 +133,7 @@ def test_an_interrupt_in_mid_growth(model, memory):
             pass
         assert not memory["errors"]
         assert run.sequences[0].error is not None or run.sequences[0].tokens == expected[0]
-        _, run = begun(model)  # which fits the size before; and caches grow under it once more
+        _, run = begun(model)  # the run fits the size before; the caches grow under it once more
         outputs = model.generate(SHORT, **SEEDED)
         for _ in run:
             pass
@@ -138,7 +141,7 @@ def test_an_interrupt_in_mid_growth(model, memory):
 
 
 def test_one_that_needs_all_memory_is_refused_and_the_others_end(model, memory, monkeypatch):
-    """Nothing larger ever fits: those that run end, then it is refused by its size."""
+    """The request needs more than ever fits: the running sequences end, then it is refused by its size."""
     zeros = kv_cache.zeros
     expected = model.generate(LONG, **SEEDED)[0].token_ids
     model.release()

@@ -1,4 +1,4 @@
-"""Whatever device `torch.set_default_device` names, tensors of the host's are the host's."""
+"""The host's tensors stay on the host whatever device `torch.set_default_device` names."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def scores(folders):
     return LogitsProcessorList([processor])(rows, given).tolist()
 
 
-BASE: list[torch.nn.Module] = []  # transformers can't make one on "meta"
+BASE: list[torch.nn.Module] = []  # transformers can't build a model on "meta", so one is made before
 
 
 @pytest.mark.parametrize("call", CALLS)
 def test_every_call(loaded, folders, call):
-    """ "meta" stands for a GPU: what is made there by mistake has no numbers."""
+    """The device "meta" stands for a GPU: a tensor made there by mistake has no numbers."""
     expected = CALLS[call](loaded, folders)
     torch.set_default_device("meta")
     try:

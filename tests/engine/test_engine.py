@@ -16,7 +16,7 @@ from genarm_fast.engine.model_runner import ModelRunner
 
 @pytest.mark.parametrize("case", range(24))
 def test_equals_the_reference(tiny_model, tokenizer, case):
-    """Batches of unequal prompts with different parameters each, for 0 to 3 ARMs."""
+    """Batches hold prompts of different lengths with different parameters, for 0 to 3 ARMs."""
     rng = random.Random(case)
     model, prompts, params, requests = random_batch(rng, tiny_model, tokenizer, case % 4, 4)
     outputs = model.generate(prompts, requests)
@@ -27,7 +27,7 @@ def test_equals_the_reference(tiny_model, tokenizer, case):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tiny_model, tokenizer, family):
-    """Unequal prompts, some longer than the sliding windows of 8 tokens, with rows that end early."""
+    """Prompts differ in length, some are longer than the sliding windows of 8 tokens, and rows end early."""
     rng = random.Random(family)
     model = GenARM.from_pretrained(tiny_model(family), tiny_model(family, seed=1), tokenizer=tokenizer)
     params = {"max_new_tokens": 14, "stop_token_ids": list(range(2, 300, 9)), "weights": [0.8]}
@@ -38,7 +38,8 @@ def test_families(tiny_model, tokenizer, family):
 
 
 def test_longrope_ends_with_its_original_context(tiny_model, tokenizer):
-    """Beyond it, each row would turn its neighbours' positions otherwise, and its own cached ones no more."""
+    """Beyond the original context a row would rotate its neighbours' positions differently, and its own cached keys
+    would no longer fit."""
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0}
     rope |= {"original_max_position_embeddings": 32}
     model = GenARM.from_pretrained(tiny_model(rope_parameters=rope), tokenizer=tokenizer)
@@ -49,7 +50,7 @@ def test_longrope_ends_with_its_original_context(tiny_model, tokenizer):
 
 
 def test_a_request_does_not_see_its_neighbours(tiny_model, tokenizer):
-    """The same tokens alone, in any batch, at any place in it."""
+    """A request gets the same tokens alone, in any batch, and at any place in it."""
     rng = random.Random(0)
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=3)
     prompts = random_prompts(rng, 7, 30)
@@ -72,7 +73,7 @@ def test_seeds(tiny_model, tokenizer):
 
 
 def test_completions_of_one_prompt(tiny_model, tokenizer):
-    """n completions differ, and each is what its seed gives alone; more of them than fit into one batch."""
+    """The n completions differ, each is what its seed gives alone, and they need more than one batch."""
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=3)
     output = model.generate([9, 8, 7], max_new_tokens=8, n=5, seed=11)[0]
     assert len({tuple(completion.token_ids) for completion in output.completions}) == 5
@@ -83,7 +84,7 @@ def test_completions_of_one_prompt(tiny_model, tokenizer):
 
 @pytest.fixture
 def prefilled(monkeypatch):
-    """Tokens of every prefill, padding included, rows times width."""
+    """The number of tokens of every prefill, padding included: rows times width."""
     seen = []
     prefill = ModelRunner.prefill
     monkeypatch.setattr(
@@ -93,7 +94,7 @@ def prefilled(monkeypatch):
 
 
 def test_common_beginnings_are_prefilled_once(tiny_model, tokenizer, prefilled):
-    """Of prompts decoded together, and of later ones in slots that were used."""
+    """Both prompts decoded together and later prompts in used slots share a common beginning."""
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=2)
     system = list(range(10, 40))
     prompts = [[*system, 5, 6, 7], [*system, 8], [*system, 9, 9, 9, 9, 9], [*system, 5, 6, 7], [7, 8, 9]]
@@ -101,11 +102,11 @@ def test_common_beginnings_are_prefilled_once(tiny_model, tokenizer, prefilled):
     alone = [model.generate(prompt, each)[0].token_ids for prompt, each in zip(prompts, params)]
     prefilled.clear()
     assert [output.token_ids for output in model.generate(prompts, params)] == alone
-    assert sum(prefilled) == 2 * (32 + 0 + 4 + 2 + 2)  # members; what follows the beginning that a slot holds
+    assert sum(prefilled) == 2 * (32 + 0 + 4 + 2 + 2)  # members × tokens after the beginning that a slot holds
 
 
 def test_chunked_prefill(tiny_model, tokenizer, monkeypatch):
-    """In chunks of 8 tokens: a beginning is copied only once its donor has all of it, and others decode meanwhile."""
+    """With chunks of 8 tokens, a beginning is copied only once its donor has all of it, and others decode meanwhile."""
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, max_batch_size=3)
     system = list(range(10, 50))
     prompts = [[7, 8], [*system, 5, 6, 7], [*system, 8], [*system, 9, 9], [3]]
@@ -137,7 +138,7 @@ def test_unweighted_arms_are_not_run_unless_their_rewards_are_asked_for(tiny_mod
 
 
 def test_own_templates_give_own_positions(tiny_model, tokenizer, bos_tokenizer):
-    """Members may see prompts of different lengths; the response is shared."""
+    """Members may see prompts of different lengths; they share the response."""
     base, arm = tiny_model(), tiny_model(seed=1)
     model = GenARM.from_pretrained(
         base,
@@ -155,7 +156,7 @@ def test_own_templates_give_own_positions(tiny_model, tokenizer, bos_tokenizer):
 
 @pytest.mark.parametrize("widths", [(300, 304), (320, 300), (304, 320)])
 def test_vocabulary_padding(tiny_model, tokenizer, widths):
-    """Members of different widths: only the 300 tokens that all of them and the tokenizer share are ever drawn."""
+    """With members of different widths, only the 300 tokens that all members and the tokenizer share are ever drawn."""
     base, arm = (tiny_model(seed=i, vocab_size=width) for i, width in enumerate(widths))
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
     assert model.vocab_size == 300
@@ -200,14 +201,14 @@ def test_user_model_is_left_as_it_was(tokenizer):
     before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     guided = GenARM.from_pretrained(model, model, tokenizer=tokenizer)
     first, second = (guided.generate([5, 6], seed=1, max_new_tokens=9)[0].token_ids for _ in range(2))
-    assert first == second  # no dropout
+    assert first == second  # dropout is off
     assert model.training
     assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
     assert guided.base.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
 
 
 def test_penalties_count_what_was_generated(model):
-    """A large frequency penalty forbids repetition; one for presence alone does not grow with the count."""
+    """A large frequency penalty prevents repetition; a presence penalty does not grow with the count."""
     run = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0}
     plain, unique = (model.generate([5, 6], **run, frequency_penalty=penalty)[0].token_ids for penalty in (0.0, 50.0))
     assert len(set(plain)) < len(plain)
@@ -232,7 +233,7 @@ def test_weights_by_name(model):
 
 
 def test_what_a_text_shows_of_its_end(model, tokenizer):
-    """The stop string, the stop token, and special tokens are left out unless asked for."""
+    """The text leaves out the stop string, the stop token and special tokens unless the request asks for them."""
     run = {"seed": 1, "max_new_tokens": 20, "ignore_eos": True, "allowed_token_ids": [*range(60, 80), 1]}
     run["logit_bias"] = {1: 6.0}
     special = model.generate([5], **run)[0]
@@ -252,7 +253,7 @@ def test_what_a_text_shows_of_its_end(model, tokenizer):
 
 
 def test_max_time_ends_a_text_where_it_is(model, monkeypatch):
-    """Running, waiting, or in the middle of a prompt; the tokens so far are those of the whole text."""
+    """The limit ends a running, a waiting and a half-prefilled request. The tokens so far begin the whole text."""
     clock = iter(range(10**6))
     whole = model.generate([5, 6], seed=1, max_new_tokens=100, ignore_eos=True)[0].token_ids
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
@@ -265,11 +266,11 @@ def test_max_time_ends_a_text_where_it_is(model, monkeypatch):
     assert output.token_ids == whole[: len(output.token_ids)]
     assert waiting.token_ids == []
     assert not model.engine().scheduler
-    assert not model.engine().scheduler.timed
+    assert not model.engine().scheduler.with_deadline
 
 
 def test_priority_comes_first_and_nobody_starves(tiny_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(scheduler, "MOST_OVERTAKEN", 2)
+    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 2)
     model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, max_batch_size=1)
     priorities = [0, 0, 5, 1, 5, 7, 5]
     params = [SamplingParams(max_new_tokens=2, ignore_eos=True, priority=p) for p in priorities]

@@ -1,7 +1,7 @@
-"""Whatever is asked for together, every completion is what the naive decoder gives for it alone, in float32.
+"""Every completion of a random mix of requests equals what the naive decoder gives for it alone, in float32.
 
-In one go or as a stream whose weights change on the way, with any drafter, chunks of any size, in caches that other
-calls left behind.
+The requests run as one call, or as a stream whose weights change. Drafters and chunk sizes vary, and other calls have
+used the caches before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from genarm_fast.speculation.config import Speculation
 
 
 def unlike_the_last(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A processor that looks at what was said."""
+    """A processor that depends on the last token."""
     return scores.index_add(1, input_ids[0, -1:], torch.tensor([[-3.0]]))
 
 
@@ -63,7 +63,8 @@ ARMS = {"none": (), "lane": ("lane",), "own": ("own",), "both": ("lane", "own"),
 
 @pytest.fixture(scope="module")
 def models(tokenizer, tmp_path_factory) -> dict[str, GenARM]:
-    """ARMs in the forward of the base, and with one of their own."""
+    """GenARMs by the kinds of their ARMs: ARMs that are lanes of the base's forward, and ARMs with a forward of their
+    own."""
     folder = tmp_path_factory.mktemp("models")
     build_model("llama", 0).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -88,8 +89,8 @@ class Run:
     rows: int
     requests: list[dict[str, Any]]
     speculation: str | Speculation
-    chunk: int  # tokens
-    changes: dict[int, list[float]] | None  # weights set after so many chunks of a stream; None: no stream
+    chunk: int  # tokens of a prefill chunk
+    changes: dict[int, list[float]] | None  # weights set after that many chunks of a stream; None: no stream
 
 
 @st.composite
@@ -97,7 +98,7 @@ def runs(draw: st.DrawFn) -> Run:
     arms = draw(st.sampled_from(list(ARMS)))
     requests = draw(st.lists(REQUEST, min_size=1, max_size=5))
     changes = draw(st.none() | st.dictionaries(st.integers(0, 12), st.tuples(*[WEIGHTS] * len(ARMS[arms])), max_size=3))
-    common = draw(st.sampled_from([0, 0, 12]))  # a beginning that is prefilled once
+    common = draw(st.sampled_from([0, 0, 12]))  # length of a common beginning that is prefilled once
     for i, request in enumerate(requests):
         request["prompt"] = [*range(20, 20 + common), *request["prompt"]]
         request["weights"] = [draw(WEIGHTS) for _ in ARMS[arms]]
@@ -161,6 +162,6 @@ def test_equals_the_reference(models):
 
 @pytest.mark.usefixtures("neighbourly_noise")
 def test_a_fault_would_be_seen(models):
-    """Negative control."""
+    """This is the negative control."""
     with pytest.raises(AssertionError):
         fuzz(models, 25, phases=[Phase.generate])

@@ -1,4 +1,4 @@
-"""Numbers at the ends of what is allowed, and what does not depend on the process: equal to the reference."""
+"""Parameters at the ends of their ranges, and independence of the process's default dtype: equal to the reference."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_extremes(model, extreme):
 
 
 def test_penalties_of_tokens_that_the_base_masks(tiny_model, tokenizer):
-    """-inf times the smallest penalty is -inf still."""
+    """A score of -inf times the smallest penalty is still -inf."""
 
     class Masking(torch.nn.Linear):
         def forward(self, hidden):
@@ -59,7 +59,7 @@ def test_penalties_of_tokens_that_the_base_masks(tiny_model, tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_default_dtype_of_the_process(model, dtype):
-    """A load of another model, in another thread, changes it for a while. Penalties in bfloat16 have 3 digits."""
+    """A load in another thread changes the default dtype for a while. In bfloat16 a penalty would have 3 digits."""
 
     def answers():
         found = []

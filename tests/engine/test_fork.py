@@ -1,4 +1,4 @@
-"""A forked process has one thread alone: it waits for nobody who was left in its parent."""
+"""A forked process has only one thread, so it must not wait for a thread that exists only in its parent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model(one_arm):
 
 
 def in_a_fork(answer):
-    """Whether it gives True in a child, within 20 s."""
+    """Whether `answer` returns True in a child process within 20 s."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -34,7 +34,8 @@ def in_a_fork(answer):
 
 @pytest.fixture
 def in_mid_step(model, monkeypatch):
-    """Another thread is in the middle of a step; gives what lets it go on."""
+    """Return a thread that stops in the middle of a step, the event that it is there, and the event that lets it
+    continue."""
     entered, leave, launch = threading.Event(), threading.Event(), Steps.launch
 
     def held(self, *rest):
@@ -69,11 +70,11 @@ def test_while_another_thread_steps(model, in_mid_step, asynchronous):
     finally:
         leave.set()
         stepping.join()
-    assert [token for chunk in open_stream for token in chunk.token_ids] == expected  # the parent goes on
+    assert [token for chunk in open_stream for token in chunk.token_ids] == expected  # the parent's stream continues
 
 
 def test_between_steps(model):
-    """A stream goes on in both; new calls do not decode what others began."""
+    """A stream continues in both processes; new calls do not decode what others began."""
     expected = model.generate([5, 6], PARAMS)[0].token_ids
     with model.stream([5, 6], PARAMS) as stream:
         begun = next(stream).token_ids

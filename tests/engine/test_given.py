@@ -1,4 +1,4 @@
-"""What callers hand to an engine by mistake is refused in their own thread, and costs nobody else anything."""
+"""Wrong arguments to an engine are refused in the caller's own thread and affect no other request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def expected(model):
 
 @pytest.fixture
 def other(tiny_model, tokenizer):
-    """Of one ARM."""
+    """A GenARM of one ARM."""
     return GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
 
 
@@ -97,7 +97,7 @@ def test_a_sequence_that_ended_is_not_run_again(model, expected):
 
 
 def test_weights_in_other_forms(model):
-    """As `Stream.set_weights` takes them."""
+    """`steer` takes the forms of weights that `Stream.set_weights` takes."""
     for given in (2.0, [2.0, 2.0], {"a": 2.0, "b": 2.0}):
         sequence = added(model)
         model.engine().steer(sequence, given)
@@ -115,7 +115,7 @@ def test_an_index_that_is_no_integer(model, index):
 
 
 class Counted(deque):
-    """A queue that counts how often it is looked through."""
+    """A queue that counts how often it is searched."""
 
     looks = 0
 
@@ -130,7 +130,7 @@ class Counted(deque):
 
 @pytest.mark.parametrize("how", ["abort", "expire"])
 def test_many_leave_in_one_look_at_the_queue(model, monkeypatch, how):
-    """One by one, 20,000 that left a queue of 40,000 took a minute."""
+    """Removing 20,000 requests one by one from a queue of 40,000 took a minute."""
     engine = model.engine()
     staying = engine.add(model.prepare([5], PARAMS, n=50)[0])
     limit = 1e-9 if how == "expire" else None
@@ -148,7 +148,8 @@ def test_many_leave_in_one_look_at_the_queue(model, monkeypatch, how):
 
 
 def test_who_ended_in_a_step_that_fails_is_told(model, monkeypatch):
-    """Its time was over just before; an event loop would wait for it for ever."""
+    """The request's time ended just before the step failed. Without this news an event loop would wait for it
+    forever."""
     engine, news = model.engine(), []
     (late,) = model.prepare([5, 6], PARAMS, max_time=1e-9)[0].sequences(model.tokenizer)
     engine.join([late], news.append)

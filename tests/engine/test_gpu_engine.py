@@ -1,4 +1,5 @@
-"""The engine on a CUDA device: what the stubs and doubles of test_cuda.py and test_device.py stand for. Not run yet."""
+"""The engine on a real CUDA device, where test_cuda.py and test_device.py use stubs and doubles. docs/gpu.md says what
+has run."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(autouse=True)
 def exact():
-    """float32 products without TF32: its 10 bits of mantissa flip draws."""
+    """Compute float32 products without TF32, whose 10 bits of mantissa flip draws."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -31,7 +32,7 @@ def exact():
 
 @pytest.fixture
 def pair(tokenizer):
-    """The same members on the CPU and on CUDA."""
+    """make(family, arms, rows) returns the same members on the CPU and on CUDA."""
 
     def make(family="llama", arms=1, rows=3):
         models = [[build_model(family, seed).to(device) for seed in range(arms + 1)] for device in ("cpu", "cuda")]
@@ -62,7 +63,7 @@ def test_tokens_are_the_cpu_s(pair, case):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_families(pair, family):
-    """Mixtures of experts, which may count their rows, fall back from graphs with a warning."""
+    """Mixtures of experts may count their rows, so they fall back from graphs with a warning."""
     cpu, cuda = pair(family)
     prompts = random_prompts(random.Random(family), 5, 25)
     params = SamplingParams(max_new_tokens=20, seed=1, stop_token_ids=tuple(range(2, 300, 19)))
@@ -71,7 +72,7 @@ def test_families(pair, family):
 
 
 def test_lanes(tmp_path, tokenizer):
-    """A LoRA ARM that shares the forward of its base."""
+    """A LoRA ARM shares the forward of its base."""
     base = build_model("llama", 0)
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -89,7 +90,7 @@ def test_lanes(tmp_path, tokenizer):
 
 
 def test_replayed_graphs_draw_fresh_noise(pair):
-    """Equal prompts with seeds of their own, and one seed over positions, through one graph."""
+    """Equal prompts with different seeds, and one seed over positions, go through one graph."""
     _, cuda = pair()
     with engines_on(Cuda()) as device:
         output = cuda.generate([5, 6, 7], n=3, seed=1, temperature=3.0, max_new_tokens=60, ignore_eos=True)[0]
@@ -111,7 +112,7 @@ def test_streams_and_graphs_change_nothing(pair):
 
 
 def test_a_round_never_waits(pair, monkeypatch):
-    """Launching one: after the warm-up of its shapes, PyTorch finds nothing that blocks the host."""
+    """Once the shapes are warm, PyTorch finds nothing in the launch of a round that blocks the host."""
     _, cuda = pair(arms=2)
     steps, batches = [], []
     launch = Steps.launch
@@ -136,7 +137,7 @@ def test_a_round_never_waits(pair, monkeypatch):
 
 @pytest.mark.parametrize("drafter", ["arm", "ngram"])
 def test_a_step_with_drafts_never_waits(pair, monkeypatch, drafter):
-    """Drafts, their verification and the draw are one launch, before the step before it is read."""
+    """Drafts, their verification and the draw are one launch, before the previous step is read."""
     _, cuda = pair()
     launch, strict_steps = Steps.launch, []
 
@@ -158,7 +159,8 @@ def test_a_step_with_drafts_never_waits(pair, monkeypatch, drafter):
 
 
 def test_graphs_that_go_leave_the_others_right(pair):
-    """cuBLAS's memory is the streams', and none of it goes with a graph; what is freed is written over at once."""
+    """cuBLAS's memory belongs to the streams, so no part goes with a graph. The test overwrites freed memory at
+    once."""
     cpu, cuda = pair(rows=4)
     prompts = random_prompts(random.Random(3), 4)
     params = [SamplingParams(max_new_tokens=10 + 25 * i, seed=i, ignore_eos=True) for i in range(4)]
@@ -173,7 +175,7 @@ def test_graphs_that_go_leave_the_others_right(pair):
 
 
 def test_threads_take_turns_at_captures(pair, recwarn):
-    """Whichever comes when a shape is to be captured; none leaves graphs for it."""
+    """Whichever thread comes when a shape has to be captured, no shape falls back from graphs."""
     cpu, cuda = pair(rows=8)
     prompts = random_prompts(random.Random(5), 8)
     params = SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True)
@@ -187,7 +189,8 @@ def test_threads_take_turns_at_captures(pair, recwarn):
 
 
 def test_a_capture_that_failed_is_over():
-    """PyTorch's allocator frees what another stream has used, and later captures work."""
+    """After a failed capture, PyTorch's allocator frees memory that another stream has used, and later captures
+    work."""
     device = Cuda()
     stream, other = device.stream(torch.device("cuda", 0)), torch.cuda.Stream()
 
@@ -215,8 +218,22 @@ def test_a_capture_that_failed_is_over():
     assert torch.cuda.memory_reserved() <= before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [2, 8, 16, 32, 96, 128, 512])
+@pytest.mark.parametrize(("outputs", "inputs"), [(6192, 4096), (4112, 14336), (28704, 4096), (49152, 576), (300, 32)])
+def test_equal_rows_have_equal_bits(outputs, inputs, rows, dtype):
+    """Rows that fill a step up repeat its first one: if they drew other tokens, they would write these to its slot."""
+    from genarm_fast.kernels.small_linear.triton import launch
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight, x = (torch.randn(n, inputs, generator=generator, device="cuda").to(dtype) for n in (outputs, 1))
+    for multiply in (torch.nn.functional.linear, launch):
+        y = multiply(x.repeat(rows, 1), weight)
+        assert y is None or torch.equal(y, y[:1].expand_as(y))
+
+
 def test_memory_is_given_back(pair):
-    """Caches and graphs go with their run, also when it is left early."""
+    """Caches and graphs are freed with their run, also when the run is left early."""
     _, cuda = pair()
     params = {"max_new_tokens": 60, "ignore_eos": True, "seed": 1}
     cuda.generate([5, 6, 7], **params)
@@ -242,7 +259,7 @@ def test_members_on_two_devices(pair, tokenizer, speculation):
 
 
 def test_an_arm_on_the_cpu(pair, tokenizer):
-    """Slow, since every round waits for it, but right."""
+    """Every round waits for the ARM on the CPU: this is slow, but right."""
     cpu, _ = pair()
     cuda = GenARM.from_pretrained(build_model("llama", 0).cuda(), build_model("llama", 1), tokenizer=tokenizer)
     params = SamplingParams(max_new_tokens=20, seed=1)
@@ -251,7 +268,8 @@ def test_an_arm_on_the_cpu(pair, tokenizer):
 
 
 def test_flash_attention(tmp_path, tokenizer):
-    """In bfloat16, on a model whose logits are far apart: the same greedy tokens as the reference attention's."""
+    """In bfloat16, flash attention gives the same greedy tokens as the reference attention, on a model with widely
+    spaced logits."""
     pytest.importorskip("flash_attn")
     build_model("llama", 0, head_dim=32).to(torch.bfloat16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -1,5 +1,5 @@
-"""What the host does for a token, and that it does not grow with the text. Counted, not timed: elements of lists that
-are read, and calls of functions."""
+"""The host's work per token does not grow with the text. The tests count it in list elements read and functions called,
+and measure no times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARAMS = SamplingParams(max_new_tokens=100, ignore_eos=True, seed=1)
 
 
 class Counted(list):
-    """A list that counts the elements that are read of it."""
+    """A list that counts how many of its elements are read."""
 
     read = 0
 
@@ -53,7 +53,8 @@ CASES = {
 
 
 def work(model, **options):
-    """Elements that are read for each chunk of a stream, by the number of tokens before it."""
+    """Return how many elements are read per token of each chunk of a stream, keyed by the number of tokens before the
+    chunk."""
     found = {}
     with model.stream([5, 6, 7], PARAMS, **options) as stream:
         (sequence,) = stream._sequences
@@ -82,11 +83,11 @@ def test_work_for_a_token_does_not_grow(model, monkeypatch, case):
     early = max(count for length, count in found.items() if length < 40)
     late = max(count for length, count in found.items() if length >= 60)
     assert late <= 1.5 * early + 8
-    assert max(decoded) < 40  # a text of bytes that make no character is held back for some tokens
+    assert max(decoded) < 40  # a text of bytes that form no character is held back for some tokens
 
 
 def test_a_growing_read_is_noticed(model, monkeypatch):
-    """The control: a processor is shown a list that is made anew for each token."""
+    """This is the control: a processor gets a list that is rebuilt for each token."""
     ids = penalties.SeenTokens.ids
 
     def rebuilt(self, sequence, drafted, device):
@@ -99,7 +100,7 @@ def test_a_growing_read_is_noticed(model, monkeypatch):
 
 
 def test_processors_see_all_tokens_so_far(model):
-    """And what they do to their input is theirs."""
+    """A processor sees all tokens so far, and what it does to its input affects no other processor."""
     seen = []
 
     def spoiling(input_ids, scores):
@@ -118,7 +119,7 @@ def test_processors_see_all_tokens_so_far(model):
 
 
 def garbage_of(model, tokens):
-    """Objects in circles that a generation leaves behind."""
+    """Return the number of objects in reference circles that a generation leaves behind."""
     gc.collect()
     gc.disable()
     try:
@@ -129,13 +130,13 @@ def garbage_of(model, tokens):
 
 
 def test_tokens_leave_no_circles_behind(model):
-    """So that the collector has nothing to do, however long the text is."""
+    """The garbage collector then has nothing to do, however long the text is."""
     garbage_of(model, 10)
     assert garbage_of(model, 60) <= garbage_of(model, 10) + 20
 
 
 def calls_of_a_step(monkeypatch, tokenizer, rows, plan):
-    """Functions called for a step of so many sequences, Python's own and C's, where a step is one graph."""
+    """Return the number of Python and C functions called in a step of `rows` sequences, where a step is one graph."""
     model = GenARM.from_pretrained(build_model("llama", 0), build_model("llama", 1), tokenizer=tokenizer)
     counts, step = [], Engine._step
 
@@ -155,22 +156,22 @@ def calls_of_a_step(monkeypatch, tokenizer, rows, plan):
         patch.setattr(Engine, "_step", counted)
         patch.setattr(FakeGraph, "replay", lambda _: None)
         model.generate([[5, 6, 7]] * rows, PARAMS.override(max_new_tokens=30), speculation=plan)
-    return statistics.median(counts[15:-2])  # the steps before run piece by piece, or are captured
+    return statistics.median(counts[15:-2])  # the steps before run in pieces or are captured
 
 
-STEP, ROW = 420, 50  # calls; needed are 360 to 380, and 34 to 44 (Python 3.11)
+STEP, ROW = 420, 50  # limits in calls; a step needs 360 to 380, a sequence 34 to 44 (Python 3.11)
 
 
 @pytest.mark.parametrize("plan", [OFF, Speculation("arm", 4), Speculation("ngram", 4)], ids=["plain", "arm", "text"])
 def test_a_step_calls_few_functions(monkeypatch, tokenizer, plan):
-    """The host's work for a step was cut from 465 calls and 92 more for each further sequence."""
+    """The host's work was once 465 calls per step, and 92 more for each further sequence."""
     one, eight = (calls_of_a_step(monkeypatch, tokenizer, rows, plan) for rows in (1, 8))
     assert one <= STEP
     assert (eight - one) / 7 <= ROW
 
 
 def test_more_work_for_each_sequence_is_noticed(monkeypatch, tokenizer):
-    """The control: ten more looks at where each sequence is."""
+    """This is the control: ten more look-ups of each sequence's position."""
     deliver = Engine._deliver
 
     def slower(self, advanced):

@@ -1,4 +1,4 @@
-"""Whole generations over Triton's interpreter."""
+"""Runs whole generations in Triton's interpreter."""
 
 import pytest
 

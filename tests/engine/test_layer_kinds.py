@@ -1,4 +1,5 @@
-"""A self-check of one layer of each kind accepts no model that a whole one refuses, and finds out the same."""
+"""A self-check of one layer per kind refuses every model that a check of all layers refuses, and finds the same
+entries."""
 
 from __future__ import annotations
 
@@ -30,21 +31,22 @@ def build(family="llama", seed=0, **config):
 
 @pytest.fixture(params=["a stranger's", "as if of transformers"])
 def whose(request, monkeypatch):
-    """Code of others is never trusted. Here it is, as transformers' is, so that its source alone tells."""
+    """The origin of the odd layers. A stranger's code is never trusted; code read like transformers' is judged by its
+    source."""
     if request.param != "a stranger's":
-        monkeypatch.setattr(layer_code, "READ", ("transformers", "odd_layers"))
+        monkeypatch.setattr(layer_code, "READ_PACKAGES", ("transformers", "odd_layers"))
 
 
 @torch.inference_mode()
 def whole(members):
-    """What each layer caches, after a comparison of all."""
-    return selfcheck._checked(members)
+    """Return what each layer caches, from a comparison of all layers."""
+    return selfcheck._check_all_layers(members)
 
 
 @torch.inference_mode()
 def by_kinds(members):
-    """The same after a comparison of one of each kind."""
-    return selfcheck._checked_by_kinds(members)
+    """Return what each layer caches, from a comparison of one layer per kind."""
+    return selfcheck._check_by_kinds(members)
 
 
 def of_class(model, name, kind, layers=range(COUNT)):
@@ -167,7 +169,7 @@ KINDS = {
     "mistral": [0] * COUNT,
     "qwen2": [0] * COUNT,
     "qwen3": [0] * COUNT,
-    "gpt2": None,  # it divides by the layer's number, if it is told to
+    "gpt2": None,  # gpt2 can scale attention by the layer's number
     "gemma2": [0, 1] * 4,
     "gemma3_text": [0, 0, 0, 0, 0, 5, 0, 0],
     "qwen2_moe": [0] * COUNT,
@@ -177,7 +179,7 @@ KINDS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_supported_families(tokenizer, family, dtype, monkeypatch):
-    """Layers of each kind are compared, and nothing is compared twice."""
+    """The check compares layers of each kind, and compares nothing twice."""
     one = member(build(family).to(dtype), tokenizer)
     assert kinds(one) == KINDS[family]
     sizes, deviations = [], selfcheck.deviations
@@ -254,7 +256,7 @@ def adapted(base, layers=None):
 
 
 def test_adapters_make_kinds(tokenizer):
-    """Members of one forward are told apart together."""
+    """Layers of members that share a forward form kinds together."""
     base = build()
     for layers, expected in ((None, [0] * COUNT), ([2, 3], [0, 0, 2, 2, 0, 0, 0, 0])):
         model = GenARM.from_pretrained(base, [adapted(base, layers)], tokenizer=tokenizer)
@@ -266,7 +268,7 @@ def test_adapters_make_kinds(tokenizer):
 def test_a_wrong_adapter_of_some_layers_is_refused(tokenizer):
     base = build()
     model = GenARM.from_pretrained(base, [adapted(base, [2, 3])], tokenizer=tokenizer)
-    model.arms[0].model.model.layers[2].self_attn.q_proj.scaling["default"] *= 3  # the runner has the old one
-    selfcheck._found.clear()
+    model.arms[0].model.model.layers[2].self_attn.q_proj.scaling["default"] *= 3  # the runner keeps the old scaling
+    selfcheck._entries_by_model.clear()
     with pytest.raises(ValueError, match=f"^arm: .*{REFUSAL}"):
         selfcheck.entries_of(model.members)

@@ -1,4 +1,4 @@
-"""A step that runs out of memory: fewer sequences run together from then on, which is logged, and none is lost."""
+"""After a step that runs out of memory, fewer sequences run together. This is logged, and no sequence is lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def model(tiny_model, tokenizer):
 
 @pytest.fixture
 def scarce(monkeypatch):
-    """scarce(rows): forwards of more rows than that have no memory; returns the rows of those that had."""
+    """scarce(most): forwards of more than `most` rows find no memory; it returns the row counts of the other
+    forwards."""
     forward, ran = ModelRunner._run, []
 
     def limit(most, error=OUT_OF_MEMORY):
@@ -83,7 +84,7 @@ def test_fewer_run_together_and_none_is_lost(model, scarce, caplog, device, most
 
 
 def test_nothing_of_the_step_is_held(model, scarce):
-    """Its logits and the caches are free before the next one begins."""
+    """The step's logits and caches are free before the next step begins."""
     scarce(2)
     with on_cuda():
         engine = model.engine()
@@ -94,7 +95,7 @@ def test_nothing_of_the_step_is_held(model, scarce):
         assert engine.steps.in_flight is not None
         for request in model.prepare(PROMPTS[2:4], PARAMS[2:4]):
             engine.add(request)
-        while engine.admission.most is None:
+        while engine.admission.reduced_batch_size is None:
             engine.step()
         assert engine.steps.before is engine.steps.in_flight is None
         assert engine.workspace.bytes == 0
@@ -104,7 +105,7 @@ def test_nothing_of_the_step_is_held(model, scarce):
 
 
 def test_graphs_without_memory(model, monkeypatch, caplog):
-    """Their capture fails: the step is done again by fewer sequences, whose graph is smaller."""
+    """The capture fails, so the step runs again with fewer sequences, whose graph is smaller."""
     expected = model.generate(PROMPTS, PARAMS)
     make, tried = Graph.__init__, []
 
@@ -123,7 +124,7 @@ def test_graphs_without_memory(model, monkeypatch, caplog):
 
 
 def test_long_chunks_of_a_prompt_without_memory(model, monkeypatch, caplog):
-    """One prompt alone: its chunks are shorter from then on."""
+    """One prompt alone gets shorter chunks from then on."""
     prompt, widths, prefill = [(7 * i) % 290 + 2 for i in range(101)], [], ModelRunner.prefill
     expected = model.generate(prompt, PARAMS[0])
     model.release()
@@ -142,7 +143,7 @@ def test_long_chunks_of_a_prompt_without_memory(model, monkeypatch, caplog):
 
 
 def test_without_memory_for_one_it_fails(model, scarce, caplog):
-    """Tried twice, in smaller caches and chunks the second time; the engine goes on afterwards."""
+    """The engine tries twice, the second time with smaller caches and chunks. It works for later requests."""
     expected = model.generate(PROMPTS[0], PARAMS[0])
     scarce(0)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
@@ -159,10 +160,10 @@ def test_other_errors_fail_as_ever(model, scarce):
 
 
 def test_memory_that_is_there_again_is_used(model, scarce):
-    """When nobody runs any more, and others come."""
+    """The limit rises again when no sequence runs any more and others come."""
     scarce(2)
     model.generate(PROMPTS, PARAMS)
-    assert model.engine().admission.most == 2
+    assert model.engine().admission.reduced_batch_size == 2
     ran = scarce(4)
     del ran[:]
     model.generate(PROMPTS, PARAMS)
@@ -171,7 +172,7 @@ def test_memory_that_is_there_again_is_used(model, scarce):
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_tokens_of_a_step_that_is_cut_short_count(model, monkeypatch, ends):
-    """The step has given tokens, and perhaps ended a text, before its last forward finds no memory."""
+    """The step has produced tokens, and perhaps ended a text, before its last forward finds no memory."""
     params = SamplingParams(max_new_tokens=3 if ends else 12, ignore_eos=True, seed=3)
     expected, finish, left = model.generate(PROMPTS[:2], params), Steps.finish, [2]
 
@@ -204,6 +205,7 @@ def test_what_cublas_says():
 
 
 def test_prompts_come_in_chunks_of_4096_on_a_gpu():
-    """Where nobody waits for a token; beside others an eighth of that, so that they wait for a few steps at most."""
+    """Chunks have at least 4096 tokens where nobody waits for a token. Beside running sequences they have at most 512,
+    so that these wait for few steps."""
     assert Cuda.prefill_factor * scheduler.CHUNK_TOKENS >= 4096
     assert scheduler.CHUNK_TOKENS <= 512

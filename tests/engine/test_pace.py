@@ -1,4 +1,4 @@
-"""Long prompts beside running sequences: chunks as large as `max_step_ms` allows, in simulated time."""
+"""Long prompts beside running sequences, in simulated time: their chunks are as large as `max_step_ms` allows."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine import pace, scheduler
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.model_runner import ModelRunner
-from genarm_fast.engine.pace import LEAST, Pace
+from genarm_fast.engine.pace import MIN_CHUNK_TOKENS, Pace
 from genarm_fast.engine.step import Steps
 
 PARAMS = SamplingParams(max_new_tokens=40, ignore_eos=True, seed=1)
-DECODING, PER_TOKEN = 0.010, 0.001  # simulated seconds of a step, and of a token of a prompt
+DECODING, PER_TOKEN = 0.010, 0.001  # simulated seconds of a step, and of a prompt token
 
 
 @pytest.fixture
 def guided(tokenizer, monkeypatch):
-    """A new GenARM each time, on a simulated clock; `steps` has the seconds of each."""
+    """make(...) returns a new GenARM on a simulated clock; make.steps lists the seconds of each step."""
     now, steps = [0.0], []
     prefill, launch = ModelRunner.prefill, Steps.launch
 
@@ -58,7 +58,7 @@ def add(model, prompt, **overrides):
 
 
 def step_until(model, condition):
-    """How many steps it takes."""
+    """Run steps until the condition holds; return their number."""
     engine, count = model.engine(), 0
     while not condition():
         engine.step()
@@ -69,7 +69,8 @@ def step_until(model, condition):
 
 @pytest.mark.parametrize("max_step_ms", [30.0, 60.0, None])
 def test_a_long_prompt_holds_up_running_sequences_no_longer_than_allowed(guided, max_step_ms):
-    """It ends in a number of steps that follows from that, with the same tokens; without a limit, one step is long."""
+    """The prompt takes the number of steps that the limit implies, with the same tokens. Without a limit, one step is
+    long."""
     model = guided(max_step_ms=max_step_ms)
     running = [add(model, [5, 6 + i]) for i in range(8)]
     step_until(model, lambda: all(len(each.tokens) > 3 for each in running))
@@ -83,18 +84,19 @@ def test_a_long_prompt_holds_up_running_sequences_no_longer_than_allowed(guided,
     else:
         fitting = (max_step_ms / 1000 - DECODING) / PER_TOKEN
         assert longest <= max_step_ms / 1000 + 1e-9
-        assert count <= 200 / fitting + 4  # the first chunks are small: nobody knows yet what a token costs
+        assert count <= 200 / fitting + 4  # the first chunks are small: the cost of a token is not known yet
     step_until(model, lambda: late.ended)
     alone = GenARM.from_pretrained(model.base.model, tokenizer=model.tokenizer)
     assert late.tokens == alone.generate(prompt, PARAMS, max_new_tokens=5)[0].token_ids
 
 
 def test_a_late_request_gets_its_first_token_within_two_steps(guided):
-    """Beside 8 running ones, where its prompt fits into a chunk; else it takes a step for every chunk more."""
+    """Beside 8 running sequences this holds if the prompt fits into a chunk. A longer prompt takes one more step per
+    chunk."""
     model = guided(max_step_ms=30.0)
     running = [add(model, [5, 6 + i]) for i in range(8)]
     step_until(model, lambda: all(len(each.tokens) > 3 for each in running))
-    late = add(model, [3] * LEAST)
+    late = add(model, [3] * MIN_CHUNK_TOKENS)
     assert step_until(model, lambda: late.tokens) <= 2
     step_until(model, lambda: len(late.tokens) > 3)
     longer = add(model, [4] * 60)  # 59 tokens in chunks of 20
@@ -102,7 +104,8 @@ def test_a_late_request_gets_its_first_token_within_two_steps(guided):
 
 
 def test_a_short_prompt_behind_a_long_one(guided, monkeypatch):
-    """It waits for one chunk of the long prompt; as many short ones as come take every second chunk at most."""
+    """The short prompt waits for one chunk of the long one. Short prompts take at most every second chunk, however many
+    come."""
     monkeypatch.setattr(scheduler, "CHUNK_TOKENS", 16)
     model = guided()
     long = add(model, [(7 * i) % 290 + 2 for i in range(1 + 6 * 16)])
@@ -116,37 +119,37 @@ def test_a_short_prompt_behind_a_long_one(guided, monkeypatch):
         add(model, [9 + count, 8, 7], max_new_tokens=1)
         model.engine().step()
         count += 1
-    assert count == 7  # its four chunks, and three of short prompts between them
+    assert count == 7  # the long prompt's four chunks, and three of short prompts between them
     step_until(model, lambda: long.ended)
     alone = GenARM.from_pretrained(model.base.model, tokenizer=model.tokenizer)
     assert long.tokens == alone.generate(list(long.request.token_ids[0]), PARAMS)[0].token_ids
 
 
 def test_prompts_alone_are_prefilled_at_once(guided):
-    """Nobody waits for a token meanwhile."""
+    """No sequence waits for a token meanwhile."""
     model = guided(max_step_ms=5.0)
     sequence = add(model, [3] * 200)
     assert step_until(model, lambda: sequence.tokens) == 1
 
 
 def test_a_target_that_no_step_can_meet(guided):
-    """Prompts are prefilled nevertheless, in the smallest chunks."""
+    """Prompts are still prefilled, in the smallest chunks."""
     model = guided(max_step_ms=1.0)
     running = add(model, [5, 6])
     step_until(model, lambda: len(running.tokens) > 2)
-    late = add(model, [3] * (4 * LEAST + 1))
+    late = add(model, [3] * (4 * MIN_CHUNK_TOKENS + 1))
     assert step_until(model, lambda: late.tokens) == 4
 
 
 def test_chunks_grow_step_by_step():
-    """What small chunks cost says little of large ones."""
+    """The cost of small chunks says little about large ones."""
     learned = Pace()
-    assert learned.tokens(100.0) == LEAST
+    assert learned.tokens(100.0) == MIN_CHUNK_TOKENS
     learned.observe(0, 0.01)
-    learned.observe(LEAST, 0.01)  # a token costs nothing measurable
-    assert learned.tokens(100.0) == 2 * LEAST
-    learned.observe(2 * LEAST, 0.01)
-    assert learned.tokens(100.0) == 4 * LEAST
+    learned.observe(MIN_CHUNK_TOKENS, 0.01)  # a token has no measurable cost
+    assert learned.tokens(100.0) == 2 * MIN_CHUNK_TOKENS
+    learned.observe(2 * MIN_CHUNK_TOKENS, 0.01)
+    assert learned.tokens(100.0) == 4 * MIN_CHUNK_TOKENS
     assert learned.tokens(None) is None
 
 
@@ -161,7 +164,8 @@ def test_wrong_limits(tiny_model, tokenizer, wrong):
 
 
 def test_a_gpu_prefills_more_where_nobody_waits_for_a_token(tokenizer, monkeypatch):
-    """Four times as many tokens here; beside a sequence that generates, no more than elsewhere."""
+    """A chunk has four times as many tokens in this test; beside a sequence that generates, it has no more than
+    elsewhere."""
     widths, prefill, device = [], Executor.prefill, Lagging()
     device.prefill_factor = 4
 

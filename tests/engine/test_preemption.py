@@ -23,7 +23,7 @@ PROMPT = list(range(20, 32))
 
 @pytest.fixture
 def guided(tokenizer):
-    """guided(arm_seed, ...): a new GenARM of a base and an ARM; with seed 0 they are equal, and all drafts right."""
+    """guided(arm_seed, ...): a new GenARM of a base and an ARM. With seed 0 they are equal, and all drafts right."""
 
     def make(arm_seed=1, **options):
         models = [build_model("llama", seed) for seed in (0, arm_seed)]
@@ -38,7 +38,7 @@ def sequences_of(model, prompt, speculation=OFF, **params):
 
 
 def room(model, tokens):
-    """Let the caches hold so many tokens of both members, and have the engine know."""
+    """Limit the caches to `tokens` tokens of both members and return the engine, which applies the limit."""
     model.cache_bytes = model.engine().workspace.token_bytes([0, 1]) * tokens
     return model.engine()
 
@@ -50,7 +50,7 @@ def steps(engine, count):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_drafts_ahead_of_a_preempted_sequence_are_dropped(guided, whole):
-    """Its caches are prefilled anew, and do not hold what was drafted into the old ones."""
+    """The sequence's caches are prefilled anew and do not hold the drafts that the old caches had."""
     model = guided(0)
     expected = model.generate(PROMPT, **GREEDY)[0].token_ids
     with engines_on(Lagging(whole_steps=whole)):
@@ -59,7 +59,7 @@ def test_drafts_ahead_of_a_preempted_sequence_are_dropped(guided, whole):
         next(stream)
         next(stream)
         (sequence,) = stream._sequences
-        ahead = engine.steps.in_flight.most - 1 if whole else len(engine.drafters[0].rollout)
+        ahead = engine.steps.in_flight.max_tokens - 1 if whole else len(engine.drafters[0].rollout)
         assert ahead > 0
         model.generate([[3] * 20], max_new_tokens=5, ignore_eos=True)
         assert sequence.slot == -1
@@ -88,7 +88,7 @@ def test_a_step_in_flight_counts_no_more_after_a_preemption(guided, monkeypatch)
 
 
 def test_two_held_streams_give_their_slots(guided):
-    """Admission ends, though both of them wait for a slot themselves afterwards."""
+    """Admission ends, though both streams wait for a slot themselves afterwards."""
     params = {**SEEDED, "max_new_tokens": 12}
     expected = guided().generate([[5, 6, 7], [8, 9, 7], [3, 4, 5]], **params)
     model = guided()
@@ -104,14 +104,14 @@ def test_two_held_streams_give_their_slots(guided):
 
 
 def test_a_steered_stream_goes_on_while_a_long_request_waits(guided):
-    """It comes to need an ARM; its caches are made for those that have a slot, not for what waits."""
+    """The stream starts to need an ARM, whose caches are sized by sequences with a slot, not by the waiting request."""
     model = guided()
     engine = room(model, 200)
     params = {**SEEDED, "max_new_tokens": 30, "weights": 0.0}
     streams = [model.stream([5, 6, 7], **params) for _ in range(2)]
     for stream in streams:
         next(stream)
-        stream._sequences[0].held = False  # its reader asks for more
+        stream._sequences[0].held = False  # the reader asks for more
     long = engine.run(sequences_of(model, [3] * 100, max_new_tokens=100, ignore_eos=True))
     streams[0].set_weights(1.0)
     steps(engine, 3)
@@ -123,10 +123,10 @@ def test_a_steered_stream_goes_on_while_a_long_request_waits(guided):
 
 
 def test_short_requests_run_together_before_a_long_one(guided):
-    """Under `cache_bytes` the long one at the end of the queue does not shape the caches of those before it."""
+    """Under `cache_bytes`, the long request at the end of the queue does not size the caches of those before it."""
     model = guided()
     prompts, params = [[5, 6, 7], [8, 9], [4, 5], [7] * 60], {**SEEDED, "max_new_tokens": 4}
-    engine = room(model, 70)  # one slot of the longest, or eight of the others
+    engine = room(model, 70)  # one slot of the longest request, or eight of the others
     model.max_batch_size = 3
     sequences = [sequences_of(model, prompt, **params)[0] for prompt in prompts]
     run = model.engine().run(sequences)
@@ -139,7 +139,7 @@ def test_short_requests_run_together_before_a_long_one(guided):
 
 
 def test_a_long_request_among_the_first_does_not_part_the_short_ones(guided):
-    """One slot of its length is all that there may be, or eight of theirs. It waits for those before it, no longer."""
+    """Memory fits one slot of the long request, or eight of the short ones. It waits only for those before it."""
     model = guided()
     prompts, params = [[5, 6, 7], [8, 9], [7] * 60, [4, 5], [3, 4]], {**SEEDED, "max_new_tokens": 4}
     engine = room(model, 70)
@@ -158,14 +158,14 @@ def test_a_long_request_among_the_first_does_not_part_the_short_ones(guided):
 
 
 def test_no_prompt_is_shared_from_caches_that_were_dropped(guided):
-    """A longer request makes larger caches; what the smaller ones held is gone."""
+    """A longer request makes larger caches, and the contents of the smaller ones are lost."""
     model, prompt = guided(), list(range(20, 40))
     engine = room(model, 250)
     decoded = []
     for tokens, count in ((prompt, 2), ([4, 5], 12), ([*prompt, 5, 6], 200)):
         decoded += engine.add(model.prepare([tokens], SamplingParams(**SEEDED), max_new_tokens=count)[0])
         engine.step()
-    assert [each.slot for each in decoded] == [-1, 1, -1]  # two slots of that length are more than there is
+    assert [each.slot for each in decoded] == [-1, 1, -1]  # two slots of that length exceed the memory
     while engine.scheduler:
         engine.step()
     assert engine.workspace.slots == 1
@@ -174,7 +174,7 @@ def test_no_prompt_is_shared_from_caches_that_were_dropped(guided):
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_nobody_waits_for_the_prompt_of_a_stream_that_stands_still(guided, monkeypatch, closed):
-    """Steered in mid-prefill, it leaves out the member that the other one waits for; or it is closed there."""
+    """In mid-prefill the stream is closed, or steered so that it drops the member that the other one waits for."""
     monkeypatch.setattr(scheduler, "CHUNK_TOKENS", 16)
     model, prompt = guided(), list(range(20, 80))
     expected = guided().generate([*prompt, 3], **SEEDED)[0].token_ids
@@ -194,7 +194,7 @@ def test_nobody_waits_for_the_prompt_of_a_stream_that_stands_still(guided, monke
 
 
 def test_a_donor_gives_no_member_that_it_was_not_compared_in(guided, monkeypatch):
-    """The base's prompts begin alike, the ARM's do not; the weight of the ARM comes while the prompt is shared."""
+    """The base's prompts begin alike, the ARM's do not. The ARM's weight comes while the prompt is shared."""
     monkeypatch.setattr(scheduler, "CHUNK_TOKENS", 8)
     model, shared = guided(), list(range(20, 40))
 
@@ -221,7 +221,7 @@ def test_a_donor_gives_no_member_that_it_was_not_compared_in(guided, monkeypatch
 
 @pytest.mark.parametrize("device", [None, Lagging])
 def test_members_that_are_needed_no_more_stop_drafting(tmp_path, tokenizer, device):
-    """Sequences end while a step is in flight; what is drained decides who runs, and so who may draft."""
+    """Sequences end while a step is in flight. The drained step decides which members run, and so which may draft."""
     build_model("llama", 0).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     save_adapter(tmp_path / "lane", base=tmp_path / "base", seed=1)
@@ -250,7 +250,7 @@ def test_members_that_are_needed_no_more_stop_drafting(tmp_path, tokenizer, devi
 
 
 def test_a_draft_model_knows_what_it_was_shown(guided, monkeypatch):
-    """Where an ARM drafts in between, the draft model's cache lacks those tokens: it sees them before it drafts."""
+    """While an ARM drafts, the draft model's cache misses tokens: the model is fed them before it drafts again."""
     draft_model = build_model("llama", 0, initializer_range=0.29)  # like the base, and often wrong
     model = guided(0, draft_model=draft_model)
     engine = model.engine()

@@ -1,4 +1,4 @@
-"""Scores of given responses, against plain forwards."""
+"""Scores of given responses, compared with plain forwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 
 def test_rewards_equal_scores(model):
-    """What generation reports is what teacher forcing gives, EOS included."""
+    """Generation reports the rewards that teacher forcing gives, EOS included."""
     outputs = model.generate(
         [CHAT, "the cat", [9, 10]], seed=3, max_new_tokens=12, rewards=True, stop_token_ids=range(2, 60)
     )
@@ -29,11 +29,11 @@ def test_rewards_equal_scores(model):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_numbers_that_are_none(tiny_model, tokenizer, value):
-    """Of the token itself, or of another one, after which its log-probability would pass for -inf."""
+    """A bad logit is found at the scored token and at another token, where it would make the log-probability -inf."""
     broken = build_model("llama", 1)
     with torch.no_grad():
         hidden = broken.model(torch.tensor([[5]])).last_hidden_state[0, -1]
-        broken.lm_head.weight[42] = value if value != value else hidden.sign() * 3e38  # the sum is +inf
+        broken.lm_head.weight[42] = value if value != value else hidden.sign() * 3e38  # so that the logit is +inf
     model = GenARM.from_pretrained(tiny_model(), ARM(broken, name="helpful"), tokenizer=tokenizer)
     for token in (42, 43):
         with pytest.raises(RuntimeError, match=r"responses\[0\]: NaN or \+inf logits from helpful at token 0"):
@@ -48,7 +48,7 @@ def test_an_eos_in_the_text_is_not_doubled(model):
 
 @pytest.mark.parametrize("limit", [1, 3000, 1 << 24])
 def test_scores(model, monkeypatch, limit):
-    """Against plain forwards, for any size of the pieces in which long responses are scored."""
+    """Scores match plain forwards for any chunk size in which long responses are scored."""
     monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", limit)
     prompts, responses = ["the cat", "a", [5]], ["sat on the mat", "é" * 20, [7, 8]]
     for score, prompt, response in zip(model.score(prompts, responses), prompts, responses):

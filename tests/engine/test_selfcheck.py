@@ -1,4 +1,4 @@
-"""Models whose cache cannot be addressed like ours are refused, and no other."""
+"""The self-check refuses models whose cache cannot be addressed as the engine needs, and no other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genarm_fast import ARM, GenARM
 from genarm_fast.engine import selfcheck
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import _native
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.lora_lanes import share_forwards
 from genarm_fast.models.member import Member
 
@@ -25,10 +25,10 @@ def member(model, tokenizer) -> Member:
 
 
 def probe_of(members):
-    """A runner as the self-check makes it."""
+    """Return a runner made as the self-check makes it."""
     runner = ModelRunner(members)
     runner.refresh()
-    runner.discover(3, selfcheck.LENGTH)
+    runner.discover(3, selfcheck.ROW_TOKENS)
     return runner
 
 
@@ -36,7 +36,7 @@ def probe_of(members):
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 @torch.inference_mode()
 def test_supported_families_pass(tokenizer, family, dtype):
-    """And well inside of the tolerance."""
+    """The deviation is below half of the tolerance."""
     one = member(build_model(family, 0).to(dtype), tokenizer)
     (error,) = selfcheck.deviations([one], probe_of([one]), 0)
     assert error < 0.5 * selfcheck.tolerance(one)
@@ -56,7 +56,7 @@ def test_it_runs_once_for_a_model_as_it_is_loaded(tokenizer, monkeypatch):
 
 
 def biased(module, query, key, value, attention_mask, **kwargs):
-    """As ALiBi: nearer tokens count more, by an attention function of the model's own."""
+    """Attend as ALiBi does: nearer tokens count more, by the model's own attention function."""
     length = key.shape[2]
     bias = torch.arange(length, dtype=query.dtype).expand(query.shape[2], length) * 0.05
     causal = torch.full((query.shape[2], length), -torch.inf).triu(1) + bias
@@ -73,7 +73,7 @@ def own_bias(monkeypatch):
 
 
 def positions_by_count(monkeypatch):
-    """Takes positions from the cache's length, not from its argument."""
+    """Return a model that takes positions from the cache's length and ignores its position argument."""
     model = build_model("gpt2", 0)
     forward = type(model.transformer.wpe).forward
     model.transformer.wpe.forward = MethodType(
@@ -95,7 +95,7 @@ def asks_for_sinks(monkeypatch):
 
 @pytest.mark.parametrize("broken", [own_bias, positions_by_count, asks_for_sinks])
 def test_others_are_refused(tokenizer, monkeypatch, broken):
-    """As they are loaded, in any role."""
+    """The models are refused at load, in any role."""
     good, bad = build_model("llama", 1), broken(monkeypatch)
     refusal = "the (llama|gpt2) model does not give the same logits over a static cache"
     for name, base, options in (
@@ -109,7 +109,7 @@ def test_others_are_refused(tokenizer, monkeypatch, broken):
 
 
 class Rounded(torch.nn.Linear):
-    """With activations of 8 bits, by the largest of them all."""
+    """A linear that rounds activations to 8 bits by the largest one in the batch."""
 
     def forward(self, x):
         scale = x.abs().max() / 127
@@ -130,7 +130,7 @@ def test_rounding_by_the_whole_batch_is_no_fault(tokenizer):
 
 @pytest.mark.skipif(_native.core is None, reason="without the C++ core rounding is the model's own")
 def test_a_deep_model_that_magnifies_rounding_passes(tokenizer, monkeypatch):
-    """And one that is wrong besides does not."""
+    """Such a model passes, and one that is wrong besides does not."""
     model = build_model("llama", 0, num_hidden_layers=16).to(torch.bfloat16)
     for parameter in model.model.layers.parameters():
         if parameter.ndim == 2:
@@ -141,27 +141,28 @@ def test_a_deep_model_that_magnifies_rounding_passes(tokenizer, monkeypatch):
     assert error > selfcheck.tolerance(one)
     monkeypatch.setattr(selfcheck, "TRIES", 1)
     assert selfcheck.entries_of([one])
-    selfcheck._found.clear()
+    selfcheck._entries_by_model.clear()
     embed = model.model.embed_tokens
     forward = type(embed).forward
-    embed.forward = lambda ids: forward(embed, ids) + forward(embed, torch.arange(ids.shape[1])[None])  # by count
+    # Positions by count.
+    embed.forward = lambda ids: forward(embed, ids) + forward(embed, torch.arange(ids.shape[1])[None])
     monkeypatch.setattr(selfcheck, "TRIES", 4)
     with pytest.raises(ValueError, match="does not give the same logits"):
         selfcheck.entries_of([one])
 
 
 def test_lanes_are_told_apart(tokenizer):
-    """The error names the member that is off."""
+    """The error names the member that deviates."""
     model = build_model("llama", 0)
     members = [member(model, tokenizer), Member("second", model, tokenizer)]
     shared = share_forwards([model, model])
     assert shared[0] is shared[1]
-    runner = as_runner(shared[0])
+    runner = make_fast(shared[0])
     for lane, each in enumerate(members):
         each.lane, each.shared = lane, runner
     assert len(selfcheck.entries_of(members)) == 2
     members[1].model = build_model("llama", 2)
-    selfcheck._found.clear()
+    selfcheck._entries_by_model.clear()
     with pytest.raises(ValueError, match=r"^second: "):
         selfcheck.entries_of(members)
 
@@ -200,7 +201,7 @@ def test_models_that_do_not_run_by_themselves_are_named(tokenizer, tiny_model, b
 
 @pytest.mark.parametrize("how", ["cpu_offload", "disk"])
 def test_weights_that_accelerate_brings_when_they_are_used(tokenizer, tiny_model, tmp_path, how):
-    """All of them are on "meta" otherwise."""
+    """Without accelerate's hooks all weights are on "meta"."""
     model = build_model("llama", 0)
     if how == "disk":
         model.save_pretrained(tmp_path)

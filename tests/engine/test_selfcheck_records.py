@@ -1,4 +1,4 @@
-"""What the self-check found is remembered on disk, for the same code and shapes, and for no others."""
+"""Verdicts of the self-check are remembered on disk, for the same code and shapes only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from genarm_fast.utils import records
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where records are, in an empty cache."""
+    """The folder of the records, in an empty cache."""
     monkeypatch.setenv("GENARM_FAST_SELFCHECK", "once")
     monkeypatch.setenv("GENARM_FAST_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "selfcheck"
@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checks(monkeypatch):
-    """Comparisons that were made."""
+    """The comparisons made so far."""
     made, deviations = [], selfcheck.deviations
     monkeypatch.setattr(selfcheck, "deviations", lambda *args: made.append(args) or deviations(*args))
     return made
@@ -48,7 +48,7 @@ def adapted(base=None, r=4, target="q_proj", alpha=8):
 
 
 def test_a_record_spares_the_next_engine_the_check(tokenizer, folder, checks):
-    """Also of other weights; what it finds in the record is what it would have found out."""
+    """The record also serves other weights, and holds what the check would find."""
     found = []
     for seed in (0, 1):
         one = member(build_model("llama", seed), tokenizer)
@@ -96,7 +96,7 @@ CHANGES = {
 
 
 def test_what_the_model_is_made_of_is_in_the_key(tokenizer):
-    """And its weights and its folder are not."""
+    """Weights and folder are not part of the key."""
     keys = {name: key(make(), tokenizer) for name, make in CHANGES.items()}
     plain = key(build_model("llama", 0), tokenizer)
     assert len({plain, *keys.values()}) == 1 + len(keys)
@@ -200,10 +200,10 @@ def test_code_that_is_not_known_is_checked_each_time(tokenizer, folder, checks, 
 
 
 def test_a_model_that_fails_is_not_recorded(tokenizer, folder, checks, monkeypatch):
-    """Nor is it taken for one that looks like it."""
+    """A failed model leaves no record, and a model like it is checked again."""
 
     class Shifted(modeling_llama.LlamaRMSNorm):
-        def forward(self, x):  # by the number of tokens in a forward
+        def forward(self, x):  # wrong by the number of tokens in a forward
             return super().forward(x) + x.shape[1]
 
     for count in (selfcheck.TRIES, 2 * selfcheck.TRIES):
@@ -233,7 +233,7 @@ def replaced(**changes):
         lambda text: text[:-5],
         lambda text: "[]",
         lambda text: "[" * 100_000,
-        lambda text: text + " " * records.MOST_BYTES,
+        lambda text: text + " " * records.MAX_RECORD_BYTES,
         replaced(key="0" * 64),
         replaced(layers=[]),
         replaced(layers=5),
@@ -247,7 +247,7 @@ def replaced(**changes):
     ],
 )
 def test_damaged_records_are_ignored(tokenizer, folder, checks, damage):
-    """And replaced by a whole one."""
+    """A damaged record is replaced by a whole one."""
     expected = selfcheck.entries_of([member(build_model("llama", 0), tokenizer)])
     path = written(folder)
     whole = path.read_text()
@@ -268,7 +268,7 @@ def test_without_a_folder_that_can_be_written_to(tokenizer, tmp_path, folder, ch
     selfcheck.entries_of([member(build_model("llama", 0), tokenizer)])
     path = written(folder)
     path.unlink()
-    path.mkdir()  # nor is what stands in the way of a record
+    path.mkdir()  # a folder in place of the record prevents writing too
     assert selfcheck.entries_of([member(build_model("llama", 0), tokenizer)])
     assert [each.name for each in folder.iterdir()] == [path.name]
 
@@ -294,7 +294,7 @@ def test_settings(tokenizer, folder, checks, monkeypatch):
 
 
 def test_two_processes_write_one_record(folder):
-    """Each reads a whole one at any time, be it its own or the other's."""
+    """Each process reads a whole record at any time, its own or the other's."""
     code = """
 import sys
 from genarm_fast.utils.records import read_record, write_record

@@ -1,4 +1,4 @@
-"""Temperatures that drafts are drawn at: a wrong one changes no token, only how many drafts are right."""
+"""Temperatures at which drafts are drawn: a wrong one changes no token, only how many drafts are right."""
 
 import torch
 
@@ -6,7 +6,7 @@ from genarm_fast.engine.step_tensors import SamplingTensors
 
 
 def sampling(table):
-    """weights [R, S, 1 + m] of `table`, and temperatures 1, 2, ..."""
+    """Return SamplingTensors with `table` as weights [R, S, 1 + m] and temperatures 1, 2, ..."""
     weights = torch.tensor(table, dtype=torch.float32)
     return SamplingTensors(
         weights, {"temperature": torch.arange(1.0, len(table) + 1), "seeds": torch.zeros(len(table))}
@@ -16,7 +16,7 @@ def sampling(table):
 def test_the_sum_of_the_weights_sharpens():
     found = sampling([[[1.0, 1.0]], [[1.0, -0.5]], [[1.0, -1.0]], [[1.0, -3.0]]])
     parameters = found.sharpened(torch.zeros(4, 1, dtype=torch.int64), "stream")
-    assert parameters["temperature"].tolist() == [0.5, 4.0, 3.0, 4.0]  # sums of 0 and less count as 1
+    assert parameters["temperature"].tolist() == [0.5, 4.0, 3.0, 4.0]  # a sum of 0 or less counts as 1
     assert parameters["seeds"] is found.parameters["seeds"]
     assert found.parameters["temperature"].tolist() == [1.0, 2.0, 3.0, 4.0]
 

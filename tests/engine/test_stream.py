@@ -9,7 +9,7 @@ from genarm_fast import SamplingParams, reference
 
 
 class Spell:
-    """A processor that makes the model say given tokens."""
+    """A processor that forces given tokens."""
 
     def __init__(self, token_ids, prompt_tokens):
         self.token_ids = token_ids
@@ -21,14 +21,15 @@ class Spell:
 
 
 def spelled(tokenizer, text):
-    """Prompt and parameters with which any model says `text`, then </s>."""
+    """Return a prompt and parameters with which any model generates `text`, then </s>."""
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     return [5, 6], SamplingParams(logits_processors=[Spell(ids, 2)], max_new_tokens=len(ids))
 
 
 @pytest.mark.parametrize("stop", ["mat.", " on", "n the m", "\n\nUser", "é"])
 def test_stop_strings_across_tokens(model, tokenizer, stop):
-    """Cut there, with the tokens up to the one that completed the stop string; the same text in a stream."""
+    """The text is cut at the stop string, and the tokens end with the one that completed it. A stream gives the same
+    text."""
     text = "the cat sat on the mat. café\n\nUser: hi"
     prompt, params = spelled(tokenizer, text)
     output = model.generate(prompt, params, stop=["never", stop])[0]
@@ -69,7 +70,7 @@ def test_stream_equals_generate(model):
 
 
 def test_weights_change_at_the_next_token(model):
-    """Equals the naive decoder with these weights per token, and is recorded."""
+    """The tokens equal the naive decoder's with these weights per token, and the weights are recorded."""
     schedule = {0: (0.5, -1.0), 3: (0.0, 2.0), 7: (0.0, 0.0), 9: (1.5, 1.5)}
     stream = model.stream([5, 6, 7], seed=9, max_new_tokens=14, ignore_eos=True, rewards=True, speculation="off")
     for i, _ in enumerate(stream):
@@ -91,7 +92,8 @@ def test_weights_change_at_the_next_token(model):
 
 
 def test_weights_set_in_mid_round_wait_for_its_end(model):
-    """As another thread may: the token of that round is drawn, and recorded, with the weights it began with."""
+    """Another thread may set weights in mid-round. The round's token is drawn and recorded with the weights at its
+    begin."""
     weights = [(0.5, -1.0), (2.0, 0.0)]
 
     def steer(input_ids, scores):
@@ -120,7 +122,7 @@ def test_close_in_mid_round(model):
 
 
 def test_stream_of_several_prompts(model):
-    """More of them than slots; each as generate gives it, with weights of its own."""
+    """There are more prompts than slots; each equals `generate` with its own weights."""
     prompts = ["the cat", [5, 6], "that", "a man and the sea", [9]]
     params = [SamplingParams(seed=i, max_new_tokens=6 + i) for i in range(5)]
     model.max_batch_size, before = 2, model.max_batch_size
@@ -139,7 +141,7 @@ def test_stream_of_several_prompts(model):
 
 
 def test_an_arm_may_be_switched_on_in_mid_stream(model):
-    """Its cache is kept up to date while its weight is 0."""
+    """The ARM's cache stays up to date while its weight is 0."""
     stream = model.stream([5, 6], weights=0, seed=2, max_new_tokens=10, ignore_eos=True, speculation="off")
     for i, _ in enumerate(stream):
         if i == 3:
@@ -152,7 +154,7 @@ def test_an_arm_may_be_switched_on_in_mid_stream(model):
 
 
 def test_cancel_a_stream(model):
-    """In mid-generation; the model is as good as new."""
+    """The stream is cancelled in mid-generation; later calls are unaffected."""
     params = SamplingParams(seed=5, max_new_tokens=20, ignore_eos=True)
     expected = model.generate("the cat", params)[0].token_ids
     with model.stream("the cat", params, speculation="off") as stream:

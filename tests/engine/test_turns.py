@@ -1,4 +1,4 @@
-"""Threads that share one engine: who steps, what is done between steps, and what an interrupt leaves behind."""
+"""Threads that share one engine: which thread steps, what is done between steps, and the state after an interrupt."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sequences_of(model, prompt, **params):
 
 
 def within_seconds(function, seconds=20):
-    """What it gives in another thread; fails instead of hanging."""
+    """Return the function's result from another thread; fail instead of hanging."""
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(function).result(seconds)
@@ -45,7 +45,7 @@ def within_seconds(function, seconds=20):
 
 
 def test_turns_come_in_the_order_of_asking():
-    """Also before the thread that has just stepped, and wants to again at once."""
+    """The order holds also for a thread that has just stepped and wants to step again at once."""
     turns, order = Turns(), []
 
     def wait(name):
@@ -67,10 +67,10 @@ def test_turns_come_in_the_order_of_asking():
 def test_what_is_asked_in_mid_step_is_done_after_it():
     turns, done = Turns(), []
     with turns.take():
-        within_seconds(lambda: turns.ask(lambda: done.append("abort")))
+        within_seconds(lambda: turns.do_between_steps(lambda: done.append("abort")))
         assert not done
     assert done == ["abort"]
-    turns.ask(lambda: done.append("at once"))
+    turns.do_between_steps(lambda: done.append("at once"))
     assert done == ["abort", "at once"]
 
 
@@ -81,7 +81,7 @@ def test_a_step_within_a_step_is_refused():
 
 
 def test_an_interrupt_while_taking_the_turn_gives_it_back(model):
-    """Ctrl-C may come while something that was asked for is done."""
+    """Ctrl-C may come while the thread runs a request's work between steps."""
     turns, calls = model.engine().turns, []
 
     def interrupt():
@@ -89,15 +89,15 @@ def test_an_interrupt_while_taking_the_turn_gives_it_back(model):
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    turns._inbox.append(interrupt)
+    turns._jobs.append(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.generate([5, 6], **SEEDED)
-    assert len(calls) == 2  # done once more, whole
+    assert len(calls) == 2  # the interrupted call is repeated, whole
     assert within_seconds(lambda: model.generate([5, 6], **SEEDED)[0].token_ids)
 
 
 def test_an_abort_in_mid_step_waits_for_its_end(model):
-    """Also of an engine that its user steps by hand."""
+    """This holds also for an engine that its user steps by hand."""
     engine, seen = model.engine(), []
 
     def abort(input_ids, scores):
@@ -115,7 +115,7 @@ def test_an_abort_in_mid_step_waits_for_its_end(model):
 
 
 def test_an_end_is_told_before_a_run_is_over(model, monkeypatch):
-    """Another thread's step ends the sequence, and tells its run a moment later."""
+    """Another thread's step ends the sequence and tells its run a moment later."""
     deliver, ended, told = Engine._deliver, threading.Event(), threading.Event()
 
     def late(self, advanced):
@@ -148,7 +148,7 @@ def test_a_run_whose_sequence_is_aborted_ends(model):
 
 
 def test_an_interrupted_step_leaves_nobody_waiting(model, monkeypatch):
-    """Ctrl-C reaches the thread that steps for others too, just when it would tell them of their tokens."""
+    """Ctrl-C also reaches the thread that steps for others, just when it would deliver their tokens."""
     engine = model.engine()
     other = engine.run(sequences_of(model, [5, 6, 7], max_new_tokens=3))
     deliver, calls = engine._deliver, []
@@ -185,12 +185,12 @@ def test_a_close_that_is_interrupted_can_be_repeated(model, monkeypatch):
 
 
 def test_a_run_that_was_interrupted_as_it_was_made_ends_in_silence():
-    """Python calls `__del__` of what has no attributes yet, and prints what it raises."""
+    """Python calls `__del__` of an object without attributes, and prints what `__del__` raises."""
     Run.__new__(Run).__del__()
 
 
 def test_a_late_reader_gets_each_token_once(model):
-    """Several steps went by; their news are one."""
+    """Several steps went by before the reader came; it gets their tokens as one chunk."""
     with engines_on(Lagging()):
         stream = model.stream([5, 6, 7], **{**SEEDED, "max_new_tokens": 2})
         engine = model.engine()
@@ -205,7 +205,7 @@ def test_a_late_reader_gets_each_token_once(model):
 
 
 def test_nothing_of_a_call_is_kept(model):
-    """Neither what its requests hold, nor drafts of a stream that was closed."""
+    """The engine keeps neither what a request held nor drafts of a stream that was closed."""
 
     class Processor:
         def __call__(self, input_ids, scores):
@@ -222,13 +222,13 @@ def test_nothing_of_a_call_is_kept(model):
         stream = sure.stream([5, 6, 7], **SEEDED, temperature=0.0, speculation=Speculation("arm", 2))
         next(stream)
         drafter = sure.engine().drafters[0]
-        assert drafter.rollout is not None  # ahead, since all drafts are right
+        assert drafter.rollout is not None  # drafts are ahead, since all drafts are right
         stream.close()
         assert drafter.rollout is None
 
 
 def test_limits_and_weights_are_looked_at_by_steps_alone(tokenizer):
-    """An engine that is never asked for a run looks at them whenever it has nothing to do before a request comes."""
+    """An engine that never makes a run checks limits and weights whenever it is idle before a request comes."""
     base = build_model("llama", 0)
     model = GenARM.from_pretrained(base, build_model("llama", 1), tokenizer=tokenizer)
 
@@ -250,14 +250,14 @@ def test_limits_and_weights_are_looked_at_by_steps_alone(tokenizer):
 
 
 def test_an_interrupt_while_the_turn_is_given_back_leaves_it_free(monkeypatch):
-    """Found by the soak: all other threads waited for ever."""
+    """The soak test found this fault: all other threads waited forever."""
     turns = Turns()
     with monkeypatch.context() as patch:
         notify, calls = turns._changed.notify_all, []
 
         def interrupted():
             calls.append(None)
-            if len(calls) == 2:  # the first is of taking it
+            if len(calls) == 2:  # the first call belongs to taking the turn
                 raise KeyboardInterrupt
             notify()
 
@@ -266,14 +266,14 @@ def test_an_interrupt_while_the_turn_is_given_back_leaves_it_free(monkeypatch):
             pass
     assert turns._stepper is None
     taken = []
-    thread = threading.Thread(target=lambda: turns.ask(lambda: taken.append(True)))
+    thread = threading.Thread(target=lambda: turns.do_between_steps(lambda: taken.append(True)))
     thread.start()
     thread.join(10)
     assert taken == [True]
 
 
 def test_interrupts_never_leave_the_lock_held():
-    """Signals at random moments of thousands of turns; another thread gets through afterwards."""
+    """Signals come at random moments of thousands of turns; another thread gets its turn afterwards."""
     turns = Turns()
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
 
@@ -283,7 +283,7 @@ def test_interrupts_never_leave_the_lock_held():
             while True:
                 with turns.take():
                     pass
-                turns.ask(lambda: None)
+                turns.do_between_steps(lambda: None)
         except KeyboardInterrupt:
             return True
 
@@ -306,7 +306,7 @@ def test_interrupts_never_leave_the_lock_held():
 
 
 def test_an_interrupt_at_any_line_of_the_scheduling_loses_no_sequence(model):
-    """The thread that is interrupted steps for another's sequence as well, which ends, or is told that it failed."""
+    """The interrupted thread also steps for another thread's sequence, which ends or is told that it failed."""
     engine, files = model.engine(), ("scheduler.py", "admission.py")
     whole = model.generate([5, 6, 7], max_new_tokens=2, seed=1)[0].token_ids
     for at in range(1, 10_000):
@@ -373,7 +373,7 @@ def test_an_interrupt_in_what_another_thread_asked_for_loses_none_of_it(model, m
 
 
 def test_an_interrupt_as_a_wait_begins_leaves_the_lock_whole(monkeypatch):
-    """Between the two lines of `Condition.wait` that let go of the lock and see to it that it comes back."""
+    """The interrupt comes between two lines of `Condition.wait`: the lock is released, its return not yet ensured."""
     turns, entered, leave = Turns(), threading.Event(), threading.Event()
 
     def hold():

@@ -1,4 +1,4 @@
-"""What a verdict of the self-check is bound to where there is a GPU; the rest is in test_selfcheck_records.py."""
+"""What a verdict of the self-check depends on where there is a GPU; test_selfcheck_records.py has the other keys."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""After `warm_up` a request finds everything there: no check, no caches to make, nothing to capture."""
+"""After `warm_up`, a request runs no check, makes no caches and captures nothing."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from genarm_fast.speculation.observations import PLAIN
 from genarm_fast.speculation.tuner import Tuner
 
 PARAMS = SamplingParams(max_new_tokens=24, seed=1, ignore_eos=True)
-LENGTHS = {"prompt_tokens": 40, "max_new_tokens": 24}  # exactly 64, of which caches have multiples
+LENGTHS = {"prompt_tokens": 40, "max_new_tokens": 24}  # 64 in all, and caches have multiples of 64
 
 
 @pytest.fixture
 def fresh(tokenizer):
-    """A new GenARM each time, whose models no test before has checked."""
+    """A function that returns a new GenARM at each call. No earlier test has checked its models."""
     models = build_model("llama", 0), build_model("llama", 1)
     return lambda **options: GenARM.from_pretrained(*models, tokenizer=tokenizer, max_batch_size=4, **options)
 
 
 @pytest.fixture
 def work(monkeypatch):
-    """How often something was made or checked."""
+    """Counts of things made or checked, by the name of the function."""
     counts: Counter[str] = Counter()
 
     def count(owner, name):
@@ -54,7 +54,8 @@ def work(monkeypatch):
 
 
 def requests(model, longest=40, most=3, **options):
-    """Of every batch size up to `most`, with short prompts and the longest."""
+    """Decode requests of every batch size up to `most`, with short prompts and one of the longest; return their
+    tokens."""
     found = []
     for count in range(1, most + 1):
         prompts = [*random_prompts(random.Random(count), count - 1, 30), [5] * longest]
@@ -63,7 +64,8 @@ def requests(model, longest=40, most=3, **options):
 
 
 def test_the_collector_has_looked_at_what_was_loaded(fresh):
-    """At all of it: after loading, whose objects count as old, that takes 0.4 s."""
+    """A full collection after loading takes 0.4 s, because loaded objects count as old; `warm_up` does it
+    beforehand."""
     model = fresh()
     before = gc.get_stats()[2]["collections"]
     model.warm_up()
@@ -76,13 +78,13 @@ def test_no_request_makes_anything(fresh, work, speculation):
     assert work.pop("deviations") > 0
     expected = requests(cold)
     assert min(work[name] for name in ("reserve", "allocate")) > 0
-    assert not work["deviations"]  # with or without `warm_up`
+    assert not work["deviations"]  # neither engine checks again
     model = fresh()
     model.warm_up(batch_sizes=[3, 1], **LENGTHS, speculation=speculation)
     before = work.copy()
     assert requests(model, speculation=speculation) == expected
     assert work == before
-    model.generate([5] * 120, PARAMS)  # longer than announced
+    model.generate([5] * 120, PARAMS)  # longer than announced to `warm_up`
     assert work != before
 
 
@@ -95,16 +97,16 @@ def test_at_load(fresh, work):
 
 
 def test_caches_are_kept_though_they_are_larger_than_the_weights(fresh, work, monkeypatch):
-    monkeypatch.setattr("genarm_fast.engine.workspace.LEAST", 0)
+    monkeypatch.setattr("genarm_fast.engine.workspace.MIN_KEPT_BYTES", 0)
     model = fresh()
     model.warm_up(batch_sizes=3, prompt_tokens=100, max_new_tokens=150)
     workspace = model.engine().workspace
-    assert workspace.bytes > workspace.most
+    assert workspace.bytes > workspace.kept_bytes_limit
     before = work.copy()
     model.generate([[5], [6]], PARAMS)
     assert work == before
-    assert workspace.bytes == workspace.warm > workspace.most
-    model.generate([[5] * 20 for _ in range(4)], max_new_tokens=200)  # more than that is not kept
+    assert workspace.bytes == workspace.warm_up_bytes > workspace.kept_bytes_limit
+    model.generate([[5] * 20 for _ in range(4)], max_new_tokens=200)  # more memory than that is not kept
     assert workspace.bytes == 0
 
 
@@ -125,7 +127,7 @@ def test_every_page_of_the_caches_is_written_to(fresh, monkeypatch):
 
 
 def test_the_tuner_learns_times_and_no_acceptance(fresh):
-    """What steps take has nothing to do with the text; random tokens say nothing about drafts."""
+    """The time of a step does not depend on the text, but random tokens say nothing about acceptance."""
     model = fresh(speculation="auto")
     model.warm_up(batch_sizes=[3, 1])
     (stats,) = model.tuners.stats()
@@ -133,14 +135,14 @@ def test_the_tuner_learns_times_and_no_acceptance(fresh):
     assert not any(sum(each["drafted"]) for each in stats["drafters"].values())
     assert {"1", "3"} <= {f"{float(rows):.0f}" for rows in stats["plain_seconds"]}
     (arm,) = (each for name, each in stats["drafters"].items() if "arm" in name)
-    tokens = {round(float(size)) for size in arm["verify_seconds"]}  # rows · (K + 1), within 12 %
+    tokens = {round(float(size)) for size in arm["verify_seconds"]}  # rows · (K + 1), to within 12 %
     assert all(min(abs(size - each) / each for size in tokens) < 0.13 for each in (2, 5, 6, 15))
     assert arm["draft_seconds"]
 
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_the_first_request_measures_no_plain_steps(fresh, warm):
-    """Without `warm_up` two of them come first; with it, what the first step tells is whether drafts are right."""
+    """Without `warm_up` two plain steps come first. With it, the first step already tells whether drafts are right."""
     model = fresh(speculation="auto")
     if warm:
         model.warm_up(batch_sizes=1, **LENGTHS)
@@ -175,7 +177,7 @@ def test_acceptance_learnt_before_is_kept(fresh):
 
 @pytest.mark.parametrize("speculation", ["off", Speculation("arm", 2), Speculation(max_k=3)])
 def test_no_request_captures_anything_on_cuda(fresh, work, monkeypatch, speculation):
-    """Also with more graphs than are kept otherwise."""
+    """This holds also for more graphs than are kept otherwise."""
     monkeypatch.setattr("genarm_fast.device.cuda.MOST_GRAPHS", 4)
     expected = requests(fresh(), longest=120)
     model = fresh()
@@ -198,7 +200,8 @@ def test_a_draft_model_on_cuda(tokenizer):
         plan = Speculation("draft_model", 2)
         model.warm_up(batch_sizes=2, **LENGTHS, speculation=plan)
         captures = len(log.of("capture"))
-        # For 1 and 2 rows: forwards, a draft model's of one token alone; steps, plain and with two drafts. And a plain
+        # For 1 and 2 rows: forwards, of a draft model for one token only; plain steps and steps with two drafts. Also
+        # one plain step with filters and log-probs.
         # step with filters and log-probs.
         assert captures == 2 * (2 * 3 + 1) + 2 * 2 + 1
         requests(model, most=2, speculation=plan)

@@ -1,4 +1,4 @@
-"""Weights for each token, a coefficient for the base, and ARMs that are the base: all against the reference."""
+"""Weights for each token, a coefficient for the base, and ARMs that are the base: all compared with the reference."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ PLANS = {
     ids=lambda more: "+".join(more) or "nothing",
 )
 def test_weights_for_each_token(plan, more, model):
-    """Sequences of one batch have tables of other lengths; reported are the weights of each token."""
+    """Sequences of one batch have tables of different lengths; the output reports the weights of each token."""
     prompts = random_prompts(random.Random(len(more)), 4, longest=8)
-    prompts = [[*prompt, *prompt, *prompt[:2]] for prompt in prompts]  # something to look up
+    prompts = [[*prompt, *prompt, *prompt[:2]] for prompt in prompts]  # gives the n-gram drafter something to look up
     params = [{"weights": weights, "max_new_tokens": 10, **more} for weights in LINES]
     requests = [SamplingParams(**each, seed=i, rewards=True, logprobs=0) for i, each in enumerate(params)]
     outputs = model.generate(prompts, requests, speculation=PLANS[plan])
@@ -55,7 +55,7 @@ def test_weights_for_each_token(plan, more, model):
 
 
 def test_an_arm_leaves_with_its_last_weight(model, monkeypatch):
-    """It runs as long as a later token depends on it, and no longer."""
+    """An ARM runs as long as a later token depends on it, and no longer."""
     ran = []
     forward = ModelRunner.forward
     monkeypatch.setattr(
@@ -64,11 +64,11 @@ def test_an_arm_leaves_with_its_last_weight(model, monkeypatch):
     run = {"max_new_tokens": 8, "ignore_eos": True, "seed": 1}
     model.generate([[5, 6, 7]], weights=[[0.0, 0.0, 1.0, 0.0], 0.0], **run)
     assert (ran.count("base"), ran.count("a"), ran.count("b")) == (8, 3, 0)
-    assert SamplingParams(weights=[[1, 1], [2.0]]).weights == (1.0, 2.0)  # no table where one number does
+    assert SamplingParams(weights=[[1, 1], [2.0]]).weights == (1.0, 2.0)  # a constant list becomes a number
 
 
 def test_weights_that_change_in_a_stream(model):
-    """By name, the other ARM goes on with its own list; lists count from the first token of the response."""
+    """With weights by name, the other ARM keeps its list. Lists count from the first token of the response."""
     line = [0.0, 1.0, -1.0, 2.0, 0.5, 3.0]
     params = SamplingParams(weights=[0.5, line], max_new_tokens=9, temperature=0.0, ignore_eos=True)
     with model.stream([5, 6, 7], params) as stream:
@@ -112,7 +112,7 @@ def test_wrong_weights(weights, message, model):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Members that ran in each forward of the decode loop."""
+    """The members that ran in each forward of the decode loop."""
     seen: list[tuple[str, ...]] = []
     forward = ModelRunner.forward
 
@@ -126,7 +126,7 @@ def forwards(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer):
-    """A reference model, and a DPO adapter of it."""
+    """The folders of a reference model and a DPO adapter of it, and the two merged."""
     place = tmp_path_factory.mktemp("dpo")
     build_model("llama", 0).save_pretrained(place / "sft")
     tokenizer.save_pretrained(place / "sft")
@@ -136,7 +136,8 @@ def folders(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("given", ["folder", "object", "object in training"])
 def test_an_implicit_reward_is_one_lane(given, folders, tokenizer, forwards):
-    """log π_dpo - log π_sft over the base π_sft: base, adapter and reference take one forward of two lanes."""
+    """The reward is log π_dpo - log π_sft over the base π_sft: base, adapter and reference take one forward of two
+    lanes."""
     sft, dpo, merged = folders
     if given == "folder":
         base = sft
@@ -144,7 +145,7 @@ def test_an_implicit_reward_is_one_lane(given, folders, tokenizer, forwards):
         base = type(merged).from_pretrained(sft).train(given == "object in training")
     arms = [ARM(dpo, weight=1.5, name="dpo"), ARM(base, weight=-1.5, name="reference")]
     model = GenARM.from_pretrained(base, arms, tokenizer=tokenizer)
-    model.warm_up()  # which checks all members
+    model.warm_up()  # checks all members
     line = [0.5, -2.0, 0.0]
     cases = [{}, {"weights": [1.0, line]}, {"weights": [0.0, 1.0]}, {"base_weight": 0.25, "repetition_penalty": 1.2}]
     plain = build_model("llama", 0)
@@ -167,7 +168,7 @@ def test_an_implicit_reward_is_one_lane(given, folders, tokenizer, forwards):
 
 
 def test_an_arm_that_is_the_base_and_reads_another_prompt_runs(tokenizer, forwards, tiny_model):
-    """In one batch with a request whose prompt both read alike."""
+    """The request runs in one batch with another whose prompt base and ARM read alike."""
     base = tiny_model()
     arm = ARM(base, weight=0.7, name="primed", prompt_template="the sea {prompt}")
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
@@ -184,7 +185,7 @@ def test_an_arm_that_is_the_base_and_reads_another_prompt_runs(tokenizer, forwar
 
 
 def test_what_the_base_masks_stays_impossible():
-    """At any coefficient of the base; the rest is as in the reference."""
+    """The masked tokens stay impossible at any coefficient of the base; the other scores equal the reference's."""
     torch.manual_seed(0)
     base, arm = torch.randn(2, 3, 50)
     base[:, ::2] = -torch.inf

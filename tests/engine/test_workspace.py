@@ -1,4 +1,4 @@
-"""What a run leaves for the next one changes no token, belongs to one run at a time, and does not grow."""
+"""The workspace left by a run changes no token of the next one, belongs to one run at a time, and does not grow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiny_models import build_model
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.device.cuda import Cuda
 from genarm_fast.engine import workspace
-from genarm_fast.engine.allocate import roomy
+from genarm_fast.engine.allocate import rounded_capacity
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.speculation.config import Speculation
 
@@ -26,7 +26,7 @@ PARAMS = SamplingParams(max_new_tokens=8, seed=1, ignore_eos=True)
 
 @pytest.fixture
 def fresh(tiny_model, tokenizer):
-    """A new GenARM of the same members each time."""
+    """A function that returns a new GenARM of the same members at each call."""
     return lambda **options: GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer, **options)
 
 
@@ -39,7 +39,7 @@ def tokens(model, texts, params=PARAMS, **options):
 
 
 def left(model):
-    """The caches that it keeps, by their memory."""
+    """Return the memory addresses of the caches that the model keeps."""
     return [states.data_ptr() for states in caches(model)]
 
 
@@ -49,7 +49,7 @@ def caches(model):
 
 @pytest.mark.parametrize("speculation", ["off", Speculation("arm", 3), Speculation("ngram", 2)])
 def test_calls_give_what_a_new_model_gives(fresh, speculation):
-    """Longer and shorter, more and fewer prompts, with and without the ARM, after each other."""
+    """The calls are longer and shorter, with more and fewer prompts, with and without the ARM, one after the other."""
     model = fresh(max_batch_size=3)
     for case in range(8):
         rng = random.Random(case)
@@ -64,14 +64,14 @@ def test_the_next_call_takes_what_the_last_one_left(fresh):
     before = left(model)
     tokens(model, prompts(1, count=2))
     assert left(model) == before
-    tokens(model, prompts(1, count=4))  # more slots
+    tokens(model, prompts(1, count=4))  # needs more slots
     assert left(model) != before
     before = left(model)
-    tokens(model, prompts(1, count=1, longest=5), max_new_tokens=100)  # longer ones
+    tokens(model, prompts(1, count=1, longest=5), max_new_tokens=100)  # needs longer slots
     assert left(model) != before
     tokens(model, prompts(1))
     before = left(model)
-    tokens(model, prompts(1), weights=0.0)  # without the ARM
+    tokens(model, prompts(1), weights=0.0)  # runs without the ARM
     assert left(model) == before
 
 
@@ -84,7 +84,7 @@ def test_an_arm_that_nobody_asks_for_takes_no_memory(fresh):
 
 
 def test_no_more_rows_at_a_time_than_asked_for(fresh):
-    """Though the caches that were left have more slots."""
+    """The limit holds although the caches left behind have more slots."""
     model = fresh(max_batch_size=4)
     tokens(model, prompts(0, count=4))
     model.max_batch_size = 2
@@ -104,7 +104,7 @@ def test_what_is_left_holds_to_cache_bytes(fresh):
 
 
 class Small(Lagging):
-    """A device with so much memory for caches."""
+    """A device with `spare` bytes of memory for caches."""
 
     def __init__(self, spare):
         super().__init__()
@@ -116,7 +116,7 @@ class Small(Lagging):
 
 @pytest.mark.parametrize(("room", "slots"), [(2.5, 2), (0.5, 1)])
 def test_caches_are_planned_from_what_is_free(fresh, room, slots, caplog):
-    """Two requests at a time where three ask, one where there is no room for one; none is lost; and it is said."""
+    """Two of three requests run at a time, or one where not even one fits. None is lost, and a warning says so."""
     texts = [[5 + i] * 20 for i in range(3)]
     expected = tokens(fresh(), texts)
     one = fresh().engine().workspace.token_bytes([0, 1]) * (20 + 8)  # prompt and response
@@ -129,7 +129,7 @@ def test_caches_are_planned_from_what_is_free(fresh, room, slots, caplog):
 
 
 def test_a_limit_of_the_user_s_is_no_warning(fresh, caplog):
-    """It is told to those who ask for information."""
+    """Only the log level INFO mentions it."""
     texts = [[5 + i] * 20 for i in range(3)]
     limit = 2 * 28 * fresh().engine().workspace.token_bytes([0, 1])
     with caplog.at_level("INFO", "genarm_fast.engine.admission"):
@@ -140,7 +140,7 @@ def test_a_limit_of_the_user_s_is_no_warning(fresh, caplog):
 
 
 def test_what_a_gpu_has_for_caches():
-    """60 GiB are free and 6 cached by PyTorch; a twentieth of all 80 is for forwards."""
+    """60 GiB are free and PyTorch has cached 6 more; a twentieth of all 80 is reserved for forwards."""
     with cuda_driver():
         assert Cuda().spare_bytes(torch.device("cuda", 0)) == pytest.approx((60 + 6 - 4) * 2**30)
 
@@ -205,7 +205,7 @@ def test_an_error_leaves_nothing(fresh, monkeypatch):
 
 
 def test_a_failed_row_leaves_nothing_to_the_next(tokenizer):
-    """Its numbers are NaN."""
+    """The failed row's numbers in the caches are NaN."""
     broken = build_model("llama", 0)
     with torch.no_grad():
         broken.model.embed_tokens.weight[42] = torch.nan
@@ -218,7 +218,7 @@ def test_a_failed_row_leaves_nothing_to_the_next(tokenizer):
 
 
 def test_what_is_large_is_not_kept(fresh, monkeypatch):
-    monkeypatch.setattr(workspace, "LEAST", 0)
+    monkeypatch.setattr(workspace, "MIN_KEPT_BYTES", 0)
     model = fresh()
     tokens(model, prompts(0, count=1, longest=5))
     assert left(model)
@@ -254,9 +254,9 @@ def test_what_is_too_small_is_freed_before_more_is_made(fresh, monkeypatch):
 
 
 def test_capacities_are_few():
-    sizes = {roomy(tokens) for tokens in range(1, 4097)}
+    sizes = {rounded_capacity(tokens) for tokens in range(1, 4097)}
     assert len(sizes) < 45
-    assert all(tokens <= roomy(tokens) <= tokens + max(63, tokens / 8) for tokens in range(1, 20000))
+    assert all(tokens <= rounded_capacity(tokens) <= tokens + max(63, tokens / 8) for tokens in range(1, 20000))
 
 
 def test_the_second_call_captures_nothing(fresh):
@@ -269,11 +269,11 @@ def test_the_second_call_captures_nothing(fresh):
         for seed in range(1, 4):
             assert tokens(model, prompts(seed)) == expected[seed]
         assert (len(log.of("capture")), len(log.of("stream"))) == (captures, streams)
-        assert len(log.of("replay")) > 4 * replays  # no warm-up
+        assert len(log.of("replay")) > 4 * replays  # no further warm-up runs
 
 
 def test_shapes_of_rounds_with_drafts_are_captured_once(fresh):
-    """In the first call, which brings each of them three times."""
+    """The first call captures each shape, as it meets each three times."""
     model = fresh()
     expected = tokens(model, prompts(0))
     with cuda_driver() as log, engines_on(OnCpuTensors()):
@@ -285,7 +285,7 @@ def test_shapes_of_rounds_with_drafts_are_captured_once(fresh):
 
 
 def test_a_run_waits_for_what_was_done_before_it(fresh):
-    """Weights that were changed on the current stream, say."""
+    """For example, weights may have changed on the current stream before."""
     model = fresh()
     with cuda_driver() as log, engines_on(OnCpuTensors()):
         tokens(model, prompts(0))
@@ -297,7 +297,7 @@ def test_a_run_waits_for_what_was_done_before_it(fresh):
 
 
 def test_graphs_do_not_pile_up(fresh, monkeypatch):
-    """Those that were used last are kept."""
+    """The graphs used last are kept."""
     monkeypatch.setattr("genarm_fast.device.cuda.MOST_GRAPHS", 2)
     model = fresh(max_batch_size=4)
     with cuda_driver(), engines_on(OnCpuTensors()) as device:
@@ -326,7 +326,7 @@ def tensors():
 def test_memory_is_flat_over_calls(fresh):
     model = fresh(max_batch_size=2)
     texts = prompts(0, count=4)
-    kept = tensors()  # alive until the end, so that none of other tests dies between two looks
+    kept = tensors()  # kept alive, so that no tensor of another test dies between two counts
     with cuda_driver(), engines_on(OnCpuTensors()) as device:
         sizes = []
         for _ in range(4):

@@ -1,4 +1,4 @@
-"""Each script of examples/ runs as it stands, with tiny models, and is short enough to copy from."""
+"""Each script of examples/ runs unchanged, with tiny models, and is short enough to copy from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tiny_models import build_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MOST_LINES = 40  # of code, without docstring and blank lines
+MOST_LINES = 40  # lines of code, without docstring and blank lines
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folders(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(folders, tmp_path, monkeypatch, capsys):
-    """run("name.py", ...) → what it prints."""
+    """run("name.py", ...): runs the script and returns what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
 
@@ -81,9 +81,9 @@ def test_train_on_dataset(run, tmp_path):
 
 
 def test_harness(run, folders, monkeypatch):
-    """In an environment with lm-eval; docs/drop_in.md says when it was last run."""
+    """This test needs an environment with lm-eval; docs/drop_in.md says when it was last run."""
     pytest.importorskip("lm_eval", reason="lm-eval is not in the development environment: see docs/drop_in.md")
-    monkeypatch.chdir(EXAMPLES.parent)  # where the task's YAML finds its data
+    monkeypatch.chdir(EXAMPLES.parent)  # the task's YAML finds its data from there
     out = run("harness.py", "--arm", str(folders / "arm"), "--limit", "2")
     assert [line.split(":")[0] for line in out.splitlines() if "mood" in line] == [
         "base",

@@ -1,4 +1,4 @@
-"""The service of examples/serve.py under a real HTTP client: 32 callers at a time, of whom some hang up."""
+"""The service of examples/serve.py under a real HTTP client: 32 concurrent callers, some of which hang up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(tiny_model, tokenizer):
 
 @pytest.fixture
 def url(model, monkeypatch):
-    """Of a server in a thread of its own."""
+    """The URL of a server in a thread of its own."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
     app = importlib.import_module("serve").make_app(model)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
@@ -42,7 +42,7 @@ def url(model, monkeypatch):
 
 
 async def text_of(client, url, seed, leave_after=None):
-    """The text of a stream, or None of one that is left."""
+    """Return the text of a stream, or None for a stream that is left early."""
     pieces = []
     async with client.stream("POST", url, json={**BODY, "seed": seed, "stream": True}) as response:
         assert response.status_code == 200
@@ -56,7 +56,7 @@ async def text_of(client, url, seed, leave_after=None):
 
 
 async def impatient(client, url, seed):
-    """Does not wait for a whole answer."""
+    """Hang up before the whole answer comes."""
     with pytest.raises(httpx.ReadTimeout):
         await client.post(url, json={**BODY, "seed": seed, "max_new_tokens": 200}, timeout=httpx.Timeout(30, read=0.2))
 
@@ -83,7 +83,7 @@ def test_32_callers_of_whom_some_hang_up(model, url, monkeypatch):
     end = time.perf_counter() + 20
     while model.engine().scheduler and time.perf_counter() < end:
         time.sleep(0.01)
-    assert not model.engine().scheduler  # also the long answers that nobody waited for
+    assert not model.engine().scheduler  # includes the long answers whose callers hung up
     assert max(batches) > 8
     assert len(batches) < 200
 
@@ -112,7 +112,7 @@ def test_several_prompts_have_several_answers(model, url):
 
 
 def test_answers_are_strict_json(url):
-    """Tokens that are ruled out have a log-probability of -inf."""
+    """Banned tokens have a log-probability of -inf, which JSON cannot hold."""
     body = {"prompt": "the cat", "max_new_tokens": 2, "allowed_token_ids": [5], "logprobs": 3}
     answer = httpx.post(url, json=body, timeout=60).text
     assert json.loads(answer, parse_constant=pytest.fail)["completions"][0]["logprobs"][0]["top"]["0"] is None
@@ -120,7 +120,7 @@ def test_answers_are_strict_json(url):
 
 @pytest.mark.parametrize("shown", [False, True])
 def test_a_request_that_fails_on_its_way(model, url, monkeypatch, shown):
-    """The status is sent by then; the body says what happened."""
+    """The status has been sent by then; the body says what happened."""
 
     def fails(sequence, *drawn):
         sequence.error = FloatingPointError("no such number")

@@ -1,4 +1,4 @@
-"""Generation by Hugging Face with the logits processor, and what checks its every score."""
+"""Generation by Hugging Face with the logits processor, and a check of each of its scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 
 
 class Counted:
-    """A model, and how many tokens a row it was fed."""
+    """A model that counts the token columns it was fed."""
 
     def __init__(self, inner: PreTrainedModel) -> None:
         self.inner, self.columns = inner, 0
@@ -37,7 +37,7 @@ class Counted:
 
 
 class Checked(LogitsProcessor):
-    """Compares what a processor gives with plain forwards of every row."""
+    """A processor that compares another processor's result with plain forwards of every row."""
 
     def __init__(self, guide: GenARMLogitsProcessor) -> None:
         self.guide, self.steps = guide, 0
@@ -64,7 +64,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     **kwargs: object,
 ):
-    """The tokens after each prompt, up to the first </s>."""
+    """Return the tokens after each prompt, up to the first </s>."""
     inputs = padded(prompts)
     kwargs = {"do_sample": False, "max_new_tokens": 12, **kwargs}
     processors = guide if isinstance(guide, list) else [guide]

@@ -1,4 +1,4 @@
-"""`model.generate(..., custom_generate=guided(arms))`: texts against the reference, habits of transformers."""
+"""`model.generate(..., custom_generate=guided(arms))`: texts equal the reference's, options work as in transformers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def expected(base, arms, prompt, seed=0, **params):
 
 
 def rows(output, prompts=PROMPTS, eos=1):
-    """The tokens after each prompt, up to the first end."""
+    """Return the tokens after each prompt, up to the first end token."""
     found = output[:, max(map(len, prompts)) :].tolist()
     return [row[: row.index(eos) + 1] if eos in row else row for row in found]
 
@@ -69,7 +69,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_tokens_are_those_of_the_reference(call, base, arms, guide):
-    """Rows of three lengths, padded on the left; two texts of each prompt, with the seeds of `n` completions."""
+    """Rows of three lengths are padded on the left, with two texts per prompt and the seeds of `n` completions."""
     given, params = CALLS[call]
     given = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "num_return_sequences": 2} | given
     if not given["do_sample"]:
@@ -90,7 +90,7 @@ def test_tokens_are_those_of_the_reference(call, base, arms, guide):
 
 
 def test_what_the_engine_has_no_word_for_is_called_as_transformers_calls_it(base, arms, guide, padded_tokenizer):
-    """Beside transformers' own loop with the guide as its first processor: greedy texts are equal."""
+    """Greedy texts equal those of transformers' own loop with the guide as its first processor."""
     ways = [
         {"no_repeat_ngram_size": 2},
         {"bad_words_ids": [[5], [9, 10]]},
@@ -144,11 +144,11 @@ def test_own_processors_see_the_row_as_transformers_shows_it(base, arms, guide, 
 
         def __call__(self, input_ids, scores):
             self.lengths.append(tuple(input_ids.shape))
-            return scores.index_fill(1, input_ids[0, 6:], -torch.inf)  # none twice, after the padded prompt
+            return scores.index_fill(1, input_ids[0, 6:], -torch.inf)  # no token twice after the padded prompt
 
     given = {"do_sample": False, "max_new_tokens": 8}
     own = Own()
-    one = {name: value[1:2] for name, value in padded(PROMPTS).items()}  # four tokens of padding
+    one = {name: value[1:2] for name, value in padded(PROMPTS).items()}  # four padding tokens
     (found,) = rows(base.generate(**one, custom_generate=guide, logits_processor=[own], **given))
     assert own.lengths == [(1, 6 + i) for i in range(len(found))]
     assert len(set(found)) == len(found)
@@ -161,7 +161,7 @@ def test_own_processors_see_the_row_as_transformers_shows_it(base, arms, guide, 
 
 
 class After(StoppingCriteria):
-    """Ends row r after its ends[r]-th new token; looks at all rows together, as transformers' criteria may."""
+    """A criterion that ends row r after its ends[r]-th new token, reading all rows together as criteria may."""
 
     def __init__(self, ends, width):
         self.ends, self.width, self.calls = ends, width, []
@@ -187,7 +187,7 @@ def test_own_criteria_see_all_rows_step_by_step(speculation, base, arms, padded_
 
     class Never(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            return False  # as lm-eval's does
+            return False  # lm-eval's criterion returns False too
 
     assert torch.equal(base.generate(**given, eos_token_id=1, min_new_tokens=12, stopping_criteria=[Never()]), whole)
     text = padded_tokenizer.decode(whole[0, 8:9])
@@ -236,7 +236,7 @@ def test_drafts_change_nothing(base, arms, padded_tokenizer):
 
 
 def test_an_adapter_of_the_users_own_model(tmp_path, padded_tokenizer):
-    """It is a lane over the weights that the user holds, and what the user holds stays as it is."""
+    """The adapter is a lane over the user's own weights, which stay unchanged."""
     build_model("llama", 0).save_pretrained(tmp_path / "base")
     padded_tokenizer.save_pretrained(tmp_path / "base")
     merged = save_adapter(tmp_path / "adapter", base=tmp_path / "base", seed=2)
@@ -286,7 +286,7 @@ def test_streamers_are_taken_at_construction(base, arms, padded_tokenizer, capsy
     text = "".join(streamer)
     thread.join()
     assert text == padded_tokenizer.decode(kept["out"][0, 6:])
-    # transformers shows the callable no streamer of `generate`: should that change, this says so.
+    # transformers passes `generate`'s streamer to no callable; if that changes, this test fails.
     seen = {}
 
     def custom(model, input_ids, logits_processor, streamer=None, **rest):
@@ -371,7 +371,7 @@ def test_a_class_of_the_users_own_is_called_whatever_it_derives_from():
 
 
 def test_warpers_in_another_order_are_called_in_that_order():
-    """Only those at the end that the sampling kernel applies in the same order become its parameters."""
+    """Only the last warpers, if the sampling kernel applies them in the same order, become its parameters."""
     cold, nucleus, penalty = (
         logits_process.TemperatureLogitsWarper(0.5),
         logits_process.TopPLogitsWarper(0.9),
@@ -388,7 +388,7 @@ def test_warpers_in_another_order_are_called_in_that_order():
 
 
 def test_a_row_that_is_closed_says_nothing_more():
-    """A step with drafts may have brought several of its tokens by then."""
+    """A step with drafts may already have brought several tokens of the row."""
     chunks = [StreamChunk("", [5, 6, 7], [], 0), StreamChunk("", [8], [], 1), StreamChunk("", [9], [], 1, "length")]
     closed: set[int] = set()
     steps = _lockstep(iter(chunks), 2, PAD, closed)

@@ -1,4 +1,5 @@
-"""The logits processor inside Hugging Face's `generate`: every score against plain forwards over whole rows."""
+"""The logits processor inside Hugging Face's `generate`: every score is compared with plain forwards over whole
+rows."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from genarm_fast import GenARM, reference
 from genarm_fast.integrations import transformers as integration
 from genarm_fast.integrations.transformers import GenARMLogitsProcessor
 
-FAMILIES = ["llama", "gpt2", "mistral", "qwen3", "gemma2", "gemma3_text"]  # windows of 8 tokens in three of them
+FAMILIES = ["llama", "gpt2", "mistral", "qwen3", "gemma2", "gemma3_text"]  # three of them have windows of 8 tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +58,7 @@ def test_every_score_is_that_of_plain_forwards(way, guide, base, tiny_model):
     assert checked.steps >= 12
     longest = max(map(len, prompts))
     if "assistant_model" not in kwargs and "prompt_lookup_num_tokens" not in kwargs:
-        assert checked.counted.columns == longest + checked.steps - 1  # each token once
+        assert checked.counted.columns == longest + checked.steps - 1  # feeds each token once
 
 
 def test_an_assistant_changes_nothing(guide, base, tiny_model):
@@ -67,7 +68,7 @@ def test_an_assistant_changes_nothing(guide, base, tiny_model):
 
 
 def test_calls_after_calls(guide, base):
-    """Fewer rows, more rows, the same again are read anew; of one that goes on, only what is new."""
+    """Fewer rows, more rows and repeated rows are read again; of a row that continues, only the new tokens are."""
     checked = Checked(guide)
 
     def fed(prompts: Sequence[Sequence[int]], new: int) -> int:
@@ -80,10 +81,10 @@ def test_calls_after_calls(guide, base):
         assert fed(prompts, 4) == 6 + 4 - 1
     (text,) = generate(base, checked, PROMPTS[:1])
     longer = [*PROMPTS[0], *text, 30, 31]
-    assert fed([longer], 4) == 3 + 4 - 1  # the last token of a text was not fed
+    assert fed([longer], 4) == 3 + 4 - 1  # the last token of the text was not fed before
     (text,) = generate(base, checked, [longer])
     longer = [*longer, *text, 40]
-    assert fed([longer, longer[::-1]], 4) == len(longer) + 4 - 1  # one of them doesn't go on
+    assert fed([longer, longer[::-1]], 4) == len(longer) + 4 - 1  # one of the rows does not continue
 
 
 def test_an_arm_may_be_trained_between_calls(base, padded_tokenizer):
@@ -98,7 +99,7 @@ def test_an_arm_may_be_trained_between_calls(base, padded_tokenizer):
 
 
 def test_faults_would_be_seen(guide, base, monkeypatch):
-    """Rows that were reordered and are taken for their own; caches that are taken for those of another prompt."""
+    """Two faults are injected: reordered rows that keep their old caches, and caches reused for another prompt."""
     right = integration.parents_of
 
     def in_place(tokens, rows):
@@ -163,7 +164,8 @@ def test_warpers_act_on_the_combination(guide, base, tiny_model):
 
 
 def test_penalties_after_it_are_those_of_the_engine(guide, base):
-    """On normalised log-probabilities; before it, which is where `generate` puts its own, they are others."""
+    """Penalties act on normalised log-probabilities. Placed before the guide, as `generate` does, they give other
+    texts."""
     engine = GenARM(guide.members)
     run = {"temperature": 0.0, "max_new_tokens": 12, "repetition_penalty": 1.3}
     expected = [output.token_ids for output in engine.generate(PROMPTS, **run)]

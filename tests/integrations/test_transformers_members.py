@@ -18,7 +18,7 @@ from genarm_fast.integrations.transformers import GenARMLogitsProcessor
 
 @pytest.mark.parametrize("prompts", [["the cat", "there is no place", "a"], [[{"role": "user", "content": "hi"}]] * 2])
 def test_arms_with_templates_of_their_own(prompts, base, tiny_model, padded_tokenizer):
-    """Padded each in its own way."""
+    """Each ARM's prompts are padded in their own way."""
     own = ARM(tiny_model(seed=1), prompt_template="Q: {prompt} A:", chat_template="{{ messages[0].content }}? ")
     arms = [own, ARM(tiny_model(seed=2), weight=-0.5)]
     guide = GenARMLogitsProcessor(base, arms, tokenizer=padded_tokenizer)
@@ -40,7 +40,8 @@ def test_arms_with_templates_of_their_own(prompts, base, tiny_model, padded_toke
 
 
 def test_vocabularies_of_different_width(tiny_model, padded_tokenizer):
-    """Only common tokens are drawn; a pad token that an ARM has no embedding of may fill rows that have ended."""
+    """Only common tokens are drawn. Rows that have ended may be filled with a pad token that an ARM has no embedding
+    of."""
     base, arm = tiny_model(vocab_size=320), tiny_model(seed=1, vocab_size=304)
     base.generation_config.pad_token_id = 310
     base.generation_config.eos_token_id = list(range(3, 150))
@@ -62,7 +63,7 @@ def test_vocabularies_of_different_width(tiny_model, padded_tokenizer):
 
 
 def test_masked_tokens_stay_masked(guide, monkeypatch):
-    """By the base or an ARM that runs, whatever the sign of its weight."""
+    """A mask by the base or an ARM that runs stays, whatever the sign of the ARM's weight."""
 
     def given(weights: Sequence[float], *masked: int) -> list[int]:
         guide.weights, scores = weights, torch.zeros(1, 300)

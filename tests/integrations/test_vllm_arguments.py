@@ -1,4 +1,4 @@
-"""What vLLM is told of base and ARMs, and what is refused before it starts. vLLM is not needed here."""
+"""The arguments that vLLM gets for base and ARMs, and what is refused before it starts. vLLM is not needed here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from genarm_fast.integrations.vllm.adapters import lora_tensors
 from genarm_fast.integrations.vllm.arguments import served_arguments
 from genarm_fast.integrations.vllm.prompts import member_tokenizers, pinned_template, shared_tokens
 from genarm_fast.integrations.vllm.served import Served, ServedARM, check_version
-from genarm_fast.models.adapter import KEEPS_BASE, REPEATED
+from genarm_fast.models.adapter import INITS_KEEPING_BASE, REPEATED_INITS
 from genarm_fast.models.checkpoint_fingerprint import checkpoint_fingerprint
 from genarm_fast.models.fingerprint import fingerprint
 
@@ -31,7 +31,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "vllm.md"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A base, an ARM beside it, an adapter of the base, and a base of the same shape with other weights."""
+    """A folder with a base, an ARM, an adapter of the base, and a base of the same shape with other weights."""
     folder = tmp_path_factory.mktemp("members")
     for name, seed in (("base", 0), ("small", 1), ("other", 2)):
         build_model("llama", seed).save_pretrained(folder / name)
@@ -57,7 +57,7 @@ def test_a_model_of_its_own_runs_beside_and_an_adapter_is_a_lane(folder):
 
 
 def test_the_example_of_the_docs(folder, monkeypatch, capsys):
-    """Run as it stands, with a stand-in for vLLM; tests/vllm_plugin has the real one."""
+    """The example runs unchanged, with a stand-in for vLLM; tests/vllm_plugin runs the real one."""
     (example,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     save_adapter(folder / "lora0", base=folder / "base", seed=0)
     made: list[dict] = []
@@ -87,7 +87,7 @@ def test_the_fingerprint_of_files_is_that_of_the_loaded_model(tied, tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors", "aaa.safetensors"])
 def test_files_that_nobody_loads_have_no_part_in_it(sharded, name, tmp_path):
-    """Variants and others' formats have tensors of the same names; those that transformers loads are what counts."""
+    """Variants and other formats repeat the tensors' names; only the files that transformers loads count."""
     build_model("llama", 3).save_pretrained(tmp_path, max_shard_size="50KB" if sharded else "5GB")
     build_model("llama", 4).save_pretrained(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").rename(tmp_path / name)
@@ -122,10 +122,10 @@ def test_more_than_plain_lora_is_refused(settings, named, folder, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        *(({"init_lora_weights": how}, None) for how in KEEPS_BASE),
+        *(({"init_lora_weights": how}, None) for how in INITS_KEEPING_BASE),
         *(
             ({"init_lora_weights": how, "loftq_config": {"loftq_bits": 4}}, f"init_lora_weights='{how}': it rewrites")
-            for how in REPEATED
+            for how in REPEATED_INITS
         ),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda': expected one of"),
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens=.*expected a LoRA without it"),
@@ -136,7 +136,7 @@ def test_more_than_plain_lora_is_refused(settings, named, folder, tmp_path):
     ids=str,
 )
 def test_settings_of_adapters_are_read_as_everywhere(setting, said, folder, tmp_path):
-    """By the lists of genarm_fast.models.adapter: what is unknown there is no lane either."""
+    """The lists of genarm_fast.models.adapter decide: an adapter setting that is unknown there is refused here too."""
     save_adapter(tmp_path, base=folder / "base", seed=0)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
@@ -207,7 +207,7 @@ def test_an_arm_that_reads_other_prompts_is_refused(recorded, message, tmp_path)
 def test_tokenizers_are_compared(tmp_path):
     base = build_tokenizer()
     same = member_tokenizers(base, [served_arm(tmp_path, prompt_template=None, chat_template=base.chat_template)])
-    assert same == [base, base]  # the ARM's folder has none
+    assert same == [base, base]  # the ARM's folder has no tokenizer
     build_tokenizer(add_bos=True).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="kind: its tokenizer reads"):
         member_tokenizers(base, [served_arm(tmp_path)])
@@ -234,12 +234,13 @@ def test_only_the_integration_and_serve_import_vllm():
     importing = {name for name, text in sources.items() if re.search(r"^\s*(?:import|from) vllm\b", text, re.MULTILINE)}
     others = {name for name in importing if not name.startswith("integrations/vllm/")}
     assert others == {"cli/serve.py"}
-    assert not re.search(r"^(?:import|from) vllm\b", sources["cli/serve.py"], re.MULTILINE)  # in a function alone
+    # Imported only inside a function.
+    assert not re.search(r"^(?:import|from) vllm\b", sources["cli/serve.py"], re.MULTILINE)
     assert "integrations/vllm/composite.py" in importing
 
 
 def record(folder, arm, **arguments):
-    """A copy of an ARM's folder, with what its training would record."""
+    """Return a copy of an ARM's folder, with a record as its training would write it."""
     place = folder.parent / arm
     shutil.copytree(folder, place, dirs_exist_ok=True)
     (place / "genarm.json").write_text(json.dumps({"chat_template_kwargs": arguments}))
@@ -254,7 +255,7 @@ def rendered(template, **arguments):
 
 @pytest.mark.parametrize("value", [False, True, None, 3, 0.5, 'it\'s "so"\n{{ ä 😀 }}', [1, None], {"a": [True]}])
 def test_what_arms_were_trained_with_is_in_the_template(value):
-    """A request may name the same value, or none; another one is refused. Names of others are left alone."""
+    """A request may name the same value or none; another value is refused. Arguments of other names pass unchanged."""
     template = pinned_template("{{ thinking | tojson }} {{ other }}", {"thinking": value})
     expected = rendered("{{ thinking | tojson }} {{ other }}", thinking=value, other=1)
     assert rendered(template, other=1) == rendered(template, thinking=value, other=1) == expected

@@ -1,4 +1,4 @@
-"""The calculator of `genarm-fast serve --plan`, against numbers worked out by hand."""
+"""The calculator of `genarm-fast serve --plan`, compared with numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LLAMA_70B = {
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
     "dtype": "bfloat16", "tie_word_embeddings": False,
 }  # fmt: skip
-PARAMETERS = 70_553_706_496  # of Llama-3-70B, as its model card's files add up
+PARAMETERS = 70_553_706_496  # Llama-3-70B's parameters, as its model card's files add up
 
 
 def described(folder: Path, **config: object) -> Path:

@@ -1,4 +1,4 @@
-"""The weights that a request asks for, as vLLM hands them over."""
+"""The weights that a request asks for, in the forms that vLLM passes on."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SETUP = "setup"
 
 
 class FakeModel:
-    """Answers with what it was asked and with whom, so that a change of either shows."""
+    """A model whose answers repeat the prompt, its parameters and its batch, so that a change of any shows."""
 
     max_batch_size = 3
     tokenizer = None
@@ -41,7 +41,7 @@ class FakeModel:
     def as_completed(
         self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams]
     ) -> Iterator[tuple[int, GenerationOutput | Exception]]:
-        """Answers with odd indices come first."""
+        """Yield the answers with odd indices first."""
         self.batches.append(list(prompts))
         for i, (prompt, params) in sorted(enumerate(zip(prompts, sampling_params)), key=lambda pair: -(pair[0] % 2)):
             if prompt in self.crashing:
@@ -66,12 +66,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def one_batch_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 1)
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 1)
 
 
 @pytest.fixture
 def requests(tmp_path: Path) -> list[JobRequest]:
-    """Seven, so that batches of three leave a short one."""
+    """Seven requests, so that batches of three leave a short one."""
     rows = [{"prompt": f"p{i}"} for i in range(7)]
     return list(read_requests(write_lines(tmp_path / "in.jsonl", rows), SamplingParams(), arms=1))
 
@@ -222,7 +222,7 @@ def test_two_jobs_cannot_write_one_file(requests: list[JobRequest], tmp_path: Pa
 
 
 def test_what_cannot_be_read_again_is_refused(requests: list[JobRequest], tmp_path: Path) -> None:
-    """A terminal, a pipe, /dev/full: they would be read for ever."""
+    """A terminal, a pipe and /dev/full would be read forever."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe: expected a regular file"):
         ResultsFile(tmp_path / "pipe", [], SETUP)
@@ -244,7 +244,7 @@ def test_lines_override_the_defaults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value", "default"), [("max_time", 0.5, "None"), ("priority", 1, "0")])
 def test_what_depends_on_the_machine_is_refused(tmp_path: Path, name: str, value: Any, default: str) -> None:
-    """In lines, and for all of them: a job that resumes would write other bytes."""
+    """Such parameters are refused in lines and for all lines: a resumed job would write other bytes."""
     path = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
     with pytest.raises(ValueError, match=f"^{name}={value}: expected {default} in a batch job"):
         read_requests(path, SamplingParams(**{name: value}), arms=0)
@@ -270,7 +270,7 @@ def test_seeds_of_lines_and_jobs_differ() -> None:
         ('{"prompt": "a", "weights": ["1", 2]}', "weights=.*expected finite numbers"),
         ('{"prompt": "a", "logit_bias": [1]}', "logit_bias=.*expected an object"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias=.*expected an object"),
-        ('{"prompt": "a", "logit_bias": {"5": 1, "05": 2}}', "logit_bias=.*expected an object"),  # one token twice
+        ('{"prompt": "a", "logit_bias": {"5": 1, "05": 2}}', "logit_bias=.*expected an object"),  # the same token twice
         ('{"prompt": "a", "logit_bias": {"\\u0665": 1}}', "logit_bias=.*expected an object"),
         ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
         ('{"prompt": [{"role": "user", "role": "system", "content": "a"}]}', "the key 'role' is there twice"),

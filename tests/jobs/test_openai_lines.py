@@ -30,7 +30,7 @@ def lines(tmp_path, *rows):
 def answers(model, tmp_path, *rows, keep=(), **defaults):
     requests = read_requests(lines(tmp_path, *rows), SamplingParams(**defaults), arms=1, keep=keep)
     path = tmp_path / "out.jsonl"
-    for _ in range(2):  # the second time all of it is there
+    for _ in range(2):  # the second run finds all answers there
         with ResultsFile(path, requests, "setup") as results:
             summary = run(model, requests, results)
     assert summary.answered == 0
@@ -38,7 +38,7 @@ def answers(model, tmp_path, *rows, keep=(), **defaults):
 
 
 def near(logprobs):
-    """Float32 rounding of a logit near 10 is 1e-6, and another batch adds in another order."""
+    """Allow for float32 rounding: 1e-6 for a logit near 10, and another batch adds in another order."""
     return pytest.approx(logprobs, abs=2e-5)
 
 
@@ -146,7 +146,7 @@ def test_log_probabilities_have_the_text_of_their_tokens(model, tokenizer, tmp_p
 
 
 def test_the_text_of_a_sentencepiece_token_keeps_its_space():
-    """`decode` of such a token by itself has none."""
+    """`decode` of such a token by itself drops the space."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""A job reads its input as it goes: in bounded memory, in groups that a resumed job finds again, checked ahead."""
+"""A job reads its input as it runs: in bounded memory, in groups that a resumed job finds again, checked ahead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genarm_fast.jobs import ResultsFile, read_requests, run
 
 @pytest.fixture(autouse=True)
 def two_batches_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 2)
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 2)
 
 
 def requests_of(tmp_path: Path, rows: list[dict[str, Any]], **defaults: Any) -> Any:
@@ -26,7 +26,7 @@ def requests_of(tmp_path: Path, rows: list[dict[str, Any]], **defaults: Any) -> 
 
 
 def test_groups_are_found_again_from_every_cut(tmp_path: Path) -> None:
-    """Lines that ask for many completions make groups shorter; each group's answers name who was in it."""
+    """Lines that ask for many completions make groups shorter. The answers of a group name the requests in it."""
     completions = [1, 1, 3, 1, 2, 1, 1, 9, 1, 1, 1, 1, 1, 1, 1, 6, 1]
     requests = requests_of(tmp_path, [{"prompt": f"p{i}", "n": n} for i, n in enumerate(completions)])
     path, model = tmp_path / "out.jsonl", FakeModel()
@@ -56,13 +56,13 @@ def test_lines_are_written_before_their_group_ends(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_job(Stops(), requests, path)
-    assert len(read_lines(path)) == 3  # a batch
+    assert len(read_lines(path)) == 3  # one batch
 
 
 def test_one_bad_request_costs_few_decodings_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.BATCHES", 32)
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 32)
     requests = requests_of(tmp_path, [{"prompt": f"p{i}"} for i in range(64)])
-    model = FakeModel(crashing=["p60"])  # the odd ones have ended before
+    model = FakeModel(crashing=["p60"])  # requests with odd indices have ended before
     summary = run_job(model, requests, tmp_path / "out.jsonl")
     assert (summary.answered, summary.failed) == (63, 1)
     assert summary.errors == [(61, "MemoryError: out of memory")]
@@ -76,8 +76,8 @@ def test_one_bad_request_costs_few_decodings_of_its_group(tmp_path: Path, monkey
 def test_a_prompt_that_is_refused_late_stops_the_job_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
-    monkeypatch.setattr("genarm_fast.jobs.CHECKING", 0.0)
-    monkeypatch.setattr("genarm_fast.jobs.SHARE", 0.0)
+    monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("genarm_fast.jobs.CHECK_TIME_SHARE", 0.0)
     requests = requests_of(tmp_path, [{"prompt": f"p{i:02}"} for i in range(24)])
     path, model = tmp_path / "out.jsonl", FakeModel(refused=[f"p{bad:02}"])
     with pytest.raises(ValueError, match=rf"in\.jsonl line {bad + 1}: too long"):
@@ -96,7 +96,7 @@ def test_prompts_are_checked_ahead_and_the_longest_first(tmp_path: Path, monkeyp
         run_job(model, requests, tmp_path / "out.jsonl")
     assert model.batches == []
     assert model.prepared == ["a long prompt", *(row["prompt"] for row in rows[:21])]
-    monkeypatch.setattr("genarm_fast.jobs.CHECKING", 0.0)
+    monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)
     model = FakeModel(refused=["a long prompt"])
     with pytest.raises(ValueError, match=r"in\.jsonl line 18: too long"):
         run_job(model, requests, tmp_path / "out.jsonl")
@@ -114,19 +114,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         with ResultsFile(tmp_path / f"out-{lines}.jsonl", requests, SETUP) as results:
             model = FakeModel()
             model.batches = model.prepared = Nothing()
-            model.max_batch_size = 100  # few writes, each of which waits for the disk
+            model.max_batch_size = 100  # few writes, as each waits for the disk
             run(model, requests, results)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
 
-    peak(200)  # what the first one loads
+    peak(200)  # the first call loads modules
     few, many = peak(500), peak(4_500)
-    assert (many - few) / 4_000 < 100  # bytes a line; a request takes a thousand
+    assert (many - few) / 4_000 < 100  # bytes per line; a request takes a thousand
 
 
 class Nothing(list[Any]):
-    """Keeps nothing."""
+    """A list that keeps nothing."""
 
     def append(self, item: Any) -> None:
         pass
@@ -151,7 +151,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     requests = requests_of(tmp_path, [{"prompt": f"p{i}"} for i in range(9)])
     text = (tmp_path / "in.jsonl").read_text()
     (tmp_path / "in.jsonl").write_text(text + '{"prompt": "more"}\n')
-    assert len(list(requests)) == 9  # they are for the next run
+    assert len(list(requests)) == 9  # added lines are for the next run
     (tmp_path / "in.jsonl").write_text(text.replace("p4", "p!"))
     with pytest.raises(ValueError, match=r"in\.jsonl line 5: expected the line that was there when the job began"):
         list(requests)

@@ -1,4 +1,4 @@
-"""What tests of several ops share."""
+"""Fixtures that the tests of several ops share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ISAS = _native.core.instruction_sets() if _native.core else []
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    """Each instruction set of the C++ core that runs here, in use until the end of the test."""
+    """Run the test with each instruction set of the C++ core that this CPU has."""
     _native.core.use(request.param)
     yield request.param
     _native.core.use(ISAS[0])
@@ -20,7 +20,7 @@ def isa(request):
 
 @pytest.fixture
 def threads():
-    """Sets the number of PyTorch's threads until the end of the test."""
+    """Return a function that sets the number of PyTorch's threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

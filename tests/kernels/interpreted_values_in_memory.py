@@ -1,4 +1,7 @@
-"""Every Triton launcher takes what test_values_in_memory.py gives its op, between canaries, run by test_triton.py."""
+"""Every Triton launcher takes the tensors of test_values_in_memory.py, placed between canaries.
+
+test_triton.py runs this file.
+"""
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ KERNELS = [name for name, op in OPS.items() if op.launch is not None]
 
 
 def launched(name, floats, integers, changed=()):
-    """Called between canaries; tensors of these places have the negative bit."""
+    """Call the launcher with tensors between canaries. The tensors with an index in `changed` have the negative bit."""
     with between_canaries(masks=name == "arm_logps") as canaries:
         placed = [
             torch._neg_view(canaries.embed(each.neg())) if i in changed else canaries.embed(each)
@@ -27,8 +30,8 @@ def test_the_negative_bit_counts(name):
     dtype = torch.float32 if name == "guided_sample" else torch.float16
     floats, integers = tensors_of(name, dtype)
     expected = called(OPS[name].run, [each.clone() for each in floats], integers)
-    read = [i for i in range(len(floats)) if i not in OPS[name].writes]  # the launcher leaves others to the reference
-    together = name == "guided_sample"  # takes seconds
+    read = [i for i in range(len(floats)) if i not in OPS[name].writes]  # a launcher refuses to write to the others
+    together = name == "guided_sample"  # one launch takes seconds
     for changed in ([], read) if together else ([], *([i] for i in read)):
         for found, exact in zip(launched(name, floats, integers, changed), expected, strict=True):
             torch.testing.assert_close(found, exact, **tolerance(dtype), msg=f"arguments {changed}")

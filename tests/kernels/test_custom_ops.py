@@ -1,4 +1,4 @@
-"""The custom ops under torch.compile and torch.export: one node each, the same results."""
+"""The custom ops under torch.compile and torch.export are one node each, and give the same results."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_ngram_lookup_is_a_sound_op():
 
 
 def round_of(base, arm, positions, seeds):
-    """What an engine compiles: nothing in it may break the graph."""
+    """Sample and settle as an engine compiles it. Nothing in it may break the graph."""
     drawn = guided_sample(base * 2, (arm,), [0.5], temperature=0.8, top_p=0.9, seeds=seeds, positions=positions,
                           return_logprobs=True, top_logprobs=2)  # fmt: skip
     row = drawn.tokens[:, 0]
@@ -68,7 +68,7 @@ def round_of(base, arm, positions, seeds):
 def test_compiled_without_a_break(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(round_of, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    seed = 7 if dynamic else 2**64 - 1  # as an input of the graph, a number has to fit int64
+    seed = 7 if dynamic else 2**64 - 1  # in a dynamic graph the seed is an input, which has to fit int64
     for rows in (3, 4) if dynamic else (3,):
         arguments = (*logits(rows, 2, 40), torch.arange(2 * rows).view(rows, 2), seed)
         expected = round_of(*arguments)
@@ -166,7 +166,7 @@ def test_the_ops_of_a_fused_layer_are_sound(index):
 
 
 class Layer:
-    """A decoder layer of all ops; only its linears' weights are held."""
+    """A decoder layer made of all ops. The caches are arguments of its calls."""
 
     def __init__(self, dtype):
         generator = torch.Generator().manual_seed(0)
@@ -194,7 +194,7 @@ def test_a_layer_is_one_graph(how, dtype):
     layer, x = Layer(dtype), torch.randn(2, 2, 16).to(dtype)
     slots, positions = torch.tensor([2, 0]), torch.tensor([[0, 1], [3, 4]])
 
-    def arguments():  # the caches are written to
+    def arguments():  # new caches for each call, since the layer writes to them
         cache = torch.linspace(-1, 1, 3 * 2 * 6 * 4).view(3, 2, 6, 4).to(dtype)
         return x, cache, cache.flip(0), slots, positions
 

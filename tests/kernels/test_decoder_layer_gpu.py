@@ -1,4 +1,4 @@
-"""The small Triton kernels of a decoder layer on a CUDA device, against PyTorch on the CPU."""
+"""The small Triton kernels of a decoder layer on a CUDA device agree with PyTorch on the CPU."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def cuda(value):
 
 
 def assert_same(op, *tensors, **options):
-    """Results, and what is written in place."""
+    """Compare the op on the GPU with the op on the CPU: its results, and the tensors that it writes in place."""
     moved = [cuda(tensor) for tensor in tensors]
     found = op(*moved, **{name: cuda(value) for name, value in options.items()})
     expected = op(*tensors, **options)

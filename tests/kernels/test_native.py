@@ -1,4 +1,4 @@
-"""Which C++ core is loaded, and that a stale one is told."""
+"""Which C++ core is loaded, and that a core older than its sources gives a warning."""
 
 import os
 import subprocess

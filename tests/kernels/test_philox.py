@@ -9,7 +9,7 @@ import torch
 from genarm_fast.kernels import guided_sample, guided_sample_reference, gumbel, seed_tensor
 from genarm_fast.kernels.philox import TILE_LEVEL, TOKEN_LEVEL, philox
 
-# Random123 1.14, tests/kat_vectors, "philox4x32 10": counter, key, output
+# Counter, key and output from Random123 1.14, tests/kat_vectors, "philox4x32 10".
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -40,8 +40,8 @@ def test_gumbel_matches_float64_in_both_tails():
     bits = philox((index, 0, TOKEN_LEVEL, 0), (torch.tensor(3), torch.tensor(0)))[0].double()
     u = (bits + 0.5) / 2**32
     exact = -torch.log(-torch.log1p(-u))
-    assert exact.max() > 12  # the tail that 24-bit uniforms would round away
-    central = u < 0.999  # nearer to 1, float32 itself spaces u by 6e-8 of a shrinking 1 - u: a very *small* G
+    assert exact.max() > 12  # uniforms of 24 bits would not reach this tail
+    central = u < 0.999  # nearer to 1, where G is very small, float32 spaces u by 6e-8, too coarse for 1 - u
     torch.testing.assert_close(noise[central], exact[central], rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(noise[~central], exact[~central], rtol=0, atol=0.2)
     assert noise.mean().item() == pytest.approx(0.5772156649, abs=5 * 1.2825 / math.sqrt(len(index)))
@@ -49,7 +49,7 @@ def test_gumbel_matches_float64_in_both_tails():
 
 
 def test_extreme_uniforms_stay_finite():
-    for bits in (0, 1, 2**32 - 1):  # the smallest and the largest noise that the contract can produce
+    for bits in (0, 1, 2**32 - 1):  # give the largest and the smallest noise that the contract can produce
         u = min((bits + 0.5) * 2.0**-32, 1 - 2.0**-24)
         assert math.isfinite(-math.log(-math.log1p(-u)))
 
@@ -87,12 +87,12 @@ def test_streams_are_independent(change):
 
     one, other = stream(**BASE), stream(**(BASE | change))
     assert correlation(one, other) < 5 / math.sqrt(len(one))
-    assert correlation(one.exp().clamp_max(50), other.exp().clamp_max(50)) < 5 / math.sqrt(len(one))  # the winning tail
-    assert correlation(one, stream(**BASE)) > 0.999  # control
+    assert correlation(one.exp().clamp_max(50), other.exp().clamp_max(50)) < 5 / math.sqrt(len(one))  # the tail wins
+    assert correlation(one, stream(**BASE)) > 0.999  # control: the same stream
 
 
 def documented():
-    """Rows of the last table of docs/rng.md."""
+    """Return the rows of the last table of docs/rng.md."""
     lines = (Path(__file__).parents[2] / "docs/rng.md").read_text().split("| seed | level |")[1].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 

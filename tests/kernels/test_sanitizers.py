@@ -1,4 +1,4 @@
-"""The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, over torch's own heap."""
+"""The C++ core under AddressSanitizer and UndefinedBehaviorSanitizer, with tensors on torch's own heap."""
 
 import json
 import subprocess
@@ -92,7 +92,7 @@ def test_sanitized_core(core):
 
 
 def test_fuzz(core):
-    """30 s of what `make sanitize` does for longer; one seed, so that a change alone can make it fail."""
+    """Do for 30 s what `make sanitize` does for longer. The seed is fixed, so that only a change can make it fail."""
     command = [sys.executable, SCRIPTS / "fuzz_ops.py", "--seconds", "30", "--seed", "1", "--inside", core]
     done = subprocess.run(command, env=sanitized_core.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

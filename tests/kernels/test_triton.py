@@ -1,4 +1,5 @@
-"""The Triton kernels without a GPU: interpreted against the reference, and compiled ahead of time for four targets."""
+"""The Triton kernels without a GPU: interpreted and compared with the reference, and compiled ahead for four
+targets."""
 
 import json
 import os
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command, **environment):
-    """In a process of its own: triton reads its mode when it is imported."""
+    """Run Python in a new process and return its output. triton reads its mode only when it is imported."""
     env = {**os.environ, **environment}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
@@ -64,13 +65,13 @@ KERNELS = {"scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel", "se
 KERNELS |= {"attend_kernel", "combine_kernel", "append_kernel"}
 KERNELS |= {"norm_kernel", "gated_kernel", "rotary_append_kernel", "rotary_kernel", "absorb_kernel", "slopes_kernel"}
 KERNELS |= {"few_rows_kernel", "total_kernel"}
-ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # few programs, where occupancy matters less
-SHARED = {"gfx942": 65536}  # bytes that a program may have; on NVIDIA what the least of them has, sm_86 and sm_89
+ONE_OF_A_ROW = ("attend_kernel", "draw_kernel")  # kernels of few programs, where occupancy matters less
+SHARED = {"gfx942": 65536}  # bytes of shared memory that a program may use; on NVIDIA the limit of sm_86 and sm_89
 
 
 @pytest.mark.parametrize(("target", "cases"), [("sm_80", []), ("sm_90", []), ("sm_100", TYPICAL), ("gfx942", TYPICAL)])
 def test_compiled(target, cases):
-    """Binds and compiles the specialisations that the launchers make: no spills, wide loads, occupancy."""
+    """The launchers' specialisations bind and compile, without spills, with wide loads and few registers."""
     chosen = ["--cases", *cases] if cases else []
     kernels = json.loads(run("benchmarks/compiled_kernels.py", "--json", "--targets", target, *chosen))
     assert {kernel["kernel"] for kernel in kernels} == KERNELS
@@ -79,18 +80,19 @@ def test_compiled(target, cases):
         assert kernel["shared"] <= SHARED.get(target, 101376), kernel
         assert kernel["registers"] <= (256 if kernel["kernel"] in ONE_OF_A_ROW else 200), kernel
         if kernel["kernel"] == "scores_kernel" and "50257" not in kernel["case"]:
-            assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the others are weights and temperature
+            assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # rest: weights and temperature
         if kernel["kernel"] == "scores_kernel" and kernel["case"] == "1 ARM":
-            assert kernel["registers"] <= 80, kernel  # 24 warps an SM or more: enough loads in flight
+            assert kernel["registers"] <= 80, kernel  # 24 or more warps per SM: enough loads in flight
         if kernel["kernel"] in ("norm_kernel", "gated_kernel") and kernel["case"] == "8B layer":
-            if target != "gfx942":  # whose warps of 64 threads make a program of gated_kernel twice as wide
+            if target != "gfx942":  # its warps of 64 threads make a program of gated_kernel twice as wide
                 assert kernel["wide_loads"] == kernel["loads"], kernel
             assert kernel["registers"] <= 64, kernel
         if kernel["kernel"] in ("absorb_kernel", "slopes_kernel"):
             assert kernel["registers"] <= (64 if kernel["case"] == "log-probs" else 96), kernel
             if kernel["case"] == "log-probs":
-                assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # the others are numbers of the row
+                assert kernel["wide_loads"] >= kernel["loads"] - 4, kernel  # rest: numbers of a row
         if kernel["kernel"] == "attend_kernel" and "q = 512" not in kernel["case"]:
-            # The others are positions, a few for each warp; where the last split combines, the splits' logarithms.
+            # Narrow loads read positions, a few for each warp. Where the last split combines, narrow loads also read
+            # the splits' logarithms.
             narrow = 14 if target == "gfx942" else 56
             assert kernel["wide_loads"] >= kernel["loads"] - narrow, kernel

@@ -1,5 +1,7 @@
-"""Every op takes tensors with the negative bit, of zero rows, at odd addresses, with numbers at the ends of int64,
-or refuses them."""
+"""Every op takes or refuses unusual tensors.
+
+They have the negative bit, zero rows, odd addresses, or numbers at the ends of int64.
+"""
 
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def test_every_op_is_here():
     assert folders | {"ragged_append"} == set(OPS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # bfloat16 has no complex counterpart, so no bit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # bfloat16 has no complex type, so no bit
 @pytest.mark.parametrize("name", OPS)
 def test_the_negative_bit_counts(name, dtype):
     run, (floats, integers) = OPS[name].run, tensors_of(name, dtype)
@@ -112,12 +114,12 @@ def test_seeds_positions_and_filters_at_the_ends(op):
     assert found[0] == found[1] == found[2]
     expected = guided_sample_reference(base, (), [], seeds=ends, positions=ends)
     assert found[0] == expected.tokens.tolist()
-    none = op(base, (), [], seeds=ends, positions=ends, top_k=torch.full((4,), ENDS.min))  # as 0: keeps all
+    none = op(base, (), [], seeds=ends, positions=ends, top_k=torch.full((4,), ENDS.min))  # as 0: all tokens
     assert none.tokens.tolist() == expected.tokens.tolist()
 
 
 def test_the_conjugate_bit_counts():
-    """ragged_append copies entries of every dtype."""
+    """Only ragged_append takes complex numbers: it copies entries of every dtype."""
     keys, new = torch.zeros(2, 1, 5, 4, dtype=torch.complex64), torch.randn(1, 1, 2, 4, dtype=torch.complex64)
     values = keys.clone()
     ragged_append(keys, values, new.conj(), new, torch.tensor([1]), torch.tensor([[2, 3]]))
@@ -139,7 +141,7 @@ def test_no_rows_to_sample(op, block):
 
 @pytest.mark.parametrize("op", [settle, settle_reference])
 def test_lengths_at_the_ends_of_int64(op):
-    cases = [  # length, limit → how many of three right drafts and a bonus are settled, finished
+    cases = [  # length, limit, tokens settled of three right drafts and a bonus token, finished
         (0, ENDS.max, 4, False),
         (ENDS.max - 2, ENDS.max, 2, True),
         (ENDS.max, ENDS.max, 0, True),
@@ -163,7 +165,7 @@ def test_lengths_at_the_ends_of_int64(op):
 
 
 def test_a_default_device_is_not_where_tensors_are():
-    """Of `torch.set_default_device`: "meta" stands for a GPU, where what is made by mistake has no numbers."""
+    """No op makes a tensor on the default device by mistake. On "meta", which stands for a GPU, it has no values."""
     logits, weight = torch.randn(2, 1500, dtype=torch.bfloat16), torch.randn(8, 64).to(torch.bfloat16)
     codes = dequantize(quantize(weight, 4)).to(torch.bfloat16)
     calls = (

@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ, AWQ and compressed-tensors, packed here as their formats say, from numbers that a test knows."""
+"""Checkpoints of GPTQ, AWQ and compressed-tensors, packed as their formats specify, from codes the test knows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """Codes [n, m] → int32 [n, m · bits / 32], the first of a word in its lowest bits, one by one."""
+    """Pack codes [n, m] into int32 [n, m · bits / 32], a word's first code in its lowest bits, without vector code."""
     each, rows = 32 // bits, []
     for row in codes.tolist():
         row = row + [0] * (-len(row) % each)
@@ -26,7 +26,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
 
 class Drawn:
-    """codes [out, in] and zeros [out, groups] from 0, scales [out, groups], group [in]."""
+    """A random weight: codes [out, in], zeros and scales [out, groups], and group [in], the group of each input."""
 
     def __init__(self, out: int, width: int, *, bits: int, size: int, symmetric: bool, seed: int, scattered: bool):
         generator = torch.Generator().manual_seed(seed)
@@ -42,7 +42,7 @@ class Drawn:
 
     def weight(self) -> Tensor:
         exact = (self.codes - self.zeros[:, self.group]).double() * self.scales.double()[:, self.group]
-        return exact.to(torch.bfloat16)  # once: these products have less than 24 bits
+        return exact.to(torch.bfloat16)  # rounded once: these products have less than 24 bits
 
 
 def gptq(drawn: Drawn, bits: int, version: str = "gptq") -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def gptq(drawn: Drawn, bits: int, version: str = "gptq") -> dict[str, Tensor]:
 
 
 def awq(drawn: Drawn, bits: int) -> dict[str, Tensor]:
-    def ordered(codes: Tensor) -> Tensor:  # [in or groups, out]
+    def ordered(codes: Tensor) -> Tensor:  # codes [in or groups, out]
         at = torch.arange(codes.shape[1]).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
         return words(codes[:, at], bits)
 
@@ -84,7 +84,7 @@ def int_quantized(drawn: Drawn, bits: int, *, symmetric: bool) -> dict[str, Tens
 def save(
     folder: Path, config: dict[str, Any], pack: Callable[[Drawn], dict[str, Tensor]], **draw: Any
 ) -> dict[str, Tensor]:
-    """Write a checkpoint whose linears but the head are coded; returns all weights that it stands for, by name."""
+    """Write a checkpoint whose linears except the head are coded; return all weights that it stands for, by name."""
     model = build_model("llama", 0, **WIDE).to(torch.bfloat16)
     expected, stored = dict(model.state_dict()), {}
     for index, (name, tensor) in enumerate(sorted(expected.items())):

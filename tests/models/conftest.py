@@ -1,4 +1,4 @@
-"""A model's folder and an adapter's, which tests damage."""
+"""Folders of a model and of an adapter, for tests to damage."""
 
 from __future__ import annotations
 

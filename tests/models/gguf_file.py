@@ -1,4 +1,4 @@
-"""A GGUF file of a tiny Llama, as llama.cpp's converter and quantiser would write it."""
+"""Writes a GGUF file of a tiny Llama, as llama.cpp's converter and quantiser would write it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 def write(
     path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layers: str = "Q4_1", ends: str = "Q8_0"
 ) -> dict[str, Tensor]:
-    """The file; returns the weights that it stands for, float32, by the model's names. layers, ends: GGUF's types."""
+    """Write the file; return the weights that it stands for, float32, by the model's names.
+
+    layers, ends: GGUF types of the linears, and of embedding and head.
+    """
     config, stood_for = model.config, {}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -45,7 +48,7 @@ def write(
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(vocabulary["vocab"], key=vocabulary["vocab"].get))
-    writer.add_token_types([3, 3, *[1] * (len(vocabulary["vocab"]) - 2)])  # two that steer, ordinary ones
+    writer.add_token_types([3, 3, *[1] * (len(vocabulary["vocab"]) - 2)])  # two control tokens, then ordinary ones
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in vocabulary["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
@@ -60,7 +63,7 @@ def write(
         values = tensor.float().numpy()
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(stored.split(".")[-1])
         order = np.arange(len(values))
-        if heads:  # halves of a head, which rotate together, become neighbours
+        if heads:  # the halves of a head, which rotate together, become neighbours
             order = order.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
         kind = gguf.GGMLQuantizationType[(ends if at_end else layers) if values.ndim == 2 else "F32"]
         data = quantize(values[order], kind) if values.ndim == 2 else values

@@ -1,4 +1,4 @@
-"""The stacked decoder over Triton's interpreter, run by test_stacked_decoder.py in a process of its own."""
+"""The stacked decoder in Triton's interpreter; test_stacked_decoder.py runs this file in a process of its own."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from genarm_fast.kernels import _dispatch, _native
 from genarm_fast.kernels.linear import Lora
 from genarm_fast.kernels.ragged_attention import plan
 from genarm_fast.models import few_rows
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.lora_lanes import LaneLinear
 from genarm_fast.models.stacked_decoder import StackedDecoder
@@ -41,10 +41,10 @@ def as_on_a_gpu(monkeypatch):
 
 
 def adapted(model, adapters):
-    """The tree with a LoRA of unequal rank for each of lanes 1, 2, ..., and a model of merged weights for each lane."""
+    """Return the model with a LoRA of different rank in each of lanes 1, 2, ..., and a merged model for each lane."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.ndim == 1:  # norms of ones and biases of zeros would hide which is used
+        if parameter.ndim == 1:  # norms of ones and biases of zeros would hide which one is used
             parameter.data += torch.randn(parameter.shape, generator=generator) / 4
     tree, merged = copy.deepcopy(model), [copy.deepcopy(model) for _ in range(1 + adapters)]
     for depth, layer in enumerate(tree.model.layers):
@@ -62,7 +62,10 @@ def adapted(model, adapters):
 
 
 def hidden_states(decoder, tokens, lanes, blocks, slots=None):
-    """A row of each lane for each of tokens, block after block; [lanes, rows, tokens, width]. slots: reversed."""
+    """Feed one row per lane and prompt, block after block; return hidden states [lanes, rows, tokens, width].
+
+    slots: slots of the rows, by default in reverse order.
+    """
     rows, found, start = len(tokens) * len(lanes), [], 0
     slots = torch.arange(rows).flip(0) if slots is None else slots
     cache = Cache(layers=[RaggedLayer(rows, tokens.shape[1]) for _ in decoder.layers])
@@ -70,14 +73,14 @@ def hidden_states(decoder, tokens, lanes, blocks, slots=None):
         where = torch.arange(start, start + block).expand(rows, block)
         ids = tokens[:, start : start + block].repeat(len(lanes), 1)
         ragged = Ragged(slots, where, start + block)
-        with torch.inference_mode(), running(lanes, len(tokens)), placed(ragged):
+        with torch.inference_mode(), running(lanes, len(tokens)), at_positions(ragged):
             out = decoder(input_ids=ids, position_ids=where, past_key_values=cache).last_hidden_state
         found.append(out.view(len(lanes), len(tokens), block, -1))
         start += block
     return torch.cat(found, 2)
 
 
-BLOCKS = [(4, 1, 9), (9, 4, 1), (1, 9, 4)]  # tokens of each forward, the first of which is a chunk of a prompt
+BLOCKS = [(4, 1, 9), (9, 4, 1), (1, 9, 4)]  # tokens of each forward; the first is a chunk of a prompt
 LANES = [[0], [0, 1], [2, 0, 3, 1]]  # the model itself, with one adapter, with three
 
 
@@ -94,7 +97,7 @@ LANES = [[0], [0, 1], [2, 0, 3, 1]]  # the model itself, with one adapter, with 
     ],
 )
 def test_as_the_model_itself(family, layers, rows, lanes, blocks, order):
-    """Each lane as a model of merged weights, over whole prefixes, beyond the window. order: of slots."""
+    """Each lane equals a merged model, over whole prefixes, beyond the sliding window. order: order of the slots."""
     tree, merged = adapted(build_model(family, 0, num_hidden_layers=layers), max(lanes))
     tokens = torch.arange(rows * 14).view(rows, 14) * 7 % VOCAB_SIZE
     slots = torch.arange(rows * len(lanes))
@@ -107,11 +110,12 @@ def test_as_the_model_itself(family, layers, rows, lanes, blocks, order):
 
 
 def test_products_of_few_rows_by_our_kernel():
-    """Blocks of 4 and 1 tokens of three lanes, 12 and 3 rows, with biases; blocks of 9 are cuBLAS's: nine launches."""
+    """The few-rows kernel serves blocks of 4 and 1 tokens of three lanes (12 and 3 rows, with biases), cuBLAS blocks of
+    9."""
     tree, merged = adapted(build_model("qwen2", 0, num_hidden_layers=1), 2)
     decoder, tokens = StackedDecoder(tree.model, Movable([tree])), torch.arange(14).view(1, 14) * 7 % VOCAB_SIZE
     for product in decoder.products:
-        product.ours = frozenset(few_rows.ROWS)
+        product.kernel_row_counts = frozenset(few_rows.MEASURED_ROWS)
     launches = Launches()
     with launches.counting():
         got = hidden_states(decoder, tokens, [0, 1, 2], (4, 1, 9))
@@ -138,12 +142,12 @@ def test_weights_changed_in_place_count():
 
 
 FREE = {"view", "t", "transpose", "slice", "select", "expand", "detach", "empty", "unsqueeze"}  # views, no kernels
-FREE |= {"reshape", "flatten", "resolve_neg", "resolve_conj"}  # of what is contiguous and plain
-FREE |= {"lt", "ge", "__or__", "any", "is_nonzero"}  # checks of slots, positions and adapters, on the CPU alone
+FREE |= {"reshape", "flatten", "resolve_neg", "resolve_conj"}  # launch nothing on contiguous, plain tensors
+FREE |= {"lt", "ge", "__or__", "any", "is_nonzero"}  # checks of slots, positions and adapters, only on the CPU
 
 
 class Launches(TorchDispatchMode):
-    """Names of what would be launched on a GPU: PyTorch's operations but for views, and Triton's kernels."""
+    """A mode that collects names of GPU launches: PyTorch's operations except views, and Triton's kernels."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +160,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def finished(self):
-        """A kernel has ended."""
+        """Note that a kernel has ended."""
 
     @contextmanager
     def counting(self):
@@ -178,7 +182,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize(("family", "chunk"), [("llama", 256), ("llama", 16), ("qwen3", 256)])
 def test_launches_of_a_layer(family, chunk, monkeypatch):
-    """Nine, with the LoRAs of two lanes, where a row's entries are one split and where splits are combined."""
+    """A layer takes nine launches, with the LoRAs of two lanes, whether a row's entries are one split or several."""
     monkeypatch.setattr(plan, "CHUNK", chunk)
     arrivals = torch.zeros(64, dtype=torch.int32)
     counts = []
@@ -188,7 +192,11 @@ def test_launches_of_a_layer(family, chunk, monkeypatch):
         cache = Cache(layers=[RaggedLayer(3, 64) for _ in range(layers)])
         positions = torch.full((3, 1), 40)
         inputs = {"input_ids": positions, "position_ids": positions, "past_key_values": cache}
-        with torch.inference_mode(), running([0, 1, 2], 1), placed(Ragged(torch.arange(3), positions, 64, arrivals)):
+        with (
+            torch.inference_mode(),
+            running([0, 1, 2], 1),
+            at_positions(Ragged(torch.arange(3), positions, 64, arrivals)),
+        ):
             decoder(**inputs)  # makes the caches
             launches = Launches()
             with launches.counting():
@@ -198,9 +206,9 @@ def test_launches_of_a_layer(family, chunk, monkeypatch):
 
 
 class Reads(Launches):
-    """Bytes that each launch reads: of an operation of PyTorch's its inputs, of a kernel the addresses that it loads.
+    """A mode that counts the bytes each launch reads: an operation's inputs, or the addresses that a kernel loads.
 
-    weights, caches, others: bytes, by whose memory they are; whatever a launch reads several times counts once for it.
+    bytes: counts by owner of the memory: weights, caches, others. A byte read several times in a launch counts once.
     """
 
     def __init__(self, weights, caches):
@@ -219,7 +227,7 @@ class Reads(Launches):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def finished(self):
-        """A kernel has ended."""
+        """Add up the addresses that the kernel loaded."""
         for size in {size for size, _ in self.addresses}:
             found = numpy.unique(numpy.concatenate([each for width, each in self.addresses if width == size]))
             for kind, spans in self.spans.items():
@@ -243,15 +251,16 @@ class Reads(Launches):
 
 
 def spans_of(tensors):
-    """(begin, end) of the memory of tensors."""
+    """Return (begin, end) of the memory of each storage behind the tensors."""
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return [(begin, begin + size) for begin, size in storages.items()]
 
 
 def bytes_of_a_layer(at):
-    """Bytes that a layer reads for a token at this position of three lanes of rank 16, and its weights' own.
+    """Return the bytes that a layer reads for a token at this position of three lanes of rank 16, and its weights'
+    size.
 
-    Its shape is Llama-3-8B's, all of it eight times smaller.
+    The layer has Llama-3-8B's shape, all of it eight times smaller.
     """
     shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 1}
     found = []
@@ -267,7 +276,7 @@ def bytes_of_a_layer(at):
         cache = Cache(layers=[RaggedLayer(3, 64) for _ in range(layers)])
         positions = torch.full((3, 1), at)
         inputs = {"input_ids": positions, "position_ids": positions, "past_key_values": cache}
-        with torch.inference_mode(), running([1, 2, 3], 1), placed(Ragged(torch.arange(3), positions, 64)):
+        with torch.inference_mode(), running([1, 2, 3], 1), at_positions(Ragged(torch.arange(3), positions, 64)):
             decoder(**inputs)  # makes the caches
             held = [*base.parameters(), *(t for p in decoder.products for t in (p.weight, p.b) if t is not None)]
             reads = Reads(held, [states for layer in cache.layers for states in (layer.keys, layer.values)])
@@ -278,7 +287,8 @@ def bytes_of_a_layer(at):
 
 
 def test_bytes_of_a_step():
-    """Weights once, at most 1.03 of the base's own; of the caches what a row has written; little else."""
+    """A step reads the weights once, at most 1.03 times the base's, the cache entries that rows wrote, and little
+    else."""
     found, weights = bytes_of_a_layer(40)
     assert weights < found["weights"] <= 1.03 * weights
     assert found["caches"] == 3 * 41 * 2 * 128 * 4

@@ -1,4 +1,5 @@
-"""Decoding of one member beside its model's own forward, in bfloat16: near, as attention of other shapes rounds."""
+"""Compares one member's decoding with its model's own forward in bfloat16: near, as attention of other shapes
+rounds."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ PROMPT = [5, 9, 33, 120, 7]
 
 
 def largest_difference(model: GenARM, other: torch.nn.Module) -> float:
-    """Of log-probs of ten sampled tokens, by `model` as it decodes and by the forward of `other`."""
+    """Return the largest difference of ten sampled tokens' log-probs: `model` as it decodes, against the forward of
+    `other`."""
     params = SamplingParams(max_new_tokens=10, temperature=1.0, seed=1, logprobs=1, ignore_eos=True)
     completion = model.generate([PROMPT], params)[0].completions[0]
     ids = torch.tensor([PROMPT + completion.token_ids])

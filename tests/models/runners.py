@@ -1,4 +1,4 @@
-"""Tiny models as runners."""
+"""Builds tiny models that run on the fast path."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from tiny_models import build_model
 
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.weights import share_weights
 
 
 def runner_of(family: str, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Any:
-    """A model of random weights, with what runs it fast in place of its modules' forwards."""
-    return as_runner(share_weights(build_model(family, 0, **config).to(dtype)))
+    """Return a model of random weights, whose modules have the fast forwards."""
+    return make_fast(share_weights(build_model(family, 0, **config).to(dtype)))

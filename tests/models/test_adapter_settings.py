@@ -1,4 +1,4 @@
-"""Adapters and folders whose settings could be misread: taken as PEFT takes them, or refused by name."""
+"""Adapters and folders with settings that could be misread: they are read as PEFT reads them, or refused by name."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ def put(name, *shape):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        # What changed the base's weights as training began, from random numbers, gradients, activations
+        # Initialisations that changed the base's weights as training began, from random numbers, gradients,
+        # activations.
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4': expected one of .*convert the"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga': expected one of .*convert the adapter"),
         ({"init_lora_weights": "corda"}, "init_lora_weights='corda': expected one of .*convert the adapter"),
         ({"init_lora_weights": "next_year"}, "init_lora_weights='next_year': expected one of"),
-        # Any text counts as true
+        # Python counts any non-empty text as true.
         ({"use_rslora": "false"}, "use_rslora='false': expected true or false"),
         ({"fan_in_fan_out": 0}, "fan_in_fan_out=0: expected true or false"),
     ],
@@ -42,7 +43,7 @@ def test_settings_that_would_be_misread(base, adapter, setting, said):
 
 
 def test_settings_that_are_null(base, adapter):
-    """As older versions of PEFT wrote them."""
+    """Older versions of PEFT wrote null for these settings."""
     path = adapter / "adapter_config.json"
     whole = GenARM.from_pretrained(base, adapter).score([[5]], [[6, 7]])[0]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": None, "init_lora_weights": None}))
@@ -50,7 +51,7 @@ def test_settings_that_are_null(base, adapter):
 
 
 def test_a_matrix_under_several_names(base, tmp_path):
-    """VB-LoRA saves the bank that all its modules share once; PEFT counts the other names as missing."""
+    """VB-LoRA saves the vector bank that its modules share only once; PEFT counts its other names as missing."""
     config = VBLoRAConfig(r=4, num_vectors=8, vector_length=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
     save_adapter(tmp_path / "bank", base=base, seed=1, config=config)
     expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "bank").eval()
@@ -70,7 +71,7 @@ def test_a_peft_model_inside_another(tokenizer):
 
 
 def test_a_folder_around_the_model(base, adapter, tmp_path):
-    """As PEFT saves adapters of other names, and trainers their checkpoints."""
+    """PEFT saves adapters of other names, and trainers save checkpoints, in folders inside the folder."""
     for name in ("checkpoint-8", "best"):
         (tmp_path / "run" / name).mkdir(parents=True)
         (tmp_path / "run" / name / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
@@ -83,7 +84,7 @@ def test_a_folder_around_the_model(base, adapter, tmp_path):
 
 
 def test_an_adapter_beside_a_whole_model(base, adapter):
-    """Left over where it was merged, say: transformers would put it on the merged model once more."""
+    """The adapter may be a leftover of a merge: transformers would put it on the merged model once more."""
     build_model("llama", 3).save_pretrained(adapter)
     said = rf"arms\[0\]='.*adapter': a whole model \(model.safetensors\) and an adapter of '{re.escape(str(base))}'"
     with pytest.raises(ValueError, match=said):
@@ -92,12 +93,12 @@ def test_an_adapter_beside_a_whole_model(base, adapter):
         engine_args(base, adapter)
     with pytest.raises(ValueError, match="their weights differ from those it was trained on"):
         GenARM.from_pretrained(base, ARM(adapter, base=adapter))
-    (adapter / "model.safetensors").unlink()  # some trainers leave the base's config.json there
+    (adapter / "model.safetensors").unlink()  # some trainers leave the base's config.json in the adapter's folder
     GenARM.from_pretrained(base, adapter)
 
 
 def test_an_adapter_inside_its_base(base, adapter):
-    """One that names the folder it is in, as transformers puts it there."""
+    """The adapter names its own folder as the base, as transformers writes it."""
     path = adapter / "adapter_config.json"
     whole = GenARM.from_pretrained(base, adapter).score([[5]], [[6, 7]])[0]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
@@ -108,7 +109,7 @@ def test_an_adapter_inside_its_base(base, adapter):
 
 
 def test_constants_of_old_checkpoints(tmp_path):
-    """GPT-2's of before 2023 have a number beside the weights that transformers no longer reads, nor misses."""
+    """GPT-2 checkpoints from before 2023 have a constant that transformers neither reads nor misses."""
     build_model("gpt2", 0).save_pretrained(tmp_path / "old")
     build_tokenizer().save_pretrained(tmp_path / "old")
     before = GenARM.from_pretrained(tmp_path / "old").score([[5]], [[6, 7]])[0].base_logprobs
@@ -117,7 +118,7 @@ def test_constants_of_old_checkpoints(tmp_path):
 
 
 def test_keys_that_are_there_twice(base, adapter):
-    """Training writes none into genarm.json; other files are read as their libraries do, and that is said."""
+    """A repeated key in genarm.json is refused, as training never writes one. For other files a warning names it."""
     for path, key in ((base / "config.json", "hidden_act"), (adapter / "adapter_config.json", "lora_alpha")):
         path.write_text(path.read_text().replace("{", f'{{"{key}": "x", ', 1))
         with pytest.warns(UserWarning, match=rf"{re.escape(str(path))}: the key '{key}' is there twice: the last one"):

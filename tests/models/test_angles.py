@@ -1,4 +1,4 @@
-"""Angles that are looked up have the bits of those that transformers computes."""
+"""Angles that are looked up equal those that transformers computes, bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from genarm_fast.models import angles
 from genarm_fast.models.angles import Angles
 
-CONTEXT = 64  # that the model was trained for
+CONTEXT = 64  # tokens the model was trained for
 SHORT, LONG = [1.0] * 8, [3.0] * 8
 ROPES = {
     "default": {},
@@ -43,7 +43,8 @@ def rotary(kind: str) -> LlamaRotaryEmbedding:
 
 
 def same(found: Angles, expected: LlamaRotaryEmbedding, dtype: torch.dtype) -> bool:
-    """Over texts that grow past the trained context and begin anew, in blocks, all positions and some at random."""
+    """Compare over texts that grow past the trained context and begin again: in blocks, all at once, and at random
+    positions."""
     hidden = torch.zeros(1, dtype=dtype)
     random = torch.randint(0, 600, (3, 5), generator=torch.Generator().manual_seed(0))
     blocks = [torch.arange(start, start + 50)[None] for start in (0, 40, 90, 500, 0)]
@@ -71,8 +72,8 @@ def test_a_table_of_changing_frequencies_would_be_seen(kind):
 
 
 def test_tables_grow_to_a_limit(monkeypatch):
-    monkeypatch.setattr(angles, "FIRST", 4)
-    monkeypatch.setattr(angles, "MOST", 16)
+    monkeypatch.setattr(angles, "FIRST_TABLE_POSITIONS", 4)
+    monkeypatch.setattr(angles, "MAX_TABLE_POSITIONS", 16)
     found, hidden, sizes = Angles(rotary("default")), torch.zeros(1), []
     for bound in (3, 4, 5, 9, 2, 16, 17):
         positions = torch.tensor([[bound - 1, 0]])

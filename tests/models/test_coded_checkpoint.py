@@ -1,4 +1,4 @@
-"""Checkpoints of other methods: their codes are taken where ours hold them, and nothing is silently another weight."""
+"""Checkpoints of other quantisers: codes are kept where this format can hold them, and no weight changes silently."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gptq_config(bits, size=32, **more):
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-CASES = {  # config, packing, what is drawn, bits that hold it
+CASES = {  # config, packing, options of the random weight, bits that hold it
     "gptq": (gptq_config(4), lambda d: gptq(d, 4), {}, {4}),
     "gptq whose g_idx has the groups": (gptq_config(4, -1), lambda d: gptq(d, 4), {}, {4}),
     "gptq of 8 bits": (gptq_config(8), lambda d: gptq(d, 8), {"bits": 8}, {8}),
@@ -49,7 +49,7 @@ CASES = {  # config, packing, what is drawn, bits that hold it
     ),
     "compressed-tensors of 8 bits": (scheme(8), lambda d: packed(d, 8, symmetric=True), {"bits": 8}, {8}),
     "compressed-tensors, int8": (scheme(8), lambda d: int_quantized(d, 8, symmetric=True), {"bits": 8}, {8}),
-    "compressed-tensors, int8 with zeros": (  # whose codes less zeros have 9 bits
+    "compressed-tensors, int8 with zeros": (  # codes minus zeros have 9 bits
         scheme(8, symmetric=False),
         lambda d: int_quantized(d, 8, symmetric=False),
         {"bits": 8, "symmetric": False},
@@ -76,7 +76,7 @@ def test_codes_are_taken(tmp_path, case):
 
 
 def test_one_scale_an_output(tmp_path):
-    """A channel is as many groups of ours as it has, and a scale that is no float16 is served as bfloat16."""
+    """A channel's scale is repeated for each group, and a scale that no float16 holds is served as bfloat16."""
     for index, (dtype, bits) in enumerate(((torch.float16, 8), (torch.bfloat16, 8), (torch.float32, 16))):
         folder = tmp_path / str(index)
         folder.mkdir()
@@ -92,7 +92,7 @@ def test_one_scale_an_output(tmp_path):
                 held = model.base.model.get_parameter(matrix.name)
                 values = held.bfloat16_values() if isinstance(held, QuantizedMatrix) else held
                 assert torch.equal(values, exact.float().bfloat16())
-                assert not torch.equal(values, expected[matrix.name])  # negative control: of many scales
+                assert not torch.equal(values, expected[matrix.name])  # negative control: a weight with many scales
 
 
 def one_scale(drawn, dtype):
@@ -102,13 +102,13 @@ def one_scale(drawn, dtype):
 
 
 def test_a_code_that_changes_shows(tmp_path):
-    """Another code in a file is another weight, and another model for adapters."""
+    """Another code in a file gives another weight, and a different model for adapters."""
     from genarm_fast.models.fingerprint import fingerprint
 
     save(tmp_path, gptq_config(4), lambda d: gptq(d, 4))
     before = GenARM.from_pretrained(tmp_path, quantization="exact").base.model
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.layers.0.self_attn.q_proj.qweight"][0, 0] ^= 15  # eight inputs of the first output
+    tensors["model.layers.0.self_attn.q_proj.qweight"][0, 0] ^= 15  # the codes of eight inputs of the first output
     save_file(tensors, tmp_path / "model.safetensors")
     after = GenARM.from_pretrained(tmp_path, quantization="exact").base.model
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -1,4 +1,4 @@
-"""Runners compute what their models do, by faster means."""
+"""Runners compute what their models compute, by faster means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genarm_fast.models.fast_modules import _fast
 from genarm_fast.models.weights import share_weights
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
-REPLACED = {  # kinds of modules per layer, and outside of layers
+REPLACED = {  # number of modules of each kind per layer, and outside of layers
     "llama": {"Linear": 7, "LlamaRMSNorm": 2, "LlamaAttention": 1, "LlamaMLP": 1},
     "mistral": {"Linear": 7, "MistralRMSNorm": 2, "MistralAttention": 1, "MistralMLP": 1},
     "qwen2": {"Linear": 7, "Qwen2RMSNorm": 2, "Qwen2Attention": 1, "Qwen2MLP": 1},
@@ -61,7 +61,7 @@ def test_parts_are_replaced_by_equal_ones(family):
 
 @torch.inference_mode()
 def test_a_partial_rotation_is_kept():
-    """Nemotron's function leaves the dimensions alone that it has no angles for."""
+    """Nemotron's attention rotates only some dimensions."""
     assert not any(type(module).__name__ == "NemotronAttention" and _fast(module) for module in nemotron().modules())
     model = GenARM.from_pretrained(nemotron(), tokenizer=build_tokenizer())
     output = model.generate([5, 6, 7], max_new_tokens=8, seed=1)[0]
@@ -89,7 +89,7 @@ def test_a_norm_that_rounds_elsewhere_is_kept():
 
 @pytest.mark.parametrize("how", ["hook", "hook before", "patch"])
 def test_an_activation_that_somebody_changed(how):
-    """`silu_mul` would compute another one."""
+    """`silu_mul` would compute a different activation."""
     base, arm = build_model("llama", 0), build_model("llama", 1)
     activation = base.model.layers[0].mlp.act_fn
     if how == "hook":
@@ -116,7 +116,7 @@ def test_an_activation_that_somebody_changed(how):
     ids=["prune", "weight_norm", "spectral_norm"],
 )
 def test_weights_that_a_hook_computes(computed):
-    """They are no parameters, and `copy.deepcopy` refuses them. Changes of what they are made of count."""
+    """The weights are no parameters, and `copy.deepcopy` refuses them. Changes of their sources count."""
     for dtype in (torch.float32, torch.bfloat16):
         linear = torch.nn.Linear(32, 32, dtype=dtype)
         assert _fast(linear) is not None

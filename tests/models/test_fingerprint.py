@@ -1,4 +1,4 @@
-"""fingerprint: same weights, same hash, in any precision or wrapping; other weights, another one."""
+"""The same weights give the same fingerprint in any precision or wrapping; other weights give another one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_precision_of_loading_does_not_matter(tiny_model: MakeModel, family: str
     stored = copy.deepcopy(tiny_model(family)).to(torch.bfloat16)
     prints = {fingerprint(copy.deepcopy(stored).to(dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float16)}
     assert len(prints) == 1
-    # a float32 checkpoint, loaded as it is and in bfloat16
+    # A float32 checkpoint, loaded as it is and in bfloat16.
     assert fingerprint(tiny_model(family)) in prints
 
 
@@ -52,7 +52,7 @@ def test_lora_does_not_matter_until_merged(tiny_model: MakeModel, options: dict[
 
 
 def test_more_vocabulary_rows_do_not_matter(tiny_model: MakeModel) -> None:
-    """A pad token added to a vocabulary of more rows than are sampled."""
+    """The case is a pad token added to a vocabulary of more rows than the fingerprint samples."""
     model = copy.deepcopy(tiny_model(vocab_size=1100))
     before = fingerprint(model)
     model.resize_token_embeddings(1101, mean_resizing=False)
@@ -86,7 +86,7 @@ def test_unreadable_weights_give_none(tiny_model: MakeModel) -> None:
 
 
 def test_quantised_models_have_none(tiny_model):
-    """Quantised tensors may pass for floating-point ones."""
+    """Quantised tensors may look like floating-point ones."""
     model = copy.copy(tiny_model())
     assert fingerprint(model) is not None
     model.hf_quantizer = object()

@@ -1,4 +1,4 @@
-"""flash-attn is asked for what `ragged_attention` computes; by a stand-in, on the CPU."""
+"""flash-attn is asked to compute what `ragged_attention` computes; a stand-in replaces it on the CPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from tiny_models import build_model
 
 from genarm_fast.models import flash_attention as flash
 from genarm_fast.models.attention import attend
-from genarm_fast.models.fast_modules import as_runner
-from genarm_fast.models.forward_context import Ragged, placed
+from genarm_fast.models.fast_modules import make_fast
+from genarm_fast.models.forward_context import Ragged, at_positions
 
 
 class OnCuda(torch.Tensor):
-    """Says that it is."""
+    """A tensor that claims to be on CUDA."""
 
     is_cuda = True
 
 
 def stand_in(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, softmax_scale, causal, window_size, softcap):
-    """What the package documents: a causal mask aligned with the last key of each sequence."""
+    """Attend as the package documents: with a causal mask aligned with the last key of each sequence."""
     assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1
     assert causal
@@ -51,18 +51,18 @@ def test_equals_our_attention(monkeypatch, width, options):
     keys, values = torch.randn(2, 5, 2, 32, 16, generator=generator).to(torch.bfloat16)
     slots, starts = torch.tensor([4, 0, 2]), torch.tensor([0, 9, 20])
     positions = starts[:, None] + torch.arange(width)
-    with placed(Ragged(slots, positions, 32)):
+    with at_positions(Ragged(slots, positions, 32)):
         expected, _ = attend(torch.nn.Identity(), query, keys, values, None, **options)
         found, _ = flash.attend_flash(torch.nn.Identity(), query.as_subclass(OnCuda), keys, values, None, **options)
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
 
 
 def test_what_it_cannot_do_is_left_to_ours(monkeypatch):
-    """Without the package, which is never asked for."""
+    """The calls work without the package, as they never ask for it."""
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     query, cache = torch.randn(1, 2, 1, 8), torch.randn(2, 1, 2, 4, 8)
-    with placed(Ragged(torch.tensor([0]), torch.tensor([[2]]), 4)):
-        for given in (query, query.as_subclass(OnCuda)):  # on the CPU; in float32
+    with at_positions(Ragged(torch.tensor([0]), torch.tensor([[2]]), 4)):
+        for given in (query, query.as_subclass(OnCuda)):  # on the CPU, then in float32
             assert flash.attend_flash(torch.nn.Identity(), given, *cache, None)[0].shape == (1, 1, 2, 8)
         half = query.bfloat16().as_subclass(OnCuda)
         with pytest.raises(NotImplementedError, match="more than causal"):
@@ -75,4 +75,4 @@ def test_what_it_cannot_do_is_left_to_ours(monkeypatch):
 def test_only_where_it_was_asked_for(wish, given):
     model = build_model("llama", 0)
     model.config._attn_implementation_internal = wish
-    assert as_runner(model).config._attn_implementation == given
+    assert make_fast(model).config._attn_implementation == given

@@ -1,4 +1,4 @@
-"""The fused decoder gives the bits of transformers' own, where it is used."""
+"""Where the fused decoder runs, it gives the bits of transformers' own forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genarm_fast import GenARM
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.kernels import _native
 from genarm_fast.models import fast_modules
-from genarm_fast.models.fast_modules import as_runner
+from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.fused_decoder import WINDOWS
 from genarm_fast.models.known_decoders import head_of
 from genarm_fast.models.member import Member
@@ -29,7 +29,8 @@ def is_fused(model) -> bool:
 
 
 def logits_of(members):
-    """Rows of unequal length, prefilled, fed blocks and rolled back, beyond a window of 8."""
+    """Return logits of rows of different lengths that are prefilled, fed blocks and rolled back, beyond a window of
+    8."""
     runner, lanes = ModelRunner(members), range(len(members))
     runner.refresh()
     runner.discover(SLOTS, CAPACITY)
@@ -66,7 +67,7 @@ def test_bits_of_families(tokenizer, monkeypatch, family, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_bits_of_lanes(tmp_path, tokenizer, monkeypatch, dtype):
-    """Adapters of other linears each; the base has none."""
+    """The adapters target different linears, and the base has none."""
     base = tmp_path / "base"
     build_model("llama", 0).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -121,21 +122,21 @@ def shorter(model):
 def test_what_is_unusual_keeps_its_own(change):
     model = share_weights(build_model("llama", 0))
     change(model)
-    assert not is_fused(as_runner(model))
+    assert not is_fused(make_fast(model))
 
 
 def test_a_class_that_was_changed_keeps_its_own(monkeypatch):
-    """The trial finds it: names of classes say nothing of that."""
+    """The trial finds the change: a class keeps its name when its forward changes."""
     forward = modeling_llama.LlamaDecoderLayer.forward
     monkeypatch.setattr(
         modeling_llama.LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: 1.01 * forward(self, *args, **kwargs)
     )
-    assert not is_fused(as_runner(share_weights(build_model("llama", 0))))
+    assert not is_fused(make_fast(share_weights(build_model("llama", 0))))
 
 
 @torch.inference_mode()
 def test_the_head_alone_runs_where_the_forward_has_nothing_else(tokenizer, monkeypatch):
-    """Nobody calls the forward of a known LM, whose class, hooks and methods say that it only applies the head."""
+    """The forward of a known LM is skipped if its class, hooks and methods show that it only applies the head."""
     runner = Member("base", build_model("llama", 0), tokenizer).runner
     assert head_of(runner) is runner.lm_head
     called = logits_of([Member("base", build_model("llama", 0), tokenizer)])
@@ -147,7 +148,7 @@ def test_the_head_alone_runs_where_the_forward_has_nothing_else(tokenizer, monke
 
 def test_a_forward_that_may_do_more_is_called(tokenizer, monkeypatch):
     class Capped(modeling_llama.LlamaForCausalLM):
-        """One of somebody's own, which caps its logits."""
+        """A user's own LM class that caps its logits."""
 
     others = [build_model("gemma2", 0), build_model("llama", 0), build_model("llama", 0), build_model("llama", 0)]
     others[1].__class__ = Capped
@@ -156,4 +157,5 @@ def test_a_forward_that_may_do_more_is_called(tokenizer, monkeypatch):
     runners[3].forward = runners[3].forward
     assert [head_of(runner) for runner in runners] == [None] * 4
     plainly(monkeypatch)
-    assert head_of(Member("base", build_model("llama", 0), tokenizer).runner) is None  # its decoder's forward, too
+    # Where the decoder keeps its own forward, the LM's forward is called too.
+    assert head_of(Member("base", build_model("llama", 0), tokenizer).runner) is None

@@ -1,4 +1,4 @@
-"""GGUF files: plain models of their dequantised weights, which "exact" holds in their own bits."""
+"""GGUF files: plain models of their dequantised weights, which "exact" holds in the file's own bits."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_exact_holds_what_the_file_holds(folder, name, bits):
     assert largest_difference(model, model.base.model) < 0.15
     plain = build_model("llama", 0, **WIDE)
     plain.load_state_dict(expected)
-    assert largest_difference(model, plain) < 0.3  # which is float32
+    assert largest_difference(model, plain) < 0.3  # the plain model is float32
     plain.model.layers[0].self_attn.q_proj.weight.data.neg_()  # negative control
     assert largest_difference(model, plain) > 0.5
 
 
 def test_a_file_is_a_plain_model(folder):
-    """Without `quantization` too: its weights are numbers, it has a fingerprint, adapters, and its own tokenizer."""
+    """Without `quantization` the weights are plain numbers, with a fingerprint, adapters, and the file's tokenizer."""
     model = load(folder, "Q4_1", quantization=None)
     assert all(type(parameter) is torch.nn.Parameter for parameter in model.base.model.parameters())
     assert fingerprint(model.base.model) == fingerprint(load(folder, "Q4_1").base.model) is not None
@@ -60,7 +60,8 @@ def test_a_file_is_a_plain_model(folder):
 
 
 def test_arms_beside_a_file(folder, tmp_path):
-    """The file is the base's: an ARM's folder without it is a checkpoint, an adapter runs on its codes."""
+    """Only the base comes from the file: an ARM's folder without it is a checkpoint, and an adapter runs on the base's
+    codes."""
     plain = load(folder, "Q4_1", quantization=None)
     plain.base.model.save_pretrained(tmp_path / "plain")
     build_tokenizer().save_pretrained(tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""Models of the hub without the hub: its cache is a folder of the test, and no name of a host resolves."""
+"""Models of the hub without the hub: its cache is a folder of the test, and no host name resolves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": T
 
 @pytest.fixture
 def tries(monkeypatch, tmp_path):
-    """Hosts that were looked for. To wait for one fails."""
+    """The hosts that were looked up. A wait for one fails the test."""
     hosts = []
 
     def resolve(host, *_, **__):
@@ -32,13 +32,13 @@ def tries(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits for {seconds} s"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    build_hf_headers()  # asks once a process who runs it
+    build_hf_headers()  # asks the hub once per process for known agent harnesses
     hosts.clear()
     return hosts
 
 
 def put_in_cache(folder, cache, name):
-    """As a download leaves it."""
+    """Put the folder into the hub's cache as a download leaves it."""
     repository = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
@@ -46,7 +46,7 @@ def put_in_cache(folder, cache, name):
 
 
 def test_a_name_of_nothing_fails_at_once(monkeypatch, tmp_path, tries):
-    """Before the base is loaded."""
+    """The name fails before the base is loaded."""
     (tmp_path / "base").mkdir()
     monkeypatch.setattr("genarm_fast.models.checkpoint.ModelLoader.load", lambda *_: pytest.fail("loads"))
     message = r"arms\[1\]='positve': .* neither a folder here nor in the hub's cache, and the hub can't be reached: "
@@ -56,7 +56,7 @@ def test_a_name_of_nothing_fails_at_once(monkeypatch, tmp_path, tries):
 
 
 def test_models_in_the_cache(tmp_path, tries):
-    """One try each; the files that a repository lacks cost none, nor does the adapter's own base."""
+    """Each name takes at most one try. Files that a repository lacks cost none, nor does the adapter's own base."""
     build_model("llama", 0).save_pretrained(tmp_path / "base")
     build_tokenizer().save_pretrained(tmp_path / "base")
     save_adapter(tmp_path / "lora", base=tmp_path / "base", seed=1)

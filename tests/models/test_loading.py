@@ -1,4 +1,4 @@
-"""A folder is whole or refused, nothing of it runs, and a given model stays as it was."""
+"""A folder is whole or refused, none of its code runs, and a given model stays as it was."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def put(name, *shape):
 
 
 def train_on(base, tmp_path):
-    """A run of one pair."""
+    """Train on one pair."""
     (tmp_path / "d.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     options = {"data": str(tmp_path / "d.jsonl"), "output": str(tmp_path / "out"), "holdout_fraction": 0.0}
     train(TrainConfig(base=str(base), **options), progress=False)
@@ -202,7 +202,7 @@ def new_folder(path):
 OBJECTS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
 OBJECTS += ["special_tokens_map.json", "added_tokens.json"]
 TEXTS = [*OBJECTS, "chat_template.jinja"]
-OTHERS = ["model.safetensors", "other.safetensors", "vocab.txt", "pytorch_model.bin"]  # of such names, too
+OTHERS = ["model.safetensors", "other.safetensors", "vocab.txt", "pytorch_model.bin"]  # these names are checked too
 DAMAGES = [
     *((name, each, "expected a file, got") for name in TEXTS + OTHERS for each in (new_pipe, new_folder, loop, device)),
     *((name, write(text), "expected") for name in OBJECTS for text in ("[1]", "{", "", "[" * 10**5)),
@@ -217,7 +217,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("name", "damage", "said"), DAMAGES)
 def test_every_other_file_that_is_none(base, adapter, name, damage, said):
-    """A pipe is told before anybody opens it: that would wait for ever, in safetensors without end by Ctrl-C."""
+    """A pipe is refused before it is opened: a read would wait forever, in safetensors even through Ctrl-C."""
     damage(base / name)
     with pytest.raises(ValueError, match=f"(?s)base: {re.escape(str(base / name))}: .*{said}"):
         GenARM.from_pretrained(base, adapter)
@@ -225,7 +225,7 @@ def test_every_other_file_that_is_none(base, adapter, name, damage, said):
 
 ENDLESS = "([a-z0-9_.]+)+!"
 HOSTILE_SETTINGS = [
-    # transformers fetches kernels that a config names from the hub, and runs their code
+    # transformers fetches kernels that a config names from the hub and runs their code.
     *(
         ("config.json", {name: value}, f"{name}=.*: expected none that brings code of its own")
         for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -233,7 +233,7 @@ HOSTILE_SETTINGS = [
     ),
     ("config.json", {"text_config": {"attn_implementation": "a/b"}}, "text_config: attn_implementation='a/b'"),
     ("config.json", {"experts_implementation": "a/b"}, "experts_implementation='a/b': expected none"),
-    # patterns that take for ever, in `re`, which nothing interrupts
+    # These patterns take forever in `re`, which nothing can interrupt.
     ("adapter_config.json", {"target_modules": ENDLESS}, "target_modules=.*expected a pattern that ends within"),
     ("adapter_config.json", {"exclude_modules": ENDLESS}, "exclude_modules=.*expected a pattern that ends within"),
     ("adapter_config.json", {"rank_pattern": {ENDLESS: 4}}, "rank_pattern=.*expected a pattern that ends within"),
@@ -265,7 +265,7 @@ HOSTILE_SETTINGS = [
 
 @pytest.mark.parametrize(("name", "changes", "said"), HOSTILE_SETTINGS)
 def test_settings_that_nobody_means(base, adapter, monkeypatch, name, changes, said):
-    monkeypatch.setattr("genarm_fast.models.patterns.SECONDS", 1.0)
+    monkeypatch.setattr("genarm_fast.models.patterns.LIMIT_SECONDS", 1.0)
     place = (adapter if name in ("adapter_config.json", "genarm.json") else base) / name
     old = json.loads(place.read_text()) if place.exists() else {}
     place.write_text(json.dumps(old | changes))
@@ -274,7 +274,7 @@ def test_settings_that_nobody_means(base, adapter, monkeypatch, name, changes, s
 
 
 def test_patterns_that_end_are_no_fault(base, adapter):
-    """As Unsloth and PEFT's own documentation write them."""
+    """The patterns are those that Unsloth and PEFT's own documentation write."""
     whole = GenARM.from_pretrained(base, adapter).generate([5, 6], seed=1, max_new_tokens=4)[0].token_ids
     found = json.loads((adapter / "adapter_config.json").read_text())
     names = "|".join(found["target_modules"])
@@ -289,7 +289,7 @@ def test_patterns_that_end_are_no_fault(base, adapter):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64])
 @pytest.mark.parametrize("which", ["base", "adapter"])
 def test_weights_that_are_no_floating_point_numbers(base, adapter, which, dtype):
-    """Unquantised ones would be cast without a word, and the imaginary part left out."""
+    """transformers would cast unquantised ones silently and drop the imaginary part."""
     path = base / "model.safetensors" if which == "base" else adapter / "adapter_model.safetensors"
     tensors = load_file(path)
     name = min(name for name in tensors if "q_proj" in name)
@@ -316,7 +316,7 @@ def test_weights_that_are_no_floating_point_numbers(base, adapter, which, dtype)
     ],
 )
 def test_sizes_that_cannot_be_meant(base, adapter, monkeypatch, name, changes, said):
-    """Refused before memory is taken for them."""
+    """The sizes are refused before memory is allocated for them."""
     path = (base if name == "config.json" else adapter) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it is built"))
@@ -327,7 +327,7 @@ def test_sizes_that_cannot_be_meant(base, adapter, monkeypatch, name, changes, s
 
 
 def test_a_base_that_an_adapter_would_change_is_told(base, adapter, monkeypatch):
-    """Its fingerprint is taken before and after; here the weights that PEFT rewrites are shared by mistake."""
+    """The base is fingerprinted before and after; in this test the weights that PEFT rewrites are shared by mistake."""
     edit(adapter / "adapter_model.safetensors", put("base_model.model.model.embed_tokens.weight", 300, 32))
     GenARM.from_pretrained(base, adapter)
     monkeypatch.setattr("genarm_fast.models.adapter._rewritten", lambda *_: set())
@@ -381,7 +381,7 @@ CODE = (
 
 @pytest.fixture
 def foreign(tmp_path, base, monkeypatch):
-    """A model that brings code of its own, which leaves a mark; and somebody says yes to everything."""
+    """A model with its own code, which leaves a mark when it runs; every question on stdin is answered yes."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     (base / "own.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
     config = json.loads((base / "config.json").read_text())
@@ -408,7 +408,7 @@ def test_code_of_a_folder_runs_only_when_asked_for(foreign, tmp_path, tokenizer)
 
 
 def test_every_load_says_whose_code_may_run():
-    """`None`, transformers' default, asks on stdin."""
+    """With None, transformers' default, a load asks on stdin."""
     files = subprocess.check_output(["git", "ls-files", "genarm_fast", "scripts", "benchmarks"], cwd=ROOT, text=True)
     call = re.compile(r"\b(?:Auto|Generation)\w+\.from_pretrained\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")
     calls = [

@@ -1,4 +1,4 @@
-"""Members of one backbone in one forward, against merged models of their own and the naive reference."""
+"""Members of one backbone in one forward, compared with merged models and the naive reference."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(folders):
-    """Adapter folders by name, made once, and their merged models."""
+    """The merged models by adapter name; makes the adapter folders once."""
     return {
         name: save_adapter(folders / name, base=folders / "base", seed=i, config=config)
         for i, (name, config) in enumerate(LORAS.items())
@@ -55,7 +55,7 @@ def merged(folders):
 
 
 def lane_rows(model, monkeypatch):
-    """Numbers of rows of the common forwards that make logits, in order."""
+    """Return the row counts of the shared forwards that compute logits, in order."""
     rows, logits = [], ModelRunner.logits
 
     def counted(self, kv_bound, lanes, tokens, positions, of_cache):
@@ -68,7 +68,7 @@ def lane_rows(model, monkeypatch):
 
 
 def assert_equals_merged(model, arms, output, **params):
-    """As `assert_equals_reference`, with merged models instead of the adapters."""
+    """Compare as `assert_equals_reference` does, with merged models in place of the adapters."""
     original = [arm.model for arm in model.arms]
     for arm, merged_model in zip(model.arms, arms):
         arm.model = merged_model
@@ -80,7 +80,7 @@ def assert_equals_merged(model, arms, output, **params):
 
 
 def test_a_callers_autocast_changes_nothing(merged, folders, tokenizer):
-    """As around a training loop that looks at samples."""
+    """The autocast stands for a training loop that looks at samples."""
 
     def look():
         arms = [folders / "few", build_model("qwen2", 1)]
@@ -95,7 +95,7 @@ def test_a_callers_autocast_changes_nothing(merged, folders, tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_given_adapter_may_be_trained_on(tokenizer, dtype):
-    """Between calls, as a training loop does that looks at samples: base and PEFT model are the caller's."""
+    """A training loop looks at samples between steps: base and PEFT model belong to the caller."""
     base = build_base().to(dtype)
     peft = get_peft_model(share_weights(base), LoraConfig(r=4, target_modules=ATTENTION), autocast_adapter_dtype=False)
     loras = [p for name, p in peft.named_parameters() if "lora_" in name]
@@ -108,7 +108,7 @@ def test_a_given_adapter_may_be_trained_on(tokenizer, dtype):
 
     model = load()
     outputs = []
-    for step in range(3):  # the second one in the caches that the first one left
+    for step in range(3):  # the second call runs in the caches that the first one left
         outputs.append(model.generate([5, 6, 7], params)[0].token_ids)
         assert outputs[-1] == load().generate([5, 6, 7], params)[0].token_ids
         rewards = [each.score([5, 6], [7, 8])[0].rewards["arm"].tokens for each in (model, load())]
@@ -124,7 +124,7 @@ def test_a_given_adapter_may_be_trained_on(tokenizer, dtype):
 
 @pytest.mark.parametrize("case", range(8))
 def test_equals_merged_models(folders, merged, tiny_model, case):
-    """Lanes beside a model of its own; unequal prompts, different parameters and ends, n completions."""
+    """Lanes run beside a separate model, with different prompts, parameters, ends and numbers of completions."""
     rng = random.Random(case)
     names = rng.sample(list(LORAS), rng.randint(1, 3))
     arms = [*(folders / name for name in names), tiny_model(seed=1)]
@@ -140,7 +140,7 @@ def test_equals_merged_models(folders, merged, tiny_model, case):
 
 
 def test_own_templates(folders, merged):
-    """Prompts of one batch differ from lane to lane and from row to row; also for the base under another template."""
+    """Prompts of one batch differ by lane and row; one lane is the base under another template."""
     templates = ["Q {prompt} A", "the answer to {prompt} is:", "{prompt}", "{prompt} and then"]
     models = [folders / "few", folders / "all", folders / "base"]
     arms = [ARM(model, prompt_template=template) for model, template in zip(models, templates[1:])]
@@ -169,9 +169,9 @@ def test_lane_linear_is_pefts_linear(folders, merged, dtype, tolerance):
 
 
 def test_only_weighted_lanes_run(folders, merged, monkeypatch):
-    """And finished rows leave every lane."""
+    """Finished rows leave every lane."""
     model = GenARM.from_pretrained(folders / "base", [folders / "few", folders / "all"])
-    model.generate([5], weights=[0, 1], max_new_tokens=1)  # checks itself first
+    model.generate([5], weights=[0, 1], max_new_tokens=1)  # runs the self-check first
     rows = lane_rows(model, monkeypatch)
     params = [SamplingParams(seed=i, max_new_tokens=3 + 3 * i, ignore_eos=True, weights=[0, -0.8]) for i in range(2)]
     outputs = model.generate([[5, 6, 7], [8, 9]], params)
@@ -187,12 +187,12 @@ def test_only_weighted_lanes_run(folders, merged, monkeypatch):
         )
     rows.clear()
     model.generate([5, 6, 7], weights=0, max_new_tokens=3)
-    assert rows == [1, 1, 1]  # the base's lane alone
+    assert rows == [1, 1, 1]  # only the base's lane
 
 
 def test_prefill_is_shared_by_completions(folders, merged, monkeypatch):
     model = GenARM.from_pretrained(folders / "base", folders / "few")
-    model.generate([5], max_new_tokens=1)  # checks itself first
+    model.generate([5], max_new_tokens=1)  # runs the self-check first
     sizes, prefill = [], ModelRunner.prefill
     monkeypatch.setattr(
         ModelRunner, "prefill", lambda self, ids, *rest: sizes.append(tuple(ids.shape)) or prefill(self, ids, *rest)
@@ -233,7 +233,7 @@ def test_threads_do_not_see_each_others_lanes(folders, merged):
 
 
 def test_weights_are_in_memory_once(folders, merged):
-    """The common tree is over the tensors of the given base, which stays as it was."""
+    """The shared tree uses the tensors of the given base, which stays as it was."""
     base = build_base()
     modules = {name: type(module) for name, module in base.named_modules()}
     model = GenARM.from_pretrained(base, [folders / "few", folders / "all"], tokenizer=build_tokenizer())
@@ -245,7 +245,7 @@ def test_weights_are_in_memory_once(folders, merged):
 
 
 def test_adapters_of_a_small_backbone(folders, merged):
-    """Weak to strong: the ARMs share a forward, the base has its own. An adapter may be the base."""
+    """In weak to strong the ARMs share a forward and the base has its own. An adapter may be the base."""
     model = GenARM.from_pretrained(
         build_model("llama", 7), [folders / "few", folders / "all"], tokenizer=build_tokenizer()
     )
@@ -276,7 +276,7 @@ SEPARATE = {
 
 @pytest.mark.parametrize("kind", SEPARATE)
 def test_other_adapters_keep_their_forward(folders, merged, tmp_path, kind):
-    """Beside lanes, they are computed as PEFT computes them."""
+    """Beside lanes, such adapters are computed as PEFT computes them."""
     other = save_adapter(tmp_path / "other", base=folders / "base", seed=9, config=SEPARATE[kind])
     model = GenARM.from_pretrained(folders / "base", [folders / "few", tmp_path / "other"])
     assert model.base.shared is model.arms[0].shared is not model.base.model
@@ -289,7 +289,7 @@ def test_other_adapters_keep_their_forward(folders, merged, tmp_path, kind):
 @pytest.mark.parametrize(
     ("family", "targets", "lanes"),
     [
-        ("gpt2", ["c_attn"], False),  # Conv1D
+        ("gpt2", ["c_attn"], False),  # gpt2 uses Conv1D
         ("qwen2_moe", ["shared_expert.up_proj"], False),  # sees rows and positions as one dimension
         ("qwen2_moe", ATTENTION, True),
         ("gemma2", "all-linear", True),
@@ -297,7 +297,7 @@ def test_other_adapters_keep_their_forward(folders, merged, tmp_path, kind):
     ],
 )
 def test_families(tmp_path, tokenizer, family, targets, lanes):
-    """Prompts longer than the sliding windows of 8 tokens."""
+    """Prompts are longer than the sliding windows of 8 tokens."""
     build_model(family, 0).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = LoraConfig(r=3, target_modules=targets)
@@ -316,7 +316,7 @@ def test_families(tmp_path, tokenizer, family, targets, lanes):
     [("llama", ATTENTION, 0), ("llama", ["q_proj", "lm_head"], 1), ("gemma2", ATTENTION, 1)],
 )
 def test_known_decoders_need_no_trial(tmp_path, tokenizer, monkeypatch, family, targets, trials):
-    """They hand their linears all rows in order. A head is none of the decoder's."""
+    """Known decoders pass all rows to their linears in order. A head belongs to no decoder, so it needs a trial."""
     tried = []
     monkeypatch.setattr(lora_lanes, "_keeps_rows", lambda model, lanes: not tried.append(lanes))
     build_model(family, 0, tie_word_embeddings=False).save_pretrained(tmp_path / "base")
@@ -328,14 +328,14 @@ def test_known_decoders_need_no_trial(tmp_path, tokenizer, monkeypatch, family, 
 
 
 def test_loading_an_adapter_draws_no_numbers(folders):
-    """What PEFT would draw for its matrices is read from the folder; the caller's generator stays as it is."""
+    """The matrices that PEFT would draw come from the folder, and the caller's generator keeps its state."""
     before = torch.get_rng_state()
     GenARM.from_pretrained(folders / "base", folders / "few")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_adapters_of_another_dtype_or_state_keep_their_forward(folders, merged):
-    """Half of the weights in another dtype, hooks, a replaced forward: all of it belongs to one tree."""
+    """One layer in another dtype, a hook, or a replaced forward keeps the adapter out of the shared forward."""
     base = build_base()
 
     def lanes(change):

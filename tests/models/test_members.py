@@ -25,7 +25,7 @@ PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": T
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """base (with tokenizer), other (weights only), and an adapter of base; as training writes them."""
+    """Folders as training writes them: base (with tokenizer), other (weights only), and an adapter of base."""
     root = tmp_path_factory.mktemp("members")
     base = build_model("llama", 0)
     base.save_pretrained(root / "base")
@@ -55,7 +55,7 @@ def test_a_compiled_model_is_what_is_inside(tokenizer):
 
 
 def test_names_of_other_drafters_are_taken(folders):
-    """`Speculation` would not know which is meant."""
+    """With such a name, `Speculation` could not tell the ARM from the drafter."""
     shutil.copytree(folders / "other", folders / "ngram")
     model = GenARM.from_pretrained(folders / "base", [folders / "ngram", ARM(folders / "other", name="mine")])
     assert model.arm_names == ["ngram2", "mine"]
@@ -66,7 +66,7 @@ def test_names_of_other_drafters_are_taken(folders):
 
 
 def test_adapter_shares_the_weights_of_the_base(folders, tmp_path):
-    """And equals the merged model; the base stays bare."""
+    """The adapter equals the merged model, and the base stays bare."""
     merged = save_adapter(tmp_path / "adapter", base=folders / "base", seed=2)
     model = GenARM.from_pretrained(folders / "base", tmp_path / "adapter", dtype=torch.float32)
     base, arm = model.base.model, model.arms[0].model
@@ -79,7 +79,7 @@ def test_adapter_shares_the_weights_of_the_base(folders, tmp_path):
 
 
 def test_adapter_of_a_given_model(folders):
-    """Matched by fingerprint, wherever its base came from; the given model is left alone."""
+    """The fingerprint matches the adapter to the given model, wherever its base came from. The model stays as is."""
     base = build_model("llama", 0)
     names = [name for name, _ in base.named_parameters()]
     model = GenARM.from_pretrained(base, folders / "adapter", tokenizer=build_tokenizer())
@@ -89,7 +89,7 @@ def test_adapter_of_a_given_model(folders):
 
 
 def test_two_adapters_of_one_small_backbone(folders, tmp_path):
-    """Weak to strong: their own base is loaded once, beside the generation base."""
+    """In weak to strong, the ARMs' own base is loaded once, beside the generation base."""
     save_adapter(tmp_path / "one", base=folders / "other", seed=3)
     save_adapter(tmp_path / "two", base=folders / "other", seed=4)
     model = GenARM.from_pretrained(folders / "base", [tmp_path / "one", tmp_path / "two"])
@@ -111,7 +111,7 @@ def test_adapter_folder_as_base(folders):
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_adapter_of_another_base_is_refused(folders, tmp_path):
-    """Its base is gone; or what lies in its place are other weights. Both are named."""
+    """The error names both: the adapter's base, and that it is gone or has other weights."""
     save_adapter(tmp_path / "lost", base=folders / "other", recorded_base=tmp_path / "gone", seed=3)
     with pytest.raises(ValueError, match=r"arms\[0\]=.*lost' is an adapter of '.*gone', which can't be loaded.*base'"):
         GenARM.from_pretrained(folders / "base", tmp_path / "lost")
@@ -129,7 +129,7 @@ def test_adapter_without_fingerprint_is_believed_with_a_warning(folders, tmp_pat
 
 
 def test_recorded_templates(folders, tmp_path):
-    """genarm.json's templates are the ARM's own; arguments go first."""
+    """An ARM uses the templates in genarm.json; arguments take precedence."""
     save_adapter(tmp_path / "arm", base=folders / "base", seed=2, prompt_template="<{prompt}>", chat_template="{chat")
     plain, given = GenARM.from_pretrained(
         folders / "base", [tmp_path / "arm", ARM(tmp_path / "arm", prompt_template="({prompt})", chat_template="{own")]
@@ -153,7 +153,7 @@ def test_tokenizers_that_disagree(folders, tmp_path, tokenizer):
 
 
 def test_a_longer_tokenizer_only_shortens_the_common_vocabulary(folders, tmp_path, tiny_model):
-    """As tulu-2's <pad> after Llama's 32,000 tokens."""
+    """An example is tulu-2's <pad> after Llama's 32,000 tokens."""
     longer = build_tokenizer()
     longer.add_tokens(["<pad>"])
     tiny_model(seed=3, vocab_size=301).save_pretrained(tmp_path / "arm")
@@ -213,7 +213,7 @@ def test_a_misspelt_folder_fails_before_any_model_is_read(folders, monkeypatch, 
 
 
 def test_hub_ids(monkeypatch, tmp_path, folders, tokenizer):
-    """Files that a repository lacks, or that cannot be had, are not there; others come from its download."""
+    """Files that a repository lacks, or that cannot be fetched, count as missing; the others come from its download."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def download(repo, name):
@@ -304,7 +304,7 @@ class CopiesItself(torch.nn.Linear):
 
 
 def test_sharing_weights_copies_as_deepcopy_does():
-    """Tied modules, modules in attributes of any kind, hooks bound to a module, copies of a module's own."""
+    """The cases are tied modules, modules in any attribute, hooks bound to a module, and modules with a copy method."""
     model = build_model("llama", 0)
     first, second = model.model.layers[:2]
     first.twice = second.mlp
@@ -328,16 +328,16 @@ def test_sharing_weights_copies_as_deepcopy_does():
 
 
 def test_an_adapter_whose_base_has_moved(folders, tmp_path):
-    """The error says what to do, and doing that is right: by folder, and by the model that is loaded anyway."""
+    """The error says what to do, and doing it works: by folder, and by the model that is loaded anyway."""
     place = tmp_path / "arm"
     merged = save_adapter(place, base=folders / "base", seed=3, recorded_base=tmp_path / "gone")
-    (place / "genarm.json").unlink()  # as adapters of the hub have none
+    (place / "genarm.json").unlink()  # adapters of the hub have no genarm.json
     with pytest.raises(ValueError, match=r"If that base has moved .*: ARM\('.*arm', base=\.\.\.\)"):
         GenARM.from_pretrained(folders / "base", place)
     expected = None
     given = type(merged).from_pretrained(folders / "base")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # who says what the base is need not be told that it is believed
+        warnings.simplefilter("error")  # no warning for a caller who names the base
         for base, named in ((folders / "base",) * 2, (given, given), (given, folders / "base")):
             tokenizer = build_tokenizer()
             model = GenARM.from_pretrained(base, ARM(place, base=named), tokenizer=tokenizer)

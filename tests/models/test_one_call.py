@@ -1,4 +1,4 @@
-"""All layers in one call of the core: the bits of the calls one by one, and nothing done for a call that it refuses."""
+"""All layers in one call of the core: the same bits as separate calls, and no work done for a call that it refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import Cache
 
 from genarm_fast import GenARM
 from genarm_fast.kernels import _native
-from genarm_fast.models.forward_context import Ragged, placed, running
+from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.fused_decoder import WINDOWS
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.one_call import OneCall
@@ -22,7 +22,7 @@ from genarm_fast.models.one_call import OneCall
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
 SLOTS, CAPACITY = 3, 24
 ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
-# rows of the cache, first position, tokens: prefill, a step, drafts beyond Mistral's window of 8
+# Rows of the cache, first position, tokens: prefill, a step, drafts beyond Mistral's window of 8.
 BLOCKS = (([2, 0], 0, 6), ([2, 0], 6, 1), ([2], 7, 5), ([0], 7, 9), ([2, 0], 12, 1))
 
 
@@ -42,7 +42,7 @@ class Calls(list):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """What the core made of each call. With `refused` set, ops run one by one."""
+    """The core's result of each call. With `refused` set, the core is not asked, and ops run one by one."""
     own, calls = OneCall.__call__, Calls()
 
     def call(self, *arguments):
@@ -54,7 +54,7 @@ def taken(monkeypatch):
 
 
 def states_of(decoder, lanes):
-    """Hidden states of some forwards over one cache, then its keys and values."""
+    """Return the hidden states of several forwards over one cache, then its keys and values."""
     layers = [RaggedLayer(len(lanes) * SLOTS, CAPACITY) for _ in decoder.layers]
     found = []
     with torch.inference_mode():
@@ -62,7 +62,7 @@ def states_of(decoder, lanes):
             rows = torch.tensor([lane * SLOTS + slot for lane in range(len(lanes)) for slot in slots])
             positions = torch.arange(start, start + width).expand(len(rows), width)
             tokens = (13 * positions + 5 * rows[:, None]) % VOCAB_SIZE
-            with running(lanes, len(slots)), placed(Ragged(rows, positions, start + width)):
+            with running(lanes, len(slots)), at_positions(Ragged(rows, positions, start + width)):
                 out = decoder(input_ids=tokens, position_ids=positions, past_key_values=Cache(layers=list(layers)))
             found.append(out.last_hidden_state)
     return [*found, *chain.from_iterable((layer.keys, layer.values) for layer in layers)]
@@ -94,7 +94,7 @@ def test_bits_of_families(isa, taken, family, threads, dtype):
 
 @dtypes
 def test_bits_of_a_row_do_not_depend_on_its_batch(isa, taken, dtype):
-    """Of 80 tokens, 20 and one: in many rows float32 takes other loops."""
+    """Calls have 80 tokens, 20, or one. In many rows float32 takes other loops."""
     decoder, slots = runner_of("llama", dtype).base_model, 4
     taken.clear()
     positions = torch.arange(20).expand(slots, 20)
@@ -105,7 +105,7 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(isa, taken, dtype):
         chosen = torch.arange(slots)[rows]
         with torch.inference_mode(), running([0], len(chosen)):
             for part in positions[rows].split(width, 1):
-                with placed(Ragged(chosen, part, CAPACITY)):
+                with at_positions(Ragged(chosen, part, CAPACITY)):
                     given = {"input_ids": tokens[rows][:, part[0]], "position_ids": part}
                     out = decoder(**given, past_key_values=cache).last_hidden_state
         return out
@@ -140,7 +140,7 @@ def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, dtype, quantization):
 
 @pytest.fixture
 def alarm():
-    """Interrupts the main thread after some seconds, in the middle of whatever C++ it is in."""
+    """alarm(seconds) interrupts the main thread after that time, also in the middle of C++."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -152,23 +152,23 @@ def alarm():
 
 
 def test_a_call_of_many_tokens_ends_between_two_layers(taken, alarm):
-    """Without the interrupt, all 200 would run."""
+    """Without the interrupt, all 200 layers would run."""
     layers, tokens = 200, 256
     decoder = runner_of("llama", num_hidden_layers=layers).base_model
     caches = [RaggedLayer(1, tokens) for _ in range(layers)]
     given = torch.arange(tokens)[None]
-    with torch.inference_mode(), running([0], 1), placed(Ragged(torch.tensor([0]), given, tokens)):
+    with torch.inference_mode(), running([0], 1), at_positions(Ragged(torch.tensor([0]), given, tokens)):
         taken.clear()
         alarm(0.03)
         with pytest.raises(KeyboardInterrupt):
             decoder(input_ids=given, position_ids=given, past_key_values=Cache(layers=list(caches)))
     assert caches[0].keys.any()
     assert not caches[-1].keys.any()
-    assert not taken  # the call gave nothing
+    assert not taken  # the call returned nothing
 
 
 def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
-    """Then all is as if it had not begun."""
+    """Afterwards all is as if the prompt had not begun."""
     members = [build_model("llama", seed, num_hidden_layers=100).to(torch.bfloat16) for seed in (0, 1)]
     model = GenARM.from_pretrained(*members, tokenizer=tokenizer, speculation="off")
     prompts, params = [[5, 6] * 100, [7, 8, 9] * 30], {"max_new_tokens": 4, "seed": 1, "ignore_eos": True}
@@ -188,7 +188,7 @@ def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
 
 @dtypes
 def test_norms_are_read_at_every_call(taken, dtype):
-    """Their tensors are kept, not the addresses."""
+    """The call keeps the norms' tensors, not their addresses."""
     runner = runner_of("qwen3", dtype)
     layer = runner.base_model.layers[1]
     for norm in (layer.post_attention_layernorm, layer.self_attn.q_norm, runner.base_model.norm):
@@ -213,5 +213,5 @@ def test_one_norm_of_heads_without_the_other():
     forward = decoder.forward
     del forward.layers[0].head_norms["key_norm"]
     forward.one_call = OneCall(forward.layers, forward.next_norms, [()])
-    with pytest.raises((ValueError, TypeError)):  # of rotary_append, to which the refused call is left
+    with pytest.raises((ValueError, TypeError)):  # raised by rotary_append, which runs after the refused call
         states_of(decoder, [0])

@@ -1,4 +1,4 @@
-"""One call for all layers: what does not fit is refused, before anything is written."""
+"""The one call for all layers refuses arguments that do not fit, before it writes anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ORDER = ("hidden", "x", "cos", "sin", "slots", "positions", "spans", "caches")
 
 
 def arguments_of(decoder):
-    """The fused forward of a Llama, and what a call of two rows hands to the core."""
+    """Return the fused forward of a Llama, and the arguments of a call of two rows to the core."""
     dtype = decoder.norm.weight.dtype
     hidden = torch.randn(2, 1, 32).to(dtype)
     cos, sin = torch.randn(2, 2, 1, 8).to(dtype)
@@ -27,7 +27,7 @@ def arguments_of(decoder):
 
 
 def other(tensor):
-    """The same numbers in the other dtype that the core takes."""
+    """Return the same numbers in the other dtype that the core takes."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor.bfloat16()
 
 

@@ -1,4 +1,4 @@
-"""Members in 8 and 4 bits: what each matrix gets, adapters on top, and the same tokens as the naive decoder."""
+"""Members in 8 and 4 bits: the bits of each matrix, adapters on top, and the same tokens as the naive decoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ QUANTIZATIONS = ("exact", "int8", "int4")
 
 
 def on_grid(model: nn.Module) -> nn.Module:
-    """The model with layers that 4 bits hold, and embedding and head that 8 bits hold, as GGUF files have them."""
+    """Round the layers to numbers that 4 bits hold, embedding and head to 8 bits, as in GGUF files; return the
+    model."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             bits = 8 if "embed" in name or "head" in name else 4
@@ -58,7 +59,7 @@ PROMPTS = [[5, 9, 33, 120, 7], [8, 250], list(range(20, 60))]
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_tokens_of_the_naive_decoder(folders, quantization):
     model = load(folders, quantization)
-    assert model.members[2].shared is model.members[0].shared  # LoRA on the base's codes, one forward
+    assert model.members[2].shared is model.members[0].shared  # the LoRA runs on the base's codes, in one forward
     assert all(is_quantized(member.model) for member in model.members)
     params = {"max_new_tokens": 12, "temperature": 0.8}
     outputs = model.generate(PROMPTS, [SamplingParams(**params, seed=seed) for seed in range(3)])
@@ -68,7 +69,8 @@ def test_tokens_of_the_naive_decoder(folders, quantization):
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_the_reference_of_the_op_gives_the_same_bits(folders, monkeypatch, quantization):
-    """Every logit of base and ARM, decoded in batches; the adapter's sums have another order there."""
+    """Every logit of base and ARM is equal, decoded in batches. An adapter's sums have another order in the
+    reference."""
     arms = [ARM(folders / "arm", weight=0.5)]
 
     def run():
@@ -99,7 +101,7 @@ SPECULATIONS = [Speculation("arm", 3), Speculation("base", 2)]
 @pytest.mark.parametrize("quantization", ["exact", "int8"])
 @pytest.mark.parametrize("speculation", SPECULATIONS, ids=lambda each: each.drafter)
 def test_drafts_change_no_token_and_no_bit(folders, monkeypatch, quantization, speculation):
-    """Drafts over the core, against one token after the other over the op's reference in PyTorch."""
+    """Decoding with drafts over the core is compared with plain decoding over the op's reference in PyTorch."""
     arms = [ARM(folders / "arm", weight=0.5)]
     params = SamplingParams(max_new_tokens=16, temperature=0.7, seed=3, logprobs=2, rewards=True)
 
@@ -119,7 +121,7 @@ def test_drafts_change_no_token_and_no_bit(folders, monkeypatch, quantization, s
 
 
 def test_changed_codes_are_another_model(folders):
-    """The fingerprint of a quantised model is that of its checkpoint until a code or a scale of any matrix changes."""
+    """A quantised model has its checkpoint's fingerprint until a code or a scale of any matrix changes."""
     base = load_alone(folders)
     plain = fingerprint(GenARM.from_pretrained(folders / "base").base.model)
     assert fingerprint(base) == plain
@@ -146,7 +148,7 @@ def load_alone(folders):
 
 
 def test_rebound_codes_are_noticed(folders):
-    """A quantised model that is given to another GenARM stays its owner's: codes in place count, moved ones do not."""
+    """A quantised model given to another GenARM stays its owner's: codes may change in place, but not move."""
     base = load_alone(folders)
     model = GenARM.from_pretrained(base, tokenizer=build_tokenizer())
     params = SamplingParams(max_new_tokens=4, temperature=0.0, logprobs=0)

@@ -1,4 +1,4 @@
-"""The stacked decoder over Triton's interpreter."""
+"""Runs the stacked decoder in Triton's interpreter."""
 
 import pytest
 

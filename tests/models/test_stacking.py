@@ -1,4 +1,4 @@
-"""Models loaded as on a GPU, with PyTorch's references in place of kernels: stacked weights, or a reason."""
+"""Models loaded as on a GPU, with PyTorch's references for kernels: weights are stacked, or a reason is given."""
 
 import copy
 import gc
@@ -29,17 +29,17 @@ STACKS = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(fast_modules, "on_gpu", lambda model: True)
-    monkeypatch.setattr(_native, "core", None)  # which has a forward of its own for the CPU
+    monkeypatch.setattr(_native, "core", None)  # the core has its own forward for the CPU
 
 
 def decoder_of(model: GenARM, member: int = 0):
-    """What runs a member's hidden states."""
+    """Return the forward of a member's decoder, and the text that says what runs it."""
     runner = model.engine().executor.runners[member]
     return vars(runner.model.base_model).get("forward"), runner.model.runs_by
 
 
 def in_stacks(model: nn.Module) -> bool:
-    """Whether the linears of one input lie in one memory, each behind the one before."""
+    """Whether the linears of one input are adjacent in one memory."""
     for layer in model.model.layers:
         for names in STACKS:
             parts = [getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name) for name in names]
@@ -82,7 +82,7 @@ def test_no_weight_is_held_twice(tokenizer):
         assert layer.qkv.weight.untyped_storage().data_ptr() == own.self_attn.q_proj.weight.untyped_storage().data_ptr()
         assert layer.gate_up.weight.shape[0] == 2 * own.mlp.up_proj.weight.shape[0]
     places = {p.untyped_storage().data_ptr() for tree in (base, model.base.runner) for p in tree.parameters()}
-    stacks = 4 * len(base.model.layers)  # and the norms, the embedding, the head
+    stacks = 4 * len(base.model.layers)  # one place per stack, plus norms, embedding and head
     assert len(places) == stacks + sum(p.dim() == 1 for p in base.parameters()) + 2
 
 
@@ -102,7 +102,7 @@ def test_the_owner_may_change_and_train_it(tokenizer):
 
 
 def test_lanes(tmp_path, tokenizer):
-    """All lanes are in one stacked decoder, and the adapters' own trees lie over its weights."""
+    """All lanes are in one stacked decoder, and the adapters' own trees use its weights."""
     build_model("llama", 0).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for seed in (1, 2):
@@ -139,7 +139,7 @@ def test_given_adapters_are_read_anew(with_lora, tokenizer):
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
     forward, _ = decoder_of(model)
     assert isinstance(forward, StackedDecoder)
-    assert forward.number == {1: 0}
+    assert forward.adapter_by_lane == {1: 0}
     before = model.generate(PROMPTS, PARAMS)[0].token_ids
     with torch.no_grad():
         for name, parameter in arm.named_parameters():
@@ -161,11 +161,11 @@ def test_lanes_that_are_not_stacked_read_the_weights_where_these_lie_now(with_lo
 
 
 def test_weights_that_other_trees_share_move_there_as_well(tokenizer):
-    """An ARM that differs from its base in one weight, by nobody's `share_weights`."""
+    """The ARM differs from its base in one weight and was not made by `share_weights`."""
     base = build_model("llama", 0)
     arm = copy.deepcopy(base, {id(p): p if p is not base.lm_head.weight else None for p in base.parameters()})
     arm.lm_head.weight = nn.Parameter(-base.lm_head.weight.detach())
-    for name, p in arm.named_parameters():  # over the same memory, but objects of their own
+    for name, p in arm.named_parameters():  # parameters of their own over the same memory
         arm.get_submodule(name.rpartition(".")[0])._parameters["weight"] = nn.Parameter(p.detach())
     model = GenARM.from_pretrained(base, arm, tokenizer=tokenizer)
     assert len(model.engine().executor.runners) == 2
@@ -180,7 +180,7 @@ def places_of(*trees):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_second_model_shares_the_stacked_weights(family, tokenizer):
-    """Nothing moves or is copied, and what is shared lives as long as one of them does."""
+    """Nothing moves or is copied, and the shared weights live as long as one of the models does."""
     base = build_model(family, 0)
     first = GenARM.from_pretrained(base, tokenizer=tokenizer)
     before = places_of(base)
@@ -195,7 +195,7 @@ def test_a_second_model_shares_the_stacked_weights(family, tokenizer):
     assert_reference(second, [0.7])
     del first
     gc.collect()
-    third = GenARM.from_pretrained(base, tokenizer=tokenizer)  # the stacks are the second's now
+    third = GenARM.from_pretrained(base, tokenizer=tokenizer)  # only the second model keeps the stacks alive
     assert "shared" in decoder_of(third)[1]
     with torch.no_grad():
         base.model.layers[0].self_attn.q_proj.weight.mul_(-2)
@@ -211,7 +211,7 @@ def test_a_second_model_shares_the_stacked_weights(family, tokenizer):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_models_over_one_base_have_adapters_of_their_own(family, tmp_path, tokenizer):
-    """Those of the first are rows of the shared weights; those of the second lie by themselves."""
+    """The first model's adapters are rows of the shared weights; the second model's are stored apart."""
     build_model(family, 0).save_pretrained(tmp_path / "base")
     for seed in (1, 2, 3):
         save_adapter(tmp_path / f"arm{seed}", base=tmp_path / "base", seed=seed)
@@ -225,7 +225,7 @@ def test_models_over_one_base_have_adapters_of_their_own(family, tmp_path, token
         assert_reference(model, weights)
     products = decoder_of(second)[0].products
     assert any(product.rank for product in products)
-    assert all(not product.own and len(product.weight) == sum(product.widths) for product in products)
+    assert all(not product.owns_stack and len(product.weight) == sum(product.widths) for product in products)
 
 
 def test_weights_that_are_stacked_otherwise_are_not_shared(tokenizer):
@@ -242,7 +242,7 @@ def test_weights_that_are_stacked_otherwise_are_not_shared(tokenizer):
 
 
 def test_kept_models_are_stacked_once(tokenizer, monkeypatch):
-    """`genarm_fast.generate` moves the weights of a given model and takes that for no change of it."""
+    """`genarm_fast.generate` moves the weights of a given model, and does not take the move for a change."""
     made, load = [], GenARM.from_pretrained
     monkeypatch.setattr(
         GenARM, "from_pretrained", lambda *args, **kwargs: made.append(load(*args, **kwargs)) or made[-1]
@@ -308,7 +308,7 @@ def test_another_activation_is_not_stacked():
 
 
 def test_a_decoder_that_is_off_keeps_its_own_forward(tokenizer, monkeypatch):
-    """A half of the gate: 0.5 of a hidden state would go unnoticed by no trial."""
+    """The gate is halved. A trial notices such an error."""
     from genarm_fast.models import stacked_decoder
 
     gated = stacked_decoder.gated_mul
@@ -351,7 +351,7 @@ def test_tolerance_of_32_layers(dtype, bound):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_within_the_tolerance(dtype):
-    """The error of PyTorch's references in low precision, of weights as large as trained ones."""
+    """References in low precision stay within the tolerance, for weights as large as trained ones."""
     base = build_model("llama", 0, num_hidden_layers=8, hidden_size=64, initializer_range=0.05).to(dtype)
     forward, how = stacking.stacked_forward(base.model, Movable([base]))
     assert forward is not None, how

@@ -1,4 +1,4 @@
-"""`subfolder=`: models and tokenizers in a folder of the folder or repository that a caller names."""
+"""`subfolder=`: models and tokenizers in a folder inside the folder or repository that the caller names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokens(model):
 
 @pytest.fixture
 def places(tmp_path):
-    """A base, an ARM whose tokenizer is another one, and an adapter of the base, all in subfolders."""
+    """A folder with a base, an ARM with another tokenizer, and an adapter of the base, each in a subfolder."""
     for name, seed in (("base", 0), ("arm", 1)):
         put(tmp_path / name / "x", seed)
     save_adapter(tmp_path / "lora" / "x", base=tmp_path / "base" / "x", seed=2, prompt_template="say {prompt}")
@@ -52,11 +52,12 @@ def test_what_transformers_reads_there(places, arm):
     expected = reference.generate(base, [other], prompts, [1.0], max_new_tokens=8, seed=1)
     assert tokens(model) == expected.tokens
     assert model.arm_names == [arm]
-    assert (model.members[1].shared is model.members[0].shared) == (arm == "lora")  # over the same weights
+    # The adapter runs over the base's weights.
+    assert (model.members[1].shared is model.members[0].shared) == (arm == "lora")
 
 
 def test_members_that_have_no_such_folder(places):
-    """An ARM without it is an ordinary one; a base has to have it."""
+    """An ARM without the subfolder is loaded from its folder; a base has to have it."""
     flat = put(places / "flat", 3)
     expected = tokens(GenARM.from_pretrained(places / "base" / "x", flat))
     assert tokens(GenARM.from_pretrained(places / "base", flat, subfolder="x")) == expected
@@ -90,7 +91,7 @@ def test_files_there_are_checked(places):
 
 
 def test_an_adapter_without_a_fingerprint_shares_the_weights(places):
-    """Whether its config names the folder or the one inside it."""
+    """Its config may name the folder or the subfolder."""
     (places / "lora" / "x" / "genarm.json").unlink()
     for base in (places / "base", places / "base" / "x"):
         config = places / "lora" / "x" / "adapter_config.json"
@@ -116,7 +117,7 @@ def test_kept_models_look_at_the_base_of_an_adapter_there(places):
 
 @pytest.mark.parametrize("subfolder", ["", "x"])
 def test_a_repository_is_read_as_it_was_asked_for(places, monkeypatch, subfolder):
-    """The hub answers, and all is in a cache of the caller's, under a revision's name."""
+    """The hub answers, and all files are in the caller's cache under a revision's name."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(places / "empty"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("genarm_fast.models.hub.get_hf_file_metadata", lambda url, token: asked.append(url))

@@ -1,4 +1,4 @@
-"""Whole texts of drafted decoding, counted, against the law that multiplying out every prefix gives."""
+"""Counts of whole texts from drafted decoding, compared with the law computed by enumerating every prefix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHT, FILTERS = 0.8, {"temperature": 1.3, "top_k": 4}
 
 @pytest.fixture
 def model(tiny_model, tokenizer):
-    settings = {"initializer_range": 0.15}  # flatter, so that no text has most of the mass
+    settings = {"initializer_range": 0.15}  # a flatter distribution, so that no text has most of the mass
     return GenARM.from_pretrained(
         tiny_model(**settings), tiny_model(seed=1, **settings), tokenizer=tokenizer, max_batch_size=100
     )
@@ -29,7 +29,7 @@ def model(tiny_model, tokenizer):
 
 @torch.no_grad()
 def law(model: GenARM) -> dict[tuple[int, ...], float]:
-    """Every text with its probability."""
+    """Return every possible text with its probability."""
     texts: dict[tuple[int, ...], list[float]] = {(): []}
     for _ in range(LENGTH):
         ids = torch.tensor([[*PROMPT, *text] for text in texts])
@@ -44,7 +44,7 @@ def law(model: GenARM) -> dict[tuple[int, ...], float]:
 
 
 def surprise(model: GenARM, drafter: str, draws: int = 3000) -> float:
-    """Chi-square over its bound at p = 0.001. Texts that are expected less than five times count as one."""
+    """Return chi-square divided by its bound at p = 0.001. Texts expected less than five times form one bin."""
     params = SamplingParams(n=draws, seed=1, max_new_tokens=LENGTH, ignore_eos=True, weights=WEIGHT, **FILTERS)
     output = model.generate([PROMPT], params, speculation=Speculation(drafter, 2))[0]
     assert 0.1 < output.rounds.accepted / output.rounds.drafted < 0.9
@@ -70,7 +70,7 @@ def test_texts_drafted_ahead_follow_the_law(model):
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_drafts_settled_without_verification_are_noticed(model, monkeypatch, share):
-    """Where the law gives them any chance, and not always: the texts are possible, but too many are the drafter's."""
+    """The fault keeps possible drafts at random: the texts are possible, but too many are the drafter's."""
     rng, sample = random.Random(0), Sampler.sample
     possible = {text[: n + 1] for text in law(model) for n in range(LENGTH)}
 

@@ -1,4 +1,4 @@
-"""What drafting is expected to gain, against the design's figures and simulated steps."""
+"""The expected gain of drafting, compared with the design's figures and simulated steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_model_where_it_is_plain(cost: float, acceptance: float, k: int, expecte
 def test_model_of_the_design() -> None:
     assert expected_tokens([0.5] * 3) == pytest.approx((1 - 0.5**4) / (1 - 0.5))
     assert expected_speedup(0.1, 0.8, 6) == pytest.approx(1.1 * 3.951424 / (0.1 * (6 + 0.8**6) + 1))
-    assert best_k(0.1, 0.8, 16) == 6  # table of the design: 2.7 there
+    assert best_k(0.1, 0.8, 16) == 6  # 2.7 in the design's table
     assert best_k(0.3, 0.0, 16) == 0
 
 

@@ -1,4 +1,4 @@
-"""Prompt lookup against a search that looks at everything."""
+"""Prompt lookup, compared with a search of the whole text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from genarm_fast.speculation.ngram_drafter import NgramIndex
 
 
 def search(tokens: list[int], k: int, max_n: int, min_n: int) -> list[int]:
-    """The longest ending, and its latest earlier occurrence, extended one by one."""
+    """Extend the text one token at a time after the latest earlier occurrence of its longest ending; return k
+    tokens."""
     for n in range(min(max_n, len(tokens)), min_n - 1, -1):
         for start in range(len(tokens) - n - 1, -1, -1):
             if tokens[start : start + n] == tokens[-n:]:

@@ -1,4 +1,4 @@
-"""The policy of a run: what was asked for, and the tuner's choices in the indices of the run's drafters."""
+"""The policy of a run: the speculation that was asked for, and the tuner's choices by the run's drafter indices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_was_asked_for_is_done_and_nothing_is_learnt(speculation: Speculati
     policy = DraftPolicy(speculation, NAMES, tuners, ahead=False)
     policy.observe(StepObservation(expected.drafter, 1, expected.k, [expected.k], [0], 1.0, 1.0))
     assert policy.choose(1) == expected
-    assert policy.candidates == policy.shadow_due() == []
+    assert policy.tuner_candidates == policy.shadow_due() == []
     assert tuners.stats() == []
 
 
@@ -35,7 +35,7 @@ def test_the_tuner_knows_only_drafters_that_were_asked_for(monkeypatch: pytest.M
     """The third drafter of the run is the first of the tuner, in choices and in observations."""
     tuners = Tuners()
     policy = DraftPolicy(Speculation("base"), NAMES, tuners, ahead=False)
-    assert policy.candidates == policy.shadow_due() == [2]
+    assert policy.tuner_candidates == policy.shadow_due() == [2]
     assert policy.choose(1) == PLAIN
     monkeypatch.setattr(Tuner, "choose", lambda self, rows: Choice(0, 5))
     assert policy.choose(1) == Choice(2, 5)
@@ -47,7 +47,7 @@ def test_the_tuner_knows_only_drafters_that_were_asked_for(monkeypatch: pytest.M
 
 
 def test_guesses_are_judged_by_the_tokens_of_the_step() -> None:
-    """Up to the first wrong guess, and never beyond what a row generated; rows without tokens tell nothing."""
+    """Guesses count up to the first wrong one and never beyond a row's tokens. Rows without tokens tell nothing."""
     tuners = Tuners()
     policy = DraftPolicy(Speculation(), NAMES, tuners, ahead=False)
     policy.observe_shadow(1, [[5, 6, 7], [5, 9, 7], [8], [5, 6]], [[5, 6], [5, 6, 7], [], [5]], seconds=0.25)

@@ -1,4 +1,4 @@
-"""Drafting never changes a token: equality with plain decoding, and with the naive reference, in float32."""
+"""Drafting never changes a token: float32 tokens equal plain decoding's and the naive reference's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tokens_of(outputs):
 
 @pytest.mark.parametrize("case", range(24))
 def test_equals_plain_decoding(tiny_model, tokenizer, case):
-    """Every drafter, any K, ragged batches with parameters of their own, slots used again."""
+    """The cases cover every drafter, any K, ragged batches with different parameters, and reused slots."""
     rng = random.Random(case)
     model, prompts, params, requests = random_batch(rng, tiny_model, tokenizer, case % 3, 6)
     plain = tokens_of(model.generate(prompts, requests, speculation="off"))
@@ -46,7 +46,8 @@ def test_equals_plain_decoding(tiny_model, tokenizer, case):
 
 
 def test_weights_change_between_rounds(tiny_model, tokenizer):
-    """What was settled before keeps its weights; what comes after has the new ones, drafts of the old or not."""
+    """Tokens settled before a change keep their weights. Later tokens get the new weights, even if drafted with the
+    old."""
     base, arms = tiny_model(), [tiny_model(seed=1), tiny_model(seed=2)]
     model = GenARM.from_pretrained(base, arms, tokenizer=tokenizer)
     for name in ("base", *model.arm_names, "ngram"):
@@ -62,7 +63,7 @@ def test_weights_change_between_rounds(tiny_model, tokenizer):
 
 @pytest.mark.parametrize(("k", "drafter"), [(0, None), (3, "arm"), (2, "ngram")])
 def test_rounds_are_reported(tiny_model, tokenizer, k, drafter):
-    """An ARM like the base proposes what both say; each round settles one token more than it keeps drafts."""
+    """An ARM equal to the base drafts what both predict. Each round settles one token more than the drafts it keeps."""
     model = GenARM.from_pretrained(tiny_model(), build_model("llama", 0), tokenizer=tokenizer)
     params = {"max_new_tokens": 24, "ignore_eos": True, "seed": 1, "temperature": 0.05}
     output = model.generate([5, 6, 7], speculation=Speculation(drafter, k), **params)[0]
@@ -75,7 +76,7 @@ def test_rounds_are_reported(tiny_model, tokenizer, k, drafter):
 
 @pytest.mark.parametrize("case", range(4))
 def test_an_extra_draft_model(tiny_model, tokenizer, case):
-    """It proposes, and has no part in the text; one like the base is often right."""
+    """The draft model proposes and has no part in the text. A draft model equal to the base is often right."""
     rng = random.Random(case)
     arms = [tiny_model(seed=1)] if case % 2 else []
     models = [tiny_model(), arms, build_model("llama", rng.choice([0, 7]))]
@@ -87,8 +88,8 @@ def test_an_extra_draft_model(tiny_model, tokenizer, case):
 
 
 def test_a_draft_model_catches_up(tiny_model, tokenizer, monkeypatch):
-    """One that is the base is right about every token, also after rounds in which others drafted or nobody did."""
-    # without ARMs there are two drafters: the draft model, then n-grams
+    """A draft model equal to the base stays right after rounds in which another drafter or none drafted."""
+    # Without ARMs there are two drafters: the draft model, then n-grams.
     turns = cycle(Choice(*turn) for turn in [(None, 0), (1, 3), (0, 2), (None, 0), (0, 1), (1, 2)])
     monkeypatch.setattr(DraftPolicy, "choose", lambda self, rows: next(turns))
     model = GenARM.from_pretrained(tiny_model(), draft_model=build_model("llama", 0), tokenizer=tokenizer)
@@ -136,7 +137,7 @@ def off_by_one(monkeypatch):
 
 
 def no_roll_back(monkeypatch):
-    """The base goes on behind rejected drafts."""
+    """Inject a fault: the base continues after rejected drafts."""
     feed, behind = Executor.forward, WeakKeyDictionary()
 
     def forward(self, tokens, positions, slots, kv_bound, lanes):
@@ -177,7 +178,7 @@ def stale_logits(monkeypatch):
 
 
 def other_noise(monkeypatch):
-    """Not wrong, but slow: drafts with noise of their own are hardly ever right."""
+    """Give drafts their own noise. The texts stay right, but hardly any draft does."""
     draft = model_drafter.tempered_draft
     for module in (model_drafter, step_graph):
         monkeypatch.setattr(
@@ -189,7 +190,7 @@ def other_noise(monkeypatch):
 
 @pytest.mark.parametrize("broken", [None, off_by_one, no_roll_back, filters_on_drafts_only, stale_logits])
 def test_faults_would_be_seen(tiny_model, tokenizer, monkeypatch, broken):
-    """Negative controls of the equality tests: each fault changes tokens."""
+    """These are negative controls of the equality tests: each fault changes tokens."""
     model = GenARM.from_pretrained(tiny_model(), tiny_model(seed=1), tokenizer=tokenizer)
     prompts = random_prompts(random.Random(1), 4)
     params = {"max_new_tokens": 30, "ignore_eos": True, "seed": 4, "top_k": 8, "top_p": 0.8, "temperature": 0.7}
@@ -201,7 +202,7 @@ def test_faults_would_be_seen(tiny_model, tokenizer, monkeypatch, broken):
 
 
 def test_drafts_share_the_noise_of_their_targets(tiny_model, tokenizer, monkeypatch):
-    """With an ARM like the base q = p, so that every draft is right; with noise of their own few would be."""
+    """With an ARM equal to the base q = p, so every draft is right. With separate noise few drafts would be."""
     model = GenARM.from_pretrained(tiny_model(), build_model("llama", 0), tokenizer=tokenizer)
     params = {"max_new_tokens": 60, "ignore_eos": True, "seed": 1, "temperature": 6.0}
     rounds = model.generate([5, 6, 7], speculation=Speculation("arm", 3), **params)[0].rounds
@@ -225,7 +226,7 @@ def test_a_cancelled_stream_leaves_nothing_behind(tiny_model, tokenizer, drafter
 
 @pytest.mark.parametrize("device", [Device, Lagging])
 def test_members_are_judged_in_plain_rounds(tiny_model, tokenizer, monkeypatch, device):
-    """By every token of every row, a round late or not; an ARM like the base would have been right about all."""
+    """Every token of every row judges them, a round late or not. An ARM equal to the base is right about all."""
     monkeypatch.setattr(Tuner, "choose", lambda *_: PLAIN)
     monkeypatch.setattr(Tuner, "shadow_due", lambda _: True)
     params = {"temperature": 6.0, "max_new_tokens": 30, "ignore_eos": True, "seed": 1}
@@ -236,7 +237,7 @@ def test_members_are_judged_in_plain_rounds(tiny_model, tokenizer, monkeypatch, 
             model.generate([[5, 6, 7], [8, 9], [4]], speculation="auto", **params)
         return model.tuners.stats()[0]["drafters"]
 
-    # Drafts have no times of their own in steps that are one launch: where the device runs behind, all but the first.
+    # Drafts have no times of their own in steps that are one launch: on a lagging device, in all steps but the first.
     timed = ["2"] if device is Lagging else ["1", "2"]
     for found in (judged()[name] for name in ("base", "arm")):
         assert found["drafted"] == found["accepted"] == [90, *[0] * 7]
@@ -247,7 +248,7 @@ def test_members_are_judged_in_plain_rounds(tiny_model, tokenizer, monkeypatch, 
 
 
 def test_ngrams_are_judged_in_rounds_of_others(tiny_model, tokenizer, monkeypatch):
-    """In plain rounds, by the one token that each settles."""
+    """In plain rounds, n-grams are judged by the one token that each round settles."""
     monkeypatch.setattr(Tuner, "choose", lambda *_: PLAIN)
     model = GenARM.from_pretrained(tiny_model(seed=0), tiny_model(seed=1), tokenizer=tokenizer)
     prompts = [[5, 6, 7, 5, 6], [8, 9] * 6]

@@ -47,7 +47,8 @@ REAL = [Draft(0.5, cost=0.1, member=True), Draft(0.3, active=0.1), Draft(0.5, co
 
 
 def loss_of_a_new_model(rows: int, slope: float) -> float:
-    """Seconds per token over plain decoding's, of a small ARM, n-grams and their base from the first step on."""
+    """Return seconds per token relative to plain decoding in the first 64 steps, for a small ARM, n-grams and their
+    base."""
     found = []
     for seed in range(5):
         world = World(REAL, slope=slope, rest=0.05, random=random.Random(seed))
@@ -57,7 +58,7 @@ def loss_of_a_new_model(rows: int, slope: float) -> float:
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32])
 def test_drafts_that_lose_are_hardly_tried(rows: int) -> None:
-    """A CPU's slope (docs/speculation.md) and worse ones. In one call of 64 tokens."""
+    """The slopes are a CPU's (docs/speculation.md) and worse ones, in one call of 64 tokens."""
     for slope in (0.06, 0.1, 0.3):
         assert loss_of_a_new_model(rows, slope) < 1.03
 
@@ -122,7 +123,7 @@ def test_a_machine_that_slows_down_for_a_while() -> None:
 
 
 def test_forwards_that_are_held_up_do_no_harm() -> None:
-    """Unlike with the latest timing alone."""
+    """The latest timing alone would not cope with them."""
 
     def regret(config: TunerConfig) -> float:
         found = []
@@ -183,7 +184,8 @@ def test_without_drafters_it_is_plain_decoding() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 32])
 @pytest.mark.parametrize("name", WORLDS)
 def test_steps_that_are_one_launch(name: str, rows: int) -> None:
-    """As with times of their parts: near the best choice, and never much slower than plain decoding."""
+    """Whole steps do as well as steps whose parts are timed: near the best choice, and never much slower than plain
+    decoding."""
     found = []
     for seed in range(3):
         world = Whole(WORLDS[name].drafts, WORLDS[name].slope, random=random.Random(seed))
@@ -196,7 +198,7 @@ def test_steps_that_are_one_launch(name: str, rows: int) -> None:
 
 
 def test_a_launch_counts_as_one_cost() -> None:
-    """By its drafts and rows, whatever was proposed; times of parts are not made up."""
+    """The cost depends on drafts and rows, whatever was proposed. The parts of the launch get no times."""
     tuner = Tuner(["d"], 4)
     for _ in range(3):
         tuner.choose(2)
@@ -214,7 +216,7 @@ def test_a_launch_counts_as_one_cost() -> None:
     for each in acceptance:
         right *= each
         gains.append(gains[-1] + active * right)
-    for rows in (2, 4):  # 1.4 between what was measured, 1.8 along the line from plain decoding
+    for rows in (2, 4):  # 1.4 is interpolated between measurements, 1.8 extrapolated along the line from plain decoding
         factor = tuner.plain_costs.at(rows)
         expected = [factor * seconds / gain for seconds, gain in zip((1.2, 1.4, 1.6, 1.8), gains[1:], strict=True)]
         assert tuner.drafters[0].seconds_per_token(rows, tuner.plain_costs, ahead=False) == pytest.approx(expected)

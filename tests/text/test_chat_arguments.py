@@ -1,4 +1,4 @@
-"""Tools and arguments of the chat template: they reach every member's, wherever a prompt is taken, or are refused."""
+"""Tools and chat-template arguments reach every member's template, wherever a prompt is taken, or are refused."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def own(tokenizer):
 
 @pytest.fixture(scope="module")
 def steered(tiny_model, own):
-    """Base and ARM of one tokenizer, with templates of their own."""
+    """A base and an ARM with the same tokenizer and different templates."""
     arm = ARM(tiny_model(seed=1), name="a", chat_template="arm" + str(own.chat_template))
     return GenARM.from_pretrained(tiny_model(), [arm], tokenizer=own)
 
 
 def read(model, own, prompts, **options):
-    """What base and ARM read of the first prompt."""
+    """Return the texts that base and ARM read for the first prompt."""
     request = model.prepare(prompts, max_new_tokens=1, **options)[0]
     return [own.decode(ids) for ids in request.token_ids]
 
@@ -50,16 +50,16 @@ def test_every_member_reads_them(steered, own):
     assert read(steered, own, USER, **options) == expected
     assert read(steered, own, OBJECT) == read(steered, own, [OBJECT]) == expected
     assert read(steered, own, [USER, OBJECT], tools=None)[0] == "<s>[user] hi</s>[assistant] "
-    # a prompt's own arguments come before those of the call
+    # A prompt's own arguments take precedence over the call's.
     found = read(steered, own, [OBJECT], chat_template_kwargs={"enable_thinking": True})
     assert found == expected
-    # as transformers renders it
+    # The prompt equals transformers' rendering.
     ids = own.apply_chat_template(USER, tools=[TOOL], enable_thinking=False, add_generation_prompt=True)["input_ids"]
     assert own.decode(ids) == expected[0]
 
 
 def test_text_and_rewards_follow(steered):
-    """What is generated and scored is of the prompt with them, and is not of the one without."""
+    """Generation and scores use the prompt with its tools and arguments; without them the scores differ."""
     output = steered.generate(OBJECT, seed=1, max_new_tokens=8)[0]
     plain, own = steered.score(USER, "yes")[0], steered.score(OBJECT, "yes")[0]
     assert plain.rewards["a"].total != own.rewards["a"].total
@@ -105,7 +105,7 @@ def test_members_that_cannot_read_them_refuse(tiny_model, own, tokenizer):
 
 
 def test_batch_lines(tmp_path):
-    """Of this project and of OpenAI; a resumed job tells lines with other arguments apart."""
+    """Lines of this project and of OpenAI take arguments; a resumed job distinguishes lines with other arguments."""
     lines = [{"prompt": USER, **options} for options in ({}, {"tools": [TOOL]}, {"chat_template_kwargs": {"a": 1}})]
     body = {"messages": USER, "chat_template_kwargs": {"a": 1}}
     lines.append({"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": body})

@@ -1,4 +1,4 @@
-"""Text in pieces equals text at once."""
+"""Text decoded in pieces equals the text decoded at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def spaced_tokenizer():
-    """Sentencepiece-like: decoding drops the first token's leading space; unknown characters become bytes."""
+    """A tokenizer like SentencePiece: decoding drops the first token's leading space; unknown characters become
+    bytes."""
     pieces = ["<s>", "</s>", "▁", *(f"<0x{i:02X}>" for i in range(256)), "▁a", "▁the", "the", "c", "a", "t", "▁cat"]
     backend = Tokenizer(
         models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], byte_fallback=True, unk_id=0)
@@ -54,7 +55,7 @@ def test_no_character_is_shown_half(tokenizer, spaced_tokenizer, text):
 
 
 def test_any_tokens(tokenizer):
-    """Random bytes, mostly no UTF-8, and special tokens between them."""
+    """The tokens are random bytes, mostly no UTF-8, with special tokens between them."""
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(300) for _ in range(rng.randint(1, 20))]
@@ -63,7 +64,7 @@ def test_any_tokens(tokenizer):
 
 @pytest.fixture(scope="module")
 def word_tokenizer():
-    """BERT's: what goes on with a word is written with ## before it."""
+    """A tokenizer like BERT's, which writes a word's continuation with ## before it."""
     vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##cat": 3, "##s": 4, "[EOS]": 5}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece(cleanup=False)
@@ -71,7 +72,7 @@ def word_tokenizer():
 
 
 def test_a_text_goes_on_where_the_prompt_ends(tokenizer, spaced_tokenizer, word_tokenizer):
-    """Prompt and text, one behind the other, are what the tokenizer makes of all tokens."""
+    """Prompt and text joined equal the tokenizer's decoding of all tokens."""
     rng = random.Random(0)
     words = {spaced_tokenizer: range(259, 265), word_tokenizer: range(1, 6), tokenizer: range(256, 300)}
     for each, ids in words.items():
@@ -83,7 +84,7 @@ def test_a_text_goes_on_where_the_prompt_ends(tokenizer, spaced_tokenizer, word_
 
 
 def test_a_prompt_that_ends_within_a_character(tokenizer):
-    """Or shows nothing: the text is that of its own tokens."""
+    """A prompt that ends within a character, or shows nothing, does not change the text of the new tokens."""
     whole = tokenizer("é x")["input_ids"]
     for before in (tokenizer("a é")["input_ids"][:-1], [0, 1], []):
         detokenizer = Detokenizer(tokenizer, before)
@@ -105,7 +106,7 @@ def test_generated_text_keeps_its_leading_space(spaced_tokenizer, tiny_model):
 
 
 def test_long_runs_of_bytes_that_are_no_text(tokenizer):
-    """Some of their ends may still become characters."""
+    """The end of a run may still become a character."""
     rng = random.Random(0)
     spelled = [tokenizer(text)["input_ids"] for text in ("é", "日", "👩", "\ufffd", "a")]
     for _ in range(300):
@@ -160,7 +161,7 @@ def test_stop_strings_do_not_depend_on_borders(size):
     for stops, expected in [
         (("\n\nUser:",), ("abc END of abcd story.", "\n\nUser:")),
         (("story.\n\nX", "abcd"), ("abc END of ", "abcd")),
-        (("bc", "abc"), ("", "abc")),  # complete at the same character: the longer
+        (("bc", "abc"), ("", "abc")),  # both end at the same character: the longer one counts
         (("bcd", "abcdef"), ("abc END of a", "bcd")),
         (("zzz",), (text, None)),
         ((), (text, None)),

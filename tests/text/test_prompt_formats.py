@@ -1,4 +1,4 @@
-"""Prompts in every shape that people hand over, in the format that an ARM was trained on, joined to their responses."""
+"""Prompts in every form that users pass, in the format an ARM was trained on, joined to their responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPEN = "\n\nHuman: the cat\n\nAssistant:"
 
 
 def pieces_tokenizer():
-    """SentencePiece's manners: every text begins with "▁"."""
+    """Return a tokenizer like SentencePiece's, which begins every text with "▁"."""
     pieces = [("<s>", 0.0), ("</s>", 0.0), *((f"<0x{byte:02X}>", -20.0) for byte in range(256))]
     pieces += [(each, -8.0) for each in "▁abcdefghijklmnopqrstuvwxyz"] + [
         ("▁the", -2.0),
@@ -46,7 +46,7 @@ def test_what_a_tokenizer_returns_is_a_prompt(tokenizer):
 
 @pytest.mark.parametrize("mask", [[[1]], [[1, 1], [1, 1]], torch.ones(1, 1, 2, 2), 1, [["1", "1"]]])
 def test_a_mask_of_another_shape_is_refused(mask):
-    """It would cut the prompt off where the mask ends."""
+    """Such a mask would cut the prompt off where the mask ends."""
     with pytest.raises(ValueError, match=r"attention_mask=.*: expected the shape of input_ids"):
         as_prompts({"input_ids": [[5, 6]], "attention_mask": mask})
     assert as_prompts({"input_ids": [[5, 6]], "attention_mask": [[False, True]]}) == [[6]]
@@ -97,11 +97,12 @@ def test_a_response_has_the_tokens_of_the_joined_text(response):
     ids = token_ids(tokenizer, prompt)
     joined = [*ids, *response_ids(tokenizer, prompt, ids, response)]
     assert joined == tokenizer("the cat" + response)["input_ids"]
-    assert response_ids(tokenizer, None, ids, response) == joined[len(ids) :]  # where only its ids are known
+    # The function gets only the ids of the prompt here, not its text.
+    assert response_ids(tokenizer, None, ids, response) == joined[len(ids) :]
 
 
 def test_a_border_inside_a_token(tokenizer):
-    """ "the" and "re" join to other tokens, which the prompt has not: the response is spelled by itself."""
+    """The prompt's last letters and the response would join into other tokens, so the response is encoded by itself."""
     ids = token_ids(tokenizer, Rendered("the ma", True))
     assert tokenizer.decode(response_ids(tokenizer, Rendered("the ma", True), ids, "t")) == "t"
 
@@ -137,7 +138,7 @@ FORMATS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A base, and a folder with what training recorded beside weights, by format."""
+    """A base, and folders by format with the records that training leaves beside the weights."""
     root = tmp_path_factory.mktemp("trained")
     for seed, name in enumerate(("base", "text", "transcript", "chat")):
         build_model("llama", seed).save_pretrained(root / name)
@@ -205,7 +206,7 @@ FIRST = PARTS.replace("{% for part in m.content %}{{ part.text }}{% endfor %}", 
 @pytest.mark.parametrize("template", [PARTS, FIRST])
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_template_that_reads_content_parts_alone(tokenizer, template, parts):
-    """As vision models' do: a content that is a text would be left out without a word."""
+    """Templates of vision models do so, and would silently leave out a content that is a text."""
     given = [{"type": "text", "text": "the cat"}]
     chat = [as_message({"role": "user", "content": given if parts else "the cat"})]
     begun = [*chat, {"role": "assistant", "content": "sat"}]
@@ -220,7 +221,7 @@ def test_a_template_that_reads_content_parts_alone(tokenizer, template, parts):
 
 @pytest.mark.parametrize("change", ["m.content | upper", "m.content[:4]", "m.content.split('a')[-1]", "m.role"])
 def test_a_template_that_changes_texts_still_gets_texts(tokenizer, change):
-    """Content parts in their place would be printed as Python prints them, or fail."""
+    """A template would print content parts as Python prints them, or fail."""
     template = "{% for m in messages %}[{{ " + change + " }}]{% endfor %}"
     assert render(tokenizer, CHAT, template) == tokenizer.apply_chat_template(
         CHAT, chat_template=template, tokenize=False
@@ -241,7 +242,8 @@ def test_half_a_surrogate_pair_in_what_a_template_gets(model, monkeypatch):
 
 @pytest.mark.parametrize("name", ["image", "image_url", "file", "input_audio", "new_kind"])
 def test_a_part_that_is_more_than_its_text(name):
-    """Without a type it would pass for text, and the rest be lost. `datasets` fills the others' keys with nulls."""
+    """Without a type the part would pass for text and the rest be lost. `datasets` fills keys that parts lack with
+    nulls."""
     with pytest.raises(UnsupportedContent, match=f"a content part with '{name}': expected text parts"):
         as_message({"role": "user", "content": [{"text": "what?", name: "x"}]})
     assert as_message({"role": "user", "content": [{"text": "what?", name: None}]})["content"] == "what?"
@@ -257,7 +259,7 @@ def test_stop_strings_that_are_special_tokens(model):
 
 
 def test_a_special_token_that_no_member_can_draw(trained):
-    """A tokenizer with more tokens than there are logits: the stop could not fire."""
+    """The tokenizer has more tokens than there are logits, so the stop could not fire."""
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     model = GenARM.from_pretrained(trained / "base", tokenizer=tokenizer)
@@ -266,7 +268,7 @@ def test_a_special_token_that_no_member_can_draw(trained):
 
 
 def test_a_response_that_goes_on_with_a_word():
-    """WordPiece writes the rest of a word otherwise than a word of its own; only the joined text tells which it is."""
+    """WordPiece writes the rest of a word differently from a separate word; only the joined text tells which it is."""
     vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##cat": 3, ".": 4}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -277,7 +279,7 @@ def test_a_response_that_goes_on_with_a_word():
 
 
 def test_a_tokenizer_that_gives_up(model, monkeypatch):
-    """Its regular expression would take for ever, say: Rust panics with what is no Exception."""
+    """Its regular expression might take forever, for example: then Rust panics with an error that is no Exception."""
     tokenizer = build_tokenizer()
     pattern = Regex("([a-z ]+)+!")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")

@@ -1,4 +1,4 @@
-"""Messages that a table holds as text (CSV, SQL): read in training, refused as prompts; other texts stay texts."""
+"""Messages that a table stores as text (CSV, SQL): training reads them, prompts refuse them; other texts stay texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHATS = [[USER], [USER, YES], [USER, CALL], [YES]]
 FORMS = {
     "JSON": json.dumps,
     "indented JSON": lambda value: f"\n{json.dumps(value, indent=2, ensure_ascii=False)}\n",
-    "Python": str,  # as pandas writes lists into CSV
+    "Python": str,  # pandas writes lists into CSV like this
     "a message alone": lambda value: json.dumps(value[0]) if len(value) == 1 else json.dumps(value),
     "a conversation": lambda value: json.dumps({"messages": value}),
 }
@@ -34,7 +34,7 @@ PLAIN = [
     '[{"from": "ann@example.org", "value": 3}]',
     '{"messages": [], "role": 3}',
     json.dumps([USER]) + "\nSummarise this chat.",
-    json.dumps([USER])[:-2],  # to be continued
+    json.dumps([USER])[:-2],  # an incomplete list
     str([USER])[:-9],
     "[{'role'",
     '[{"' * 100_000,
@@ -86,7 +86,7 @@ def test_what_training_cannot_read_is_refused(row, said):
 
 
 def test_a_text_among_texts_is_no_chat():
-    """A data set of texts in which one is the text of messages: an error, not another format half-way."""
+    """One text of messages in a data set of texts is an error, not a change of the format half-way."""
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": str([USER]), "chosen": "a", "rejected": "b"}]
     with pytest.raises(ValueError, match="data line 2: expected the format 'text' of the first line, got 'messages'"):
         load_pairs(rows)

@@ -1,4 +1,4 @@
-"""Chat templates are programs of others: whatever one does, it ends soon, in any thread, and is named."""
+"""Chat templates are foreign programs: whatever one does, it ends soon, in any thread, and the error names it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ HOSTILE = {
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(deadline, "SECONDS", 1.0)
-    monkeypatch.setattr(deadline, "MOST_GROWTH", 1 << 28)
+    monkeypatch.setattr(deadline, "LIMIT_SECONDS", 1.0)
+    monkeypatch.setattr(deadline, "MAX_GROWTH_BYTES", 1 << 28)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -81,7 +81,7 @@ def test_hostile_templates_end(tokenizer, hasty, name, elsewhere):
     else:
         with pytest.raises(ValueError, match=said):
             raise result
-    assert render(tokenizer, CHAT, CHAT_TEMPLATE) == "<s>[user] hello</s>"  # nothing is left behind
+    assert render(tokenizer, CHAT, CHAT_TEMPLATE) == "<s>[user] hello</s>"  # the hostile template left nothing behind
 
 
 def test_the_row_and_the_template_are_named(tokenizer, hasty, tiny_model, tmp_path):
@@ -106,7 +106,7 @@ REAL = [
 @pytest.mark.parametrize("template", REAL)
 def test_ordinary_templates_run_here_and_apart_alike(tokenizer, monkeypatch, template):
     assert is_plain(template)
-    monkeypatch.setattr(helper.shared, "render", lambda *_: pytest.fail("another process renders it"))
+    monkeypatch.setattr(helper.shared_helper, "render", lambda *_: pytest.fail("another process renders it"))
     chat = [*CHAT, {"role": "assistant", "content": "why"}]
     here = [render(tokenizer, chat, template, **{ahead: True}) for ahead in ("x", "add_generation_prompt")]
     monkeypatch.undo()
@@ -125,8 +125,8 @@ def test_ordinary_templates_run_here_and_apart_alike(tokenizer, monkeypatch, tem
 def test_a_helper_that_dies_is_replaced():
     tokenizer = build_tokenizer()
     assert render(tokenizer, CHAT, "{{ 2 * 3 }}") == "6"
-    helper.shared.process.kill()
-    helper.shared.process.wait()
+    helper.shared_helper.process.kill()
+    helper.shared_helper.process.wait()
     assert render(tokenizer, CHAT, "{{ 2 * 4 }}") == "8"
     child = os.fork()
     if child == 0:
@@ -140,9 +140,9 @@ def test_a_deadline_that_was_met_leaves_nothing_behind():
         with_or_without = []
         for _ in range(20):
             try:
-                deadline.within(lambda: time.sleep(0.05), seconds)
+                deadline.run_within_limits(lambda: time.sleep(0.05), seconds)
                 with_or_without.append(True)
             except TimeoutError:
                 with_or_without.append(False)
-            sum(range(1000))  # an exception that came late would come here
+            sum(range(1000))  # a late exception would come here
         assert not deadline._watch.calls

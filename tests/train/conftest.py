@@ -1,4 +1,4 @@
-"""A tiny base on disk, and preferences that it can learn."""
+"""Fixtures for training tests: a tiny base on disk, and preferences that it can learn."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def base(
 
 @pytest.fixture(autouse=True)
 def quick_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the time of a tiny run is the drawing of its curve, which has a test of its own."""
+    """Skip drawing the curve, which takes half the time of a tiny run and has its own test."""
     monkeypatch.setattr("genarm_fast.train.artifacts.curve", lambda history, title: Figure((1, 1)))
 
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
-    """write_jsonl(rows, name="pairs.jsonl") → path."""
+    """write_jsonl(rows, name="pairs.jsonl"): writes the rows and returns the path."""
 
     def write(rows: Iterable[dict[str, Any]], name: str = "pairs.jsonl") -> Path:
         path = tmp_path / name
@@ -52,7 +52,7 @@ def toy(write_jsonl: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def make_config(base: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """make_config(data, **options): a run of a second."""
+    """make_config(data, **options): the options of a run of a second."""
 
     def make(data: Path | str, **options: Any) -> TrainConfig:
         defaults = {

@@ -30,7 +30,7 @@ def test_parts_of_epochs() -> None:
 
 
 def test_pairs_of_a_batch_have_similar_lengths() -> None:
-    """Padding to the longest costs little, and the order of batches is not the order of lengths."""
+    """Padding to the longest pair costs little, and batches do not come in order of length."""
     lengths = [(i * 7919) % 1000 for i in range(1000)]
     batches = list(PairBatches(lengths, size=4, epochs=1, seed=0))
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)

@@ -1,4 +1,5 @@
-"""Data as others name it: columns, PKU-SafeRLHF, `datasets` objects and folders, malformed rows, swapped duplicates."""
+"""Data in other forms: column names, PKU-SafeRLHF, `datasets` objects and folders, malformed rows, swapped
+duplicates."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import os
 import pytest
 
 from genarm_fast.train import TrainConfig, train
-from genarm_fast.train.data import SWAPPED, load_pairs, reading
+from genarm_fast.train.data import SWAPPED, load_pairs, loading_options
 
 TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
 SIDES = (("assistant", "yes"), ("assistant", "no"))
@@ -30,7 +31,8 @@ def config(**options):
 def test_two_objectives_of_one_file(write_jsonl):
     path = str(write_jsonl([PKU]))
     found = [
-        load_pairs(path, **reading(config(chosen_by=by))).pairs[0] for by in ("better_response_id", "safer_response_id")
+        load_pairs(path, **loading_options(config(chosen_by=by))).pairs[0]
+        for by in ("better_response_id", "safer_response_id")
     ]
     assert [(pair.prompt, pair.chosen, pair.rejected) for pair in found] == [("how?", "so", "no"), ("how?", "no", "so")]
     with pytest.raises(ValueError, match="expected chosen_by, better_response_id or safer_response_id"):
@@ -45,7 +47,7 @@ def test_two_objectives_of_one_file(write_jsonl):
 
 def test_columns_of_other_names(write_jsonl):
     path = str(write_jsonl([{"question": "q", "good": "a", "bad": "b", "prompt": "not this"}]))
-    options = reading(config(columns=("prompt=question", "chosen=good", "rejected=bad")))
+    options = loading_options(config(columns=("prompt=question", "chosen=good", "rejected=bad")))
     (pair,) = load_pairs(path, **options).pairs
     assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "a", "b")
     with pytest.raises(ValueError, match=r"field 'answer' \(chosen\) is missing, found"):
@@ -70,7 +72,7 @@ def test_objects_and_folders_of_datasets(tmp_path):
 
 
 def test_training_on_rows_in_memory(make_config, toy, tmp_path):
-    """A `Dataset`, a split of a `DatasetDict`, streamed rows and dicts make the ARM that the file makes."""
+    """A `Dataset`, a split of a `DatasetDict`, streamed rows and dicts give the same ARM as the file."""
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in toy.read_text().splitlines()]
     data = datasets.Dataset.from_list(rows)
@@ -117,7 +119,7 @@ def test_rows_in_memory_that_are_none(make_config, toy):
 
 
 def test_rows_of_numpy_and_torch():
-    """As `Dataset.with_format` gives them, and lists that are tuples."""
+    """`Dataset.with_format` gives such rows, and tuples in place of lists."""
     datasets = pytest.importorskip("datasets")
     user, yes, no = ({"role": role, "content": text} for role, text in (("user", "hi"), *SIDES))
     chat = {"prompt": [user], "chosen": [yes], "rejected": [no], "margin": 0.5}
@@ -142,7 +144,7 @@ TRANSCRIPT = {side: f"\n\nHuman: p\n\nAssistant: {side}" for side in ("chosen", 
     ],
 )
 def test_held_out_rows_of_another_format(make_config, write_jsonl, trained, held_out, said):
-    """They would be read otherwise than decoding reads prompts for that ARM, and the report tell of that."""
+    """Such rows would be read differently from prompts in decoding, and the report would be about them."""
     with pytest.raises(ValueError, match=f"eval_data: {said}, as those that are trained on are"):
         train(make_config("", holdout_every=None), data=[trained], eval_data=[held_out], progress=False)
     path = str(write_jsonl([held_out], "held.jsonl"))
@@ -166,7 +168,7 @@ def test_columns_of_other_media(name):
 
 
 def test_columns_whose_names_are_no_text():
-    """As of a table without a header."""
+    """A table without a header has such columns."""
     with pytest.raises(ValueError, match=r"field 'chosen' is missing, found \['0', 'a'\]"):
         load_pairs([{0: "x", "a": "y"}])
     with pytest.raises(ValueError, match="expected chosen_by, a column with 0 or 1"):
@@ -183,7 +185,7 @@ def test_one_mapping_is_no_rows(rows):
     "option", [{"dataset_split": "test"}, {"dataset_config": "hard"}, {"dataset_dir": "harmless-base"}]
 )
 def test_what_a_file_has_not_is_refused(make_config, toy, option):
-    """It would have no effect, and the run another data set than asked for."""
+    """The option would have no effect, and the run another data set than asked for."""
     (name,) = option
     with pytest.raises(ValueError, match=f"{name}=.*: expected none, the data is a file"):
         train(make_config(toy, **option), progress=False)
@@ -205,7 +207,7 @@ def test_a_pipe_can_not_be_read_again(tmp_path):
 
 
 def test_configurations_of_a_data_set(write_jsonl, tmp_path):
-    """As the README of a data set names them."""
+    """The README of the data set names the configurations."""
     pytest.importorskip("datasets")
     folder = tmp_path / "set"
     folder.mkdir()
@@ -214,7 +216,7 @@ def test_configurations_of_a_data_set(write_jsonl, tmp_path):
     configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard"))
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     for name in ("easy", "hard"):
-        found = load_pairs(str(folder), **reading(config(dataset_config=name))).pairs
+        found = load_pairs(str(folder), **loading_options(config(dataset_config=name))).pairs
         assert [pair.prompt for pair in found] == [name]
     with pytest.raises(ValueError, match=r"dataset_split='train'.*(?s:.)*easy"):
         load_pairs(str(folder))
@@ -224,7 +226,7 @@ def test_configurations_of_a_data_set(write_jsonl, tmp_path):
 
 @pytest.mark.parametrize("form", [json.dumps, str])
 def test_a_folder_of_csv_with_messages_in_it(tmp_path, form):
-    """As pandas and spreadsheets export chats."""
+    """pandas and spreadsheets export chats in these forms."""
     pytest.importorskip("datasets")
     chat = {"prompt": [{"role": "user", "content": 'is it, "so"?\nor'}]}
     chat |= {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}

@@ -1,4 +1,4 @@
-"""TrainConfig refuses what cannot work, and names it."""
+"""TrainConfig refuses options that cannot work, by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def config(**options: Any) -> TrainConfig:
 
 
 def test_defaults_are_the_published_ones() -> None:
-    """GenARM's HH run: β_r 0.05, rate 5e-4, batch 32, one epoch, cosine, LoRA r 8, α 16, dropout 0.05."""
+    """GenARM's HH run has β_r 0.05, rate 5e-4, batch 32, one epoch, cosine, LoRA r 8, α 16, dropout 0.05."""
     c = config()
     assert (c.beta, c.learning_rate, c.batch_size, c.epochs, c.schedule) == (0.05, 5e-4, 32, 1.0, "cosine")
     assert (c.lora_rank, c.lora_alpha, c.lora_dropout, c.weight_decay) == (8, 16.0, 0.05, 0.05)

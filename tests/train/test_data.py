@@ -1,4 +1,4 @@
-"""Reading preference pairs: formats, malformed rows, drops, the held-out split."""
+"""Reading preference pairs: formats, malformed rows, dropped pairs, the held-out split."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ({"chosen": HH + " yes", "rejected": HH + " no"}, "transcript", HH, " yes", " no"),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "messages", [USER], "yes", "no"),
         ({"prompt": [USER], "chosen": "yes", "rejected": "no"}, "messages", [USER], "yes", "no"),
-        # UltraFeedback repeats the prompt in both sides; others have no prompt column at all
+        # UltraFeedback repeats the prompt in both sides; other data sets have no prompt column at all.
         ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "messages", [USER], "yes", "no"),
-        # a system message in both sides alone, or in the prompt alone; the prompt as a later turn
+        # A system message only in both sides, or only in the prompt; the prompt as a later turn.
         ({"prompt": "hi", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, *SYSTEM_CASE),
         ({"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, *SYSTEM_CASE),
         ({"prompt": [SYSTEM], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, *SYSTEM_CASE),
@@ -43,7 +43,7 @@ TEXT = {"prompt": "p", "chosen": "a", "rejected": "b"}
             "yes",
             "no",
         ),
-        # responses that begin alike belong behind the prompt, though the user says again what the prompt is
+        # Messages with which both responses begin belong to the prompt, even if one repeats the prompt.
         (
             {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [GOOD, USER, BAD]},
             "messages",
@@ -174,7 +174,7 @@ def test_missing_file(name: str) -> None:
 
 
 def test_tables_are_no_json_lines(tmp_path: Path) -> None:
-    """But a folder of them is a data set."""
+    """A folder of such tables is a data set."""
     pytest.importorskip("datasets")
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,chosen,rejected\np,a,b\n")
@@ -221,13 +221,13 @@ def split(pairs: list[Pair], **options: Any) -> tuple[list[int], list[int]]:
 
 
 def test_split_by_row() -> None:
-    """A row keeps its side when others are dropped."""
+    """A row keeps its side when other rows are dropped."""
     pairs = [Pair(row, f"p{row}", "a", "b") for row in range(12) if row != 3]
     assert split(pairs, holdout_every=5) == ([1, 2, 4, 6, 7, 8, 9, 11], [0, 5, 10])
 
 
 def test_split_by_prompt() -> None:
-    """Deterministic, near the asked-for share, another one for another seed, and no prompt on both sides."""
+    """The split is repeatable, near the asked-for share, depends on the seed, and has no prompt on both sides."""
     pairs = [Pair(row, f"p{row // 2}", str(row), "b") for row in range(4000)]
     train, held = split(pairs, holdout_fraction=0.1)
     assert (train, held) == split(pairs, holdout_fraction=0.1)
@@ -245,7 +245,8 @@ def test_split_by_file(write_jsonl: Write) -> None:
 
 
 def test_transcripts_that_are_almost_right(write_jsonl: Callable[..., Path]) -> None:
-    """Stripped, with a preamble, ending with the human: read as what they are. Without an answer: dropped, counted."""
+    """Stripped texts, texts with a preamble and texts that end with the human are read. Texts without an answer are
+    dropped and counted."""
     good = {side: f"\n\nHuman: hi\n\nAssistant: {side}" for side in ("chosen", "rejected")}
     rows = [
         {side: text.lstrip() for side, text in good.items()},

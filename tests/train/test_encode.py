@@ -1,4 +1,4 @@
-"""Pairs as token ids: templates as at decoding time, EOS, limits in tokens."""
+"""Pairs as token ids: templates as in decoding, EOS, limits in tokens."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_chat(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_transcript(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raw, or as chat messages, whose responses then start without the transcript's space."""
+    """A transcript is encoded raw, or as chat messages, whose responses start without the transcript's space."""
     pair = Pair(0, HH, " yes", " no")
     assert texts(tokenizer, pair) == [HH, " yes</s>", " no</s>"]
     chat = "<s>[user] hi</s>[assistant] hello</s>[user] why</s>[assistant] "
@@ -140,7 +140,7 @@ def test_all_of_a_message_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> N
         "<t>hm</t>yes</s>",
         "<c>look</c></s>",
     ]
-    # The test tokenizer's own template renders neither.
+    # The test tokenizer's own template renders neither reasoning nor tool calls.
     kept, dropped = encoder(tokenizer)([Pair(0, prompt, "yes", "no"), Pair(1, prompt[:1], thought, "no")], "d")
     assert not kept
     assert dropped == {
@@ -150,7 +150,7 @@ def test_all_of_a_message_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_tools_that_a_template_leaves_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Decoding refuses a prompt with such tools, so nothing is trained on one. Tools of null fields are kept so."""
+    """Decoding refuses a prompt with such tools, so no such pair is trained on. Null fields of tools stay null."""
     tool = {"type": "function", "function": {"name": "look", "description": None}}
     user = [{"role": "user", "content": "hi"}]
     pairs = [Pair(0, user, "a", "b", options={"tools": [tool]}), Pair(1, user, "a", "b")]
@@ -162,7 +162,8 @@ def test_tools_that_a_template_leaves_out(tokenizer: PreTrainedTokenizerFast) ->
 
 
 def test_prompts_that_end_with_the_assistants_message(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Decoding continues it: a response that begins by ending it could never be drawn, as the end stops the text."""
+    """Decoding continues that message. A response that first ends it could never be drawn, as the end stops the
+    text."""
     begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I"}]
     kept, dropped = encoder(tokenizer)([Pair(0, begun, " am", " was"), Pair(1, begun[:1], "a", "b")], "d")
     assert [pair.row for pair in kept] == [1]

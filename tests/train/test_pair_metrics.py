@@ -1,4 +1,4 @@
-"""The loss and the summary of held-out pairs, against hand computation."""
+"""The loss and the summary of held-out pairs, compared with hand computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from genarm_fast.train.metrics import PairStats, pair_losses
 
 
 def test_loss_by_hand() -> None:
-    """−log σ(0.5 · (−3 + 5)) = log(1 + e^−1), and for equal sums log 2."""
+    """The loss is −log σ(0.5 · (−3 + 5)) = log(1 + e^−1), and log 2 for equal sums."""
     losses = pair_losses(torch.tensor([-3.0, -4.0, -5.0, -4.0]), 0.5)
     assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(2)])
     losses = pair_losses(torch.tensor([-3.0, -4.0, -5.0, -4.0]), 0.5, torch.tensor([1.0, -1.0]))
@@ -46,7 +46,7 @@ def test_summary() -> None:
 
 
 def test_length_bias_shows() -> None:
-    """A reward of −1 a token is all length; one that ignores length correlates with nothing."""
+    """A reward of −1 per token depends on length alone; a reward that ignores length has no correlation with it."""
     tokens = torch.tensor([1, 5, 3, 9, 4, 2, 6, 8])
     biased, fair = PairStats(1.0), PairStats(1.0)
     biased.add(-tokens.float(), tokens, torch.zeros(4))

@@ -1,4 +1,4 @@
-"""Σ log π of responses: every path equals the model's own logits; LoRA goes where it was asked to."""
+"""Σ log π of responses: every path equals the model's own logits, and LoRA adapts the modules asked for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAIRS = [
 
 
 def by_hand(lm: torch.nn.Module, pairs: list[Encoded]) -> Tensor:
-    """One sequence at a time, the model's own logits, float64."""
+    """Return Σ log π of each response, float64, one sequence at a time from the model's own logits."""
     sums = []
     for side in ("chosen", "rejected"):
         for pair in pairs:
@@ -73,7 +73,7 @@ def build(tiny_model: MakeModel, family: str, options: dict[str, Any]) -> PreTra
 def test_equals_the_models_own_logits(
     tiny_model: MakeModel, family: str, options: dict[str, Any], layout: str, fused: bool
 ) -> None:
-    """Values and gradients, in the layout and on the output path that are chosen for this family."""
+    """Values and gradients agree, in the layout and output path chosen for this family."""
     lm = build(tiny_model, family, options)
     model = PairModel(lm).eval()
     assert choose_paths(model, PAIRS) == (layout, fused)
@@ -89,7 +89,7 @@ def test_equals_the_models_own_logits(
 
 
 def test_an_unknown_output_falls_back_to_full_logits(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that does more to its logits than its config tells is found out by the probe."""
+    """The probe finds a model that changes its logits in ways its config does not tell."""
     lm = copy.deepcopy(tiny_model())
     plain = type(lm).forward
 
@@ -105,7 +105,7 @@ def test_an_unknown_output_falls_back_to_full_logits(tiny_model: MakeModel, monk
 
 
 def test_a_model_that_ignores_masks_gets_rows(tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control of the probe: with the 4-D mask thrown away the layouts disagree, and "shared" is not taken."""
+    """This is the probe's negative control: without the 4-D mask the layouts disagree, and "shared" is not chosen."""
     lm = copy.deepcopy(tiny_model())
     decoder = type(lm.model)
     plain = decoder.forward
@@ -122,7 +122,7 @@ def test_a_model_that_ignores_masks_gets_rows(tiny_model: MakeModel, monkeypatch
 
 
 def test_lora_on_the_output_layer(tiny_model: MakeModel) -> None:
-    """Then the output is no plain matrix: the model's own logits are used."""
+    """With LoRA the output is no plain matrix, so the model's own logits are used."""
     lora = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     lm = peft.get_peft_model(copy.deepcopy(tiny_model()), lora).eval()
     model = PairModel(lm)
@@ -138,7 +138,7 @@ def make(base: Path, **options: Any) -> TrainConfig:
 def test_capped_attention_is_trained_with_its_cap(
     tiny_model: MakeModel, tmp_path: Path, cap: float | None, expected: str
 ) -> None:
-    """As it is served: PyTorch's own attention leaves the cap out, which moves these log-probabilities."""
+    """Serving applies the cap too. PyTorch's own attention leaves it out, which changes these log-probabilities."""
     tiny_model("gemma2", attn_logit_softcapping=cap).save_pretrained(tmp_path)
     model = PairModel(load_base(make(tmp_path), torch.float32)).eval()
     assert model.causal.config._attn_implementation == expected
@@ -156,7 +156,8 @@ def adapted(lm: torch.nn.Module) -> set[str]:
 
 
 def test_lora_targets(base: Path) -> None:
-    """By default every linear layer but the output; otherwise the named ones; never a name that nothing has."""
+    """LoRA adapts every linear layer except the output by default, otherwise the named ones. Unknown names are
+    refused."""
     load = lambda: load_base(make(base), torch.float32)  # noqa: E731
     every = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert adapted(add_lora(load(), make(base))) == every
@@ -191,7 +192,7 @@ def test_auto_dtype_is_the_faster_one(monkeypatch: pytest.MonkeyPatch, bf16: flo
 
 @pytest.mark.parametrize(("able", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_dtype_of_a_gpu(monkeypatch: pytest.MonkeyPatch, able: bool, chosen: torch.dtype) -> None:
-    """Emulated bfloat16, as before sm_80, is none."""
+    """Emulated bfloat16, as before sm_80, does not count."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or able)
     assert choose_dtype("auto") == chosen

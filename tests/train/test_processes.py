@@ -1,4 +1,4 @@
-"""Two processes train as one does: the same steps, report and weights, through a kill of both too."""
+"""Two processes train as one does: the same steps, report and weights, even if both are killed on the way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from toy_pairs import toy_rows
 
 from genarm_fast.train import TrainConfig, processes, train
-from genarm_fast.train.batches import IDLE, NOTHING, Collator, PairBatches
+from genarm_fast.train.batches import NO_PAIR, NO_PAIR_INDEX, Collator, PairBatches
 from genarm_fast.train.encode import Encoded
 
 Config = Callable[..., TrainConfig]
@@ -37,7 +37,7 @@ def on_step_end(self, args, state, control, **kwargs):
 def writes(*args):
     raise SystemExit("the second process writes")
 
-processes.join()
+processes.connect()
 try:  # what the first one raises, both raise
     processes.from_first(lambda: {}[processes.rank()])
     raise SystemExit("nothing was raised")
@@ -57,7 +57,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def compared(report: Any) -> Any:
-    """What does not depend on the clock, the number of processes, or where the run was continued."""
+    """Return the report without what depends on the clock, the number of processes, or the step it continued from."""
     if isinstance(report, list):
         return [compared(each) for each in report]
     if not isinstance(report, dict):
@@ -82,7 +82,7 @@ def assert_close(found: Any, expected: Any, path: str = "report") -> None:
 
 
 def test_two_processes_are_as_one_through_a_kill(make_config: Config, toy: Path, tmp_path: Path) -> None:
-    """36 pairs in 18 micro-batches an epoch, 54 in all: the last step is half a step. Dropout is on."""
+    """The run has 36 pairs in 18 micro-batches per epoch, 54 in all, so the last step is half a step. Dropout is on."""
     config = make_config(toy, **OPTIONS, output=str(tmp_path / "two"), save_dtype="float32")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -105,7 +105,7 @@ def test_two_processes_are_as_one_through_a_kill(make_config: Config, toy: Path,
     for name, value in dataclasses.asdict(config).items():
         if name not in ("base", "data") and value != defaults[name]:
             options += [f"--{name.replace('_', '-')}", str(value)]
-    # accelerate's launcher of several processes, whatever their devices are.
+    # accelerate's launcher of several processes, for any kind of device.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "genarm_fast"]
     ended = subprocess.run(
@@ -128,7 +128,7 @@ def test_two_processes_are_as_one_through_a_kill(make_config: Config, toy: Path,
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
-    # The comparison sees another dropout, which is less than another batch.
+    # The comparison notices a changed dropout rate, a smaller change than another batch.
     other = train(make_config(toy, **OPTIONS | {"lora_dropout": 0.1}, output=str(tmp_path / "other")), progress=False)
     assert any(not torch.allclose(weights(other.folder)[name].float(), one[name], atol=1e-3) for name in one)
 
@@ -142,7 +142,7 @@ for options in json.loads(Path(sys.argv[1]).read_text()):
     lists = {name: tuple(options[name]) for name in ("lora_targets", "columns", "report_to")}
     train(TrainConfig(**{**options, **lists}), progress=False)
 """
-# Pairs, held-out pairs, pairs a forward and a step, epochs.
+# Pairs, held-out pairs, pairs per forward, pairs per step, epochs.
 SHARES = {
     "a micro-batch that is not full, a step that is not full": (37, 5, 2, 8, 1),
     "one pair": (1, 1, 1, 2, 1),
@@ -155,7 +155,7 @@ SHARES = {
 
 
 def test_shares_that_differ(make_config: Config, write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
-    """Whatever is left over, two processes take the steps of one, and write its report and its weights."""
+    """Whatever is left over, two processes take the same steps as one and write the same report and weights."""
     configs = []
     for number, (pairs, held_out, micro, batch, epochs) in enumerate(SHARES.values()):
         data = write_jsonl(toy_rows(pairs, seed=number), f"data{number}.jsonl")
@@ -191,19 +191,19 @@ def test_shares_that_differ(make_config: Config, write_jsonl: Callable[..., Path
 
 @pytest.mark.parametrize("pairs", [36, 37, 1])
 def test_micro_batches_are_shared_out(pairs: int) -> None:
-    """Each is some process's, in its turn, and all processes have equally many."""
+    """Each micro-batch goes to one process, in turn, and all processes get equally many."""
     options = {"size": 2, "epochs": 1.5, "seed": 3}
     whole = PairBatches([5] * pairs, **options).batches
     shares = [PairBatches([5] * pairs, **options, rank=rank, processes=3).batches for rank in range(3)]
     assert len({len(share) for share in shares}) == 1
     together = [batch for turn in zip(*shares) for batch in turn]
     assert together[: len(whole)] == whole
-    assert together[len(whole) :] == [[IDLE]] * (-len(whole) % 3)
+    assert together[len(whole) :] == [[NO_PAIR_INDEX]] * (-len(whole) % 3)
 
 
 @pytest.mark.parametrize("layout", ["rows", "shared"])
 def test_a_share_of_nothing_counts_nothing(layout: Any) -> None:
-    assert Collator(layout, 0)([NOTHING])["tokens"].tolist() == [0]
+    assert Collator(layout, 0)([NO_PAIR])["tokens"].tolist() == [0]
     batch = Collator(layout, 0)([Encoded(0, [3], [4, 1], [5, 1], margin=0.5)])
     assert (batch["tokens"].tolist(), batch["margins"].tolist()) == ([5], [0.5])
 
@@ -273,7 +273,7 @@ distributed.destroy_process_group()
 
 
 def test_what_shards_could_and_could_not_do(base: Path, tmp_path: Path) -> None:
-    """PyTorch's FSDP2 gives the loss and the gradients of one process; a checkpoint of shards is what is lacking."""
+    """PyTorch's FSDP2 gives the loss and gradients of one process. What is missing is a checkpoint of shards."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
@@ -288,5 +288,5 @@ def test_what_shards_could_and_could_not_do(base: Path, tmp_path: Path) -> None:
 
 
 def test_alone_nothing_is_sent() -> None:
-    assert (processes.count(), processes.rank(), processes.gathered([1, 2])) == (1, 0, [1, 2])
+    assert (processes.count(), processes.rank(), processes.all_gather([1, 2])) == (1, 0, [1, 2])
     assert processes.from_first(lambda: 3) == 3

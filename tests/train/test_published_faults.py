@@ -1,4 +1,4 @@
-"""Faults of GenARM's published training code, one test each: none of them is here."""
+"""Faults of GenARM's published training code: a test for each shows that this code does not have it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Config = Callable[..., TrainConfig]
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[ArmTrainer]:
-    """Every trainer that a run makes."""
+    """The list of trainers that runs make."""
     made: list[ArmTrainer] = []
 
     class Seen(ArmTrainer):
@@ -39,9 +39,9 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[ArmTrainer]:
 
 
 def test_lengths_count_tokens_not_characters(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Published: len(prompt) + len(chosen) <= 1024 on strings."""
+    """The published code compares len(prompt) + len(chosen) <= 1024 on strings."""
     config = TrainConfig(base="b", data="d", output="o", max_prompt_tokens=40, max_response_tokens=9)
-    wordy, letters = "the cat sat on the mat" * 3, "q" * 41  # 66 characters in few tokens, 41 in as many
+    wordy, letters = "the cat sat on the mat" * 3, "q" * 41  # 66 characters in few tokens, 41 in as many tokens
     encode = Encoder(tokenizer, config)
     assert len(tokenizer(wordy)["input_ids"]) <= 40 < len(wordy)
     kept, dropped = encode([Pair(0, wordy, "cat", "mat"), Pair(1, letters, "cat", "mat")], "pairs")
@@ -49,7 +49,7 @@ def test_lengths_count_tokens_not_characters(tokenizer: PreTrainedTokenizerFast)
 
 
 def test_lora_targets_exist_in_the_model(make_config: Config, toy: Path, trainers: list[ArmTrainer]) -> None:
-    """Published: GPT-J's names, of which a LLaMA has three."""
+    """The published code has GPT-J's names, of which a LLaMA has three."""
     published = ("q_proj", "v_proj", "k_proj", "out_proj", "fc_in", "fc_out", "wte")
     with pytest.raises(ValueError, match="no linear module 'out_proj': expected some of down_proj"):
         train(make_config(toy, lora_targets=published), progress=False)
@@ -62,7 +62,7 @@ def test_lora_targets_exist_in_the_model(make_config: Config, toy: Path, trainer
 def test_trained_on_the_weights_that_are_served(
     make_config: Config, toy: Path, base: Path, trainers: list[ArmTrainer], dtype: str
 ) -> None:
-    """Published: trained against an fp4 base, served on a bf16 one."""
+    """The published code trains against an fp4 base and serves on a bf16 one."""
     result = train(make_config(toy, dtype=dtype, lora_targets=("q_proj",)), progress=False)
     assert result.report["dtype"] == dtype
     served = dict(AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).named_parameters())
@@ -76,7 +76,7 @@ def test_trained_on_the_weights_that_are_served(
 
 
 def test_lora_dropout_is_applied(make_config: Config, toy: Path, trainers: list[ArmTrainer]) -> None:
-    """Published: TRL sets every dropout to 0 after the adapter has been made."""
+    """In the published code, TRL sets every dropout to 0 after the adapter has been made."""
     train(make_config(toy, lora_dropout=0.5, learning_rate=0.05), progress=False)
     trainer = trainers[0]
     rates = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
@@ -89,7 +89,7 @@ def test_lora_dropout_is_applied(make_config: Config, toy: Path, trainers: list[
 
 
 def test_every_option_is_read(make_config: Config, toy: Path, write_jsonl: Callable[..., Path]) -> None:
-    """Published: `optimizer_type` and others are never looked at."""
+    """The published code never reads `optimizer_type` and other options."""
     read: set[str] = set()
     package = str(Path(run.__file__).parent)
 
@@ -124,7 +124,7 @@ def test_the_optimizer_is_the_one_asked_for(
 
 
 def test_no_response_is_cut_and_each_ends_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Published: responses over the limit lose their end and their EOS, and stay."""
+    """In the published code, responses over the limit lose their end and their EOS, and stay."""
     config = TrainConfig(base="b", data="d", output="o", max_response_tokens=8)
     pairs = [Pair(row, "p", "x" * (row + 1), "y") for row in range(12)]
     kept, dropped = Encoder(tokenizer, config)(pairs, "pairs")
@@ -134,7 +134,8 @@ def test_no_response_is_cut_and_each_ends_with_eos(tokenizer: PreTrainedTokenize
 
 
 def test_length_bias_is_reported(make_config: Config, write_jsonl: Callable[..., Path]) -> None:
-    """Published: a sum of log-probabilities prefers short responses, unseen. Here the rejected one is longer."""
+    """In the published code, a sum of log-probabilities prefers short responses, unseen. Here the rejected one is
+    longer."""
     rows = [{**row, "rejected": row["rejected"] + " and the sea" * 4} for row in toy_rows(48)]
     final = train(make_config(write_jsonl(rows)), progress=False).report["final"]
     assert final["tokens_rejected"] > final["tokens_chosen"] + 8
@@ -143,7 +144,7 @@ def test_length_bias_is_reported(make_config: Config, write_jsonl: Callable[...,
 
 
 def test_the_split_is_seeded_and_shared(make_config: Config, toy: Path) -> None:
-    """Published: drawn without a seed, and evaluated on other pairs."""
+    """The published code draws the split without a seed, and evaluates on other pairs."""
     config = make_config(toy, holdout_every=None, holdout_fraction=0.3, seed=3)
     report = train(config, progress=False).report
     rows = [pair.row for pair in split_pairs(load_pairs(str(toy)).pairs, config)[1]]
@@ -154,7 +155,8 @@ def test_the_split_is_seeded_and_shared(make_config: Config, toy: Path) -> None:
 def test_loss_has_no_reference_model_and_no_length_normalisation(
     make_config: Config, toy: Path, base: Path, trainers: list[ArmTrainer]
 ) -> None:
-    """The Trainer's loss of a batch is −log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l)), sums over the tokens with EOS."""
+    """The Trainer's loss of a batch is −log σ(β_r Σ log π(y_w) − β_r Σ log π(y_l)), summed over response tokens with
+    EOS."""
     train(make_config(toy, beta=0.3, learning_rate=0.05), progress=False)
     trainer = trainers[0]
     trainer.model.eval()

@@ -47,12 +47,12 @@ train(TrainConfig(**{**options, **lists}), progress=False)
 
 
 class Killed(BaseException):
-    """Stands for a kill where a real one would cost a process."""
+    """An exception that stands for a kill where a real one would cost a process."""
 
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> KillAt:
-    """kill_at(step) lets runs die after that step; kill_at(None) lets them live."""
+    """kill_at(step): makes runs die after that step; kill_at(None): lets them live."""
     plain = Narrator.on_step_end
 
     def set_step(step: int | None) -> None:
@@ -79,7 +79,7 @@ def assert_same(one: str | Path, other: str | Path) -> None:
 
 
 def test_kill_minus_nine(make_config: Config, toy: Path, tmp_path: Path) -> None:
-    """A run killed by SIGKILL goes on from its last checkpoint to the weights of a run that was left alone."""
+    """A run killed by SIGKILL continues from its last checkpoint and ends with the weights of an undisturbed run."""
     config = make_config(toy, **LONG)
     process = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(dataclasses.asdict(config))])
     assert process.returncode == -signal.SIGKILL
@@ -95,7 +95,7 @@ def test_kill_minus_nine(make_config: Config, toy: Path, tmp_path: Path) -> None
 
 
 def untimed(report: Any) -> Any:
-    """A report without what depends on the clock, and on where it was continued."""
+    """Return a report without what depends on the clock or the step it continued from."""
     if isinstance(report, list):
         return [untimed(each) for each in report]
     if not isinstance(report, dict):
@@ -107,7 +107,7 @@ def untimed(report: Any) -> Any:
 def test_the_report_is_that_of_a_run_left_alone(
     make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
-    """Also of steps whose log covers some before the checkpoint and some behind it."""
+    """The report also matches for a log interval that spans the checkpoint."""
     options = {**LONG, "log_every": 3}
     kill_at(11)
     with pytest.raises(Killed):
@@ -124,7 +124,7 @@ def test_the_report_is_that_of_a_run_left_alone(
 def test_loses_no_more_than_the_last_interval(
     make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt, method: str
 ) -> None:
-    """Also when the evaluations, which draw no random numbers, come at other steps afterwards."""
+    """This holds even if the evaluations, which draw no random numbers, come at other steps afterwards."""
     options = {**LONG, "method": method, "epochs": 2}
     kill_at(7)
     with pytest.raises(Killed):
@@ -141,7 +141,7 @@ def test_loses_no_more_than_the_last_interval(
 def test_micro_batches_are_numbered_through_a_kill(
     make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt
 ) -> None:
-    """So that an auxiliary loss can draw what it would have drawn."""
+    """With the numbers an auxiliary loss can repeat its random draws."""
     numbers: list[int] = []
 
     def auxiliary_loss(lm: torch.nn.Module, number: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_micro_batches_are_numbered_through_a_kill(
     with pytest.raises(Killed):
         train(make_config(toy, **LONG), progress=False, auxiliary_loss=auxiliary_loss)
     kill_at(None)
-    assert numbers == list(range(24))  # 4 a step
+    assert numbers == list(range(24))  # four micro-batches per step
     numbers.clear()
     resumed = train(make_config(toy, **LONG), progress=False, auxiliary_loss=auxiliary_loss)
     assert numbers == list(range(16, 3 * 36 // 2))
@@ -233,7 +233,7 @@ def test_other_data_are_refused_and_moved_data_are_not(
 
 
 def test_another_base_is_refused(make_config: Config, toy: Path, base: Path, tmp_path: Path, kill_at: KillAt) -> None:
-    """Same folder name, same tokenizer, other weights."""
+    """The other base has the same folder name and tokenizer, but other weights."""
     kill_at(6)
     with pytest.raises(Killed):
         train(make_config(toy, **LONG), progress=False)
@@ -249,7 +249,7 @@ def test_another_base_is_refused(make_config: Config, toy: Path, base: Path, tmp
 def test_another_base_of_a_finished_run_is_refused(
     make_config: Config, toy: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose report would pass for that base's. Its weights are not loaded for that, and it may have moved."""
+    """The report would pass for the other base's. The check loads no weights, and the base may have moved."""
     report = train(make_config(toy), progress=False).report
     monkeypatch.setattr("genarm_fast.train.run._load", lambda *_: pytest.fail("it is loaded"))
     shutil.copytree(base, tmp_path / "moved")
@@ -271,7 +271,7 @@ def test_two_processes_in_one_folder_are_refused(make_config: Config, toy: Path)
 def test_a_run_that_ends_elsewhere_meanwhile_is_not_begun_anew(
     make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at the folder and the work in it, nobody else may change it."""
+    """Between the look at the folder and the work in it, no other process may change it."""
     config = make_config(toy)
 
     def begin_another(*args: Any) -> Any:
@@ -296,14 +296,14 @@ def test_a_full_disk_leaves_the_folder_free(make_config: Config, toy: Path, monk
             train(config, progress=False)
     assert not config.folder.exists()
     config.folder.mkdir()
-    (config.folder / "partial-run.json").write_text("{")  # of a kill
+    (config.folder / "partial-run.json").write_text("{")  # left by a kill
     train(config, progress=False)
     assert not (config.folder / "partial-run.json").exists()
 
 
 @pytest.fixture
 def most_bytes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
-    """most_bytes(n): no file grows beyond, once the base is loaded: real failures of real writes, as of a full disk."""
+    """most_bytes(n): once the base is loaded, no file grows beyond n bytes: real writes fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     most: list[int | None] = [None]
     plain = run_module.choose_paths
@@ -357,7 +357,7 @@ def test_every_file_that_does_not_fit_is_named_and_the_same_command_resumes(
 
 
 def test_a_folder_that_is_read_only(make_config: Config, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is said before the base is loaded; a finished run may lie in one."""
+    """The run fails before the base is loaded; a finished run may be in a read-only folder."""
     config = make_config(toy)
     first = train(config, progress=False)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != config.folder)
@@ -403,7 +403,7 @@ def test_what_is_no_checkpoint_is_left_alone(make_config: Config, toy: Path, tmp
 def test_damaged_checkpoints_are_passed_over(
     make_config: Config, toy: Path, tmp_path: Path, kill_at: KillAt, damage: str
 ) -> None:
-    """For the one before, with the same weights in the end; where none is whole, an error."""
+    """The run continues from the previous checkpoint to the same weights; without a whole one it is an error."""
     config = make_config(toy, **LONG)
     kill_at(10)
     with pytest.raises(Killed):

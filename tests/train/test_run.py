@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: they learn what is there, and leave what loading needs."""
+"""Whole runs on a tiny model: they learn the preferences in the data, and leave the files that loading needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "curve
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_learns_a_preference(make_config: Config, write_jsonl: Callable[..., Path], method: str) -> None:
-    """Held-out accuracy rises to nearly 1, from what a random model has."""
+    """Held-out accuracy rises from a random model's to nearly 1."""
     options = {"epochs": 4, "method": method, "learning_rate": 0.02 if method == "lora" else 0.005}
     result = train(make_config(write_jsonl(toy_rows(96)), **options), progress=False)
     assert result.report["before"]["accuracy"] < 0.8
@@ -40,14 +40,14 @@ def test_learns_a_preference(make_config: Config, write_jsonl: Callable[..., Pat
 
 
 def test_an_auxiliary_loss_counts_once_a_step(make_config: Config, toy: Path, tmp_path: Path) -> None:
-    """Whatever the size of the micro-batches; and it is not ignored."""
+    """The auxiliary loss has the same effect for any micro-batch size, and is not ignored."""
 
     def trained(micro_batch_size: int, weight: float) -> dict[str, torch.Tensor]:
         def shrink(lm: torch.nn.Module, number: int) -> torch.Tensor:
             return weight * sum(p.square().sum() for name, p in lm.named_parameters() if "lora_A" in name)
 
         name = str(tmp_path / f"{micro_batch_size}-{weight}")
-        plain = {"optimizer": "sgd", "max_grad_norm": 1e9, "lora_dropout": 0.0}  # Adam hides factors
+        plain = {"optimizer": "sgd", "max_grad_norm": 1e9, "lora_dropout": 0.0}  # Adam would hide wrong factors
         options = {"micro_batch_size": micro_batch_size, "batch_size": 36, "epochs": 4, **plain}
         result = train(
             make_config(toy, **options, save_dtype="float32", output=name), progress=False, auxiliary_loss=shrink
@@ -61,7 +61,7 @@ def test_an_auxiliary_loss_counts_once_a_step(make_config: Config, toy: Path, tm
 
 
 def test_learns_nothing_from_shuffled_labels(make_config: Config, write_jsonl: Callable[..., Path]) -> None:
-    """Negative control: the same responses, chosen and rejected swapped by a coin."""
+    """This is the negative control: the same responses, with chosen and rejected swapped at random."""
     config = make_config(write_jsonl(toy_rows(192, shuffled=True)), epochs=2, learning_rate=0.02, holdout_every=2)
     result = train(config, progress=False)
     assert result.accuracy is not None
@@ -95,7 +95,7 @@ def test_leaves_everything_that_loading_needs(make_config: Config, toy: Path, ba
 
 
 def test_curve() -> None:
-    """Three panels; training and held-out values at their steps, held-out ones from before the first step on."""
+    """Three panels show training and held-out values at their steps; held-out values start before the first step."""
     history = [
         {"step": 0, "eval_loss": 0.7, "eval_accuracy": 0.5, "eval_margin_mean": 0.0},
         {"step": 1, "loss": 0.6, "train_accuracy": 0.6, "train_margin_mean": 1.0},
@@ -118,7 +118,7 @@ def arm(make_config: Config, toy: Path) -> Path:
 
 
 def test_guiding_sees_the_rewards_of_training(arm: Path, base: Path, toy: Path, make_config: Config) -> None:
-    """Template, EOS and weights are those of training: the decoder's scores of the held-out pairs are the report's."""
+    """Decoding uses the template, EOS and weights of training: its scores of the held-out pairs equal the report's."""
     model = GenARM.from_pretrained(str(base), [str(arm)], dtype=torch.float32)
     held_out = split_pairs(load_pairs(str(toy)).pairs, make_config(toy))[1]
     prompts = [[{"role": "user", "content": str(pair.prompt)}] for pair in held_out]
@@ -172,14 +172,14 @@ def test_a_sample_of_the_pairs(make_config: Config, toy: Path) -> None:
 
 
 def test_the_only_step_of_a_run_learns(make_config: Config, toy: Path) -> None:
-    """Its share of warmup would be all of it, at a learning rate of 0."""
+    """The step would be all warmup, at a learning rate of 0."""
     report = train(make_config(toy, max_pairs=8), progress=False).report
     assert report["steps"] == 1
     assert report["final"]["loss"] < report["before"]["loss"]
 
 
 def test_accumulation_is_exact(make_config: Config, toy: Path, tmp_path: Path) -> None:
-    """One step on 36 pairs: the same in micro-batches of 8, whose last one is short, and of 1."""
+    """One step on 36 pairs is the same in micro-batches of 8, the last of them short, and of 1."""
     weights = []
     for micro in (8, 1):
         options = {
@@ -215,7 +215,7 @@ def test_errors_before_training(make_config: Config, toy: Path, options: dict[st
 
 
 def test_an_arm_of_another_rounding_says_so(make_config: Config, toy: Path, base: Path) -> None:
-    """Weights of a float32 base that were rounded to float16 are others; as it was trained, it is served."""
+    """A float32 base rounded to float16 has other weights. The ARM has to be served in its training dtype."""
     folder = train(make_config(toy, dtype="float16"), progress=False).folder
     with pytest.raises(ValueError, match=r"trained in float16, this is float32: try dtype='float16'"):
         GenARM.from_pretrained(base, folder)
@@ -238,7 +238,7 @@ def test_a_diverging_run_stops(make_config: Config, toy: Path) -> None:
 
 
 def test_a_run_that_diverges_unseen_leaves_no_arm(make_config: Config, toy: Path) -> None:
-    """Its only logged loss is that of the first step."""
+    """The run logs only the first step's loss."""
     config = make_config(toy, learning_rate=1e30, max_grad_norm=0.0, warmup=0.0, epochs=3, log_every=1000)
     with pytest.raises(FloatingPointError, match=r"a trained weight is not finite at step \d+: expected"):
         train(config, progress=False)
@@ -257,7 +257,7 @@ def test_a_tokenizer_with_more_tokens_than_the_base(
 
 
 def test_an_adapter_is_no_base(make_config: Config, toy: Path, arm: Path, base: Path, tmp_path: Path) -> None:
-    """Such folders often have a tokenizer, too."""
+    """Adapter folders often have a tokenizer too."""
     AutoTokenizer.from_pretrained(base).save_pretrained(arm)
     config = dataclasses.replace(make_config(toy, output=str(tmp_path / "other")), base=str(arm))
     with pytest.raises(ValueError, match=r"base='.*': expected a whole model, got an adapter: merge it"):
@@ -265,7 +265,7 @@ def test_an_adapter_is_no_base(make_config: Config, toy: Path, arm: Path, base: 
 
 
 def test_stop_tokens_are_those_of_decoding(tmp_path: Path, base: Path) -> None:
-    """From the generation config, else from the model's."""
+    """The stop tokens come from the generation config, else from the model's config."""
     config = TrainConfig(base=str(base), data="d", output="o")
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
@@ -321,7 +321,7 @@ def test_the_defaults_leave_routers_and_experts_alone() -> None:
 def test_arguments_of_the_chat_template_are_trained_with_recorded_and_read(
     make_config: Config, write_jsonl: Callable[..., Path], base: Path, rows: Any, given: Any, recorded: Any
 ) -> None:
-    """A row's own come first. What all rows had, the ARM's template gets in decoding; a conflict is an error."""
+    """A row's own arguments come first. Arguments of all rows go to the ARM's template; a conflict is an error."""
     template = "{{ 'LOUD' if shout else 'low' }}{{ loud }} {{ messages[0].content }} {% for m in messages[1:] %}"
     template += "{{ m.content }}{% endfor %}"
     sides = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}

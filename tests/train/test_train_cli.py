@@ -1,4 +1,4 @@
-"""`genarm-fast train`: options are TrainConfig's fields, and nothing else is printed with --json."""
+"""`genarm-fast train`: its options are TrainConfig's fields, and with --json it prints nothing else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_trains(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 def test_what_a_run_says(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Loss, accuracy, speed and the time left, a line each `log_every` steps; what was dropped is in the report."""
+    """A line each `log_every` steps has loss, accuracy, speed and the time left; the report counts dropped rows."""
     toy.write_text(toy.read_text() + '{"prompt": "q"}\n' + json.dumps(SWAPPED_ROW) + "\n")
     argv = ["train", str(base), str(toy), "--output", str(tmp_path / "arm"), *RUN]
     assert main([*argv, "--log-every", "2"]) == 2
@@ -100,7 +100,8 @@ def test_json_is_all_there_is(base: Path, toy: Path, tmp_path: Path, capfd: pyte
 def test_score_sees_what_training_saw(
     base: Path, write_jsonl: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], form: str
 ) -> None:
-    """The same prompts and ends of answers, so the same rewards, where answers end with another token than EOS."""
+    """The command reads the same prompts and ends of answers, so rewards agree, also where answers end with another
+    token than EOS."""
     shutil.copytree(base, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     end = tokenizer("~")["input_ids"][0]
@@ -130,7 +131,7 @@ def test_score_sees_what_training_saw(
 
 
 def test_a_chat_template_is_a_file(base: Path, toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As in the other commands. Its name, taken for the template, would be every prompt."""
+    """Other commands take a file too. If the name were taken for the template, it would be every prompt."""
     argv = ["train", str(base), str(toy), "--output", str(tmp_path / "arm"), *RUN, "--as-chat", "--chat-template"]
     assert main([*argv, "chat.jinja"]) == 2
     assert "chat.jinja" in capfd.readouterr().err
@@ -154,7 +155,7 @@ def test_wrong_places_exit_with_two(base: Path, toy: Path, tmp_path: Path, capfd
 
 
 def test_a_base_that_is_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toy: Path) -> None:
-    """Is not asked for file by file."""
+    """The base's name is looked up once, not file by file."""
 
     def unreachable(url: str, token: object) -> None:
         raise ConnectionError("no network")

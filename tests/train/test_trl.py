@@ -1,6 +1,6 @@
-"""TRL's preference formats: the tokens that its DPOTrainer makes of a row are those that are trained on here.
+"""TRL's preference formats: training here uses the tokens that TRL's DPOTrainer makes of a row.
 
-Where the two differ on purpose, a test says how: docs/training.md#trls-formats lists them.
+Intended differences have a test each; docs/training.md#trls-formats lists them.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ SAME = {
     "text": [{"prompt": "the sea is", "chosen": " blue", "rejected": " a cat"}],
     "text, implicit prompt": [
         {"chosen": "the sea is blue", "rejected": "the sea is a cat"},
-        {"chosen": "xzq", "rejected": "xzqvj"},  # one begins the other
-        {"chosen": "xzqj", "rejected": "xzqv"},  # they part within a word
+        {"chosen": "xzq", "rejected": "xzqvj"},  # one response begins the other
+        {"chosen": "xzqj", "rejected": "xzqv"},  # the responses differ within a word
     ],
     "text with an end of its own": [{"prompt": "the sea is", "chosen": " blue</s>", "rejected": " a cat"}],
     "chat": [{"prompt": [SYSTEM, USER], "chosen": [YES], "rejected": [NO]}],
@@ -94,7 +94,8 @@ SAME = {
 
 @pytest.fixture(scope="module")
 def chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """With a template of tools, reasoning and parts, whose answers end with </s>, and a pad token, as TRL wants."""
+    """A tokenizer whose template has tools, reasoning and parts, whose answers end with </s>, with the pad token TRL
+    needs."""
     own = copy.deepcopy(tokenizer)
     own.chat_template, own.pad_token = TEMPLATE, "</s>"
     return own
@@ -102,7 +103,7 @@ def chat(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def theirs(tiny_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Theirs:
-    """theirs(rows, tokenizer) → what DPOTrainer makes of each row, and its batch of all of them."""
+    """theirs(rows, tokenizer): what DPOTrainer makes of each row, and its batch of all rows."""
 
     def tokenized(given: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -> Any:
         folder = str(tmp_path_factory.mktemp("trl"))
@@ -120,7 +121,7 @@ def theirs(tiny_model: Callable[..., PreTrainedModel], tmp_path_factory: pytest.
 
 
 def ours(given: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[Encoded]:
-    """Through `datasets`, as TRL gets them."""
+    """Encode the rows by this package, passed through `datasets` as TRL gets them."""
     config = TrainConfig(base="b", output="o", **options)
     pairs = load_pairs(Dataset.from_list(given)).pairs
     kept, dropped = Encoder(tokenizer, config, frozenset({1}))(pairs, "d")
@@ -136,7 +137,7 @@ def ids(pair: Encoded) -> dict[str, list[int]]:
 def test_tokens_and_labels_are_those_of_trl(theirs: Theirs, chat: PreTrainedTokenizerFast, form: str) -> None:
     found, (expected, batch) = ours(SAME[form], chat), theirs(SAME[form], chat)
     assert [ids(pair) for pair in found] == expected
-    # What the loss sums: the tokens that TRL's completion mask marks, and those that are targets here.
+    # The loss sums the tokens that TRL's completion mask marks, and the tokens that are targets here.
     labels = [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["completion_mask"])]
     assert [row[row != IGNORE].tolist() for row in plain_rows(found, 0)["targets"]] == labels
 
@@ -149,7 +150,7 @@ def test_a_tokenizer_that_begins_texts(theirs: Theirs, bos_tokenizer: PreTrained
 
 
 def test_another_row_has_other_tokens(theirs: Theirs, chat: PreTrainedTokenizerFast) -> None:
-    """The comparison sees one token, one label, a template's argument and a lost tool."""
+    """The comparison notices one token, one label, a template's argument and a lost tool."""
     (row,) = SAME["tools and template arguments"]
     (expected,), _ = theirs([row], chat)
     for other in (
@@ -164,7 +165,8 @@ def test_another_row_has_other_tokens(theirs: Theirs, chat: PreTrainedTokenizerF
 def test_margins_are_those_of_trls_reward_trainer(
     tiny_model: Callable[..., PreTrainedModel], chat: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """DPOTrainer takes no notice of them, RewardTrainer takes them off the difference of rewards, as the loss here."""
+    """DPOTrainer ignores margins. RewardTrainer subtracts them from the difference of rewards, as the loss here
+    does."""
     given = [*SAME["margin"], {"prompt": "the cat", "chosen": " sat", "rejected": " is the sea", "margin": -1.5}]
     batch_of_theirs = RewardTrainer.__init__.__globals__["DataCollatorForPreference"](pad_token_id=1)(
         [{"chosen_ids": [2], "rejected_ids": [3], "margin": row["margin"]} for row in given]
@@ -183,12 +185,13 @@ def test_margins_are_those_of_trls_reward_trainer(
 
 
 class TestOnPurpose:
-    """Where the tokens are not TRL's."""
+    """Cases in which the tokens differ from TRL's on purpose."""
 
     def test_what_a_template_puts_behind_the_end_of_an_answer(
         self, theirs: Theirs, chat: PreTrainedTokenizerFast
     ) -> None:
-        """ChatML's line break. Decoding stops before it, so it is no part of an answer; TRL trains on it."""
+        """An example is ChatML's line break. Decoding stops before it, so it is no part of an answer; TRL trains on
+        it."""
         own = copy.deepcopy(chat)
         own.chat_template = TEMPLATE.replace("{% endfor %}</s>", "{% endfor %}</s>\n")
         (pair,), ((expected,), _) = ours(SAME["chat"], own), theirs(SAME["chat"], own)
@@ -198,7 +201,7 @@ class TestOnPurpose:
         assert pair.rejected + line_break == expected["rejected"]
 
     def test_a_template_without_an_end(self, theirs: Theirs, chat: PreTrainedTokenizerFast) -> None:
-        """TRL's answers then end with nothing, and a model that is trained on them would never end one."""
+        """TRL's answers then have no end, and a model trained on them would never end one."""
         own = copy.deepcopy(chat)
         own.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + (
             "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -207,7 +210,7 @@ class TestOnPurpose:
         assert pair.chosen == [*expected["chosen"], own.eos_token_id]
 
     def test_a_border_that_the_tokenizer_joins(self, theirs: Theirs, chat: PreTrainedTokenizerFast) -> None:
-        """TRL starts the response within the joined token; decoding cannot, so the prompt keeps its own tokens."""
+        """TRL starts the response within the joined token. Decoding cannot, so the prompt keeps its own tokens."""
         row = {"prompt": "the sea an", "chosen": "d", "rejected": "x"}
         (pair,), ((expected,), _) = ours([row], chat), theirs([row], chat)
         assert pair.prompt == chat(row["prompt"])["input_ids"] != expected["prompt"]
@@ -217,7 +220,7 @@ class TestOnPurpose:
     def test_a_prompt_that_a_template_renders_otherwise_with_its_answer(
         self, theirs: Theirs, chat: PreTrainedTokenizerFast
     ) -> None:
-        """An empty thought that only the prompt has: decoding reads it, so training does. TRL leaves it out."""
+        """Only the prompt has an empty thought. Decoding reads it, so training does too. TRL leaves it out."""
         row = SAME["chat"][0] | {"chat_template_kwargs": {"enable_thinking": False}}
         (pair,), ((expected,), _) = ours([row], chat), theirs([row], chat)
         assert chat.decode(pair.prompt).endswith("[assistant]<t></t>")
@@ -225,7 +228,8 @@ class TestOnPurpose:
         assert pair.chosen == expected["chosen"]
 
     def test_messages_that_both_responses_begin_with(self, theirs: Theirs, chat: PreTrainedTokenizerFast) -> None:
-        """Beside a prompt: a part of it here, of both responses in TRL, where their rewards cancel in the loss."""
+        """Here they belong to the prompt. In TRL they belong to both responses, and their rewards cancel in the
+        loss."""
         row = {"prompt": [USER], "chosen": [YES, USER, YES], "rejected": [YES, USER, NO]}
         (pair,), ((expected,), _) = ours([row], chat), theirs([row], chat)
         common = len(pair.prompt) - len(expected["prompt"])
@@ -236,7 +240,7 @@ class TestOnPurpose:
         assert expected["rejected"][common:] == pair.rejected
 
     def test_transcripts(self, theirs: Theirs, chat: PreTrainedTokenizerFast) -> None:
-        """Of the HH data: the response is the whole last turn. TRL's begins where the two texts part."""
+        """In the HH data the response is the whole last turn. TRL's begins where the two texts differ."""
         before = "\n\nHuman: hi\n\nAssistant:"
         row = {"chosen": before + " the sea", "rejected": before + " the cat"}
         (pair,), ((expected,), _) = ours([row], chat), theirs([row], chat)
@@ -282,7 +286,7 @@ def test_image_parts_are_dropped_and_counted() -> None:
 
 
 def test_a_template_that_rewrites_the_first_of_several_messages(chat: PreTrainedTokenizerFast) -> None:
-    """Is dropped and counted: what it makes of them does not continue the prompt."""
+    """The pair is dropped and counted, because the rendered answer does not continue the prompt."""
     own = copy.deepcopy(chat)
     own.chat_template = "{{ messages | length }}" + TEMPLATE
     pairs = load_pairs(SAME["several messages"]).pairs

@@ -9,9 +9,9 @@ WORDS = ["cat", "dog", "sea", "man", "home", "mat", "place", "sun"]
 
 
 def toy_rows(n: int, *, shuffled: bool = False, seed: int = 0) -> list[dict[str, Any]]:
-    """The chosen response starts with "the", the rejected one with "and"; else both are random and equally long.
+    """Return n pairs: the chosen response starts with "the", the rejected one with "and"; the rest is random words.
 
-    `shuffled` picks the chosen one by a coin: nothing is left to learn.
+    shuffled: choose at random instead, so that there is nothing to learn.
     """
     rng = random.Random(seed)
     rows = []

@@ -1,4 +1,5 @@
-"""The collector of circles waits, takes nothing away from the caller, and finds what it would have found."""
+"""`collector_waits` delays Python's garbage collector: it leaves the caller's settings alone, and circles are found
+later."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def collecting():
 
 
 def collections(waits):
-    """How often the collector runs over 100,000 objects that stay."""
+    """Return how often the collector runs while 100,000 lasting objects are made, and the objects."""
     before = sum(generation["collections"] for generation in gc.get_stats())
     if waits:
         with collector_waits():
@@ -65,9 +66,9 @@ def test_a_collector_that_is_off_stays_off():
 
 
 def is_frozen(each):
-    """Whether the collector overlooks `each`: its generations do not name it.
+    """Whether the collector overlooks `each`: its generations do not contain the object.
 
-    The count of frozen objects would not do: those of other tests die meanwhile, by their last reference.
+    The count of frozen objects would not do, as other tests' frozen objects die meanwhile.
     """
     return all(known is not each for known in gc.get_objects())
 

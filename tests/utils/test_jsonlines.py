@@ -1,4 +1,4 @@
-"""Files of JSON lines that are damaged are named with the line."""
+"""Damaged files of JSON lines are refused with the file's name and the line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_compressed_data_under_another_name_and_deep_json(tmp_path):
 
 
 def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("genarm_fast.utils.jsonlines.LONGEST", 100)
+    monkeypatch.setattr("genarm_fast.utils.jsonlines.MAX_LINE_BYTES", 100)
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 86 + '"}\n')
     assert len(list(read_objects(tmp_path / "rows.jsonl"))) == 2
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": "' + "x" * 10**6)
@@ -65,7 +65,7 @@ def test_files_of_other_kinds_are_called_what_they_are(tmp_path, content, what):
 
 
 def test_a_key_that_is_there_twice(tmp_path):
-    """`json` takes the last one without a word, at any depth."""
+    """`json` silently takes the last value, at any depth."""
     for line in ('{"a": 1, "b": 2, "a": 1}', '{"c": [{"a": 1, "a": 2}]}'):
         assert "a" in str(json.loads(line))
         (tmp_path / "rows.jsonl").write_text('{"a": 0}\n' + line + "\n")

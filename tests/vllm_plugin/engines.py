@@ -1,4 +1,4 @@
-"""Tiny models that vLLM's CPU backend can run (heads of 32 or 64), engines of them, and what they must equal."""
+"""Tiny models that vLLM's CPU backend can run (heads of 32 or 64), engines over them, and their expected tokens."""
 
 from __future__ import annotations
 
@@ -48,14 +48,15 @@ def save_models(folder: Path) -> None:
 
 
 def loaded(folder: Path, name: str) -> PreTrainedModel:
-    """The model that a member is, an adapter merged into its base."""
+    """Return a member's model, with an adapter merged into its base."""
     path = folder / f"{name}-merged" if name in ADAPTERS else folder / name
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 @contextmanager
 def engine(folder: Path, arms: Sequence[Any], *, base: str = "base", **options: Any) -> Iterator[Any]:
-    """A vLLM of these members, in float32 and eager unless `options` say otherwise. arms: names, or `ARM`s of names."""
+    """Yield a vLLM of these members, in float32 and eager unless `options` change that. arms: names, or `ARM`s of
+    names."""
     from vllm import LLM
 
     specs = [arm if isinstance(arm, ARM) else ARM(folder / arm, name=arm) for arm in arms]
@@ -85,7 +86,7 @@ def generated(llm: Any, prompts: Sequence[Sequence[int]], params: Any) -> list[l
 
 
 def asking(weights: Any = None, **params: Any) -> Any:
-    """vLLM's parameters of a request; greedy unless `params` say otherwise."""
+    """Return vLLM's parameters for a request, greedy unless `params` change that."""
     from vllm import SamplingParams
 
     extra = None if weights is None else weights if isinstance(weights, dict) else {"arm_weights": list(weights)}
@@ -96,7 +97,7 @@ def asking(weights: Any = None, **params: Any) -> Any:
 def naive(
     models: Sequence[Any], prompt: Sequence[int], weights: Sequence[float], tokens: int = TOKENS, **params: Any
 ) -> list[int]:
-    """The reference's tokens: whole prefixes, float64, no cache."""
+    """Return the reference's tokens, from whole prefixes in float64 without a cache."""
     base, *arms = models
     params = {"temperature": 0.0, "vocab_size": 300} | params
     found = reference.generate(base, arms, [prompt] * len(models), weights, max_new_tokens=tokens, **params)
@@ -104,5 +105,5 @@ def naive(
 
 
 def own_engine(folder: Path, arms: Sequence[str], base: str = "base") -> GenARM:
-    """`GenARM` over the same members."""
+    """Return a `GenARM` over the same members."""
     return GenARM.from_pretrained(folder / base, [ARM(folder / arm, name=arm) for arm in arms], dtype="float32")

@@ -1,4 +1,4 @@
-"""The processes that a test's engine or server started: what they were doing when it hung, and their end."""
+"""Processes that a test's engine or server started: shows what they do when they hang, and ends them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 
-PASSING = ("resource_tracker", "compile_worker")  # of Python and of Inductor: end with the process that made them
+# Helpers of Python and Inductor, which end with the process that made them.
+PASSING = ("resource_tracker", "compile_worker")
 
 
 def started(pid: int | None = None) -> list[psutil.Process]:
-    """All that descend from this process, or from that of `pid`, and do something of their own."""
+    """Return all descendants of this process, or of process `pid`, except Python's and Inductor's helpers."""
     with suppress(psutil.NoSuchProcess):
         return [each for each in psutil.Process(pid).children(recursive=True) if _working(each)]
     return []
@@ -28,11 +29,11 @@ def _working(process: psutil.Process) -> bool:
 
 
 def show_stacks(processes: list[psutil.Process]) -> None:
-    """Have each write the stacks of its threads to its stderr, see site/sitecustomize.py."""
+    """Make each process write the stacks of its threads to its stderr, see site/sitecustomize.py."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             print(f"-- {process.pid}: {' '.join(process.cmdline())[-200:]}", file=sys.stderr, flush=True)
-            # To what handles it: elsewhere it would be the end before the stacks of the others are there.
+            # Only to processes that handle the signal: it would end the others before their stacks are written.
             if int(_handled(process.pid), 16) >> (signal.SIGUSR1 - 1) & 1:
                 process.send_signal(signal.SIGUSR1)
     time.sleep(1)

@@ -1,4 +1,4 @@
-"""`genarm-fast serve` in processes of its own, and requests to it."""
+"""Runs `genarm-fast serve` in its own process, and sends it requests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import requests
 
 TOKENS = 8
-START = 270  # seconds for a start, on a machine that is busy
+START = 270  # seconds for a start on a busy machine
 OPTIONS = "--dtype float32 --max-model-len 256 --max-num-seqs 8 --enforce-eager --served-model-name guided"
 
 
@@ -27,7 +27,10 @@ def free_port() -> int:
 
 
 class Server:
-    """One process, as a user starts it. arms: as --arm takes them. options: more of vLLM's own."""
+    """A server process as a user starts it.
+
+    arms: as --arm takes them. options: more of vLLM's options.
+    """
 
     def __init__(
         self, base: Path, arms: Sequence[str], log: Path, *options: str, environment: dict[str, str] | None = None
@@ -53,7 +56,7 @@ class Server:
         raise RuntimeError(self.log.read_text()[-5000:])
 
     def health(self) -> int | None:
-        """The status of /health; None where nobody answers."""
+        """Return the status of /health; None if the server does not answer."""
         with suppress(requests.RequestException):
             return requests.get(f"{self.url}/health", timeout=5).status_code
         return None

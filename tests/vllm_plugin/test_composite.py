@@ -1,4 +1,5 @@
-"""A base and three ARMs of other families, sizes and vocabularies in one engine, against the reference and GenARM."""
+"""A base and three ARMs of other families, sizes and vocabularies in one engine, compared with the reference and
+GenARM."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def test_weights_by_name(llm, members):
 
 
 def assert_same(llm, ours, kinds, tokens=TOKENS):
-    """The same seeds give the same tokens in vLLM and in GenARM; others do not."""
+    """Check that vLLM and GenARM give the same tokens for the same seeds, and other tokens for other seeds."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(kinds))]
     weights = [[1.0, 0.5, -0.2] if i % 2 else [0.3, 0.0, 1.1] for i in range(len(kinds))]
     seeds = [7 + 2**62 * (i % 2) + i for i in range(len(kinds))]
@@ -90,7 +91,7 @@ def test_penalties_bias_and_allowed_tokens_act_as_in_genarm(llm, ours):
 
 @pytest.fixture
 def draws(monkeypatch):
-    """How many members' logits each call of `guided_sample` read: 1 where they were combined before."""
+    """The number of members' logits that each call of `guided_sample` read: 1 if they were combined before."""
     counts = []
 
     def counted(base, arms, weights, **options):
@@ -102,7 +103,7 @@ def draws(monkeypatch):
 
 
 def test_same_seed_same_tokens(llm, ours, draws, monkeypatch):
-    """By one read of the members' own logits, and through a combined tensor."""
+    """The tokens agree for one read of the members' own logits, and through a combined tensor."""
     assert_same(llm, ours, SAMPLED)
     assert set(draws) == {1 + len(ARMS)}
     draws.clear()
@@ -112,7 +113,7 @@ def test_same_seed_same_tokens(llm, ours, draws, monkeypatch):
 
 
 def test_exchanged_members_are_noticed(llm, ours, monkeypatch):
-    """The control of the test above: ARMs' logits under each other's weights give other tokens."""
+    """This is the control of the test above: ARMs' logits under each other's weights give other tokens."""
     right = MemberLogits.__init__
 
     def exchanged(self, base, arms, *rest):
@@ -128,7 +129,7 @@ READERS = [{"logprobs": 0}, {"repetition_penalty": 1.1}, {"logit_bias": {70: 1.0
 
 @pytest.mark.parametrize("asked", READERS)
 def test_what_reads_combined_logits_gets_them(llm, draws, asked):
-    """In a batch with a request that does not need them."""
+    """The batch also has a request that does not need combined logits."""
     requests = [asking([0.5, 0.5, 0.5], max_tokens=3, **each) for each in ({}, asked)]
     assert all(len(tokens) == 3 for tokens in generated(llm, PROMPTS[:2], requests))
     assert 1 in draws
@@ -153,7 +154,7 @@ def test_log_probabilities_are_the_guided_ones(llm, members):
 
 
 def test_rewards_are_the_arms_own_log_probabilities(llm, members):
-    """In a batch with a guided request, for which they change nothing."""
+    """The batch also has a guided request, whose tokens stay the same."""
     guided = asking([0.7, -0.3, 1.3], max_tokens=4)
     (plain,) = generated(llm, PROMPTS[:1], guided)
     params = [asking({"arm_reward": name}, max_tokens=1, prompt_logprobs=0) for name in ARMS]

@@ -1,4 +1,4 @@
-"""LoRA ARMs in the base's own forward, beside an ARM with weights of its own; eager, and compiled."""
+"""LoRA ARMs in the base's own forward, beside an ARM with separate weights, eager and compiled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from engines import PROMPTS, asking, engine, generated, loaded, naive, own_engine
 from test_composite import assert_same
 
-ARMS = ["lora0", "qwen", "lora1"]  # positions of weights are those of the ARMs, whoever is a lane
+ARMS = ["lora0", "qwen", "lora1"]  # weights come in the order of the ARMs, lanes or not
 WEIGHTS = [None, [0.0, 0.0, 0.0], [0.7, -0.3, 1.3], [2.5, 0.5, -1.0]]
 TOKENS = 16
 
@@ -30,7 +30,7 @@ def test_same_seed_same_tokens(llm, models):
 
 
 def test_compiled(models):
-    """Prompts of more rows, over all lanes, than a step has tokens: compiled code is made for those too."""
+    """Prompts have more rows, over all lanes, than a step has tokens: such shapes are compiled too."""
     members = [loaded(models, name) for name in ("base", "lora0", "lora1")]
     weights = [[0.7, -0.3], [2.5, 0.5], [0.0, 1.0], [1.0, 1.0]]
     options = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_num_seqs": 4}

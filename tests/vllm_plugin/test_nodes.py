@@ -1,4 +1,4 @@
-"""Two nodes with a rank each, on one machine: a server, and a process without one that it finds by its address."""
+"""Two nodes with a rank each, on one machine: a server, and a process without a server that finds it by its address."""
 
 from __future__ import annotations
 

@@ -13,18 +13,20 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_adapter
 
 PROMPT = PROMPTS[3] * 2
-LEVELS = 7  # of a sign; few of int8's 127, so that what is quantised differs from what is not
-TOLERANCE = 0.6  # of a log-probability, on average: bfloat16 keeps 8 bits, and random models amplify what is lost
+# Levels per sign. Using few of int8's 127 makes quantised weights differ clearly from others.
+LEVELS = 7
+# Mean difference of a log-probability: bfloat16 keeps 8 bits, and random models amplify the loss.
+TOLERANCE = 0.6
 
 
 def quantised(weight):
-    """Whole numbers int8 [out, in] and a scale for each row [out, 1]."""
+    """Return integers int8 [out, in] and a scale for each row [out, 1]."""
     scale = weight.abs().amax(1, keepdim=True) / LEVELS
     return (weight / scale).round().to(torch.int8), scale
 
 
 def round_inputs(model):
-    """Have each linear but the head read activations as int8, with a scale for each token, as vLLM's kernel does."""
+    """Make each linear except the head round its inputs to int8, with a scale per token, as vLLM's kernel does."""
 
     def rounded(_, args):
         scale = args[0].abs().amax(-1, keepdim=True) / 127
@@ -37,7 +39,8 @@ def round_inputs(model):
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
-    """`models`, and in it "int8", the base as compressed-tensors writes it; "dequantised", what its weights mean."""
+    """A folder with "int8", the base as compressed-tensors writes it, and "dequantised", the weights that it stands
+    for."""
     folder = tmp_path_factory.mktemp("quantised")
     shutil.copytree(models / "small", folder / "small")
     for name in ("int8", "dequantised"):
@@ -87,5 +90,5 @@ def test_each_member_keeps_its_own_quantisation(folders, models):
     round_inputs(members[0])
     round_inputs(members[2])
     unquantised = [loaded(models, "base"), *members[1:]]
-    # 0.23 where the members are right, and 1.99 for the control, a base that was never quantised.
+    # The difference is 0.23 for the right members, and 1.99 for the control, a base that was never quantised.
     assert (found - guided(*members)).abs().mean() < TOLERANCE < (found - guided(*unquantised)).abs().mean()

@@ -1,4 +1,4 @@
-"""What the configuration hook refuses in the frontend, before weights are read: no engine is started here."""
+"""The configuration hook's refusals in the frontend, before weights are read: no engine is started here."""
 
 from __future__ import annotations
 

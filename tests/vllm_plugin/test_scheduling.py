@@ -1,4 +1,4 @@
-"""24 requests with weights of their own, where memory is short and prompts begin alike: preempted, resumed, shared."""
+"""24 requests with different weights and similar prompts, where memory is short: preempted, resumed, shared."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_completions_are_guided(server, members):
 
 
 def test_the_call_that_it_prints_is_answered(server):
-    """And shows each ARM by name, with its default weight."""
+    """The printed call shows each ARM by name, with its default weight."""
     (body,) = re.findall(r"-d '(\{.*?\})'", server.log.read_text(), re.DOTALL)
     asked = json.loads(body)
     assert asked["vllm_xargs"] == {"arm_weights.kind": 0.5, "arm_weights.terse": -0.3}
@@ -60,7 +60,7 @@ def test_chat_and_its_stream(server, members):
     ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     weights = {"arm_weights": [1.0, -1.0]}
     expected = TOKENIZER.decode(naive(members, ids, [1.0, -1.0], TOKENS), skip_special_tokens=True)
-    expected = expected.rstrip("\N{REPLACEMENT CHARACTER}")  # a server holds back bytes that are no character yet
+    expected = expected.rstrip("\N{REPLACEMENT CHARACTER}")  # a server holds back bytes that form no character yet
     assert expected
     answer = server.post("chat/completions", messages=messages, vllm_xargs=weights)
     assert answer.json()["choices"][0]["message"]["content"] == expected
@@ -71,7 +71,7 @@ def test_chat_and_its_stream(server, members):
 
 
 def test_chats_get_what_an_arm_was_trained_with(server):
-    """By itself, or by a request that says the same; another value is refused."""
+    """The server adds the value, or the request says the same; another value is refused."""
     asked = {"messages": [{"role": "user", "content": TEXTS[0]}]}
     plain, same, other = (
         server.post("chat/completions", **asked, **more)
@@ -103,7 +103,7 @@ def test_wrong_weights_are_a_400_that_says_what_was_expected(server, weights, me
 
 
 def test_rewards(server, members):
-    """The ARM's own log-probability of each token of a text, in fields that vLLM's answer has."""
+    """The answer has the ARM's own log-probability of each token of a text, in vLLM's fields."""
     asked = {"prompt": PROMPTS[0], "max_tokens": 1, "prompt_logprobs": 0, "vllm_xargs": {"arm_reward": "kind"}}
     answer = server.post("completions", **asked)
     assert answer.status_code == 200, answer.text
@@ -138,7 +138,7 @@ def test_a_client_that_hangs_up_and_many_at_once(server, members):
 
 
 def test_the_server_says_that_its_engine_died(server):
-    """Last in this file, since nothing answers after it."""
+    """This test is the last in the file, since the server answers nothing after it."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     (core,) = [child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
     os.kill(core.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What ends the engines' processes after a test that failed, hung or was killed. No engine is started here."""
+"""The ends of engine processes after a test that failed, hung or was killed. No engine is started here."""
 
 from __future__ import annotations
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from genarm_fast.integrations.vllm.composite import PARTS, GenARMForCausalLM
+from genarm_fast.integrations.vllm.composite import WEIGHT_PARTS, GenARMForCausalLM
 from genarm_fast.integrations.vllm.lanes import Delta, LaneMethod, packed_delta
 from genarm_fast.integrations.vllm.selfcheck import check_model
 
 
 class Plain:
-    """A linear's own method."""
+    """A stand-in for a linear's own method."""
 
     def apply(self, layer, x, bias=None):
         return x @ layer.weight.t()
@@ -30,15 +30,15 @@ class Head(nn.Module):
 
 
 def made(order=(1, 0)) -> GenARMForCausalLM:
-    """A base of 40 tokens with a lane, and an ARM of 36 that comes first among the ARMs."""
+    """Return a base of 40 tokens with a lane, and an ARM of 36 tokens that comes first among the ARMs."""
     torch.manual_seed(0)
     model = GenARMForCausalLM.__new__(GenARMForCausalLM)
     nn.Module.__init__(model)
     model.base, model.arm0 = Head(40), Head(36, 8)
     model.config = SimpleNamespace()
     model.lanes, model.arms, model.names, model.order = 2, 2, ["base", "arm0"], list(order)
-    model.sizes, model.vocab_size = [16, 16, 8, *[3] * PARTS], 30
-    model.apart = model.rewards = False
+    model.sizes, model.vocab_size = [16, 16, 8, *[3] * WEIGHT_PARTS], 30
+    model.returns_members = model.rewards = False
     deltas = [Delta(1, 4, torch.randn(2, 16), torch.randn(6, 2)), Delta(1, 20, torch.randn(3, 16), torch.randn(4, 3))]
     model.base.quant_method = LaneMethod(Plain(), [packed_delta(deltas, 40)])
     return model
@@ -76,7 +76,7 @@ def test_parts_of_a_packed_linear_are_added_where_they_belong():
     x = torch.randn(6, 16)
     found = LaneMethod(Plain(), [None, packed_delta(deltas, 14)]).apply(linear, x)
     expected = Plain().apply(linear, x)
-    assert torch.equal(found[:4], expected[:4])  # of the bare base, and of a lane that leaves this linear alone
+    assert torch.equal(found[:4], expected[:4])  # rows of the bare base, and of a lane without a LoRA on this linear
     for _, start, a, b in deltas:
         expected[4:, start : start + len(b)] += (x[4:] @ a.t()) @ b.t()
     torch.testing.assert_close(found, expected)

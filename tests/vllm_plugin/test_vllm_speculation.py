@@ -1,4 +1,4 @@
-"""Drafts change no token, greedy or sampled: what is kept is always the target's draw."""
+"""Drafts change no token, greedy or sampled: the token kept is always the target's draw."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_drafts_change_no_token(drafter, models):
 
 
 def test_drafts_of_an_arm_are_tempered(models):
-    """To the weight of all members, with the target's noise: more of them are right, and the text stays.
+    """Drafts are tempered to the weight of all members, with the target's noise: more are right, and the text stays.
 
-    Compared with vLLM's own drafts, the most probable tokens, in the same engine. At T = 2 few tokens are those.
+    The same engine compares them with vLLM's own drafts, the most probable tokens, which at T = 2 are seldom drawn.
     """
     plan = {"method": "draft_model", "num_speculative_tokens": 3, "model": str(models / "small")}
     params = [asking([w], max_tokens=TOKENS, temperature=2.0, seed=i) for i, w in enumerate((0.0, 0.5, 0.5, 1.0))]
@@ -60,7 +60,7 @@ def test_drafts_of_an_arm_are_tempered(models):
         drafts._states.clear()
         same, greedy = run()
     assert tokens == same
-    assert tempered > 2 * greedy + 2, (tempered, greedy)  # GenARM keeps 16 of them, 5 are the most probable ones
+    assert tempered > 2 * greedy + 2, (tempered, greedy)  # 16 tempered drafts are kept, and 5 of vLLM's own
 
 
 def accepted(llm):

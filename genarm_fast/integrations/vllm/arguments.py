@@ -17,8 +17,8 @@ from genarm_fast.models.adapter import check_alone
 from genarm_fast.models.arm import ARM, arm_names, as_arms
 from genarm_fast.models.hub import Source, locate
 
-OURS = ("model", "task", "runner")  # arguments of vLLM that follow from the base
-FIELDS = ("architectures", "genarm_arms", "genarm_weight_range", "genarm_vocab_size")
+ARGUMENTS_FROM_BASE = ("model", "task", "runner")  # vLLM's arguments that follow from the base
+OVERRIDE_FIELDS = ("architectures", "genarm_arms", "genarm_weight_range", "genarm_vocab_size")
 
 
 def engine_args(
@@ -28,7 +28,7 @@ def engine_args(
     weight_range: tuple[float, float] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM(**...)`, `EngineArgs` and `AsyncEngineArgs` for guided decoding.
+    """Return arguments of `vllm.LLM(**...)`, `EngineArgs` and `AsyncEngineArgs` for guided decoding.
 
         llm = vllm.LLM(**engine_args("meta-llama/...-70B", [ARM("...-7B-ARM", name="kind", weight=0.5)]))
         llm.generate(prompts, vllm.SamplingParams(seed=7, extra_args={"arm_weights": [0.8]}))
@@ -37,16 +37,17 @@ def engine_args(
     ids, those of the base's tokenizer and chat template.
 
     Args:
-        base: hub id or folder, of any model with full or sliding-window attention that vLLM knows.
-        arms: one or several hub ids, folders, folders of LoRA adapters, or `ARM`s of such.
-        weight_range: the lowest and the highest weight that a request may ask for; None for any.
-        options: vLLM's own, such as tensor_parallel_size, quantization, dtype. `hf_overrides` is added to.
+        base: hub id or folder of any model with full or sliding-window attention that vLLM knows.
+        arms: one or several hub ids, folders, folders of LoRA adapters, or `ARM`s of these.
+        weight_range: the lowest and the highest weight that a request may ask for; None for any weight.
+        options: vLLM's own options, such as tensor_parallel_size, quantization, dtype. The ARMs are added to
+            `hf_overrides`.
 
     Raises:
         TypeError: a loaded model, or an option that follows from the base.
-        ValueError: an adapter of another base, or of a kind that no lane computes; a template of its own; ARMs that
-            were trained with other `chat_template_kwargs` than each other; a name given twice; a range that is none.
-        FileNotFoundError: an adapter that is nowhere.
+        ValueError: an adapter of another base, or of a kind that no lane computes; an ARM with a template of its own;
+            ARMs that were trained with different `chat_template_kwargs`; a name given twice; a wrong range.
+        FileNotFoundError: an adapter that is found nowhere.
     """
     served, arguments = served_arguments(base, arms, weight_range=weight_range, **options)
     if trained := trained_arguments(served.arms):
@@ -65,11 +66,11 @@ def served_arguments(
     weight_range: tuple[float, float] | None = None,
     **options: Any,
 ) -> tuple[Served, dict[str, Any]]:
-    """The ARMs as a server knows them, and what `engine_args` returns."""
+    """Return the ARMs as a server knows them, and the arguments that `engine_args` returns."""
     specs = as_arms(arms)
     if not specs:
         raise ValueError("arms=[]: expected an ARM at least; vLLM serves a bare base by itself")
-    for name in OURS:
+    for name in ARGUMENTS_FROM_BASE:
         if name in options:
             raise TypeError(f"{name}={options[name]!r}: expected no such option, it follows from base={base!r}")
     if not isinstance(base, (str, os.PathLike)):
@@ -81,7 +82,7 @@ def served_arguments(
     overrides = options.pop("hf_overrides", None) or {}
     if not isinstance(overrides, dict):
         raise TypeError(f"hf_overrides={overrides!r}: expected a dict, to which the ARMs are added")
-    for name in FIELDS:
+    for name in OVERRIDE_FIELDS:
         if name in overrides:
             raise ValueError(f"hf_overrides[{name!r}]: expected no such key, engine_args writes it")
     overrides = {**overrides, "architectures": [ARCHITECTURE], **served.overrides()}
@@ -110,7 +111,7 @@ def _served(base: Source, index: int, name: str, spec: ARM) -> ServedARM:
 
 
 def _folder(role: str, source: str) -> str:
-    """The folder of an adapter, fetched from the hub if need be: each worker reads it."""
+    """Return the folder of an adapter, fetched from the hub if necessary, since each worker reads it."""
     if os.path.isdir(source):
         return str(Path(source).resolve())
     from huggingface_hub import snapshot_download

@@ -1,8 +1,8 @@
 """The guided model as vLLM sees it: one model, whose sub-modules are the base and its ARMs.
 
-`forward` runs all members over the same tokens. Each has its own key-value cache, in the blocks of the same request.
-Its result is the members' hidden states and the row's weights side by side, so that `compute_logits`, which vLLM also
-calls for prompt log-probabilities and for drafts, needs to know nothing of rows.
+`forward` runs all members over the same tokens. Each member has its own key-value cache, in the blocks of the same
+request. The result holds the members' hidden states and the row's weights side by side. So `compute_logits`, which vLLM
+also calls for prompt log-probabilities and for drafts, needs to know nothing about rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from genarm_fast.integrations.vllm.lanes import add_lanes, load_lanes
 from genarm_fast.integrations.vllm.member_logits import MemberLogits
 from genarm_fast.integrations.vllm.served import Served, ServedARM
 
-PARTS = 3  # a float32 weight as so many bfloat16 numbers, whose sum it is exactly: 3 x 8 bits
+# A float32 weight is the exact sum of this many bfloat16 numbers: 3 x 8 bits.
+WEIGHT_PARTS = 3
 
 
 class GenARMForCausalLM(nn.Module, SupportsPP):
@@ -40,7 +41,7 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         lanes = [arm for arm in self.served.arms if arm.lane]
         beside = [arm for arm in self.served.arms if not arm.lane]
         with add_lanes(vllm_config, len(lanes)) as lane_config:
-            # Without a prefix, the base's layers have their names in the checkpoint, as quantisation lists them.
+            # Without a prefix, the base's layers have the names of the checkpoint, which quantisation lists.
             self.base = initialize_model(_base_config(lane_config), prefix="")
         self.lanes = 1 + len(lanes)
         self.names = ["base", *(f"arm{i}" for i in range(len(beside)))]
@@ -51,13 +52,13 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
             setattr(self, name, initialize_model(config, prefix=name))
             sizes.append(config.model_config.hf_config.get_text_config().hidden_size)
             self.secondary_weights.append(DefaultModelLoader.Source(arm.model, None, prefix=f"{name}."))
-        self.sizes = [*sizes, *[1 + self.arms] * PARTS]
-        # Rows of `compute_logits` come lanes first; weights come in the order of the ARMs.
+        self.sizes = [*sizes, *[1 + self.arms] * WEIGHT_PARTS]
+        # Rows of `compute_logits` have the lanes first; weights have the order of the ARMs.
         self.order = [i for i, arm in enumerate(self.served.arms) if arm.lane]
         self.order += [i for i, arm in enumerate(self.served.arms) if not arm.lane]
         self.vocab_size = self.served.vocab_size or vllm_config.model_config.get_vocab_size()
-        self.rewards = False  # whether the step has rows that are an ARM's rewards, without the base
-        self.apart = False  # whether the next `compute_logits` leaves the members' logits as they are
+        self.rewards = False  # whether some rows of the step are an ARM's rewards, without the base
+        self.returns_members = False  # whether the next `compute_logits` returns the members' logits separately
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -66,18 +67,18 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         return GenARMState
 
     def members(self) -> list[Any]:
-        """The models, each once: lanes are in the base."""
+        """Return the models, each once. Lanes are in the base."""
         return [getattr(self, name) for name in self.names]
 
     def heads(self) -> list[Any]:
-        """For each part of the hidden states the model whose head reads it: the base for itself and for its lanes."""
+        """Return the model whose head reads each part of the hidden states; the base's head also reads the lanes."""
         return [self.base] * self.lanes + self.members()[1:]
 
     @staticmethod
     def parts(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:
-        """float32 numbers as PARTS tensors of a narrower type, whose sum is exact."""
+        """Return float32 numbers as WEIGHT_PARTS tensors of a narrower type, whose sum is exact."""
         parts = []
-        for _ in range(PARTS):
+        for _ in range(WEIGHT_PARTS):
             parts.append(weights.to(dtype))
             weights = weights - parts[-1].float()
         return parts
@@ -102,9 +103,9 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         arm_weights: Tensor | None = None,
         **_: Any,
     ) -> Tensor | IntermediateTensors:
-        """Hidden states of tokens [N]: [N, sum of the members' sizes + 3 (1 + m)]: weights are three parts each.
+        """Return hidden states of tokens, [N, sum of the members' sizes + 3 (1 + m)]. A weight takes three numbers.
 
-        arm_weights: float32 [N, 1 + m], the base's, 1 or 0, and then in the order of the ARMs.
+        arm_weights: float32 [N, 1 + m], the base's weight, 1 or 0, and then the ARMs' in their order.
         """
         outputs: list[Any] = []
         for name, member in zip(self.names, self.members()):
@@ -122,19 +123,20 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
         return torch.cat([*hidden, *self.parts(arm_weights[: len(hidden[0])], hidden[0].dtype)], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | MemberLogits | None:
-        """Combined logits, float32 [N, V] of the base's width; -inf behind the tokens that all members share.
+        """Return combined logits, float32 [N, V] of the base's width, with -inf beyond the common vocabulary.
 
-        The members' own where the step asked for those, by `apart`, which holds for one call: prompt
-        log-probabilities call again in the same step. None on a tensor-parallel rank that draws nothing.
+        If the step has set `returns_members`, return the members' separate logits instead. It holds for one call,
+        because prompt log-probabilities call this again in the same step. None on a tensor-parallel rank that draws
+        nothing.
         """
-        apart, self.apart = self.apart, False
+        returns_members, self.returns_members = self.returns_members, False
         logits = self.member_logits(hidden_states)
-        if apart or logits is None:
+        if returns_members or logits is None:
             return logits
         return logits.combined(self.rewards)
 
     def member_logits(self, hidden_states: Tensor) -> MemberLogits | None:
-        """Each member's head on its own part of the hidden states; lanes share one read of the base's head."""
+        """Apply each member's head to its part of the hidden states. Lanes share one read of the base's head."""
         rows, lanes = len(hidden_states), self.lanes
         *hidden, a, b, c = hidden_states.split([sum(self.sizes[:lanes]), *self.sizes[lanes:]], dim=-1)
         weights = a.float() + b.float() + c.float()
@@ -158,14 +160,17 @@ class GenARMForCausalLM(nn.Module, SupportsPP):
 
 
 def _base_config(vllm_config: VllmConfig) -> VllmConfig:
-    """The configuration with the base's own architecture back in it, where ours stands in its place."""
+    """Return the configuration with the base's own architecture in place of the guided model's."""
     model = vllm_config.model_config
     own = AutoConfig.from_pretrained(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
     return vllm_config.with_hf_config(copy.deepcopy(model.hf_config), architectures=own.architectures)
 
 
 def _arm_config(vllm_config: VllmConfig, arm: ServedARM) -> VllmConfig:
-    """A configuration of the ARM's own, as vLLM makes one for draft models: window, dtype and quantisation are its."""
+    """Return a configuration for an ARM, made as vLLM makes one for draft models.
+
+    Window, dtype and quantisation are the ARM's own.
+    """
     base = vllm_config.model_config
     model = ModelConfig(
         model=arm.model,
@@ -182,7 +187,7 @@ def _arm_config(vllm_config: VllmConfig, arm: ServedARM) -> VllmConfig:
 
 
 def _received(name: str, tensors: IntermediateTensors | None) -> IntermediateTensors | None:
-    """What the pipeline stage before this one sent of a member."""
+    """Return the tensors that the previous pipeline stage sent for a member."""
     if tensors is None:
         return None
     start = f"{name}."

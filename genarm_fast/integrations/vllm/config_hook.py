@@ -1,4 +1,4 @@
-"""Runs in vLLM's frontend, before weights are read: refuses what would give other tokens than promised."""
+"""A hook in vLLM's frontend, before weights are read. It refuses settings that would give other tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genarm_fast.integrations.vllm.served import Served, ServedARM, check_versio
 from genarm_fast.integrations.vllm.validator import validator_name
 from genarm_fast.models.support import CACHED_LAYERS, context_of
 
-V2 = (
+V1_RUNNER_ERROR = (
     "GenARM runs on vLLM's V2 model runner, and this engine would take V1: set VLLM_USE_V2_MODEL_RUNNER=1, and leave"
     " away what the warning above names"
 )
@@ -23,7 +23,11 @@ V2 = (
 class GenARMConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Raises ValueError or RuntimeError for what is not supported; names the validator of requests' weights."""
+        """Check all settings, and add the validator of requests' weights.
+
+        Raises:
+            ValueError, RuntimeError: a setting, a member or a version of vLLM that is not supported.
+        """
         check_version(vllm.__version__)
         model_config = vllm_config.model_config
         served = Served.of(model_config.hf_config)
@@ -47,13 +51,13 @@ class GenARMConfig(VerifyAndUpdateConfig):
 
 
 def _check_engine(config: Any, served: Served) -> None:
-    """Raises ValueError for parts of vLLM that our model does not go together with."""
+    """Raises ValueError for features of vLLM that our model does not support."""
     model = config.model_config
     if not config.use_v2_model_runner:
-        raise ValueError(V2)
+        raise ValueError(V1_RUNNER_ERROR)
     stages, lanes = config.parallel_config.pipeline_parallel_size, [arm.name for arm in served.arms if arm.lane]
     wrong = {
-        # vLLM hands rows of a batch from stage to stage, and lanes have several for each.
+        # vLLM passes the rows of a batch from stage to stage, and lanes have several rows for each.
         "pipeline_parallel_size": (stages > 1 and lanes, f"1 with LoRA lanes, which {', '.join(lanes)} would be"),
         "enable_lora": (config.lora_config is not None, "none beside ARMs; a LoRA ARM is given to engine_args"),
         "enable_dbo, ubatch_size": (config.parallel_config.use_ubatching, "no microbatches, which would mix weights"),
@@ -80,7 +84,7 @@ def _check_member(arm: ServedARM, config: Any, vllm_config: Any) -> None:
 
 
 def _check_kind(name: str, config: Any, model_config: Any) -> None:
-    """Raises ValueError for a member that is no plain decoder, by its configuration and by what vLLM knows of it."""
+    """Raises ValueError for a member that is no plain decoder, by its configuration and by vLLM's description of it."""
     text = config.get_text_config()
     other = set(getattr(text, "layer_types", None) or ()) - CACHED_LAYERS
     if config.is_encoder_decoder or other or not hasattr(text, "num_attention_heads"):

@@ -1,6 +1,6 @@
-"""Drafts of vLLM's draft model, drawn as our drafters draw: sharpened to all members' weight, with the target's noise.
+"""Drafts of vLLM's draft model, drawn as our drafters draw: tempered by all members' weight, with the target's noise.
 
-A draft is right where it is the token that the target draws. vLLM's own drafts are the most probable tokens, which a
+A draft is right if it is the token that the target draws. vLLM's own drafts are the most probable tokens, which a
 request with a temperature seldom draws.
 """
 
@@ -17,7 +17,7 @@ from genarm_fast.kernels import guided_sample
 
 
 class DraftState(Protocol):
-    """What is read of a worker's state: weights [slots, 1 + ARMs], the base's first, and requests' prompts."""
+    """The fields of a worker's state that drafts need. weights: [slots, 1 + ARMs], the base's weight first."""
 
     vllm_config: Any
     served: Any
@@ -25,12 +25,12 @@ class DraftState(Protocol):
     sampler: Any
 
 
-_states: WeakValueDictionary[int, DraftState] = WeakValueDictionary()  # by the id of the config that they hold
+_states: WeakValueDictionary[int, DraftState] = WeakValueDictionary()  # states by the id of the config that they hold
 _own = StandaloneARSpeculator.sample_draft
 
 
 def temper_drafts(state: DraftState) -> None:
-    """Have this worker's draft model, if it has one, draw so. Others in this process draw as ever."""
+    """Make this worker's draft model, if it has one, draw tempered drafts. Other engines are unchanged."""
     _states[id(state.vllm_config)] = state
     StandaloneARSpeculator.sample_draft = _sample_draft
 
@@ -46,7 +46,7 @@ def _sample_draft(
     draft_logits: Tensor | None,
     spec_step_idx: int = 0,
 ) -> Tensor:
-    """Drafts int64 [R] that follow the tokens at these positions; slots of -1 are rows that nobody reads."""
+    """Return drafts int64 [R] that follow the tokens at these positions. Slot -1 marks rows that nobody reads."""
     state = _states.get(id(self.vllm_config))
     if state is None or draft_logits is not None or self.use_local_argmax_reduction:
         rows = (hidden_states, sample_src_positions, idx_mapping, temperature, seeds, draft_step, draft_logits)

@@ -1,7 +1,7 @@
 """LoRA ARMs as lanes of the base's forward: rows are [lanes x N], lane 0 is the bare base.
 
 One read of the base's weights serves all lanes. Each linear adds s B A x on the rows of a lane, and each attention
-layer has a key-value cache for each lane. vLLM's own LoRA is for one adapter a request, and takes no part.
+layer has a key-value cache for each lane. vLLM's own LoRA allows one adapter for each request, and is not used.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, QKVP
 from genarm_fast.integrations.vllm.adapters import lora_tensors
 from genarm_fast.integrations.vllm.served import ServedARM
 
-PEFT = "base_model.model."  # how names of tensors in an adapter's file begin
+PEFT_PREFIX = "base_model.model."  # beginning of the names of tensors in an adapter's file
 
 
 class Delta(NamedTuple):
-    """One lane's LoRA on some columns of a linear's output. a: [r, in]. b: [out, r], times s."""
+    """One lane's LoRA on some columns of a linear's output. a: [r, in]. b: [out, r], multiplied by s."""
 
     lane: int
     start: int
@@ -35,7 +35,7 @@ class Delta(NamedTuple):
 
 
 class LaneAttention(nn.Module):
-    """An attention layer, and one more of its kind for each lane: a cache of its own, in blocks of the same request."""
+    """An attention layer and a copy for each further lane, with a cache of its own in blocks of the same request."""
 
     def __init__(self, layers: Sequence[Attention]) -> None:
         super().__init__()
@@ -48,15 +48,16 @@ class LaneAttention(nn.Module):
 
 
 class LaneMethod(LinearMethodBase):
-    """Computes a linear as its own method does, quantised or not, and adds the lanes' LoRAs.
+    """Computes a linear by its own method, quantised or not, and adds the lanes' LoRAs.
 
-    deltas: for each lane but the bare one A [R, in] and B [out, R], or None where its adapter leaves the linear alone.
+    deltas: for each lane but the bare one, A [R, in] and B [out, R]; None if its adapter leaves the linear alone.
     """
 
     def __init__(self, inner: Any, deltas: Sequence[tuple[Tensor, Tensor] | None]) -> None:
         self.inner, self.deltas = inner, deltas
 
-    def __getattr__(self, name: str) -> Any:  # settings of the method that vLLM reads, such as requires_device_loading
+    # vLLM reads settings of the inner method, such as requires_device_loading.
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +67,7 @@ class LaneMethod(LinearMethodBase):
         self.inner.process_weights_after_loading(layer)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        # Out of place: with `y[rows] += ...` Inductor's code for CPUs (torch 2.13) gave NaN in some rows, now and then.
+        # Not in place: with `y[rows] += ...`, Inductor's code for CPUs (torch 2.13) sometimes gave NaN in some rows.
         lanes = 1 + len(self.deltas)
         first, *rows = self.inner.apply(layer, x, bias).chunk(lanes)
         for i, (delta, own) in enumerate(zip(self.deltas, x.chunk(lanes)[1:])):
@@ -76,9 +77,10 @@ class LaneMethod(LinearMethodBase):
 
 
 def packed_delta(parts: Sequence[Delta], width: int) -> tuple[Tensor, Tensor] | None:
-    """One lane's LoRAs on the parts of a packed linear as one: A's one below another, B's along the diagonal.
+    """Return one lane's LoRAs on the parts of a packed linear as one LoRA.
 
-    Two products instead of two for each part; the zeros of B are a few per mille of the linear's own weights.
+    The A's lie one below another, the B's along the diagonal. This takes two products instead of two for each part. The
+    zeros of B are a few per mille of the linear's own weights.
     """
     if not parts:
         return None
@@ -91,9 +93,9 @@ def packed_delta(parts: Sequence[Delta], width: int) -> tuple[Tensor, Tensor] | 
 
 @contextmanager
 def add_lanes(vllm_config: VllmConfig, lanes: int) -> Iterator[VllmConfig]:
-    """While a model is made inside, each of its attention layers becomes a `LaneAttention` of 1 + `lanes`.
+    """Make each attention layer of a model that is made inside the block a `LaneAttention` of 1 + `lanes` layers.
 
-    More are made with the very arguments of the first, so that no soft cap, slope or window is lost.
+    The further layers get exactly the arguments of the first, so that no soft cap, slope or window is lost.
 
     Raises:
         ValueError: a kind of attention layer that is not vLLM's plain one.
@@ -102,7 +104,7 @@ def add_lanes(vllm_config: VllmConfig, lanes: int) -> Iterator[VllmConfig]:
         yield vllm_config
         return
     endpoints = vllm_config.compilation_config.compile_ranges_endpoints
-    if endpoints:  # of numbers of rows that compiled code is made for
+    if endpoints:  # ends of the ranges of row counts that compiled code is made for
         endpoints[-1] *= 1 + lanes
     made = Attention.__init__
 
@@ -114,7 +116,7 @@ def add_lanes(vllm_config: VllmConfig, lanes: int) -> Iterator[VllmConfig]:
 
     def laned(self: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, Attention) and not isinstance(self, LaneAttention):
-            value = LaneAttention([value, *(_again(value, letter) for letter in ascii_lowercase[:lanes])])
+            value = LaneAttention([value, *(_lane_copy(value, letter) for letter in ascii_lowercase[:lanes])])
         plain(self, name, value)
 
     Attention.__init__, nn.Module.__setattr__ = remembered, laned  # type: ignore[method-assign]
@@ -124,21 +126,21 @@ def add_lanes(vllm_config: VllmConfig, lanes: int) -> Iterator[VllmConfig]:
         Attention.__init__, nn.Module.__setattr__ = made, plain  # type: ignore[method-assign]
 
 
-def _again(first: Attention, letter: str) -> Attention:
+def _lane_copy(first: Attention, letter: str) -> Attention:
     if type(first) is not Attention:
         raise ValueError(f"LoRA lanes: the base has {type(first).__name__} layers, expected plain attention")
     args, kwargs = first.__dict__["genarm_call"]
     if "prefix" not in kwargs:
         raise ValueError(f"LoRA lanes: the layer {first.layer_name!r} gives no prefix by name")
-    # A letter: vLLM reads the layer's number off its name, and expects one alone.
+    # The prefix has a letter, because vLLM reads the layer's number from its name, and expects only one number.
     return Attention(*args, **{**kwargs, "prefix": f"lane_{letter}.{kwargs['prefix']}"})
 
 
 def load_lanes(base: nn.Module, arms: Sequence[ServedARM]) -> None:
-    """Read the adapters and hang them into the base's linears.
+    """Read the adapters and put them into the base's linears.
 
     Raises:
-        ValueError: an adapter has a tensor that no linear takes, or one of another shape.
+        ValueError: a tensor of an adapter that no linear takes, or that has another shape.
     """
     packed: Mapping[str, list[str]] = getattr(base, "packed_modules_mapping", {})
     linears = [(name, module) for name, module in base.named_modules() if isinstance(module, LinearBase)]
@@ -148,7 +150,7 @@ def load_lanes(base: nn.Module, arms: Sequence[ServedARM]) -> None:
         left = set(tensors)
         for name, module in linears:
             parent, _, leaf = name.rpartition(".")
-            parts = [f"{PEFT}{parent}.{part}" for part in packed.get(leaf, [leaf])]
+            parts = [f"{PEFT_PREFIX}{parent}.{part}" for part in packed.get(leaf, [leaf])]
             start = 0
             for index, part in enumerate(parts):
                 width = _widths(module)[index] if len(parts) > 1 else _widths(module)[0]
@@ -171,7 +173,7 @@ def load_lanes(base: nn.Module, arms: Sequence[ServedARM]) -> None:
 
 
 def _widths(linear: LinearBase) -> list[int]:
-    """Columns of this rank's output, by the parts that are packed into one linear."""
+    """Return the columns of this rank's output for each part that is packed into the linear."""
     sizes = getattr(linear, "output_partition_sizes", None)
     return list(sizes) if sizes else [linear.output_size]
 
@@ -179,10 +181,11 @@ def _widths(linear: LinearBase) -> list[int]:
 def _delta(
     arm: str, part: str, linear: LinearBase, index: int, width: int, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """This rank's slices of A [r, in] and B [out, r], on the linear's device and in its type of activations."""
+    """Return this rank's slices of A [r, in] and B [out, r], on the linear's device and in its type of activations."""
     wrong = f"{arm}: {part}: LoRA of {a.shape[1]} -> {len(b)}: expected {linear.input_size} -> {linear.output_size}"
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    if isinstance(linear, RowParallelLinear):  # its input is sliced, and the sum over ranks follows
+    # Its input is sliced, and the sum over ranks follows.
+    if isinstance(linear, RowParallelLinear):
         inputs = linear.input_size_per_partition
         if a.shape[1] != linear.input_size or len(b) != width:
             raise ValueError(wrong)

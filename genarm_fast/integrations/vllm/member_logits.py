@@ -1,4 +1,4 @@
-"""Logits of all members for the rows of a step, before anything combines them."""
+"""Logits of all members for the rows of a step, before they are combined."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from genarm_fast.kernels.guided_sample.reference import combine
 
 @dataclass(frozen=True)
 class MemberLogits:
-    """What `guided_sample` reads in one pass, so that no combined tensor is written for it and read again.
+    """The members' logits, which `guided_sample` reads in one pass. No combined tensor is written and read again.
 
-    It stands where vLLM has logits of a step, and has as much of a tensor as vLLM's samplers ask of rows that no
-    processor, grammar or log-probability looks at: a shape, and slices of rows. All else raises.
+    It takes the place of vLLM's logits of a step. vLLM's samplers ask for a shape and slices of rows, as long as no
+    processor, grammar or log-probability reads the rows; any other use as a tensor raises.
 
-    base, arms: [N, V] each, of any dtype; widths may differ. weights: float32 [N, m], in the order of `arms`.
-    own: float32 [N], 0 in rows that leave the base out, which are for `combined` alone; 1 in all others.
-    vocab_size: token ids that all members share.
+    base, arms: [N, V] each, of any dtype; widths may differ. weights: float32 [N, m], in the order of `arms`. own:
+    float32 [N], 0 in rows that leave the base out, else 1. Only `combined` reads it. vocab_size: number of token ids
+    that all members share.
     """
 
     base: Tensor
@@ -40,9 +40,9 @@ class MemberLogits:
         return replace(self, base=self.base[rows], arms=arms, weights=self.weights[rows], own=self.own[rows])
 
     def combined(self, rewards: bool = False) -> Tensor:
-        """float32 [N, V] of the base's width; -inf behind the tokens that all members share.
+        """Return the combined logits, float32 [N, V] of the base's width, with -inf beyond the common vocabulary.
 
-        rewards: whether a row may leave the base out, which costs a pass over its logits.
+        rewards: whether a row may leave the base out. This costs a pass over the base's logits.
         """
         size = self.vocab_size
         base = self.base[:, :size]

@@ -1,7 +1,7 @@
-"""How much memory of each GPU base, ARMs and caches take, before anything is bought or started.
+"""Compute how much memory of each GPU the base, ARMs and caches take, before anything is bought or started.
 
-Read off the configurations alone: a folder with a config.json is enough. Activations and CUDA graphs are vLLM's to
-measure; `reserve` stands for them.
+Only the configurations are read: a folder with a config.json is enough. vLLM measures activations and CUDA graphs
+itself; `reserve` stands for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Share:
-    """What a member takes of one GPU: bytes of weights, and bytes of cache for each token."""
+    """The memory that a member takes on one GPU: bytes of weights, and bytes of cache for each token."""
 
     name: str
     weights: float
@@ -33,7 +33,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of one GPU of `tensor_parallel` x `pipeline_parallel`. tokens: that the caches hold, of all requests."""
+    """The memory of one GPU out of `tensor_parallel` x `pipeline_parallel`, in bytes.
+
+    tokens: number of tokens that the caches hold, of all requests together.
+    """
 
     shares: tuple[Share, ...]
     memory: float
@@ -54,7 +57,7 @@ class Plan:
         return max(0, int((self.memory - self.reserve - self.weights) / self.cache_per_token))
 
     def table(self, length: int) -> str:
-        """As text. length: tokens of a request, prompt and response."""
+        """Return the plan as text. length: tokens of a request, prompt and response together."""
         gpus = self.tensor_parallel * self.pipeline_parallel
         lines = [
             f"a GPU of {gpus} (tensor parallel {self.tensor_parallel}, pipeline parallel {self.pipeline_parallel})",
@@ -89,16 +92,17 @@ def plan(
     cache_bytes: int = 2,
     reserve: float = 4 * GIB,
 ) -> Plan:
-    """What each GPU holds.
+    """Return what each GPU holds.
 
     Args:
         base, arms: folders or hub ids, whose configurations are read; adapters are lanes of the base.
-        gpu_memory: bytes of a GPU. utilization: the part of them that vLLM may take.
-        cache_bytes: of a number in the caches: 2 for bf16, 1 for FP8.
+        gpu_memory: bytes of a GPU.
+        utilization: the share of a GPU's memory that vLLM may take.
+        cache_bytes: bytes of a number in the caches: 2 for bf16, 1 for FP8.
         reserve: bytes for activations and CUDA graphs.
 
     Raises:
-        ValueError: heads that the number of GPUs does not divide, or a number out of its range.
+        ValueError: a number of heads that the number of GPUs does not divide, or a number out of its range.
     """
     for name, value in (("tensor_parallel", tensor_parallel), ("pipeline_parallel", pipeline_parallel)):
         if value < 1:
@@ -132,13 +136,13 @@ def _share(name: str, source: str, config: Any, *, tp: int, pp: int, width: int)
         raise ValueError(f"tensor_parallel={tp}: expected a divisor of {heads}, the heads of {name}")
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    own = max(1, kv_heads // tp)  # of one GPU: fewer heads than GPUs are copied
+    own = max(1, kv_heads // tp)  # heads on one GPU; fewer heads than GPUs are copied
     layers = -(-text.num_hidden_layers // pp)
     return Share(name, _bytes(source, config) / (tp * pp), 2 * layers * own * head_dim * width)
 
 
 def _bytes(source: str, config: Any) -> float:
-    """Of all weights: of the files where they are here, else counted from the configuration."""
+    """Return the bytes of all weights: of the weight files if they are here, else counted from the configuration."""
     if os.path.isdir(source) and (found := weight_bytes(Path(source))):
         return found
     with torch.device("meta"):
@@ -159,7 +163,7 @@ def _unquantised(config: Any) -> Any:
 
 
 def _bits(config: Any, otherwise: int) -> float:
-    """Of a weight in a linear. Quantisation in groups of 128 adds a scale of 16 bits to each."""
+    """Return the bits of a weight in a linear. Quantisation in groups of 128 adds a scale of 16 bits to each group."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return otherwise

@@ -1,4 +1,4 @@
-"""Whether all members read a prompt alike: in vLLM they get the same token ids."""
+"""Check that all members read a prompt alike: in vLLM they get the same token ids."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from genarm_fast.models.loader import load_tokenizer
 from genarm_fast.text.chats import template_arguments
 from genarm_fast.text.templates import default_template
 
-PROBE = "The cat sat on the mat."  # tokenizers that put something before a text put it before this one
+PROBE = "The cat sat on the mat."  # a tokenizer that puts something before texts also puts it before this one
 
 
 def shared_tokens(tokenizers: Sequence[PreTrainedTokenizerBase], widths: Sequence[int], names: Sequence[str]) -> int:
-    """Token ids that all members share: the narrowest of logits and tokenizers.
+    """Return the number of token ids that all members share: the smallest size of logits and tokenizers.
 
     Raises:
-        ValueError: two tokenizers disagree on one of them.
+        ValueError: two tokenizers disagree on one of these ids.
     """
     tables = [{i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
     size = min(*widths, *(max(table) + 1 for table in tables))
@@ -36,10 +36,10 @@ def shared_tokens(tokenizers: Sequence[PreTrainedTokenizerBase], widths: Sequenc
 
 
 def member_tokenizers(base: Any, arms: Sequence[ServedARM]) -> list[PreTrainedTokenizerBase]:
-    """The base's tokenizer, and each ARM's own where its folder has one, else the base's.
+    """Return the base's tokenizer, then one for each ARM: its own if its folder has one, else the base's.
 
     Raises:
-        ValueError: an ARM that was trained on other token ids than the base would be given for the same prompt.
+        ValueError: an ARM that was trained on other token ids than the base's for the same prompt.
     """
     found = [base]
     for arm in arms:
@@ -57,10 +57,10 @@ def load_base_tokenizer(source: str, *, trust_remote_code: bool, **options: Any)
 
 
 def trained_arguments(arms: Sequence[ServedARM]) -> dict[str, Any]:
-    """What the chat template got with every row of the ARMs' training, such as {"enable_thinking": False}.
+    """Return the chat template arguments that the ARMs were trained with, such as {"enable_thinking": False}.
 
     Raises:
-        ValueError: two ARMs were trained with other values of one name, or one records what training never does.
+        ValueError: two ARMs with different values of one argument, or a value that training never records.
     """
     found: dict[str, tuple[str, Any]] = {}
     for arm in arms:
@@ -80,7 +80,7 @@ def trained_arguments(arms: Sequence[ServedARM]) -> dict[str, Any]:
 
 
 def pinned_template(template: str, trained: Mapping[str, Any]) -> str:
-    """A chat template that gets these values where a request names none, and refuses a request that names others."""
+    """Return a chat template that sets these values, and raises for a request with other values."""
     lines = []
     for name, value in trained.items():
         literal = _jinja(value)
@@ -93,7 +93,7 @@ def pinned_template(template: str, trained: Mapping[str, Any]) -> str:
 
 
 def _jinja(value: Any) -> str:
-    """A value of JSON's as a literal of Jinja's."""
+    """Return a value of JSON as a literal of Jinja."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_jinja(str(key))}: {_jinja(each)}" for key, each in value.items()) + "}"
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
-"""Draws tokens as genarm_fast does: a token is a function of its logits, its request's seed and its place alone.
+"""Draw tokens as genarm_fast does: a token depends only on its logits, its request's seed and its position.
 
-So the same request with the same seed gives the tokens that `GenARM.generate` gives, in any batch, with drafts too.
+So a request with a seed gets the tokens that `GenARM.generate` gives, in any batch, with drafts too.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from genarm_fast.integrations.vllm.member_logits import MemberLogits
 from genarm_fast.kernels import guided_sample
 
 logger = init_logger(__name__)
-CHECK_EVERY = 256  # steps between two looks at what failed, each of which waits for a GPU
+# Steps between two checks for failed rows. Each check waits for the GPU.
+CHECK_EVERY = 256
 
 
 class GuidedSampler(Sampler):
-    """vLLM's sampler with another draw. Bias, penalties, bad words, grammars and log-probabilities stay vLLM's."""
+    """vLLM's sampler with our draw. Bias, penalties, bad words, grammars and log-probabilities stay vLLM's."""
 
     failed: Tensor
     steps: int
-    adjusts: np.ndarray  # [slots]: a bias, a penalty, a processor or a budget changes the request's logits
-    reads: np.ndarray  # [slots]: those, a grammar or log-probabilities read its combined logits
+    adjusts: np.ndarray  # [slots]: whether a bias, penalty, processor or budget changes the request's logits
+    reads: np.ndarray  # [slots]: whether those, a grammar or log-probabilities read its combined logits
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        """As vLLM's, and remembers what the request needs: vLLM's own mark also stands for temperature and filters."""
+        """Add a request as vLLM does, and remember what it needs. vLLM's own mark also covers temperature."""
         changed = self.thinking_budget_state.add_request(req_idx, sampling_params)
         for processor in self.logits_processors:
             changed |= processor.add_request(req_idx, sampling_params)
@@ -47,7 +48,7 @@ class GuidedSampler(Sampler):
         self.reads[req_idx] = changed or any(each is not None for each in asked)
 
     def takes_members(self, requests: np.ndarray) -> bool:
-        """Whether the members' own logits are all that a step of these slots needs."""
+        """Whether a step of these slots needs only the members' separate logits."""
         return not (self.compute_nans or self.return_sampling_mask or np.any(self.reads[requests]))
 
     def sample(
@@ -62,7 +63,7 @@ class GuidedSampler(Sampler):
         seq_lens_upper_bound_np: np.ndarray,
         return_logprobs: bool = False,
     ) -> tuple[Tensor, Tensor | MemberLogits]:
-        """Tokens int64 [N] for rows of logits [N, V], and what log-probabilities are reported of."""
+        """Return tokens int64 [N] for logits [N, V], and the logits from which log-probabilities are computed."""
         rows = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids, expanded_local_pos)
         tokens = self.draw(logits, *rows, seq_lens_upper_bound_np)
         if isinstance(logits, Tensor) and return_logprobs and self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
@@ -78,7 +79,7 @@ class GuidedSampler(Sampler):
         pos: Tensor,
         *rest: Any,
     ) -> Tensor:
-        """Tokens int64 [N]: penalties and the like, then temperature, top-k, top-p and min-p, in one kernel."""
+        """Draw tokens int64 [N]. Penalties come first; temperature, top-k, top-p and min-p are one kernel."""
         members: Any
         if isinstance(logits, MemberLogits):
             members = (logits.base, logits.arms, logits.weights)
@@ -106,7 +107,7 @@ class GuidedSampler(Sampler):
             positions=(pos + 1 - self.req_states.prompt_len.gpu[slots]).long().clamp_min(0),
             **filters,
         )
-        self._note(drawn.status)
+        self._report_failed_rows(drawn.status)
         return drawn.tokens
 
     def _adjusted(
@@ -120,7 +121,10 @@ class GuidedSampler(Sampler):
         local_pos: Tensor,
         lengths_np: np.ndarray,
     ) -> Tensor:
-        """Bias, penalties, bad words, processors and budgets, on log-probabilities: penalties mind their sign."""
+        """Apply bias, penalties, bad words, processors and budgets to log-probabilities.
+
+        Logits would give other results, because penalties depend on the sign of a number.
+        """
         logits = logits.float().log_softmax(-1)
         context = LogitsContext(slots, requests, requests_np, local_pos, input_ids, pos, lengths_np)
         for processor in self.logits_processors:
@@ -128,8 +132,8 @@ class GuidedSampler(Sampler):
         self.thinking_budget_state.apply(logits, context)
         return logits
 
-    def _note(self, status: Tensor) -> None:
-        """Say in the log that rows could not be drawn: a member gave NaN, or everything is masked."""
+    def _report_failed_rows(self, status: Tensor) -> None:
+        """Log that rows could not be drawn, because a member gave NaN or every token is masked."""
         self.failed |= (status != 0).any()
         self.steps += 1
         if (status.device.type == "cpu" or self.steps % CHECK_EVERY == 0) and bool(self.failed):
@@ -138,10 +142,10 @@ class GuidedSampler(Sampler):
 
 
 def draw_by_our_contract(sampler: Sampler) -> GuidedSampler:
-    """vLLM's sampler, which knows its requests, made to draw as ours does.
+    """Make vLLM's sampler, which holds its requests' settings, draw as genarm_fast does.
 
     Raises:
-        TypeError: a sampler that is not vLLM's plain one, such as one that puts watermarks in.
+        TypeError: a sampler that is not vLLM's plain one, such as one that adds watermarks.
     """
     if type(sampler) is not Sampler:
         raise TypeError(f"sampler of {type(sampler).__name__}: expected vLLM's plain one; ours takes no watermark")
@@ -154,9 +158,10 @@ def draw_by_our_contract(sampler: Sampler) -> GuidedSampler:
 
 
 class CoupledVerifier(RejectionSampler):
-    """Accepts a draft if it is the token that plain decoding would draw there, with the noise of that place.
+    """Accepts a draft if it is the token that plain decoding would draw there, with the noise of that position.
 
-    What is kept is always the target's token, so drafts change no text, sampled or greedy, whoever proposes them.
+    The token that is kept is always the target's. So drafts never change a text, sampled or greedy, whichever model
+    drafts.
     """
 
     def _verify(
@@ -173,14 +178,14 @@ class CoupledVerifier(RejectionSampler):
         seq_lens_upper_bound_np: np.ndarray,
         verify_draft_sampled: Tensor,
     ) -> tuple[Tensor | MemberLogits, Tensor, Tensor]:
-        """Log-probabilities' logits [N, V], targets int64 [R, K + 1], and how many of them each request keeps [R]."""
+        """Return logits for log-probabilities [N, V], targets int64 [R, K + 1], and how many each request keeps [R]."""
         rows = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, draft_sampled, expanded_local_pos)
         targets, processed = self.sampler.sample(logits, *rows, seq_lens_upper_bound_np, return_logprobs=True)
         starts, counts = cu_num_logits[:-1].long(), cu_num_logits.diff().long()
         steps = torch.arange(self.num_speculative_steps + 1, device=targets.device)
         index = (starts[:, None] + steps).clamp_max(len(targets) - 1)
         tokens = targets[index]
-        # Row j holds the draft that was fed there; it was proposed for the target of row j - 1.
-        right = tokens[:, :-1] == verify_draft_sampled[index[:, 1:]]
-        right &= steps[1:] < counts[:, None]
-        return processed, tokens, 1 + right.cumprod(-1).sum(-1).to(torch.int32)
+        # Row j holds the draft that was its input; that draft was proposed for the target of row j - 1.
+        accepted = tokens[:, :-1] == verify_draft_sampled[index[:, 1:]]
+        accepted &= steps[1:] < counts[:, None]
+        return processed, tokens, 1 + accepted.cumprod(-1).sum(-1).to(torch.int32)

@@ -1,8 +1,8 @@
-"""At start: what the guided model computes beside its members, against the formula in float64.
+"""A check at start: what the guided model computes from its members, against the formula in float64.
 
-vLLM's internals move with each minor version, and what moves may change numbers and raise nothing. The check runs
-each member's own head on made-up hidden states, and the lanes' linears on made-up inputs: a few milliseconds, and no
-forward, so that nothing is compiled or captured for it.
+vLLM's internals change with each minor version, and a change may alter numbers without an error. The check runs each
+member's own head on random hidden states, and the lanes' linears on random inputs. It takes a few milliseconds and no
+forward, so nothing is compiled or captured for it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from genarm_fast.integrations.vllm.lanes import LaneMethod
 
-ROWS = 3
-LINEARS = 8  # of the lanes' linears: those of the first layers
+TEST_ROWS = 3
+MAX_CHECKED_LINEARS = 8  # most linears of the lanes that are checked: those of the first layers
 
 
 @torch.inference_mode()
 def check_model(model: Any) -> None:
-    """Raises RuntimeError where the guided logits, or a lane's linear, are not what the formula gives.
+    """Raises RuntimeError if the guided logits, or a lane's linear, differ from the formula.
 
-    All ranks of a tensor-parallel group call it together.
+    All ranks of a tensor-parallel group call this together.
     """
     generator = torch.Generator().manual_seed(0)
     parameter = next(model.base.parameters())
@@ -32,15 +32,15 @@ def check_model(model: Any) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(parameter.device)
 
-    weights = torch.cat([random(ROWS, 1).fill_(1.0), random(ROWS, model.arms)], dim=-1)
+    weights = torch.cat([random(TEST_ROWS, 1).fill_(1.0), random(TEST_ROWS, model.arms)], dim=-1)
     weights[-1, 1:] = 0.0
-    hidden = [random(ROWS, size).to(dtype) for size in model.sizes[: -len(model.parts(weights, dtype))]]
+    hidden = [random(TEST_ROWS, size).to(dtype) for size in model.sizes[: -len(model.parts(weights, dtype))]]
     found = model.compute_logits(torch.cat([*hidden, *model.parts(weights, dtype)], dim=-1))
     own = [head.compute_logits(each) for head, each in zip(model.heads(), hidden)]
     if found is not None:
         _check_logits(found, own, weights[:, 1:][:, model.order], model.vocab_size)
     linears = [m for m in model.base.modules() if isinstance(getattr(m, "quant_method", None), LaneMethod)]
-    for linear in linears[:LINEARS]:
+    for linear in linears[:MAX_CHECKED_LINEARS]:
         _check_lanes(linear, random)
 
 
@@ -65,11 +65,11 @@ def _check_lanes(linear: nn.Module, random: Any) -> None:
     deltas = [None, *method.deltas]
     sample = next(delta for delta in deltas if delta is not None)[0]
     inputs = sample.shape[1]
-    x = random(ROWS * len(deltas), inputs).to(sample.dtype)
+    x = random(TEST_ROWS * len(deltas), inputs).to(sample.dtype)
     expected = method.inner.apply(linear, x.clone(), None).double()
     for lane, delta in enumerate(deltas):
         if delta is not None:
-            rows, (a, b) = slice(lane * ROWS, (lane + 1) * ROWS), delta
+            rows, (a, b) = slice(lane * TEST_ROWS, (lane + 1) * TEST_ROWS), delta
             expected[rows] += (x[rows].double() @ a.double().t()) @ b.double().t()
     found = method.apply(linear, x, None).double()
     off = float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-6)

@@ -1,4 +1,4 @@
-"""What vLLM's processes are told of the ARMs: plain values in the model's configuration."""
+"""The description of the ARMs that vLLM's processes get: plain values in the model's configuration."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ARCHITECTURE = "GenARMForCausalLM"
-VERSIONS = ((0, 32), (0, 34))  # first one that is supported, first one that is not
+VERSIONS = ((0, 32), (0, 34))  # the first supported version, the first unsupported one
 
 
 @dataclass(frozen=True)
 class ServedARM:
-    """An ARM as a server knows it. lane: it is a LoRA adapter of the base, and runs in the base's forward."""
+    """An ARM as a server knows it. lane: whether it is a LoRA adapter of the base that runs in the base's forward."""
 
     name: str
     model: str
@@ -25,8 +25,8 @@ class ServedARM:
 class Served:
     """All that the configuration says of a guided model.
 
-    weight_range: the lowest and the highest weight that a request may ask for; None for any.
-    vocab_size: token ids that all members share; None until the frontend has compared their tokenizers.
+    weight_range: the lowest and the highest weight that a request may ask for; None for any weight. vocab_size: number
+    of token ids that all members share; None until the frontend has compared their tokenizers.
     """
 
     arms: tuple[ServedARM, ...]
@@ -42,17 +42,17 @@ class Served:
         return [arm.weight for arm in self.arms]
 
     def overrides(self) -> dict[str, Any]:
-        """Fields for the model's configuration, of JSON's types."""
+        """Return fields for the model's configuration, in JSON's types."""
         arms = [asdict(arm) for arm in self.arms]
         limits = None if self.weight_range is None else list(self.weight_range)
         return {"genarm_arms": arms, "genarm_weight_range": limits, "genarm_vocab_size": self.vocab_size}
 
     @classmethod
     def of(cls, config: Any) -> Served:
-        """Read off a model's configuration, or off a mapping as `overrides` makes.
+        """Read the description from a model's configuration, or from a mapping as `overrides` makes it.
 
         Raises:
-            ValueError: it names no ARM, or describes one in a way that `overrides` never does.
+            ValueError: a configuration without ARMs, or with a description that `overrides` never makes.
         """
         get = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
         arms, limits = get("genarm_arms"), get("genarm_weight_range")
@@ -66,7 +66,7 @@ class Served:
 
 
 def check_version(version: str) -> None:
-    """Raises RuntimeError for a vLLM that this integration was not written for: its internals move with each minor."""
+    """Raises RuntimeError for an unsupported version of vLLM, whose internals change with each minor version."""
     parts = version.split(".")
     found = tuple(int(part) for part in parts[:2]) if len(parts) > 1 and all(p.isdigit() for p in parts[:2]) else ()
     low, high = VERSIONS

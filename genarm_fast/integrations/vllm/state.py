@@ -17,20 +17,21 @@ from genarm_fast.integrations.vllm.selfcheck import check_model
 
 
 class GenARMState(DefaultModelState):
-    """Weights by request slot: the base's, which is 1 or 0, and the ARMs'.
+    """Weights by request slot: the base's, which is 1 or 0, then the ARMs'.
 
-    Slots are used again and again, so a new request writes all of its own.
+    Slots are reused, so a new request writes all weights of its slot.
     """
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.served = model.served
-        self.sampler: GuidedSampler | None = None  # on ranks that draw, see custom_sampler
+        self.sampler: GuidedSampler | None = None  # only on ranks that draw, see custom_sampler
         arms = len(self.served.arms)
         self.weights = StagedWriteTensor((self.max_num_reqs, 1 + arms), dtype=torch.float32, device=device)
-        # CUDA graphs read it at this address, whatever the step.
+        # CUDA graphs read these weights at this address in every step.
         self.by_token = torch.zeros(self.max_num_tokens, 1 + arms, device=device)
-        self.rewarded = np.zeros(self.max_num_reqs, dtype=bool)  # those that ask for an ARM's rewards, on the host
+        # On the host: slots whose request asks for an ARM's rewards.
+        self.rewarded = np.zeros(self.max_num_reqs, dtype=bool)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
@@ -53,20 +54,24 @@ class GenARMState(DefaultModelState):
         inputs["arm_weights"] = self.by_token[: input_batch.num_tokens_after_padding]
         slots = input_batch.idx_mapping_np
         self.model.rewards = bool(np.any(self.rewarded[slots]))
-        self.model.apart = not self.model.rewards and self.sampler is not None and self.sampler.takes_members(slots)
+        self.model.returns_members = (
+            not self.model.rewards and self.sampler is not None and self.sampler.takes_members(slots)
+        )
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         inputs["arm_weights"] = self.by_token[:num_tokens]
-        self.model.apart = self.model.rewards = False
+        self.model.returns_members = self.model.rewards = False
         return inputs
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
-        """Called once the weights are there, on the ranks that draw.
+        """Check the model, and return the sampler and the verifier of drafts.
+
+        vLLM calls this when the weights are loaded, on the ranks that draw.
 
         Raises:
-            RuntimeError: the guided model is not what the formula gives, see selfcheck.py.
+            RuntimeError: the guided model differs from the formula, see selfcheck.py.
         """
         check_model(self.model)
         self.sampler = draw_by_our_contract(sampler)

@@ -1,4 +1,4 @@
-// Entries of the Python module that are defined outside of module.cpp.
+// Functions of the Python module that are defined outside of module.cpp, and helpers that they share.
 #pragma once
 
 #define Py_LIMITED_API 0x030A0000
@@ -9,11 +9,13 @@ namespace genarm {
 
 struct TileLoops;
 
+// Releases the GIL for its own lifetime.
 struct WithoutGil {
   PyThreadState* state = PyEval_SaveThread();
   ~WithoutGil() { PyEval_RestoreThread(state); }
 
-  // Run the handlers of signals that have come, such as Ctrl-C: whether one raised. In the main thread alone.
+  // Runs the handlers of pending signals such as Ctrl-C, and returns whether one raised. Python runs handlers in the
+  // main thread only.
   bool interrupted() {
     PyEval_RestoreThread(state);
     const bool raised = PyErr_CheckSignals() != 0;
@@ -22,14 +24,16 @@ struct WithoutGil {
   }
 };
 
+// Whether a call has the expected number of arguments; if not, a TypeError is set.
 inline bool takes(Py_ssize_t count, Py_ssize_t expected) {
   if (count != expected) PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, expected);
   return count == expected;
 }
 
-// (torch.get_num_threads) → None: the core asks it at every call that may share its work.
+// Takes torch.get_num_threads, which the core calls whenever it may share its work among threads. Returns None.
 PyObject* use_threads(PyObject*, PyObject* get_num_threads);
-int threads();  // that a call may use; needs the GIL
+// The number of threads that a call may use. Needs the GIL.
+int threads();
 
 PyObject* guided_sample_binding(const TileLoops& loops, PyObject* const* arguments, Py_ssize_t count);
 PyObject* settle_binding(PyObject*, PyObject* const* arguments, Py_ssize_t count);

@@ -1,5 +1,5 @@
-// Scalar pieces of loops that the compiler vectorises. Only for files that are compiled once per instruction set: the
-// anonymous namespace keeps their code apart.
+// Scalar functions for loops that the compiler vectorises. Only for files that are compiled once per instruction set:
+// the anonymous namespace keeps the code of different instruction sets apart.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
-// 2^max(y, -126) for y <= 0, relative error 1e-7: what is masked adds 1e-38 to sums that are at least 1
+// 2^max(y, -126) for y <= 0, with a relative error of 1e-7. A masked value adds 1e-38 to sums that are at least 1.
 inline float exp2_negative(float y) {
   constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it leaves round(y) in the low bits
   float clamped = y < -126.f ? -126.f : y;

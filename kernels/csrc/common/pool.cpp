@@ -15,8 +15,10 @@
 namespace genarm {
 namespace {
 
-constexpr int kPartsPerThread = 4;  // so that a late helper still finds something to do
-constexpr int kSpins = 2000;        // a helper's last part takes microseconds, waking up from a sleep takes longer
+constexpr int kPartsPerThread = 4;  // parts of the work for each thread, so that a late helper still finds a part
+// Times that the caller looks for the end of the work before it sleeps. A helper's last part takes microseconds, and
+// waking up takes longer.
+constexpr int kSpins = 2000;
 
 using Work = std::function<void(int64_t, int64_t)>;
 
@@ -24,7 +26,7 @@ class Pool {
  public:
   void run(int threads, int64_t n, const Work& work) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (!turn.owns_lock()) return work(0, n);  // another thread's call has the helpers
+    if (!turn.owns_lock()) return work(0, n);  // the helpers work for another thread's call
     const int64_t part = std::max<int64_t>(1, n / (threads * kPartsPerThread));
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -54,7 +56,7 @@ class Pool {
       std::thread([this] { help(); }).detach();
       return true;
     } catch (const std::system_error&) {
-      return false;  // no more threads to be had
+      return false;  // the system gives no more threads
     }
   }
 
@@ -98,7 +100,7 @@ int64_t process() {
 #endif
 }
 
-// Never destroyed, since helpers sleep in it; a forked child has no helpers, so it gets a pool of its own.
+// The pool is never destroyed, because helpers sleep in it. A forked child has no helpers, so it gets a new pool.
 Pool& pool() {
   static std::atomic<Owned*> current{nullptr};
   Owned* owned = current.load();

@@ -1,4 +1,4 @@
-// The widest vector of floats that the instruction set of this translation unit has. Only for files that are compiled
+// Vectors of floats, as wide as the instruction set of this translation unit has them. Only for files that are compiled
 // once per instruction set, like float_math.h.
 #pragma once
 
@@ -39,7 +39,7 @@ inline V load_as(const T* source) {
 
 inline Floats load(const float* source) { return load_as<Floats>(source); }
 inline Floats load(const uint16_t* bf16) {
-#if defined(__AVX512F__)  // GCC 12 makes two halves of the conversion below
+#if defined(__AVX512F__)  // GCC 12 splits the conversion below into two halves
   const Words wide = reinterpret_cast<Words>(_mm512_cvtepu16_epi32(load_as<__m256i>(bf16)));
 #elif defined(__AVX2__)
   const Words wide = reinterpret_cast<Words>(_mm256_cvtepu16_epi32(load_as<__m128i>(bf16)));
@@ -57,11 +57,11 @@ inline Floats load_some(const T* source, int64_t n) {
   return load(padded);
 }
 
-inline Floats splat(float x) { return x - Floats{}; }  // not 0 + x, which is an addition where x may be -0
+inline Floats splat(float x) { return x - Floats{}; }  // x - 0 costs nothing; 0 + x is an addition, as x may be -0
 
 inline void store(float* out, Floats v) { std::memcpy(out, &v, sizeof v); }
 
-// To the nearest bfloat16, ties to even, as the upper half of each word.
+// The nearest bfloat16, ties to even, in the upper half of each word.
 inline Words bf16_words(Floats v) {
   const Words bits = reinterpret_cast<Words>(v);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
@@ -85,7 +85,7 @@ inline void store_some(T* out, Floats v, int64_t n) {
   std::memcpy(out, padded, n * sizeof(T));
 }
 
-// As it would be read back from a T.
+// The value after it is stored as a T (the type of the second argument) and loaded again.
 inline Floats rounded(Floats v, const float*) { return v; }
 inline Floats rounded(Floats v, const uint16_t*) { return reinterpret_cast<Floats>(bf16_words(v)); }
 

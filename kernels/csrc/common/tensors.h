@@ -1,5 +1,5 @@
-// torch tensors without torch: borrowed and made through DLPack's C exchange table (DLPack 1.3, on torch.Tensor since
-// torch 2.11), tens of nanoseconds each. One abi3 build serves every torch and Python >= 3.10.
+// torch's tensors without torch's headers. DLPack's C exchange table (DLPack 1.3, an attribute of torch.Tensor since
+// torch 2.11) borrows or makes a tensor in tens of nanoseconds. One abi3 build serves every torch and Python >= 3.10.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace genarm {
 
-struct DLTensor {  // DLPack's own layout, like all of this file's structs
+struct DLTensor {  // has the layout that DLPack prescribes
   void* data;
   int32_t device_type, device_id;
   int32_t ndim;
@@ -35,19 +35,19 @@ constexpr ElementType kInt32{0, 32}, kInt64{0, 64}, kFloat16{2, 16}, kFloat32{2,
 
 inline ElementType type_of(const DLTensor& tensor) { return {tensor.code, tensor.bits}; }
 
-// (torch.Tensor) → None, or ImportError where its torch has no exchange table that this file understands.
+// Takes the class torch.Tensor and returns None. ImportError if it has no exchange table of DLPack 1.
 PyObject* use_tensors(PyObject*, PyObject* tensor_class);
 
-// A view of a plain torch.Tensor on the CPU, good while it lives; false for anything else, and where the memory does not
-// hold the values. Sets no Python error.
+// Gives a view of a plain torch.Tensor on the CPU, valid while the tensor lives. False for anything else, and if the
+// memory does not hold the values. Sets no Python error.
 bool borrow(PyObject* object, DLTensor* out);
 
 bool contiguous(const DLTensor& tensor);
 
-// A new, uninitialised CPU tensor, or null with a Python error set.
+// Returns a new, uninitialised CPU tensor and gives its memory, or returns null with a Python error set.
 PyObject* new_tensor(ElementType type, int32_t ndim, int64_t* shape, void** data);
 
-// A tuple of new, uninitialised CPU tensors, with None for those that were not asked for.
+// A tuple of new, uninitialised CPU tensors. Fields that were not added are None.
 class Outputs {
  public:
   explicit Outputs(int fields);
@@ -60,7 +60,7 @@ class Outputs {
     *data = static_cast<T*>(allocate(index, type, shape));
   }
 
-  bool failed() const { return !tuple_; }  // with a Python error set
+  bool failed() const { return !tuple_; }  // if true, a Python error is set
 
   PyObject* release() {
     PyObject* tuple = tuple_;

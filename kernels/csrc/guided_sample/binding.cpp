@@ -1,4 +1,4 @@
-// Python arguments → guided_sample. Takes what needs no conversion; all else is for cpu.py to convert, or to refuse.
+// Calls guided_sample with Python's arguments. Returns None for arguments that cpu.py has to convert or to refuse.
 #include <cmath>
 #include <limits>
 #include <new>
@@ -14,7 +14,7 @@ enum Argument {  // SamplingArguments of kernels/ops/guided_sample/arguments.py
   kArguments
 };  // clang-format off
 
-// An int or a float within low .. high, which a NaN is not.
+// Whether a value is an int or a float within low .. high. A NaN is not.
 bool number(PyObject* value, double low, double high, float* out) {
   double found;
   if (PyFloat_CheckExact(value)) {
@@ -31,13 +31,13 @@ bool number(PyObject* value, double low, double high, float* out) {
 
 bool number(PyObject* value, uint64_t low, uint64_t high, int64_t* out) {
   if (!PyLong_CheckExact(value)) return false;
-  const uint64_t found = PyLong_AsUnsignedLongLong(value);  // refuses what is negative
+  const uint64_t found = PyLong_AsUnsignedLongLong(value);  // sets an error for negative numbers
   if (PyErr_Occurred()) return PyErr_Clear(), false;
   *out = static_cast<int64_t>(found);
   return found >= low && found <= high;
 }
 
-// A number in its range, or a tensor of the parameter's own dtype of shape [], [R] or [R, q].
+// Takes a number in its range, or a tensor [], [R] or [R, q] of the parameter's own dtype; false for others.
 template <typename T, typename Bound>
 bool parameter(PyObject* value, ElementType type, const DLTensor& base, Bound low, Bound high, Parameter<T>* out) {
   DLTensor tensor;
@@ -52,7 +52,7 @@ bool parameter(PyObject* value, ElementType type, const DLTensor& base, Bound lo
   return true;
 }
 
-// The same, where None stands for the number that filters nothing.
+// Takes a parameter that may also be None, which stands for `off`, the number that keeps all tokens.
 template <typename T, typename Bound>
 bool filter(PyObject* value, ElementType type, const DLTensor& base, Bound low, Bound high, Bound off,
             Parameter<T>* out) {
@@ -60,7 +60,7 @@ bool filter(PyObject* value, ElementType type, const DLTensor& base, Bound low, 
   return value == Py_None || parameter(value, type, base, low, high, out);
 }
 
-// Logits [R, V] or [R, q, V] in one of three dtypes, contiguous in V.
+// Takes logits [R, V] or [R, q, V] of one of three dtypes, contiguous in V; false for others.
 bool logits(PyObject* object, DLTensor* tensor, Member* out) {
   if (!borrow(object, tensor) || tensor->ndim < 2 || tensor->ndim > 3) return false;
   const ElementType type = type_of(*tensor);
@@ -78,7 +78,8 @@ bool logits(PyObject* object, DLTensor* tensor, Member* out) {
   return tensor->strides[tensor->ndim - 1] == 1;
 }
 
-// A float32 tensor [width or wider] or [R, width or wider], contiguous in its last dimension.
+// Takes a float32 tensor [width] or [rows, width], contiguous in its last dimension; false for others. wider: its last
+// dimension may be larger than `width`.
 bool rows_of_floats(const DLTensor& tensor, int64_t rows, int64_t width, bool wider, const float** data,
                     int64_t* stride) {
   if (!(type_of(tensor) == kFloat32) || tensor.ndim < 1 || tensor.ndim > 2) return false;
@@ -89,7 +90,8 @@ bool rows_of_floats(const DLTensor& tensor, int64_t rows, int64_t width, bool wi
   return true;
 }
 
-// All arguments but the base → request. `buffer` holds weights that are numbers.
+// Fills the request from all arguments but the base; false for arguments to convert or to refuse. `buffer` holds
+// weights that are numbers.
 bool fill(PyObject* const* in, const DLTensor& base, Request* q, std::vector<float>* buffer) {
   const Py_ssize_t arms = PyTuple_CheckExact(in[kArms])  ? PyTuple_Size(in[kArms])
                           : PyList_CheckExact(in[kArms]) ? PyList_Size(in[kArms])

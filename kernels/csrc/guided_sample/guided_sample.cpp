@@ -14,11 +14,12 @@ namespace genarm {
 namespace {
 
 constexpr float kInf = INFINITY;
-constexpr float kColdest = 1e-30f;  // as in the reference
-constexpr int64_t kElementsPerThread = 1 << 18;  // about 0.1 ms of work: several times what waking a helper takes
+constexpr float kColdest = 1e-30f;  // the COLDEST of reference.py
+constexpr int64_t kElementsPerThread = 1 << 18;  // about 0.1 ms of work, several times as long as waking a helper takes
 constexpr uint32_t kTileLevel = 0, kTokenLevel = 1;
 
-// Rows are independent: a thread takes one after another with its own scratch, or several share the tiles of one.
+// Samples one row after another. With many rows, each thread has its own sampler. With few rows, threads share the
+// tiles of a row.
 class RowSampler {
  public:
   RowSampler(const Request& request, const TileLoops& loops, int threads)
@@ -26,7 +27,7 @@ class RowSampler {
 
   void run(int64_t index) {
     row_ = index / q_.block, block_ = index % q_.block;
-    // Tensors may hold anything: a NaN, or what numbers are refused for, must not lead out of the row.
+    // Values in tensors are not checked. A NaN or a value out of range must not make the code read beyond the row.
     const float temperature = q_.temperature.at(row_, block_), top_p = std::max(q_.top_p.at(row_, block_), 0.f);
     const int64_t top_k = q_.top_k.at(row_, block_);
     const bool greedy = temperature == 0.f, limited = top_k > 0 && top_k < q_.vocab;
@@ -56,10 +57,10 @@ class RowSampler {
   }
 
  private:
-  // Lowest score that top-p keeps among the scores >= lowest, whose mass is `total` (0: not known yet).
+  // The lowest score that top-p keeps among the scores >= lowest, whose mass is `total` (0 if not known yet).
   float nucleus_edge(float lowest, float top_p, double total) {
     float bound = lowest;
-    if (total > 0) {  // tokens below this have less than (1 - top_p) of the mass between them
+    if (total > 0) {  // all tokens below this bound together have less than (1 - top_p) of the mass
       const double share = (1. - top_p) * total / static_cast<double>(q_.vocab);
       bound = static_cast<float>(peak_ + std::log(share) / coldness_ - 1e-3 / coldness_);
     }
@@ -157,7 +158,7 @@ class RowSampler {
   RowScores scores_;
   int64_t row_ = 0, block_ = 0;
   float coldness_ = 1, scale_ = kLog2e, peak_ = 0;
-  std::vector<float> noise_;  // of each tile
+  std::vector<float> noise_;  // [padded tiles]
   std::vector<float> candidates_, masses_;
   std::vector<int64_t> order_;
 };

@@ -12,7 +12,7 @@ namespace {
 typedef int32_t Integers __attribute__((vector_size(kWidth * 4)));
 typedef uint64_t Longs __attribute__((vector_size(kWidth * 4)));
 
-// Products of the low halves of 64-bit lanes, whose high halves may hold anything.
+// Products of b and the low halves of 64-bit lanes. The high halves may hold anything.
 inline Longs multiply(Longs a, uint32_t b) {
   const Longs splat = Longs{} + b;
 #if defined(__AVX512F__)
@@ -26,7 +26,7 @@ inline Longs multiply(Longs a, uint32_t b) {
 #endif
 }
 
-// First output word of Philox 4x32-10 in the low half of each lane, for counters (index, position, level, 0).
+// The first output word of Philox 4x32-10 for the counters (index, position, level, 0), in the low half of each lane.
 inline Longs philox(Longs index, uint32_t position, uint32_t level, uint64_t seed) {
   Longs c0 = index, c1 = Longs{} + position, c2 = Longs{} + level, c3{};
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -43,7 +43,7 @@ inline Longs philox(Longs index, uint32_t position, uint32_t level, uint64_t see
   return c0;
 }
 
-// log(x) for normal x > 0, within 1 ulp (Cephes logf)
+// log(x) for normal x > 0, within 1 ulp (Cephes logf).
 inline Floats log_positive(Floats x) {
   const Words bits = reinterpret_cast<Words>(x) - 0x3f3504f3;  // mantissa in [sqrt(1/2), sqrt(2))
   const Floats e = __builtin_convertvector(reinterpret_cast<Integers>(bits) >> 23, Floats);
@@ -67,7 +67,8 @@ void gumbel(uint64_t seed, uint32_t level, uint32_t position, uint32_t first, in
     const Floats u = (__builtin_convertvector(bits, Floats) + 0.5f) * 0x1p-32f;
     store(out + i, u < 1.f - 0x1p-24f ? u : splat(1.f - 0x1p-24f));
   }
-  for (int i = 0; i < n; i += kWidth) {  // a loop of its own: more iterations of these long chains in flight
+  // A separate loop keeps more iterations of these long dependency chains in flight.
+  for (int i = 0; i < n; i += kWidth) {
     const Floats u = load(out + i), w = 1.f - u;
     const auto tiny = w == 1.f;
     const Floats exponential = -log_positive(w) * u / (tiny ? splat(1.f) : 1.f - w);

@@ -1,7 +1,8 @@
-// Sums of exponentials in one pass, without knowing the maximum first: a tile's first logits give a reference value r,
-// and Σ 2^((x - r) · scale) is as accurate for any r from which no x is 2^127 away. Where one is, where a logit is NaN or
-// +inf, or where all that r is taken from is masked, the sum is not finite, and the caller does the tile with care.
-// Only for files that are compiled once per instruction set, like common/simd.h.
+// Sums of exponentials in one pass, without knowing the maximum first. The largest of a tile's first logits is the
+// reference value r. Σ 2^((x - r) · scale) is as accurate for any r, as long as no term overflows float32 (2^127). If
+// one does, if a logit is NaN or +inf, or if all of the first logits are masked, the sum is not finite. Then the caller
+// computes the tile again with the loops that know the maximum. Only for files that are compiled once per instruction
+// set, like common/simd.h.
 #pragma once
 
 #include <cmath>
@@ -22,7 +23,8 @@ inline Floats max(Floats a, Floats b) {
 #endif
 }
 
-// 2^y, relative error 1.4e-7; +inf or NaN where y >= 128 or NaN, so that sums show it; below 2^-126: 0 or 2^-126.
+// 2^y with a relative error of 1.4e-7. For y >= 128 or NaN the result is +inf or NaN, so that a sum shows it. Results
+// below 2^-126 become 0 or 2^-126.
 inline Floats exp2_any(Floats y) {
 #if defined(__AVX512F__)
   const Floats f = _mm512_reduce_ps(y, 0x09);  // y - floor(y), and 0 for infinities
@@ -35,7 +37,7 @@ inline Floats exp2_any(Floats y) {
   return _mm512_scalef_ps(p, y);  // p · 2^floor(y)
 #else
   const Floats round = splat(12582912.f + 127.f);  // 1.5 · 2^23: adding it leaves round(y) + 127 in the low bits
-  const Floats clamped = max(splat(-126.f), y);    // this way round a NaN stays
+  const Floats clamped = max(splat(-126.f), y);    // this order of arguments keeps a NaN
   const Floats shifted = clamped + round;
   const Floats f = clamped - (shifted - round);
   Floats p = splat(1.3269555e-3f);  // minimax on [-1/2, 1/2]
@@ -75,7 +77,7 @@ inline float max_of(Floats v) {
 #endif
 }
 
-// Largest of the first kLanes values.
+// The largest of the first kLanes values.
 template <typename T>
 inline float reference(const T* x) {
   Floats first = load(x);
@@ -83,21 +85,22 @@ inline float reference(const T* x) {
   return max_of(first);
 }
 
-// The same place of the next tile: the hardware stops fetching at the end of a page, and most of a member's tiles are one.
+// Fetches the same place of the next tile. The hardware stops fetching ahead at the end of a page, and a tile is a page
+// if its logits are float32.
 template <typename T>
 inline void fetch_next(const T* x) {
   __builtin_prefetch(x + kTile);
 }
 
-// 2^((x - ref) · scale) for one reference and scale. A fused multiply-add saves the subtraction: what rounding ref · scale
-// leaves out is the same for every x, so that it is made up for in the sum.
+// 2^((x - ref) · scale) for one reference and scale. A fused multiply-add saves the subtraction. The rounding error of
+// ref · scale is then the same for every x, and `correct` makes up for it in the sum.
 class Powers {
  public:
 #if defined(__FMA__)
   Powers(float ref, float scale)
       : scale_(splat(scale)), shift_(splat(-(ref * scale))), left_out_(std::fma(ref, scale, -(ref * scale))) {}
   Floats operator()(Floats x) const { return exp2_any(fma(x, scale_, shift_)); }
-  float correct(float sum) const {  // times 2^-left_out_
+  float correct(float sum) const {  // multiplies by 2^-left_out_
     return std::fabs(left_out_) < 1e-3f ? sum * (1.f - left_out_ * 0.693147181f) : INFINITY;
   }
 
@@ -114,7 +117,9 @@ class Powers {
 #endif
 };
 
-enum class Term { kBase, kPositive, kAny };  // an ARM's -inf, times a positive weight, is what it should be
+// The term that a member adds: the base's logits, or an ARM's with a positive or any weight. An ARM's -inf times a
+// positive weight is right as it is; other weights need a test for it.
+enum class Term { kBase, kPositive, kAny };
 
 template <typename T, Term kTerm, bool kSum>
 PartialSum add_term(const T* z, int n, const float* c, float weight, float* out) {
@@ -125,7 +130,7 @@ PartialSum add_term(const T* z, int n, const float* c, float weight, float* out)
   Floats sums[2] = {}, peak = splat(-INFINITY);
   const auto step = [&](int i, Floats& sum) {
     fetch_next(z + i);
-    if (kTerm != Term::kBase && !kSum) fetch_next(c + i);  // else it is not read from memory here
+    if (kTerm != Term::kBase && !kSum) fetch_next(c + i);  // c is in the cache in other cases
     const Floats value = load(z + i);
     if (kSum) sum += powers(value);
     if (kTerm == Term::kBase) {

@@ -1,6 +1,6 @@
 // Plain loops for the compiler to vectorise, compiled with -DISA=name and that instruction set's flags.
-// -ffp-contract=off keeps c = z + w · z' at the reference's rounding, so that ties and thresholds agree with it;
-// only the polynomials ask for fused multiply-add, where there is one.
+// -ffp-contract=off keeps the reference's rounding of c = z + w · z', so that ties and thresholds agree with the
+// reference. Only the polynomials call fused multiply-add explicitly, if the instruction set has it.
 #include "loops.h"
 
 #include <cfloat>
@@ -25,8 +25,8 @@ void load_fp16(const uint16_t* source, int n, float* out) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
     uint32_t half = source[i], magnitude = half & 0x7fff;
-    uint32_t bits = as_bits(as_float(magnitude << 13) * 0x1p112f);  // moves the exponent's bias, subnormals included
-    bits |= magnitude >= 0x7c00 ? 0x7f800000u : 0u;                 // infinities and NaNs
+    uint32_t bits = as_bits(as_float(magnitude << 13) * 0x1p112f);  // changes the exponent's bias, also for subnormals
+    bits |= magnitude >= 0x7c00 ? 0x7f800000u : 0u;                 // keeps infinities and NaNs
     out[i] = as_float(bits | (half & 0x8000) << 16);
   }
 }

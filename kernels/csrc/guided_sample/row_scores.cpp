@@ -10,7 +10,7 @@ namespace genarm {
 namespace {
 
 constexpr float kInf = INFINITY;
-constexpr float kMostSum = 0x1p64f;  // of one tile; its logarithm still has float32's usual resolution
+constexpr float kMostSum = 0x1p64f;  // largest sum of a tile whose logarithm has float32's usual resolution
 
 }  // namespace
 
@@ -56,7 +56,8 @@ int32_t RowScores::read(int64_t row, int64_t block, float scale, bool keep, bool
   return status;
 }
 
-// n logits of a member's tile as floats padded to whole lanes; float32 is used in place.
+// Returns n logits of a member's tile as floats, padded to whole lanes: in `buffer`, or in their own memory if they are
+// float32 and need no padding.
 const float* RowScores::load(const Member& member, int64_t first, int64_t n, float* buffer) const {
   if (member.dtype == Dtype::kFloat32) {
     const float* source = static_cast<const float*>(member.data) + offset(member, first);
@@ -70,8 +71,8 @@ const float* RowScores::load(const Member& member, int64_t first, int64_t n, flo
   return buffer;
 }
 
-// Combined scores of tile t: in `out`, or in the base's own memory where there is nothing to add. With `status`, also
-// the members' bits of it, and their (max, sum) where log-probabilities are wanted.
+// Returns the combined scores of tile t: in `out`, or in the base's own memory if there is nothing to add. If `status`
+// is not null, also adds the members' status bits, and keeps each member's (max, sum) if log-probabilities are wanted.
 const float* RowScores::combine(int64_t t, float* out, int32_t* status) {
   const int64_t first = t * kTile, n = tile_size(t);
   const int width = tile_width(t);
@@ -106,13 +107,14 @@ const float* RowScores::add_bias(const float* combined, int64_t first, int64_t n
   return out;
 }
 
-// Keeps a tile's scores for the filters and for the top tokens.
+// Keeps a tile's scores for filters and top tokens.
 void RowScores::keep_tile(int64_t t, const float* combined, float* out) {
   if (combined != out) std::memcpy(out, combined, tile_width(t) * sizeof(float));
   f_.lane_peaks(out, tile_width(t), lane_peaks_.data() + t * kLanes);
 }
 
-// (max, sum) of tile t and its members in one pass over each; false where the tile needs care: see log_sums.h.
+// Computes (max, sum) of tile t and of its members, in one pass over each. False if a sum is not known (see
+// log_sums.h): then the tile has to be computed again with known maxima.
 bool RowScores::sum_tile(int64_t t, float* out) {
   const int64_t first = t * kTile, n = tile_size(t);
   const int width = tile_width(t);

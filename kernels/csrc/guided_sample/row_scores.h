@@ -1,4 +1,4 @@
-// The combined scores of one row, tile by tile: the one read of every logit, and what is kept of it.
+// The combined scores of one row, tile by tile: reads every logit once, and keeps sums and, if wanted, the scores.
 #pragma once
 
 #include <algorithm>
@@ -12,32 +12,33 @@ namespace genarm {
 
 inline int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// One after another, for many rows. All but `read` is about the row read last.
+// The scores of one row at a time. `read` takes the next row, and all other functions are about the row read last.
 class RowScores {
  public:
   struct Parts {
-    float *refs, *sums;  // of each tile: Σ 2^((x - ref) · scale)
+    float *refs, *sums;  // [padded tiles]: sum = Σ 2^((x - ref) · scale) over a tile
   };
 
-  RowScores(const Request& request, const TileLoops& loops, int threads);  // threads: for the tiles of a row
+  RowScores(const Request& request, const TileLoops& loops, int threads);  // threads: those that share a row's tiles
 
-  // Reads a row and returns its status. keep: all its scores, for filters and top tokens. log_sums: also
-  // Σ 2^((score - ref) · scale) of each tile and, where log-probabilities are wanted, of each member's own.
+  // Reads a row and returns its status. keep: keep all its scores, for filters and top tokens. log_sums: also compute
+  // Σ 2^((score - ref) · scale) of each tile, and the same sums of each member if log-probabilities are wanted.
   int32_t read(int64_t row, int64_t block, float scale, bool keep, bool log_sums);
 
   int64_t tiles() const { return tiles_; }
   int tile_width(int64_t t) const { return static_cast<int>(whole_lanes(tile_size(t))); }  // padded to whole lanes
-  int padded() const { return static_cast<int>(padded_); }  // tiles, likewise
-  const float* peaks() const { return stats_.data(); }      // of each tile
+  int padded() const { return static_cast<int>(padded_); }  // number of tiles, padded to whole lanes
+  const float* peaks() const { return stats_.data(); }      // largest score of each tile
   float peak() const { return *std::max_element(peaks(), peaks() + tiles_); }
 
-  // Sums of a member's own probabilities; -1: of the combination's.
+  // The sums of a member's own probabilities. Member -1 stands for the combined scores.
   Parts part(int64_t member) {
     float* refs = stats_.data() + (member < 0 ? 1 : 3 + 2 * member) * padded_;
     return {refs, refs + padded_};
   }
 
-  // Combined scores of a tile: kept ones, or computed again, into `buffer` or in place.
+  // The combined scores of a tile. They were kept, or are computed again: into `buffer`, or in the base's own memory if
+  // there is nothing to add to it.
   const float* tile(int64_t t, float* buffer) {
     return keep_ ? scores_.data() + t * kTile : combine(t, buffer, nullptr);
   }

@@ -1,4 +1,4 @@
-// Thresholds by pivoting, without a sort: the k-th largest score, and the edge of the nucleus.
+// Thresholds of top-k and top-p, found by pivoting instead of a sort.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,14 @@
 
 namespace genarm {
 
-struct ScoredRow {  // combined scores of one row, padded with -inf to whole lanes
+struct ScoredRow {  // the combined scores of one row, padded with -inf to whole lanes
   const float* scores;
   const float* tile_peaks;  // [tiles]
   const float* lane_peaks;  // [tiles · kLanes]
   int64_t vocab, tiles;
 };
 
-// Appends the row's scores >= lowest to `out`. Tiles whose peak is below are not read.
+// Fills `out` with the row's scores >= lowest. Tiles whose peak is below `lowest` are not read.
 inline void gather_above(const ScoredRow& row, float lowest, std::vector<float>& out) {
   out.clear();
   for (int64_t t = 0; t < row.tiles; ++t) {
@@ -28,7 +28,7 @@ inline void gather_above(const ScoredRow& row, float lowest, std::vector<float>&
     const int64_t n = std::min<int64_t>(kTile, row.vocab - t * kTile);
     size_t kept = out.size();
     out.resize(kept + n);
-    for (int64_t i = 0; i < n; ++i) {  // no branch: whether a score passes cannot be predicted
+    for (int64_t i = 0; i < n; ++i) {  // without a branch, because it could not be predicted
       out[kept] = x[i];
       kept += x[i] >= lowest;
     }
@@ -36,7 +36,7 @@ inline void gather_above(const ScoredRow& row, float lowest, std::vector<float>&
   }
 }
 
-// The k-th largest score, 1 <= k <= vocab. The k-th largest lane peak bounds it from below, which leaves about k.
+// The k-th largest score, 1 <= k <= vocab. The k-th largest lane peak is a lower bound, and about k scores reach it.
 inline float kth_score(const ScoredRow& row, int64_t k, std::vector<float>& scratch) {
   float bound = -INFINITY;
   if (k <= row.tiles * kLanes) {
@@ -49,11 +49,11 @@ inline float kth_score(const ScoredRow& row, int64_t k, std::vector<float>& scra
   return scratch[k - 1];
 }
 
-// The largest value v with Σ mass over {value >= v} >= target > 0; the smallest value if rounding leaves none.
+// The largest value v with Σ mass over {value >= v} >= target > 0, or the smallest value if rounding leaves no such v.
 inline float mass_threshold(std::vector<float>& value, std::vector<float>& mass, double target) {
   std::vector<float> lower_value(value.size()), lower_mass(value.size());
   size_t n = value.size();
-  double above = 0;  // mass of the values already known to be kept
+  double above = 0;  // mass of the values that are known to be kept
   for (;;) {
     float sample[9];
     for (size_t i = 0; i < 9; ++i) sample[i] = value[i * (n - 1) / 8];

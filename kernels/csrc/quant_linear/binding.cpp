@@ -1,4 +1,4 @@
-// Python arguments → the search for codes that give a matrix back, and outputs of a packed one.
+// Called from Python: the search for codes that give a matrix back bit for bit, and outputs of a packed weight.
 #include <algorithm>
 #include <atomic>
 
@@ -9,10 +9,10 @@
 
 namespace genarm {
 
-constexpr int64_t kThreadValues = 1 << 16;  // that one thread looks up: 0.1 ms, ten times what waking another one takes
+constexpr int64_t kThreadValues = 1 << 16;  // values for one thread: 0.1 ms of work; waking one takes a tenth of it
 
-// (weight bfloat16 [out, in], bits) → (codes [out, groups · 32], scales [out, groups], minimums likewise or None), or False
-// where no search finds codes that give the weight back.
+// (weight bfloat16 [out, in], bits) → (codes [out, groups · 32], scales [out, groups], minimums [out, groups] or None).
+// False if the search finds no codes that give the weight back, and None for other arguments.
 PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   if (!takes(count, 2)) return nullptr;
   DLTensor weight;
@@ -40,7 +40,7 @@ PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) 
         const int64_t begin = at % groups * kGroup;
         const uint16_t* from = weight.at<const uint16_t>() + at / groups * width + begin;
         uint16_t short_one[kGroup];
-        if (width - begin < kGroup) {  // which repeats its last value: that changes neither minimum nor scale
+        if (width - begin < kGroup) {  // a short group repeats its last value, which changes neither minimum nor scale
           for (int i = 0; i < kGroup; ++i) short_one[i] = from[std::min<int64_t>(i, width - begin - 1)];
           from = short_one;
         }
@@ -56,7 +56,8 @@ PyObject* exact_codes_binding(PyObject*, PyObject* const* in, Py_ssize_t count) 
   return outputs.release();
 }
 
-// (packed uint8, indices int64 [...], out, width, bits) → bfloat16 [n, width]: these outputs of a packed weight.
+// (packed uint8, indices int64 [...], out, width, bits) → (bfloat16 [n, width],): the outputs of these indices. None
+// for other arguments.
 PyObject* quant_rows_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   if (!takes(count, 5)) return nullptr;
   DLTensor packed, indices;
@@ -69,7 +70,7 @@ PyObject* quant_rows_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
   int64_t size = 1, rows = 1;
   for (int i = 0; i < packed.ndim; ++i) size *= packed.shape[i];
   for (int i = 0; i < indices.ndim; ++i) rows *= indices.shape[i];
-  if (width < 1 || width > 2 * size || out < 1 || out > size) Py_RETURN_NONE;  // before products that may overflow
+  if (width < 1 || width > 2 * size || out < 1 || out > size) Py_RETURN_NONE;  // keeps products below from overflowing
   const int64_t groups = (width + kGroup - 1) / kGroup, tiles = (out + kTileOutputs - 1) / kTileOutputs;
   const int64_t tile_bytes = groups * group_bytes(static_cast<int>(bits));
   if (size % tile_bytes || size / tile_bytes != tiles) Py_RETURN_NONE;

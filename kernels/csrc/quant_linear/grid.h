@@ -1,5 +1,6 @@
-// Codes, scale and minimum that give back 32 bfloat16 weights bit for bit; kernels/ops/quant_linear/rounding.py is the
-// specification, and tries the same numbers in the same order. Only for files that are compiled once per instruction set.
+// Find codes, scale and minimum that give back 32 bfloat16 weights bit for bit. kernels/ops/quant_linear/rounding.py is
+// the specification, and tries the same numbers in the same order. Only for files that are compiled once per
+// instruction set.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +13,9 @@
 namespace genarm {
 namespace {
 
-constexpr int kNeighbours = 8;  // float16 numbers to each side of the best fit that are tried
-constexpr int kMostSteps = 15;  // from code 0 to the last, of 4 bits
-constexpr float kWhole = 12582912.f;  // 1.5 · 2^23: what is added to it is rounded to a whole number, ties to even
+constexpr int kNeighbours = 8;  // float16 numbers that are tried on each side of the best fit
+constexpr int kMostSteps = 15;  // steps between the lowest and the highest code of 4 bits
+constexpr float kWhole = 12582912.f;  // 1.5 · 2^23: a number added to it is rounded to a whole number, ties to even
 
 inline uint16_t half_of(float x) {
   const uint32_t bits = as_bits(x), magnitude = bits & 0x7fffffff;
@@ -24,19 +25,20 @@ inline uint16_t half_of(float x) {
   return sign | static_cast<uint16_t>((magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13);
 }
 
-inline float of_half(uint16_t half) {  // finite
+inline float of_half(uint16_t half) {  // `half` is finite
   const uint32_t magnitude = (half & 0x7fffu) << 13, sign = (half & 0x8000u) << 16;
   const float value = magnitude < (1u << 23) ? as_float(magnitude + (113u << 23)) - as_float(113u << 23)
                                              : as_float(magnitude + (112u << 23));
   return as_float(as_bits(value) | sign);
 }
 
-// The float16 number so many places from it, away from zero if positive; never NaN or infinite.
+// The float16 number `by` places away from `half`: away from zero if `by` is positive. Never NaN or infinite.
 inline uint16_t moved(uint16_t half, int by) {
   return static_cast<uint16_t>((half & 0x8000) | std::clamp((half & 0x7fff) + by, 0, 0x7bff));
 }
 
-// `wanted`, and the float32 numbers between which everything rounds to it, and which may do so themselves.
+// A group of wanted bfloat16 values. Every float32 between low and high rounds to the wanted value; low and high
+// themselves may round to it or to a neighbour. least and most are the smallest and the largest wanted value.
 struct Group {
   alignas(64) float wanted[kGroup], low[kGroup], high[kGroup];
   float least, most;
@@ -68,7 +70,7 @@ inline bool gives(const Group& g, const float* codes, float scale, float low) {
   return !wrong;
 }
 
-// Whole numbers nearest to (wanted - start) / step.
+// Codes: the whole numbers nearest to (wanted - start) / step.
 inline void round_codes(const Group& g, float start, float step, float* codes) {
 #pragma omp simd
   for (int i = 0; i < kGroup; ++i) codes[i] = ((g.wanted[i] - start) / step + kWhole) - kWhole;
@@ -90,7 +92,7 @@ inline bool fit_4(const Group& g, int steps, float* codes, uint16_t* scale, uint
   const float step = (g.most - g.least) / static_cast<float>(steps);
   if (!std::isfinite(step)) return false;
   round_codes(g, steps < 0 ? g.most : g.least, step == 0 ? 1 : step, codes);
-  // Least squares. In float64 these sums are exact, in any order, unless the group spans 2^40.
+  // Fit the scale by least squares. In float64 these sums are exact in any order, unless the group spans 2^40.
   double sum = 0, squares = 0, values = 0, both = 0;
   for (int i = 0; i < kGroup; ++i) {
     const double code = codes[i], value = g.wanted[i];
@@ -108,7 +110,9 @@ inline bool fit_4(const Group& g, int steps, float* codes, uint16_t* scale, uint
     }
     const uint16_t nearest = half_of((least + most) / 2);
     if ((nearest & 0x7c00) == 0x7c00) continue;
-    for (int next : {0, 1, -1}) {  // two may be as near, both at ends of the range, where one of them rounds away
+    // Two float16 numbers may be equally near to the middle, both at an end of the range. There a value may round to
+    // the neighbour of the wanted bfloat16, so the next numbers are tried too.
+    for (int next : {0, 1, -1}) {
       *minimum = moved(nearest, next);
       const float low = of_half(*minimum);
       if ((next == 0 || (least <= low && low <= most)) && gives(g, codes, by, low)) return true;
@@ -117,7 +121,7 @@ inline bool fit_4(const Group& g, int steps, float* codes, uint16_t* scale, uint
   return false;
 }
 
-// Of 32 weights; codes as the format has them.
+// Finds the grid of 32 weights w, and gives int8 codes (8 bits) or uint8 codes (4 bits). False if there is none.
 inline bool find_grid(int bits, const uint16_t* w, uint8_t* codes, uint16_t* scale, uint16_t* minimum) {
   Group group;
   alignas(64) float found[kGroup];

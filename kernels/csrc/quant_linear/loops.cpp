@@ -12,10 +12,13 @@
 namespace genarm {
 namespace {
 
-// Exponents, as float32 has them: below 2^-60 a group counts as zeros, so that no result is a subnormal number, which
-// threads may flush; from 2^97 on, or infinite, or NaN, its row has no result.
+// Biased exponents of float32. A group is scaled as if its largest value were at least 2^-60, so that no result is a
+// subnormal number, which some threads may flush to zero. A value of 2^97 or more, an infinity or a NaN gives its row
+// NaNs.
 constexpr int kSmallest = 127 - 60, kLargest = 127 + 96;
-constexpr int kBits = 14;  // the largest of a group is in [2^14, 2^15): bfloat16's 8 bits are whole down to 2^-7 of it
+// The largest whole number of a group is in [2^14, 2^15). So all 8 bits of a bfloat16 are kept down to 2^-7 of the
+// largest.
+constexpr int kBits = 14;
 
 void prepare_group(const uint16_t* x, const QuantRows& rows, int64_t at) {
   int top = 0;
@@ -67,7 +70,7 @@ void tile_of_bits(int bits, const uint8_t* weights, const uint8_t* next, int64_t
 }
 
 void output(int bits, const uint8_t* weights, int index, int64_t width, uint16_t* y) {
-  // Where the inputs of a dword of codes are, as ORDER of kernels/ops/quant_linear/weights.py says.
+  // The inputs of the codes in a dword, from the lowest bits up: ORDER of kernels/ops/quant_linear/weights.py.
   static constexpr int kOrder8[] = {0, 2, 1, 3}, kOrder4[] = {0, 2, 4, 6, 1, 3, 5, 7};
   const int* order = bits == 8 ? kOrder8 : kOrder4;
   const int per_step = 32 / bits, first = bits == 8 ? -128 : 0;

@@ -7,12 +7,13 @@
 namespace genarm {
 namespace {
 
-constexpr int64_t kThreadBytes = 1 << 19;  // of weights, for each thread
-constexpr int64_t kTableBytes = 1 << 20;   // of rows that stay in the L2 cache while the weights pass by
-constexpr int64_t kTileBytes = 64 << 10;   // of a tile that stays there while the rows pass by
-// Bytes of weights fetched in advance. Up to so many rows the processor's own prefetching is ahead of the arithmetic: on a
-// Zen 4 a step of SmolLM2-135M in 8 bits takes 10.1 ms without ours, 11.4 with 2 KiB, 13.1 with 8. With 4 rows in 4 bits
-// it takes 12.1, 11.8 and 12.5. (By hand, in one process in turn.)
+constexpr int64_t kThreadBytes = 1 << 19;  // bytes of weights that are worth a thread
+constexpr int64_t kTableBytes = 1 << 20;   // bytes of prepared rows, which stay in the L2 cache while weights are read
+constexpr int64_t kTileBytes = 64 << 10;   // bytes of the largest tile that stays in the L2 cache for several blocks
+// kAhead bytes of weights are prefetched for more than kStreamed rows. For fewer rows, the processor's own prefetching
+// is ahead of the arithmetic. On a Zen 4 a step of SmolLM2-135M in 8 bits takes 10.1 ms without kAhead, 11.4 ms with
+// 2 KiB, and 13.1 ms with 8 KiB. With 4 rows in 4 bits it takes 12.1, 11.8 and 12.5 ms. (Measured by hand, in turn in
+// one process.)
 constexpr int64_t kAhead = 2 << 10;
 constexpr int64_t kStreamed = 2;
 
@@ -77,7 +78,7 @@ class Multiplication {
     }
   }
 
-  // Of all rows in the table.
+  // Computes a tile's outputs for all rows in the table.
   void outputs(const Tile& tile) const {
     const Linear& linear = *tile.product->linear;
     const int64_t bytes = groups_ * group_bytes(linear.bits);
@@ -95,9 +96,9 @@ class Multiplication {
   const QuantLoops& loops_;
   const uint16_t* const x_;
   const int64_t x_stride_, in_;
-  int64_t groups_, table_, ahead_;  // of a row, in rows, in bytes
-  Blocks blocks_{};         // of the rows in the table
-  Aligned<int16_t> codes_;  // of its blocks, as QuantRows has them
+  int64_t groups_, table_, ahead_;  // groups of a row, most rows in the table, bytes that are prefetched
+  Blocks blocks_{};         // the blocks of the rows in the table
+  Aligned<int16_t> codes_;  // the table: the arrays of QuantRows, for one block after the other
   Aligned<float> scales_, sums_;
   Aligned<int32_t> starts_;
   std::vector<Adapted> adapted_;

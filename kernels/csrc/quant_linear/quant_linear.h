@@ -5,7 +5,8 @@
 
 namespace genarm {
 
-// As small_linear, for linears whose weights are packed: [tiles, groups, group_bytes(bits)], lines of the cache.
+// Does what small_linear does, for linears whose weights are packed: [tiles, groups, group_bytes(bits)], whole cache
+// lines.
 void quant_linear(const std::vector<Product>& products, const uint16_t* x, int64_t x_stride, int64_t rows,
                   int threads);
 

@@ -1,10 +1,11 @@
 // The innermost loop of quant_linear: whole numbers of 16 bits times codes of 8 or 4 bits. Only for files that are
 // compiled once per instruction set.
 //
-// A vector holds a dword of each output; a row's two inputs of 16 bits are broadcast to all. So no sum goes across a
-// vector, and what unpacks codes is shared by all rows. Codes of 8 bits are held plus 128, which unpacks with one shift
-// instead of three, and sums begin at -128 Σ inputs. Within 32 inputs a sum is below 2^29: exact, in any order. int16,
-// not int8 inputs: vpmaddwd with them takes no longer than vpmaddubsw with int8, which has to be widened.
+// A vector has one dword for each output, and a pair of 16-bit inputs is broadcast to all of them. So no sum goes
+// across a vector, and all rows share the instructions that unpack codes. Codes of 8 bits are stored plus 128. That
+// unpacks with one shift instead of three, and sums begin at -128 Σ inputs. A sum over 32 inputs is below 2^29, so it
+// is exact in any order. Inputs have 16 bits, because vpmaddwd takes no longer with them than vpmaddubsw with 8 bits,
+// whose sums have to be widened.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +49,7 @@ inline Reals splat_real(float x) { return _mm512_set1_ps(x); }
 inline Reals times(Reals a, Reals b) { return _mm512_mul_ps(a, b); }
 inline Reals fused(Reals a, Reals b, Reals c) { return _mm512_fmadd_ps(a, b, c); }
 inline void put_reals(float* p, Reals v) { _mm512_storeu_ps(p, v); }
-constexpr int together(int rows) { return rows <= 4 ? 2 : 1; }
+constexpr int together(int rows) { return rows <= 4 ? 2 : 1; }  // vectors of outputs in one pass over the inputs
 
 #elif defined(__AVX2__)
 
@@ -72,7 +73,8 @@ inline Reals splat_real(float x) { return _mm256_set1_ps(x); }
 inline Reals times(Reals a, Reals b) { return _mm256_mul_ps(a, b); }
 inline Reals fused(Reals a, Reals b, Reals c) { return _mm256_fmadd_ps(a, b, c); }
 inline void put_reals(float* p, Reals v) { _mm256_storeu_ps(p, v); }
-constexpr int together(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }  // 8 sums of 16 registers
+// Vectors of outputs in one pass over the inputs: at most 8 sums of the 16 registers.
+constexpr int together(int rows) { return rows == 1 ? 4 : rows <= 4 ? 2 : 1; }
 
 #endif
 
@@ -99,11 +101,11 @@ inline void step(const uint8_t* w, const int16_t* x, Ints (&sums)[P][R]) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       Ints inputs = broadcast(x + r * kGroup + 2 * pair);
-      asm("" : "+v"(inputs));  // one load for all outputs
+      asm("" : "+v"(inputs));  // makes GCC load the inputs once for all outputs
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
         sums[p][r] = add_products(sums[p][r], wide[p], inputs);
-        asm("" : "+v"(sums[p][r]));  // GCC 12 would add up all products of a group at its end, from memory
+        asm("" : "+v"(sums[p][r]));  // keeps GCC 12 from storing all products of a group until its end
       }
     }
   }
@@ -189,7 +191,8 @@ void tile(const uint8_t* w, const uint8_t*, int64_t groups, const QuantRows& row
           }
         }
       }
-      for (int o = 0; o < kTileOutputs; ++o) {  // fmaf of the C library where the processor has none: exact, if slow
+      // The C library's fmaf serves if the processor has none. It is slow, but exact.
+      for (int o = 0; o < kTileOutputs; ++o) {
         float& total = y[r * kTileOutputs + o];
         total = __builtin_fmaf(static_cast<float>(sums[o]), of_half(halves[o]) * scale, total);
         if (Bits == 4) total = __builtin_fmaf(input_sum, of_half(halves[kTileOutputs + o]), total);

@@ -50,9 +50,10 @@ PyObject* ragged_attention_binding(PyObject*, PyObject* const* in, Py_ssize_t co
   call.window = in[kWindow] == Py_None ? INT64_MAX : PyLong_AsLongLong(in[kWindow]);
   const bool capped = in[kSoftcap] != Py_None;
   call.softcap = capped ? static_cast<float>(PyFloat_AsDouble(in[kSoftcap])) : 0.f;
-  const int64_t limit = in[kLimit] == Py_None ? keys.shape[2] : PyLong_AsLongLong(in[kLimit]);  // positions say more
+  // The limit is only checked: the positions, which are known here, bound the entries more closely.
+  const int64_t limit = in[kLimit] == Py_None ? keys.shape[2] : PyLong_AsLongLong(in[kLimit]);
   if (PyErr_Occurred()) {
-    PyErr_Clear();  // check_attention of arguments.py says it better
+    PyErr_Clear();  // check_attention of arguments.py raises a clearer error
     Py_RETURN_NONE;
   }
   if (call.window < 1 || limit < 1 || limit > keys.shape[2]) Py_RETURN_NONE;

@@ -1,7 +1,7 @@
-// Attention of one task, compiled with -DISA=name and that instruction set's flags. Every query's arithmetic is in an
-// order that only its own position decides: scores are exact dot products of a query and a key, key j always falls in
-// lane j % kWidth, and weighted values are added one by one from the first key to the last. So a result does not
-// depend on the queries that share the pass.
+// Attention of one task, compiled with -DISA=name and that instruction set's flags. The order of a query's arithmetic
+// depends only on its own position: each score is one dot product in a fixed order, key j is always in lane j % kWidth,
+// and weighted values are added one by one from the first key to the last. So a result does not depend on the queries
+// that share the task.
 #include <cmath>
 
 #include "common/float_math.h"
@@ -13,10 +13,11 @@ namespace {
 
 constexpr float kInf = INFINITY;
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr int kGroup = 6;                         // queries whose sums fit the registers together
-constexpr int kChains = kWidth == 16 ? 4 : 2;     // independent sums of a dot product, to hide the latency of the fma
-constexpr int kVectors = kWidth == 16 ? 4 : 2;    // of an output row that are summed at a time
-// Entries fetched in advance, since a decode step finds the cache in memory: 98 instead of 139 µs for 1024 of SmolLM2-135M.
+constexpr int kGroup = 6;                         // queries whose sums fit into the registers together
+constexpr int kChains = kWidth == 16 ? 4 : 2;     // independent sums of a dot product, which hide the fma's latency
+constexpr int kVectors = kWidth == 16 ? 4 : 2;    // vectors of an output row that are summed at a time
+// Entries that are prefetched, because the key-value cache of a decode step is not in the processor's caches: 1024
+// entries of SmolLM2-135M take 98 instead of 139 µs.
 constexpr int kAhead = 32;
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -28,11 +29,11 @@ inline void fetch(const T* vector, int64_t width) {
   for (int64_t d = 0; d < width; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(vector + d);
 }
 
-// What is left of a task: its queries' ranges and the scratch memory.
+// A task's queries, the keys that they see, and the sizes of its scratch memory.
 struct Layout {
-  int64_t group, queries, first, end;  // `first` is a whole number of vectors; `end` of the last key + 1
-  int64_t width, value_width, span;    // padded
-  int64_t floats;
+  int64_t group, queries, first, end;  // first key, rounded down to whole vectors, and last key + 1
+  int64_t width, value_width, span;    // widths of keys and values, and end - first: padded to whole vectors
+  int64_t floats;                      // size of the scratch memory
 
   Layout(const RaggedAttention& a, const RaggedTask& t) {
     group = a.heads / a.kv_heads, queries = group * t.tokens;
@@ -49,12 +50,12 @@ struct Layout {
     floats = width * kWidth + queries * (width + span + value_width + 1);
   }
 
-  static int64_t begin(const RaggedAttention& a, int64_t position) {  // of what this query sees
+  static int64_t begin(const RaggedAttention& a, int64_t position) {  // first key that this query sees
     return position < a.window ? 0 : position - a.window + 1;
   }
 };
 
-// kWidth keys → [width][kWidth] floats
+// Transposes kWidth keys, given by their rows, to floats [width, kWidth].
 void transpose_keys(const float* const* rows, int64_t width, float* out) {
   for (int64_t d = 0; d < width; d += kWidth) {
     Words block[kWidth];
@@ -66,7 +67,8 @@ void transpose_keys(const float* const* rows, int64_t width, float* out) {
   }
 }
 
-void transpose_keys(const uint16_t* const* rows, int64_t width, float* out) {  // pairs of bf16 as words
+// Transposes bfloat16 keys as words of two values, which are separated at the end.
+void transpose_keys(const uint16_t* const* rows, int64_t width, float* out) {
   for (int64_t d = 0; d < width; d += 2 * kWidth) {
     Words block[kWidth];
     for (int i = 0; i < kWidth; ++i) {
@@ -86,7 +88,7 @@ void transpose_keys(const uint16_t* const* rows, int64_t width, float* out) {  /
   }
 }
 
-// Scores of kWidth transposed keys for N queries [N, width].
+// Writes the scores of kWidth transposed keys for N queries [N, width].
 template <int N>
 void dot(const float* keys, const float* queries, int64_t width, float* scores, int64_t span) {
   Floats sums[N][kChains];
@@ -111,8 +113,9 @@ void dot(const float* keys, const float* queries, int64_t width, float* scores, 
   }
 }
 
-// Scores, in units of log2 (of 1 / softcap with one), of the keys first .. first + n → weights with a largest of 1,
-// zero outside begin .. end - 1. Returns their sum.
+// Turns the scores x of the keys first .. first + n - 1 into weights, and returns their sum. The largest weight is 1,
+// and weights outside begin .. end - 1 are 0. The scores come multiplied by log2(e). With a softcap they come divided
+// by the softcap instead.
 float softmax(float* x, int64_t first, int64_t n, int64_t begin, int64_t end, float softcap) {
   float lanes[kWidth];
   for (float& lane : lanes) lane = -kInf;
@@ -149,8 +152,8 @@ float softmax(float* x, int64_t first, int64_t n, int64_t begin, int64_t end, fl
   return sum;
 }
 
-// out[N, stride] += weights[N, span] · values, over `keys` keys; V vectors of the output, the last one cut to `tail`
-// elements where that is not 0.
+// Adds weights [N, span] · values, over `keys` keys, to V vectors of the output. If `tail` is not 0, there is one
+// vector, of which only the first `tail` elements are read.
 template <int N, int V, typename T>
 void add_vectors(const T* values, int64_t value_stride, int64_t keys, int64_t tail, const float* weights, int64_t span,
                  float* out, int64_t out_stride) {
@@ -195,7 +198,7 @@ struct Count {
   static constexpr int value = N;
 };
 
-// f(Count<n>), n in 1..kGroup
+// Calls f(Count<n>), n in 1..kGroup.
 template <int N = kGroup, typename F>
 void with_count(int64_t n, F f) {
   if constexpr (N > 0) {
@@ -229,7 +232,7 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
 
   const int64_t groups = (queries + kGroup - 1) / kGroup, per_group = (queries + groups - 1) / groups;
   for (int64_t j = first; j < layout.end; j += kWidth) {
-    const T* rows[kWidth];  // beyond the last key: that one again, to be masked
+    const T* rows[kWidth];  // beyond the last key, the last key again; `softmax` masks it
     for (int i = 0; i < kWidth; ++i) {
       rows[i] = keys + least(j + i, layout.end - 1) * a.key_strides[2];
       fetch(keys + least(j + i + kAhead, layout.end - 1) * a.key_strides[2], a.width);
@@ -247,7 +250,8 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
     sums[i] = softmax(scores + i * span, first, span, Layout::begin(a, position), position + 1, a.softcap);
   }
 
-  // Only what a query sees is multiplied at all, since 0 · NaN is NaN: alone before and after what the group shares.
+  // A query's weights are only multiplied with values that it sees, because 0 · NaN is NaN. The queries of a group are
+  // added together for the keys that all of them see, and one by one for the keys before and after.
   std::memset(out, 0, queries * layout.value_width * sizeof *out);
   const auto add = [&](auto n, int64_t i, int64_t begin, int64_t end) {
     add_values<decltype(n)::value>(values + begin * a.value_strides[2], a.value_strides[2], end - begin, a.value_width,
@@ -261,7 +265,7 @@ void attend(const RaggedAttention& a, const RaggedTask& t, float* scratch) {
       const int64_t position = position_of(g);
       begin = most(begin, Layout::begin(a, position)), end = least(end, position + 1);
     }
-    end = most(begin, end);  // where they share nothing, `begin` splits the query's own range
+    end = most(begin, end);  // if the group shares no key, `begin` splits each query's own range
     for (int64_t g = i; g < i + count; ++g) {
       const int64_t position = position_of(g);
       add(Count<1>{}, g, Layout::begin(a, position), least(begin, position + 1));

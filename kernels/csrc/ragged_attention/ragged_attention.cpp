@@ -11,8 +11,8 @@
 namespace genarm {
 namespace {
 
-constexpr int64_t kQueries = 24;  // of a task: enough to share the transposed keys, few enough to keep scores in L2
-constexpr int64_t kPerThread = 1 << 21;  // products: 0.1 ms of work, of which waking a thread is a tenth
+constexpr int64_t kQueries = 24;  // queries of a task: many share the transposed keys, and their scores fit into L2
+constexpr int64_t kPerThread = 1 << 21;  // products for one thread: 0.1 ms of work; waking a thread takes a tenth of it
 
 int64_t products(const RaggedAttention& call) {
   int64_t entries = 0;
@@ -30,7 +30,7 @@ void ragged_attention(const RaggedAttention& call, const RaggedLoops& loops, int
   const int64_t blocks = (call.block + tokens - 1) / tokens;
   std::atomic<bool> failed{false};
   const auto work = [&](int64_t task, int64_t last) {
-    thread_local std::vector<float> scratch;  // kept: a fresh large block would be paged in call by call
+    thread_local std::vector<float> scratch;  // kept between calls, as the system would page in a new one each time
     for (; task < last; ++task) {
       const int64_t token = task / call.kv_heads % blocks * tokens;
       const RaggedTask part{task / call.kv_heads / blocks, task % call.kv_heads, token,

@@ -9,7 +9,7 @@ namespace {
 
 const NormLoops* loops = &norm_baseline;
 
-// x [..., width] and weight [width], contiguous, of one dtype; false for others, or with a Python error set.
+// Takes x [..., width] and weight [width], contiguous, of one dtype. False for others; a Python error may then be set.
 bool fill(PyObject* const* x_and_weight, PyObject* const* eps_and_offset, DLTensor* x, RmsNorm* call) {
   DLTensor weight;
   if (!borrow(x_and_weight[0], x) || !borrow(x_and_weight[1], &weight) || x->ndim < 1 || weight.ndim != 1 ||

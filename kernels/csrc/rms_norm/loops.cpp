@@ -8,8 +8,9 @@
 namespace genarm {
 namespace {
 
-// In the order in which torch sums on every CPU (ATen/native/cpu/SumKernel.cpp), to give its bits: four sums of eight
-// lanes, which move up a level every 16 additions, then what is left, then lane by lane.
+// Sums in torch's order on every CPU (ATen/native/cpu/SumKernel.cpp), to give the same bits. There are four sums of
+// eight lanes, which move up a level every 16 additions. Then come the elements that are left, and then the lanes one
+// by one.
 template <typename T>
 float sum_of_squares(const T* x, int64_t n) {
   constexpr int kLanes = 8, kAtOnce = 4 * kLanes, kLevels = 3, kSteps = 16, kVectors = kAtOnce / kWidth;
@@ -40,7 +41,7 @@ float sum_of_squares(const T* x, int64_t n) {
   return total;
 }
 
-// out[i] = x[i] + y[i], rounded to the dtype.
+// Writes out[i] = x[i] + y[i], rounded to the dtype.
 template <typename T>
 void add(const T* x, const T* y, int64_t n, T* out) {
   int64_t d = 0;

@@ -9,17 +9,17 @@ namespace genarm {
 
 struct RmsNorm {
   const void *x, *weight;  // [rows, width], [width], contiguous
-  const void* added;       // [rows, width], added to x first, or null
-  void* total;             // [rows, width]: the sums, which are normalised; null without `added`
-  void* out;
+  const void* added;       // [rows, width], added to x before it is normalised; or null
+  void* total;             // [rows, width], output: x + added; null without `added`
+  void* out;               // [rows, width], output: the norm
   int64_t rows, width;
   float eps, offset;
-  bool bfloat16;  // else float32
+  bool bfloat16;  // dtype of all tensors: bfloat16, or float32 if false
 };
 
-void run_norm(const RmsNorm&);  // by the instruction set in use
+void run_norm(const RmsNorm&);  // runs the loops of the instruction set in use
 
-// The memory of a weight [width] of this dtype, contiguous; null for None, which is no weight. False for anything else.
+// Gives the memory of a contiguous weight [width] of this dtype. None gives null. False for anything else.
 bool norm_weight(PyObject* object, ElementType type, int64_t width, const void** data);
 
 struct NormLoops {

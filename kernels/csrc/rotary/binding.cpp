@@ -29,7 +29,7 @@ bool fill(PyObject* object, const DLTensor& cos, const DLTensor& sin, DLTensor* 
 void use_rotary_loops(const char* instruction_set) {
   loops = &rotary_baseline;
 #ifdef GENARM_X86
-  if (!std::strncmp(instruction_set, "avx512", 6)) loops = &rotary_avx512;  // avx512_bf16 too
+  if (!std::strncmp(instruction_set, "avx512", 6)) loops = &rotary_avx512;  // every name that begins so
   if (!std::strcmp(instruction_set, "avx2")) loops = &rotary_avx2;
 #else
   (void)instruction_set;

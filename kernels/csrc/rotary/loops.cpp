@@ -1,12 +1,12 @@
-// Compiled with -DISA=name and that instruction set's flags. Every product and sum is rounded to the tensors' dtype, as
-// by one PyTorch operation after the other.
+// Compiled with -DISA=name and that instruction set's flags. Every product and every sum is rounded to the tensors'
+// dtype, because PyTorch computes them by separate operations.
 #include "common/simd.h"
 #include "rotary.h"
 
 namespace genarm {
 namespace {
 
-// The pairs (x[d], x[d + half]) of n <= kWidth d's.
+// Rotates the pairs (x[d], x[d + half]) for d = 0 .. n - 1, n <= kWidth.
 template <typename T>
 void rotate_pairs(const T* x, const T* cos, const T* sin, int64_t half, int64_t n, T* out) {
   const auto get = [n](const T* source) { return n == kWidth ? load(source) : load_some(source, n); };

@@ -8,16 +8,18 @@
 namespace genarm {
 
 struct Rotary {
-  const void *x, *cos, *sin;  // [N, H, q, D], [N or 1, q, D] twice; contiguous in the last
-  void* out;                  // [N, H, q, D], contiguous in the last
-  int64_t x_strides[3], out_strides[3], cos_strides[2], sin_strides[2];  // in elements; 0 for one cos or sin of all rows
+  const void *x, *cos, *sin;  // x [N, H, q, D], cos and sin [N or 1, q, D]; last dimensions contiguous
+  void* out;                  // [N, H, q, D], last dimension contiguous
+  // In elements. The first stride of cos and sin is 0 if all rows share one.
+  int64_t x_strides[3], out_strides[3], cos_strides[2], sin_strides[2];
   int64_t rows, heads, block, width;
-  bool bfloat16;  // else float32
+  bool bfloat16;  // dtype of all tensors: bfloat16, or float32 if false
 };
 
-void run_rotary(const Rotary&);  // by the instruction set in use
+void run_rotary(const Rotary&);  // runs the loops of the instruction set in use
 
-// cos or sin [N or 1, q, D] of a tensor of so many rows, tokens and elements of D; false for other shapes, strides, dtypes.
+// Gives memory and strides of cos or sin [N or 1, q, D], for shape [N, q, D]. False for other shapes, strides or
+// dtypes.
 bool rotary_angles(const DLTensor& tensor, ElementType type, const int64_t (&shape)[3], const void** data,
                    int64_t (&strides)[2]);
 

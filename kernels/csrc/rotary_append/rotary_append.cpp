@@ -9,7 +9,7 @@
 namespace genarm {
 namespace {
 
-// Heads of one token: normed, if that is asked for, rotated, and written `out_stride` elements apart.
+// Rotates the heads of one token, after their norm if there is one, and writes them `out_stride` elements apart.
 void rotate(const RotaryAppend& a, int64_t row, int64_t token, const Heads& heads, void* out, int64_t out_stride,
             std::vector<char>* scratch) {
   const char* x = a.y + (row * a.y_strides[0] + token * a.y_strides[1] + heads.column) * a.unit;

@@ -8,7 +8,7 @@ namespace {
 
 enum Argument { kTargets, kDrafts, kLengths, kLimits, kFinished, kStopIds, kDraftCounts, kArguments };
 
-struct Matrix {  // of int64; a vector has one column
+struct Matrix {  // a view of an int64 tensor; a vector has one column
   const int64_t* data;
   int64_t rows, columns, row_stride, column_stride;
 
@@ -33,7 +33,7 @@ bool column(PyObject* object, int64_t rows, Matrix* out) {
   return true;
 }
 
-// [S] is every row's.
+// Takes stop ids [rows, S], or [S] for every row; false for others.
 bool stops(PyObject* object, int64_t rows, Matrix* out) {
   DLTensor tensor;
   if (matrix(object, out)) return out->rows == rows;
@@ -71,7 +71,7 @@ PyObject* settle_binding(PyObject*, PyObject* const* in, Py_ssize_t count) {
     const int64_t length = lengths.at(row, 0), limit = limits.at(row, 0);
     const int64_t drafted = ragged ? std::min(draft_counts.at(row, 0), width - 1) : width - 1;
     const bool done = finished.at<uint8_t>()[row * finished.strides[0]] != 0;
-    // Unsigned, since the difference of two int64 may be more than an int64 holds.
+    // Unsigned, because int64 may not hold the difference of two int64 numbers.
     const uint64_t room = limit > length ? static_cast<uint64_t>(limit) - static_cast<uint64_t>(length) : 0;
     const int64_t most = done ? 0 : static_cast<int64_t>(std::min<uint64_t>(room, width));
     int64_t settled = 0;

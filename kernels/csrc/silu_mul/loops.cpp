@@ -16,7 +16,7 @@ void silu_mul(const void* gate, const void* up, int64_t n, void* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float x = as_float32(g[i]), power = exp2_negative(-kLog2e * std::fabs(x));
-    T silu;  // rounded, as by an operation of its own
+    T silu;  // rounded to T, because PyTorch computes it by a separate operation
     put(&silu, (x < 0.f ? x * power : x) / (1.f + power));
     put(y + i, as_float32(silu) * as_float32(u[i]));
   }

@@ -10,7 +10,9 @@ struct SiluLoops {
   void (*bfloat16)(const void* gate, const void* up, int64_t n, void* out);
 };
 
-void run_silu(const void* gate, const void* up, int64_t n, bool bfloat16, void* out);  // by the instruction set in use
+// Computes n elements of silu(gate) · up, with the loops of the instruction set in use. All memory is bfloat16,
+// or float32 if `bfloat16` is false.
+void run_silu(const void* gate, const void* up, int64_t n, bool bfloat16, void* out);
 
 extern const SiluLoops silu_baseline;
 #ifdef GENARM_X86

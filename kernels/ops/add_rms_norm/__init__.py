@@ -33,18 +33,21 @@ _custom_op.implement(custom_op.call, _run)
 
 def add_rms_norm(
     hidden: Tensor,  # [..., width]
-    y: Tensor,  # [..., width], or [..., width + n · r] with lanes: the shrunk inputs of n adapters follow
+    y: Tensor,  # [..., width]; with lanes [..., width + n · r], where the shrunk inputs of n adapters follow
     weight: Tensor,  # [width]
     eps: float,
     *,
     offset: float = 0.0,
     lanes: Lanes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(hidden + y, its rms_norm), both [..., width]: the residual stream after half a layer, and the next half's input.
+    """Return (hidden + y, rms_norm(hidden + y)), both [..., width].
 
-    In C++ on the CPU for contiguous float32 and bfloat16 without lanes; in Triton on CUDA, ROCm and XPU for these and
-    float16; of one dtype that need no gradient. Otherwise in PyTorch. The sum is rounded before it is normalised;
-    `offset` is that of `rms_norm`. The lanes get no gradient.
+    The sum is the residual stream after half a layer, and its norm is the input of the next half. The sum is rounded
+    before it is normalised. `offset` is the one of `rms_norm`. `lanes` are LoRA adapters that complete y.
+
+    Tensors of one dtype that need no gradient run in C++ on the CPU, if they are contiguous float32 or bfloat16 and
+    there are no lanes. On CUDA, ROCm and XPU they run in Triton, in float16 too. Other calls run in PyTorch. The lanes
+    get no gradient.
 
     Raises:
         TypeError: dtypes that differ; adapters that are not int64.

@@ -10,14 +10,17 @@ from .. import _native
 
 
 def run(*arguments: Any) -> tuple[Tensor, Tensor] | None:
-    """The result for contiguous float32 or bfloat16 tensors of one dtype on the CPU, without lanes; None for others."""
+    """Return the result for contiguous float32 or bfloat16 tensors of one dtype on the CPU.
+
+    None for other tensors, and for lanes.
+    """
     return _native.core.add_rms_norm(*arguments)
 
 
 def convert(
     hidden: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float, *lanes: Tensor | None
 ) -> tuple[Any, ...] | None:
-    """The arguments as `run` takes them; None for other devices."""
+    """Return the arguments in the form that `run` takes; None for other devices."""
     tensors = (hidden, y, weight)
     if not all(tensor.is_cpu for tensor in tensors):
         return None

@@ -1,8 +1,8 @@
-"""The sum of a residual stream and a layer's output, and its norm, in one pass.
+"""Add a layer's output to the residual stream and normalise the sum, in one pass.
 
     h' = h + y        n = rms_norm(h')
 
-y is the product of an output projection, completed by the B of LoRA lanes where there are some (`_product.py`).
+y is the product of an output projection. Where there are LoRA lanes, their B completes it (`_product.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..rms_norm.reference import rms_norm_reference
 def check(
     hidden: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float, b: Tensor | None, index: Tensor | None
 ) -> None:
-    """Raises TypeError or ValueError naming the argument of add_rms_norm."""
+    """Check the arguments of add_rms_norm. Raises TypeError or ValueError that names the argument."""
     width = hidden.shape[-1] if hidden.ndim else 0
     if weight.shape != (width,) or not width:
         raise ValueError(f"weight of shape {tuple(weight.shape)}: expected ({width},), the width of hidden")

@@ -35,21 +35,21 @@ def arm_logps(
     softcap: float | None = None,
     return_tokens: bool = False,
 ) -> Tensor:
-    """Σ log π of the labelled tokens of each row, differentiable in `hidden`, `weight` and `bias`.
+    """Return Σ log π of each row's labelled tokens, differentiable in `hidden`, `weight` and `bias`.
 
-    Logits are never held in full: products of blocks, with Triton kernels between them on CUDA, ROCm and XPU for
-    float32, bfloat16 and float16, else PyTorch.
+    The logits are never in memory in full. PyTorch multiplies block by block. Between the products, Triton kernels run
+    on CUDA, ROCm and XPU for float32, bfloat16 and float16, and PyTorch elsewhere.
 
     Args:
         hidden: [N, T, H] final hidden states, any float dtype.
         weight: [V, H] output embedding, cast to the dtype of `hidden`.
-        labels: [N, T] int64, aligned: `hidden[n, t]` predicts `labels[n, t]`; −100 is ignored. They may lie on the
-            CPU where `hidden` is on a GPU: then only the positions that count are multiplied. On a GPU all are, since
-            the host would have to wait for their number.
+        labels: [N, T] int64. `hidden[n, t]` predicts `labels[n, t]`; the label −100 is ignored. Labels may be on the
+            CPU while `hidden` is on a GPU. Then only positions with a label are multiplied. With labels on a GPU all
+            positions are, since the host would have to wait for the number of labels.
         bias: [V] of the output layer, if it has one.
         logit_scale: factor on the logits (Cohere, Granite).
         softcap: logits become `softcap · tanh(logits / softcap)` (Gemma 2).
-        return_tokens: return every token's log-probability instead, [N, T], 0 where ignored.
+        return_tokens: return every token's log-probability instead, [N, T], 0 where the label is ignored.
 
     Returns:
         [N] (or [N, T]) in float32, float64 for float64 input. A row without labels gives 0.
@@ -57,8 +57,8 @@ def arm_logps(
     Raises:
         TypeError: labels that are not integers.
         ValueError: shapes that do not fit together, tensors on other devices than `hidden`, a label outside [0, V), a
-            softcap that is not above 0. A label outside that lies on a GPU fails an assertion there instead, as it does
-            in PyTorch's `cross_entropy`.
+            softcap that is not above 0. If the labels are on a GPU, a label outside [0, V) fails an assertion there
+            instead, as it does in PyTorch's `cross_entropy`.
     """
     _check(hidden, weight, labels, bias, softcap)
     tokens = _run(hidden, weight, labels, bias, logit_scale, softcap)
@@ -81,7 +81,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, 
     for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
         if tensor is None or (tensor is labels and tensor.is_cpu):
             continue
-        if tensor.device != hidden.device:  # torch 2.13 multiplies with a meta tensor's nothing
+        if tensor.device != hidden.device:  # torch 2.13 multiplies with a meta tensor, which has no values
             raise ValueError(f"{name} must be on {hidden.device}, where hidden is, got {tensor.device}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap must be a finite number above 0, or None, got {softcap}")

@@ -1,4 +1,4 @@
-"""arm_logps as a custom op, with its gradient: one node each in a compiled or exported graph."""
+"""arm_logps and its gradient as custom ops: each is one node in a compiled or exported graph."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[1], needs[3]]  # of hidden, weight, bias
+    wanted = [needs[0], needs[1], needs[3]]  # hidden, weight, bias
     found = iter(_backward(grad, wanted, *ctx.saved_tensors, *ctx.rest))
     hidden, weight, bias = (next(found) if needed else None for needed in wanted)
     return hidden, weight, None, bias, None, None
@@ -49,7 +49,7 @@ torch.library.register_autograd(call, _differentiate, setup_context=_save_for_ba
 
 
 def implement(run: Callable[..., Tensor]) -> None:
-    """Let the op run `run`, which takes its arguments by position."""
+    """Let the op and its gradient run `run`, which takes the op's arguments by position."""
 
     def backward(
         grad: Tensor,
@@ -60,7 +60,10 @@ def implement(run: Callable[..., Tensor]) -> None:
         bias: Tensor | None,
         *rest: Any,
     ) -> list[Tensor]:
-        """The forward pass once more, this time for its gradients: a compiled one does not know which are wanted."""
+        """Run the forward pass again and return the wanted gradients.
+
+        The compiled forward pass keeps nothing for them, because it does not know which gradients are wanted.
+        """
         inputs = [
             None if tensor is None else tensor.detach().requires_grad_(needed)
             for tensor, needed in zip((hidden, weight, bias), wanted)

@@ -1,10 +1,11 @@
 """Log-probabilities of labelled tokens, from hidden states.
 
-For hidden states h, output weight W and labels y, with u = s · (h Wᵀ + b) and z = c · tanh(u / c), or u without a cap,
+Hidden states h, output weight W, bias b, logit scale s and softcap c give u = s · (h Wᵀ + b) and z = c · tanh(u / c).
+Without a softcap z = u. With the labels y,
 
     logp_t = z_t[y_t] − log Σ_v exp z_t[v]            and            R = Σ_t logp_t
 
-is the reward that an autoregressive reward model gives a response (arXiv 2410.08193).
+R is the reward that an autoregressive reward model gives a response (arXiv 2410.08193).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IGNORE = -100  # the label of positions that do not count
+IGNORE = -100  # label of positions that do not count
 
 
 def arm_logps_reference(
@@ -25,7 +26,7 @@ def arm_logps_reference(
     softcap: float | None = None,
     return_tokens: bool = False,
 ) -> Tensor:
-    """The specification of `arm_logps`: full logits, plain autograd."""
+    """The specification of `arm_logps`, with the same arguments: full logits and plain autograd."""
     logits = (hidden @ weight.to(hidden.dtype).T).to(accumulator(hidden.dtype))
     logits = (logits if bias is None else logits + bias) * logit_scale
     if softcap is not None:
@@ -36,5 +37,5 @@ def arm_logps_reference(
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over values of a dtype: float32, or float64 for float64."""
+    """Return the dtype in which values of a dtype are summed: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,21 +1,21 @@
 """arm_logps without the full logits: a block of tokens and vocabulary at a time, forward and backward.
 
-Only labelled positions are multiplied with W, so memory is O(block) instead of O(N · T · V). In the words of
-reference.py, with p = softmax z and z' = dz/du = 1 − (z / c)², the gradient with respect to h is linear in the incoming
-one:
+Memory is O(block) instead of O(N · T · V). Only labelled positions are multiplied with W, unless the labels are on a
+GPU. In the notation of reference.py, let p = softmax z, z' = dz/du = 1 − (z / c)², and let g_t be the gradient that
+comes in for logp_t. The gradient with respect to h is linear in g:
 
     d logp_t / d h_t = s · ((1 − p_y) z'_y W_y − Σ_{v≠y} p_v z'_v W_v)
 
-The sum is attention of h_t over keys and values W, and the forward pass streams it as flash attention does
-(arXiv 2205.14135), with a running maximum and total; the backward pass only scales it by g_t. A frozen output layer
-costs two matrix products in all, as many as the logits and their backward, and no recomputation. The label's term
-stands apart, as its difference from p_y would drown in the rounding of half precision.
+The sum over v is attention of h_t over keys and values W. The forward pass streams it as flash attention does
+(arXiv 2205.14135), with a running maximum and total. The backward pass only scales it by g_t. So a frozen output layer
+costs two matrix products, as many as the logits and their backward pass, and nothing is computed twice. The label's
+term is computed apart: in half precision the rounding of the sum would swallow 1 − p_y.
 
     dL / dW_v = s · Σ_t g_t (1[v = y_t] − p_tv) z'_tv h_t            (a trainable W: full fine-tuning)
 
-The sum over t needs every g_t: the backward pass goes over the blocks again and finishes a tile of dW at a time. The
-logits of the first blocks are kept for it, those of the others computed once more. Products are PyTorch's on every
-device; what is between them, tiles.py does in PyTorch or triton.py in one kernel.
+The sum over t needs every g_t. So the backward pass goes over the blocks again, and finishes one tile of dW after the
+other. The logits of the first blocks are kept for it, and those of the other blocks are computed again. PyTorch
+computes the products on every device. The steps between two products are in tiles.py (PyTorch) and triton.py (kernels).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from .. import _dispatch
 from .reference import IGNORE, accumulator
 from .tiles import Layer, PyTorchTiles, Sums, Tiles, cap_slope
 
-# Tokens and vocabulary of a block, whose logits are alive at once: 8 MB on a CPU, the fastest of 512..4096 columns
-# measured with AVX-512 and 2 MB of L2; 134 MB in bfloat16 keep a GPU's matrix units busy.
+# Tokens and vocabulary entries of a block, whose logits are in memory at once. On a CPU these are 8 MB: 1024 columns
+# were the fastest of 512..4096, measured with AVX-512 and 2 MB of L2. On a GPU 134 MB in bfloat16 keep the matrix units
+# busy.
 BLOCK = {"cpu": (2048, 1024), "cuda": (2048, 1 << 15)}
-# Logits that are kept for the backward pass of a trainable output layer: 134 MB on a CPU, and of bfloat16 on a GPU.
+# Most logits kept for the backward pass of a trainable output layer: 134 MB on a CPU, and in bfloat16 on a GPU.
 KEPT_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 26}
-ALIGNED = 16  # columns of memory that a row of a block takes a multiple of: so kernels load 128 bits
+ALIGNED = 16  # A row of a block takes a multiple of this many columns in memory, so that kernels load 128 bits at once.
 
 
 def token_logps(
@@ -48,9 +49,10 @@ def token_logps(
     softcap: float | None,
     tiles: Tiles = PyTorchTiles(),  # noqa: B008  (has no state)
 ) -> Tensor:
-    """Every token's log-probability, [N, T], 0 where ignored. ValueError for a label outside [0, V) that the host has.
+    """Return every token's log-probability, [N, T], 0 where the label is ignored.
 
-    Labels on a GPU are not read: those outside fail an assertion there, and ignored positions are multiplied like all.
+    Raises ValueError for a label outside [0, V) if the labels are on the CPU. Labels on a GPU are not read by the host:
+    a label outside [0, V) fails an assertion on the GPU, and ignored positions are multiplied like the others.
     """
     layer, rows, ignored = Layer(bias, logit_scale, softcap), hidden.flatten(0, 1), labels == IGNORE
     if labels.device.type in _dispatch.GPUS:
@@ -69,11 +71,14 @@ def token_logps(
 
 
 def target_logps(rows: Tensor, weight: Tensor, targets: Tensor, layer: Layer, tiles: Tiles) -> Tensor:
-    """[M] log-probabilities of `targets` [M], which are in [0, V), given `rows` [M, H]. Reads nothing on the host."""
+    """Return log-probabilities [M] of `targets` [M], all in [0, V), given hidden states `rows` [M, H].
+
+    The host reads no tensor.
+    """
     bias, scale, softcap = layer
-    if not torch.is_grad_enabled():  # which a Function does not see
+    if not torch.is_grad_enabled():  # a Function's needs_input_grad does not depend on the grad mode
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    # Autocast would redo in bf16 what is upcast on purpose, and once more per block.
+    # Autocast would cast values back to bf16 that are upcast on purpose, and would do so again for each block.
     with torch.autocast(rows.device.type, enabled=False):
         return _ArmLogps.apply(rows, weight, bias, targets, scale, softcap, tiles)
 
@@ -93,8 +98,9 @@ class _ArmLogps(torch.autograd.Function):
         need_rows, *need_layer = ctx.needs_input_grad[:3]
         ctx.scale, ctx.softcap, ctx.tiles = scale, softcap, tiles
         layer, dtype = Layer(bias, scale, softcap), accumulator(rows.dtype)
-        # The maximum over the vocabulary so far. It begins with one token of the lowest logit, which the first real one
-        # blots out: where a bias of −inf masks all of the first tile, zero over zero would be NaN.
+        # The maximum over the vocabulary so far. It starts as if there had been one token of the lowest finite logit,
+        # which the first real token outweighs. With −inf and a total of 0, a first tile that a bias of −inf masks
+        # completely would give 0 / 0, which is NaN.
         top = rows.new_full((len(rows), 1), torch.finfo(dtype).min, dtype=dtype)
         sums = Sums(top, torch.ones_like(top), torch.empty_like(top))
         mean = torch.zeros_like(rows, dtype=dtype) if need_rows else None  # Σ_{v≠y} p_v z'_v W_v
@@ -143,7 +149,7 @@ def _layer_gradients(
     normaliser: Tensor,
     *kept: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, as far as they are needed."""
+    """Return the gradients of weight and bias, None for one that is not needed. kept: logits of the first blocks."""
     _, need_weight, need_bias = ctx.needs_input_grad[:3]
     layer, tiles = Layer(bias, ctx.scale, ctx.softcap), ctx.tiles
     d_weight = torch.zeros_like(weight) if need_weight else None
@@ -158,9 +164,9 @@ def _layer_gradients(
         if d_bias is not None:
             d_bias[tile] += slopes.sum(0, dtype=d_bias.dtype)
         if d_weight is not None:
-            # A tile is summed over all tokens in full precision, and then rounded: bf16 would lose the later ones.
+            # A tile is summed over all tokens in full precision, then rounded. A sum in bf16 would lose later tokens.
             if part.start == 0:
-                total = d_weight[tile].to(accumulator(weight.dtype))  # zeros; d_weight itself in full precision
+                total = d_weight[tile].to(accumulator(weight.dtype))  # zeros; a view of d_weight if dtypes are equal
             _add_product_(total, slopes.T, rows[part])
             if part.stop == len(rows) and total.dtype != d_weight.dtype:
                 d_weight[tile] = total
@@ -168,7 +174,7 @@ def _layer_gradients(
 
 
 def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, multiplied in the dtype of `right`."""
+    """Add left @ right to `out`, multiplied in the dtype of `right`."""
     if out.dtype == right.dtype:
         out.addmm_(left, right)
     else:
@@ -176,10 +182,10 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _blocks(rows: Tensor, weight: Tensor, tiles: Tiles) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """(tokens, vocabulary, two buffers for the block, or one twice) ...; all tokens meet a tile of `weight` before the
-    next tile.
+    """Yield (slice of tokens, slice of the vocabulary, buffer, buffer) for each block.
 
-    The buffers serve all blocks: page faults of fresh memory took 5 % of the time.
+    All blocks of one slice of the vocabulary come before the next slice. If `tiles` asks for one buffer, both are the
+    same. The buffers serve all blocks, because page faults of fresh memory took 5 % of the time.
     """
     tokens, width = _for_device(BLOCK, rows)
     count, vocab = len(rows), len(weight)

@@ -1,4 +1,4 @@
-"""What is done to a tile of logits between its products, in PyTorch: the arithmetic of streamed.py."""
+"""The arithmetic on a tile of logits between two products of streamed.py, in PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .reference import accumulator
 
 
 class Layer(NamedTuple):
-    """What stands between a product and its logits."""
+    """The output layer's steps from a product h Wᵀ to the logits z."""
 
     bias: Tensor | None  # [V]
     scale: float
@@ -19,32 +19,34 @@ class Layer(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is known of M rows, each [M, 1], in the dtype of sums."""
+    """Running sums of M rows over the tiles so far. Each is [M, 1], in the dtype of `accumulator`."""
 
-    top: Tensor  # the maximum over the vocabulary so far
+    top: Tensor  # maximum of the logits z
     total: Tensor  # Σ exp(z − top)
-    chosen: Tensor  # z[y], once its tile was there
+    chosen: Tensor  # logit of the label, z[y]; undefined before the label's tile
 
 
 class Tiles(Protocol):
-    """Tiles are [M, columns], of rows M and a slice of the vocabulary; `out` may be the tile `logits` itself if one
-    buffer is asked for."""
+    """Arithmetic on tiles. A tile [M, columns] has the logits of M rows for a slice of the vocabulary."""
 
-    buffers: int
+    buffers: int  # buffers of a block: with 1, `out` is the tile `logits` itself; with 2, another one
 
     def dtype(self, rows: Tensor) -> torch.dtype:
-        """Of tiles for these hidden states."""
+        """Return the dtype of tiles for these hidden states."""
         ...
 
     def logits_(self, out: Tensor, rows: Tensor, head: Tensor, tile: slice, layer: Layer) -> None:
-        """Write what the other two read."""
+        """Write the tile that `absorb` and `slopes_` read. rows: [M, H]; head: the tile's rows of W, [columns, H]."""
         ...
 
     def absorb(
         self, logits: Tensor, out: Tensor, targets: Tensor, tile: slice, layer: Layer, sums: Sums, wanted: bool
     ) -> Tensor | None:
-        """Take a tile into the sums. Where wanted, write p_v z'_v to `out`, 0 at the label, with p over what is known
-        so far, and return by how much earlier such sums are too large, [M, 1]."""
+        """Add a tile to the sums. If wanted, also write p_v z'_v to `out`, 0 at the label.
+
+        p is the softmax over the tiles so far. Then the result, [M, 1], is the factor for sums over earlier tiles,
+        whose p was larger. None if not wanted.
+        """
         ...
 
     def slopes_(
@@ -55,7 +57,7 @@ class Tiles(Protocol):
 
 
 class PyTorchTiles:
-    """In the dtype of sums: logits are finished when they are written."""
+    """Tiles in the dtype of sums. `logits_` writes complete logits, with bias, scale and softcap."""
 
     buffers = 2
 
@@ -108,7 +110,10 @@ def cap_slope(logits: Tensor, softcap: float) -> Tensor:
 
 
 def _label_columns(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
-    """[M, 1] columns of the labels in a tile, any column for a label outside it, and which are inside."""
+    """Return the labels' columns in a tile, and whether each label is in the tile: both [M, 1].
+
+    A label outside the tile has an arbitrary column.
+    """
     columns = targets[:, None] - tile.start
     width = tile.stop - tile.start
     return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)

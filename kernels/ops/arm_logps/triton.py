@@ -1,10 +1,11 @@
-"""arm_logps on a GPU, in Triton: what streamed.py does to a tile of logits between two products of cuBLAS.
+"""arm_logps on a GPU, in Triton: the arithmetic on a tile of logits between two products of cuBLAS (streamed.py).
 
-    absorb    grid (rows)           a row's maximum and sum over the tile, its label's logit; then, while the row is in
-                                    the cache, what the tile's weights are multiplied with, in its place
-    slopes    grid (rows, blocks)   the gradient by the logits, for a trained output layer, in the tile's place
+    absorb    grid (rows)           a row's maximum and sum over the tile, and its label's logit; then, while the row
+                                    is in the cache, the factors of the tile's rows of W, written over the logits
+    slopes    grid (rows, blocks)   for a trained output layer, the gradient by the logits, written over the logits
 
-A tile stays in the dtype of the product: kernels read and write 2 bytes a logit and compute in float32.
+A tile has the dtype of the product. So kernels read and write 2 bytes for each logit of half precision. They compute
+in float32.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .streamed import token_logps
 from .tiles import Layer, Sums
 
 INF = tl.constexpr(float("inf"))
-BLOCK, WARPS = 4096, 8  # 16 columns a thread: two loads of 128 bits in flight
+BLOCK, WARPS = 4096, 8  # 16 columns for each thread: two loads of 128 bits in flight
 SLOPES_BLOCK, SLOPES_WARPS = 1024, 4
 
 
 @triton.jit
 def finished(b_products, p_bias, o_columns, m_columns, scale, softcap, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Logits from products, in float32."""
+    """Return logits from products, in float32: bias, scale and softcap applied."""
     b_logits = b_products.to(tl.float32)
     if BIAS:
         b_logits += tl.load(p_bias + o_columns, mask=m_columns, other=0.0).to(tl.float32)
@@ -46,7 +47,8 @@ def absorb_kernel(
     p_logits += row * s_logits
     label = tl.load(p_targets + row) - first
     here = (label >= 0) & (label < width)
-    # Before the loop, whose reductions wait for all warps: the second one may write over the label's logit.
+    # Read the label's logit before the first loop. The second loop may write over it. The first loop's reductions wait
+    # for all warps, so every warp has read the logit by then.
     chosen = tl.load(p_logits + label, mask=here, other=0.0)
     chosen = finished(chosen, p_bias, label, here, scale, softcap, BIAS, SOFTCAP)
     tl.store(p_chosen + row, chosen, mask=here)
@@ -99,7 +101,7 @@ def slopes_kernel(
 
 
 class TritonTiles:
-    """Products as cuBLAS writes them; the kernels make logits of them whenever they read them."""
+    """Tiles of products as cuBLAS writes them. The kernels apply bias, scale and softcap whenever they read a tile."""
 
     buffers = 1
 
@@ -135,7 +137,7 @@ class TritonTiles:
 
 
 def _options(logits: Tensor, tile: slice, layer: Layer) -> tuple[Tensor, dict[str, bool]]:
-    """(the tile's bias, or a tensor that nothing reads; which parts of `finished` there are)."""
+    """Return the tile's bias, or a tensor that nothing reads, and the constants BIAS and SOFTCAP of `finished`."""
     bias = logits if layer.bias is None else in_memory(layer.bias[tile]).contiguous()
     return bias, {"BIAS": layer.bias is not None, "SOFTCAP": layer.softcap is not None}
 
@@ -146,7 +148,7 @@ TILES = TritonTiles()
 def launch(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
 ) -> Tensor | None:
-    """Launch for checked arguments; None for dtypes that the kernels do not read. Reads nothing on the host."""
+    """Launch for checked arguments; None for dtypes that the kernels do not read. The host reads no tensor."""
     if hidden.dtype not in _native.DTYPES:
         return None
     return token_logps(hidden, weight, labels, bias, logit_scale, softcap, TILES)

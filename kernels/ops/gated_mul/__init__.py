@@ -24,15 +24,21 @@ _custom_op.implement(custom_op.call, _run)
 
 
 def gated_mul(
-    y: Tensor,  # [..., 2 · width], gate before up; [..., 2 · width + n · 2 · r] with the shrunk inputs of n adapters
+    y: Tensor,  # [..., 2 · width], gate before up; with lanes 2 · n · r columns of shrunk inputs of n adapters follow
     *,
     activation: str = "silu",
     lanes: Lanes | None = None,
 ) -> Tensor:
-    """act(gate) · up → [..., width], of a stacked product; activation: silu, gelu, or gelu_tanh.
+    """Return act(gate) · up, [..., width], from one stacked product y of gate and up.
 
-    In Triton on CUDA, ROCm and XPU for float32, bfloat16 and float16 that need no gradient; otherwise in PyTorch. What
-    `silu_mul` does for two tensors, this does for one, with LoRA lanes, which get no gradient.
+    `silu_mul` does the same for two tensors. Here LoRA lanes may complete y first. The lanes get no gradient.
+
+    Runs in Triton on CUDA, ROCm and XPU for float32, bfloat16 and float16 that need no gradient. Other calls run in
+    PyTorch.
+
+    Args:
+        activation: silu, gelu, or gelu_tanh.
+        lanes: LoRA adapters of gate and up.
 
     Raises:
         TypeError: y that is not floating point; adapters that are not int64.

@@ -1,8 +1,9 @@
 """The middle of a gated MLP over the stacked product of its first linears, [gate | up].
 
-    z = act(gate) · up        act(gate) rounded first;  silu(x) = x / (1 + exp(-x)),  gelu(x) = x Φ(x)
+    z = act(gate) · up        silu(x) = x / (1 + exp(-x)),  gelu(x) = x Φ(x)
 
-The product is completed by the B of LoRA lanes where there are some (`_product.py`).
+act(gate) is rounded before it is multiplied. Where there are LoRA lanes, their B completes the product first
+(`_product.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .._product import check_lanes, product
 
 ACTIVATIONS: dict[
     str, Callable[[Tensor], Tensor]
-] = {  # in the order of the kernel's numbers; gelu_tanh is transformers' gelu_pytorch_tanh
+] = {  # in the order of the constants in triton.py; gelu_tanh is transformers' gelu_pytorch_tanh
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
@@ -25,12 +26,12 @@ ACTIVATIONS: dict[
 
 
 def outputs(y: Tensor, b: Tensor | None) -> int:
-    """The columns of gate and up together."""
+    """Return the number of columns of gate and up together."""
     return b.shape[-1] if b is not None else y.shape[-1] if y.ndim else 0
 
 
 def check(y: Tensor, activation: str, b: Tensor | None, index: Tensor | None) -> None:
-    """Raises TypeError or ValueError naming the argument of gated_mul."""
+    """Check the arguments of gated_mul. Raises TypeError or ValueError that names the argument."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
     if not y.dtype.is_floating_point:

@@ -12,7 +12,7 @@ from .._tensors import launching_on
 from .._triton import as_rows, completed, lane_arguments, rounded
 from .reference import ACTIVATIONS, outputs
 
-BLOCK, WARPS = 512, 2  # 8 columns a thread: loads of 128 bits
+BLOCK, WARPS = 512, 2  # 8 columns for each thread: loads of 128 bits
 SILU, GELU, GELU_TANH = (tl.constexpr(i) for i in range(len(ACTIVATIONS)))
 
 
@@ -47,7 +47,7 @@ def gated_kernel(
 
 
 def run(gate: Tensor, up: Tensor, out: Tensor, activation: str, b: Tensor | None, index: Tensor | None) -> Tensor:
-    """Write to `out` [..., width] from rows of gate and up, which may have more columns."""
+    """Write act(gate) · up to `out` [..., width] and return it. gate, up: [rows, at least width]."""
     width, rows = out.shape[-1], len(gate)
     lanes, constants = lane_arguments(gate, b, index, rows, BLOCK, WARPS)
     with launching_on(out.device):
@@ -68,7 +68,7 @@ def launch(y: Tensor, activation: str, b: Tensor | None, index: Tensor | None) -
 
 
 def launch_silu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
-    """Launch for silu_mul; None for tensors of unequal shapes or dtypes, or without columns."""
+    """Launch for silu_mul; None for unequal shapes or dtypes, empty tensors, and dtypes that the kernel can't read."""
     if gate.dtype not in _native.DTYPES or gate.dtype != up.dtype or gate.shape != up.shape or not gate.numel():
         return None
     if not gate.ndim or gate.device != up.device:

@@ -1,4 +1,4 @@
-"""The arguments of guided_sample, listed once, and the checks that every implementation relies on."""
+"""The list of guided_sample's arguments, and the checks that every implementation relies on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-RANGES = {  # inclusive; tensors are not read, since that would stop a GPU's queue
+RANGES = {  # lowest and highest value, for numbers; a tensor's values are not checked, as that would wait for the GPU
     "temperature": (0.0, torch.finfo(torch.float32).max),
     "top_k": (0, 2**63 - 1),
     "top_p": (0.0, 1.0),
@@ -17,7 +17,7 @@ RANGES = {  # inclusive; tensors are not read, since that would stop a GPU's que
     "seeds": (0, 2**64 - 1),
     "positions": (0, 2**32 - 1),
 }
-DTYPES = {  # in which C++, Triton and the custom op take the parameters
+DTYPES = {  # dtypes in which C++, Triton and the custom op take tensors of parameters
     "seeds": torch.int64,
     "positions": torch.int64,
     "temperature": torch.float32,
@@ -25,17 +25,17 @@ DTYPES = {  # in which C++, Triton and the custom op take the parameters
     "top_p": torch.float32,
     "min_p": torch.float32,
 }
-OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # numbers that filter nothing, as None does
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # values that keep all tokens, as None does
 
 
 class SamplingArguments(NamedTuple):
     """The arguments of `guided_sample`, in the order of the C++ core and of the custom op.
 
-    R rows, q positions a row, m ARMs, V tokens. A parameter is a number, or a tensor [], [R] or [R, q].
+    R rows, q positions in each row, m ARMs, V tokens. A parameter is a number, or a tensor [], [R] or [R, q].
     """
 
     base_logits: Tensor  # [R, V] or [R, q, V], any float dtype
-    arm_logits: Sequence[Tensor]  # m tensors alike; widths and dtypes may differ
+    arm_logits: Sequence[Tensor]  # m tensors [R, V] or [R, q, V]; V and dtype may differ from the base's
     weights: Tensor | Sequence  # [m] or [R, m]
     seeds: Tensor | int
     positions: Tensor | int
@@ -50,21 +50,22 @@ class SamplingArguments(NamedTuple):
 
     @property
     def vocabulary(self) -> int:
-        """The number of tokens that count."""
+        """The number of tokens that count: `vocab_size`, or the width of the narrowest member."""
         if self.vocab_size is not None:
             return self.vocab_size
         return min(logits.shape[-1] for logits in (self.base_logits, *self.arm_logits))
 
     def filtering(self, name: str) -> bool:
-        """Whether the filter of this name may drop a token: a tensor may, since its contents are not read."""
+        """Whether the filter of this name may drop a token. A tensor always may, because its values are not read."""
         value = getattr(self, name)
         return value is not None and (isinstance(value, Tensor) or value != OFF[name])
 
 
 def unpacked(implementation: Callable[[SamplingArguments], Result]) -> Callable[..., Result]:
-    """The same implementation, taking the fields by position, so that calls of the C++ core make no named tuple.
+    """Return the same implementation, which takes the fields of SamplingArguments by position.
 
-    That would cost 0.6 µs, where a small call takes 9 µs (one thread of a shared Xeon).
+    So a call of the C++ core makes no named tuple. That would cost 0.6 µs, where a small call takes 9 µs (one thread
+    of a shared Xeon).
     """
 
     def run(*arguments: Any) -> Result:
@@ -74,7 +75,7 @@ def unpacked(implementation: Callable[[SamplingArguments], Result]) -> Callable[
 
 
 def check(arguments: SamplingArguments) -> None:
-    """Raises TypeError or ValueError naming the argument, its value, and what was expected."""
+    """Check the arguments. Raises TypeError or ValueError that names the argument, its value, and what was expected."""
     base, weights, logit_bias = arguments.base_logits, arguments.weights, arguments.logit_bias
     _check_logits("base_logits", base)
     if base.ndim not in (2, 3):
@@ -134,7 +135,7 @@ def _check_number(name: str, value: Any, low: float, high: float, why: str = "")
 
 
 def _shape_of_weights(weights: Tensor | Sequence) -> tuple[int, ...]:
-    """The shape of a tensor, of a list of numbers, or of a list of such lists."""
+    """Return the shape of a tensor, of a list of numbers, or of a list of such lists."""
     if hasattr(weights, "shape"):
         return tuple(weights.shape)
     if not isinstance(weights, (list, tuple)):

@@ -13,13 +13,19 @@ from .reference import GuidedSample
 
 
 def run(*arguments: Any) -> GuidedSample | None:
-    """The fields of SamplingArguments by position → the result, or None for arguments to convert or to refuse."""
+    """Take the fields of SamplingArguments by position and return the result.
+
+    None for arguments that have to be converted or refused.
+    """
     fields = _native.core.guided_sample(*arguments)
-    return None if fields is None else tuple.__new__(GuidedSample, fields)  # half of the time of _make
+    return None if fields is None else tuple.__new__(GuidedSample, fields)  # takes half of the time of _make
 
 
 def convert(arguments: SamplingArguments) -> SamplingArguments | None:
-    """Checked arguments as `run` takes them; None for logits of other devices or dtypes than the core's."""
+    """Return checked arguments in the form that `run` takes.
+
+    None for logits that are not on the CPU, or of dtypes that the core does not read.
+    """
     members = (arguments.base_logits, *arguments.arm_logits)
     if not all(logits.is_cpu and logits.dtype in _native.DTYPES for logits in members):
         return None
@@ -30,7 +36,7 @@ def convert(arguments: SamplingArguments) -> SamplingArguments | None:
             return _native.plain(value, dtype)
         if value is None:
             return None
-        return float(value) if dtype.is_floating_point else int(value)  # numpy's numbers, and bools
+        return float(value) if dtype.is_floating_point else int(value)  # converts numpy's numbers and bools
 
     base, *arms = map(_native.plain, members)
     bias = arguments.logit_bias

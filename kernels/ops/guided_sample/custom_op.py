@@ -15,7 +15,7 @@ from .reference import GuidedSample
 
 
 def call(arguments: SamplingArguments) -> GuidedSample:
-    """The op's result; numbers become tensors, and filters that are off become None."""
+    """Call the op and return its result. Numbers become tensors first, and filters that are off become None."""
     check(arguments)
     device = arguments.base_logits.device
     tensors: dict[str, Any] = {}
@@ -25,7 +25,7 @@ def call(arguments: SamplingArguments) -> GuidedSample:
             tensors[name] = None
         elif isinstance(value, Tensor):
             tensors[name] = value
-        elif name == "seeds" and isinstance(value, int):  # up to 2^64 - 1, more than int64 holds
+        elif name == "seeds" and isinstance(value, int):  # a seed may be up to 2^64 - 1, more than int64 holds
             tensors[name] = seed_tensor([value], device)[0]
         else:
             tensors[name] = torch.full((), value, dtype=dtype, device=device)

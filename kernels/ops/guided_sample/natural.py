@@ -1,4 +1,4 @@
-"""Calls of guided_sample as people write them in a loop of their own: one row, one ARM, one weight, no seeds."""
+"""Short forms of a call of guided_sample, for people's own loops: one row, one ARM, one weight, no seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .reference import GuidedSample
 
 
 class Arranged(NamedTuple):
-    """The arguments in the form that all implementations take. one: the logits were of one row, without its axis."""
+    """Arguments in the form that all implementations take. one: the logits were [V], without an axis for rows."""
 
     base_logits: Tensor
     arm_logits: Sequence[Tensor]
@@ -25,11 +25,14 @@ class Arranged(NamedTuple):
 def arranged(
     base: Any, arms: Any, weights: Any, seeds: Any, positions: Any, generator: torch.Generator | None
 ) -> Arranged:
-    """Give one row its axis, several ARMs' tensor its items, each ARM its weight, and each row a seed.
+    """Bring the arguments into the form that all implementations take.
+
+    Logits [V] get an axis for rows. A tensor of several ARMs is taken apart. One weight becomes a weight for each ARM.
+    Missing seeds are drawn, one for each row.
 
     Raises:
-        ValueError: a base of one row and an ARM of several.
-        TypeError: a seed without positions, whose noise would be the same at every step; a seed and a generator.
+        ValueError: a base [V] with an ARM that is not [V].
+        TypeError: seeds without positions, whose noise would be the same at every step; seeds and a generator.
     """
     if not isinstance(base, Tensor):
         raise TypeError(f"base_logits of {type(base)}: expected a tensor")
@@ -56,7 +59,7 @@ def arranged(
 
 
 def first(drawn: GuidedSample) -> GuidedSample:
-    """The result of the only row, without its axis."""
+    """Return the result of a single row without the axis for rows."""
     members = drawn.member_logprobs  # [1 + m, R]
     fields: list[Any] = [None if field is None else field[0] for field in drawn]
     row = GuidedSample(*fields)

@@ -2,16 +2,17 @@
 
     c(x) = z_base(x) + Σ_i w_i · z_i(x) + bias(x)               p(x) = exp(c(x) / T) / Σ_y exp(c(y) / T)
 
-Log-normalisers of the members are constant over x and cancel (arXiv 2410.08193, eq. 6), so no log-softmax is needed to
-draw a token; they are only computed for the log-probabilities that the caller asks for.
+Log-normalisers of the members are constant over x and cancel (arXiv 2410.08193, eq. 6). So a draw needs no log-softmax.
+Log-normalisers are only computed for log-probabilities that the caller asks for.
 
-Two-level Gumbel-max over tiles of 1024 tokens, exact because max and sum are associative:
+Tokens are drawn by two-level Gumbel-max over tiles of 1024 tokens. It is exact, because max and sum are associative:
 
     tile  = argmax_t [ log Σ_{x in tile t} exp(c(x) / T) + G_tile(t) ]
     token = argmax_{x in tile} [ c(x) / T + G_token(x) ]         noise: see philox.py
 
 A token that the base, or an ARM with a non-zero weight, masks with -inf is never drawn, whatever the sign of the
-weight. Truncation keeps c(x) ≥ τ: top-k, then top-p on what top-k kept, then min-p; ties at τ are all kept.
+weight. Truncation keeps the tokens with c(x) ≥ τ, and so all ties at τ. It applies top-k, then top-p to the tokens that
+top-k kept, then min-p.
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ from ..philox import TILE_LEVEL, TOKEN_LEVEL, gumbel, seed_tensor
 from .arguments import OFF, SamplingArguments
 
 TILE = 1024  # part of the random-number contract
-ALL_MASKED = 1  # status: no finite maximum; 2 << i: member i (0 is the base) has a NaN or +inf logit
-COLDEST = 1e-30  # lower temperatures are raised to it: their inverse would overflow float32
+ALL_MASKED = 1  # status if the scores have no finite maximum; a bad logit of member i (0 is the base) gives 2 << i
+COLDEST = 1e-30  # Lower temperatures above 0 count as this one: their inverse would overflow float32.
 
 
 class GuidedSample(NamedTuple):
-    """Result of `guided_sample`; R rows, or [R, q] wherever [R] is said.
+    """Result of `guided_sample` for R rows. For logits [R, q, V], [R, q] takes the place of [R].
 
-    tokens: int64 [R], always in range; 0 where status is not 0.
-    status: int32 [R], 0 or a sum of 2 << i, for a NaN or +inf in member i (0 is the base), or else ALL_MASKED: every
-        token is masked, or weights or bias are not finite. Log-probabilities of such a row are NaN.
+    tokens: int64 [R], always a valid id; 0 where status is not 0.
+    status: int32 [R], 0 for a good row. Else the sum of 2 << i for each member i (0 is the base) that has a NaN or
+        +inf. Without such a member ALL_MASKED: every token is masked, or weights or bias are not finite. The
+        log-probabilities of a row with a status are NaN.
     logprobs: float32 [R], log p(token) before truncation, at T = 1 for greedy rows.
-    member_logprobs: float32 [1 + m, R], each member's own log-probability of the token: base, then the ARMs' rewards.
-    top_tokens, top_logprobs: int64 and float32 [R, n], the n most probable tokens under the same distribution.
+    member_logprobs: float32 [1 + m, R], each member's own log-probability of the token: the base's, then the ARMs'
+        rewards.
+    top_tokens, top_logprobs: int64 and float32 [R, n], the n most probable tokens under the distribution of logprobs.
     """
 
     tokens: Tensor
@@ -50,7 +53,7 @@ class GuidedSample(NamedTuple):
 
 
 def specification(arguments: SamplingArguments) -> GuidedSample:
-    """The specification of `guided_sample`, for checked arguments: float32, or float64 throughout for such a base."""
+    """The specification of `guided_sample`, for checked arguments. It computes in float64 for a float64 base only."""
     base, logit_bias, vocab_size = arguments.base_logits, arguments.logit_bias, arguments.vocabulary
     shape = base.shape[:-1]
     rows, block = shape.numel(), shape[1] if len(shape) == 2 else 1
@@ -58,7 +61,7 @@ def specification(arguments: SamplingArguments) -> GuidedSample:
     dtype = members[0].dtype
 
     def per_row(name: str, dtype: torch.dtype) -> Tensor:
-        """A parameter, which is a number, [R] or [R, q] → [rows]."""
+        """Return a parameter [rows], one value for each row and position. It is a number, [R] or [R, q] before."""
         value = getattr(arguments, name)
         value = torch.as_tensor(OFF[name] if value is None else value, dtype=dtype, device=base.device)
         if value.ndim and value.ndim < len(shape):
@@ -103,7 +106,7 @@ def specification(arguments: SamplingArguments) -> GuidedSample:
 
 
 def combine(base: Tensor, arms: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(z_base + Σ w_i z_i [rows, V], status int32 [rows]) of members [rows, V] and weights [m] or [rows, m]."""
+    """Return z_base + Σ w_i z_i, [rows, V], and the status, int32 [rows]. weights: [m] or [rows, m]."""
     combined = upcast(base)
     status = invalid(combined, 0)
     masked = combined == -torch.inf
@@ -112,22 +115,22 @@ def combine(base: Tensor, arms: Sequence[Tensor], weights: Tensor) -> tuple[Tens
         status = status | invalid(arm, i + 1)
         hole = arm == -torch.inf
         masked = masked | (hole & (weight != 0))
-        combined = combined + weight * arm.masked_fill(hole, 0.0)  # 0 · -inf and w < 0 would give NaN and +inf
+        combined = combined + weight * arm.masked_fill(hole, 0.0)  # -inf would give NaN for w = 0, and +inf for w < 0
     return combined.masked_fill(masked, -torch.inf), status
 
 
 def upcast(logits: Tensor) -> Tensor:
-    """float64 as it is, everything else in float32."""
+    """Return float64 logits unchanged, and others in float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def invalid(logits: Tensor, member: int) -> Tensor:
-    """Status bit of a member with a NaN or +inf logit, int32 [rows]."""
+    """Return the status bit of each row in which this member has a NaN or +inf logit, else 0: int32 [rows]."""
     return ((logits.isnan() | (logits == torch.inf)).any(-1).to(torch.int32)) << (member + 1)
 
 
 def threshold(combined: Tensor, coldness: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The lowest combined score that is kept, [rows, 1]; `coldness` = 1 / T is [rows, 1], the filters are [rows]."""
+    """Return the lowest combined score that the filters [rows] keep, [rows, 1]. coldness: 1 / T, [rows, 1]."""
     vocab_size = combined.shape[-1]
     peak = combined.amax(-1, keepdim=True)
     lowest = peak + min_p[:, None].log() / coldness
@@ -144,7 +147,7 @@ def threshold(combined: Tensor, coldness: Tensor, top_k: Tensor, top_p: Tensor, 
 
 
 def sample_tiles(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """Two-level Gumbel-max over scores [rows, V] → token ids int64 [rows]."""
+    """Return token ids, int64 [rows], drawn by two-level Gumbel-max from scores [rows, V]."""
     rows, vocab_size = scores.shape
     tiles = -(-vocab_size // TILE)
     padded = torch.nn.functional.pad(scores, (0, tiles * TILE - vocab_size), value=-torch.inf).view(rows, tiles, TILE)
@@ -158,6 +161,6 @@ def sample_tiles(scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def member_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[token], float32 [rows]."""
+    """Return log softmax(logits)[token], float32 [rows], of logits [rows, V] and tokens [rows]."""
     logits = upcast(logits)
     return (logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)).to(torch.float32)

@@ -1,14 +1,15 @@
 """guided_sample on a GPU, in Triton: the maths are in reference.py.
 
-    scores   grid (tiles, rows)   one read of every logit → (max, sum) per tile; for log-probs, of each member; for
-                                  filters, of groups of 32 tokens
-    bound    grid (rows)          only with filters: a score that no filter cuts above, from the groups
-    collect  grid (tiles, rows)   only with filters: the scores of groups that reach it, a few thousand mostly
+    scores   grid (tiles, rows)   reads every logit once; writes (max, sum) of each tile, for log-probs also of each
+                                  member, for filters also of groups of 32 tokens
+    bound    grid (rows)          only with filters: a score that is at most the lowest score kept, from the groups
+    collect  grid (tiles, rows)   only with filters: the scores of groups that reach the bound, mostly a few thousand
     draw     grid (rows)          the lowest score kept, by search over float32's own ordering; the tile, the token, and
                                   their log-probabilities
 
-One warp takes one tile, so that its reductions stay in registers and a single row still fills a GPU. What a kernel
-writes, only later ones read: that needs no atomics, no zeroed memory and no fences (docs/triton.md, "Why launches").
+One warp takes one tile, so that its reductions stay in registers and a single row still fills a GPU. A kernel's results
+are only read by later kernels. So the kernels need no atomics, no zeroed memory and no fences (docs/triton.md, "Why
+launches").
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .triton_filters import bound_kernel, collect_kernel
 from .triton_kernels import draw_kernel, scores_kernel
 
 DTYPES_OF_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
-MOST_ROWS = (1 << 16) - 1  # of a grid's second dimension, on CUDA
+MOST_ROWS = (1 << 16) - 1  # limit of a grid's second dimension on CUDA
 PLACES = {
     "temperature": TEMPERATURE.value,
     "top_k": TOP_K.value,
@@ -43,10 +44,14 @@ NAMES = sorted(PLACES, key=PLACES.__getitem__)
 
 
 class Plan:
-    """The launches of a call but for the places of its tensors: grids, arguments that stay, memory that they need."""
+    """Everything about a call's launches except the addresses of its tensors.
+
+    A plan has the kernels and their grids, the arguments that depend on shapes alone, and the sizes of the scratch
+    memory. Calls with other tensors of the same shapes and strides can use it again.
+    """
 
     def __init__(self, arguments: SamplingArguments, parameters: tuple[Any, ...], weights: tuple[Any, ...]) -> None:
-        """`parameters` and `weights` as the kernels take them: tensors, or numbers for all rows."""
+        """parameters, weights: tensors, or numbers for all rows, in the form that the kernels take."""
         base, bias = arguments.base_logits, arguments.logit_bias
         members = (base, *arguments.arm_logits)
         self.device, self.shape, self.members = base.device, base.shape[:-1], len(members)
@@ -74,8 +79,11 @@ class Plan:
         self.kernels += [(draw_kernel, per_row, WARPS[8 if filters else 4])]
 
     def scratch(self) -> tuple[tuple[int, torch.dtype], ...]:
-        """Numbers and dtypes of what kernels leave for later ones: stats, flags, scores, groups, bounds, places,
-        found. Nobody reads or writes those of size 0."""
+        """Return the number of elements and the dtype of each piece of scratch memory.
+
+        A kernel writes results for later kernels there: stats, flags, scores, groups, bounds, places, found. Pieces of
+        size 0 are neither read nor written.
+        """
         rows, tiles, filters = self.rows, self.tiles, self.filters
         return (
             ((2 + 2 * self.members * self.logprobs) * rows * tiles, torch.float32),
@@ -88,7 +96,9 @@ class Plan:
         )
 
     def outputs(self) -> list[Tensor]:
-        shape, device = self.shape, self.device  # its numbers one by one: a torch.Size takes twice as long to read
+        """Return empty tensors: tokens, status, and with log-probs also logprobs and member_logprobs."""
+        # torch.empty gets the shape's numbers one by one: a torch.Size takes it twice as long to read.
+        shape, device = self.shape, self.device
         outputs = [torch.empty(*shape, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32)]
         if self.logprobs:
             outputs.append(torch.empty(*shape, dtype=torch.float32, device=device))
@@ -104,7 +114,7 @@ class Plan:
         scratch: Sequence[Any],
         outputs: Sequence[Any],
     ) -> list[tuple[Any, ...]]:
-        """The arguments of each kernel in `kernels`, in order. Tensors may be given as addresses as well."""
+        """Return the arguments of each kernel in `kernels`, in order. Tensors may be given as addresses as well."""
         stats, flags, scores, groups, bounds, places, found = scratch
         logits = (members, *self.member_strides, weights, self.s_weights, bias, self.s_bias)
         values = (parameters, *self.parameter_strides)
@@ -119,12 +129,13 @@ class Plan:
 
 
 def launch(arguments: SamplingArguments, remember: Callable[..., None] | None = None) -> GuidedSample | None:
-    """Launch the kernels for checked arguments; None for logits of dtypes or of more rows than they read.
+    """Launch the kernels for checked arguments. None for dtypes that they do not read, and for too many rows.
 
-    `remember` is given the arguments, the plan and what Triton compiled, if the kernels took all tensors as they are.
+    remember: called with the arguments, the plan and the compiled kernels, if no tensor had to be converted.
 
-    Reads nothing back, so that a graph can capture it; parameters that are numbers are arguments of the kernels.
-    Filters given as tensors are searched for even where no row uses them; filters that are off launch nothing.
+    The host reads nothing back, so a graph can capture the call. Parameters that are numbers become arguments of the
+    kernels. A filter that is a tensor launches the kernels of filters, even if no row uses it. A filter that is off
+    launches nothing.
     """
     members = (arguments.base_logits, *arguments.arm_logits)
     if not all(logits.dtype in DTYPES_OF_LOGITS for logits in members):
@@ -155,14 +166,17 @@ def launch(arguments: SamplingArguments, remember: Callable[..., None] | None = 
 
 
 def _strides(tensors: Sequence[Any], trailing: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Row and block strides, 0 for numbers; `trailing` dimensions are not rows."""
+    """Return each tensor's stride from row to row, and from position to position; 0 for numbers.
+
+    trailing: number of last dimensions that are neither rows nor positions.
+    """
     strides = [each.stride()[: each.ndim - trailing] if isinstance(each, Tensor) else () for each in tensors]
     padded = [(*each, 0, 0) for each in strides]
     return tuple(each[0] for each in padded), tuple(each[1] for each in padded)
 
 
 def _parameter(value: Any, name: str, device: torch.device) -> Any:
-    """A parameter as the kernels take it: a tensor, or an int within int64, or a float."""
+    """Return a parameter in the form that the kernels take: a tensor, an int that int64 holds, or a float."""
     if isinstance(value, Tensor):
         return in_memory(value.to(device, DTYPES[name]))
     if value is None:
@@ -173,16 +187,19 @@ def _parameter(value: Any, name: str, device: torch.device) -> Any:
 
 
 def _weights(weights: Any, device: torch.device) -> tuple[Any, ...]:
-    """The weights as the kernels take them: in a tuple, numbers for all rows or the tensor."""
+    """Return the weights in the form that the kernels take: a tuple of numbers for all rows, or of one tensor."""
     if isinstance(weights, (list, tuple)) and not any(isinstance(each, (list, tuple)) for each in weights):
-        return tuple(map(float, weights)) or (0.0,)  # a tuple of nothing has no type
+        return tuple(map(float, weights)) or (0.0,)  # Triton has no type for an empty tuple
     return (dense(torch.as_tensor(weights, dtype=torch.float32, device=device)),)
 
 
 def _top(
     plan: Plan, arguments: SamplingArguments, temperature: Tensor | float, scores: Tensor, outputs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The most probable tokens and their log-probabilities, by the scores [rows · tiles · TILE] of the first kernel."""
+    """Return the most probable tokens and their log-probabilities.
+
+    scores: the first kernel's scores, [rows · tiles · TILE]; outputs: the tensors of `Plan.outputs`, filled.
+    """
     rows, shape, count = plan.rows, plan.shape, arguments.top_logprobs
     scores = scores.view(rows, plan.tiles * TILE.value)
     top = scores[:, : plan.vocab].topk(count, dim=-1)

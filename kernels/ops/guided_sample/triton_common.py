@@ -1,4 +1,4 @@
-"""What the kernels of guided_sample share."""
+"""Constants and functions that the kernels of guided_sample share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import triton.language as tl
 from ..philox import TILE_LEVEL, TOKEN_LEVEL
 
 TILE = tl.constexpr(1024)  # part of the random-number contract
-GROUPS = tl.constexpr(32)  # of a tile, whose maxima and sums bound what filters keep
+GROUPS = tl.constexpr(32)  # groups of tokens in a tile; from their maxima and sums come the bounds of filters
 COLDEST = tl.constexpr(1e-30)
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)
 _TILE_LEVEL, _TOKEN_LEVEL = tl.constexpr(TILE_LEVEL), tl.constexpr(TOKEN_LEVEL)
-# Positions of the per-row parameters in their tuple, and in NUMBERS, which says whether they are numbers, the same for
-# all rows, or pointers; the weights come last.
+# Indices of the parameters in their tuple, and in NUMBERS. NUMBERS[i] is True if parameter i is one number for all
+# rows, and False if it is a pointer to a number for each row. The weights have the last entry of NUMBERS.
 TEMPERATURE, TOP_K, TOP_P, MIN_P, SEED, POSITION, WEIGHTS = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit
 def gumbel(seed, level: tl.constexpr, position, index):
-    """philox.gumbel; `index` is int32."""
+    """Return the noise of philox.gumbel; `index` is int32."""
     bits, _, _, _ = tl.philox(seed.to(tl.int64), index, position.to(tl.uint32), level, 0)
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.9604644775390625e-08)  # 2^-32, 1 - 2^-24
     w = 1 - u
@@ -51,7 +51,7 @@ def load_member(p_members, s_rows, s_blocks, i: tl.constexpr, i_row, i_block, of
 
 @triton.jit
 def add_member(b_scores, b_arm, p_weights, s_weights, i: tl.constexpr, i_row, NUMBERS: tl.constexpr):
-    """Σ so far + w_i z_i of the i-th member. p_weights: the pointer, or the numbers."""
+    """Add w_i z_i of member i (0 is the base) to the scores. p_weights: a tuple of the pointer, or of the numbers."""
     if NUMBERS[WEIGHTS]:
         weight = p_weights[i - 1]
     else:
@@ -64,7 +64,7 @@ def combined(
     p_members, s_rows, s_blocks, p_weights, s_weights, p_bias, s_bias, i_row, i_block, offset, mask,
     BIAS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """The scores of a row's tokens `offset`, bit for bit those of scores_kernel."""
+    """Return the scores of a row's tokens `offset`, bit for bit those of scores_kernel."""
     b_scores = load_member(p_members, s_rows, s_blocks, 0, i_row, i_block, offset, mask)
     for i in tl.static_range(1, len(p_members)):
         b_arm = load_member(p_members, s_rows, s_blocks, i, i_row, i_block, offset, mask)
@@ -76,13 +76,13 @@ def combined(
 
 @triton.jit
 def faulty(b_values):
-    """1 where any value is NaN or +inf."""
+    """Return 1 if any value is NaN or +inf, else 0."""
     return tl.max(((b_values != b_values) | (b_values == INF)).to(tl.int32), axis=0)
 
 
 @triton.jit
 def weights_below(b_values, peak, scale):
-    """exp of (value - peak), in base 2 with `scale`."""
+    """Return 2^((value - peak) · scale). A scale of log2(e) / T makes it exp((value - peak) / T)."""
     return tl.where(b_values == -INF, 0.0, tl.exp2((b_values - peak) * scale))
 
 

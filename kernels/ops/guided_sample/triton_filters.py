@@ -1,4 +1,7 @@
-"""What a row's filters keep: see triton.py."""
+"""The kernels that find the lowest score that a row's filters keep: see triton.py.
+
+Candidates are the scores of groups that reach the row's bound. A score's mass is exp((score - peak) / T).
+"""
 
 from __future__ import annotations
 
@@ -21,34 +24,38 @@ from .triton_common import (
 )
 
 SCAN = tl.constexpr(4096)  # candidates that a program holds in registers
-PIECE = tl.constexpr(2048)  # of the others, which a pass reads again: so many at a time
-AT_ONCE = tl.constexpr(32)  # groups whose masses are added to their tiles' at once
-ROUNDS = tl.constexpr(4)  # of narrowing the bound of top-p, to 1/256 of its range
-GROUP = tl.constexpr(TILE.value // GROUPS.value)  # tokens
+PIECE = tl.constexpr(2048)  # candidates read at a time of those that do not fit; every pass reads them again
+AT_ONCE = tl.constexpr(32)  # groups whose masses are added to the masses of their tiles at once
+ROUNDS = tl.constexpr(4)  # rounds that narrow the bound of top-p, to 1/256 of its range
+GROUP = tl.constexpr(TILE.value // GROUPS.value)  # tokens in a group
 
 
 @triton.jit
 def from_key(key):
-    """The float32 at a place in float32's order: the inverse of its sign-magnitude bits read as int32."""
+    """Return the float32 of a key: the inverse of `to_key`."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def to_key(value):
+    """Return an int32 key for a float32. Keys have the order of their floats."""
     bits = value.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def above(b_scores, pivot, peak, scale, MASS: tl.constexpr):
-    """The masses (or ones) of the scores that are at least `pivot`, which is above -inf."""
+    """Return the masses (without MASS, ones) of the scores that are at least `pivot` > -inf, and 0 for other scores."""
     b_weights = tl.exp2((b_scores - peak) * scale) if MASS else tl.full(b_scores.shape, 1.0, tl.float32)
     return tl.where(b_scores >= pivot, b_weights, 0.0)
 
 
 @triton.jit
 def totals(b_first, p_scores, n, first, second, third, peak, scale, MASS: tl.constexpr):
-    """Mass (or number) of n scores at or above each of three pivots; the first of them are in registers."""
+    """Return the mass (without MASS, the number) of n scores at or above each of three pivots.
+
+    b_first: the first of the scores, in registers. p_scores: all n of them.
+    """
     sum0 = tl.sum(above(b_first, first, peak, scale, MASS), axis=0)
     sum1 = tl.sum(above(b_first, second, peak, scale, MASS), axis=0)
     sum2 = tl.sum(above(b_first, third, peak, scale, MASS), axis=0)
@@ -70,9 +77,10 @@ def totals(b_first, p_scores, n, first, second, third, peak, scale, MASS: tl.con
 
 @triton.jit
 def search(b_first, p_scores, n, lowest, target, peak, scale, MASS: tl.constexpr):
-    """The largest float32 with at least `target` of mass (or number) at or above it; `lowest` if all is too little.
+    """Return the largest float32 for which the scores at or above it have at least `target` of mass.
 
-    A pass tries three pivots, and leaves a quarter of the floats that may be the right one.
+    Without MASS the number of scores counts instead. If all scores have too little, the result is `lowest`. Each pass
+    tries three pivots, and leaves a quarter of the floats as candidates for the result.
     """
     low, high = to_key(lowest).to(tl.int64), to_key(peak).to(tl.int64)
     while low < high:
@@ -90,13 +98,14 @@ def search(b_first, p_scores, n, lowest, target, peak, scale, MASS: tl.constexpr
 
 @triton.jit
 def nucleus_bound(b_highest, b_sums, top_p, total, vocab, peak, coldness):
-    """A score that the lowest of the nucleus is not below, from each group's highest score and mass.
+    """Return a score that is at most the lowest score of the nucleus, from each group's highest score and mass.
 
-    Of a group whose highest is at least x, at least that token or all but 31 of mass exp(x) is at or above x. Where
-    these masses of all groups reach top_p (and a ten-thousandth for rounding), the nucleus ends at x or above.
+    Take a group whose highest score is at least x, so that at most 31 of its tokens are below x. Its mass at or above x
+    is at least that of its highest token, and at least its whole mass without 31 tokens of score x. The larger of these
+    two counts. If it sums over all groups to top_p, plus a ten-thousandth for rounding, the nucleus ends at x or above.
     """
     scale = coldness * LOG2E
-    # All below this is less than 1 - top_p of the mass, by a tenth.
+    # All tokens below this score have less than 1 - top_p of the mass together, by a tenth.
     low = peak + (tl.log((1 - top_p) * total / vocab) - 0.1) / coldness
     step = peak - low
     target = top_p * total * 1.0001
@@ -114,16 +123,16 @@ def nucleus_bound(b_highest, b_sums, top_p, total, vocab, peak, coldness):
 
 @triton.jit
 def chosen(b_highest, bound):
-    """1 for groups that may have a token at or above the bound; none where it is +inf."""
+    """Return 1 for each group that may have a token at or above the bound, else 0. A bound of +inf gives 0 for all."""
     return ((b_highest >= bound) & (b_highest > -INF) & (b_highest < INF)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["p_parameters"])
 def bound_kernel(
     p_parameters, s_rows, s_blocks, p_stats,
-    p_groups,  # [2, rows, tiles, GROUPS]: their highest scores, their sums below the tile's peak
-    p_bounds,  # [rows]: no filter keeps a score below it; +inf for rows that have no filters
-    p_places,  # [rows, tiles + 1]: how many groups of the tiles before have a score that is not below it
+    p_groups,  # [2, rows, tiles, GROUPS]: highest score of each group, and its mass relative to the tile's peak
+    p_bounds,  # [rows]: a score below which the filters keep nothing; +inf for rows without filters
+    p_places,  # [rows, tiles + 1]: number of groups with a score at or above the bound, in all tiles before this one
     block, vocab, tiles,
     BLOCK: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
@@ -148,9 +157,9 @@ def bound_kernel(
     if (temperature > 0) & (peak > -INF) & (peak < INF) & (limited | (top_p < 1) | (min_p > 0)):
         bound = tl.full([], -INF, tl.float32)
         b_all = tl.reshape(b_highest, [BLOCK * GROUPS])
-        if limited:  # k groups have their maximum at or above this
+        if limited:  # at least k groups have their maximum at or above this bound, so at least k tokens do
             bound = search(b_all, p_groups, 0, bound, top_k.to(tl.float32), peak, 0.0, False)
-        # Beside top-k, top-p is a share of the mass that top-k keeps, so nothing of that may be left out here.
+        # With top-k, top-p is a share of the mass that top-k keeps. So a bound of top-p must not drop any of it here.
         if (top_p < 1) & ((top_k <= 0) | (top_k >= vocab)):
             b_groups = tl.load(p_groups + rows * tiles * GROUPS + o_groups, mask=m_tiles[:, None], other=0.0)
             b_masses = tl.reshape(b_groups * b_scales[:, None], [BLOCK * GROUPS])
@@ -168,7 +177,7 @@ def bound_kernel(
 @triton.jit(do_not_specialize=["p_weights"])
 def collect_kernel(
     p_members, s_member_rows, s_member_blocks, p_weights, s_weights, p_bias, s_bias, p_groups, p_bounds, p_places,
-    p_found,  # [rows, tiles, GROUPS, GROUP]: the chosen groups of all tiles one after the other, -inf below the bound
+    p_found,  # [rows, tiles, GROUPS, GROUP]: scores of the chosen groups of all tiles in a row, -inf below the bound
     block, vocab,
     BIAS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +201,7 @@ def collect_kernel(
 
 @triton.jit
 def sums_of_tiles(p_found, p_places, n, lowest, peak, scale, tiles, BLOCK: tl.constexpr):
-    """The mass of each tile's candidates that are kept, below the row's peak."""
+    """Return the mass of each tile's candidates that are kept, relative to the row's peak."""
     o_tiles = tl.arange(0, BLOCK)
     b_begins = tl.load(p_places + o_tiles, mask=o_tiles < tiles, other=0)
     b_ends = tl.load(p_places + 1 + o_tiles, mask=o_tiles < tiles, other=0)
@@ -211,7 +220,7 @@ def sums_of_tiles(p_found, p_places, n, lowest, peak, scale, tiles, BLOCK: tl.co
 def filtered(
     p_found, p_places, bound, total, temperature, top_k, top_p, min_p, vocab, tiles, peak, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The lowest score kept, and the mass that each tile keeps."""
+    """Return the lowest score kept, and the mass that each tile keeps. total: the mass of all the row's tokens."""
     coldness = coldness_of(temperature)
     scale = coldness * LOG2E
     n = tl.load(p_places + tiles) * GROUP
@@ -225,5 +234,5 @@ def filtered(
         lowest = search(b_first, p_found, n, lowest, tl.maximum(top_p * total, 1e-30), peak, scale, True)
     if min_p > 0:
         lowest = tl.maximum(lowest, peak + tl.log(tl.minimum(min_p, 1.0)) / coldness)
-    lowest = tl.maximum(lowest, bound)  # rounding may leave less mass than top_p asks for: then all candidates stay
+    lowest = tl.maximum(lowest, bound)  # if rounding leaves less mass than top_p asks for, all candidates are kept
     return lowest, sums_of_tiles(p_found, p_places, n, lowest, peak, scale, tiles, BLOCK)

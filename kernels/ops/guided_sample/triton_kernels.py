@@ -1,4 +1,4 @@
-"""The pass over the logits, and the draw: see triton.py."""
+"""The kernel that reads the logits, and the kernel that draws the tokens: see triton.py."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from .triton_filters import filtered
 @triton.jit(do_not_specialize=["p_weights", "p_parameters"])
 def scores_kernel(
     p_members, s_member_rows, s_member_blocks, p_weights, s_weights, p_bias, s_bias, p_parameters, s_rows, s_blocks,
-    p_stats,  # [2 + 2 · members, rows, tiles]: peaks, sums, then those of each member
-    p_flags,  # [rows, tiles]: the row's status as this tile sees it
-    p_scores,  # [rows, tiles · TILE]
-    p_groups,  # [2, rows, tiles, GROUPS]: of groups of tokens, the peaks, and their sums below the tile's peak
+    p_stats,  # [2 + 2 · members, rows, tiles]: peaks and sums of the scores, then peaks and sums of each member
+    p_flags,  # [rows, tiles]: the row's status, from this tile's tokens
+    p_scores,  # [rows, tiles · TILE]: the combined scores
+    p_groups,  # [2, rows, tiles, GROUPS]: peak of each group of tokens, and its mass relative to the tile's peak
     block, vocab,
     BIAS: tl.constexpr, LOGPROBS: tl.constexpr, KEEP_SCORES: tl.constexpr, FILTERS: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip

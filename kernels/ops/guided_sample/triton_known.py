@@ -1,11 +1,11 @@
-"""Calls of guided_sample like one before: launched without checks, and without Triton's own binding.
+"""Launch a call of guided_sample that resembles an earlier one without checks and without Triton's own binding.
 
-Checks, plans and Triton's binder look at shapes, strides, dtypes, devices, and at which addresses are multiples of 16.
-So a call that has the same of all these launches the same compiled kernels, with other addresses: `known` does so, as
-Triton's `CompiledKernel[grid](*arguments)` does, and takes all memory between kernels in one piece (docs/triton.md,
-"Calls from Python").
+Checks, plans and Triton's binder depend on shapes, strides, dtypes, devices, and on which addresses are multiples of
+16. So a call that agrees with an earlier one in all of these launches the same compiled kernels, with other addresses.
+`known` launches them as Triton's `CompiledKernel[grid](*arguments)` does. It allocates the scratch memory of all
+kernels in one piece (docs/triton.md, "Calls from Python").
 
-Only on CUDA: for ROCm Triton specialises by the sizes of tensors, too.
+This works only on CUDA. For ROCm, Triton's kernels are specialised by the sizes of tensors, too.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from .arguments import OFF, RANGES
 from .reference import GuidedSample
 from .triton import NAMES, Plan
 
-MOST = 1024  # signatures; then all are forgotten, and soon learnt again
-ALIGNED = 16  # bytes: what Triton's kernels are specialised by
+MOST = 1024  # Most signatures that are kept. One more empties the table, and later calls fill it again.
+ALIGNED = 16  # bytes; Triton specialises a kernel by which addresses are multiples of this
 
 
 class Limits(NamedTuple):
-    """Of a parameter that is a number."""
+    """The values that a parameter may have if it is a number."""
 
-    low: float
+    low: float  # lowest and highest value
     high: float
-    off: float | None  # what None means, if it means anything
-    whole: bool
+    off: float | None  # the value that None stands for; None if the parameter must not be None
+    whole: bool  # integers only
 
 
 LIMITS = [Limits(*RANGES[name], OFF.get(name), type(RANGES[name][0]) is int) for name in NAMES]
 
 
 class Known(NamedTuple):
-    """What `remember` keeps of a call."""
+    """A call's launches, kept by `remember` for later calls that resemble it."""
 
     plan: Plan
     launches: Sequence[tuple[Any, tuple[int, int, int]]]  # Triton's CompiledKernel and its grid
-    device: int
-    size: int  # bytes of scratch
-    starts: tuple[int, ...]  # of its parts
+    device: int  # index of the CUDA device
+    size: int  # bytes of scratch memory
+    starts: tuple[int, ...]  # offsets of the pieces of scratch memory, bytes
 
 
 _known: dict[tuple[Any, ...], Known] = {}
@@ -56,8 +56,11 @@ def described(
     base: Any, arms: Any, weights: Any, seeds: Any, positions: Any, temperature: Any, top_k: Any, top_p: Any,
     min_p: Any, vocab_size: Any, bias: Any, return_logprobs: Any, top_logprobs: Any,
 ) -> tuple[tuple[Any, ...], list[int], tuple[Any, ...], tuple[Any, ...]] | None:  # fmt: skip
-    """Of a call with these fields of SamplingArguments the signature, and what else its kernels take: addresses of the
-    members and then of a bias, weights, parameters. None for a call to look at more closely."""
+    """Return the signature of a call with these fields of SamplingArguments, and what varies between its launches.
+
+    The result is (signature, addresses, weights, parameters). The addresses are those of the members, then of a bias.
+    Weights and parameters are numbers, or addresses of tensors. None for a call that needs checks or conversions.
+    """
     if top_logprobs:
         return None
     key: list[Any] = [vocab_size, return_logprobs, bias is None]
@@ -96,7 +99,7 @@ def described(
 
 
 def remember(arguments: Sequence[Any], plan: Plan, kernels: Sequence[Any]) -> None:
-    """Keep the kernels that a call launched, unless Triton gave none, as its interpreter does."""
+    """Keep the kernels that a call launched. Triton's interpreter returns no kernels, and then nothing is kept."""
     call = described(*arguments)
     if call is None or not plan.rows or any(kernel is None for kernel in kernels):
         return
@@ -113,7 +116,7 @@ def remember(arguments: Sequence[Any], plan: Plan, kernels: Sequence[Any]) -> No
 
 
 def known(*arguments: Any) -> GuidedSample | None:
-    """The result of a call like one before; None for others."""
+    """Return the result of a call that resembles an earlier one; None for other calls."""
     if not _known:
         return None
     call = described(*arguments)
@@ -129,7 +132,7 @@ def known(*arguments: Any) -> GuidedSample | None:
     places, bits = [output.data_ptr() for output in outputs], begin
     for place in places:
         bits |= place
-    if bits % ALIGNED:  # no allocator of today
+    if bits % ALIGNED:  # no known allocator returns such an address
         return None
     parts = [begin + start for start in starts]
     members = tuple(addresses[: plan.members])
@@ -138,9 +141,9 @@ def known(*arguments: Any) -> GuidedSample | None:
     stream, hooks = driver.active.get_current_stream(device), knobs.runtime
     watched = getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True)
     for (kernel, grid), each in zip(launches, values):
-        if watched:  # by a profiler, say
+        if watched:  # someone, for example a profiler, has set a hook
             kernel[grid](*each, stream=stream)
-        else:  # as Triton does there, without what its hooks would be told, which takes half of the time
+        else:  # does the same as the line above, without the hooks' arguments, which take half of the time
             kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *each)
-    del scratch  # whose memory is free for what follows on this stream
+    del scratch  # later work on this stream may use the memory
     return tuple.__new__(GuidedSample, (*outputs, None, None, None, None)[:6])

@@ -1,4 +1,4 @@
-"""ngram_lookup: drafts that a text itself gives, on the device (maths: reference.py)."""
+"""ngram_lookup: draft tokens by looking up a text's ending in the text itself, on the device (maths: reference.py)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ ngram_lookup_reference = checked_reference(check, specification)
 
 
 def ngram_lookup(
-    tokens: Tensor,  # int64 [R, H], prompt and response of each row; what lies behind its length is not looked at
-    lengths: Tensor,  # int64 [R]; more than H counts as H
-    k: int,
+    tokens: Tensor,  # int64 [R, H], prompt and response of each row; tokens beyond its length are not read
+    lengths: Tensor,  # int64 [R], tokens in each row; a length above H counts as H
+    k: int,  # drafts for each row
     *,
-    max_n: int = 4,
-    min_n: int = 2,
+    max_n: int = 4,  # longest ending that is looked up, tokens
+    min_n: int = 2,  # shortest ending that is looked up, tokens
 ) -> Tensor:
-    """What followed the last tokens of each row when they stood in it before → int64 [R, k], -1 where they did not.
+    """Return k drafts for each row, int64 [R, k]: the tokens that followed the row's ending where it stood before.
 
-    Endings of max_n to min_n tokens are looked up, the longest first. Reads nothing back: one Triton launch on CUDA,
-    ROCm and XPU; otherwise PyTorch, in time and memory in proportion to R · H.
+    The longest ending of max_n to min_n tokens that stands earlier in the row counts, at its last earlier place. Rows
+    without one have drafts -1. Nothing is read back to the host. The op is one Triton launch on CUDA, ROCm and XPU.
+    Other calls run in PyTorch, which takes time and memory proportional to R · H.
 
     Raises:
         TypeError: tokens or lengths that are not integers.

@@ -9,7 +9,10 @@ INTEGERS = (torch.int64, torch.int32)
 
 
 def check(tokens: Tensor, lengths: Tensor, k: int, max_n: int, min_n: int) -> None:
-    """Raises TypeError or ValueError naming the argument; lengths are numbers that nobody reads here."""
+    """Check the arguments. Raises TypeError or ValueError that names the argument.
+
+    The values of lengths are not read, since that would wait for the device.
+    """
     if tokens.ndim != 2:
         raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected [R, H]")
     if lengths.shape != tokens.shape[:1]:

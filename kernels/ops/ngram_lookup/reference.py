@@ -1,8 +1,9 @@
-"""Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): drafts that a text itself gives.
+"""Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): draft tokens from the text itself.
 
-Row r's text is t_0 .. t_{L-1}. Of all ends e < L where t_{e-n} .. t_{e-1} are the text's last n tokens, take those of
-the largest n in min_n .. max_n, and of them the last one. Draft i is what followed: t_{e + i mod (L - e)}. So a
-repetition that reaches the text's end goes on. Where no end fits, drafts are -1.
+Row r's text is t_0 .. t_{L-1}. An end e < L matches n tokens if t_{e-n} .. t_{e-1} are the text's last n tokens. Among
+the ends that match, those of the largest n in min_n .. max_n count, and among these the last one. Draft i is the token
+that followed there, t_{e + i mod (L - e)}. So a repetition that reaches the end of the text continues in the drafts. If
+no end matches, the drafts are -1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ngram_lookup on a GPU, in Triton: one program a row; the maths are in reference.py."""
+"""ngram_lookup on a GPU, in Triton: one program for each row; the maths are in reference.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .._tensors import dense, in_memory, launching_on
 
 BLOCK, WARPS = 1024, 4
-END_BITS = tl.constexpr(40)  # of a rank; above them the number of tokens that match
+END_BITS = tl.constexpr(40)  # low bits of a rank, which hold an end; the bits above hold the number of matching tokens
 END_MASK = tl.constexpr((1 << 40) - 1)
 
 

@@ -23,13 +23,13 @@ __all__ = ["QuantLinear", "QuantWeight", "dequantize", "exact", "quant_linear", 
 
 
 class QuantLinear:
-    """y = x Wᵀ + bias over weights of 8 or 4 bits, packed once for many calls.
+    """A linear layer y = x Wᵀ + bias over weights of 8 or 4 bits, which are packed once for many calls.
 
-    weight: a `QuantWeight` of [out, in]; bias: bfloat16 [out]; loras: bfloat16, on the weight's device. It has no
-    gradient. Where there is no C++ core, the reference serves: the same bits, slowly.
+    weight: a `QuantWeight` of [out, in]; bias: bfloat16 [out]; loras: bfloat16, on the weight's device. The layer has
+    no gradient. Without the C++ core, the reference serves. It is slow, and gives the same bits if there is no LoRA.
 
     Raises:
-        TypeError: a weight that is none.
+        TypeError: a weight that is not a QuantWeight.
         ValueError: shapes that do not fit together, other dtypes, codes out of range, scales that are NaN or infinite.
     """
 
@@ -50,19 +50,19 @@ class QuantLinear:
     def from_packed(
         cls, packed: Tensor, out: int, width: int, bits: int, bias: Tensor | None = None, loras: Sequence[Lora] = ()
     ) -> QuantLinear:
-        """Over codes that another one packed: its `packed`, which is shared, not copied."""
+        """Make a layer over the `packed` weight of another one. The memory is shared, not copied."""
         self = cls.__new__(cls)
         self._set(packed, out, width, bits, bias, loras)
         return self
 
     @property
     def weight(self) -> QuantWeight:
-        """The weight, unpacked."""
+        """The weight, unpacked anew at each access."""
         return unpack(self.packed, self.out_features, self.in_features, self.bits)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of inputs and outputs."""
+        """The dtype of inputs and outputs."""
         return torch.bfloat16
 
     @property
@@ -75,26 +75,29 @@ class QuantLinear:
 
     @property
     def moved(self) -> bool:
-        """Whether the storage of the codes has moved since: never, nobody else has it."""
+        """Whether the storage of the codes has moved since the layer was made. It never does: nothing else owns it."""
         return False
 
     def described(self) -> tuple[Any, ...] | None:
-        """For the C++ core, None where that does not read the tensors: see linear/cpu.py."""
+        """Return the layer's description for the C++ core; None if the core can't read its tensors (linear/cpu.py)."""
         if not cpu.plain([self.packed], torch.uint8) or self.packed.data_ptr() % 64:
             return None
         return cpu.described(self.packed, self, self.bits)
 
     def sample(self, count: int) -> list[Tensor]:
-        """[count] bytes of codes, and [count] scales and minimums, evenly from all: what tells weights apart."""
+        """Return `count` bytes of codes, and `count` scales and minimums as int16, evenly spaced over all of them.
+
+        The samples tell different weights apart.
+        """
         size = TILE * GROUP * self.bits // 8
         halves = self.packed[..., size:].contiguous().view(torch.int16)
         parts = [part.flatten() for part in (self.packed[..., :size], halves) if part.numel()]
         return [part[torch.arange(count, device=part.device) * (len(part) - 1) // (count - 1)] for part in parts]
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The weight's outputs of these indices, int64 [...] → bfloat16 [..., in]: what an embedding looks up.
+        """Return the weight's rows of these outputs, int64 [...] → bfloat16 [..., in], as an embedding looks them up.
 
-        Raises IndexError for an index that is none of an output.
+        Raises IndexError for an index outside [0, out).
         """
         if _native.core is not None and not is_compiling():
             rows = _native.core.quant_rows(self.packed, indices.contiguous(), *self.shape, self.bits)
@@ -106,14 +109,17 @@ class QuantLinear:
         return QuantLinear.from_packed, (self.packed, *self.shape, self.bits, self.bias, self.loras)
 
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
-        """x bfloat16 [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or wrong spans."""
+        """Return y, bfloat16 [..., out], for x bfloat16 [..., in]. spans: the rows that each LoRA applies to.
+
+        Raises ValueError for another width, dtype or device, and for spans out of range.
+        """
         if is_grad_enabled() and x.requires_grad:
             raise ValueError(f"quant_linear: {NO_GRADIENT}")
         return _run(x, self, spans)
 
 
 def rows_in_pytorch(linear: QuantLinear, indices: Tensor) -> Tensor:
-    """`QuantLinear.rows` in PyTorch."""
+    """Return what `QuantLinear.rows` returns, in PyTorch."""
     flat = indices.reshape(-1)
     if not is_compiling() and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < linear.out_features:
         raise IndexError(f"indices from {int(flat.min())} to {int(flat.max())}: expected {linear.out_features} rows")
@@ -145,10 +151,11 @@ custom_op.implement(_from_packed)
 def quant_linear(
     x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()
 ) -> Tensor:
-    """x bfloat16 [..., in], weight [out, in], bias [out] → [..., out]; for many calls, prepare a `QuantLinear`.
+    """Return x Wᵀ + bias, bfloat16 [..., out]. For many calls, prepare a `QuantLinear`.
 
-    loras: (first row, last row, a [r, in], b [r, out], scale) each; rows first .. last - 1 of the flattened x get
-    scale · (x aᵀ) b.
+    x: bfloat16 [..., in]; weight: [out, in]; bias: bfloat16 [out].
+    loras: (first row, last row, a [r, in], b [r, out], scale) for each. Rows first .. last - 1 of the flattened x get
+    scale · (x aᵀ) b added.
 
     Raises:
         TypeError, ValueError: as `QuantLinear`, and rows out of range.
@@ -160,7 +167,7 @@ def quant_linear(
 def quant_linear_reference(
     x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()
 ) -> Tensor:
-    """`quant_linear` in plain PyTorch, for comparison: the same bits where there is no LoRA."""
+    """The specification of `quant_linear` in plain PyTorch. It gives the same bits if there is no LoRA."""
     check_weight(weight)
     own, spans = split(loras)
     shape, device = weight.codes.shape, weight.codes.device

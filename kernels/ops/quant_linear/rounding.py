@@ -1,7 +1,7 @@
-"""Weights of 8 or 4 bits for a matrix: the nearest ones, and those that give it back bit for bit.
+"""Find weights of 8 or 4 bits for a matrix: the nearest ones, or those from which it comes back bit for bit.
 
-A checkpoint that was dequantised from GGUF's Q8_0, Q4_0 or Q4_1 holds bfloat16(scale · code + minimum), by groups of
-32. Its codes are found again from its values: those of a group are on a grid of 255 or 16 points.
+A checkpoint that was dequantised from GGUF's Q8_0, Q4_0 or Q4_1 holds bfloat16(scale · code + minimum), in groups of
+32. Its codes can be found from its values, because the values of a group are on a grid of 255 or 16 points.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor
 from .. import _native
 from .weights import QuantWeight, dequantize, in_groups
 
-NEIGHBOURS = sorted(range(-8, 9), key=abs)  # float16 numbers about the best fit that are tried
-STEPS = [way * steps for steps in range(15, 0, -1) for way in (1, -1)]  # from code 0 to the last; down: a scale below 0
-CHUNK = 1 << 17  # weights at a time, whose float32 copies stay in the cache
+NEIGHBOURS = sorted(range(-8, 9), key=abs)  # scales that are tried, in float16 numbers from the best fit
+# Steps of a 4-bit grid that are tried between the smallest and the largest value of a group. A negative number tries a
+# negative scale, so that code 0 stands for the largest value.
+STEPS = [way * steps for steps in range(15, 0, -1) for way in (1, -1)]
+CHUNK = 1 << 17  # weights handled at a time, so that their float32 copies stay in the cache
 
 
 def _half(values: Tensor) -> Tensor:
@@ -24,14 +26,14 @@ def _half(values: Tensor) -> Tensor:
 
 
 def _moved(halves: Tensor, by: int) -> Tensor:
-    """The float16 number so many places from each, away from zero if by is positive; never NaN or infinite."""
+    """Return the float16 numbers `by` places away: away from zero if positive. The result is never NaN or infinite."""
     bits = halves.view(torch.int16).to(torch.int32)
     magnitude = ((bits & 0x7FFF) + by).clamp(0, 0x7BFF)
     return ((bits & -0x8000) | magnitude).to(torch.int16).view(torch.float16)
 
 
 def _nearest(groups: Tensor, bits: int) -> QuantWeight:
-    """[out, groups, 32] float32, zeros at its end where it is short → codes [out, groups · 32]."""
+    """Return the nearest weight with codes [out, groups · 32] for groups float32 [out, groups, 32] from `_filled`."""
     if bits == 8:
         scales = _half(groups.abs().amax(-1) / 127)
         low = groups.new_zeros(())
@@ -64,10 +66,14 @@ def _join(parts: list[QuantWeight], width: int) -> QuantWeight:
 
 
 def quantize(weight: Tensor, bits: int) -> QuantWeight:
-    """The nearest codes of 8 bits (scale: the largest of a group / 127) or 4 bits (from its smallest to its largest).
+    """Return the nearest weight of 8 or 4 bits.
 
-    weight: [out, in]; the last group of an output may be short. Raises ValueError for NaN, infinities, and values whose
-    scale float16 does not hold.
+    The scale of 8 bits is the largest magnitude of a group / 127. The 16 codes of 4 bits go from a group's smallest
+    value to its largest.
+
+    weight: [out, in], floating point; the last group of an output may be short.
+
+    Raises ValueError for other bits or shapes, NaN, infinities, and values whose scale float16 does not hold.
     """
     if bits not in (8, 4):
         raise ValueError(f"bits={bits!r}: expected 8 or 4")
@@ -81,7 +87,10 @@ def quantize(weight: Tensor, bits: int) -> QuantWeight:
 
 
 def _filled(rows: Tensor) -> Tensor:
-    """[out, in] → [out, groups, 32]; a short group repeats its last value, which changes neither minimum nor scale."""
+    """Return rows [out, in] as [out, groups, 32].
+
+    A short group repeats its last value, which changes neither its minimum nor its scale.
+    """
     short = -rows.shape[1] % 32
     if not short or not rows.shape[1]:
         return in_groups(rows, rows.shape[1])
@@ -89,7 +98,10 @@ def _filled(rows: Tensor) -> Tensor:
 
 
 def exact(weight: Tensor, bits: int) -> QuantWeight | None:
-    """Codes whose `dequantize` rounds to this bfloat16 matrix bit for bit; None where no search finds them."""
+    """Return a weight that `dequantize` and rounding turn into this bfloat16 matrix bit for bit.
+
+    None if the search finds no such weight, or if the matrix is not bfloat16 or not finite.
+    """
     if weight.dtype != torch.bfloat16 or not weight.isfinite().all():
         return None
     found = None
@@ -104,8 +116,11 @@ def exact(weight: Tensor, bits: int) -> QuantWeight | None:
 
 
 def exact_in_pytorch(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What the core's `exact_codes` finds, some ten times as slow: codes [out, groups · 32], scales and minimums."""
-    if _search(_filled(weight[:16]).flatten(0, 1), bits) is None:  # before a long search
+    """Return what the core's `exact_codes` finds: codes [out, groups · 32], scales and minimums [out, groups].
+
+    The search takes about ten times as long here. None if it finds nothing.
+    """
+    if _search(_filled(weight[:16]).flatten(0, 1), bits) is None:  # 16 outputs first, to avoid most vain searches
         return None
     found = _search(_filled(weight).flatten(0, 1), bits)
     if found is None:
@@ -115,7 +130,7 @@ def exact_in_pytorch(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _search(wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """[groups, 32] → codes, scales and minimums of each group."""
+    """Return codes, scales and minimums of each group of wanted bfloat16 values [groups, 32]; None if one has none."""
     codes = torch.zeros(wanted.shape, dtype=torch.int8 if bits == 8 else torch.uint8, device=wanted.device)
     scales, lows = torch.zeros(2, len(wanted), dtype=torch.float16, device=wanted.device)
     left = torch.arange(len(wanted), device=wanted.device)
@@ -133,7 +148,10 @@ def _search(wanted: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _bounds(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 numbers between which everything rounds to this bfloat16, and which may do so themselves."""
+    """Return the float32 numbers (low, high) between which every number rounds to this bfloat16.
+
+    The bounds themselves may round to this bfloat16, or to its neighbour.
+    """
     bits = wanted.float().view(torch.int32)
     negative, magnitude = bits < 0, bits & 0x7FFFFFFF
     near = (magnitude - 0x8000).clamp(min=-1).view(torch.float32).masked_fill(magnitude == 0, 0.0)
@@ -147,12 +165,12 @@ def _gives(wanted: Tensor, codes: Tensor, scale: Tensor, low: Tensor | None) -> 
     return (made.to(torch.bfloat16) == wanted).all(-1)
 
 
-Fit = tuple[Tensor, Tensor, Tensor, Tensor]  # found [groups], codes [groups, 32], scales and minimums [groups]
+Fit = tuple[Tensor, Tensor, Tensor, Tensor]  # found [groups] bool, codes [groups, 32], scales and minimums [groups]
 
 
 def _fit_8(wanted: Tensor, steps: int) -> Fit:
     values = wanted.float()
-    best = _half(values.abs().amax(-1) / steps)  # off by what the largest was rounded by
+    best = _half(values.abs().amax(-1) / steps)  # not exact, because the largest value was rounded to bfloat16
     found = torch.zeros(len(wanted), dtype=torch.bool, device=wanted.device)
     codes, scales = torch.zeros_like(wanted, dtype=torch.int8), torch.zeros_like(best)
     left = torch.arange(len(wanted), device=wanted.device)
@@ -175,7 +193,7 @@ def _fit_4(wanted: Tensor, steps: int) -> Fit:
     start = ends[steps < 0]
     step = (ends[1] - ends[0]) / steps
     codes = ((values - start) / step.masked_fill(step == 0, 1)).round()
-    # Least squares. In float64 these sums are exact, in any order, unless the group spans 2^40.
+    # Fit the scale by least squares. In float64 these sums are exact in any order, unless the group spans 2^40.
     wide, wanted_wide = codes.double(), values.double()
     total = wide.sum(-1)
     spread = 32 * wide.square().sum(-1) - total.square()
@@ -191,7 +209,9 @@ def _fit_4(wanted: Tensor, steps: int) -> Fit:
         least, most = (low[left] - grid).amax(-1), (high[left] - grid).amin(-1)
         minimum = _half((least + most) / 2)
         nearest, right = minimum, torch.zeros_like(left, dtype=torch.bool)
-        for place in (0, 1, -1):  # two may be as near, both at ends of the range, where one of them rounds away
+        # Two float16 numbers may be equally near to the middle, both at an end of the range. There a value may round to
+        # the neighbour of the wanted bfloat16, so the next numbers are tried too.
+        for place in (0, 1, -1):
             near = _moved(nearest, place)
             tried = ~right & nearest.isfinite()
             if place:

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: what they stand for, and how the C++ core has them in memory."""
+"""Weights of 8 and 4 bits: their values, and their layout in memory for the C++ core."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from torch import Tensor
 from torch.nn import functional
 
 GROUP = 32  # inputs that share a scale
-TILE = 32  # outputs whose codes lie together
-# Where the inputs of a dword of codes are: word 0 of 16 bits has the first of each pair that is multiplied at once.
+TILE = 32  # outputs whose codes are stored together
+# The inputs of the codes in a dword (32 bits), from the lowest bits up. The core multiplies inputs in pairs, (0, 1),
+# (2, 3) and so on. The low 16 bits have the first input of each pair, so that one shift and one mask unpack a pair.
 ORDER = {8: (0, 2, 1, 3), 4: (0, 2, 4, 6, 1, 3, 5, 7)}
 BOUNDS = {8: (-128, 127), 4: (0, 15)}
 
 
 class QuantWeight(NamedTuple):
-    """w[o, i] = scales[o, i // 32] · codes[o, i] + minimums[o, i // 32]; the last group of an output may be short.
+    """A weight w[o, i] = scales[o, i // 32] · codes[o, i] + minimums[o, i // 32].
 
-    8 bits: codes int8, -128..127, no minimums. 4 bits: codes uint8, 0..15, with minimums.
+    Weights of 8 bits have int8 codes -128..127 and no minimums. Weights of 4 bits have uint8 codes 0..15 and minimums.
+    The last group of an output may have fewer than 32 inputs.
     """
 
     codes: Tensor  # [out, in]
@@ -35,12 +37,12 @@ def groups_of(width: int) -> int:
 
 
 def group_bytes(bits: int) -> int:
-    """Of a tile: codes, float16 scales, and of 4 bits float16 minimums."""
+    """Return the bytes of a tile's group: codes, float16 scales, and with 4 bits float16 minimums."""
     return TILE * (GROUP * bits // 8 + (2 if bits == 8 else 4))
 
 
 def check_weight(weight: QuantWeight) -> None:
-    """Raises TypeError or ValueError for tensors that are no weight of 8 or 4 bits, naming the part."""
+    """Check a weight of 8 or 4 bits. Raises TypeError or ValueError that names the wrong part."""
     if not isinstance(weight, QuantWeight):
         raise TypeError(f"weight of {type(weight).__name__}: expected a QuantWeight")
     codes, scales, minimums = weight
@@ -67,24 +69,26 @@ def check_weight(weight: QuantWeight) -> None:
 
 
 def in_groups(tensor: Tensor, width: int) -> Tensor:
-    """[..., width] → [..., groups, 32], filled up with zeros."""
+    """Return a tensor [..., width] as [..., groups, 32]; the last group is filled up with zeros."""
     padded = functional.pad(tensor, (0, groups_of(width) * GROUP - width))
     return padded.unflatten(-1, (groups_of(width), GROUP))
 
 
 def dequantize(weight: QuantWeight) -> Tensor:
-    """float32 [out, in]: scale · code + minimum, rounded once where 24 bits do not hold it."""
+    """Return scale · code + minimum, float32 [out, in], rounded at most once."""
     width = weight.codes.shape[1]
-    values = in_groups(weight.codes, width).float().mul_(weight.scales.float()[..., None])  # exact: 19 bits
+    values = in_groups(weight.codes, width).float().mul_(weight.scales.float()[..., None])  # exact: it has 19 bits
     if weight.minimums is not None:
         values += weight.minimums.float()[..., None]
     return values.flatten(-2)[:, :width]
 
 
 def pack(weight: QuantWeight) -> Tensor:
-    """uint8 [tiles, groups, group_bytes]: dwords of 32 outputs side by side, in the order of the inputs.
+    """Return the weight in the core's layout, uint8 [tiles, groups, group_bytes].
 
-    Codes of 8 bits are there plus 128, which unpacks faster.
+    A dword has the codes of 4 inputs (8 bits) or of 8 inputs (4 bits) of an output. The dwords of a tile's 32 outputs
+    are adjacent, then follow those for the next inputs. Scales and minimums of the group come last. Codes of 8 bits are
+    stored plus 128, which makes unpacking faster.
     """
     codes, scales, minimums = weight
     out, width = codes.shape
@@ -103,18 +107,18 @@ def pack(weight: QuantWeight) -> Tensor:
 
 
 def unpack(packed: Tensor, out: int, width: int, bits: int) -> QuantWeight:
-    """The weight that `pack` packed."""
+    """Return the weight that `pack` packed."""
     return _unpack_tiles(packed, bits, lambda part: part.flatten(0, 1)[:out], width)
 
 
 def unpack_rows(packed: Tensor, rows: Tensor, width: int, bits: int) -> QuantWeight:
-    """Outputs `rows`, int64 [n], of a packed weight."""
+    """Return the weight's outputs `rows`, int64 [n], from a packed weight."""
     places = torch.arange(len(rows), device=packed.device), rows % TILE
     return _unpack_tiles(packed[rows // TILE], bits, lambda part: part[places], width)
 
 
 def _unpack_tiles(packed: Tensor, bits: int, pick, width: int) -> QuantWeight:
-    """pick: what is wanted of [tiles, TILE, ...]."""
+    """Unpack the outputs that `pick` selects from a tensor [tiles, TILE, ...]."""
     tiles, groups = packed.shape[:2]
     size, each = GROUP * bits // 8 * TILE, len(ORDER[bits])
     dwords = packed[..., :size].view(tiles, groups, GROUP // each, TILE, 4).permute(0, 3, 1, 2, 4)

@@ -1,4 +1,4 @@
-"""Attention over a static cache whose rows have slots and positions of their own (maths: reference.py)."""
+"""Attention over a static cache in which every row has its own slot and position (maths: reference.py)."""
 
 from __future__ import annotations
 
@@ -49,30 +49,31 @@ custom_op.implement(_attention, _append)
 
 def ragged_attention(
     query: Tensor,  # [N, Hq, q, D], any strides
-    keys: Tensor,  # [S, Hkv, C, D], Hq a multiple of Hkv
+    keys: Tensor,  # [S, Hkv, C, D]; Hq is a multiple of Hkv
     values: Tensor,  # [S, Hkv, C, Dv]
-    slots: Tensor,  # int64 [N]: the slot in which a row lives
-    positions: Tensor,  # int64 [N, q]: where each query stands; it sees the entries up to there
+    slots: Tensor,  # int64 [N], each row's slot in the cache
+    positions: Tensor,  # int64 [N, q], each query's position; it sees the entries 0 .. position
     *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    limit: int | None = None,
-    arrivals: Tensor | None = None,  # int32 [at least N · Hkv] of zeros
+    scale: float,  # factor on the products of queries and keys
+    window: int | None = None,  # a query sees only the last `window` of these entries
+    softcap: float | None = None,  # scores become softcap · tanh(score / softcap)
+    limit: int | None = None,  # upper bound on positions + 1 that the host knows; None: the capacity C
+    arrivals: Tensor | None = None,  # int32 [at least N · Hkv], zeros: counters for the kernels
 ) -> Tensor:
-    """Attend each query to the entries 0 .. position of its row's slot → [N, q, Hq, Dv], contiguous.
+    """Attend each query to the entries 0 .. position of its row's slot, and return [N, q, Hq, Dv], contiguous.
 
-    In C++ on the CPU for float32 and bfloat16; in Triton on CUDA, ROCm and XPU for these and float16, from caches
-    of any strides; with sums in float32, where no gradient is needed. Otherwise `ragged_attention_reference`.
-    `limit`, a bound on positions + 1 that the host knows, says how much the reference reads (the whole capacity
-    without it), and how many programs share a row on a GPU; without `arrivals` a second kernel combines what they
-    give. Entries beyond a position may hold anything, NaN too, and change nothing (the reference: beyond the row's
-    furthest position).
+    Calls that need no gradient run in C++ on the CPU, in float32 and bfloat16. On CUDA, ROCm and XPU they run in
+    Triton, in float16 too, and with caches of any strides. Both sum in float32. Other calls run in
+    `ragged_attention_reference`.
 
-    `arrivals`, zeros that only kernels read, saves the second launch for q up to 16 on CUDA: programs count themselves
-    there, and the last one of a row's combines them all, in the order of the entries, and leaves zeros. Calls that may
-    run at the same time, in streams or graphs, need tensors of their own. One that is too short is not used; N · Hkv
-    numbers suffice for rows of up to 16 queries times heads that share a key.
+    Entries beyond a query's position change nothing, and may even hold NaN. In the reference, only entries beyond the
+    row's furthest position may hold NaN.
+
+    limit: the number of entries that the reference reads. On a GPU, it decides how many programs share a row.
+    arrivals: saves the launch of a second kernel that combines the programs' results, for q up to 16 on CUDA. The
+        programs of a row count themselves there. The last one combines all results in the order of the entries, and
+        sets the counter back to 0. Calls that may run at the same time, in streams or graphs, need separate tensors.
+        N · Hkv numbers are enough if q · Hq / Hkv is at most 16. A tensor that is too short is not used.
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64, arrivals that are not int32.
@@ -87,15 +88,15 @@ def ragged_append(
     values: Tensor,  # [S, Hkv, C, Dv], written in place
     new_keys: Tensor,  # [N, Hkv, q, D], any strides
     new_values: Tensor,  # [N, Hkv, q, Dv], any strides
-    slots: Tensor,  # int64 [N]
-    positions: Tensor,  # int64 [N, q]
+    slots: Tensor,  # int64 [N], each row's slot in the cache
+    positions: Tensor,  # int64 [N, q], each token's entry in the slot
 ) -> None:
-    """Write row n's new token i to entry positions[n, i] of slot slots[n]; rows must not share a slot.
+    """Write row n's new token i to entry positions[n, i] of slot slots[n]. Rows must not share a slot.
 
-    In C++ on the CPU, for every dtype, if the cache is contiguous in its last dimension; in Triton on CUDA, ROCm and
-    XPU for float32, bfloat16 and float16; where no gradient is needed. Otherwise by `ragged_append_reference`. Nothing
-    is written if anything is wrong. On a GPU slots and positions are not looked at, since a check would have to wait
-    for it: they must be right, or other memory is written.
+    Calls that need no gradient run in C++ on the CPU, for every dtype, if the caches are contiguous in their last
+    dimension. On CUDA, ROCm and XPU they run in Triton, for float32, bfloat16 and float16. Other calls run in
+    `ragged_append_reference`. A call that raises an error has written nothing. On a GPU slots and positions are not
+    checked, because a check would wait for the device. Wrong ones make the kernel write to other memory.
 
     Raises:
         TypeError: dtypes that differ; slots or positions that are not int64.

@@ -18,7 +18,7 @@ def check_attention(
     limit: int | None = None,
     arrivals: Tensor | None = None,
 ) -> None:
-    """Raises TypeError or ValueError naming the argument of ragged_attention."""
+    """Check the arguments of ragged_attention. Raises TypeError or ValueError that names the argument."""
     if query.ndim != 4:
         raise ValueError(f"query of shape {tuple(query.shape)}: expected [N, Hq, q, D]")
     rows, heads, block, width = query.shape
@@ -43,7 +43,7 @@ def check_attention(
 def check_append(
     keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slots: Tensor, positions: Tensor
 ) -> None:
-    """Raises TypeError or ValueError naming the argument of ragged_append."""
+    """Check the arguments of ragged_append. Raises TypeError or ValueError that names the argument."""
     if new_keys.ndim != 4:
         raise ValueError(f"new_keys of shape {tuple(new_keys.shape)}: expected [N, Hkv, q, D]")
     rows, _, block, _ = new_keys.shape
@@ -57,7 +57,10 @@ def check_append(
 
 
 def check_cache(keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, rows: int, block: int) -> None:
-    """Raises TypeError or ValueError for caches, slots or positions that do not fit together."""
+    """Check that caches, slots and positions fit together. Raises TypeError or ValueError that names the argument.
+
+    rows, block: the rows of the call, and the tokens in each row.
+    """
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
         shapes = f"keys of shape {tuple(keys.shape)}, values of shape {tuple(values.shape)}"
         raise ValueError(f"{shapes}: expected [S, Hkv, C, D] and [S, Hkv, C, Dv]")
@@ -67,7 +70,7 @@ def check_cache(keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, 
         if tensor.dtype != torch.int64:
             raise TypeError(f"{name} of dtype {tensor.dtype}: expected int64")
         size = keys.shape[0 if name == "slots" else 2]
-        if tensor.is_cpu and bool(((tensor < 0) | (tensor >= size)).any()):  # elsewhere it would wait for the device
+        if tensor.is_cpu and bool(((tensor < 0) | (tensor >= size)).any()):  # on a GPU it would wait for the device
             raise ValueError(f"{name} from {tensor.min()} to {tensor.max()}: expected 0..{size - 1}, as the cache has")
 
 

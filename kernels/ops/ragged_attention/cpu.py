@@ -10,8 +10,9 @@ from .. import _native
 
 
 def attention(*arguments: Any) -> Tensor | None:
-    """The result for float32 or bfloat16 tensors on the CPU, contiguous in their last dimension; None for others.
-    `arrivals`, the last argument, is of kernels of a GPU.
+    """Return the result for float32 or bfloat16 tensors on the CPU, contiguous in their last dimension.
+
+    None for other tensors. `arrivals`, the last argument, is not used here: only kernels of a GPU need it.
 
     Raises ValueError for slots or positions that the cache does not have.
     """
@@ -19,13 +20,13 @@ def attention(*arguments: Any) -> Tensor | None:
 
 
 def converted_attention(*arguments: Any) -> tuple[Any, ...] | None:
-    """The arguments as `attention` takes them; None for other devices."""
+    """Return the arguments in the form that `attention` takes; None for other devices."""
     tensors, options = arguments[:5], arguments[5:]
     return (*map(_native.plain, tensors), *options) if all(tensor.is_cpu for tensor in tensors) else None
 
 
 def append(*tensors: Tensor) -> bool | None:
-    """True once the caches are written to; None for caches or new entries that the core does not take.
+    """Write to the caches and return True; None for caches or new entries that the core does not take.
 
     Raises ValueError for slots or positions that the cache does not have, before anything is written.
     """
@@ -33,5 +34,8 @@ def append(*tensors: Tensor) -> bool | None:
 
 
 def converted_append(keys: Tensor, values: Tensor, *new: Tensor) -> tuple[Tensor, ...] | None:
-    """The arguments as `append` takes them; None for other devices. The caches must be written to as they are."""
+    """Return the arguments in the form that `append` takes; None for other devices.
+
+    The caches are never converted, because the op writes to them.
+    """
     return (keys, values, *map(_native.plain, new)) if all(tensor.is_cpu for tensor in new) else None

@@ -2,13 +2,13 @@
 
     y[n, i, h] = Σ_j softmax_j( f(scale · q[n, h, i] · k[s, g, j]) ) v[s, g, j]        s = slots[n], g = h · Hkv / Hq
 
-over the entries j = 0 .. p of the slot, p = positions[n, i], of which a sliding window keeps the last `window`;
-f(x) = c · tanh(x / c) with a softcap c. Rows of unequal lengths need no padding and no mask, a row is rolled back by
-moving its position, and the cost is that of the entries that are attended: no dense mask, no copy of a key for every
-query head that shares it.
+The sum is over the entries j = 0 .. p of the slot, with p = positions[n, i]. A sliding window keeps the last `window`
+of them. f(x) = c · tanh(x / c) with a softcap c, else f(x) = x. Rows of unequal lengths need no padding and no mask,
+and a row is rolled back by moving its position. The cost is that of the attended entries: the kernels need no dense
+mask, and no copy of a key for every query head that shares it.
 
-On the CPU, in C++, a query's result is the same bit for bit in whatever company it comes: other rows, other queries of
-the block, the cache's capacity. So a block of drafted tokens gets the logits of one-token decoding.
+In C++ on the CPU, a query's result does not depend on other rows, on other queries of the block, or on the cache's
+capacity: it is the same bit for bit. So a block of draft tokens gets the logits of one-token decoding.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def attention_specification(
 ) -> Tensor:
     """The specification of `ragged_attention`: scaled_dot_product_attention under an explicit mask.
 
-    Query heads that share a key-value head are folded into the query axis. What lies beyond a row's furthest query is
-    zeroed, so it may hold anything; between the queries of one block it must be finite.
+    Query heads that share a key-value head are folded into the query axis. Entries beyond a row's furthest query are
+    zeroed, so they may hold anything. Entries up to there must be finite, even those that some queries do not see.
     """
     rows, heads, block, width = query.shape
     kv_heads, group = keys.shape[1], heads // keys.shape[1]
@@ -57,6 +57,6 @@ def attention_specification(
 def append_specification(
     keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slots: Tensor, positions: Tensor
 ) -> None:
-    """The specification of `ragged_append`; where two tokens share an entry, either may be left there."""
+    """The specification of `ragged_append`. If two tokens share an entry, either may be stored there."""
     for cache, new in ((keys, new_keys), (values, new_values)):
         cache[slots[:, None], :, positions] = new.transpose(1, 2)

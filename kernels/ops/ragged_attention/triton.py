@@ -1,11 +1,13 @@
 """ragged_attention on a GPU, in Triton: the maths are in reference.py.
 
-    attend    grid (rows · tiles, key-value heads, splits)   softmax over a split's entries, online
-    combine   grid (rows · queries · heads)                  splits without `arrivals`: their average by their sums
+    attend    grid (rows · tiles, key-value heads, splits)   online softmax over the entries of a split
+    combine   grid (rows · queries · heads)                  average of the splits, weighted by their sums; only without
+                                                             `arrivals`
 
-A tile's rows are queries times the heads of a group, so that keys are read once for all of them, straight from the
-cache. Positions are read on the device; the host's `limit` decides nothing but how many splits there are (plan.py).
-With `arrivals`, the last of a tile's splits to end averages them all, in their order, so that bits do not depend on it.
+A tile's rows are queries times the heads of a group, so that keys are read once for all of them, directly from the
+cache. Positions are read on the device. The host's `limit` only decides how many splits there are (plan.py). With
+`arrivals`, the program of a tile that ends last averages all splits of the tile. It does so in their order, so the
+result's bits do not depend on which program is last.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from .plan import DECODE, plan, power_of_two
 
 LOG2E = 1.4426950408889634
 INF = tl.constexpr(float("inf"))
-SPLITS_AT_ONCE = 8  # read by `combine`; in `attend`, as many as make AVERAGED numbers with the tile's rows
-AVERAGED = 2048
+SPLITS_AT_ONCE = 8  # splits that `combine` reads at once
+AVERAGED = 2048  # numbers that `attend` reads at once when it averages: splits times rows of the tile times width
 
 
 @triton.jit
@@ -32,7 +34,11 @@ def attend_span(
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, MANY: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """The tile's sums, peaks and totals with the entries begin .. end - 1; those from `stop` on do not exist."""
+    """Return the tile's sums, peaks and totals after the entries begin .. end - 1. Those from `stop` on do not exist.
+
+    b_sums: [rows, VALUE_WIDTH], weighted sums of values; b_peaks: [rows], maxima of scores; b_totals: [rows], sums of
+    weights. Weights are 2^(score - peak).
+    """
     o_entries = tl.arange(0, BLOCK_N)
     o_width, o_value_width = tl.arange(0, WIDTH), tl.arange(0, VALUE_WIDTH)
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
@@ -55,7 +61,7 @@ def attend_span(
         p_keys += BLOCK_N * s_keys
         p_values += BLOCK_N * s_values
         b_scores = tl.dot(b_query, b_keys, input_precision=precision) * scale
-        if SOFTCAP:  # scale has 2 / softcap in it: tanh(x) = 1 - 2 / (1 + exp(2 x))
+        if SOFTCAP:  # scale contains 2 / softcap, for tanh(x) = 1 - 2 / (1 + exp(2 x))
             b_scores = softcap - 2 * softcap / (1 + tl.exp2(b_scores))
         if MASKED:
             m_seen = m_entries[None, :] & (entries[None, :] <= b_positions[:, None])
@@ -63,12 +69,12 @@ def attend_span(
                 m_seen = m_seen & (entries[None, :] > b_positions[:, None] - window)
             b_scores = tl.where(m_seen, b_scores, -INF)
         b_new = tl.maximum(b_peaks, tl.max(b_scores, axis=1))
-        b_peak = tl.where(b_new == -INF, 0.0, b_new)  # rows that have seen nothing yet
+        b_peak = tl.where(b_new == -INF, 0.0, b_new)  # -inf: the row has seen no entry yet
         b_weights = tl.exp2(b_scores - b_peak[:, None])
         b_fade = tl.exp2(b_peaks - b_peak)
         b_totals = b_totals * b_fade + tl.sum(b_weights, axis=1)
         b_sums = b_sums * b_fade[:, None]
-        if MASKED and MANY:  # 0 · NaN is NaN: an entry that only some queries see must not reach the others
+        if MASKED and MANY:  # 0 · NaN is NaN: an entry that only some queries see must not change the other queries
             m_bad = ~(tl.abs(b_values.to(tl.float32)) < INF)
             b_values = tl.where(m_bad, 0.0, b_values).to(b_values.dtype)
             b_bad = tl.max(m_bad.to(tl.int32), axis=1)
@@ -84,9 +90,10 @@ def averaged(
     p_parts, p_logs, b_rows, m_rows, splits,
     DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, AT_ONCE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows (int32) of parts [rows, splits, DV] and logs [rows, splits] → [ROWS, VALUE_WIDTH].
+    """Return the average of the splits of each row in b_rows (int32), weighted by 2^log: [ROWS, VALUE_WIDTH].
 
-    Online, as all logs at once spilled registers: [64, 128] of them beside the sums.
+    p_parts: [rows, splits, DV]; p_logs: [rows, splits]. The average is computed online, AT_ONCE splits at a time: up to
+    [64, 128] logs at once spilled registers beside the sums.
     """
     o_width, b_first = tl.arange(0, VALUE_WIDTH), b_rows[:, None] * splits
     b_peaks = tl.full([ROWS], -INF, tl.float32)
@@ -97,12 +104,12 @@ def averaged(
         b_some = tl.load(
             p_logs + b_first + o_some[None, :], mask=m_rows[:, None] & (o_some[None, :] < splits), other=-INF
         )
-        # splits without entries wrote nothing else
+        # A split without entries has written only its log, -inf.
         m_parts = (b_some != -INF)[:, :, None] & (o_width[None, None, :] < DV)
         o_parts = (b_first + o_some[None, :])[:, :, None] * DV + o_width[None, None, :]
         b_parts = tl.load(p_parts + o_parts, mask=m_parts, other=0.0)
         b_new = tl.maximum(b_peaks, tl.max(b_some, axis=1))
-        b_peak = tl.where(b_new == -INF, 0.0, b_new)  # no split so far had entries
+        b_peak = tl.where(b_new == -INF, 0.0, b_new)  # -inf: no split so far had entries
         b_shares = tl.exp2(b_some - b_peak[:, None])
         b_fade = tl.exp2(b_peaks - b_peak)
         b_totals = b_totals * b_fade + tl.sum(b_shares, axis=1)
@@ -118,9 +125,9 @@ def attend_kernel(
     p_values, s_value_slot, s_value_head, s_values, s_value_width,
     p_slots, p_positions,
     p_out,  # [rows · queries · heads, DV]
-    p_parts,  # [rows · queries · heads, splits, DV] in float32; without splits, p_out
+    p_parts,  # [rows · queries · heads, splits, DV] in float32; p_out if there is one split
     p_logs,  # [rows · queries · heads, splits]: log2 of the sums of exponentials
-    p_arrivals,  # [rows · tiles · key-value heads], zeros before and after
+    p_arrivals,  # [rows · tiles · key-value heads]: zeros before and after the launch
     heads, group, block, capacity, tiles, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
@@ -130,7 +137,7 @@ def attend_kernel(
 ):  # fmt: skip
     row, i_head, i_split = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     splits = tl.num_programs(2)
-    folded_from = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the longest tiles first
+    folded_from = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # tiles with the most entries start first
     folded = folded_from + tl.arange(0, BLOCK_M)
     b_token, b_head = (folded // group).to(tl.int64), i_head * group + folded % group
     m_rows = b_token < block
@@ -189,7 +196,7 @@ def attend_kernel(
     tl.store(p_parts + o_out[:, None] * DV + o_value_width[None, :], b_out.to(p_parts.dtype.element_ty), mask=m_out)
     if COUNTED:
         p_arrivals += tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.debug_barrier()  # what all threads stored comes before the arrival, which is one thread's
+        tl.debug_barrier()  # all threads' stores come before the arrival, which one thread announces
         if tl.atomic_add(p_arrivals, 1, sem="acq_rel", scope="gpu") == splits - 1:
             own, before = folded_from + tl.arange(0, ROWS), row * block * heads
             b_rows = own // group * heads + tl.program_id(1) * group + own % group
@@ -228,7 +235,7 @@ def attention(
     limit: int | None,
     arrivals: Tensor | None = None,
 ) -> Tensor | None:
-    """Launch for checked arguments; None for dtypes that the kernels do not read. Reads nothing back."""
+    """Launch for checked arguments; None for dtypes that the kernels do not read. Nothing is read back to the host."""
     if query.dtype not in _native.DTYPES:
         return None
     rows, heads, block, width = query.shape
@@ -239,7 +246,7 @@ def attention(
     size = (width, value_width)
     cut = plan(rows, kv_heads, group, block, size, capacity if limit is None else limit, window, query.dtype)
     out = torch.empty(rows, block, heads, value_width, dtype=query.dtype, device=device)
-    parts, logs, split = out, out, cut.splits > 1  # nothing reads or writes the second without splits
+    parts, logs, split = out, out, cut.splits > 1  # with one split, logs is neither read nor written
     if split:
         parts = torch.empty(rows * block * heads, cut.splits, value_width, dtype=torch.float32, device=device)
         logs = torch.empty(rows * block * heads, cut.splits, dtype=torch.float32, device=device)
@@ -269,8 +276,9 @@ def attention(
 
 
 def ordered(device: torch.device) -> bool:
-    """Whether a barrier orders the stores of all of a program's threads before what one of them does next.
+    """Whether a barrier orders the stores of all of a program's threads before the next operation of one thread.
 
-    CUDA's does. ROCm's, compiled for gfx942, is `s_barrier` without a wait for stores; of XPU's nothing is known.
+    CUDA's barrier does. ROCm's barrier, compiled for gfx942, is `s_barrier` without a wait for stores. Nothing is known
+    about XPU's.
     """
     return torch.version.hip is None and device.type != "xpu"

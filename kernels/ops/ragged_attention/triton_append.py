@@ -1,4 +1,4 @@
-"""ragged_append on a GPU, in Triton: a program for each token and key-value head."""
+"""ragged_append on a GPU, in Triton: a program for each key-value head of a token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def append_kernel(
 def append(
     keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slots: Tensor, positions: Tensor
 ) -> bool | None:
-    """Launch for checked arguments; None for dtypes that the kernel does not write, or caches of the negative bit."""
+    """Launch for checked arguments; None for dtypes that the kernel does not write, and caches with a negative bit."""
     if keys.dtype not in _native.DTYPES or values.dtype not in _native.DTYPES or keys.is_neg() or values.is_neg():
         return None
     rows, kv_heads, block, width = new_keys.shape

@@ -26,13 +26,16 @@ _run = dispatcher(rms_norm_reference, check=_check, cpu=cpu.run, convert=cpu.con
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-    """x [..., width], weight [width] → [..., width]. offset 0 is Llama's order of rounding, offset 1 Gemma's (1 + w).
+    """Return x / sqrt(mean(x²) + eps), scaled by the weight: [..., width] for x [..., width] and weight [width].
 
-    In C++ on the CPU for float32 or bfloat16, in Triton on CUDA, ROCm and XPU for these and float16, of one dtype, that
-    need no gradient. On the CPU a call is cheapest with contiguous tensors and a plain tensor as weight, since a
-    Parameter is detached first. Otherwise, and where torch.compile traces it (to fuse it with its neighbours),
-    `rms_norm_reference`. C++ sums in PyTorch's order, so results are its own bit for bit (from 8 wide; x86); a row's
-    result does not depend on others.
+    offset 0 rounds to the dtype of x before it multiplies by the weight, as Llama does. Another offset multiplies by
+    offset + weight before it rounds; offset 1 is Gemma's.
+
+    Tensors of one dtype that need no gradient run in C++ on the CPU, in float32 and bfloat16. On CUDA, ROCm and XPU
+    they run in Triton, in float16 too. `rms_norm_reference` serves other calls, and calls that torch.compile traces, so
+    that the compiler can fuse it with its neighbours. On the CPU a call is cheapest with contiguous tensors and a plain
+    tensor as weight, because a Parameter is detached first. C++ sums in PyTorch's order, so its results are PyTorch's
+    bit for bit (x86, from a width of 8). A row's result does not depend on other rows.
 
     Raises:
         ValueError: a weight that is not as wide as x.

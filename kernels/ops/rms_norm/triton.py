@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm on a GPU, in Triton: a program a row, which stays in its registers."""
+"""rms_norm and add_rms_norm on a GPU, in Triton: a program for each row, which it keeps in registers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import _native
 from .._tensors import dense, launching_on
 from .._triton import as_rows, completed, lane_arguments, rounded
 
-WIDEST = 32768  # 64 numbers in each of 512 threads
+WIDEST = 32768  # widest row: 64 numbers in each of 512 threads
 
 
 @triton.jit
@@ -50,7 +50,10 @@ def run(
     b: Tensor | None = None,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """(x + y, its norm) of checked arguments, x itself without y; None for dtypes or widths that are not taken."""
+    """Return (x + y, its norm) for checked arguments; without y, (x, its norm).
+
+    None for dtypes and widths that the kernel does not take.
+    """
     width, device = x.shape[-1], x.device
     if x.dtype not in _native.DTYPES or weight.dtype != x.dtype or width > WIDEST or not width:
         return None
@@ -71,6 +74,6 @@ def run(
 
 
 def launch(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor | None:
-    """Launch for checked arguments of rms_norm; None for those that the kernel does not take."""
+    """Launch for checked arguments of rms_norm; None for dtypes and widths that the kernel does not take."""
     found = run(x, None, weight, eps, offset)
     return None if found is None else found[1]

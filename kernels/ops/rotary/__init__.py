@@ -21,11 +21,13 @@ _run = dispatcher(rotary_reference, cpu=cpu.run, triton=_on_gpu, differentiable=
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """query [N, Hq, q, D], key [N, Hk, q, D], cos and sin [N or 1, q, D] → both, rotated.
+    """Return the rotated query [N, Hq, q, D] and key [N, Hk, q, D], for cos and sin [N or 1, q, D].
 
-    Takes the place of transformers' `apply_rotary_pos_emb`, whose bits it gives. In C++ on the CPU for float32 or
-    bfloat16 tensors of one dtype, contiguous in D, that need no gradient; in Triton on CUDA, ROCm and XPU, for float16
-    and any strides too. Otherwise, and where torch.compile traces it (to fuse it with its neighbours),
-    `rotary_reference`.
+    Replaces transformers' `apply_rotary_pos_emb`, and gives the same bits. `unsqueeze_dim` is the axis of heads; only 1
+    runs in C++ and Triton.
+
+    Tensors of one dtype that need no gradient run in C++ on the CPU, if they are float32 or bfloat16 and contiguous in
+    D. On CUDA, ROCm and XPU they run in Triton, in float16 too, with any strides. `rotary_reference` serves other
+    calls, and calls that torch.compile traces, so that the compiler can fuse it with its neighbours.
     """
     return _run(query, key, cos, sin, unsqueeze_dim)

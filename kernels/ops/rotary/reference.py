@@ -1,8 +1,9 @@
-"""Rotary position embedding of queries and keys, as Llama and its kin apply it: halves, not pairs of neighbours.
+"""Rotary position embedding of queries and keys, as Llama and similar models apply it.
 
     y[d] = x[d] cos[d] - x[d + D/2] sin[d]        y[d + D/2] = x[d + D/2] cos[d + D/2] + x[d] sin[d + D/2]
 
-PyTorch takes ten operations for both, 28 µs for one token on a CPU.
+So x[d] is paired with x[d + D/2], not with its neighbour. PyTorch takes ten operations for query and key, 28 µs for one
+token on a CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""rotary and rotary_append on a GPU, in Triton: a program a head of a token."""
+"""rotary on a GPU, in Triton: a program for each head of a token. rotary_append uses `store_rotated`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._triton import rounded
 
 @triton.jit
 def store_rotated(b_low, b_high, p_cos, p_sin, p_out, s_width, o_half, m_half, HALF: tl.constexpr):
-    """Rotate a head's halves, each product rounded as PyTorch rounds it, and write them."""
+    """Rotate a head's two halves and write them. Each product is rounded as PyTorch rounds it."""
     b_cos = tl.load(p_cos + o_half, mask=m_half, other=0.0).to(tl.float32)
     b_sin = tl.load(p_sin + o_half, mask=m_half, other=0.0).to(tl.float32)
     b_first = rounded(b_low * b_cos, p_out) - rounded(b_high * b_sin, p_out)
@@ -45,12 +45,12 @@ def rotary_kernel(
 
 
 def angle_strides(angles: Tensor) -> tuple[int, int]:
-    """Of cos or sin [N or 1, q, D]: from row to row, 0 if all share one, and from token to token."""
+    """Return the strides of cos or sin [N or 1, q, D]: from row to row (0 for one row), and from token to token."""
     return (0 if angles.shape[0] == 1 else angles.stride(0)), angles.stride(1)
 
 
 def launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor] | None:
-    """Launch for rotary, twice; None for shapes, dtypes or devices that the kernel does not take."""
+    """Launch for query and for key; None for shapes, dtypes or devices that the kernel does not take."""
     if unsqueeze_dim != 1 or not all(tensor.ndim == ndim for tensor, ndim in zip((query, key, cos, sin), (4, 4, 3, 3))):
         return None
     rows, _, block, width = query.shape

@@ -1,4 +1,4 @@
-"""rotary_append: from a layer's first product to queries and a filled cache (maths: reference.py)."""
+"""rotary_append: turn a layer's first product into rotated queries and entries of the cache (maths: reference.py)."""
 
 from __future__ import annotations
 
@@ -32,29 +32,32 @@ _custom_op.implement(custom_op.call, _run)
 
 
 def rotary_append(
-    y: Tensor,  # [N, q, columns]: query heads, key heads, value heads; with lanes n · 3 · r shrunk inputs follow
+    y: Tensor,  # [N, q, columns]: query heads, key heads, value heads; with lanes, n · 3 · r shrunk inputs follow
     cos: Tensor,  # [N or 1, q, D]
     sin: Tensor,  # [N or 1, q, D]
     keys: Tensor,  # [S, Hkv, C, D], written in place
     values: Tensor,  # [S, Hkv, C, Dv], written in place
-    slots: Tensor,  # int64 [N]
-    positions: Tensor,  # int64 [N, q]
+    slots: Tensor,  # int64 [N], each row's slot in the cache
+    positions: Tensor,  # int64 [N, q], each token's entry in the slot
     *,
-    query_norm: Tensor | None = None,  # [D], weights of an RMSNorm of each head
-    key_norm: Tensor | None = None,  # [D]
+    query_norm: Tensor | None = None,  # [D], weight of an RMSNorm of each query head
+    key_norm: Tensor | None = None,  # [D], weight of an RMSNorm of each key head
     eps: float = 1e-6,
     bias: Tensor | None = None,  # [columns]
     lanes: Lanes | None = None,
 ) -> Tensor:
-    """Write the keys and values of new tokens to the cache, and return their queries, rotated → [N, q, Hq, D].
+    """Write the keys and values of new tokens to the cache, and return their rotated queries, [N, q, Hq, D].
 
-    `ragged_attention` takes `result.transpose(1, 2)`. The number of query heads is read off the columns. In C++ on
-    the CPU for float32 and bfloat16 without bias and lanes; in Triton on CUDA, ROCm and XPU for these and float16;
-    where no gradient is needed. Otherwise in PyTorch. On a GPU slots and positions are not looked at, as by
-    `ragged_append`. Rows must not share a slot. The lanes get no gradient.
+    `ragged_attention` takes `result.transpose(1, 2)`. The number of query heads follows from the number of columns.
+    Rows must not share a slot. On a GPU, slots and positions are not checked: they must be right, as for
+    `ragged_append`.
+
+    Calls that need no gradient run in C++ on the CPU, in float32 and bfloat16 without bias and lanes. On CUDA, ROCm and
+    XPU they run in Triton, in float16 too. Other calls run in PyTorch. The lanes get no gradient.
 
     Raises:
         TypeError: dtypes or devices that differ; slots, positions or adapters that are not int64.
-        ValueError: shapes that do not fit together; on the CPU, a slot, position or adapter that there is not.
+        ValueError: shapes that do not fit together; on the CPU, a slot or position that the cache does not have, or an
+            adapter that the lanes do not have.
     """
     return _run(y, cos, sin, keys, values, slots, positions, query_norm, key_norm, eps, bias, *(lanes or (None, None)))

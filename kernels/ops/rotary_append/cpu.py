@@ -10,16 +10,19 @@ from .. import _native
 
 
 def run(*arguments: Any) -> Tensor | None:
-    """The queries for float32 or bfloat16 tensors of one dtype on the CPU, contiguous in their last dimension, without
-    bias or lanes; None for other arguments.
+    """Return the queries for float32 or bfloat16 tensors of one dtype on the CPU, contiguous in their last dimension.
 
-    Raises ValueError for slots or positions that the cache does not have, before anything is written.
+    None for other tensors, and for bias or lanes. Raises ValueError for slots or positions that the cache does not
+    have, before anything is written.
     """
     return _native.core.rotary_append(*arguments)
 
 
 def convert(y: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[Any, ...] | None:
-    """The arguments as `run` takes them; None for other devices. The caches must be written to as they are."""
+    """Return the arguments in the form that `run` takes; None for other devices.
+
+    The caches are never converted, because the op writes to them.
+    """
     slots, positions, *norms, eps, bias, b, index = rest
     if not all(tensor.is_cpu for tensor in (y, cos, sin, slots, positions)):
         return None

@@ -1,10 +1,10 @@
-"""From the stacked product of query, key and value to what attention reads: in one pass, with a layer's small parts.
+"""Turn the stacked product of query, key and value into the inputs of attention, in one pass.
 
     q, k, v = y + bias        q, k = norms of their heads, where a model has them        q, k = rotated by cos and sin
     k, v → their entries of the cache                                                    q → the result
 
-The product is completed by the B of LoRA lanes where there are some (`_product.py`). Llama and Mistral need rotation
-alone, Qwen2 biases too, Qwen3 norms of queries and keys.
+Where there are LoRA lanes, their B completes the product first (`_product.py`). Llama and Mistral only need the
+rotation, Qwen2 also biases, and Qwen3 norms of queries and keys.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..rotary.reference import rotary_reference
 
 
 def query_heads(y: Tensor, keys: Tensor, values: Tensor, b: Tensor | None) -> tuple[int, int]:
-    """How many query heads the product has, and how many of its columns are left over, which should be none."""
+    """Return the number of query heads in the product, and the number of columns left over, which should be 0."""
     out = b.shape[-1] if b is not None else y.shape[-1]
     heads, width = keys.shape[1], keys.shape[3]
     rest = out - heads * (width + values.shape[3])
@@ -42,7 +42,7 @@ def check(
     b: Tensor | None,
     index: Tensor | None,
 ) -> None:
-    """Raises TypeError or ValueError naming the argument of rotary_append."""
+    """Check the arguments of rotary_append. Raises TypeError or ValueError that names the argument."""
     if y.ndim != 3:
         raise ValueError(f"y of shape {tuple(y.shape)}: expected [N, q, columns]")
     rows, block, _ = y.shape

@@ -1,4 +1,4 @@
-"""rotary_append on a GPU, in Triton: a program a head of a token, be it of query, key or value."""
+"""rotary_append on a GPU, in Triton: a program for each query, key and value head of a token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_head(
     p_y, column, part, o_columns, m_columns, p_bias, p_b, p_index, lane, OUT: tl.constexpr,
     BLOCK: tl.constexpr, BIAS: tl.constexpr, LANES: tl.constexpr, RANK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Columns from `column` on of a row's product, complete."""
+    """Return columns of a row's product from `column` on, completed by bias and LoRA. part: 0 query, 1 key, 2 value."""
     o_columns = column + o_columns
     b_x = tl.load(p_y + o_columns, mask=m_columns, other=0.0).to(tl.float32)
     if BIAS:
@@ -100,7 +100,7 @@ def launch(
     b: Tensor | None,
     index: Tensor | None,
 ) -> Tensor | None:
-    """Launch for checked arguments; None for dtypes that the kernel does not take, or caches of the negative bit."""
+    """Launch for checked arguments; None for dtypes that the kernel does not take, and caches with a negative bit."""
     if y.dtype not in _native.DTYPES or keys.is_neg() or values.is_neg():
         return None
     rows, block, _ = y.shape

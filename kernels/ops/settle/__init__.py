@@ -1,4 +1,4 @@
-"""settle: accept drafted tokens on the device (maths: reference.py)."""
+"""settle: accept draft tokens on the device (maths: reference.py)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ settle_reference = checked_reference(check, specification)
 
 
 def settle(
-    targets: Tensor,  # int64 [R, K + 1], from guided_sample
+    targets: Tensor,  # int64 [R, K + 1], tokens that guided_sample drew for the draft positions and one more
     drafts: Tensor,  # int64 [R, K]
     *,
     lengths: Tensor,  # int64 [R], tokens of the response so far
     limits: Tensor,  # int64 [R], most tokens of the response
-    finished: Tensor,  # bool [R]
-    stop_ids: Tensor,  # int64 [S] or [R, S], padded with -1
-    draft_counts: Tensor | None = None,  # int64 [R], drafts of each row; K for all by default
+    finished: Tensor,  # bool [R], rows that get no more tokens
+    stop_ids: Tensor,  # int64 [S] or [R, S], tokens that end a row; padded with -1
+    draft_counts: Tensor | None = None,  # int64 [R], drafts of each row; None: K for all rows
 ) -> Settled:
-    """Settle the drafts that equal their targets, and the first target that no draft foretold.
+    """Settle each row's targets up to the first one that differs from its draft, or that has no draft.
 
-    Reads nothing back: one Triton launch on CUDA, ROCm and XPU; C++ on the CPU, or `settle_reference` without it.
+    So a row gets 1 to K + 1 tokens, fewer if a stop token or its limit comes first, and none if it was finished.
+
+    Nothing is read back to the host. The op is one Triton launch on CUDA, ROCm and XPU. It runs in C++ on the CPU, or
+    in `settle_reference` without the C++ core.
 
     Raises:
         TypeError: ids or lengths that are not integers, or `finished` that is not bool.

@@ -15,7 +15,7 @@ def check(
     stop_ids: Tensor,
     draft_counts: Tensor | None = None,
 ) -> None:
-    """Raises TypeError or ValueError naming the argument."""
+    """Check the arguments of settle. Raises TypeError or ValueError that names the argument."""
     rows, width = targets.shape if targets.ndim == 2 else (0, 0)
     if width == 0:
         raise ValueError(f"targets of shape {tuple(targets.shape)}: expected [R, K + 1]")

@@ -9,6 +9,6 @@ from .reference import Settled
 
 
 def run(*arguments: Tensor | None) -> Settled | None:
-    """The result for int64 and bool tensors on the CPU, with any strides; None for other tensors."""
+    """Return the result for int64 and bool tensors on the CPU, with any strides; None for other tensors."""
     fields = _native.core.settle(*arguments)
-    return None if fields is None else tuple.__new__(Settled, fields)  # half of the time of _make
+    return None if fields is None else tuple.__new__(Settled, fields)  # takes half of the time of _make

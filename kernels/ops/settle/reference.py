@@ -1,9 +1,9 @@
-"""Settle a block of drafted tokens on the device: how many are right, and where stop tokens and limits cut them.
+"""Settle a block of draft tokens: count the drafts that are right, and cut the row at stop tokens and its limit.
 
-Row r drafted d_1 .. d_k, k ≤ K, and guided_sample drew the targets y_1 .. y_{k+1} with the drafter's own noise. What is
-settled is always the target's tokens, so drafting never changes the text:
+Row r has the drafts d_1 .. d_k, k ≤ K. guided_sample drew the targets y_1 .. y_{k+1} with the noise that the drafter
+used. The settled tokens are always targets, so drafting never changes the text. Their number is
 
-    n = 1 + |longest prefix with d_i = y_i|        then at most up to the first stop token, and to the row's limit
+    n = 1 + |longest prefix with d_i = y_i|        but at most up to the first stop token, and to the row's limit
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 class Settled(NamedTuple):
     """Result of `settle`. The settled tokens of row r are targets[r, :counts[r]].
 
-    counts: int64 [R], 0 for rows that were finished before.
-    next_tokens: int64 [R], the last settled token, which is the next round's input; any valid id for finished rows.
+    counts: int64 [R], settled tokens; 0 for rows that were finished before.
+    next_tokens: int64 [R], the last settled token, which is the next step's input; any valid id for finished rows.
     lengths: int64 [R], tokens of the response including those now settled.
-    finished: bool [R], by a stop token, the limit, or before.
+    finished: bool [R], whether a stop token or the limit ended the row, now or before.
     """
 
     counts: Tensor
@@ -47,7 +47,7 @@ def specification(
     counts = 1 + right.to(torch.int64).cumprod(-1).sum(-1)
     stops = (targets[:, :, None] == stop_ids.unsqueeze(-2)).any(-1)
     first_stop = torch.where(stops, index, width).amin(-1)
-    room = limits - lengths  # wraps where an int64 cannot hold it, far more than a block
+    room = limits - lengths  # may wrap below 0 if int64 can't hold it; the row then has room for the whole block
     room = room.masked_fill(room < 0, width).masked_fill(limits <= lengths, 0)
     counts = torch.minimum(torch.minimum(counts, first_stop + 1), room)
     counts = counts.masked_fill(finished, 0)

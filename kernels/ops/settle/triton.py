@@ -1,4 +1,4 @@
-"""settle on a GPU, in Triton: one program a row; the maths are in reference.py."""
+"""settle on a GPU, in Triton: one program for each row; the maths are in reference.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def settle_kernel(
     b_right = b_drafts == b_targets
     if RAGGED:
         b_right = b_right & (index < tl.load(p_draft_counts + row))
-    wrong = tl.min(tl.where(b_right, BLOCK, index), axis=0)  # index of the first target that no draft foretold
+    wrong = tl.min(tl.where(b_right, BLOCK, index), axis=0)  # index of the first target without an equal draft
     b_stop = tl.zeros([BLOCK], tl.int1)
     for i in range(stops):
         b_stop = b_stop | (b_targets == tl.load(p_stop_ids + row * s_stop_ids + i))
@@ -47,7 +47,7 @@ def settle_kernel(
 
     length, limit = tl.load(p_lengths + row), tl.load(p_limits + row)
     finished = tl.load(p_finished + row) != 0
-    room = limit - length  # wraps where an int64 cannot hold it, far more than a block
+    room = limit - length  # may wrap below 0 if int64 can't hold it; the row then has room for the whole block
     room = tl.where(limit <= length, 0, tl.where(room < 0, width, room))
     count = tl.minimum(tl.minimum(wrong, first_stop) + 1, room)
     count = tl.where(finished, 0, count)

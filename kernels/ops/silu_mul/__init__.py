@@ -19,10 +19,11 @@ _run = dispatcher(silu_mul_reference, cpu=cpu.run, triton=_on_gpu, differentiabl
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up of tensors of one shape, silu rounded to their dtype first.
+    """Return silu(gate) · up for gate and up of one shape. silu(gate) is rounded to its dtype before it is multiplied.
 
-    In C++ on the CPU for contiguous float32 or bfloat16 tensors that need no gradient, within 4e-6 of PyTorch's silu
-    (1e-36 absolute where gate < -87); in Triton on CUDA, ROCm and XPU, for float16 and any strides too. Otherwise, and
-    where torch.compile traces it (to fuse it with its neighbours), `silu_mul_reference`.
+    Tensors that need no gradient run in C++ on the CPU, if they are contiguous float32 or bfloat16. On CUDA, ROCm and
+    XPU they run in Triton, in float16 too, with any strides. `silu_mul_reference` serves other calls, and calls that
+    torch.compile traces, so that the compiler can fuse it with its neighbours. C++ is within 4e-6 of PyTorch's silu
+    (1e-36 absolute where gate < -87).
     """
     return _run(gate, up)

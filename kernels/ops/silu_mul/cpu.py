@@ -8,5 +8,5 @@ from .. import _native
 
 
 def run(gate: Tensor, up: Tensor) -> Tensor | None:
-    """The result for contiguous float32 or bfloat16 tensors of one shape on the CPU; None for other tensors."""
+    """Return the result for contiguous float32 or bfloat16 tensors of one shape on the CPU; None for other tensors."""
     return _native.core.silu_mul(gate, up)

@@ -1,4 +1,4 @@
-"""silu(gate) · up, the middle of Llama's gated MLP, in one pass: silu(x) = x / (1 + exp(-x))."""
+"""The middle of Llama's gated MLP, silu(gate) · up, with silu(x) = x / (1 + exp(-x))."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny members, and the law of a method by enumeration against many of its draws."""
+"""Tiny members, and the check of a method's draws against its enumerated law."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = [1, 3, 2]
 
 @pytest.fixture(autouse=True, scope="session")
 def benchmarks_on_path() -> Iterator[None]:
-    """The benchmarks are no installed package: scripts have their folder on the path."""
+    """Put the folder of the benchmarks on the path: they are no installed package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
         yield
@@ -44,7 +44,7 @@ def lm(tiny_model: Callable[..., PreTrainedModel]) -> Callable[[int], Any]:
 
 @pytest.fixture(scope="session")
 def judge(tiny_model: Callable[..., PreTrainedModel]) -> Callable[[int], Any]:
-    """judge(seed): a random `TrajectoryReward` over six tokens, with rewards that matter."""
+    """judge(seed): a random `TrajectoryReward` over six tokens, with rewards large enough to matter."""
 
     def make(seed: int) -> Any:
         from baselines.trajectory_reward import TrajectoryReward
@@ -57,19 +57,19 @@ def judge(tiny_model: Callable[..., PreTrainedModel]) -> Callable[[int], Any]:
 
 
 def texts() -> list[tuple[int, ...]]:
-    """Every response of up to LENGTH tokens."""
+    """Return every response of up to LENGTH tokens."""
     short = [(*head, STOP) for n in range(LENGTH) for head in itertools.product(range(STOP), repeat=n)]
     return short + list(itertools.product(range(STOP), repeat=LENGTH))
 
 
 @torch.inference_mode()
 def logits(member: Any, tokens: Sequence[int]) -> Tensor:
-    """What the model says behind PROMPT and these tokens, without a cache, float64 [V]."""
+    """Return the model's logits after PROMPT and these tokens, without a cache, float64 [V]."""
     return member.model(input_ids=torch.tensor([[*PROMPT, *tokens]])).logits[0, -1].double()
 
 
 def law(scores: Callable[[tuple[int, ...]], Tensor]) -> dict[tuple[int, ...], float]:
-    """The probability of every response whose next token is drawn from softmax(scores(tokens so far))."""
+    """Return the probability of every response whose next token is drawn from softmax(scores(tokens so far))."""
     found = {}
     for text in texts():
         parts = [scores(text[:i]).log_softmax(-1)[token].item() for i, token in enumerate(text)]
@@ -79,7 +79,7 @@ def law(scores: Callable[[tuple[int, ...]], Tensor]) -> dict[tuple[int, ...], fl
 
 
 def drawn(run: Callable[[list[list[int]], Any], list[Any]]) -> Counter[tuple[int, ...]]:
-    """DRAWS responses of a method to PROMPT."""
+    """Count DRAWS responses of a method to PROMPT."""
     from baselines.interface import Params
 
     params = Params(max_new_tokens=LENGTH, seed=7, stop_token_ids=(STOP,))
@@ -87,9 +87,9 @@ def drawn(run: Callable[[list[list[int]], Any], list[Any]]) -> Counter[tuple[int
 
 
 def misfit(expected: dict[tuple[int, ...], float], found: Counter[tuple[int, ...]]) -> float:
-    """χ² of what was drawn against a law, in standard deviations above its mean; beyond 5 it is another law."""
+    """Return χ² of the draws under a law, in standard deviations above its mean. A value above 5 means another law."""
     likely = {text: DRAWS * p for text, p in expected.items() if DRAWS * p >= 5}
-    rest = max(DRAWS - sum(likely.values()), 1.0)  # what the law makes rare or impossible is one cell
+    rest = max(DRAWS - sum(likely.values()), 1.0)  # rare and impossible responses form one cell
     others = DRAWS - sum(found[text] for text in likely)
     cells = [*((found[text], count) for text, count in likely.items()), (others, rest)]
     freedom = len(cells) - 1

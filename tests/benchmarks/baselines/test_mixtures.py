@@ -1,4 +1,4 @@
-"""Products of models: each method's law by enumeration, and a law close to it that the same draws refuse."""
+"""Products of models: each method follows its enumerated law, and the same draws reject a law close to it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_difference(lm, enumerated) -> None:
 
 
 def test_engine_and_plain_twin_agree(lm, tokenizer, enumerated) -> None:
-    """Both sample GenARM's law."""
+    """Both sample from GenARM's law."""
     from baselines.guided import guided
     from baselines.mixture import mixture
 
@@ -101,7 +101,7 @@ def test_engine_and_plain_twin_agree(lm, tokenizer, enumerated) -> None:
 
 
 def test_forwards_of_a_batch_with_different_prompts(lm) -> None:
-    """Left padding changes nothing, a stop token ends a row, and a row is counted while it lives."""
+    """Left padding changes nothing, a stop token ends a row, and a row counts forwards until it ends."""
     from baselines.interface import Params
     from baselines.mixture import mixture
 

@@ -1,4 +1,4 @@
-"""One policy a point: pairs in the point's shares, and a training that learns both objectives."""
+"""A policy per point: pairs in the point's shares, and a training that learns both objectives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_most_pairs_of_a_share() -> None:
     from baselines.per_point import most
 
     assert [most(20, 8, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)] == [8, 11, 16, 27, 20]
-    assert most(0, 8, 0.5) == 1  # round(0.5 · 1) is 0: one pair of the second
+    assert most(0, 8, 0.5) == 1  # round(0.5 · 1) is 0: one pair of the second objective
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_shares_and_counts_that_do_not_fit(pairs, share: float, count: int | Non
 
 
 def test_the_command(pairs, tmp_path: Path, tiny_model, tokenizer, monkeypatch, capsys) -> None:
-    """Held-out pairs of both objectives are ranked right after it, which the base does not do."""
+    """After the training, held-out pairs of both objectives are ranked right; the base does not rank them so."""
     from baselines import per_point
 
     tiny_model().save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Best-of-N, ARGS and Transfer-Q against enumerated laws of a tiny model and a tiny reward."""
+"""Best-of-N, ARGS and Transfer-Q, compared with enumerated laws of a tiny model and a tiny reward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def reward_of(reward, enumerated, tokens) -> float:
-    """Of the text without its stop token, whole and without a cache."""
+    """Return the reward of the text without its stop token, from one forward without a cache."""
     kept = list(itertools.takewhile(lambda token: token != enumerated.stop, tokens))
     return plain_reward(reward, [*enumerated.prompt, *kept])
 
@@ -21,7 +21,7 @@ def plain_reward(reward, tokens) -> float:
 
 
 def test_rewards_of_rows_are_those_of_each_alone(judge) -> None:
-    """Rows that share a beginning, or none, in batches of any size; the shortest is the others' beginning."""
+    """Rows share a beginning or none, in batches of any size; the shortest row begins the others."""
     reward = judge(4)
     for rows in ([[1, 2, 3], [1, 2], [1, 2, 4, 4]], [[1, 2], [3], [4, 3, 1]], [[2, 2]], [[1, 3], [1, 3]]):
         wanted = torch.tensor([plain_reward(reward, row) for row in rows])
@@ -36,7 +36,7 @@ def test_best_of_n(lm, judge, enumerated) -> None:
     ranked = sorted(base, key=lambda text: reward_of(reward, enumerated, text))
 
     def best(n):
-        """P(the best of n is y) = F(y)^n − F(y−)^n of the cumulative law by reward."""
+        """Return P(the best of n is y) = F(y)^n − F(y−)^n, where F is the cumulative law by reward."""
         law, below = {}, 0.0
         for text in ranked:
             law[text] = (below + base[text]) ** n - below**n
@@ -90,7 +90,7 @@ def test_args_sampling(lm, judge, enumerated) -> None:
 
 
 def test_args_greedy(lm, judge, enumerated) -> None:
-    """Step by step by hand, over rows of different prompts and lengths."""
+    """Each step is worked out by hand, over rows of different prompts and lengths."""
     from baselines.args import args
     from baselines.interface import Params, reward_member
 
@@ -118,12 +118,12 @@ def test_transfer_q(lm, judge, enumerated, indirect: bool) -> None:
     from baselines.interface import reward_member
     from baselines.transfer_q import transfer_q
 
-    weight = 0.4 if indirect else 1.5  # larger values leave hardly a text to draw
+    weight = 0.4 if indirect else 1.5  # larger values leave hardly any text to draw
     rewards = [judge(4), judge(9)][: 1 + indirect]
     members = [reward_member(f"reward{i}", reward) for i, reward in enumerate(rewards)]
 
     def rolled(tokens, length):
-        """The policy's greedy continuation by whole forwards."""
+        """Return the policy's greedy continuation, from whole forwards."""
         tokens = list(tokens)
         for _ in range(length):
             if enumerated.stop in tokens:
@@ -161,7 +161,8 @@ def test_forwards_of_transfer_q(lm, judge) -> None:
 
     member = reward_member("reward", judge(4))
     (response,) = transfer_q(lm(0), lm(2), member, [[1, 2]], Params(max_new_tokens=2), k=3, rollout=4)
-    # a prompt and a token each, and for each of two steps three rollouts of four forwards, and three rewards
+    # One forward for the prompt and one for each token; in each of two steps three rollouts of four forwards, and three
+    # rewards.
     assert response.forwards == {"lm0": 2, "lm2": 2 + 2 * 3 * 4, "reward": 2 + 2 * 3}
     for wrong in ({"k": 0}, {"rollout": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}=0"):
@@ -181,7 +182,7 @@ def test_rewards_of_prefixes_are_those_of_whole_texts(judge) -> None:
 
 
 def test_siblings_see_the_text_and_themselves(judge) -> None:
-    """Each as if it came alone, over rows of different lengths; the rows go on as if nothing had been asked."""
+    """Each candidate is scored as if it came alone, over rows of different lengths. The rows continue unchanged."""
     from baselines.interface import reward_member
 
     reward, prompts, candidates = judge(4), [[1, 2, 3], [1, 4]], torch.tensor([[0, 2, 2], [3, 1, 0]])

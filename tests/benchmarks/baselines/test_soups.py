@@ -1,4 +1,4 @@
-"""Averages of adapters: what their weights do, worked by hand."""
+"""Averages of adapters: the changes they make to a weight, worked out by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapters(tmp_path: Path, tiny_model, tokenizer) -> tuple[Path, list[Path]]:
 
 
 def change(base: Path, folder: Path) -> torch.Tensor:
-    """What an adapter adds to one weight."""
+    """Return the change that an adapter makes to one weight."""
     bare = AutoModelForCausalLM.from_pretrained(base)
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder)).merge_and_unload()
     return merged.get_submodule(MODULE).weight.data - bare.get_submodule(MODULE).weight.data
@@ -47,7 +47,7 @@ def test_both_averages(adapters, tmp_path: Path) -> None:
     (a1, b1, scale), (a2, b2, _) = (factors(base, folder) for folder in folders)
     sum_of_products = 0.3 * changes[0] + 0.7 * changes[1]
     product_of_sums = scale * (0.3 * b1 + 0.7 * b2) @ (0.3 * a1 + 0.7 * a2)
-    assert not torch.allclose(sum_of_products, product_of_sums, atol=1e-2)  # else the case tells nothing
+    assert not torch.allclose(sum_of_products, product_of_sums, atol=1e-2)  # else the case shows nothing
 
     exact = change(base, soup(folders, [0.3, 0.7], tmp_path / "products", "products"))
     torch.testing.assert_close(exact, sum_of_products, atol=1e-5, rtol=1e-4)
@@ -65,7 +65,7 @@ def test_corners_are_the_adapters(adapters, tmp_path: Path, kind: str) -> None:
 
 
 def test_a_soup_is_an_arm(adapters, tmp_path: Path, tokenizer) -> None:
-    """The engine loads it as an adapter of the base, on shared weights."""
+    """The engine loads the soup as an adapter of the base, on shared weights."""
     from baselines.soups import soup
 
     from genarm_fast import GenARM

@@ -1,4 +1,4 @@
-"""Trainings through TRL, on tiny models: the losses that are meant, and adapters that load."""
+"""Trainings through TRL, on tiny models: the intended losses, and adapters that load."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logprob(model: Any, prompt: Sequence[int], response: Sequence[int]) -> torch
 
 
 def test_loss_of_dpo(base: Path, tmp_path: Path) -> None:
-    """TRL's number on a perturbed policy is the formula's, by whole forwards."""
+    """TRL's loss of a perturbed policy equals the formula, computed by whole forwards."""
     from baselines.dpo import trainer_of
 
     training, tokenizer = pairs(tmp_path)[:2], AutoTokenizer.from_pretrained(base)
@@ -55,7 +55,7 @@ def test_loss_of_dpo(base: Path, tmp_path: Path) -> None:
                 parameter += 0.1 * torch.randn_like(parameter)
         batch = next(iter(trainer.get_train_dataloader()))
         loss = trainer.compute_loss(model.eval(), batch).item()
-        margins = []  # of all chosen responses, then of all rejected ones
+        margins = []  # chosen responses first, then rejected ones
         for ids, kept, completed in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]):
             tokens, start = ids[kept.bool()].tolist(), int(completed.argmax())
             text = tokenizer.decode(tokens[start:]).strip()
@@ -87,7 +87,7 @@ def test_dpo_raises_the_chosen_over_the_rejected(base: Path, tmp_path: Path) -> 
 
 
 def test_rankings_are_those_of_whole_forwards(base: Path, tmp_path: Path) -> None:
-    """Accuracies of a moved policy by one forward a text, unpadded, with and without the adapter."""
+    """Accuracies of a moved policy equal those of one unpadded forward per text, with and without the adapter."""
     from baselines.dpo import trainer_of
     from baselines.likelihoods import encoded, rankings
 
@@ -143,7 +143,7 @@ def model_of(base: Path) -> Any:
 
 
 def test_rewarded_fine_tune(base: Path, tmp_path: Path) -> None:
-    """The reward is asked about prompt and completion, and the adapter moves."""
+    """The reward gets prompt and completion, and the training changes the adapter."""
     from baselines.rewarded import train
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""Llama's parts, wrong over a static cache in some layers; written as transformers would write them."""
+"""Llama's modules, made wrong over a static cache in some layers, but written in transformers' style."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaModel
 
-Wrong = torch.Tensor  # what it gives depends on how many tokens a forward has
+Wrong = torch.Tensor  # its values depend on the number of tokens in a forward
 
 
 def counted(hidden_states: torch.Tensor) -> Wrong:
@@ -46,7 +46,7 @@ class Listed(LlamaAttention):
 
 
 class ReadsAnother(LlamaAttention):
-    """From the third layer on it adds what the second one has in the cache."""
+    """An attention that adds, from the third layer on, what the second layer has in the cache."""
 
     def forward(self, *args, past_key_values=None, **kwargs):
         output, weights = super().forward(*args, past_key_values=past_key_values, **kwargs)
@@ -56,7 +56,7 @@ class ReadsAnother(LlamaAttention):
 
 
 class Remembers(LlamaMLP):
-    """Wrong in every fifth call."""
+    """An MLP that is wrong in every fifth call."""
 
     calls = 0
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of rms_norm and add_rms_norm under TRITON_INTERPRET=1, run by test_triton.py in its own process."""
+"""The Triton kernel of rms_norm and add_rms_norm under TRITON_INTERPRET=1. test_triton.py runs it in a new process."""
 
 import pytest
 import torch

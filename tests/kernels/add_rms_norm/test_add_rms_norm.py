@@ -1,4 +1,4 @@
-"""add_rms_norm in PyTorch: against merged weights in float64, and what it refuses."""
+"""add_rms_norm in PyTorch agrees with merged weights in float64, and refuses wrong arguments."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""add_rms_norm in C++: the bits of its reference, and which arguments it leaves to PyTorch."""
+"""add_rms_norm in C++ gives the bits of its reference, and leaves some arguments to PyTorch."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_bits_of_the_reference(isa, dtype, shape, offset):
     ours = cpu.run(*given, 1e-5, offset, None, None)
     assert all(map(torch.equal, ours, specification(*given, 1e-5, offset, None, None)))
     assert torch.equal(given[0], before)
-    if given[0].numel():  # a negative control
+    if given[0].numel():  # negative control: another eps gives another norm
         assert not torch.equal(ours[1], specification(*given, 0.5, offset, None, None)[1])
 
 

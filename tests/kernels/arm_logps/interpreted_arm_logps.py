@@ -1,4 +1,4 @@
-"""The Triton kernels of arm_logps under TRITON_INTERPRET=1, run by test_triton.py in its own process."""
+"""The Triton kernels of arm_logps under TRITON_INTERPRET=1. test_triton.py runs them in a new process."""
 
 import sys
 
@@ -24,7 +24,10 @@ kernels = sys.modules["genarm_fast.kernels.arm_logps.triton"]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """8 tokens and 101 words in blocks of 5 x 40, of which the kernels take 32 and 16 at a time; three are kept."""
+    """Cut 8 tokens and 101 vocabulary entries into blocks of 5 x 40, and keep three of them.
+
+    The kernels take 32 columns (absorb) and 16 columns (slopes) at a time.
+    """
     monkeypatch.setitem(streamed.BLOCK, "cpu", (5, 40))
     monkeypatch.setitem(streamed.KEPT_ELEMENTS, "cpu", 3 * 5 * 40)
     monkeypatch.setattr(kernels, "BLOCK", 32)
@@ -42,7 +45,7 @@ def inputs(dtype, vocab=101, width=24):
 
 
 def interpreted(hidden, weight, labels, bias=None, logit_scale=1.0, softcap=None):
-    """Forward between canaries; the labelled tokens' log-probabilities, differentiable."""
+    """Run the forward pass between canaries, and return the labelled tokens' log-probabilities, differentiable."""
     labelled = labels != IGNORE
     with between_canaries(masks=True) as canaries:
         placed = None if bias is None else canaries.embed(bias.detach()).requires_grad_(bias.requires_grad)
@@ -56,7 +59,7 @@ CASES += [(dtype, trained, "all") for dtype in TOLERANCE for trained in ("hidden
 
 @pytest.mark.parametrize(("dtype", "trained", "variant"), CASES)
 def test_values_and_gradients(dtype, trained, variant):
-    """Against float64 and autograd, with gains of both signs."""
+    """Values and gradients agree with float64 and autograd, for gains of both signs."""
     options = VARIANTS[variant]
     hidden, weight, labels, bias = inputs(dtype)
     hidden.requires_grad_(trained != "layer")
@@ -81,7 +84,7 @@ def test_values_and_gradients(dtype, trained, variant):
 
 
 def test_confident_label_in_half_precision():
-    """Where π(label) is .998, its gradient of .013 does not drown in the rounding of the weights of a tile."""
+    """For a label of π = .998, the rounding of a tile's weights does not swallow its gradient of .013."""
     grads = []
     for dtype in (torch.bfloat16, torch.float64):
         hidden = torch.ones(1, 1, 1, dtype=dtype, requires_grad=True)
@@ -93,7 +96,7 @@ def test_confident_label_in_half_precision():
 
 
 def test_masked_vocabulary():
-    """A bias of −inf takes tokens out, all of the first block among them."""
+    """A bias of −inf masks tokens, all of the first block among them."""
     hidden, weight, labels, bias = inputs(torch.float32)
     labels[labels != IGNORE] = labels[labels != IGNORE].clamp(min=45, max=90)
     bias = bias.detach()
@@ -106,7 +109,7 @@ def test_masked_vocabulary():
 
 
 def test_extreme_logits():
-    """±1e4 neither overflow nor lose the label's log-probability; NaN stays in its row."""
+    """Logits of ±1e4 neither overflow nor lose the label's log-probability. A NaN stays in its row."""
     hidden = torch.tensor([[[1e4], [-1e4], [torch.nan]]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
     logps = launch(hidden, weight, torch.tensor([[0, 0, 0]]), None, 1.0, None)
@@ -117,7 +120,7 @@ def test_extreme_logits():
 
 
 def test_kept_logits_serve_twice():
-    """A second backward pass finds them as they were: nothing is written over them."""
+    """A second backward pass finds the kept logits unchanged: nothing is written over them."""
     hidden, weight, labels, bias = inputs(torch.float32)
     found, placed = interpreted(hidden, weight, labels, bias)
     first, second = (torch.autograd.grad(found.sum(), (weight, placed), retain_graph=True) for _ in range(2))
@@ -137,7 +140,7 @@ def test_what_is_left_to_pytorch():
 
 @pytest.mark.parametrize("trained", ["hidden", "layer"])
 def test_labels_on_a_gpu_are_not_read(trained, monkeypatch):
-    """Ignored positions give 0 and have no gradient; nothing is compacted, whose size the host would have to know."""
+    """Ignored positions give 0 and have no gradient. Leaving them out would need their number on the host."""
     hidden, weight, labels, _ = inputs(torch.float32)
     hidden.requires_grad_(trained != "layer")
     weight.requires_grad_(trained != "hidden")

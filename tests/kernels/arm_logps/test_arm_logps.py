@@ -1,4 +1,4 @@
-"""arm_logps against full logits: values, gradients, memory."""
+"""arm_logps agrees with full logits in values and gradients, and needs less memory."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def inputs(
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 tokens and a vocabulary of 11 in blocks of 3 x 4, the last ones ragged; five of the nine are kept."""
+    """Cut 8 tokens and a vocabulary of 11 into nine blocks of 3 x 4, the last ones smaller, and keep five of them."""
     monkeypatch.setitem(BLOCK, "cpu", (3, 4))
     monkeypatch.setitem(KEPT_ELEMENTS, "cpu", 60)
 
 
 def test_hand_worked() -> None:
-    """Two tokens of odds 3:1: π(0) = 3/4; the other position is ignored."""
+    """For two tokens of odds 3:1, π(0) = 3/4. The other position is ignored."""
     weight = torch.tensor([[3.0], [1.0]]).log()
     sums = arm_logps(torch.ones(1, 2, 1), weight, torch.tensor([[0, IGNORE]]))
     assert sums.tolist() == pytest.approx([torch.tensor(0.75).log().item()])
@@ -67,7 +67,10 @@ def test_equals_reference(options: dict[str, Any], bias: bool, return_tokens: bo
 @pytest.mark.parametrize("trained", ["hidden", "weight", "both", "all"])
 @pytest.mark.usefixtures("small_blocks")
 def test_gradients(options: dict[str, Any], trained: str) -> None:
-    """Frozen and trainable output layer, kept and recomputed logits: finite differences and the reference."""
+    """Gradients agree with finite differences and the reference.
+
+    The output layer is frozen or trained, and logits are kept or computed again.
+    """
     hidden, weight, labels = inputs()
     bias = torch.linspace(-1, 1, 11, dtype=torch.float64).requires_grad_(trained == "all")
     hidden.requires_grad_(trained != "weight")
@@ -90,7 +93,7 @@ def test_gradients(options: dict[str, Any], trained: str) -> None:
 def test_precisions(
     dtype: torch.dtype, tolerance: float, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums come in float32, gradients in the dtype of their tensor, both near float64."""
+    """Sums are in float32, and gradients in the dtype of their tensor. Both are near float64."""
     monkeypatch.setitem(BLOCK, "cpu", block)
     hidden, weight, labels = inputs(2, 7, 32, 501, dtype)
     sums = arm_logps(hidden, weight, labels)
@@ -108,7 +111,7 @@ def test_precisions(
 
 
 def test_confident_label_in_bfloat16() -> None:
-    """Where π(label) is .998, which bfloat16 rounds to 1, its gradient of .013 is still right."""
+    """For a label of π = .998, which bfloat16 rounds to 1, the gradient of .013 is still right."""
     grads = []
     for function, dtype in ((arm_logps, torch.bfloat16), (arm_logps_reference, torch.float64)):
         hidden = torch.ones(1, 1, 1, dtype=dtype, requires_grad=True)
@@ -133,7 +136,7 @@ def test_autocast_changes_nothing() -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_masked_vocabulary() -> None:
-    """A bias of −inf takes tokens out, be they all of a block: here the first and the last."""
+    """A bias of −inf masks tokens, here all of the first and of the last block too."""
     hidden, weight, labels = inputs()
     labels[labels != IGNORE] %= 4
     labels[labels != IGNORE] += 4
@@ -150,7 +153,7 @@ def test_masked_vocabulary() -> None:
 
 @pytest.mark.parametrize("block", [(2, 3), (1, 1)])
 def test_extreme_logits(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of ±1e4 neither overflow nor lose the label's log-probability, in whichever block the highest is."""
+    """Logits of ±1e4 neither overflow nor lose the label's log-probability, whichever block has the highest logit."""
     monkeypatch.setitem(BLOCK, "cpu", block)
     hidden = torch.tensor([[[1e4], [-1e4]]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]])
@@ -174,7 +177,7 @@ def test_no_labels_and_no_grad() -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_kept_logits_serve_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second backward pass finds them as they were; only those of four blocks in nine are computed again."""
+    """A second backward pass finds the kept logits unchanged. Only the logits of four blocks in nine are recomputed."""
     computed = 0
 
     def count(*args: Any) -> None:
@@ -194,7 +197,7 @@ def test_kept_logits_serve_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of tensors made under it that were alive at once."""
+    """Measures the peak of bytes in tensors that were made in this mode and were alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +222,7 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("train_weight", [False, True])
 def test_peak_memory(monkeypatch: pytest.MonkeyPatch, train_weight: bool) -> None:
-    """Never [N, T, V]: at [4, 256, 4096] forward and backward stay within a few blocks, an eighth of the logits."""
+    """Logits [N, T, V] are never in memory: for [4, 256, 4096] forward and backward need at most an eighth of them."""
     monkeypatch.setitem(BLOCK, "cpu", (256, 128))
     monkeypatch.setitem(KEPT_ELEMENTS, "cpu", 1 << 16)
     hidden, weight, labels = inputs(4, 256, 8, 4096, torch.float32)
@@ -255,7 +258,7 @@ def test_errors(change: dict[str, Any], message: str) -> None:
 
 
 def test_labels_of_the_host_say_what_is_multiplied(monkeypatch):
-    """Tensors of another device, where they are not read: of six positions, the three that are labelled."""
+    """With labels on the host and other tensors on a device, only three of six positions, the labelled ones, count."""
     rows = []
     monkeypatch.setattr(streamed, "target_logps", lambda *given: rows.append(given[0].shape) or given[0][:, 0])
     hidden, weight = torch.zeros(2, 3, 8, device="meta"), torch.zeros(11, 8, device="meta")

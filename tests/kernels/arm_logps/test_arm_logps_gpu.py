@@ -1,4 +1,4 @@
-"""arm_logps on a CUDA device, against float64 and autograd on the CPU, and its memory against full logits."""
+"""arm_logps on a CUDA device agrees with float64 and autograd on the CPU, and needs less memory than full logits."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_values_and_gradients(vocab, dtype, options):
 
 
 def test_memory():
-    """A frozen output layer of 128,256 words: an eighth of what full logits take at 4,096 tokens."""
+    """A frozen output layer of 128,256 tokens needs an eighth of the memory of full logits, at 4,096 positions."""
     hidden = torch.randn(1, 4096, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(128256, 256, device="cuda", dtype=torch.bfloat16)
     labels, peaks = torch.zeros(1, 4096, dtype=torch.int64, device="cuda"), []

@@ -1,4 +1,4 @@
-"""The Triton kernel of gated_mul and silu_mul under TRITON_INTERPRET=1, run by test_triton.py in its own process."""
+"""The Triton kernel of gated_mul and silu_mul under TRITON_INTERPRET=1. test_triton.py runs it in a new process."""
 
 import pytest
 import torch

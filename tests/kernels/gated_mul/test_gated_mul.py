@@ -1,4 +1,4 @@
-"""gated_mul in PyTorch: against merged weights in float64, and what it refuses."""
+"""gated_mul in PyTorch agrees with merged weights in float64, and refuses wrong arguments."""
 
 import pytest
 import torch

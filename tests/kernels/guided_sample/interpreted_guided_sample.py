@@ -1,4 +1,4 @@
-"""guided_sample's Triton kernels under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
+"""guided_sample's Triton kernels under TRITON_INTERPRET=1. test_triton.py runs them in a new process."""
 
 import math
 import sys
@@ -76,15 +76,17 @@ def test_filters(seed):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.5), (0, 0.999), (300, 1.0), (6000, 0.5)])
 def test_filters_over_many_tiles(top_k, top_p):
-    """Candidates from several reads: few, most, bounded by groups of a tile, more than there are groups. So warm that
-    tokens near the threshold are drawn."""
+    """Filters keep few or most tokens of many tiles, with top-k above and below the number of groups.
+
+    The temperature is so high that tokens near the threshold are drawn.
+    """
     options = {"temperature": 9.0, "positions": torch.arange(2), "top_k": top_k, "top_p": top_p}
     assert_same(members((2,), 9500, 1), [1.0], seeds=3, top_logprobs=2, **options)
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.02])
 def test_filters_together(min_p):
-    """top-p is a share of what top-k keeps, and min-p comes last: peaked rows, of which most is kept by few tokens."""
+    """top-p is a share of the mass that top-k keeps, and min-p comes last. In these rows few tokens have most mass."""
     base = members((1,), 300, 0)[0].expand(24, 300).contiguous()
     filters = {"top_k": 30, "top_p": 0.8, "min_p": min_p}
     assert_same([base], [], temperature=1.0, seeds=torch.arange(24), positions=3, **filters)
@@ -92,7 +94,7 @@ def test_filters_together(min_p):
 
 def test_blocks_strides_and_bias():
     base, arm = members((2, 3), 1300, 1)
-    wide = torch.randn(3, 2, 2600)[:, :, 100:1400].transpose(0, 1)  # [2, 3, 1300], rows closer than positions
+    wide = torch.randn(3, 2, 2600)[:, :, 100:1400].transpose(0, 1)  # [2, 3, 1300]; rows have the smaller stride
     options = {"seeds": torch.arange(4)[::2], "positions": torch.arange(6).view(3, 2).T, "vocab_size": 1290}
     temperature = torch.tensor([0.9, 0.0])
     bias = torch.randn(2, 1300)
@@ -103,7 +105,7 @@ def test_blocks_strides_and_bias():
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}])
 def test_a_bias_of_minus_infinity(filters):
-    """It masks single tokens, whole tiles and the first of a tile, in each row its own, at every position."""
+    """Each row's bias masks single tokens, whole tiles or the first part of a tile, at every position."""
     bias = torch.randn(2, 2500, generator=torch.Generator().manual_seed(5))
     bias[0, 1024:2048], bias[1, :700], bias[1, ::2] = -math.inf, -math.inf, -math.inf
     options = {"seeds": torch.arange(2), "positions": torch.arange(6).view(2, 3), "temperature": 2.0}
@@ -123,7 +125,7 @@ FILTERED = ["scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel"]
 )
 @pytest.mark.parametrize("numbers", [False, True])
 def test_launches(filters, numbers, monkeypatch):
-    """Two kernels, four with filters, and nothing else: parameters that are numbers are not copied to the device."""
+    """A call launches two kernels, or four with filters, and nothing else. Numbers are not copied to the device."""
     launched = []
     for name in FILTERED:
         monkeypatch.setattr(triton_kernels, name, Recorded(launched, name))
@@ -148,7 +150,7 @@ class Operations(TorchDispatchMode):
 
 
 class Recorded:
-    """In place of a kernel: only its launches count."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, log, name):
         self.log, self.name = log, name
@@ -202,6 +204,6 @@ def test_canaries_catch_reads_out_of_bounds():
     logits = members((2,), 40, 0)
     canaries = Canaries()
     base = canaries.embed(logits[0])
-    beyond = torch.as_strided(base, (2, 50), (40, 1), base.storage_offset())  # claims ten logits too many
+    beyond = torch.as_strided(base, (2, 50), (40, 1), base.storage_offset())  # ten columns more than the logits have
     drawn = launch(SamplingArguments(beyond, (), [], seeds=0, positions=0))
     assert drawn.status.tolist() == [0, 2]

@@ -1,4 +1,4 @@
-"""Calls of guided_sample like an earlier one, under TRITON_INTERPRET=1: addresses and numbers are the call's own."""
+"""Known calls of guided_sample, under TRITON_INTERPRET=1: they launch kept kernels with new addresses and numbers."""
 
 import ctypes
 import sys
@@ -17,7 +17,7 @@ KERNELS = ("scores_kernel", "bound_kernel", "collect_kernel", "draw_kernel")
 
 
 class Compiled:
-    """As Triton's CompiledKernel: it takes addresses, of what the first launch had tensors for."""
+    """Stands for Triton's CompiledKernel. It takes addresses in place of the tensors of the first launch."""
 
     def __init__(self, kernel, values, options, log):
         self.kernel, self.first, self.options, self.log = kernel, values, options, log
@@ -38,7 +38,7 @@ def tensors_at(value, like):
         return tuple(map(tensors_at, value, like))
     if isinstance(like, torch.Tensor):
         assert type(value) is int
-        size = like.untyped_storage().nbytes() - like.storage_offset() * like.itemsize  # which the interpreter copies
+        size = like.untyped_storage().nbytes() - like.storage_offset() * like.itemsize  # the interpreter copies all
         return torch.frombuffer((ctypes.c_byte * size).from_address(value), dtype=like.dtype) if size else like
     assert type(value) is type(like)
     return value
@@ -58,7 +58,7 @@ class Kernel:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of kernels launched as known."""
+    """Return the list to which the names of kernels are added that a known call launches."""
     log = []
     for name in KERNELS:
         monkeypatch.setattr(launcher, name, Kernel(getattr(launcher, name), log))
@@ -81,7 +81,7 @@ def arguments(seed, shape=(2,), arms=1, vocab=1500, **options):
 
 
 def assert_known(first, later, launched):
-    """`first` is launched as any call, `later` by what was kept of it; tokens and log-probs are the reference's."""
+    """After `first`, both `first` and `later` are known calls, and their tokens and log-probs are the reference's."""
     assert triton_known.known(*first) is None
     launcher.launch(first, triton_known.remember)
     assert launched == []
@@ -137,7 +137,7 @@ def test_other_values(first, later, launched):
         {"top_k": 2.0},
         {"min_p": 1.5},
         {"seeds": -1},
-        {"positions": 2**31},  # int64 for the compiled kernel, where 3 was int32
+        {"positions": 2**31},  # the kernel takes it as int64, and took 3 as int32
         {"positions": 2**32},
         {"positions": 1.0},
         {"weights": [0.5]},
@@ -146,14 +146,14 @@ def test_other_values(first, later, launched):
         {"weights": torch._neg_view(torch.ones(2, 1))},
         {"base_logits": torch.zeros(2, 1500, dtype=torch.bfloat16)},
         {"base_logits": torch.zeros(2, 1600)[:, :1500]},
-        {"base_logits": torch.zeros(3001)[1:].view(2, 1500)},  # not at a multiple of 16 bytes
+        {"base_logits": torch.zeros(3001)[1:].view(2, 1500)},  # its address is no multiple of 16
         {"base_logits": torch.zeros(2, 1500).as_subclass(torch.nn.Parameter)},
         {"base_logits": None},
         {"arm_logits": (None,)},
     ],
 )
 def test_what_is_not_known(changed, launched):
-    """The call goes through all checks: it differs in what they, or compiled kernels, depend on."""
+    """A call that differs in anything that checks or compiled kernels depend on goes through all checks."""
     call = {"temperature": 0.7, "positions": 3}
     launcher.launch(arguments(1, **call), triton_known.remember)
     assert triton_known.known(*arguments(2, **call)) is not None
@@ -163,7 +163,7 @@ def test_what_is_not_known(changed, launched):
 
 
 def test_what_is_not_kept(launched, monkeypatch):
-    """Arguments that are converted first, other devices, kernels of other backends."""
+    """Calls with converted arguments, on other devices, or with kernels of other backends are not kept."""
     launcher.launch(arguments(1, seeds=torch.arange(2, dtype=torch.int32)), triton_known.remember)
     launcher.launch(arguments(1, weights=torch.ones(2, 1, dtype=torch.float64)), triton_known.remember)
     launcher.launch(arguments(1, weights=torch._neg_view(torch.ones(2, 1))), triton_known.remember)
@@ -181,7 +181,7 @@ def test_what_is_not_kept(launched, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(65535,), (8192, 8), (2, 32768)])
 def test_no_grid_has_more_rows_than_cuda_allows(launched, monkeypatch, shape):
-    """65,535 in its second and third dimension."""
+    """CUDA allows 65,535 programs in a grid's second and third dimension."""
     grids = []
     for name in KERNELS:
         kernel = type("Grids", (), {"__getitem__": lambda self, grid: grids.append(grid) or (lambda *_, **__: None)})
@@ -196,7 +196,7 @@ def test_no_grid_has_more_rows_than_cuda_allows(launched, monkeypatch, shape):
 
 
 def test_kernels_are_kept_for_the_device_that_loaded_them(launched, monkeypatch):
-    """That of the tensors, which is the current one only while they are launched."""
+    """That device is the tensors' device, which is the current device only while the kernels are launched."""
     current = [0]
 
     @contextmanager

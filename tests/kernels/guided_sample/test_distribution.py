@@ -1,4 +1,4 @@
-"""Draws follow the guided distribution, and the tests that say so do fail for the mistakes they are there to catch."""
+"""Draws follow the guided distribution, and the tests of that fail for the mistakes that they should catch."""
 
 import importlib
 import math
@@ -13,7 +13,7 @@ TILE = 1024
 VOCAB = 2 * TILE + 60  # the last tile is ragged
 DRAWS = 20_000
 WEIGHTS, TEMPERATURE = [0.8], 0.9
-REJECT, ACCEPT = 1e-9, 1e-4  # a wrong sampler must score below the first, a right one above the second
+REJECT, ACCEPT = 1e-9, 1e-4  # p-values: a wrong sampler must be below the first, a right one above the second
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def target(members):
 
 
 def draw(members, *, sample=guided_sample, draws=DRAWS, weights=WEIGHTS, seeds=1, positions=None, **options):
-    """Token ids [draws]: one seed, many positions."""
+    """Return token ids [draws], drawn with one seed at many positions."""
     positions = torch.arange(draws) if positions is None else positions
     tokens = []
     for i in range(0, draws, 2000):
@@ -45,7 +45,7 @@ def draw(members, *, sample=guided_sample, draws=DRAWS, weights=WEIGHTS, seeds=1
 
 
 def chi_square(tokens, probs, bins=60):
-    """p-value of draws against probabilities, over bins of about equal mass and similar probability."""
+    """Return the p-value of draws given probabilities, over bins of about equal mass and similar probability."""
     order = probs.argsort(descending=True)
     label = torch.empty_like(order)
     label[order] = ((probs[order].cumsum(0) - probs[order] / 2) * bins).long().clamp(0, bins - 1)
@@ -59,7 +59,7 @@ def chi_square(tokens, probs, bins=60):
 
 
 def pair_chi_square(first, second, probs):
-    """p-value of the joint law of two draws against independence, over 8 x 8 bins."""
+    """Return the p-value of pairs of draws, given that the two are independent, over 8 x 8 bins."""
     label = ((probs.cumsum(0) - probs / 2) * 8).long().clamp(0, 7)
     mass = torch.zeros(8, dtype=torch.double).index_add_(0, label, probs)
     joint = label[first] * 8 + label[second]
@@ -73,7 +73,7 @@ def test_draws_follow_the_target(members, target, sample):
 
 
 def test_seeds_follow_the_target(members, target):
-    """Position 0 of many seeds, as a first token is drawn."""
+    """Draws at position 0 with many seeds, as for first tokens, follow the target too."""
     seeds = torch.arange(DRAWS)
     assert chi_square(draw(members, seeds=seeds, positions=torch.zeros_like(seeds)), target) > ACCEPT
 
@@ -83,7 +83,7 @@ def test_seeds_follow_the_target(members, target):
     [
         {"temperature": TEMPERATURE * 1.05},
         {"weights": [0.0]},
-        {"vocab_size": 2 * TILE},  # the ragged tile never takes part
+        {"vocab_size": 2 * TILE},  # draws never come from the ragged tile
     ],
     ids=lambda mistake: next(iter(mistake)),
 )
@@ -98,7 +98,7 @@ def test_one_noise_for_both_levels_is_rejected(members, target, monkeypatch):
 
 
 def test_tail_mass(members):
-    """A dominant token leaves 2 % to all others: each of them lives in the far tail of the noise."""
+    """A dominant token leaves 2 % to all others, so that each of them is only drawn in the far tail of the noise."""
     base = members[0].clone()
     base[0, 100] = base[0].logsumexp(0) + math.log(49)
     probs = base[0].double().softmax(-1)
@@ -115,14 +115,14 @@ def test_positions_are_independent(members, target):
     now = draw(members, positions=positions)
     assert pair_chi_square(now, draw(members, positions=positions + 1), target) > ACCEPT
     assert pair_chi_square(now, draw(members, positions=positions, seeds=2), target) > ACCEPT
-    assert pair_chi_square(now, draw(members, positions=positions), target) < REJECT  # the same noise twice
+    assert pair_chi_square(now, draw(members, positions=positions), target) < REJECT  # control: the same noise twice
 
 
 FILTERS = {"top_k": 300, "top_p": 0.8, "min_p": 0.002}
 
 
 def truncated(probs, top_k, top_p, min_p):
-    """Probabilities after top-k, top-p and min-p, by sorting."""
+    """Return the probabilities after top-k, top-p and min-p, computed by sorting."""
     ordered, order = probs.sort(descending=True)
     ordered[top_k:] = 0
     ordered /= ordered.sum()
@@ -144,10 +144,10 @@ def test_truncating_the_base_alone_is_rejected(members, target):
 
 
 def agreement(p, q):
-    """Probability that coupled draws from p and q agree: equal tile, then equal token within it (Gumbel coupling)."""
+    """Return the probability that Gumbel-coupled draws from p and q agree: in the tile, then in the token within it."""
 
     def coupled(x, y):
-        """P(both argmaxes are i) = 1 / Σ_j max(x_j / x_i, y_j / y_i)."""
+        """Return P(both argmaxes are i) = 1 / Σ_j max(x_j / x_i, y_j / y_i) for each i."""
         largest = torch.maximum(x[None] / x[:, None], y[None] / y[:, None])
         return torch.where((x > 0) & (y > 0), 1 / largest.sum(-1), 0.0)
 
@@ -174,7 +174,7 @@ def holes(logits):
 )
 @pytest.mark.parametrize("filters", [None, {"top_k": 50, "top_p": 0.9, "min_p": 0.0}], ids=["all", "filtered"])
 def test_coupled_agreement_is_the_closed_form(members, drafter, filters):
-    """A drafter with the target's noise agrees as often as theory says: what speculation's speed rests on."""
+    """A drafter with the target's noise agrees with it as often as theory says. Speculation's speed depends on that."""
     draws = 6000
     base, arm = members
     draft, combined = drafter(base, arm), base + WEIGHTS[0] * arm

@@ -1,4 +1,4 @@
-"""What guided_sample promises, by hand-worked cases and brute force, for the reference and the dispatcher."""
+"""guided_sample and its reference agree with hand-worked cases and brute force."""
 
 import math
 
@@ -23,7 +23,7 @@ def logs(*probs):
 
 
 def support(sample, base, arms=(), weights=(), draws=400, **options):
-    """The set of tokens that are ever drawn from one row of logits."""
+    """Return the set of tokens that are ever drawn from one row of logits."""
     rows = [logits.expand(draws, -1) for logits in (base, *arms)]
     out = sample(rows[0], rows[1:], weights, seeds=5, positions=torch.arange(draws), **options)
     assert not out.status.any()
@@ -31,7 +31,7 @@ def support(sample, base, arms=(), weights=(), draws=400, **options):
 
 
 def test_hand_worked_combination(sample):
-    """p ∝ π_base · π_arm² for π_base = (.5, .3, .2), π_arm = (.1, .6, .3): weights .005, .108, .018 of .131."""
+    """For π_base = (.5, .3, .2) and π_arm = (.1, .6, .3), p ∝ π_base · π_arm² is (.005, .108, .018) / .131."""
     out = sample(
         logs(0.5, 0.3, 0.2) + 3,  # shifts of the logits cancel
         (logs(0.1, 0.6, 0.3) - 7,),
@@ -51,7 +51,7 @@ def test_hand_worked_combination(sample):
 
 
 def test_token_is_the_two_level_argmax(sample):
-    """Worked from the definition, in float64, over three tiles of which the last is ragged."""
+    """The token is that of the definition in float64, over three tiles, of which the last is shorter."""
     vocab, seed, position, temperature = 2 * TILE + 9, 1234567890123, 17, 0.8
     torch.manual_seed(0)
     base, arm = torch.randn(2, 1, vocab) * 3
@@ -135,7 +135,7 @@ def test_weights_that_are_not_finite_are_flagged(sample, weight):
 
 
 def kept_by_brute_force(probs, top_k, top_p, min_p):
-    """Tokens that survive, from the definition: sort, cut to k, renormalise, nucleus, min-p against the largest."""
+    """Return the tokens that the definition keeps: sort, cut to k, renormalise, nucleus, min-p of the largest."""
     order = sorted(range(len(probs)), key=lambda x: -probs[x])
     if 0 < top_k < len(probs):
         order = [x for x in order if probs[x] >= probs[order[top_k - 1]]]
@@ -295,7 +295,7 @@ def test_other_types_are_refused(sample, change, message):
 
 
 def test_what_tensors_should_not_hold_stays_in_the_row(sample):
-    """Contents are not checked, so they must not lead out of the vocabulary, or out of memory."""
+    """Values in tensors are not checked, so wrong ones must not give a token outside the vocabulary, or a crash."""
     odd = torch.tensor([math.nan, math.inf, -math.inf, -5.0, 2.0])
     flat = torch.zeros(5, 16)[:, :10]
     for name in ("temperature", "top_p", "min_p"):
@@ -305,7 +305,7 @@ def test_what_tensors_should_not_hold_stays_in_the_row(sample):
 
 
 def test_helpers_upcast_half_precision():
-    """combine and member_logprob are used alone on the members' own logits."""
+    """The engine also calls combine and member_logprob directly, on the members' own logits."""
     generator = torch.Generator().manual_seed(0)
     base, arm = (2 * torch.randn(2, 3, 50, generator=generator)).bfloat16()
     combined, _ = combine(base, [arm], torch.tensor([0.3]))
@@ -319,7 +319,7 @@ def test_helpers_upcast_half_precision():
 @pytest.mark.parametrize("off", [{"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {}], ids=["numbers", "None"])
 @pytest.mark.parametrize("filters", [{}, {"top_k": torch.tensor([2, 0])}, {"top_p": torch.tensor([0.5, 1.0])}])
 def test_filters_that_are_off(sample, off, filters):
-    """None is off, alone and next to a tensor for another filter, as are tensors of numbers that filter nothing."""
+    """A filter is off if it is None, also beside a tensor for another filter, or a tensor of values that keep all."""
     base = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
     options = {"seeds": 5, "positions": torch.arange(6).view(2, 3), "top_logprobs": 2}
     none = {"top_k": torch.zeros(2, dtype=torch.int64), "top_p": torch.ones(2), "min_p": torch.zeros(2)}
@@ -331,7 +331,7 @@ def test_filters_that_are_off(sample, off, filters):
 @pytest.mark.parametrize("block", [(), (3,)], ids=["[R, V]", "[R, q, V]"])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.99, "min_p": 0.01}])
 def test_a_bias_by_row_masks_tokens(sample, block, filters):
-    """Each row keeps its own two tokens, at every position, with the odds that the bias gives them."""
+    """The bias leaves each row its own two tokens, at every position, with the odds that it gives them."""
     kept = torch.tensor([[3, 40], [7, 1030], [1500, 1501]])
     bias = torch.full((3, 1600), -INF).scatter_(1, kept, torch.tensor([[0.0, 1.0]]).expand(3, 2))
     base = torch.randn(3, *block, 1600, generator=torch.Generator().manual_seed(0)) / 10

@@ -25,7 +25,7 @@ def members(rows, vocab, arms, *, seed=0, scale=3.0, mixed=True):
 
 
 def assert_same(logits, weights, *, atol=1e-5, **options):
-    """Equal tokens and status; log-probabilities within float32 rounding of float64."""
+    """Tokens and status are the reference's, and log-probabilities are within float32 rounding of float64."""
     base, *arms = logits
     got = guided_sample(base, arms, weights, **options)
     expected = guided_sample_reference(base, arms, weights, **options)
@@ -71,7 +71,7 @@ def test_filters(isa, vocab):
 
 
 def test_flat_and_tied_rows(isa):
-    """Every score equal, or one of three values: pivots meet only ties."""
+    """With all scores equal, or one of three values, every pivot is tied."""
     base = torch.zeros(3, 5000)
     base[1] = torch.arange(5000) % 3
     base[2, 4999] = 1
@@ -81,7 +81,7 @@ def test_flat_and_tied_rows(isa):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 3.0])
 def test_tiles_whose_first_logits_say_little_of_the_others(isa, temperature):
-    """The one-pass sums take their reference from there; a sum that overflows is taken again with care."""
+    """One-pass sums take their reference value from a tile's first logits. A sum that overflows is computed again."""
     base, arm = members(6, 2500, 1, mixed=False)
     base[0].view(-1, 20)[::5, :16] = -math.inf
     base[1, ::1024] = -150
@@ -95,7 +95,7 @@ def test_tiles_whose_first_logits_say_little_of_the_others(isa, temperature):
     for logits in (base, base.bfloat16()):
         assert_same([logits], [], return_logprobs=True, atol=1e-5 / min(temperature, 1), **options)
         assert_same([logits], [], top_logprobs=2, atol=1e-5 / min(temperature, 1), top_p=0.8, **options)
-    for weight in (1.0, -0.5, 0.0):  # c itself is rounded, so only the members' own log-probabilities are exact
+    for weight in (1.0, -0.5, 0.0):  # c is rounded, so only the members' own log-probabilities are exact
         got = guided_sample(base, (arm,), [weight], return_logprobs=True, **options)
         assert_same([base, arm], [weight], **options)
         for logits, found in zip((base, arm[:, :2500]), got.member_logprobs, strict=True):
@@ -118,7 +118,7 @@ def test_strides(isa):
     wide = 3 * torch.randn(2, 3, 2, 2000, generator=torch.Generator().manual_seed(1))
     views = [wide[:, :, 0, 5:1205], wide[:, :, 1, 300:1500], wide.flip(0)[0, 0, 0, :1200].expand(2, 3, 1200)]
     views.append(wide.movedim(-1, 0)[:1200, ..., 1].movedim(0, -1))
-    positions = torch.arange(12).view(2, 6)[:, ::2]  # strided parameters as well
+    positions = torch.arange(12).view(2, 6)[:, ::2]  # strided parameters too
     assert_same(views, [0.5, 0.2, -0.1], seeds=torch.arange(4)[::2], positions=positions, return_logprobs=True)
     assert_same([views[-1][:, 0]], [], temperature=torch.ones(4).double()[::2], seeds=0, positions=0)
 
@@ -126,7 +126,7 @@ def test_strides(isa):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}])
 @pytest.mark.parametrize("dtype", CYCLE)
 def test_a_bias_of_minus_infinity(isa, filters, dtype):
-    """It masks single tokens, whole tiles and the first of a tile, in each row its own, at every position."""
+    """Each row's bias masks single tokens, whole tiles or the first part of a tile, at every position."""
     wide = 3 * torch.randn(2, 3, 2500, generator=torch.Generator().manual_seed(4))
     bias = torch.randn(2, 2500, generator=torch.Generator().manual_seed(5))
     bias[0, 1024:2048], bias[1, :700], bias[1, ::2] = -math.inf, -math.inf, -math.inf
@@ -141,7 +141,7 @@ def test_a_bias_of_minus_infinity(isa, filters, dtype):
 @pytest.mark.parametrize("rows", [1, 9])
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_logprobs": 3}])
 def test_threads_do_not_change_the_tokens(rows, filters):
-    """They share the rows, or the tiles of a single row."""
+    """Threads share the rows, or the tiles of a single row."""
     logits = [z[:rows] for z in members(9, 151936, 3)]
     logits[0][:, 5000:9000] = -math.inf
     options = {"seeds": 5, "positions": torch.arange(rows), "return_logprobs": True, **filters}
@@ -226,7 +226,7 @@ def test_core_takes_prepared_arguments_at_once(change):
     ],
 )
 def test_core_leaves_what_it_cannot_take(change):
-    """Nothing is read or written, and no error is left behind: Python converts, or refuses by name."""
+    """The core returns None and leaves no error set. Then Python converts the arguments, or refuses one by name."""
     assert _native.core.guided_sample(*PREPARED._replace(**change)) is None
 
 
@@ -260,7 +260,7 @@ VALUES = st.sampled_from([0.0, -0.0, 1.0, 2.5, -3.0, 300.0, -300.0, 1e-30, -math
 @given(data=st.data())
 def test_fuzz(data):
     rows = data.draw(st.integers(1, 4), "rows")
-    block = data.draw(st.integers(0, 3), "block")  # 0: no block dimension
+    block = data.draw(st.integers(0, 3), "block")  # 0 stands for no block dimension
     vocab = data.draw(st.integers(1, 2100), "vocab")
     arms = data.draw(st.integers(0, 3), "arms")
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20), "noise"))
@@ -288,4 +288,4 @@ def test_fuzz(data):
     }
     options["top_logprobs"] = min(options["top_logprobs"], options["vocab_size"] or vocab)
     weights = data.draw(st.lists(st.sampled_from([0.0, 0.5, -1.0, 2.0]), min_size=arms, max_size=arms), "weights")
-    assert_same(logits, weights, atol=1e-3, return_logprobs=True, **options)  # 300 / T has few digits left
+    assert_same(logits, weights, atol=1e-3, return_logprobs=True, **options)  # 300 / T leaves few digits

@@ -1,4 +1,4 @@
-"""guided_sample's Triton kernels on a CUDA device, against the reference on the CPU."""
+"""guided_sample's Triton kernels on a CUDA device agree with the reference on the CPU."""
 
 import math
 

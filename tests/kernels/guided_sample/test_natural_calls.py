@@ -1,4 +1,4 @@
-"""guided_sample as people call it in a loop of their own: instead of `softmax` and `multinomial`."""
+"""Short calls of guided_sample, as people write them in their own loops in place of `softmax` and `multinomial`."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_one_row(sample, logits):
 
 
 def test_without_seeds(sample, logits):
-    """PyTorch's generator, or a given one, makes tokens reproducible; every call draws anew, and every row its own."""
+    """PyTorch's generator, or a given one, makes tokens reproducible. Every call and every row has its own noise."""
     base, arm = torch.zeros(64, V), torch.zeros(64, V)
     torch.manual_seed(1)
     first, second = (sample(base, arm, 1.0).tokens for _ in range(2))
@@ -63,7 +63,7 @@ def test_without_seeds(sample, logits):
 
 
 def test_the_law_without_seeds(sample):
-    """Chi-squared of 20,000 draws of 8 tokens against the softmax that it replaces; another temperature is noticed."""
+    """20,000 draws of 8 tokens follow the softmax by chi-squared, and draws at another temperature do not."""
     torch.manual_seed(0)
     base, arm = torch.randn(2, 8)
     rows = 20_000

@@ -1,4 +1,4 @@
-"""What small_linear and quant_linear share: rows alone and among others, siblings, LoRA, copies, errors."""
+"""Properties that small_linear and quant_linear share: rows alone and among others, siblings, LoRA, copies, errors."""
 
 import copy
 import os
@@ -46,7 +46,7 @@ def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
     alone = torch.cat([run(row[None]) for row in x])
     for n in (1, 2, 3):
         threads(n)
-        for rows in [*range(1, 34), 69, 400]:  # 64 + 5 of 4096 inputs: a last table of few rows
+        for rows in [*range(1, 34), 69, 400]:  # 69 = 64 + 5: a last table of few rows, for 4096 inputs
             assert torch.equal(run(x[:rows]), alone[:rows])
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # an element off any alignment
     assert torch.equal(run(shifted[5:40]), alone[5:40])
@@ -55,7 +55,7 @@ def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
 @native
 @kinds
 def test_a_span_changes_its_own_rows(bits):
-    """Of two LoRAs, in any table of rows, and by as much as float64 says."""
+    """Spans of two LoRAs change their rows by what float64 gives, in any table of rows, and no other rows."""
     width, out, rows = 100, 70, 300
     dtype, rounding = dtype_of(bits), 2.0 ** (-20 if bits == 32 else -7)
     loras = ranks(out, width, 3, 300, dtype=dtype)

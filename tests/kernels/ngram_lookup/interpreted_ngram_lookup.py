@@ -1,4 +1,4 @@
-"""ngram_lookup's Triton kernel under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
+"""ngram_lookup's Triton kernel under TRITON_INTERPRET=1. test_triton.py runs it in a new process."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from genarm_fast.kernels.ngram_lookup import triton as on_gpu
 @pytest.mark.parametrize("block", [16, 1024])
 @pytest.mark.parametrize("seed", range(8))
 def test_values(seed, block, monkeypatch):
-    """Also where a row takes several blocks."""
+    """The kernel's drafts are the reference's, for rows of one block and of several."""
     monkeypatch.setattr(on_gpu, "BLOCK", block)
     rows, lengths, k, max_n, min_n = cases(seed)
     tokens, counts = torch.tensor(rows), torch.tensor(lengths)

@@ -1,4 +1,4 @@
-"""ngram_lookup against the index of the host's drafter, which was written apart from it."""
+"""ngram_lookup agrees with the index of the host's drafter, an independent implementation."""
 
 import random
 
@@ -10,7 +10,7 @@ from genarm_fast.speculation.ngram_drafter import NgramIndex
 
 
 def cases(seed):
-    """Rows of few different tokens, so that endings come again, with other numbers behind their lengths."""
+    """Return rows of few different tokens, so that endings repeat. Tokens beyond a row's length are random too."""
     rng = random.Random(seed)
     width, kinds = rng.randint(1, 60), rng.randint(1, 6)
     rows = [[rng.randint(0, kinds) for _ in range(width)] for _ in range(20)]
@@ -36,7 +36,7 @@ def test_values(seed, dtype):
 
 
 def test_by_hand():
-    """The longest ending counts before the latest one; a repetition goes on."""
+    """The longest ending counts, even if a shorter one stands later. A repetition continues."""
     tokens = torch.tensor(
         [[1, 2, 3, 9, 2, 3, 8, 1, 2, 3], [5, 6, 5, 6, 5, 6, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]]
     )

@@ -1,4 +1,4 @@
-"""quant_linear: the reference's bits on every ISA, for any rows and threads; the reference is within its roundings."""
+"""quant_linear gives the reference's bits on every ISA, for any rows and threads. The reference is near float64."""
 
 from fractions import Fraction
 from functools import partial
@@ -33,13 +33,13 @@ def test_reference_is_the_product(bits, shape):
     values = dequantize(weight).double()
     wanted = x.double() @ values.T + bias.double()
     magnitude = x.double().abs() @ values.abs().T + bias.double().abs()
-    if bits == 4:  # what cancels between codes and minimum was rounded
+    if bits == 4:  # codes and minimum partly cancel, after each has been rounded
         magnitude += x.double().abs() @ torch.full_like(values, float(values.abs().max()) * 2).T
     error = (quant_linear_reference(x, weight, bias).double() - wanted).abs()
     bound = wanted.abs() * 2.0**-8 + magnitude * (2.0**-14 + 2.0**-22)
     assert (error <= bound).all()
     worse = QuantWeight(weight.codes.clone(), *weight[1:])
-    worse.codes[0, 0] ^= 8  # negative control
+    worse.codes[0, 0] ^= 8  # negative control: one wrong code
     assert not ((quant_linear_reference(x, worse, bias).double() - wanted).abs() <= bound).all()
 
 
@@ -61,7 +61,7 @@ def test_shapes(isa, bits, shape):
 @native
 @pytest.mark.parametrize("bits", [8, 4])
 def test_largest_sums(isa, bits):
-    """Codes and inputs at their ends: no sum of whole numbers runs over."""
+    """With the largest codes and inputs, no sum of whole numbers overflows."""
     least, most = (-128, 127) if bits == 8 else (0, 15)
     for code in (least, most):
         codes = torch.full((33, 96), code, dtype=torch.int8 if bits == 8 else torch.uint8)
@@ -92,7 +92,7 @@ def test_special_values(isa, bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_outliers_cost_their_own_group_only(bits):
-    """An input of 10,000 beside others of about 1, as massive activations are."""
+    """An input of 10,000 beside others of about 1, like a massive activation, makes only its own group less exact."""
     weight, x = random_weight(64, 576, bits), normal(4, 576, seed=1)
     x[:, 100] = 10000
     wanted = x.double() @ dequantize(weight).double().T
@@ -118,16 +118,16 @@ def test_fma_is_rounded_once(numbers, power):
 
 
 def test_fma_where_double_rounding_shows():
-    """1 + 2^-24 + 2^-60: float64 holds 1 + 2^-24, a tie that float32 then rounds down to 1."""
+    """For 1 + 2^-24 + 2^-60, float64 holds 1 + 2^-24, a tie that float32 would then round down to 1."""
     a, b = torch.tensor(2.0**-24), torch.tensor(1.0, dtype=torch.float64) + 2.0**-36
     assert fma(a, b, torch.tensor(1.0)) == 1 + 2.0**-23
-    assert fma(a, 2 - b, torch.tensor(1.0)) == 1  # and just below the tie
+    assert fma(a, 2 - b, torch.tensor(1.0)) == 1  # just below the tie
 
 
 @with_loras
 @pytest.mark.parametrize("bits", [8, 4])
 def test_loras(bits):
-    """Ranges with gaps, empty, of one row, overlapping; ranks around a vector's width; every row as if alone."""
+    """Spans have gaps, are empty, have one row, or overlap. Ranks are near a vector's width. Rows do not mix."""
     weight, x, bias = random_weight(70, 100, bits), normal(3, 7, 100), normal(70, seed=1)
     spans = [(0, 3, 0), (3, 3, 1), (5, 6, 2), (8, 21, 3), (15, 20, 4)]
     loras = [
@@ -146,7 +146,7 @@ def test_loras(bits):
     for row in range(21):
         own = [(0, 1, i) for first, last, i in spans if first <= row < last]
         assert torch.equal(linear(flat[row : row + 1], own), found.view(21, 70)[row : row + 1])
-    assert not torch.equal(linear(x, spans[:-1]), found)  # negative control
+    assert not torch.equal(linear(x, spans[:-1]), found)  # negative control: one span less
 
 
 @native
@@ -186,14 +186,14 @@ def test_without_a_core(bits, monkeypatch):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("width", [70, 64, 1])
 def test_rows_of_the_weight(isa, threads, bits, width):
-    """Scales of both signs and down to float16's subnormals, indices in any order and with strides."""
+    """Scales have both signs and may be subnormal in float16. Indices come in any order and with strides."""
     made = random_weight(100, width, bits)
     made = made._replace(scales=(made.scales * 10.0 ** -torch.arange(100)[:, None].remainder(7)).half())
     linear = QuantLinear(made)
     indices = torch.tensor([[0, 99, 31], [32, 5, 5]])
     for n in (1, 2):
         threads(n)
-        many = torch.randint(0, 100, (65_600 // width,))  # enough that threads share them
+        many = torch.randint(0, 100, (65_600 // width,))  # so many that threads share them
         for some in (indices, indices.T, indices[:, 1], indices[0, 0], many):
             expected = dequantize(linear.weight).bfloat16()[some]
             assert torch.equal(linear.rows(some), expected)
@@ -211,7 +211,7 @@ def test_rows_that_a_weight_does_not_have_are_refused():
     packed, one = linear.packed, torch.tensor([1])
     assert _native.core.quant_rows(packed, one.int(), 40, 70, 8) is None  # left to PyTorch
     assert _native.core.quant_rows(packed, one, 40, 70, 5) is None
-    assert _native.core.quant_rows(packed, one, 100, 70, 8) is None  # memory of another size
+    assert _native.core.quant_rows(packed, one, 100, 70, 8) is None  # the memory has another size
     assert _native.core.quant_rows(packed, one, 1 << 62, 1 << 62, 8) is None
     with pytest.raises(TypeError):
         _native.core.quant_rows(packed, one)
@@ -233,10 +233,10 @@ def test_exact_finds_codes_again(bits):
     made = random_weight(60, 100, bits, seed=4)
     scales = (made.scales.abs() + 0.01).half()  # steps that bfloat16 holds
     made = QuantWeight(made.codes, scales, None if bits == 8 else -7 * scales)
-    made.codes[:, ::32] = 127 if bits == 8 else 0  # as rounding makes them: a value at an end of its group is there
+    made.codes[:, ::32] = 127 if bits == 8 else 0  # rounding gives each group a value at an end of its range
     if bits == 8:
         made = made._replace(codes=made.codes.clamp(-127, 127))
-    else:  # scales of both signs, as GGUF's Q4_0 has them
+    else:  # GGUF's Q4_0 has scales of both signs
         signs = torch.where(torch.arange(60) % 2 == 0, 1, -1)[:, None]
         made = made._replace(scales=scales * signs, minimums=-8 * scales * signs)
     weight = dequantize(made).bfloat16()
@@ -250,7 +250,7 @@ def test_exact_finds_codes_again(bits):
     assert exact(weight.float(), bits) is None
 
 
-TIES = {  # (scale, minimum) → codes: another minimum is as near to the middle of those that may serve, and does not
+TIES = {  # (scale, minimum) → codes: another minimum is equally near to the middle of the range, but not exact
     (0.004295, -0.01498): "2 9 15 1 5 6 2 2 6 9 2 0 1 4 6 0 0 3 0 0 5 4 1 5 1 4 2 7 1 8 11 3",
     (0.005035, -0.02922): "10 1 11 10 9 1 12 4 2 11 7 2 8 12 10 12 0 1 5 2 12 11 3 10 0 14 15 7 11 7 0 1",
     (0.004333, -0.03032): "10 8 12 14 11 3 6 13 3 0 0 11 13 15 6 2 5 11 12 8 2 8 1 4 12 4 6 3 0 6 11 6",
@@ -259,7 +259,7 @@ TIES = {  # (scale, minimum) → codes: another minimum is as near to the middle
 
 @pytest.mark.parametrize("search", ["core", "pytorch"])
 def test_exact_finds_minimums_at_a_tie(search):
-    """Groups of Q4_1 on which a search for the nearest minimum alone fails: one in 20,000 of random weights."""
+    """A search that tries only the nearest minimum fails on these groups of Q4_1, as on one in 20,000 random groups."""
     if search == "core" and not ISAS:
         pytest.skip("no C++ core")
     for (scale, minimum), codes in TIES.items():
@@ -275,7 +275,7 @@ def test_exact_finds_minimums_at_a_tie(search):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("low", "high", "width"), [(0, 15, 96), (2, 11, 100), (7, 7, 33)])
 def test_the_search_in_the_core_finds_what_pytorch_finds(isa, threads, bits, low, high, width):
-    """Grids of all sixteen codes and of fewer, scales of both signs and down to float16's subnormals, short groups."""
+    """Grids have up to sixteen codes, scales of both signs down to float16's subnormals, and short groups."""
     made = random_weight(40, width, bits, seed=5)
     codes = (made.codes.int() % (high - low + 1) + low).to(made.codes.dtype)
     sizes = 10.0 ** -torch.arange(40)[:, None].remainder(8)
@@ -301,7 +301,7 @@ def test_the_search_in_the_core_gives_the_weights_back_or_nothing(isa):
         huge = torch.full((1, 32), 3e38, dtype=torch.bfloat16)
         huge[0, ::2] *= -1
         assert exact(huge, bits) is None
-    assert _native.core.exact_codes(weight.float(), 4) is None  # left to PyTorch, which refuses it
+    assert _native.core.exact_codes(weight.float(), 4) is None  # PyTorch refuses it
     assert _native.core.exact_codes(weight, 5) is None
     with pytest.raises(TypeError):
         _native.core.exact_codes(weight)

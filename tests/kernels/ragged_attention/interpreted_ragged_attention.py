@@ -1,4 +1,4 @@
-"""The Triton kernels of attention under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
+"""The Triton kernels of attention under TRITON_INTERPRET=1. test_triton.py runs them in a new process."""
 
 import itertools
 import random
@@ -21,14 +21,14 @@ plans = sys.modules["genarm_fast.kernels.ragged_attention.plan"]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Splits of 16 entries and more than one turn of each loop, in caches of some 100 entries."""
+    """Set constants so that caches of about 100 entries have several splits of 16 entries, and loops several turns."""
     monkeypatch.setattr(plans, "CHUNK", 16)
     monkeypatch.setattr(plans, "TILE_BYTES", 1024)
     monkeypatch.setattr(plans, "FLOAT32_BYTES", 1024)
 
 
 def problem(block=1, heads=(4, 2), widths=(16, 16), lengths=(7, 75), capacity=80, dtype=torch.float32, seed=0):
-    """query, keys, values, slots, positions; row n's last query sees lengths[n] entries."""
+    """Return query, keys, values, slots, positions. Row n's last query sees lengths[n] entries."""
     generator = torch.Generator().manual_seed(seed)
     rows, slots = len(lengths), len(lengths) + 1
     query = torch.randn(rows, block, heads[0], widths[0], generator=generator).to(dtype).transpose(1, 2)
@@ -57,7 +57,7 @@ def assert_same(arguments, **options):
     expected = ragged_attention_reference(*exact, **{"scale": 0.3, **options})
     assert got.is_contiguous()
     assert got.dtype == arguments[0].dtype
-    # bfloat16: the interpreter truncates where a GPU rounds, weights as well as results.
+    # In bfloat16 the interpreter truncates weights and results, which a GPU rounds.
     tolerance = 1e-5 if got.dtype == torch.float32 else 4 * torch.finfo(got.dtype).eps
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
     return got
@@ -71,7 +71,7 @@ def test_decode(block, heads, options):
 
 @contextmanager
 def counting_loads(*tensors):
-    """A list of how many elements of these tensors a launch reads, masked ones left out."""
+    """Count the elements of these tensors that a launch reads, without masked ones, in the list that is yielded."""
     load, read = InterpreterBuilder.create_masked_load, [0] * len(tensors)
 
     def counted(builder, ptrs, mask, *rest):
@@ -88,7 +88,7 @@ def counting_loads(*tensors):
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"limit": 77}])
 @pytest.mark.parametrize(("block", "heads"), [(1, (4, 2)), (4, (4, 2)), (16, (2, 1)), (4, (3, 1))])
 def test_a_step_reads_once_what_its_queries_see(block, heads, options):
-    """Of the keys and values, for all heads of a group, all queries of a row and all splits together."""
+    """A key or value that a row's queries see is read once, for all heads of a group, queries and splits together."""
     lengths = (block, 33, 77)
     query, keys, values, slots, positions = problem(block, heads, lengths=lengths, dtype=torch.bfloat16)
     with counting_loads(keys, values) as read, bfloat16_products():
@@ -103,7 +103,7 @@ def test_more_splits_than_are_combined_at_once():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels launched."""
+    """Return the list to which the names of launched kernels are added."""
     names, run = [], InterpretedFunction.__getitem__
     monkeypatch.setattr(
         InterpretedFunction, "__getitem__", lambda kernel, grid: names.append(kernel.fn.__name__) or run(kernel, grid)
@@ -113,7 +113,7 @@ def launched(monkeypatch):
 
 @contextmanager
 def in_any_order(seed):
-    """Programs of a grid run in an order of chance."""
+    """Run the programs of each grid in a random order."""
     set_grid_idx, shuffle = InterpreterBuilder.set_grid_idx, random.Random(seed).sample
 
     def turned(builder, *index):
@@ -129,7 +129,7 @@ def in_any_order(seed):
 @pytest.mark.parametrize(("block", "heads"), [(1, (4, 2)), (4, (4, 2)), (16, (4, 1))])
 @pytest.mark.parametrize("options", [{}, {"window": 37, "softcap": 5.0}])
 def test_the_last_split_combines(block, heads, options, launched):
-    """In one launch, with the same bits whichever it is, and with counters that are zero afterwards."""
+    """One launch is enough, its bits do not depend on which split is last, and the counters are zero afterwards."""
     arguments = problem(block, heads, lengths=(block, 77))
     assert_same(arguments, **options)
     assert launched == ["attend_kernel", "combine_kernel"]
@@ -147,7 +147,7 @@ def test_the_last_split_combines(block, heads, options, launched):
 
 @pytest.mark.parametrize(("width", "lengths", "capacity"), [(16, (140, 3), 144), (300, (3, 75), 80), (512, (75,), 80)])
 def test_widths_and_splits_of_the_last_one(width, lengths, capacity, launched):
-    """More splits than are averaged at once; widths that leave one at once."""
+    """The last split averages more splits than it reads at once, also for widths where it reads one at a time."""
     arguments = problem(5, (4, 2), (16, width), lengths=[max(5, each) for each in lengths], capacity=capacity)
     got = interpreted(*arguments, arrivals=torch.zeros(64, dtype=torch.int32))
     assert launched == ["attend_kernel"]
@@ -157,7 +157,7 @@ def test_widths_and_splits_of_the_last_one(width, lengths, capacity, launched):
 
 
 def test_programs_count_each_on_their_own():
-    """A number for each row, tile and head: fewer are not used."""
+    """There is a counter for each row, tile and head. A tensor of fewer counters is not used."""
     arguments = problem(16, (8, 2), lengths=(16, 77))  # two rows of two heads, 64 rows each: four tiles of 16
     enough, few = torch.zeros(16, dtype=torch.int32), torch.ones(15, dtype=torch.int32)
     expected = interpreted(*arguments)
@@ -168,7 +168,7 @@ def test_programs_count_each_on_their_own():
 
 
 def test_prefill_is_combined_by_a_second_launch(launched):
-    """Which costs it nothing, and saves its kernel registers."""
+    """A second launch costs prefill nothing, and saves registers in the first kernel."""
     assert_same(problem(37, (2, 1), lengths=(77,)), arrivals=torch.zeros(64, dtype=torch.int32))
     assert launched == ["attend_kernel", "combine_kernel"]
 
@@ -183,7 +183,7 @@ def test_where_a_barrier_orders_no_stores(hip, device, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"window": 37, "softcap": 5.0}, {"limit": 77}])
 @pytest.mark.parametrize("chunk", [16, 256])
 def test_prefill(options, chunk, monkeypatch):
-    """Entries that no query, some queries and all queries of a tile see; a tile that ends within the block."""
+    """No query, some queries or all queries of a tile see an entry. The last tile ends within the block."""
     monkeypatch.setattr(plans, "CHUNK", chunk)
     assert_same(problem(37, (2, 1), lengths=(37, 77) if chunk > 16 else (77,)), **options)
 
@@ -206,14 +206,14 @@ def test_heads(heads):
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_positions_in_any_order(window):
-    """A block whose tokens do not stand one after the other, farther apart than the plan expects."""
+    """The positions of a block's tokens are not consecutive, and farther apart than the plan expects."""
     query, keys, values, slots, _ = problem(3)
     positions = torch.tensor([[5, 71, 30], [0, 0, 44]])
     assert_same((query, keys, values, slots, positions), window=window)
 
 
 def test_strides():
-    """Caches of [S, C, H, D], of every second entry, and a query of which only a part is read."""
+    """Caches are views of [S, C, H, D] or of every second entry, and a query is a view of a larger tensor."""
     query, keys, values, slots, positions = problem(2)
     keys, values = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (keys, values))
     wide = torch.cat([query, query], -1)[..., 5:21]
@@ -228,7 +228,7 @@ def test_strides():
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize(("cache", "garbage"), [("keys", torch.nan), ("values", torch.nan), ("values", torch.inf)])
 def test_garbage_that_a_query_does_not_see(block, window, cache, garbage):
-    """It changes no bit, not even where a neighbour in the block sees it, and the neighbour does."""
+    """Garbage changes no bit of a query that does not see it, even if a neighbour in the block sees it and changes."""
     query, keys, values, slots, positions = problem(block, (2, 1), lengths=(60,) if block > 1 else (1, 60))
     clean = interpreted(query, keys, values, slots, positions, window=window)
     token = block // 2

@@ -1,4 +1,4 @@
-"""How attention's work is cut for a GPU."""
+"""The plan that divides attention's work for a GPU."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def of(rows=1, kv_heads=8, group=4, block=1, widths=(128, 128), limit=4096, wind
 
 
 def test_one_request_fills_a_gpu():
-    """Splits of the shortest length up to PROGRAMS programs; then longer ones."""
+    """Splits have the shortest length up to PROGRAMS programs. Beyond that they get longer."""
     assert of(limit=CHUNK).splits == 1
     assert of(limit=CHUNK + 1).splits == 2
     assert of(limit=4096).splits == 4096 // CHUNK
@@ -23,9 +23,9 @@ def test_one_request_fills_a_gpu():
 
 @pytest.mark.parametrize("block", [1, 4, 9, 16])
 def test_splits_of_many_rows_write_little(block):
-    """At most an eighth of what the keys and values take, once there are programs enough."""
+    """With enough programs, the splits' sums are at most an eighth of the memory traffic of keys and values."""
     cut = of(rows=64, block=block, limit=32768)
-    assert cut.splits > 1  # rows may be of unequal lengths
+    assert cut.splits > 1  # rows may have different lengths
     written = 2 * 4 * 128 * cut.block_m * cut.tiles * cut.splits
     assert written <= 2 * 2 * 128 * 32768 * cut.tiles / 8
 
@@ -44,7 +44,7 @@ def test_tiles_hold_all_queries_and_heads(rows, group, block):
 @pytest.mark.parametrize("widths", [(1, 1), (80, 96), (128, 64), (576, 512), (256, 256)])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_tiles_fit(widths, dtype):
-    """Of keys and of values at most 32 KB a stage, and powers of two from 16 on, as tl.dot asks."""
+    """A stage has at most 32 KB of keys and of values. Sizes are powers of two from 16 on, as tl.dot needs."""
     cut = of(widths=widths, dtype=dtype, block=16)
     for size in (cut.block_m, cut.block_n, cut.width, cut.value_width):
         assert size >= 16

@@ -1,4 +1,4 @@
-"""Attention over the ragged cache: values against float64 and transformers, independence from company bit for bit."""
+"""Attention over the ragged cache agrees with float64 and transformers. A query's bits do not depend on others."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ HEADS = [(4, 4), (6, 2), (9, 3), (8, 1)]
 
 
 def problem(heads=(6, 2), widths=(64, 64), block=1, lengths=(5, 40, 64), capacity=64, dtype=torch.float32, seed=0):
-    """query (a transpose), keys, values, slots, positions; row n's last query sees lengths[n] entries."""
+    """Return query (a transpose), keys, values, slots, positions. Row n's last query sees lengths[n] entries."""
     generator = torch.Generator().manual_seed(seed)
     rows, slots = len(lengths), len(lengths) + 2
     query = torch.randn(rows, block, heads[0], widths[0], generator=generator).to(dtype).transpose(1, 2)
@@ -34,7 +34,7 @@ def problem(heads=(6, 2), widths=(64, 64), block=1, lengths=(5, 40, 64), capacit
 
 
 def exact(query, keys, values, slots, positions, *, scale, window=None, softcap=None):
-    """The definition in float64, query by query, over just the entries that it sees."""
+    """Compute the definition in float64, query by query, over only the entries that the query sees."""
     out = torch.empty(len(query), query.shape[2], query.shape[1], values.shape[3], dtype=torch.float64)
     group = query.shape[1] // keys.shape[1]
     for n, i, h in torch.cartesian_prod(*map(torch.arange, out.shape[:3])).tolist():
@@ -47,7 +47,7 @@ def exact(query, keys, values, slots, positions, *, scale, window=None, softcap=
 
 
 def assert_exact(got, arguments, **options):
-    """Within float32 rounding of float64, and then that of the result's dtype."""
+    """Allow the error of float32 sums, and one rounding to the result's dtype."""
     expected = exact(*arguments, **options)
     eps = torch.finfo(got.dtype).eps
     torch.testing.assert_close(got.double(), expected, rtol=max(eps / 2, 1e-5), atol=4e-6)
@@ -82,7 +82,7 @@ def test_reference(options, dtype):
 @pytest.mark.parametrize("forward", [sdpa_attention_forward, eager_attention_forward])
 @pytest.mark.parametrize("heads", HEADS)
 def test_transformers(forward, heads):
-    """As the attention functions that the op replaces, given the mask of the same rows."""
+    """The op agrees with the attention functions of transformers that it replaces, given the mask of the same rows."""
     query, keys, values, slots, positions = problem(heads, block=3, lengths=(3, 40, 64))
     config = LlamaConfig(hidden_size=heads[0] * 64, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     module = LlamaAttention(config, 0).eval()
@@ -97,7 +97,7 @@ def test_transformers(forward, heads):
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"softcap": 10.0}])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
 def test_garbage_beyond_a_position(isa, dtype, options, garbage):
-    """What a query does not see changes no bit, not even where a neighbour in its block sees it."""
+    """Entries that a query does not see change no bit of its result, even if a neighbour in its block sees them."""
     query, keys, values, slots, positions = problem(block=5, lengths=(5, 40, 60), dtype=dtype)
     clean = ragged_attention(query, keys, values, slots, positions, scale=0.2, **options)
     for token in range(5):
@@ -113,7 +113,7 @@ def test_garbage_beyond_a_position(isa, dtype, options, garbage):
         assert torch.equal(dirty[:, token], clean[:, token])
     dirty_keys[slots[0], :, 0] = garbage
     touched = ragged_attention(query, dirty_keys, dirty_values, slots, positions, scale=0.2)
-    assert not torch.equal(touched[0, 4], clean[0, 4])  # control
+    assert not torch.equal(touched[0, 4], clean[0, 4])  # control: garbage that is seen
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -138,7 +138,7 @@ def test_a_nan_that_is_seen_is_reported(isa):
 
 
 def alone(query, keys, values, slots, positions, **options):
-    """Every row and token in a call of its own, over a cache that ends at its position."""
+    """Compute every row and token in a separate call, over a cache that ends at its position."""
     out = []
     for n, i in torch.cartesian_prod(*map(torch.arange, positions.shape)).tolist():
         last, slot = positions[n : n + 1, i : i + 1], slots[n]
@@ -180,7 +180,7 @@ def test_threads_change_no_bit(dtype):
 
 @native
 def test_company_test_can_fail():
-    """sdpa itself does not hold what is tested above, so the test's data would show a difference."""
+    """PyTorch's sdpa fails the test above, so the test's data can show a difference."""
     query, keys, values, slots, positions = problem((9, 3), block=5, lengths=(5, 80, 127), capacity=130)
     together = ragged_attention_reference(query, keys, values, slots, positions, scale=0.3)
     assert not torch.equal(alone(query, keys, values, slots, positions, scale=0.3), together)
@@ -226,7 +226,7 @@ def test_appended_keys_that_need_a_gradient_get_it():
 
 @pytest.mark.parametrize("attend", [ragged_attention, ragged_attention_reference])
 def test_nothing_to_attend(attend):
-    """No rows, no queries, no heads: a result of that shape."""
+    """A call without rows, queries or heads gives an empty result of the right shape."""
     query, keys, values, slots, positions = problem(block=2)
     assert attend(query[:0], keys, values, slots[:0], positions[:0], scale=1.0).shape == (0, 2, 6, 64)
     assert attend(query[:, :0], keys, values, slots, positions, scale=1.0).shape == (3, 2, 0, 64)
@@ -322,7 +322,7 @@ def test_arguments_are_checked():
 
 
 def test_attention_of_pytorch_need_not_be_contiguous(monkeypatch):
-    """CUDA's implementation returns heads inside positions."""
+    """sdpa on CUDA may return a tensor whose memory has heads inside positions. The op's result is the same."""
     query, keys, values = (torch.randn(2, heads, n, 8) for heads, n in ((4, 3), (2, 6), (2, 6)))
     slots, positions = torch.tensor([0, 1]), torch.tensor([[0, 1, 2], [3, 4, 5]])
     expected = ragged_attention_reference(query, keys, values, slots, positions, scale=0.3)

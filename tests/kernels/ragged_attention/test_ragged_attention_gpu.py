@@ -1,4 +1,4 @@
-"""Attention's Triton kernels on a CUDA device, against the reference on the CPU."""
+"""Attention's Triton kernels on a CUDA device agree with the reference on the CPU."""
 
 import pytest
 import torch

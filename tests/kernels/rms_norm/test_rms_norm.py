@@ -1,4 +1,4 @@
-"""rms_norm against the modules that it replaces, bit for bit."""
+"""rms_norm gives the bits of the modules that it replaces."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_as_the_module(isa, dtype, width, family, offset):
     norm, x = module(family, width, dtype), inputs(width, dtype)
     got, expected = rms_norm(x, norm.weight.detach(), 1e-5, offset=offset), norm(x)
     assert got.dtype == dtype
-    if width < 8:  # less than a vector: PyTorch sums otherwise
+    if width < 8:  # PyTorch sums less than a vector in another order
         torch.testing.assert_close(got, expected, rtol=5e-7 if dtype == torch.float32 else 2**-7, atol=1e-30)
     else:
         assert torch.equal(got, expected)
@@ -66,14 +66,14 @@ def test_fuzz(data):
 
 
 def test_what_the_core_does_not_take():
-    """Strides, parameters, dtypes and gradients give what the reference gives."""
+    """Tensors with strides, parameters, other dtypes and gradients give the reference's results."""
     weight = torch.nn.Parameter(torch.rand(8))
     turned = torch.randn(8, 3).T
     with torch.no_grad():
         assert torch.equal(rms_norm(turned, weight, 1e-6), rms_norm_reference(turned.contiguous(), weight, 1e-6))
         half = turned.half()
         assert torch.equal(rms_norm(half, weight.half(), 1e-6), rms_norm_reference(half, weight.half(), 1e-6))
-        assert rms_norm(half, weight, 1e-6).dtype == torch.float32  # as Llama promotes
+        assert rms_norm(half, weight, 1e-6).dtype == torch.float32  # Llama promotes so
     x = torch.randn(3, 8, requires_grad=True)
     rms_norm(x, weight.detach(), 1e-6).sum().backward()
     assert x.grad is not None

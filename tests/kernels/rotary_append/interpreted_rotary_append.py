@@ -1,4 +1,4 @@
-"""The Triton kernels of rotary and rotary_append under TRITON_INTERPRET=1, run by test_triton.py in its own process."""
+"""The Triton kernels of rotary and rotary_append under TRITON_INTERPRET=1. test_triton.py runs this file."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def angles(rows, block, width, dtype):
 @pytest.mark.parametrize("parts", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(("widths", "heads"), [((16, 16), (4, 2)), ((10, 7), (3, 3))])
 def test_rotary_append(widths, heads, parts, index, dtype):
-    """3 rows of 2 tokens in slots 3, 0 and 2."""
+    """Three rows of two tokens are in slots 3, 0 and 2."""
     sizes = (heads[0] * widths[0], heads[1] * widths[0], heads[1] * widths[1])
     y, lanes, merged = stacked(sizes, index, rows=6, dtype=dtype)
     cos, sin = angles(1 if parts == "llama" else 3, 2, widths[0], dtype)

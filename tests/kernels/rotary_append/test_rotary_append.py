@@ -1,4 +1,4 @@
-"""rotary_append in PyTorch: against the attention modules of transformers, and what it refuses."""
+"""rotary_append in PyTorch agrees with the attention modules of transformers, and refuses wrong arguments."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from genarm_fast.kernels import ragged_attention, rotary_append
-from genarm_fast.models.forward_context import Ragged, placed
+from genarm_fast.models.forward_context import Ragged, at_positions
 from genarm_fast.models.kv_cache import RaggedLayer
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_as_transformers(tiny_model, family):
-    """Queries, keys and values that a model's attention makes: those of its own forward end in the same output."""
+    """With the op's queries, keys and values, attention gives the output of a model's own attention module."""
     model = tiny_model(family)
     module, rotate = model.model.layers[0].self_attn, model.model.rotary_emb
     x = torch.randn(2, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def test_as_transformers(tiny_model, family):
         cache = Cache(layers=[RaggedLayer(2, 8)])
         module.config._attn_implementation, before = "genarm_fast_ragged", module.config._attn_implementation
         try:
-            with placed(Ragged(slots, positions, 8)):
+            with at_positions(Ragged(slots, positions, 8)):
                 expected, _ = module(x, position_embeddings=(cos, sin), attention_mask=None, past_key_values=cache)
         finally:
             module.config._attn_implementation = before
@@ -48,7 +48,7 @@ def test_as_transformers(tiny_model, family):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_lanes(dtype):
-    """Rows of three lanes, of which the second has no adapter: keys, values and queries of merged weights."""
+    """Three lanes, of which the second has no adapter, give the keys, values and queries of merged weights."""
     sizes = (4 * 6, 2 * 6, 2 * 5)
     y, lanes, merged = stacked(sizes, (1, -1, 0), rows=6, dtype=dtype)
     keys, values = torch.zeros(3, 2, 4, 6, dtype=dtype), torch.zeros(3, 2, 4, 5, dtype=dtype)

@@ -1,4 +1,4 @@
-"""rotary_append in C++: the bits of its reference, and which arguments it leaves to PyTorch."""
+"""rotary_append in C++ gives the bits of its reference, and leaves some arguments to PyTorch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core
 
 
 def arguments(dtype, *, block=2, heads=6, kv_heads=2, width=16, value_width=8, norms=False, angles=3):
-    """Of three rows whose slots and positions are all different; caches full of what must stay."""
+    """Return arguments of three rows with different slots and positions, and caches whose values must not change."""
     random = torch.Generator().manual_seed(block * width)
 
     def normal(*shape):
@@ -25,7 +25,7 @@ def arguments(dtype, *, block=2, heads=6, kv_heads=2, width=16, value_width=8, n
 
 
 def both(given):
-    """Queries, keys and values by C++ and by the reference."""
+    """Return queries, keys and values from C++, and those from the reference."""
     ours, theirs = (
         [tensor.clone() if index in (3, 4) else tensor for index, tensor in enumerate(given)] for _ in range(2)
     )
@@ -40,7 +40,7 @@ def both(given):
 @pytest.mark.parametrize("norms", [False, True])
 def test_bits_of_the_reference(isa, dtype, block, shape, norms):
     heads, kv_heads, width, value_width = shape
-    norms &= width >= 8  # PyTorch sums fewer squares in another order, as rms_norm says
+    norms &= width >= 8  # PyTorch sums fewer squares in another order, see rms_norm
     sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": value_width}
     ours, theirs = both(arguments(dtype, block=block, norms=norms, **sizes))
     assert ours[0].is_contiguous()
@@ -62,7 +62,7 @@ def test_strides(isa):
 
 
 def test_a_weight_decides():
-    """A negative control of the norms: another weight is another result."""
+    """Negative control of the norms: another weight gives another result."""
     given = arguments(torch.float32, norms=True)
     ours, _ = both(given)
     given[8] = given[8] + 1

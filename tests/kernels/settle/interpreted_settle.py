@@ -1,4 +1,4 @@
-"""settle's Triton kernel under TRITON_INTERPRET=1, run by test_triton.py in a process of its own."""
+"""settle's Triton kernel under TRITON_INTERPRET=1. test_triton.py runs it in a new process."""
 
 from unittest.mock import patch
 

@@ -1,4 +1,4 @@
-"""settle against hand-worked rounds and a plain loop."""
+"""settle agrees with hand-worked rounds and with a plain loop."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def settle(request):
 
 
 STOP = 9
-# drafts, targets, drafts used, length, limit, finished → count, next input, length, finished
+# (drafts, targets, drafts used, length, limit, finished) → (count, next input, new length, finished)
 ROUNDS = {
     "all right": ([1, 2, 3], [1, 2, 3, 4], 3, 5, 99, False, (4, 4, 9, False)),
     "none right": ([7, 2, 3], [1, 2, 3, 4], 3, 5, 99, False, (1, 1, 6, False)),

@@ -1,4 +1,4 @@
-"""settle's Triton kernel on a CUDA device, against the reference on the CPU."""
+"""settle's Triton kernel on a CUDA device agrees with the reference on the CPU."""
 
 import pytest
 import torch

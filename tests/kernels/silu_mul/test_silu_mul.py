@@ -1,4 +1,4 @@
-"""silu_mul against PyTorch."""
+"""silu_mul agrees with PyTorch."""
 
 import pytest
 import torch
@@ -21,10 +21,10 @@ def test_values(isa, dtype, shape):
         got = silu_mul(gate, up)
         assert got.dtype == dtype
         exact = functional.silu(gate.double()) * up.double()
-        # bfloat16: two roundings of half an ulp each
+        # bfloat16 rounds twice, by half an ulp each time.
         torch.testing.assert_close(got.double(), exact, rtol=5e-6 if dtype == torch.float32 else 2**-7, atol=1e-35)
         if gate.numel():
-            assert torch.equal(silu_mul(gate[-1:], up[-1:]), got[-1:])  # whatever comes before it
+            assert torch.equal(silu_mul(gate[-1:], up[-1:]), got[-1:])  # the rows before it do not matter
     finally:
         _native.core.use(ISAS[0])
 

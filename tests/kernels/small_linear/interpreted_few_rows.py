@@ -1,4 +1,4 @@
-"""The Triton kernel of products of few rows under TRITON_INTERPRET=1, run by test_triton.py in its own process."""
+"""The Triton kernel for products of few rows under TRITON_INTERPRET=1. test_triton.py runs it in a new process."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def check(rows, outputs, width, dtype, biased=False, shape=None):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("programs", "least"), [(1, 1), (12, 64)])
 def test_against_float64(programs, least, biased, dtype, monkeypatch):
-    """Outputs and inputs that fill no block; in one split and in several, the last one shorter."""
+    """Outputs and inputs do not fill their last block. There are one or several splits; the last may be shorter."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     monkeypatch.setattr(kernels, "LEAST_CHUNK", least)
     monkeypatch.setattr(kernels, "STEP_BYTES", 64)

@@ -1,6 +1,6 @@
-"""small_linear: within its rounding of float64, and every row's bits independent of its company, threads and ISA.
+"""small_linear is within its rounding of float64. A row's bits do not depend on other rows, threads or ISA.
 
-In float32, the bits of its reference.
+In float32 they are those of the reference.
 """
 
 import copy
@@ -27,7 +27,7 @@ def isa(request):
 
 
 def reference(x, weight, bias=None, loras=()):
-    """(exact result, Σ |terms| of it) in float64."""
+    """Return (exact result, Σ |terms| of the result) in float64."""
     flat = x.double().reshape(x.shape[:-1].numel(), x.shape[-1])
     exact, magnitude = flat @ weight.double().T, flat.abs() @ weight.double().abs().T
     for first, last, a, b, scale in loras:
@@ -40,7 +40,7 @@ def reference(x, weight, bias=None, loras=()):
 
 
 def assert_exact(y, x, weight, bias=None, loras=()):
-    """One rounding to the dtype, and float32 sums of in / 16 terms a lane and a few more."""
+    """Allow one rounding to the dtype, and the error of float32 sums of in / 16 terms for each lane and a few more."""
     exact, magnitude = reference(x, weight, bias, loras)
     ranks = sum(len(a) for _, _, a, _, _ in loras)
     bound = exact.abs() * torch.finfo(x.dtype).eps + magnitude * 2.0**-24 * (x.shape[-1] / 16 + 2 * ranks + 12)
@@ -65,7 +65,7 @@ def test_shapes(isa, shape, dtype):
 @native
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 577), (20, 1100), (16, 32), (9, 31), (5, 0)])
 def test_float32_has_the_bits_of_the_reference(isa, threads, shape):
-    """Of few rows, and of so many that weights are copied first, in several tables; with bias and LoRAs."""
+    """The rows are few, or so many that weights are copied first. There are a bias and LoRAs too."""
     out, width = shape
     x, weight, bias, a, b = (
         normal(*each, seed=i, dtype=torch.float32)
@@ -92,7 +92,7 @@ def test_the_reference_of_float32_alone():
 
 @native
 def test_bound_catches_a_lost_product():
-    """Negative control: the last input of one output left out, or sums held in bfloat16, break the bound."""
+    """Negative control: the bound fails if one output lacks its last input, or if sums are held in bfloat16."""
     x, weight = normal(4, 577), normal(64, 577, seed=1)
     wrong = weight.clone()
     wrong[5, -1] = 0
@@ -104,7 +104,10 @@ def test_bound_catches_a_lost_product():
 
 
 def near_the_smallest(*shape, seed):
-    """bfloat16 of all exponents from 0 (subnormal) to 70: products below and above 2^-126, sums that leave nothing."""
+    """Return bfloat16 numbers of all biased exponents from 0 (subnormal) to 70.
+
+    Their products are below and above 2^-126, and some sums cancel.
+    """
     bits = torch.randint(0, 71 << 7, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.int32) << 15
     return (bits | signs).to(torch.uint16).view(torch.bfloat16)
@@ -113,7 +116,7 @@ def near_the_smallest(*shape, seed):
 @native
 @pytest.mark.parametrize("rows", [1, 3, 8, 40])
 def test_one_result_near_the_smallest_numbers(isa, rows):
-    """The first instruction set's: two FMAs have the bits of vdpbf16ps only if subnormal numbers are zeros to them."""
+    """All instruction sets give the first one's bits. Two FMAs equal vdpbf16ps only if they flush subnormal numbers."""
     x, weight = near_the_smallest(rows, 577, seed=rows), near_the_smallest(64, 577, seed=9)
     y = small_linear(x, weight)
     _native.core.use(ISAS[0])
@@ -123,7 +126,7 @@ def test_one_result_near_the_smallest_numbers(isa, rows):
 
 @native
 def test_subnormal_numbers_count_as_zeros(isa):
-    """Of inputs, of weights, of products and of sums; those of the caller stay what they are."""
+    """Subnormal inputs, weights, products and sums count as zeros. The caller's own arithmetic keeps such numbers."""
     smallest, tiny = 2.0**-126, 2.0**-130
     cases = [([tiny, 1], [2.0**20, 2], 2), ([2.0**20, 1], [tiny, 2], 2), ([2.0**-70, 0], [2.0**-70, 0], 0)]
     cases += [([2.0**-60, 0], [2.0**-66, 0], smallest), ([1.5 * smallest, smallest], [1, -1], 0)]
@@ -136,7 +139,7 @@ def test_subnormal_numbers_count_as_zeros(isa):
 @native
 @pytest.mark.parametrize("rows", [1, 3, 8, 40, 70])
 def test_float32_keeps_the_smallest_numbers(isa, rows):
-    """Subnormal numbers count, whether or not the caller's thread flushes its own."""
+    """Subnormal numbers count, also where the caller's thread counts them as zeros."""
     x, weight = (normal(*shape, seed=rows, dtype=torch.float32) * 2.0**-70 for shape in ((rows, 100), (30, 100)))
     expected = small_linear_reference(x, weight)
     assert ((expected != 0) & (expected.abs() < 2.0**-126)).any()
@@ -175,7 +178,7 @@ def test_instruction_sets_agree(shape, rows, dtype):
 @native
 @dtypes
 def test_loras(isa, dtype):
-    """Ranges with gaps, empty, of one row, overlapping; ranks around a vector's width."""
+    """Spans have gaps, are empty, have one row, or overlap. Ranks are near a vector's width."""
     x, weight = normal(3, 7, 100, dtype=dtype), normal(70, 100, seed=1, dtype=dtype)
     bias = normal(70, seed=2, dtype=dtype)
     ranges = [(0, 3, 1), (3, 3, 4), (5, 6, 16), (8, 21, 17), (15, 20, 33)]

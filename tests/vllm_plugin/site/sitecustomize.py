@@ -1,9 +1,10 @@
 """Lets vLLM's V2 model runner start without a GPU: its Triton kernels run in Triton's interpreter.
 
-Python imports this by itself in each process that has the folder in PYTHONPATH, before vLLM and Triton. Upstream has no
+Python imports this module in each process that has the folder in PYTHONPATH, before vLLM and Triton. Upstream has no
 such way yet: vllm#55847 has PyTorch fallbacks, and triton-cpu is not on PyPI.
 
-Each process also ends when the one in GENARM_TESTS_PID does, however that ended, and writes its stacks on SIGUSR1.
+Each process also ends when the process in GENARM_TESTS_PID ends, however that happens, and writes its stacks on
+SIGUSR1.
 """
 
 import faulthandler
@@ -21,7 +22,7 @@ from triton.backends.driver import DriverBase
 
 
 class NoDriver(DriverBase):
-    """Stands among Triton's backends so that one is found; the interpreter never asks it to compile."""
+    """A driver that Triton finds among its backends; the interpreter never asks it to compile."""
 
     __abstractmethods__ = frozenset()
 
@@ -58,6 +59,6 @@ tests = int(os.environ.get("GENARM_TESTS_PID", "0"))
 if tests and tests != os.getpid():
     watch = {"target": end_with, "args": (tests,), "daemon": True}
     threading.Thread(**watch).start()
-    # Threads stay behind in a fork.
+    # A fork loses the thread, so the child starts a new one.
     os.register_at_fork(after_in_child=lambda: threading.Thread(**watch).start())
 faulthandler.register(signal.SIGUSR1)
