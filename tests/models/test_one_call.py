@@ -208,6 +208,15 @@ def test_other_dtypes_are_not_taken(taken):
     assert taken == [None] * len(BLOCKS)
 
 
+def test_a_core_that_is_turned_off_is_not_called(taken, monkeypatch):
+    """Test doubles of devices turn it off after models are loaded."""
+    decoder = runner_of("llama", torch.float32).base_model
+    taken.clear()
+    monkeypatch.setattr(_native, "core", None)
+    states_of(decoder, [0])
+    assert taken == [None] * len(BLOCKS)
+
+
 def test_one_norm_of_heads_without_the_other():
     decoder = runner_of("qwen3").base_model
     forward = decoder.forward
