@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from genarm_fast import GenARM
 from genarm_fast.engine import layer_code, selfcheck
 from genarm_fast.engine.layer_kinds import kinds_of_layers
+from genarm_fast.models.one_call import OneCall
 from genarm_fast.models.weights import share_weights
 
 COUNT = 8
@@ -152,6 +153,7 @@ def test_a_layer_of_ours_that_is_wrong_is_refused(tokenizer):
     fused = one.runner.base_model.forward
     assert one.runs_by.startswith("fused")
     fused.layers[5].scale *= 3
+    fused.one_call = OneCall(fused.layers, fused.next_norms, [()])
     with pytest.raises(ValueError, match=REFUSAL):
         selfcheck.entries_of([one])
 
