@@ -1,6 +1,7 @@
-"""Compares small_linear on the CPU with torch's bfloat16 linear, and with the speed at which memory is read.
+"""Compares small_linear on the CPU with torch's linear of its dtype, and with the speed at which memory is read.
 
-    python benchmarks/linear.py [--threads N] [--cpu-time] [--models NAME ...] [--rows N ...] [--json FILE]
+    python benchmarks/linear.py [--dtype float32] [--threads N] [--cpu-time] [--models NAME ...] [--rows N ...]
+        [--json FILE]
 
 A weight with several outputs means linears over one input, in one call of SiblingLinears. Weights are cold, as in a
 decode step: the copies of a weight fill 512 MB, and every call takes the next copy. Each case is first checked against
@@ -62,10 +63,10 @@ def timed(call: Callable[..., object], *arguments: object) -> float:
     return (clock() - start) * 1e6
 
 
-def siblings(shape: Shape) -> list[tuple[Tensor, SiblingLinears]]:
+def siblings(shape: Shape, dtype: torch.dtype) -> list[tuple[Tensor, SiblingLinears]]:
     """Return copies that fill COLD bytes: for each, the weights [sum of outputs, width] and the linears over them."""
     outs, width = shape
-    weights = torch.randn(sum(outs), width).mul_(width**-0.5).to(torch.bfloat16)
+    weights = torch.randn(sum(outs), width).mul_(width**-0.5).to(dtype)
     copies = [weights.clone() for _ in range(-(-COLD // weights.nbytes))]
     return [(copy, SiblingLinears([SmallLinear(weight) for weight in copy.split(outs)])) for copy in copies]
 
@@ -78,10 +79,10 @@ def measure(copies: list[tuple[Tensor, SiblingLinears]], rows: int, seconds: flo
     all_linears = [linears for _, linears in copies]
     weights = [[linear.weight for linear in linears.linears] for linears in all_linears]
     words = [both.view(torch.float32).flatten().chunk(2) for both, _ in copies]
-    x, none = torch.randn(rows, copies[0][0].shape[1]).to(torch.bfloat16), ((),) * len(weights[0])
+    x, none = torch.randn(rows, copies[0][0].shape[1]).to(copies[0][0].dtype), ((),) * len(weights[0])
     for y, weight in zip(all_linears[0](x, none), weights[0]):
         exact = x.double() @ weight[:512].double().T
-        torch.testing.assert_close(y[:, :512].double(), exact, rtol=2**-8, atol=1e-4)
+        torch.testing.assert_close(y[:, :512].double(), exact, rtol=torch.finfo(x.dtype).eps, atol=1e-4)
 
     size = copies[0][0].nbytes
     calls = CALLS if size < COLD // 32 else 1
@@ -111,9 +112,9 @@ def measure(copies: list[tuple[Tensor, SiblingLinears]], rows: int, seconds: flo
     )
 
 
-def call_overhead() -> dict[str, float]:
+def call_overhead(dtype: torch.dtype) -> dict[str, float]:
     """Return the median microseconds of a call with one output."""
-    one = torch.zeros(1, 16, dtype=torch.bfloat16)
+    one = torch.zeros(1, 16, dtype=dtype)
     plain = SmallLinear(one)
     lane = SmallLinear(one, None, [Lora(torch.zeros_like(one), one[:, :1], 1.0)])
     calls: dict[str, Callable[[], object]] = {
@@ -141,6 +142,7 @@ def table(results: list[Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="of torch and of the core (default: 1)")
     parser.add_argument("--cpu-time", action="store_true", help="count this thread's time only: for a busy machine")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose shapes (default: all)")
@@ -148,7 +150,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="per case (default: 0.3)")
     parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
-    if SmallLinear(torch.zeros(1, 1, dtype=torch.bfloat16))._core is None:
+    dtype = getattr(torch, options.dtype)
+    if SmallLinear(torch.zeros(1, 1, dtype=dtype))._core is None:
         raise SystemExit("small_linear runs in PyTorch here: it needs the C++ core, and AVX2")
     torch.set_num_threads(options.threads)
     if options.cpu_time:
@@ -160,16 +163,17 @@ def main() -> None:
 
     results = []
     with torch.inference_mode():
-        overhead = call_overhead()
+        overhead = call_overhead(dtype)
         for model in options.models:
             for shape in MODELS[model]:
-                copies = siblings(shape)
+                copies = siblings(shape, dtype)
                 results += [measure(copies, rows, options.seconds) for rows in options.rows]
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "instruction set": _native.instruction_set(),
         "torch": torch.__version__,
+        "dtype": options.dtype,
         "threads": options.threads,
         "clock": "CPU time" if options.cpu_time else "wall",
         "read bandwidth, GB/s": round(statistics.median(r.gigabytes / r.of_read for r in results), 1),

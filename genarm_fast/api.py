@@ -23,6 +23,7 @@ from genarm_fast.outputs import GenerationOutput, ScoreOutput
 from genarm_fast.params import SamplingParams
 from genarm_fast.speculation.config import Speculation, as_speculation
 from genarm_fast.text.given import as_prompts
+from genarm_fast.utils.checks import check_flag
 from genarm_fast.utils.collector import collector_waits
 from genarm_fast.utils.progress import progress_bar
 
@@ -97,8 +98,7 @@ class GenARM(AsyncCalls):
         check_quantization("quantization", quantization)
         if quantization is not None and quantization_config is not None:
             raise ValueError("quantization and quantization_config: expected one of them")
-        if not isinstance(warm_up, bool):
-            raise TypeError(f"warm_up={warm_up!r}: expected True or False")
+        warm_up = check_flag("warm_up", warm_up)
         specs = as_arms(arms)
         sources = (base, *(spec.model for spec in specs), draft_model)
         if model_kwargs and not any(isinstance(source, (str, os.PathLike)) for source in sources):
@@ -201,7 +201,7 @@ class GenARM(AsyncCalls):
             MemoryError: before any work, if the caches of one response alone take more than cache_bytes.
             RuntimeError: a member gives NaN or +inf.
         """
-        config = self._config()
+        config, append_eos = self._config(), check_flag("append_eos", append_eos)
         with on_host():
             return score_responses(
                 self.members,

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from genarm_fast.outputs import GenerationOutput
 
 
-def said(error: BaseException | None) -> str:
+def error_text(error: BaseException | None) -> str:
     """Return an error's text, after its type where the text says little alone: a failed `assert`, or a KeyError."""
     text = str(error)
     return text if text and not isinstance(error, KeyError) else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -144,7 +144,7 @@ def _prepare(
     if overrides.get("weights") is None:
         overrides.pop("weights", None)
         if own != tuple(arm.weight for arm in model.arms):  # the kept model was loaded with other default weights
-            params = _weighed(params, model.arm_names, own)
+            params = _with_own_weights(params, model.arm_names, own)
     else:
         overrides["weights"] = weights_or_own(overrides["weights"], model.arm_names, own)
     return model, params, overrides
@@ -181,18 +181,18 @@ def weights_or_own(weights: Any, names: Sequence[str], own: tuple[float, ...]) -
     return weights_per_arm(weights, names, own) if isinstance(weights, Mapping) else weights
 
 
-def _weighed(params: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:
+def _with_own_weights(params: Any, names: Sequence[str], own: tuple[float, ...]) -> Any:
     """Return sampling parameters that have the ARMs' own weights where they had none. Wrong types are refused later."""
     if params is None:
         return SamplingParams(weights=own)
     if isinstance(params, SamplingParams):
         return params.override(weights=weights_or_own(params.weights, names, own))
     if isinstance(params, Sequence):
-        return [each if each is None else _weighed(each, names, own) for each in params]
+        return [each if each is None else _with_own_weights(each, names, own) for each in params]
     return params
 
 
-def _shown(function: Callable[..., Any]) -> inspect.Signature:
+def _full_signature(function: Callable[..., Any]) -> inspect.Signature:
     """Return the function's signature with every keyword by its name, for `help` and editors."""
     own = list(inspect.signature(function).parameters.values())[:-1]
     names = OPTIONS | _SAMPLING
@@ -201,4 +201,4 @@ def _shown(function: Callable[..., Any]) -> inspect.Signature:
 
 
 for _function in (generate, stream, agenerate, astream):
-    vars(_function)["__signature__"] = _shown(_function)
+    vars(_function)["__signature__"] = _full_signature(_function)

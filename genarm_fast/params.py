@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
-from genarm_fast.utils.checks import LARGEST, check_integer, check_real, is_finite, number, shown, too_large
+from genarm_fast.utils.checks import LARGEST, check_flag, check_integer, check_real, is_finite, number, shown, too_large
 
 MAX_SEED = 2**64 - 1
-PRIORITIES = 2**31
+MAX_PRIORITY = 2**31
 Weight = float | tuple[float, ...]  # an ARM's weight, or one number for each token, the last one for all that follow
 AnyWeight = float | Sequence[float]
 AnyWeights = float | Sequence[AnyWeight] | Mapping[str, AnyWeight]  # one for all ARMs, one for each, or some by name
@@ -108,17 +108,17 @@ class SamplingParams:
             if self.max_time is None
             else check_real("max_time", self.max_time, "finite seconds > 0", 0.0, open_low=True),
             "priority": check_integer(
-                "priority", self.priority, "an integer in -2**31..2**31", -PRIORITIES, high=PRIORITIES
+                "priority", self.priority, "an integer in -2**31..2**31", -MAX_PRIORITY, high=MAX_PRIORITY
             ),
             "stop": _texts("stop", self.stop),
-            "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
+            "include_stop_str_in_output": check_flag("include_stop_str_in_output", self.include_stop_str_in_output),
             "stop_token_ids": _tokens("stop_token_ids", self.stop_token_ids),
-            "ignore_eos": _flag("ignore_eos", self.ignore_eos),
-            "skip_special_tokens": _flag("skip_special_tokens", self.skip_special_tokens),
+            "ignore_eos": check_flag("ignore_eos", self.ignore_eos),
+            "skip_special_tokens": check_flag("skip_special_tokens", self.skip_special_tokens),
             "seed": _optional("seed", self.seed, "an integer in 0..2**64-1", 0, high=MAX_SEED),
             "n": check_integer("n", self.n, "an integer >= 1", 1),
             "logprobs": _optional("logprobs", self.logprobs, "None or an integer >= 0", 0),
-            "rewards": _flag("rewards", self.rewards),
+            "rewards": check_flag("rewards", self.rewards),
             "repetition_penalty": check_real(
                 "repetition_penalty", self.repetition_penalty, "a finite number > 0, 1e-30 at least", 1 / LARGEST
             ),
@@ -243,12 +243,6 @@ def weights_per_arm(weights: object, names: Sequence[str], others: Sequence[Weig
 
 def _optional(name: str, value: object, expected: str, low: int, *, high: int | None = None) -> int | None:
     return None if value is None else check_integer(name, value, expected, low, high=high)
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}={shown(value)}: expected True or False")
-    return value
 
 
 def _items(name: str, value: Any, expected: str) -> tuple[Any, ...]:

@@ -54,8 +54,9 @@ def _decoder(rng: random.Random, adapters: int) -> Any:
     }  # fmt: skip
     family = rng.choice(["llama", "mistral", "qwen3"])
     sizes |= {"sliding_window": rng.choice([1, 4, None])} if family == "mistral" else {}
-    model = build_model(family, rng.getrandbits(31), VOCABULARY, **sizes).to(torch.bfloat16)
-    if rng.random() < 0.7:
+    dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float32])
+    model = build_model(family, rng.getrandbits(31), VOCABULARY, **sizes).to(dtype)
+    if dtype == torch.bfloat16 and rng.random() < 0.7:
         quantize_model("fuzz", model, rng.choice(["int8", "int4"]))
     model = share_weights(model)
     for layer in model.base_model.layers:
@@ -65,7 +66,7 @@ def _decoder(rng: random.Random, adapters: int) -> Any:
             loras = {}
             for lane in rng.sample(range(3), adapters):
                 rank = rng.randint(1, 5)
-                a, b = torch.randn(rank, inputs).to(torch.bfloat16), torch.randn(rank, out).to(torch.bfloat16)
+                a, b = torch.randn(rank, inputs).to(dtype), torch.randn(rank, out).to(dtype)
                 loras[lane] = Lora(a, b, rng.choice([0.5, -2.0]))
             layer.set_submodule(path, LaneLinear(linear, loras))
     return make_fast(model).base_model

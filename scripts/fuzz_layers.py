@@ -29,6 +29,7 @@ from fuzz_calls import (
     rotary_append,
     silu_mul,
 )
+from torch import Tensor
 
 from genarm_fast import kernels
 from genarm_fast.kernels.gated_mul.reference import ACTIVATIONS
@@ -123,12 +124,11 @@ def attention(rng: random.Random, triton: bool) -> None:
 
 def linears(rng: random.Random, triton: bool) -> None:
     """Check small_linear, quant_linear, and both together in SiblingLinears."""
-    rows, width, out = rng.randint(0, 40), rng.randint(1, 200), rng.randint(1, 100)
-    x, weight = torch.randn(rows, width).bfloat16(), torch.randn(out, width).bfloat16()
-    bias = torch.randn(out).bfloat16() if rng.random() < 0.5 else None
-    lora = kernels.Lora(
-        torch.randn(rank := rng.randint(1, 20), width).bfloat16(), torch.randn(rank, out).bfloat16(), 0.5
-    )
+    dtype, rows = rng.choice([torch.bfloat16, torch.float32]), rng.choice([rng.randint(0, 40), rng.randint(60, 80)])
+    width, out, rank = rng.randint(1, 200), rng.randint(1, 100), rng.randint(1, 20)
+    x, weight = torch.randn(rows, width).to(dtype), torch.randn(out, width).to(dtype)
+    bias = torch.randn(out).to(dtype) if rng.random() < 0.5 else None
+    lora = kernels.Lora(torch.randn(rank, width).to(dtype), torch.randn(rank, out).to(dtype), 0.5)
     first = rng.randint(0, rows)
     span = first, rng.randint(first, rows)
     placed = [odd(rng, each) for each in (x, weight, bias)]
@@ -136,21 +136,30 @@ def linears(rng: random.Random, triton: bool) -> None:
     added = torch.zeros(rows, out, dtype=torch.float64)
     added[span[0] : span[1]] = 0.5 * (x[span[0] : span[1]].double() @ lora.a.double().T @ lora.b.double())
     plain = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    near(found, plain + added)
-    quantized = quantize(weight.float(), rng.choice([8, 4]))
-    found = kernels.quant_linear(placed[0], quantized, bias)
+    near(found, plain + added, 0.05 if dtype == torch.bfloat16 else 1e-5)
+    siblings = [kernels.SmallLinear(weight, bias, [lora]), kernels.SmallLinear(weight[:1])]
+    if dtype == torch.float32:
+        if siblings[0]._core is not None:
+            loras = [(*span, *lora)]
+            assert torch.equal(found, kernels.small_linear_reference(x, weight, bias, loras=loras)), "float32"
+    else:
+        siblings.append(_quantized(rng, placed[0], x, weight, bias))
+    spans = [[(*span, 0)], *[()] * (len(siblings) - 1)]
+    for linear, own, y in zip(siblings, spans, kernels.SiblingLinears(siblings)(placed[0], spans), strict=True):
+        assert torch.equal(linear(placed[0], own), y), "siblings"
+
+
+def _quantized(
+    rng: random.Random, placed: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> kernels.QuantLinear:
+    """quant_linear over codes of this weight: its products of x, which lies at `placed` too, and its rows."""
+    quantized, out = quantize(weight.float(), rng.choice([8, 4])), len(weight)
+    found = kernels.quant_linear(placed, quantized, bias)
     assert torch.equal(found, kernels.quant_linear_reference(x, quantized, bias)), "quant_linear"
     held, indices = kernels.QuantLinear(quantized, bias), torch.randint(0, out, (rng.randint(0, 70),))
     expected = dequantize(quantized).bfloat16()[indices]
     assert torch.equal(held.rows(odd(rng, indices)), expected), "rows of quant_linear"
-    siblings = [
-        kernels.SmallLinear(weight, bias, [lora]),
-        held,
-        kernels.SmallLinear(weight[:1]),
-    ]
-    spans = [[(*span, 0)], (), ()]
-    for linear, own, y in zip(siblings, spans, kernels.SiblingLinears(siblings)(placed[0], spans), strict=True):
-        assert torch.equal(linear(placed[0], own), y), "siblings"
+    return held
 
 
 def logps(rng: random.Random, triton: bool) -> None:

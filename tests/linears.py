@@ -9,17 +9,22 @@ from torch import Tensor
 
 from genarm_fast.kernels import Lora, QuantLinear, QuantWeight, SmallLinear
 
-KINDS = (16, 8, 4)  # bits per weight
+KINDS = (32, 16, 8, 4)  # bits per weight
+
+
+def dtype_of(bits: int) -> torch.dtype:
+    """Return the dtype of a linear's inputs and outputs."""
+    return torch.float32 if bits == 32 else torch.bfloat16
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def inputs(*shape: int, seed: int = 0) -> Tensor:
-    """Return bfloat16 rows with a few large values, as the first tokens of a text have."""
+def inputs(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return rows with a few large values, as the first tokens of a text have."""
     x = normal(*shape, seed=seed, dtype=torch.float32)
-    return (x * normal(*shape, seed=seed + 1, dtype=torch.float32).mul(2).exp()).bfloat16()
+    return (x * normal(*shape, seed=seed + 1, dtype=torch.float32).mul(2).exp()).to(dtype)
 
 
 def random_weight(out: int, width: int, bits: int, seed: int = 0) -> QuantWeight:
@@ -37,10 +42,13 @@ def random_weight(out: int, width: int, bits: int, seed: int = 0) -> QuantWeight
 def made(
     bits: int, out: int, width: int, bias: Tensor | None = None, loras: Sequence[Lora] = (), seed: int = 1
 ) -> SmallLinear | QuantLinear:
-    if bits == 16:
-        return SmallLinear(normal(out, width, seed=seed), bias, loras)
+    if bits >= 16:
+        return SmallLinear(normal(out, width, seed=seed, dtype=dtype_of(bits)), bias, loras)
     return QuantLinear(random_weight(out, width, bits, seed), bias, loras)
 
 
-def ranks(out: int, width: int, *each: int) -> list[Lora]:
-    return [Lora(normal(rank, width, seed=rank), normal(rank, out, seed=rank + 50), 0.7) for rank in each]
+def ranks(out: int, width: int, *each: int, dtype: torch.dtype = torch.bfloat16) -> list[Lora]:
+    return [
+        Lora(normal(rank, width, seed=rank, dtype=dtype), normal(rank, out, seed=rank + 50, dtype=dtype), 0.7)
+        for rank in each
+    ]

@@ -368,6 +368,40 @@ def test_a_dict_is_strict_json(tiny_model, tokenizer):
     assert json.loads(json.dumps(scored.to_dict(), allow_nan=False))["rewards"]["arm"]["tokens"] == [None]
 
 
+def test_of_a_generation_config_the_ends_alone_count(tiny_model, tokenizer):
+    """The rest is the request's to say, other than in Hugging Face's `generate`."""
+    base = copy.deepcopy(tiny_model())
+    request = {"prompts": "the cat", "seed": 5, "max_new_tokens": 8}
+    expected = GenARM.from_pretrained(base, tokenizer=tokenizer).generate(**request)[0].token_ids
+    assert len(set(expected[:4])) == 4
+    base.generation_config.update(
+        eos_token_id=[1, expected[3], 299], suppress_tokens=expected[:1], forced_bos_token_id=7, min_new_tokens=6,
+        do_sample=True, temperature=0.1, top_k=1, repetition_penalty=9.0, no_repeat_ngram_size=1, max_new_tokens=2,
+    )  # fmt: skip
+    model = GenARM.from_pretrained(base, tokenizer=tokenizer)
+    assert model.eos_token_ids == {1, expected[3], 299}
+    (output,) = model.generate(**request)
+    assert (output.token_ids, output.finish_reason) == (expected[:4], "stop")
+
+
+def test_flags(model):
+    """NumPy's and PyTorch's are flags as well; what else is true in Python may be a mistake, such as "no"."""
+    params = SamplingParams(rewards=numpy.True_, ignore_eos=torch.tensor(True), skip_special_tokens=numpy.False_)
+    assert (params.rewards, params.ignore_eos, params.skip_special_tokens) == (True, True, False)
+    assert ARM("a", trust_remote_code=numpy.True_).trust_remote_code is True
+    (whole,), (cut,) = (model.score("a", "b", append_eos=flag) for flag in (numpy.True_, numpy.False_))
+    assert (len(whole.token_ids), len(cut.token_ids)) == (2, 1)
+    for flag in ("no", 1, None, numpy.array([True])):
+        with pytest.raises(TypeError, match=r"append_eos=.*: expected True or False"):
+            model.score("a", "b", append_eos=flag)
+        with pytest.raises(TypeError, match=r"progress=.*: expected True or False"):
+            model.generate("a", max_new_tokens=1, progress=flag)
+        with pytest.raises(TypeError, match=r"trust_remote_code=.*: expected True or False"):
+            ARM("a", trust_remote_code=flag)
+    with pytest.raises(TypeError, match=r"rewards=1: expected True or False"):
+        SamplingParams(rewards=1)
+
+
 @pytest.mark.parametrize("scalar", [torch.tensor, numpy.array], ids=["tensor", "array"])
 def test_numbers_in_tensors_and_arrays(model, scalar):
     """Such values come without dimensions, as `list(ids)`, `weights[0]` and `probs.mean()` give them."""
@@ -380,8 +414,6 @@ def test_numbers_in_tensors_and_arrays(model, scalar):
         output = model.generate(prompts, weights=[scalar(1.0), scalar(0.5)], stop_token_ids=[scalar(9)], **given)[0]
         assert output.token_ids == expected
     assert model.score([prompt], [prompt])[0].base_logprobs == model.score([[5, 6, 7]], [[5, 6, 7]])[0].base_logprobs
-    with pytest.raises(TypeError, match="rewards="):
-        SamplingParams(rewards=scalar(True))
     with pytest.raises(TypeError, match="top_k=True"):
         SamplingParams(top_k=scalar(True))
     with pytest.raises(TypeError, match=r"temperature=.*expected a finite number"):

@@ -250,11 +250,11 @@ def test_models_are_freed_with_their_owner(tiny_model, tokenizer, loads, make):
     """The modules, their memory and the kept engine are freed, all at once with the owner's modules."""
     model = make()
     genarm_fast.generate(model, tiny_model(seed=1), "hi", PARAMS, tokenizer=tokenizer)
-    (slot,) = functional._kept._slots.values()
-    alive = [weakref.ref(each) for each in (model, model.get_input_embeddings(), slot, loads[0], loads[0].base.model)]
+    (entry,) = functional._kept._entries.values()
+    alive = [weakref.ref(each) for each in (model, model.get_input_embeddings(), entry, loads[0], loads[0].base.model)]
     storage = weakref.ref(model.get_input_embeddings().weight.untyped_storage())
     engine = weakref.ref(loads.pop().engine())
-    del slot
+    del entry
     gc.collect()
     gc.disable()
     try:
@@ -264,7 +264,7 @@ def test_models_are_freed_with_their_owner(tiny_model, tokenizer, loads, make):
         assert [each() for each in (*alive, engine, storage)] == [None] * 7
     finally:
         gc.enable()
-    assert not functional._kept._slots
+    assert not functional._kept._entries
 
 
 def test_warming_up(tiny_model, tokenizer, loads, monkeypatch):
@@ -301,7 +301,7 @@ def test_a_failed_load_leaves_nothing(folder, loads):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json"):
         genarm_fast.generate(folder, (), "hi", PARAMS)
-    assert all(slot.model is not None for slot in functional._kept._slots.values())
+    assert all(entry.model is not None for entry in functional._kept._entries.values())
 
 
 def test_threads_load_once(tiny_model, tokenizer, monkeypatch, loads):
@@ -335,13 +335,13 @@ def test_bounded_by_bytes(folder, tiny_model, tokenizer, loads, monkeypatch):
     """The least recently used model goes first, before a load. Weights of models the caller loaded do not count."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     genarm_fast.generate(folder, (), "hi", PARAMS)
-    assert functional._kept._slots[next(iter(functional._kept._slots))].weights == pytest.approx(size, rel=0.05)
+    assert functional._kept._entries[next(iter(functional._kept._entries))].weights == pytest.approx(size, rel=0.05)
     caches = loads[0].workspace_bytes
     assert caches > 0
     monkeypatch.setenv(kept.LIMIT, str(2 * size + 3 * caches))
     genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=2)
     genarm_fast.generate(tiny_model(), (), "hi", PARAMS, tokenizer=tokenizer)
-    assert len(functional._kept._slots) == 3
+    assert len(functional._kept._entries) == 3
     genarm_fast.generate(folder, (), "hi", PARAMS)  # the first is the latest now
     genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=3)
     assert len(loads) == 4
@@ -353,7 +353,7 @@ def test_bounded_by_bytes(folder, tiny_model, tokenizer, loads, monkeypatch):
     for _ in range(2):
         genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=4)
     assert len(loads) == 6
-    assert len(functional._kept._slots) == 1
+    assert len(functional._kept._entries) == 1
     monkeypatch.setenv(kept.LIMIT, "2GB")
     with pytest.raises(ValueError, match="GENARM_FAST_KEEP_BYTES='2GB': expected a number of bytes"):
         genarm_fast.generate(folder, (), "hi", PARAMS, max_batch_size=5)

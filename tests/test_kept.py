@@ -83,7 +83,7 @@ def test_refused_before_a_model_is_loaded(tiny_model, never_loads, keywords, err
     arguments = {"base": tiny_model(), "arms": (), "prompts": "a"} | keywords
     with pytest.raises(error, match=message):
         functional.generate(**arguments)
-    assert not functional._kept._slots
+    assert not functional._kept._entries
 
 
 def test_what_is_right_together_is_not_refused(tiny_model, tokenizer):
@@ -142,14 +142,14 @@ def test_one_that_is_dropped_as_it_is_asked_for(tiny_model, tokenizer):
     """Another thread drops the model to make room at the moment it is asked for; the call still counts as using it."""
 
     class Dropping(OrderedDict):
-        def setdefault(self, key, slot):
-            slot = super().setdefault(key, slot)
-            if slot.model is None:
+        def setdefault(self, key, entry):
+            entry = super().setdefault(key, entry)
+            if entry.model is None:
                 del self[key]
-            return slot
+            return entry
 
     models = kept.KeptModels()
-    models._slots = Dropping()
+    models._entries = Dropping()
     model = models.get(tiny_model(), [], {"tokenizer": tokenizer})
     assert len(model.generate("hi", PARAMS)[0].token_ids) == 6
     assert models.get(tiny_model(), [], {"tokenizer": tokenizer}) is model

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from genarm_fast import __version__
 from genarm_fast.cli.process import Terminated, ended_by_signals, forget_output, usable_streams
@@ -28,6 +28,13 @@ BAD_PATHS = (errno.ELOOP, errno.ENAMETOOLONG)
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line: argparse prints the 60 lines of all options before the error."""
+
+    def error(self, message: str) -> NoReturn:
+        _usage_error(self.prog, message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: the process's own). Return the exit code; usage errors exit with 2."""
     # Read when torch is imported. Spinning OpenMP threads stall each other when other processes use the cores: 2.5
@@ -38,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(argv)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "rest"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        _usage_error(f"{parser.prog} {args.command}", f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     try:
         with warnings.catch_warnings(), ended_by_signals():
@@ -66,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, BAD_INPUT) or getattr(error, "errno", None) in BAD_PATHS else 1
 
 
-def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def build_parser(argv: Sequence[str]) -> Parser:
     """Return the parser, with the arguments of the command that `argv` names."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="genarm-fast",
         description="Guided decoding with autoregressive reward models (GenARM).",
         epilog=EXIT_CODES,
@@ -88,6 +95,11 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             if getattr(module, "PASSES_ON", False):
                 command.set_defaults(rest=[])
     return parser
+
+
+def _usage_error(prog: str, message: str) -> NoReturn:
+    print(f"{prog}: error: {_joined(message)} (--help shows the options)", file=sys.stderr)
+    sys.exit(2)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from genarm_fast import jobs
 from genarm_fast.cli.display import console
-from genarm_fast.cli.loading import formatted, load, read_text, resolve
+from genarm_fast.cli.loading import arm_names, formatted, load, read_text, resolve
 from genarm_fast.cli.process import input_path
 from genarm_fast.jobs.identity import digest, identity
 from genarm_fast.params import SamplingParams
@@ -41,7 +41,7 @@ def run_job(args: argparse.Namespace, params: SamplingParams) -> int:
     args.input = input_path(args.input)
     out = console(stderr=True)
     with _counted(out, "checked") as count:
-        requests = jobs.read_requests(args.input, params, arms=len(args.arm), keep=args.keep, progress=count)
+        requests = jobs.read_requests(args.input, params, arms=arm_names(args.arm), keep=args.keep, progress=count)
     if os.path.exists(args.output) and os.path.samefile(args.input, args.output):
         raise ValueError(f"--output {args.output}: expected another file than --input")
     setup = setup_digest(args)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from genarm_fast.cli.display import console, reward_table
-from genarm_fast.cli.loading import add_loading_arguments, load
+from genarm_fast.cli.loading import add_loading_arguments, arm_names, load
 from genarm_fast.cli.options import add_sampling_arguments, parse_field, sampling_fields, sampling_params, weight_text
 from genarm_fast.cli.process import typed
 from genarm_fast.errors import GenerationError
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until /quit or the end of the input: a terminal, or a pipe with one message or command on each line."""
-    params = sampling_params(args)
+    params = sampling_params(args, arm_names(args.arm))
     model = load(args)
     for member in model.members:
         if member.chat_template is None:

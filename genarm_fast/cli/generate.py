@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from genarm_fast.cli.display import console, show_report
-from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, formatted, load, read_text
+from genarm_fast.cli.loading import add_format_arguments, add_loading_arguments, arm_names, formatted, load, read_text
 from genarm_fast.cli.options import add_sampling_arguments, sampling_params
 from genarm_fast.cli.process import typed
 from genarm_fast.utils.jsonlines import dumps
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print text (or JSON) on stdout, and everything else on stderr."""
-    params = sampling_params(args)
+    params = sampling_params(args, arm_names(args.arm))
     if args.input or args.output:
         from genarm_fast.cli.batch import run_job
 

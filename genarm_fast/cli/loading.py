@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 from genarm_fast.cli.options import json_object, tools_list, unescaped
 from genarm_fast.params import check_weights
 from genarm_fast.utils.collector import collector_waits
+from genarm_fast.utils.names import unique_names
 
 if TYPE_CHECKING:
     from genarm_fast.api import GenARM
@@ -51,6 +52,11 @@ def arm_spec(text: str) -> ArmSpec:
     if not model:
         raise argparse.ArgumentTypeError(f"{text!r}: expected [NAME:]MODEL[=WEIGHT]")
     return ArmSpec(model, weight, name)
+
+
+def arm_names(specs: Sequence[ArmSpec]) -> list[str]:
+    """The names that loading gives the ARMs. Raises ValueError, FileNotFoundError as that does."""
+    return unique_names([spec.name for spec in specs], [resolve(spec.model) for spec in specs])
 
 
 def add_loading_arguments(

@@ -7,12 +7,12 @@ import ast
 import inspect
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from genarm_fast.params import SamplingParams, Weight, check_weights
+from genarm_fast.params import SamplingParams, Weight, weights_per_arm
 from genarm_fast.utils.jsonlines import loads
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -39,18 +39,18 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, without: Collection[
         )
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
+def sampling_params(args: argparse.Namespace, arm_names: Sequence[str]) -> SamplingParams:
     """Return the parameters that the options ask for.
 
     Raises:
-        ValueError, TypeError: as SamplingParams, and for weights that are not one for each of `args.arm`.
+        ValueError, TypeError: as SamplingParams, and for weights that are not those of the named ARMs.
     """
     given = {field.name: getattr(args, field.name) for field in sampling_fields() if hasattr(args, field.name)}
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
     params = SamplingParams(**given)
     if params.weights is not None:
-        check_weights(params.weights, len(args.arm))
+        weights_per_arm(params.weights, arm_names, [spec.weight for spec in args.arm])
     return params
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from genarm_fast.cli import Parser
 from genarm_fast.cli.loading import arm_spec, resolve
 
 PASSES_ON = True  # unknown options go to vLLM
@@ -66,7 +67,7 @@ def planned(base: str, arms: list[Any], gpu_memory: float, rest: list[str]) -> s
     """Return a plan's table, computed with the options of vLLM that it depends on."""
     from genarm_fast.integrations.vllm.plan import plan
 
-    parser = argparse.ArgumentParser(prog="genarm-fast serve --plan", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="genarm-fast serve --plan", add_help=False, allow_abbrev=False)
     for option, (short, kind, default) in PLANNED.items():
         parser.add_argument(option, *([short] if short else []), type=kind, default=default)
     asked, _ = parser.parse_known_args(rest)

@@ -27,15 +27,15 @@ class Admission:
         self.executor, self.scheduler, self.workspace = executor, scheduler, workspace
         self._attempted: Any = None  # the last growth that was tried; the same growth would fail again
         self._denied = False  # whether the last growth got fewer slots than were wanted
-        self._said: Any = None  # the shortage that was logged last
-        self.most: int | None = None  # most sequences that run together after a step ran out of memory
+        self._logged_shortage: Any = None  # the shortage that was logged last
+        self.reduced_batch_size: int | None = None  # most sequences that run together after a step ran out of memory
         self._generation = workspace.generation
 
     def admit(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Give slots to waiting sequences. Returns those that can never have a slot, with their `error` set."""
-        scheduler, max_batch_size = self.scheduler, self.at_most(max_batch_size)
-        self._follow()
-        failed = self._keep_up(max_batch_size, cache_bytes)
+        scheduler, max_batch_size = self.scheduler, self.allowed_batch_size(max_batch_size)
+        self._update_scheduler()
+        failed = self._grow_for_needed_members(max_batch_size, cache_bytes)
         if scheduler.waiting and not scheduler.placed:
             # No slot is in use, so the caches can be made in one go for all sequences that wait.
             self._grow(max_batch_size, cache_bytes, scheduler.waiting)
@@ -43,7 +43,7 @@ class Admission:
             sequence = next((each for each in scheduler.waiting if not each.held), None)
             if sequence is None:
                 break
-            if cache_bytes is not None and self._bytes(sequence) > cache_bytes:
+            if cache_bytes is not None and self._bytes_alone(sequence) > cache_bytes:
                 limit = f"expected at most cache_bytes={cache_bytes:,}"
                 failed.append(self._refuse(sequence, limit, None))
                 continue
@@ -60,7 +60,7 @@ class Admission:
                 failed.append(self._refuse(longest, "out of memory", self.workspace.failure))
         return failed
 
-    def _keep_up(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
+    def _grow_for_needed_members(self, max_batch_size: int, cache_bytes: int | None) -> list[Sequence]:
         """Make caches for members that sequences need since their weights changed.
 
         Returns the sequences that could not get them, with their `error` set.
@@ -76,7 +76,7 @@ class Admission:
     def _fits(self, sequence: Sequence) -> bool:
         """Whether there is a free slot now, and slots are long enough for this sequence and all placed ones."""
         together = [*self.scheduler.placed, sequence]
-        members = {*sequence.needed, *self._drafting(together)}
+        members = {*sequence.needed, *self._drafting_members(together)}
         return bool(self.scheduler.free_slots()) and self.workspace.holds(members, self._capacity(together))
 
     def _grow(self, max_batch_size: int, cache_bytes: int | None, queue: Iterable[Sequence]) -> None:
@@ -87,53 +87,53 @@ class Admission:
         """
         scheduler, workspace = self.scheduler, self.workspace
         placed = scheduler.placed
-        waiting = [each for each in queue if cache_bytes is None or self._bytes(each) <= cache_bytes]
-        places = min(len(waiting), max_batch_size - len(scheduler.active))
-        wanted = len(placed) + places
-        if cache_bytes is not None and self._cost(wanted, [*placed, *waiting]) > cache_bytes:
+        waiting = [each for each in queue if cache_bytes is None or self._bytes_alone(each) <= cache_bytes]
+        new_slots = min(len(waiting), max_batch_size - len(scheduler.active))
+        wanted = len(placed) + new_slots
+        if cache_bytes is not None and self._slot_bytes(wanted, [*placed, *waiting]) > cache_bytes:
             # A long sequence makes all slots long, so fewer fit. Leave out first those that would get no slot anyway,
             # then as many from the end of the rest as the limit asks for.
-            waiting = waiting[:places]
-            while len(waiting) > 1 and self._cost(len(placed) + len(waiting), [*placed, *waiting]) > cache_bytes:
+            waiting = waiting[:new_slots]
+            while len(waiting) > 1 and self._slot_bytes(len(placed) + len(waiting), [*placed, *waiting]) > cache_bytes:
                 waiting.pop()
         together = [*placed, *waiting]
         if not together:
             return
-        slots = len(placed) + min(places, len(waiting))
+        slots = len(placed) + min(new_slots, len(waiting))
         in_use = max((each.slot + 1 for each in placed if each.slot >= 0), default=0)
         if in_use:  # double the slots, so that sequences that come later cause few growths
             slots = max(slots, min(2 * workspace.slots, max_batch_size))
         members, capacity = self._members(together), self._capacity(together)
         # A long sequence may have left few, long slots. If none is in use, make more and shorter ones for those behind.
-        fitting = cache_bytes is not None and self._cost(slots, together) <= cache_bytes
-        anew = fitting and not in_use and slots > workspace.slots
-        if self._denied and not anew and workspace.holds(members, capacity):
+        fitting = cache_bytes is not None and self._slot_bytes(slots, together) <= cache_bytes
+        remake = fitting and not in_use and slots > workspace.slots
+        if self._denied and not remake and workspace.holds(members, capacity):
             return  # growing could only give more slots, and memory has denied them
         attempt = members, slots, capacity, in_use
         if attempt != self._attempted:
             self._attempted = attempt
             workspace.reserve(*attempt, cache_bytes)
             # A growth may have failed without memory for the old sizes either, or an interrupt may have ended it.
-            if not workspace.whole:
+            if not workspace.is_intact:
                 self._start_over()
                 return self._grow(max_batch_size, cache_bytes, scheduler.waiting)
             self._denied = workspace.slots < max(slots, wanted)
-            self._say(wanted, cache_bytes)
-            self._follow()
+            self._log_shortage(wanted, cache_bytes)
+            self._update_scheduler()
 
-    def _say(self, wanted: int, cache_bytes: int | None) -> None:
+    def _log_shortage(self, wanted: int, cache_bytes: int | None) -> None:
         """Log that fewer sequences run together than wanted: a warning, unless the user's limit asks for it."""
         found = min(self.workspace.slots, wanted), wanted, self.workspace.capacity
-        if self._denied and found[0] < wanted and found != self._said:
+        if self._denied and found[0] < wanted and found != self._logged_shortage:
             level = logging.WARNING if cache_bytes is None else logging.INFO
             limit = "all that is free" if cache_bytes is None else f"cache_bytes={cache_bytes:,}"
-            said = "KV caches of %s hold %d of %d sequences, of %d tokens each: the others wait"
-            logger.log(level, said, limit, *found)
-        self._said = found
+            message = "KV caches of %s hold %d of %d sequences, of %d tokens each: the others wait"
+            logger.log(level, message, limit, *found)
+        self._logged_shortage = found
 
-    def at_most(self, max_batch_size: int) -> int:
+    def allowed_batch_size(self, max_batch_size: int) -> int:
         """Return how many sequences may run together: `max_batch_size`, or fewer after a step ran out of memory."""
-        return max_batch_size if self.most is None else min(max_batch_size, self.most)
+        return max_batch_size if self.reduced_batch_size is None else min(max_batch_size, self.reduced_batch_size)
 
     def shrink(self, error: Exception) -> list[Sequence]:
         """Let half as many sequences run together after a step ran out of memory, in caches that are made anew.
@@ -144,11 +144,11 @@ class Admission:
         """
         placed = self.scheduler.placed
         most = max(1, len(placed) // 2)
-        if not out_of_memory(error) or (self.most is not None and most >= self.most):
+        if not out_of_memory(error) or (self.reduced_batch_size is not None and most >= self.reduced_batch_size):
             raise error
-        said = "a step of %d sequences ran out of memory: at most %d run together from now on (%s)"
-        logger.warning(said, len(placed), most, error)
-        self.most = most
+        message = "a step of %d sequences ran out of memory: at most %d run together from now on (%s)"
+        logger.warning(message, len(placed), most, error)
+        self.reduced_batch_size = most
         self.executor.device.finish()  # work that still runs uses the caches that are freed next
         self._start_over()
         return [each for each in placed if each.ended]
@@ -159,9 +159,9 @@ class Admission:
             self.scheduler.preempt(sequence)
         self.workspace.free()
         self.begin()
-        self._follow()
+        self._update_scheduler()
 
-    def _follow(self) -> None:
+    def _update_scheduler(self) -> None:
         """Tell the scheduler how many slots there are, and to forget the prompts of caches that were dropped."""
         if self._generation != self.workspace.generation:
             self._generation = self.workspace.generation
@@ -179,26 +179,26 @@ class Admission:
         """
         return max(each.most_tokens for each in sequences) + max(each.speculation.most for each in sequences)
 
-    def _drafting(self, sequences: list[Sequence]) -> set[int]:
+    def _drafting_members(self, sequences: list[Sequence]) -> set[int]:
         draft_model = self.executor.draft_model
         drafts = any(each.speculation.most for each in sequences)
         return {draft_model} if draft_model is not None and drafts else set()
 
     def _members(self, sequences: list[Sequence]) -> set[int]:
         """Return the members that need caches for these sequences, the draft model included if one of them drafts."""
-        return {m for each in sequences for m in each.needed} | self._drafting(sequences)
+        return {m for each in sequences for m in each.needed} | self._drafting_members(sequences)
 
-    def _cost(self, slots: int, sequences: list[Sequence]) -> int:
+    def _slot_bytes(self, slots: int, sequences: list[Sequence]) -> int:
         """Return the bytes of this number of slots, each long enough for every one of these sequences."""
         if not sequences:
             return 0
         return slots * self._capacity(sequences) * self.workspace.token_bytes(self._members(sequences))
 
-    def _bytes(self, sequence: Sequence) -> int:
-        return self._cost(1, [sequence])
+    def _bytes_alone(self, sequence: Sequence) -> int:
+        return self._slot_bytes(1, [sequence])
 
     def _refuse(self, sequence: Sequence, why: str, cause: BaseException | None) -> Sequence:
-        tokens, taken = self._capacity([sequence]), self._bytes(sequence)
+        tokens, taken = self._capacity([sequence]), self._bytes_alone(sequence)
         sequence.error = MemoryError(f"{tokens} tokens take {taken:,} bytes of cache: {why}")
         sequence.error.__cause__ = cause
         self.scheduler.leave([sequence])

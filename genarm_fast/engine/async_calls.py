@@ -90,5 +90,5 @@ class AsyncCalls(EngineOwner):
         return self._engine_thread(), engine, [sequence for (sequence,) in groups], self.arm_names
 
     def _refuse_in_mid_step(self) -> None:
-        if self._engine is not None and self._engine.turns.mine:
+        if self._engine is not None and self._engine.turns.is_mine:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected `generate` or `stream`")

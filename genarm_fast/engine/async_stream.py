@@ -9,7 +9,7 @@ from genarm_fast.engine.call import Call
 from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.engine_thread import EngineThread
 from genarm_fast.engine.sequence import Sequence
-from genarm_fast.engine.stream import Shown, Steering, StreamChunk
+from genarm_fast.engine.stream import ChunkMaker, Steering, StreamChunk
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import AnyWeights
 
@@ -68,7 +68,7 @@ class AsyncStream:
             if self._closed:  # another task has closed the stream meanwhile
                 raise StopAsyncIteration
             self._steering = Steering(sequences, arm_names)
-            self._call = thread.call(engine, sequences, Shown(sequences).chunk, self._ahead)
+            self._call = thread.call(engine, sequences, ChunkMaker(sequences).chunk, self._ahead)
         return self._call, self._steering
 
     def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:

@@ -27,8 +27,9 @@ class Batch:
     active: indices of these members in the engine, base first. epochs: each sequence's epoch when the batch was made.
     shape: number of rows of all tensors, if more than R, and the width H of `State.texts`. Rows after R repeat the
     first one, so that few shapes exist; nobody reads them. before: the batch of the previous step, whose texts are
-    reused. in_graph: whether the tensors are those of a captured graph; see `over`. numbers: output tensors of steps
-    that are one launch, by the number of drafts and the width of a row; the host reads them.
+    reused. in_graph: whether the tensors are those of a captured graph; see
+    `with_graph_tensors`. report_numbers: output tensors of steps that are one launch, by the number of drafts and the
+    width of a row; the host reads them.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class Batch:
         self.has_bias = any(sequence.request.has_bias for sequence in sequences)
         most = max(sequence.request.params.logprobs or 0 for sequence in sequences)
         self.top_logprobs = min(most, vocab_size)
-        self.base_lines = [sequence.base_line for sequence in self.rows]
-        self.plain_base = all(line == (1.0,) for line in self.base_lines)
+        self.base_weights = [sequence.base_token_weights for sequence in self.rows]
+        self.plain_base = all(each == (1.0,) for each in self.base_weights)
         self.in_graph = False
-        self.numbers: dict[tuple[int, int], Tensor] = {}
+        self.report_numbers: dict[tuple[int, int], Tensor] = {}
         self._sampling: dict[WorkStream, SamplingTensors] = {}
         self._cache_rows: dict[int, Tensor] = {}
         self._bias: tuple[Any, Tensor | None] = (None, None)
@@ -90,19 +91,19 @@ class Batch:
                 if id(sequence) in rows and before.epochs[rows[id(sequence)]] == sequence.epoch
             ]
             if kept:
-                batch._take(before, *zip(*kept))
+                batch._copy_state(before, *zip(*kept))
         return batch
 
-    def over(self, state: State, sampling: SamplingTensors, bias: Tensor | None) -> Batch:
+    def with_graph_tensors(self, state: State, sampling: SamplingTensors, bias: Tensor | None) -> Batch:
         """Return the same batch over the tensors of a graph that is being captured. It uploads nothing."""
         own = copy(self)
         own.state, own.in_graph = state, True
         own._sampling, own._bias = {self.executor.main: sampling}, (self._bias[0], bias)
         return own
 
-    def _take(self, before: Batch, rows: tuple[int, ...], theirs: tuple[int, ...]) -> None:
-        """Copy last tokens, lengths and finished flags from rows `theirs` of `before` to `rows` of this batch."""
-        target, source = (self.executor.upload(torch.tensor(index)) for index in (rows, theirs))
+    def _copy_state(self, before: Batch, rows: tuple[int, ...], before_rows: tuple[int, ...]) -> None:
+        """Copy last tokens, lengths and finished flags from rows `before_rows` of `before` to `rows` of this batch."""
+        target, source = (self.executor.upload(torch.tensor(index)) for index in (rows, before_rows))
         for name in ("last", "lengths", "finished"):
             mine, other = getattr(self.state, name), getattr(before.state, name)
             mine.index_copy_(-1, target, other.index_select(-1, source))
@@ -220,8 +221,8 @@ class Batch:
         An ARM that is the base itself adds its weight to the base's, and has weight 0 in its own column.
         """
         lines = [
-            [base, *((0.0,) if m in sequence.request.as_base else sequence.line(m) for m in self.active[1:])]
-            for sequence, base in zip(self.rows, self.base_lines)
+            [base, *((0.0,) if m in sequence.request.as_base else sequence.token_weights(m) for m in self.active[1:])]
+            for sequence, base in zip(self.rows, self.base_weights)
         ]
         longest = max(len(line) for each in lines for line in each)
         longest = 1 << (longest - 1).bit_length()  # graphs are captured for each length, so few lengths exist

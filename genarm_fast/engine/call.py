@@ -18,7 +18,7 @@ from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Sequence
 from genarm_fast.params import Weight
 
-Job = Callable[[Any], None]  # a function that the thread calls with its `_Shift`
+Job = Callable[[Any], None]  # a function that the thread calls with its `_CallWorker`
 END = object()  # marker that follows the last item of a call
 
 
@@ -68,7 +68,7 @@ class Call:
             raise RuntimeError("expected the event loop in which it began")
         self.asked += 1
         if self.stalled:
-            self.inbox.put(lambda shift: shift.resume(self))
+            self.inbox.put(lambda worker: worker.resume(self))
         try:
             while not self.items and not self.over:
                 await self._changed()
@@ -85,7 +85,7 @@ class Call:
         """Have the thread take unfinished sequences out, after a step that runs. Returns at once; for any thread."""
         if not (self.closed or self.over):
             self.closed = True
-            self.inbox.put(lambda shift: shift.close(self))
+            self.inbox.put(lambda worker: worker.close(self))
 
     async def closing(self) -> None:
         """Close the call, and wait until its sequences have left the engine.
@@ -100,7 +100,7 @@ class Call:
 
     def drop(self, sequence: Sequence) -> None:
         """Have the thread take one unfinished sequence out, while the others go on."""
-        self.inbox.put(lambda shift: shift.drop(self, sequence))
+        self.inbox.put(lambda worker: worker.drop(self, sequence))
 
     def steer(self, sequence: Sequence, weights: tuple[Weight, ...]) -> None:
         """Have the thread draw a sequence's next token with other weights, before any later wish is done."""
@@ -133,27 +133,27 @@ class Call:
         self.made += item is not None
         if self.ahead is not None:
             self.stalled = True
-            if self.wanted():
+            if self.wants_more():
                 self.stalled = sequence.held = False
         ended = sequence.ended
-        self.inbox.put(lambda shift: shift.take(self, sequence, item, ended))
+        self.inbox.put(lambda worker: worker.take(self, sequence, item, ended))
 
-    def wanted(self) -> bool:
+    def wants_more(self) -> bool:
         """Whether fewer items are made than the reader has asked for, plus those that may be made ahead."""
         return self.ahead is None or self.asked + self.ahead > self.made
 
     # Methods for the engine's thread:
 
-    def runs(self) -> bool:
+    def can_advance(self) -> bool:
         """Whether a step would advance one of its sequences, or end a held one whose time is over."""
-        found, gone, now = False, [], time.perf_counter()
+        found, cancelled, now = False, [], time.perf_counter()
         for sequence in self.open.values():
-            found = not sequence.ended and (not sequence.held or sequence.late(now))
+            found = not sequence.ended and (not sequence.held or sequence.is_late(now))
             if found:
                 break
             if sequence.finish_reason == "cancelled":  # `abort` took it out, and does not call `news`
-                gone.append(sequence.id)
-        for key in gone:
+                cancelled.append(sequence.id)
+        for key in cancelled:
             del self.open[key]
         return found
 

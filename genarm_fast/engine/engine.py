@@ -82,7 +82,7 @@ class Engine:
             again, begun = begun, True
             self.scheduler.enqueue(sequences, again=again)
 
-        self.turns.ask(enqueue)
+        self.turns.do_between_steps(enqueue)
 
     def join(self, sequences: list[Sequence], news: Callable[[Sequence], None], *, stepwise: bool = False) -> None:
         """Queue new sequences. stepwise: each is held after every step, until its reader sets `held` to False.
@@ -110,7 +110,7 @@ class Engine:
                     sequence.finish_reason = "cancelled"
             self._leave(sequences)
 
-        self.turns.ask(cancel)
+        self.turns.do_between_steps(cancel)
 
     def steer(self, sequence: Sequence, weights: AnyWeights) -> None:
         """Draw a sequence's next token with other ARM weights. A token that is in flight is dropped and drawn again.
@@ -126,7 +126,7 @@ class Engine:
                     sequence.steer(own)
                 self.scheduler.catch_up(sequence)
 
-        self.turns.ask(change)
+        self.turns.do_between_steps(change)
 
     def run(self, sequences: list[Sequence], *, stepwise: bool = False) -> Run:
         """Decode sequences that are new to the engine. stepwise: each goes on only after its last news were taken.
@@ -144,9 +144,9 @@ class Engine:
         self.scheduler.forget_prompts()
         self.admission.begin()
         if self._idle:
-            self.admission.most = None  # no sequence is here, so there may be more memory than before
+            self.admission.reduced_batch_size = None  # no sequence is here, so there may be more memory than before
         self._idle = False
-        if not self.scheduler and not self.workspace.allowed(self.config.cache_bytes):
+        if not self.scheduler and not self.workspace.is_within_limit(self.config.cache_bytes):
             self.workspace.free()
 
     def step(self) -> list[Sequence]:
@@ -175,7 +175,7 @@ class Engine:
                 advanced = self.admission.admit(self.config.max_batch_size, self.config.cache_bytes)
             try:
                 tokens = self._prefill(rushed)
-                if due := self.scheduler.due(self.admission.at_most(self.config.max_batch_size)):
+                if due := self.scheduler.due(self.admission.allowed_batch_size(self.config.max_batch_size)):
                     advanced += self.executor.launch(self.executor.main, "decode", self._decode, due)
             except Exception as error:
                 advanced += self.admission.shrink(error)
@@ -204,7 +204,7 @@ class Engine:
         rushed: whether running sequences wait for their next tokens meanwhile.
         """
         most, factor = self.pace.tokens(self.config.max_step_ms) if rushed else None, 1
-        if not rushed and self.admission.most is None:  # after a step ran out of memory, chunks stay short
+        if not rushed and self.admission.reduced_batch_size is None:  # chunks stay short after a shortage of memory
             factor = self.executor.device.prefill_factor
         if chunk := self.scheduler.next_chunk(most, factor):
             self.executor.prefill(*chunk)
@@ -215,21 +215,21 @@ class Engine:
 
     def _decode(self, due: list[Sequence]) -> list[Sequence]:
         """Decode one step of the sequences that are due. Returns the sequences whose new tokens the host has read."""
-        start, steps = time.perf_counter(), self.steps
-        going = steps.going(due)
-        if not going:
+        start, steps, lag = time.perf_counter(), self.steps, self.executor.device.lag
+        continuing = steps.continuing(due)
+        if not continuing:
             return steps.drain()
-        policy = self._policy(going)
-        choice = policy.choose(len(going))
-        most = max(each.remaining for each in going) - 1 if choice.k > 0 else 0
+        policy = self._policy(continuing)
+        choice = policy.choose(len(continuing))
+        most = max(each.remaining for each in continuing) - 1 if choice.k > 0 else 0
         if most <= 0:
             choice = PLAIN
-        whole = self.executor.device.lag > 0 and steps.in_one(going, policy, choice)
-        if not whole:
+        one_launch = lag > 0 and steps.fits_one_launch(continuing, policy, choice)
+        if not one_launch:
             choice = choice._replace(k=min(choice.k, most))
-        if whole or (self.executor.device.lag and not choice.k and not any(each.request.needs_host for each in going)):
+        if one_launch or (lag and not choice.k and not any(each.request.needs_host for each in continuing)):
             shadows = TextShadows(policy, self.drafters, due, choice.drafter)
-            before = steps.run_ahead(going, policy, choice, whole=whole)
+            before = steps.run_ahead(continuing, policy, choice, one_launch=one_launch)
             shadows.judge()
             if before is None:  # this step is in flight and there was none before it, so there is nothing to read
                 return []
@@ -244,13 +244,13 @@ class Engine:
 
     def _policy(self, due: list[Sequence]) -> DraftPolicy:
         """Return the draft policy of these sequences: that of the first one, with the drafters whose members run."""
-        active, foreign = members_of(due), self.executor.draft_model
-        able = tuple(i for i, each in enumerate(self.drafters) if {*active, foreign}.issuperset(each.members))
+        active, draft_model = members_of(due), self.executor.draft_model
+        able = tuple(i for i, each in enumerate(self.drafters) if {*active, draft_model}.issuperset(each.members))
         key = due[0].speculation, able
         if key not in self._policies:
             names = [each.names if i in able else () for i, each in enumerate(self.drafters)]
             # Members draft the next block during verification, but not if a step is one launch: it drafts for itself.
-            ahead = self.executor.device.lag > 0 and not self.steps.graph.serves(active)
+            ahead = self.executor.device.lag > 0 and not self.steps.graph.can_capture(active)
             self._policies[key] = DraftPolicy(key[0], names, self.tuners, ahead=ahead)
         return self._policies[key]
 

@@ -21,8 +21,8 @@ from genarm_fast.engine.engine import Engine
 from genarm_fast.engine.sequence import Sequence
 
 IDLE_SECONDS = 30.0  # time after which a thread without work ends; the next call starts another one in 0.1 ms
-PATIENCE = 0.002  # longest time, in seconds, that a step waits for readers that may ask for their next token soon
-LOOK_AROUND = 1.0  # seconds between two checks for closed event loops, while all streams are held
+READER_WAIT_SECONDS = 0.002  # longest time that a step waits for readers that may ask for their next token soon
+LOOP_CHECK_SECONDS = 1.0  # time between two checks for closed event loops, while all streams are held
 
 _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
@@ -51,7 +51,7 @@ class EngineThread:
         """Decode sequences that are new to the engine, for a task of an event loop. Arguments as in `Call`."""
         call = Call(self.inbox, engine, sequences, collect, ahead)
         with self._starting:
-            self.inbox.put(lambda shift: shift.join(call))
+            self.inbox.put(lambda worker: worker.join(call))
             if not self.running:
                 self._ending = False
                 self._thread = threading.Thread(target=self._run, name="genarm_fast", daemon=True)
@@ -67,7 +67,7 @@ class EngineThread:
         """Close all calls, and wait for the thread's end."""
         thread = self._thread
         if thread is not None and thread.is_alive():
-            self.inbox.put(lambda shift: shift.stop())
+            self.inbox.put(lambda worker: worker.stop())
             self.end()
             thread.join()
 
@@ -79,7 +79,7 @@ class EngineThread:
             except Empty:
                 job = None
             if job is not None:
-                _Shift(self.inbox).run(job)
+                _CallWorker(self.inbox).run(job)
                 del job  # the job refers to a model
                 continue
             with self._starting:
@@ -95,15 +95,15 @@ def _stop_all() -> None:
         thread.stop()
 
 
-class _Shift:
+class _CallWorker:
     """The thread's work from the first call until no call is left."""
 
     def __init__(self, inbox: SimpleQueue[Job | None]) -> None:
         self.inbox = inbox
         self.calls: list[Call] = []
-        self.mail: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
+        self.outgoing: dict[asyncio.AbstractEventLoop, list[tuple[Call, Any]]] = {}
         self.reading: set[asyncio.AbstractEventLoop] = set()  # loops whose readers may ask for more at any moment
-        self.busy: set[asyncio.AbstractEventLoop] = set()  # loops that took longer than PATIENCE, not waited for again
+        self.busy: set[asyncio.AbstractEventLoop] = set()  # loops that took longer than that wait, not waited for again
 
     def run(self, job: Job) -> None:
         """Do the first job, which adds a call, and work until no call is left."""
@@ -122,14 +122,14 @@ class _Shift:
 
     def _turn(self) -> None:
         """Step the engines of calls that can go on, or wait for a job if none can; then send all news."""
-        if any(call.runs() for call in self.calls):
+        if any(call.can_advance() for call in self.calls):
             self._wait_for_readers()
-            for engine in {call.engine: None for call in self.calls if call.runs()}:
+            for engine in {call.engine: None for call in self.calls if call.can_advance()}:
                 self._step(engine)
-        elif not self.mail:
-            self._do_next(self._pause())
+        elif not self.outgoing:
+            self._do_next(self._pause_seconds())
         self._do_all()
-        self._sweep()
+        self._end_calls()
         self._send()
 
     def join(self, call: Call) -> None:
@@ -143,7 +143,7 @@ class _Shift:
 
     def resume(self, call: Call) -> None:
         """Let a call's sequences go on if its reader wants more."""
-        if call.wanted():
+        if call.wants_more():
             call.stalled = False
             for sequence in call.open.values():
                 sequence.held = False
@@ -158,7 +158,7 @@ class _Shift:
     def close(self, call: Call) -> None:
         """Take all sequences of a call out of the engine; `leave` is done once they are out."""
         call.engine.abort([sequence for sequence in call.sequences if not sequence.ended])
-        call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.leave(call)))
+        call.engine.turns.do_between_steps(partial(self.inbox.put, lambda worker: worker.leave(call)))
 
     def leave(self, call: Call) -> None:
         call.open.clear()
@@ -166,22 +166,23 @@ class _Shift:
     def drop(self, call: Call, sequence: Sequence) -> None:
         """Take one sequence of a call out of the engine."""
         call.engine.abort([sequence])
-        call.engine.turns.ask(partial(self.inbox.put, lambda shift: shift.take(call, sequence, None, True)))
+        taken_out = partial(self.inbox.put, lambda worker: worker.take(call, sequence, None, True))
+        call.engine.turns.do_between_steps(taken_out)
 
     def stop(self) -> None:
         for call in self.calls:
             self.close(call)
 
     def _post(self, call: Call, item: Any) -> None:
-        self.mail.setdefault(call.loop, []).append((call, item))
+        self.outgoing.setdefault(call.loop, []).append((call, item))
 
     def _send(self) -> None:
         """Send each loop its items in one callback."""
-        mail, self.mail = self.mail, {}
-        for loop, items in mail.items():
+        outgoing, self.outgoing = self.outgoing, {}
+        for loop, items in outgoing.items():
             answer = None
             if any(call.stalled for call, _ in items):
-                answer = partial(self.inbox.put, partial(_Shift.answer, loop=loop))
+                answer = partial(self.inbox.put, partial(_CallWorker.answer, loop=loop))
             try:
                 loop.call_soon_threadsafe(receive, items, answer)
             except RuntimeError:  # the loop was closed
@@ -195,10 +196,10 @@ class _Shift:
         self.busy.discard(loop)
 
     def _wait_for_readers(self) -> None:
-        """Wait up to PATIENCE for readers, so that one step serves all of them instead of two steps a part each."""
-        end = time.perf_counter() + PATIENCE
-        while self.reading and (left := end - time.perf_counter()) > 0:
-            self._do_next(left)
+        """Wait up to READER_WAIT_SECONDS, so that one step serves all of them instead of two steps a part each."""
+        end = time.perf_counter() + READER_WAIT_SECONDS
+        while self.reading and (remaining := end - time.perf_counter()) > 0:
+            self._do_next(remaining)
         self.busy |= self.reading
         self.reading.clear()
         self._do_all()
@@ -212,10 +213,10 @@ class _Shift:
         if job is not None:
             job(self)
 
-    def _pause(self) -> float:
-        """Return the seconds to wait while all streams are held: until a deadline, and at most LOOK_AROUND."""
+    def _pause_seconds(self) -> float:
+        """Return the seconds to wait while all streams are held: until a deadline, LOOP_CHECK_SECONDS at most."""
         first = min((call.deadline() for call in self.calls), default=math.inf)
-        return min(LOOK_AROUND, max(0.0, first - time.perf_counter()))
+        return min(LOOP_CHECK_SECONDS, max(0.0, first - time.perf_counter()))
 
     def _do_all(self) -> None:
         while not self.inbox.empty():
@@ -236,7 +237,7 @@ class _Shift:
                         call.failure = error
                         call.close()
 
-    def _sweep(self) -> None:
+    def _end_calls(self) -> None:
         """Send END to calls whose sequences have all ended, and close calls whose event loop was closed."""
         for call in [*self.calls]:
             if not call.open:

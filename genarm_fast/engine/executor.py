@@ -21,8 +21,8 @@ T = TypeVar("T")
 class Executor:
     """Runs the members, each on the stream of its runner. The main stream samples and accepts.
 
-    groups[g]: indices of the members of runner g. timed: whether forwards are measured. spent[g]: marks before and
-    after the latest measured forward of runner g.
+    groups[g]: indices of the members of runner g. timed: whether forwards are measured. forward_marks[g]: marks
+    before and after the latest measured forward of runner g.
     """
 
     def __init__(self, members: list[Member], draft_model: int | None) -> None:
@@ -35,25 +35,25 @@ class Executor:
         self.device = device_for(devices)
         self.main: WorkStream = self.device.stream(devices[0])
         self.runners = [ModelRunner([members[i] for i in group], self.device) for group in self.groups]
-        self._place = {i: (g, lane) for g, group in enumerate(self.groups) for lane, i in enumerate(group)}
+        self._runner_and_lane = {i: (g, lane) for g, group in enumerate(self.groups) for lane, i in enumerate(group)}
         self.timed = False
-        self._captured: dict[int, tuple[int, Tensor]] = {}
+        self._captured_caches: dict[int, tuple[int, Tensor]] = {}
         # A graph runs on the main stream, with the parts that it forks to other streams. So it waits for earlier work
         # of the other streams, such as prompts. Their later work waits for it: a prompt may go to a slot it writes to.
-        self._working: set[WorkStream] = set()  # streams with work that the main stream has not waited for
-        self._behind: set[WorkStream] = set()  # streams whose next work has to wait for a graph
-        self.spent: dict[int, tuple[Any, Any]] = {}
+        self._unawaited_streams: set[WorkStream] = set()  # streams with work that the main stream has not waited for
+        self._streams_behind_graphs: set[WorkStream] = set()  # streams whose next work has to wait for a graph
+        self.forward_marks: dict[int, tuple[Any, Any]] = {}
 
     def by_runner(self, members: Iterable[int]) -> dict[int, list[int]]:
         """Return these members grouped by their runner's index."""
         groups: dict[int, list[int]] = {}
         for member in members:
-            groups.setdefault(self._place[member][0], []).append(member)
+            groups.setdefault(self._runner_and_lane[member][0], []).append(member)
         return groups
 
     def lanes(self, members: Iterable[int]) -> list[int]:
         """Return each member's lane in its runner."""
-        return [self._place[member][1] for member in members]
+        return [self._runner_and_lane[member][1] for member in members]
 
     def label(self, members: list[int]) -> str:
         """Return the name that a profiler shows for a forward of these members."""
@@ -70,7 +70,7 @@ class Executor:
 
     def launch(self, stream: WorkStream, name: str, function: Callable[..., T], *args: Any) -> T:
         """Call function(*args) and return its result. Its device work goes to `stream`; `name` is for profilers."""
-        self._order(stream)
+        self._order_after_graphs(stream)
         return self.device.launch(stream, name, function, *args)
 
     def forward(
@@ -83,53 +83,56 @@ class Executor:
         Returns each member's logits [R, q, V] on that stream. Launch all forwards of a step before you `collect` the
         logits: else the main stream waits for one forward before the others are launched.
         """
-        g, lanes = self._place[members[0]][0], self.lanes(members)
+        g, lanes = self._runner_and_lane[members[0]][0], self.lanes(members)
         runner = self.runners[g]
 
         def forward() -> tuple[Tensor, ...]:
             inputs = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=-1)
-            if g in self._captured:
-                bound, rows = self._captured[g]
+            if g in self._captured_caches:
+                bound, rows = self._captured_caches[g]
                 return runner.logits(bound, lanes, inputs, positions, rows)
             return runner.forward(inputs, positions, slots, kv_bound, lanes)
 
         start = self.device.mark(runner.stream) if self.timed else None
         logits = self.launch(runner.stream, self.label(members), forward)
         if start is not None:
-            self.spent[g] = start, self.device.mark(runner.stream)
+            self.forward_marks[g] = start, self.device.mark(runner.stream)
         return list(logits)
 
     def repeat(self, key: Any, streams: tuple[WorkStream, ...], function: Callable[..., T], *inputs: Tensor) -> T:
         """Call `Device.repeat` on the main stream, for work that uses these other streams too."""
-        for stream in self._working.intersection(streams):
+        for stream in self._unawaited_streams.intersection(streams):
             self.hand_over([], stream, self.main)
         out = self.device.repeat(self.main, key, function, *inputs)
-        self._behind.update(streams)
+        self._streams_behind_graphs.update(streams)
         return out
 
     @contextmanager
-    def captured(self, caches: dict[int, tuple[int, Tensor]]) -> Iterator[None]:
+    def capturing(self, caches: dict[int, tuple[int, Tensor]]) -> Iterator[None]:
         """Make forwards inside parts of one graph. caches[g]: KV bound and cache rows, int64 [L·R], of runner g."""
-        timed, self.timed, self._captured = self.timed, False, caches
+        timed, self.timed, self._captured_caches = self.timed, False, caches
         try:
             yield
         finally:
-            self.timed, self._captured = timed, {}
+            self.timed, self._captured_caches = timed, {}
 
     def hand_over(self, tensors: list[Tensor], source: WorkStream, target: WorkStream) -> list[Tensor]:
         """Give tensors of one stream to another, which waits for all work that the first has so far."""
-        if not self._captured:
-            (self._working if target == self.main else self._behind).discard(source if target == self.main else target)
+        if not self._captured_caches:
+            if target == self.main:
+                self._unawaited_streams.discard(source)
+            else:
+                self._streams_behind_graphs.discard(target)
         return self.device.hand_over(tensors, source, target)
 
     def collect(self, members: list[int], logits: list[Tensor]) -> dict[int, Tensor]:
         """Return the logits of a forward of these members, by member, for use on the main stream."""
-        g = self._place[members[0]][0]
+        g = self._runner_and_lane[members[0]][0]
         return dict(zip(members, self.hand_over(logits, self.runners[g].stream, self.main)))
 
     def stream_of(self, members: list[int]) -> WorkStream:
         """Return the stream of these members' runner."""
-        return self.runners[self._place[members[0]][0]].stream
+        return self.runners[self._runner_and_lane[members[0]][0]].stream
 
     def prefill(self, sequences: list[Sequence], members: list[int], start: int, width: int) -> None:
         """Write `width` tokens of each sequence from position `start` on into the caches of these members."""
@@ -159,15 +162,15 @@ class Executor:
         """Begin a run: notice changes that were made to weights since the last one."""
         self.device.begin()
         for runner in self.runners:
-            self._order(runner.stream)
+            self._order_after_graphs(runner.stream)
             runner.refresh()
 
-    def _order(self, stream: WorkStream) -> None:
+    def _order_after_graphs(self, stream: WorkStream) -> None:
         """Note that a stream gets work, and let that work wait for graphs that use the stream's tensors."""
-        if stream != self.main and not self._captured:
-            if stream in self._behind:
+        if stream != self.main and not self._captured_caches:
+            if stream in self._streams_behind_graphs:
                 self.hand_over([], self.main, stream)
-            self._working.add(stream)
+            self._unawaited_streams.add(stream)
 
 
 def _piece(sequence: Sequence, member: int, start: int, width: int) -> list[int]:

@@ -23,16 +23,16 @@ from genarm_fast.speculation.shadow import Judge
 class InFlight:
     """A launched step, with all that `Steps.finish` needs.
 
-    most: most tokens that the step may give each sequence. read: waits for the tokens that it drew. drafting: the
-    members that drafted. fed: how many tokens each of these fed. drafts: the drafts, if the step was launched piece by
-    piece. judge: tells shadow evaluation which tokens were accepted. logits: the running members' logits, by member,
-    from which a bonus token may be drawn. policy: the draft policy that chose the step, if the host went on meanwhile;
-    sequences that came or left since may have another one.
+    max_tokens: most tokens that the step may give each sequence. read: waits for the tokens that it drew. drafting:
+    the members that drafted. fed: how many tokens each of these fed. drafts: the drafts, if the step was launched
+    piece by piece. judge: tells shadow evaluation which tokens were accepted. logits: the running members' logits,
+    by member, from which a bonus token may be drawn. policy: the draft policy that chose the step, if the host went
+    on meanwhile; sequences that came or left since may have another one.
     """
 
     batch: Batch
     choice: Choice
-    most: int
+    max_tokens: int
     read: Callable[[], HostSample]
     drafting: tuple[int, ...] = ()
     fed: int = 0
@@ -43,15 +43,15 @@ class InFlight:
     # `Steps.finish` fills these: sequences that got tokens, and for each sequence of the batch its accepted drafts and
     # its drafts that count as tried.
     advanced: list[Sequence] = field(default_factory=list)
-    right: list[int] = field(default_factory=list)
-    judged: list[int] = field(default_factory=list)
+    accepted_counts: list[int] = field(default_factory=list)
+    tried_counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for sequence in self.batch.sequences:
-            sequence.unread += self.most
+            sequence.unread += self.max_tokens
 
 
-def reading(
+def begin_reading(
     executor: Executor, batch: Batch, result: GuidedSample, counts: Tensor, drafts: Drafts
 ) -> Callable[[], HostSample]:
     """Begin to copy a step's targets to the host. Returns a function that waits for them.

@@ -21,26 +21,29 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from genarm_fast.engine.verdict_key import codes_of, known_by_version
 
-READ = ("transformers",)  # packages whose layers may pass, after their source was read
-TRUSTED = ("peft", "genarm_fast", "torch", "huggingface_hub")  # packages whose modules do not depend on the layer
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # transformers' functions
+READ_PACKAGES = ("transformers",)  # packages whose layers may pass, after their source was read
+TRUSTED_PACKAGES = ("peft", "genarm_fast", "torch", "huggingface_hub")  # their modules do not depend on the layer
+# Attention functions of transformers.
+KNOWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 CACHE = r"(?:past_key_values?|layer_past)"
 # Arguments that have the same value for all layers.
-ARGUMENTS = rf"attention_mask|position_embeddings|position_ids|use_cache|cache_position|{CACHE}"
-OWN_PART = re.compile(rf"{CACHE}\.update\(\w+, \w+, self\.layer_idx(?:, \w+)?\)")  # write to the layer's own cache
-OF_CACHE = rf"{CACHE}(?:\.|\[)|= {CACHE}$|['\"]{CACHE}['\"]"  # other uses of the cache
-REMEMBERED = r"^ *\w+\.[\w.]+(?:\[.*\])? [-+*/|]?= |\b(?:global|nonlocal)\b"  # state that outlives a forward
-TELLING = re.compile(rf"layer_idx|{OF_CACHE}|{REMEMBERED}", re.MULTILINE)  # signs that layers may compute differently
+SHARED_ARGUMENTS = rf"attention_mask|position_embeddings|position_ids|use_cache|cache_position|{CACHE}"
+# A write to the layer's own cache.
+OWN_CACHE_UPDATE = re.compile(rf"{CACHE}\.update\(\w+, \w+, self\.layer_idx(?:, \w+)?\)")
+OTHER_CACHE_USE = rf"{CACHE}(?:\.|\[)|= {CACHE}$|['\"]{CACHE}['\"]"  # other uses of the cache
+LASTING_STATE = r"^ *\w+\.[\w.]+(?:\[.*\])? [-+*/|]?= |\b(?:global|nonlocal)\b"  # state that outlives a forward
+# Signs that layers may compute differently.
+LAYER_DEPENDENT_CODE = re.compile(rf"layer_idx|{OTHER_CACHE_USE}|{LASTING_STATE}", re.MULTILINE)
 
 
-def lists_read(decoder: Any, layers: str) -> frozenset[str] | None:
+def lists_indexed_by_layer(decoder: Any, layers: str) -> frozenset[str] | None:
     """Return the names of the config's lists of which the decoder's loop gives each layer its own entry.
 
     layers: name of the decoder's list of layers.
 
     Returns None if the loop, or the code of a layer, does not pass.
     """
-    if (attention := decoder.config._attn_implementation) not in ATTENTION:
+    if (attention := decoder.config._attn_implementation) not in KNOWN_ATTENTION:
         return None
     kinds = {type(module) for layer in getattr(decoder, layers) for module in layer.modules()}
     bases = {base for kind in kinds for base in kind.__mro__ if not known_by_version(base)}
@@ -49,10 +52,10 @@ def lists_read(decoder: Any, layers: str) -> frozenset[str] | None:
         ALL_ATTENTION_FUNCTIONS.get(attention, None),
         *(value for base in bases for value in vars(base).values()),
     ]
-    if not all(map(_package, {type(decoder), *bases})) or not _installed(forwards):
+    if not all(map(_package, {type(decoder), *bases})) or not _from_known_files(forwards):
         return None
-    own = [base for base in bases if _package(base) in READ and base is not GradientCheckpointingLayer]
-    if any(TELLING.search(OWN_PART.sub("", text)) for base in own for text in _texts(base)):
+    own = [base for base in bases if _package(base) in READ_PACKAGES and base is not GradientCheckpointingLayer]
+    if any(LAYER_DEPENDENT_CODE.search(OWN_CACHE_UPDATE.sub("", text)) for base in own for text in _sources(base)):
         return None
     return _lists_of_loop(type(decoder), layers)
 
@@ -62,7 +65,7 @@ def _lists_of_loop(kind: type, layers: str) -> frozenset[str] | None:
 
     None means that the loop is not a plain one, or that the class uses its layers elsewhere too.
     """
-    text = _text_of(_file(kind), kind.__name__)
+    text = _source_of(_file(kind), kind.__name__)
     loop = re.search(
         rf"\n        for (?:(?P<i>\w+), )?(?P<layer>\w+) in (?:enumerate\()?self\.{layers}"
         r"(?:\[:self\.config\.num_hidden_layers\])?\)?:"
@@ -77,7 +80,7 @@ def _lists_of_loop(kind: type, layers: str) -> frozenset[str] | None:
         return None  # the loop may put a layer's own values into its keyword arguments
     for each in filter(None, given.split(", ")):
         entry = rf"self\.config\.(?P<list>\w+)\[{loop['i']}\]"
-        found = re.fullmatch(rf"(?:{ARGUMENTS})=(?P<value>\w+)(?:\[{entry}\])?", each)
+        found = re.fullmatch(rf"(?:{SHARED_ARGUMENTS})=(?P<value>\w+)(?:\[{entry}\])?", each)
         if found is None or found["value"] == loop["i"]:
             return None
         lists |= {found["list"]} - {None}
@@ -85,29 +88,32 @@ def _lists_of_loop(kind: type, layers: str) -> frozenset[str] | None:
 
 
 def _package(kind: type) -> str | None:
-    """Return the package of a class if it is one of READ and TRUSTED, else None."""
+    """Return the package of a class if it is one of READ_PACKAGES and TRUSTED_PACKAGES, else None."""
     name = kind.__module__.split(".")[0]
-    return name if name in (*READ, *TRUSTED) else None
+    return name if name in (*READ_PACKAGES, *TRUSTED_PACKAGES) else None
 
 
-def _installed(functions: Iterable[Any]) -> bool:
-    """Whether functions, and those that they call by name, come from files of READ and TRUSTED and not from patches."""
+def _from_known_files(functions: Iterable[Any]) -> bool:
+    """Whether functions, and those that they call by name, come from files of the known packages and not from patches.
+
+    The known packages are READ_PACKAGES and TRUSTED_PACKAGES.
+    """
     return all(code.co_filename.startswith(_folders()) for each in functions for code in codes_of(each))
 
 
 def _folders() -> tuple[str, ...]:
-    files = (sys.modules[name].__file__ for name in (*READ, *TRUSTED) if name in sys.modules)
+    files = (sys.modules[name].__file__ for name in (*READ_PACKAGES, *TRUSTED_PACKAGES) if name in sys.modules)
     # The packages' functions have wrappers of contextlib.
     return (contextlib.__file__, *(f"{Path(file).parent}/" for file in files if file))
 
 
-def _texts(kind: type) -> Iterator[str]:
+def _sources(kind: type) -> Iterator[str]:
     """Iterate over the sources of a class without its `__init__`, and of the functions in its file that it names."""
     file = _file(kind)
-    yield (text := _text_of(file, kind.__name__))
+    yield (text := _source_of(file, kind.__name__))
     for name in _names_of_functions(file):
         if re.search(rf"\b{name}\b", text):
-            yield _text_of(file, name)
+            yield _source_of(file, name)
 
 
 def _file(kind: type) -> str:
@@ -126,11 +132,11 @@ def _names_of_functions(file: str) -> list[str]:
 
 
 @cache
-def _text_of(file: str, name: str) -> str:
+def _source_of(file: str, name: str) -> str:
     """Return the source of a class without its `__init__`, or of a function, without comments and in one layout."""
     part = _parsed(file).get(name)
     if part is None:
-        return "layer_idx"  # unknown code does not pass: `TELLING` matches this
+        return "layer_idx"  # unknown code does not pass: `LAYER_DEPENDENT_CODE` matches this
     if isinstance(part, ast.ClassDef):
         part.body = [each for each in part.body if getattr(each, "name", "") != "__init__"]
     return ast.unparse(part)

@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from genarm_fast.engine.layer_code import lists_read
+from genarm_fast.engine.layer_code import lists_indexed_by_layer
 from genarm_fast.models.fused_decoder import FusedDecoder
 from genarm_fast.models.member import Member
 from genarm_fast.models.stacked_decoder import StackedDecoder
 
-PLAIN = (bool, int, float, bytes, type(None), torch.dtype, torch.device)
-INTERNAL = frozenset(vars(nn.Module())) - {"training"}  # attributes that every module has
-OURS = (FusedDecoder, StackedDecoder)  # genarm_fast's forwards; their method `of_layers` makes one for some layers
+PLAIN_TYPES = (bool, int, float, bytes, type(None), torch.dtype, torch.device)
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}  # attributes that every module has
+# Forwards of genarm_fast. Their method `of_layers` makes one for some layers.
+OWN_FORWARDS = (FusedDecoder, StackedDecoder)
 
 
 def kinds_of_layers(models: Sequence[Any], runner: Any) -> list[Hashable] | None:
@@ -36,46 +37,48 @@ def kinds_of_layers(models: Sequence[Any], runner: Any) -> list[Hashable] | None
     """
     trees = [*models, runner]
     layers = [_layers(tree) for tree in trees]
-    lists = [_read(tree) for tree in models]
-    if any(each is None or _shared(each) for each in layers) or None in lists or not _runs_alike(runner):
+    lists = [_layer_lists(tree) for tree in models]
+    if any(each is None or _share_parts(each) for each in layers) or None in lists or not _has_known_forward(runner):
         return None
     if len({len(each) for each in layers if each}) != 1 or len({p.device for t in trees for p in t.parameters()}) != 1:
         return None
-    names = [_name(tree.base_model) for tree in trees]
+    names = [_layer_list_name(tree.base_model) for tree in trees]
     kinds = [
         [tuple(_description(layer, i, name)) for i, layer in enumerate(each)]
         for each, name in zip(layers, names)
         if each
     ]
-    ours = [() if (own := _own_forward(runner)) is None else _numbers(own.layers[i]) for i in range(len(kinds[0]))]
-    return list(zip(*kinds, ours, *(zip(*each) for each in lists if each)))
+    own_attributes = [
+        () if (own := _own_forward(runner)) is None else _plain_attributes(own.layers[i]) for i in range(len(kinds[0]))
+    ]
+    return list(zip(*kinds, own_attributes, *(zip(*each) for each in lists if each)))
 
 
-def _numbers(layer: Any) -> Hashable:
+def _plain_attributes(layer: Any) -> Hashable:
     """Return the plain attributes that a layer of genarm_fast's forwards computes with, besides the weights."""
-    return tuple((name, each) for name, each in vars(layer).items() if isinstance(each, PLAIN))
+    return tuple((name, each) for name, each in vars(layer).items() if isinstance(each, PLAIN_TYPES))
 
 
-def _read(model: Any) -> list[Any] | None:
+def _layer_lists(model: Any) -> list[Any] | None:
     """Return the config's lists that have an entry for each layer, as strings.
 
     Returns None if the plain forward may tell layers apart in other ways.
     """
     if any(_hooked(module) or "forward" in vars(module) for module in model.modules()) or not _layers(model):
         return None
-    entries = _lists(model.config)
-    read = lists_read(model.base_model, _name(model.base_model))
+    entries = _config_lists(model.config)
+    read = lists_indexed_by_layer(model.base_model, _layer_list_name(model.base_model))
     return None if read is None or not read <= set(entries) else [list(map(repr, each)) for each in entries.values()]
 
 
-def _lists(config: Any) -> dict[str, Sequence[Any]]:
+def _config_lists(config: Any) -> dict[str, Sequence[Any]]:
     """Return the config's lists, by name, that have as many entries as there are layers."""
     count = config.num_hidden_layers
     return {key: each for key, each in vars(config).items() if isinstance(each, (list, tuple)) and len(each) == count}
 
 
-def _runs_alike(runner: Any) -> bool:
-    return not any(map(_hooked, runner.modules())) and isinstance(_own_forward(runner), (*OURS, type(None)))
+def _has_known_forward(runner: Any) -> bool:
+    return not any(map(_hooked, runner.modules())) and isinstance(_own_forward(runner), (*OWN_FORWARDS, type(None)))
 
 
 def member_of_layers(member: Member, kept: Sequence[int]) -> Member:
@@ -93,11 +96,11 @@ def member_of_layers(member: Member, kept: Sequence[int]) -> Member:
 def _of_layers(model: Any, kept: Sequence[int]) -> Any:
     """Return a model of these layers alone, with a shallow copy of the modules above them."""
     whole, decoder = _shallow(model), _shallow(model.base_model)
-    name = _name(decoder)
+    name = _layer_list_name(decoder)
     layers = decoder._modules[name]
     decoder._modules[name] = nn.ModuleList(layers[i] for i in kept)
     decoder.config = copy.copy(decoder.config)
-    for key, entries in _lists(decoder.config).items():
+    for key, entries in _config_lists(decoder.config).items():
         vars(decoder.config)[key] = [entries[i] for i in kept]
     if (forward := _own_forward(model)) is not None:
         decoder.forward = forward.of_layers(kept)
@@ -116,7 +119,7 @@ def _own_forward(model: Any) -> Any:
     return vars(model.base_model).get("forward")
 
 
-def _name(decoder: Any) -> str:
+def _layer_list_name(decoder: Any) -> str:
     """Return the name of the decoder's list of layers; "" if there is no such list, or more than one."""
     lists = [name for name, module in decoder.named_children() if isinstance(module, nn.ModuleList)]
     return lists[0] if len(lists) == 1 else ""
@@ -127,13 +130,13 @@ def _layers(model: Any) -> list[Any] | None:
     decoder, config = model.base_model, model.config
     if config.get_text_config() is not config or model._modules.get(model.base_model_prefix) is not decoder:
         return None
-    if decoder.config is not config or not (name := _name(decoder)):
+    if decoder.config is not config or not (name := _layer_list_name(decoder)):
         return None
     layers = list(getattr(decoder, name))
     return layers if len(layers) == config.num_hidden_layers else None
 
 
-def _shared(layers: Sequence[nn.Module]) -> bool:
+def _share_parts(layers: Sequence[nn.Module]) -> bool:
     """Whether two of the layers share a module or a parameter."""
     parts = [id(each) for layer in layers for each in (*layer.modules(), *layer.parameters())]
     return len(set(parts)) < len(parts)
@@ -143,7 +146,7 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """The layer that has an attribute. modules: names of its modules by id. path: the layer's path in the decoder."""
 
     modules: dict[int, str]
@@ -152,20 +155,20 @@ class Place(NamedTuple):
 
 def _description(layer: nn.Module, index: int, layers: str) -> Iterator[Hashable]:
     """Iterate over descriptions of a layer's modules: name, type, attributes and tensors, except the layer's index."""
-    place = Place({id(module): name for name, module in layer.named_modules()}, f"{layers}.{index}.")
+    place = LayerPlace({id(module): name for name, module in layer.named_modules()}, f"{layers}.{index}.")
     for name, module in layer.named_modules():
-        own = {key: value for key, value in vars(module).items() if key not in INTERNAL}
+        own = {key: value for key, value in vars(module).items() if key not in MODULE_ATTRIBUTES}
         if type(own.get("layer_idx")) is int and own["layer_idx"] == index:
             del own["layer_idx"]
         tensors = {**module._parameters, **module._buffers}
         yield (name, type(module), *((key, _described(each, place)) for key, each in {**own, **tensors}.items()))
 
 
-def _described(value: Any, place: Place) -> Hashable:
+def _described(value: Any, place: LayerPlace) -> Hashable:
     """Return a value that is equal for attributes that do the same in modules of two layers."""
     if isinstance(value, str):  # PEFT's modules hold their own paths
         return str, value.replace(place.path, "")
-    if isinstance(value, PLAIN):
+    if isinstance(value, PLAIN_TYPES):
         return type(value), value
     if isinstance(value, Tensor):
         held = getattr(value, "linear", None)
@@ -185,7 +188,7 @@ def _described(value: Any, place: Place) -> Hashable:
     if isinstance(value, FunctionType):
         return _code(value)
     if type(value).__module__.startswith("genarm_fast."):
-        return type(value), *((name, _of_ours(name, each, place)) for name, each in _attributes(value))
+        return type(value), *((name, _described_attribute(name, each, place)) for name, each in _attributes(value))
     return type(value), id(value)
 
 
@@ -200,6 +203,6 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
     yield from ((name, getattr(value, name)) for name in names)
 
 
-def _of_ours(name: str, value: Any, place: Place) -> Hashable:
+def _described_attribute(name: str, value: Any, place: LayerPlace) -> Hashable:
     """Describe an attribute of genarm_fast's objects. A private one is an address or None; which one is described."""
     return value is None if name.startswith("_") else _described(value, place)

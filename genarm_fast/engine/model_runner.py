@@ -44,7 +44,7 @@ class ModelRunner:
         self.lanes = [member.lane for member in members]
         self.layers: list[RaggedLayer] = []
         self.slots = self.capacity = self.generation = 0
-        self.whole = True  # whether the caches of all layers have these sizes
+        self.is_intact = True  # whether the caches of all layers have these sizes
         self.blocks: dict[int, int] = {}  # lane (an index of `members`) -> its block of slots in the cache
         self._rows: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
         self._given = [member.lane for member in members if member.given and len(members) > 1]
@@ -78,8 +78,8 @@ class ModelRunner:
         entries: what each layer caches of one token.
 
         Tensors grow one after the other, so the peak is the larger size and one tensor more. If memory runs out, the
-        tensors get their old size back. If there is no memory for that either, or an interrupt comes meanwhile, `whole`
-        is False: the cache must be freed, and its sequences must be prefilled again.
+        tensors get their old size back. If there is no memory for that either, or an interrupt comes meanwhile,
+        `is_intact` is False: the cache must be freed, and its sequences must be prefilled again.
         """
         blocks = dict(self.blocks)
         for lane in lanes:
@@ -89,7 +89,7 @@ class ModelRunner:
         self.device.forget(self.stream)
         self._rows.clear()
         self.generation += 1
-        self.whole = False
+        self.is_intact = False
         try:
             self._resize(entries, old, new, capacity)
         except (RuntimeError, MemoryError):
@@ -98,9 +98,9 @@ class ModelRunner:
                 raise
             with suppress(RuntimeError, MemoryError):
                 self._resize(entries, new, old, self.capacity)
-                self.whole = True
+                self.is_intact = True
             raise
-        self.blocks, self.slots, self.capacity, self.whole = blocks, slots, capacity, True
+        self.blocks, self.slots, self.capacity, self.is_intact = blocks, slots, capacity, True
 
     def _resize(
         self, entries: Sequence[Entry | None], old: tuple[int, int], new: tuple[int, int], capacity: int
@@ -127,7 +127,7 @@ class ModelRunner:
         self.cache = Cache(layers=list(self.layers))
         self.slots = self.capacity = 0
         self.blocks = {}
-        self.whole = True
+        self.is_intact = True
         self._rows.clear()
         self.device.forget(self.stream)
 

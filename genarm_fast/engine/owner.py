@@ -52,7 +52,7 @@ class EngineOwner:
         self.tuners = Tuners()
         self._engine: Engine | None = None
         self._thread: EngineThread | None = None
-        self._making = Lock()  # held while the engine or the thread is made
+        self._creation_lock = Lock()  # held while the engine or the thread is made
         _owners.add(self)
         self.vocab_size = common_vocabulary(self.members)
         if draft_model is not None and common_vocabulary([*self.members, draft_model]) < self.vocab_size:
@@ -138,10 +138,10 @@ class EngineOwner:
     def engine(self) -> Engine:
         """Return the engine that all calls of all threads share; a new one for a call from inside a step."""
         config = self._config()
-        with self._making:
+        with self._creation_lock:
             if self._engine is None:
                 self._engine = self._new_engine(config)
-        if self._engine.turns.mine:  # a logits processor calls `generate`
+        if self._engine.turns.is_mine:  # a logits processor calls `generate`
             return self._new_engine(config)
         self._engine.config = config
         return self._engine
@@ -167,7 +167,7 @@ class EngineOwner:
         return check_speculation(self.speculation if speculation is None else speculation, self.drafters)
 
     def _engine_thread(self) -> EngineThread:
-        with self._making:
+        with self._creation_lock:
             if self._thread is None:
                 self._thread = EngineThread()
                 weakref.finalize(self, self._thread.end).atexit = False
@@ -178,15 +178,15 @@ class EngineOwner:
 
         A stream of the thread that forked goes on in the old engine, unless that was in the middle of a step.
         """
-        self._making, self.tuners.lock, self._thread = Lock(), Lock(), None
+        self._creation_lock, self.tuners.lock, self._thread = Lock(), Lock(), None
         if self._engine is not None and (self._engine.turns.forked() or self._engine.scheduler):
             self._engine = None
 
 
-def _anew() -> None:
+def _reset_owners_after_fork() -> None:
     for owner in list(_owners):
         owner._forked()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_anew)
+    os.register_at_fork(after_in_child=_reset_owners_after_fork)

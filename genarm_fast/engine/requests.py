@@ -14,7 +14,7 @@ from genarm_fast.params import AnyWeights, SamplingParams, Weight, weights_per_a
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.prompts import check_context, check_ids, encode_prompt, special_stops
 
-MANY = 1024  # number of completions up to which the memory for their bookkeeping is not checked
+UNCHECKED_COMPLETIONS = 1024  # number of completions up to which the memory for their bookkeeping is not checked
 SEQUENCE_BYTES = 8192  # bytes of the host's memory that a sequence takes before its first token
 TOKEN_BYTES = 64  # bytes that each token takes in addition: its id, and its log-probability if asked for
 
@@ -118,7 +118,7 @@ def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:
 
 def _check_memory(each: Sequence[SamplingParams]) -> None:
     """Raise ValueError if the completions of all prompts together take more than half of the free memory."""
-    if sum(params.n for params in each) <= MANY:
+    if sum(params.n for params in each) <= UNCHECKED_COMPLETIONS:
         return
     left = free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     for index, params in enumerate(each):

@@ -50,9 +50,9 @@ class Run:
             for sequence in self.sequences:
                 sequence.held = False
         try:
-            while not self._over():
-                with self.engine.turns.take(unless=self._over) as taken:
-                    if not taken or self._over():
+            while not self._can_stop():
+                with self.engine.turns.take(unless=self._can_stop) as taken:
+                    if not taken or self._can_stop():
                         continue
                     # A step ends sequences before it tells the news. So only in this thread's turn, with no step under
                     # way, do ended sequences mean that no news will come.
@@ -66,7 +66,7 @@ class Run:
             raise StopIteration
         return list(dict.fromkeys(self._news.popleft() for _ in range(len(self._news))))
 
-    def _over(self) -> bool:
+    def _can_stop(self) -> bool:
         """Whether stepping can stop: there are news, or the run is closed."""
         return bool(self._news) or self._closed
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from genarm_fast.engine.sequence import Sequence
 
 CHUNK_TOKENS = 512  # tokens of all sequences together that are prefilled between two steps
-WORTH_COPYING = 8  # fewest shared tokens that are copied from another slot; fewer are computed again
-MOST_OVERTAKEN = 64  # most sequences of higher priority that may overtake a waiting one, so that it does not starve
+MIN_COPIED_TOKENS = 8  # fewest shared tokens that are copied from another slot; fewer are computed again
+MAX_OVERTAKEN = 64  # most sequences of higher priority that may overtake a waiting one, so that it does not starve
 
 
 class Chunk(NamedTuple):
@@ -36,10 +36,10 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
         self.residents: list[Sequence | None] = []
-        self.timed: list[Sequence] = []  # sequences with a deadline, so that a step need not search a long queue
-        self._served = 0  # index at which `due` goes on if a step can't take all sequences
+        self.with_deadline: list[Sequence] = []  # listed apart, so that a step need not search a long queue
+        self._next_due = 0  # index at which `due` goes on if a step can't take all sequences
         # Whether the next chunk goes to the prompt with the fewest tokens left; else it goes to the oldest prompt.
-        self._shortest = True
+        self._shortest_first = True
 
     def __bool__(self) -> bool:
         return bool(self.waiting or self.prefilling or self.running)
@@ -60,26 +60,26 @@ class Scheduler:
         again: whether an earlier call with these sequences was interrupted, so that some may be in the queue already.
         """
         for sequence in sequences if again else ():
-            for queue in (self.waiting, self.timed):
+            for queue in (self.waiting, self.with_deadline):
                 while sequence in queue:
                     queue.remove(sequence)
         for sequence in sequences:
-            place = len(self.waiting)
-            while place and self._overtakes(sequence, self.waiting[place - 1]):
-                place -= 1
-                self.waiting[place].overtaken += 1
-            self.waiting.insert(place, sequence)
+            index = len(self.waiting)
+            while index and self._overtakes(sequence, self.waiting[index - 1]):
+                index -= 1
+                self.waiting[index].overtaken += 1
+            self.waiting.insert(index, sequence)
             if sequence.deadline is not None:
-                self.timed.append(sequence)
+                self.with_deadline.append(sequence)
 
     def _overtakes(self, sequence: Sequence, other: Sequence) -> bool:
         higher = sequence.request.params.priority > other.request.params.priority
-        return higher and other.overtaken < MOST_OVERTAKEN
+        return higher and other.overtaken < MAX_OVERTAKEN
 
     def expired(self) -> list[Sequence]:
         """Return the sequences whose time is over."""
-        now = time.perf_counter() if self.timed else 0.0
-        return [each for each in self.timed if each.late(now)]
+        now = time.perf_counter() if self.with_deadline else 0.0
+        return [each for each in self.with_deadline if each.is_late(now)]
 
     def free_slots(self) -> list[int]:
         """Return the slots without a sequence, the highest first."""
@@ -108,7 +108,7 @@ class Scheduler:
         sequence.donor, sequence.shared, sequence.donor_slot = None, 0, 0
         known = [(shared_tokens(each, sequence), slot) for slot, each in enumerate(self.residents) if each is not None]
         shared, slot = max(known, key=lambda pair: pair[0], default=(0, 0))
-        if shared >= WORTH_COPYING:
+        if shared >= MIN_COPIED_TOKENS:
             donor = self.residents[slot]
             assert donor is not None
             if slot in free:  # the shared tokens are in place, so nothing is copied
@@ -122,27 +122,27 @@ class Scheduler:
         if sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def next_chunk(self, most: int | None = None, factor: int = 1) -> Chunk | None:
+    def next_chunk(self, max_tokens: int | None = None, factor: int = 1) -> Chunk | None:
         """Return the next chunk to prefill, whose sequences all begin at one position; None if there is none.
 
         Chunks go by turns to the prompt with the fewest tokens left and to the oldest prompt. So a short prompt waits
         for one chunk of a long prompt, not for all of it. Short prompts that keep coming take at most half the chunks.
 
-        most: most tokens, of all sequences together. factor: multiple of CHUNK_TOKENS that a chunk may have at most.
+        max_tokens: most tokens, of all sequences together. factor: a chunk has CHUNK_TOKENS times this at most.
         """
         usual = factor * CHUNK_TOKENS
-        most = usual if most is None else min(most, usual)
-        ready = [(each, key) for each in self.prefilling if each.donor is None and (key := behind(each))[1]]
+        max_tokens = usual if max_tokens is None else min(max_tokens, usual)
+        ready = [(each, key) for each in self.prefilling if each.donor is None and (key := next_prefill(each))[1]]
         if not ready:
             return None
-        if self._shortest:
-            ready.sort(key=lambda pair: left(*pair))
-        self._shortest = not self._shortest
+        if self._shortest_first:
+            ready.sort(key=lambda pair: prefill_tokens(*pair))
+        self._shortest_first = not self._shortest_first
         start, members = ready[0][1]
         sequences = [each for each, key in ready if key == (start, members)]
         while True:
-            width = min(max(left(each, (start, members)) for each in sequences), most)
-            if len(sequences) <= max(1, most // width):
+            width = min(max(prefill_tokens(each, (start, members)) for each in sequences), max_tokens)
+            if len(sequences) <= max(1, max_tokens // width):
                 return Chunk(sequences, members, start, width)
             sequences.pop()
 
@@ -165,7 +165,7 @@ class Scheduler:
         """Let sequences run whose prompts are in the caches of all members that they need, except the last token."""
         now = time.perf_counter()
         for sequence in [*self.prefilling]:
-            if sequence.donor is None and not behind(sequence)[1]:
+            if sequence.donor is None and not next_prefill(sequence)[1]:
                 sequence.prefilled = now if sequence.prefilled is None else sequence.prefilled
                 self.running.append(sequence)
                 self.prefilling.remove(sequence)
@@ -176,19 +176,19 @@ class Scheduler:
         It copies nothing from its donor any more, since the shared tokens were found for the earlier members.
         """
         sequence.donor = None
-        if sequence in self.running and behind(sequence)[1]:
+        if sequence in self.running and next_prefill(sequence)[1]:
             if sequence not in self.prefilling:
                 self.prefilling.append(sequence)
             self.running.remove(sequence)
 
-    def due(self, most: int) -> list[Sequence]:
-        """Return the running sequences of the next step, at most `most`. Those left out come first the next time."""
+    def due(self, max_sequences: int) -> list[Sequence]:
+        """Return the running sequences of the next step, `max_sequences` at most. The others come first next time."""
         ready = [sequence for sequence in self.running if not sequence.held]
-        if len(ready) <= most:
+        if len(ready) <= max_sequences:
             return ready
-        start = self._served % len(ready)
-        self._served += most
-        return (ready[start:] + ready[:start])[:most]
+        start = self._next_due % len(ready)
+        self._next_due += max_sequences
+        return (ready[start:] + ready[:start])[:max_sequences]
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a sequence's slot away. It waits first in the queue; its prompt and text are prefilled again later."""
@@ -215,15 +215,15 @@ class Scheduler:
             self.waiting = deque(each for each in self.waiting if id(each) not in leaving)
         self.prefilling = [each for each in self.prefilling if id(each) not in leaving]
         self.running = [each for each in self.running if id(each) not in leaving]
-        if self.timed:
-            self.timed = [each for each in self.timed if id(each) not in leaving or not each.ended]
+        if self.with_deadline:
+            self.with_deadline = [each for each in self.with_deadline if id(each) not in leaving or not each.ended]
         for sequence in leaving.values():
             if sequence.error is not None and sequence.slot >= 0:
                 self.residents[sequence.slot] = None
             sequence.slot, sequence.donor = -1, None
 
 
-def behind(sequence: Sequence) -> tuple[int, list[int]]:
+def next_prefill(sequence: Sequence) -> tuple[int, list[int]]:
     """Return (position, members): the needed members whose caches lack most tokens, and the first token they lack.
 
     No cache needs the last token, which the next step feeds. Without lacking members the result is (0, []).
@@ -233,10 +233,10 @@ def behind(sequence: Sequence) -> tuple[int, list[int]]:
     return start, [m for m in lacking if sequence.cached[m] == start]
 
 
-def left(sequence: Sequence, place: tuple[int, list[int]]) -> int:
-    """Return the number of a sequence's tokens that a prefill from `place` on, as `behind` gives it, has to write."""
-    start, members = place
-    return max(sequence.position(m) for m in members) - start
+def prefill_tokens(sequence: Sequence, start: tuple[int, list[int]]) -> int:
+    """Return how many tokens of a sequence a prefill has to write. start: position and members from `next_prefill`."""
+    position, members = start
+    return max(sequence.position(m) for m in members) - position
 
 
 def shared_tokens(donor: Sequence, sequence: Sequence) -> int:

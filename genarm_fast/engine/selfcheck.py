@@ -29,25 +29,26 @@ from genarm_fast.models.weights import share_weights
 from genarm_fast.utils.checks import check_integer
 from genarm_fast.utils.records import read_record, write_record
 
-SETTING = "GENARM_FAST_SELFCHECK"
-WIDEST = 1 << 20  # largest number of heads, or size of a head, that a record may have
+POLICY_VARIABLE = "GENARM_FAST_SELFCHECK"
+MAX_ENTRY_SIZE = 1 << 20  # largest number of heads, or size of a head, that a record may have
 POLICIES = ("once", "always", "never")  # the first one is the default
-LENGTH = 8  # tokens of a row
+ROW_TOKENS = 8  # tokens of a row
 # Largest deviations of a right model, in standard deviations of the logits.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 0.02, torch.float16: 0.06}
-COARSE = 0.15  # tolerance for bfloat16, and for quantised models, whose rounding may depend on the batch
+COARSE_TOLERANCE = 0.15  # tolerance for bfloat16, and for quantised models, whose rounding may depend on the batch
 # Tolerances for a part of the layers are smaller, since errors add up. SmolLM2-135M in float32, with attention scaled
 # by 1.01, is off by 0.009 with 2 of 30 layers and by 0.03 with all. Right models were off by at most 2e-4 (float32),
 # 2e-3 (float16) and 0.06 (other dtypes).
-CLOSE = {torch.float64: 1e-5, torch.float32: 5e-4, torch.float16: 4e-3}
-CLOSE_COARSE = 0.06
-# A sensitive model may be off by this multiple of its `sensitivity`, and by MOST at most. Wrong models are off by 1.
-SENSITIVE = 4
-MOST = 0.5
+PART_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-4, torch.float16: 4e-3}
+COARSE_PART_TOLERANCE = 0.06
+# A sensitive model may be off by this multiple of its `sensitivity`, and by MAX_TOLERANCE at most.
+# Wrong models are off by 1.
+SENSITIVITY_FACTOR = 4
+MAX_TOLERANCE = 0.5
 # Times that a model is compared. Rounding in a batch can change which expert wins narrowly; a wrong model always fails.
 TRIES = 4
 
-_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], list[Entry | None]]] = WeakKeyDictionary()
+_entries_by_model: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], list[Entry | None]]] = WeakKeyDictionary()
 
 
 def check_models(members: Sequence[Member], draft_model: Member | None = None) -> None:
@@ -64,29 +65,32 @@ def entries_of(members: Sequence[Member]) -> list[Entry | None]:
     Raises:
         ValueError: a model gives other logits over genarm_fast's cache than without one, or does not run over it.
     """
-    found = _found.setdefault(model_of(members), {})
+    found = _entries_by_model.setdefault(model_of(members), {})
     lanes = tuple(member.lane for member in members)
     if lanes not in found:
         policy = self_check_policy()
         key = None if policy == "always" else verdict_key(members)
-        entries = None if key is None else _recorded(key, members[0])
+        entries = None if key is None else _read_entries(key, members[0])
         if entries is None:
-            entries = _discovered(members) if policy == "never" else _checked_by_kinds(members) or _checked(members)
+            if policy == "never":
+                entries = _discover_entries(members)
+            else:
+                entries = _check_by_kinds(members) or _check_all_layers(members)
             if key is not None and policy == "once":
-                _record(key, members[0], entries)
+                _write_entries(key, members[0], entries)
         found[lanes] = entries
     return found[lanes]
 
 
 def self_check_policy() -> str:
     """Return when models are compared, one of POLICIES, from the environment. Raises ValueError for other words."""
-    policy = os.environ.get(SETTING) or POLICIES[0]
+    policy = os.environ.get(POLICY_VARIABLE) or POLICIES[0]
     if policy not in POLICIES:
-        raise ValueError(f"{SETTING}={policy!r}: expected one of {', '.join(POLICIES)}")
+        raise ValueError(f"{POLICY_VARIABLE}={policy!r}: expected one of {', '.join(POLICIES)}")
     return policy
 
 
-def _checked_by_kinds(members: Sequence[Member]) -> list[Entry | None] | None:
+def _check_by_kinds(members: Sequence[Member]) -> list[Entry | None] | None:
     """Compare one layer of each kind, and the last layer. Returns all entries, or None if this proves too little."""
     kind_of = kinds_of_layers([member.model for member in members], model_of(members))
     if kind_of is None:
@@ -95,56 +99,57 @@ def _checked_by_kinds(members: Sequence[Member]) -> list[Entry | None] | None:
     if len(kept) == len(kind_of):
         return None
     parts = [member_of_layers(member, kept) for member in members]
-    runner = _runner(parts)
+    runner = _discovering_runner(parts)
     try:
         errors = deviations(parts, runner, 0)
     except Exception as error:
         if out_of_memory(error):
             raise
         return None
-    if not all(error <= CLOSE.get(member.model.dtype, CLOSE_COARSE) for member, error in zip(members, errors)):
+    limits = [PART_TOLERANCE.get(member.model.dtype, COARSE_PART_TOLERANCE) for member in members]
+    if not all(error <= limit for error, limit in zip(errors, limits)):
         return None
     found = {kind_of[i]: runner.layers[i].entry for i in kept}
     alike = all(found[kind_of[i]] == runner.layers[i].entry for i in kept)
     return [found[kind] for kind in kind_of] if alike else None
 
 
-def _checked(members: Sequence[Member]) -> list[Entry | None]:
+def _check_all_layers(members: Sequence[Member]) -> list[Entry | None]:
     """Compare all layers of all members, and return the entries. Raises ValueError if a member fails each time."""
-    runner = _runner(members)
+    runner = _discovering_runner(members)
     wrong: dict[int, float] = dict.fromkeys(range(len(members)), 0.0)
     for seed in range(TRIES):
         errors = deviations(members, runner, seed)
-        wrong = {i: errors[i] for i in wrong if not errors[i] <= allowed(members[i], errors[i], seed)}
+        wrong = {i: errors[i] for i in wrong if not errors[i] <= allowed_deviation(members[i], errors[i], seed)}
         if not wrong:
             return [layer.entry for layer in runner.layers]
     i, error = next(iter(wrong.items()))
     raise ValueError(f"{refusal(members[i])} (they are {error:.2g} standard deviations off), so that it can't be run")
 
 
-def _discovered(members: Sequence[Member]) -> list[Entry | None]:
+def _discover_entries(members: Sequence[Member]) -> list[Entry | None]:
     """Run one token through each member, without a comparison, and return the entries."""
-    runner = _runner(members)
+    runner = _discovering_runner(members)
     zeros = torch.zeros(len(members), 1, 1, dtype=torch.long)
     runner.prefill(zeros, zeros, [0], 1, range(len(members)))
     return [layer.entry for layer in runner.layers]
 
 
-def _runner(members: Sequence[Member]) -> ModelRunner:
+def _discovering_runner(members: Sequence[Member]) -> ModelRunner:
     """Return a runner whose layers find out what they cache when they first run."""
     runner = ModelRunner(members)
     runner.refresh()
-    runner.discover(3, LENGTH)
+    runner.discover(3, ROW_TOKENS)
     return runner
 
 
-def _record(key: str, member: Member, entries: list[Entry | None]) -> None:
+def _write_entries(key: str, member: Member, entries: list[Entry | None]) -> None:
     lines = [None if e is None else [e.heads, *e.widths, str(e.dtype).removeprefix("torch.")] for e in entries]
     if all(entry is None or entry.device == member.device for entry in entries):
         write_record("selfcheck", key, {"model": type(member.model).__name__, "layers": lines})
 
 
-def _recorded(key: str, member: Member) -> list[Entry | None] | None:
+def _read_entries(key: str, member: Member) -> list[Entry | None] | None:
     """Return the entries of a record on disk; None if there is no valid one."""
     layers = (read_record("selfcheck", key) or {}).get("layers")
     count = member.model.config.get_text_config().num_hidden_layers
@@ -160,7 +165,7 @@ def _entry(heads: object, keys: object, values: object, dtype: object, *, device
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"dtype={dtype!r}: expected a name of torch's")
-    sizes = [check_integer("entry", size, "an integer >= 1", 1, high=WIDEST) for size in (heads, keys, values)]
+    sizes = [check_integer("entry", size, "an integer >= 1", 1, high=MAX_ENTRY_SIZE) for size in (heads, keys, values)]
     return Entry(sizes[0], (sizes[1], sizes[2]), kind, device)
 
 
@@ -178,13 +183,13 @@ def refusal(member: Member) -> str:
 
 def tolerance(member: Member) -> float:
     quantised = getattr(member.model, "is_quantized", False)
-    return COARSE if quantised else TOLERANCE.get(member.model.dtype, COARSE)
+    return COARSE_TOLERANCE if quantised else TOLERANCE.get(member.model.dtype, COARSE_TOLERANCE)
 
 
-def allowed(member: Member, error: float, seed: int) -> float:
+def allowed_deviation(member: Member, error: float, seed: int) -> float:
     """Return how far off a member's logits may be. Its sensitivity is measured only if the usual limit is exceeded."""
     usual = tolerance(member)
-    return usual if error <= usual else max(usual, min(SENSITIVE * sensitivity(member, seed), MOST))
+    return usual if error <= usual else max(usual, min(SENSITIVITY_FACTOR * sensitivity(member, seed), MAX_TOLERANCE))
 
 
 def sensitivity(member: Member, seed: int) -> float:
@@ -194,8 +199,8 @@ def sensitivity(member: Member, seed: int) -> float:
     logits if activations are quantised by the largest of all. In the other, embeddings are rounded otherwise: that
     changes them in deep models of low precision.
     """
-    tokens = _random(member.vocab_size, (2, LENGTH), seed).to(member.device)
-    together, alone = _plain(member, tokens)[0], _plain(member, tokens[:1])[0]
+    tokens = _random(member.vocab_size, (2, ROW_TOKENS), seed).to(member.device)
+    together, alone = _plain_logits(member, tokens)[0], _plain_logits(member, tokens[:1])[0]
 
     def nudge(module: nn.Module, _: Any, embedded: Tensor) -> Tensor:
         noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed)).to(embedded.device)
@@ -203,7 +208,7 @@ def sensitivity(member: Member, seed: int) -> float:
 
     handle = member.model.get_input_embeddings().register_forward_hook(nudge)
     try:
-        nudged = _plain(member, tokens[:1])[0]
+        nudged = _plain_logits(member, tokens[:1])[0]
     finally:
         handle.remove()
     return max(_deviation(other, plain) for others in (together, nudged) for other, plain in zip(others, alone))
@@ -212,10 +217,10 @@ def sensitivity(member: Member, seed: int) -> float:
 def deviations(members: Sequence[Member], runner: ModelRunner, seed: int) -> list[float]:
     """Return each member's largest root mean square difference at any position, in standard deviations there."""
     vocab_size = min(member.vocab_size for member in members)
-    tokens = _random(vocab_size, (len(members), 2, LENGTH), seed).to(members[0].device)
-    expected = [_plain(member, own) for member, own in zip(members, tokens)]
+    tokens = _random(vocab_size, (len(members), 2, ROW_TOKENS), seed).to(members[0].device)
+    expected = [_plain_logits(member, own) for member, own in zip(members, tokens)]
     try:
-        found = _in_pieces(runner, tokens, vocab_size)
+        found = _logits_over_cache(runner, tokens, vocab_size)
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -230,7 +235,7 @@ def _random(vocab_size: int, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _plain(member: Member, tokens: Tensor) -> Tensor:
+def _plain_logits(member: Member, tokens: Tensor) -> Tensor:
     """Return the logits [R, n, V] of a member's own forward, without a cache. Raises ValueError if it fails."""
     # A caller may have put its model into training mode; a copy over the same weights is in eval mode.
     model = share_weights(member.model) if member.model.training else member.model
@@ -245,7 +250,7 @@ def _plain(member: Member, tokens: Tensor) -> Tensor:
         ) from error
 
 
-def _in_pieces(runner: ModelRunner, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:
+def _logits_over_cache(runner: ModelRunner, tokens: Tensor, vocab_size: int) -> list[list[tuple[int, int, Tensor]]]:
     """Return (row, position, logits [V]) for each lane, from tokens [L, 2, 8] that are fed as in decoding."""
     slots = [2, 0]
     wrong = (tokens + 1) % vocab_size
@@ -258,7 +263,7 @@ def _in_pieces(runner: ModelRunner, tokens: Tensor, vocab_size: int) -> list[lis
     for block, starts, right in ((drafted, (4, 3), (1, 3)), (tokens, (5, 5), (3, 3))):
         positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(3, device=tokens.device)
         positions = positions.expand(len(tokens), -1, -1)
-        logits = runner.forward(block.gather(-1, positions), positions, slots, LENGTH, range(len(tokens)))
+        logits = runner.forward(block.gather(-1, positions), positions, slots, ROW_TOKENS, range(len(tokens)))
         for pieces, lane in zip(seen, logits):
             pieces += [(row, starts[row] + j, lane[row, j]) for row in range(2) for j in range(right[row])]
     return seen

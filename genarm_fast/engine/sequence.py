@@ -17,7 +17,7 @@ from genarm_fast.speculation.config import OFF, Speculation
 from genarm_fast.text.detokenize import Detokenizer, StopStrings
 from genarm_fast.text.given import Prompt
 
-GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _ids = itertools.count()
 
 
@@ -28,7 +28,7 @@ def sample_seed(seed: int, index: int) -> int:
     """
     if index == 0:
         return seed
-    z = (seed + index * GOLDEN) & MAX_SEED
+    z = (seed + index * GOLDEN_GAMMA) & MAX_SEED
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MAX_SEED
     return z ^ (z >> 31)
@@ -145,7 +145,7 @@ class Sequence:
             self.tokenizer, self.request.token_ids[0], skip_special_tokens=params.skip_special_tokens
         )
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
-        self._weigh(self.weights)
+        self._set_weights(self.weights)
         self.deadline = None if params.max_time is None else time.perf_counter() + params.max_time
 
     @property
@@ -157,29 +157,29 @@ class Sequence:
     def ended(self) -> bool:
         return self.error is not None or self.finish_reason is not None
 
-    def late(self, now: float) -> bool:
+    def is_late(self, now: float) -> bool:
         """Whether its time is over at this reading of the clock, seconds."""
         return self.deadline is not None and now >= self.deadline
 
-    def _weigh(self, weights: tuple[Weight, ...]) -> None:
+    def _set_weights(self, weights: tuple[Weight, ...]) -> None:
         """Set the ARM weights, and `needed`: members whose logits matter from the next token on, base first.
 
         These are the base, and ARMs (index + 1) whose weight is not 0 from there on or whose rewards are wanted. ARMs
         that are the base itself are left out.
         """
         numbers = tuple(weight for weight in weights if not isinstance(weight, tuple))
-        self.weights, self._constant = weights, numbers if len(numbers) == len(weights) else None
+        self.weights, self._constant_weights = weights, numbers if len(numbers) == len(weights) else None
         rewards, as_base, done = self.request.params.rewards, self.request.as_base, len(self.tokens)
         arms = enumerate(weights, 1)
-        self.needed = [0, *(m for m, weight in arms if m not in as_base and (rewards or _matters(weight, done)))]
+        self.needed = [0, *(m for m, weight in arms if m not in as_base and (rewards or _counts_from(weight, done)))]
 
     @property
-    def base_line(self) -> tuple[float, ...]:
+    def base_token_weights(self) -> tuple[float, ...]:
         """The base's coefficient for each token, to which the weights of ARMs that are the base itself are added."""
-        own = [(self.request.params.base_weight,), *(self.line(m) for m in self.request.as_base)]
-        return tuple(sum(weight_at(line, i) for line in own) for i in range(max(map(len, own))))
+        own = [(self.request.params.base_weight,), *(self.token_weights(m) for m in self.request.as_base)]
+        return tuple(sum(weight_at(each, i) for each in own) for i in range(max(map(len, own))))
 
-    def line(self, member: int) -> tuple[float, ...]:
+    def token_weights(self, member: int) -> tuple[float, ...]:
         """Return an ARM's weight for each token; the last one counts for all that follow."""
         weight = self.weights[member - 1]
         return weight if isinstance(weight, tuple) else (weight,)
@@ -206,20 +206,20 @@ class Sequence:
 
     def steer(self, weights: tuple[Weight, ...]) -> None:
         """Draw the next tokens with other ARM weights."""
-        self._weigh(weights)
+        self._set_weights(weights)
         self.epoch += 1
         self.unread = 0  # tokens in flight will be dropped
 
     def append(self, token: int, reported: Reported | None = None) -> None:
         """Append a token that was drawn with the present weights, and find out whether it ends the text."""
         params = self.request.params
-        if self._constant is not None:
-            self.used_weights.append(self._constant)
+        if self._constant_weights is not None:
+            self.used_weights.append(self._constant_weights)
             self.tokens.append(token)
         else:
             self.used_weights.append(tuple(weight_at(weight, len(self.tokens)) for weight in self.weights))
             self.tokens.append(token)
-            self._weigh(self.weights)
+            self._set_weights(self.weights)
         if reported is not None:
             if params.logprobs is not None:
                 self.logprobs.append(TokenLogprob(reported.logprob, reported.top))
@@ -271,10 +271,10 @@ def output_of(sequences: list[Sequence], arm_names: list[str]) -> GenerationOutp
     """Return the output of one request from its sequences."""
     request = sequences[0].request
     tokens = sum(len(sequence.tokens) for sequence in sequences)
-    start = _first(sequence.admitted for sequence in sequences)
+    start = _earliest(sequence.admitted for sequence in sequences)
     # A sequence that was closed before a stage has no time of that stage, which counts as 0 seconds.
     ends = [sequence.advanced for sequence in sequences if sequence.advanced is not None]
-    prefilled = _first(sequence.prefilled for sequence in sequences)
+    prefilled = _earliest(sequence.prefilled for sequence in sequences)
     prefill = prefilled - start if prefilled is not None and start is not None else 0.0
     decode = max(ends) - prefilled if ends and prefilled is not None else 0.0
     return GenerationOutput(
@@ -287,12 +287,12 @@ def output_of(sequences: list[Sequence], arm_names: list[str]) -> GenerationOutp
     )
 
 
-def _matters(weight: Weight, position: int) -> bool:
+def _counts_from(weight: Weight, position: int) -> bool:
     """Whether an ARM's weight is other than 0 for the token at this position or a later one."""
     if isinstance(weight, float):
         return weight != 0
     return any(weight[min(position, len(weight) - 1) :])
 
 
-def _first(times: Iterable[float | None]) -> float | None:
+def _earliest(times: Iterable[float | None]) -> float | None:
     return min((time for time in times if time is not None), default=None)

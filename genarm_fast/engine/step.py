@@ -17,7 +17,7 @@ from torch import Tensor
 from genarm_fast.device.base import span
 from genarm_fast.engine.batch import Batch
 from genarm_fast.engine.executor import Executor
-from genarm_fast.engine.in_flight import InFlight, reading
+from genarm_fast.engine.in_flight import InFlight, begin_reading
 from genarm_fast.engine.penalties import bans_stop
 from genarm_fast.engine.sampler import Sampler
 from genarm_fast.engine.sequence import Reported, Sequence, members_of
@@ -63,11 +63,11 @@ class Steps:
         self.before = Batch.following(self.before, flying, sequences, active, executor, vocab_size, shape)
         return self.before
 
-    def going(self, sequences: list[Sequence]) -> list[Sequence]:
+    def continuing(self, sequences: list[Sequence]) -> list[Sequence]:
         """Return the sequences that another step may advance. Each gets at least one token from a step in flight."""
         return [each for each in sequences if each.remaining > bool(each.unread)]
 
-    def in_one(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> bool:
+    def fits_one_launch(self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice) -> bool:
         """Whether a step can be one launch: the device captures it, and the host has no part in it."""
         if any(each.request.needs_host for each in sequences) or policy.timing_due():
             return False
@@ -81,18 +81,18 @@ class Steps:
             before = None if self.in_flight is None else self.in_flight.drafting
             if not drafter.captures(sequences, before):
                 return False
-        return self.graph.serves(members)
+        return self.graph.can_capture(members)
 
     def run_ahead(
-        self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice, *, whole: bool
+        self, sequences: list[Sequence], policy: DraftPolicy, choice: Choice, *, one_launch: bool
     ) -> InFlight | None:
         """Launch a step, and then finish the previous step. Returns the previous step, or None if there was none.
 
         whole: whether the step is one launch; else it must be without drafts.
         """
-        before, self.executor.timed = self.in_flight, bool(policy.candidates)
+        before, self.executor.timed = self.in_flight, bool(policy.tuner_candidates)
         batch = self.batch(sequences, padded=True, texts=self._texts(policy))
-        self.in_flight = self.launch(batch, policy, choice, whole)
+        self.in_flight = self.launch(batch, policy, choice, one_launch)
         self.in_flight.policy = policy
         if before is not None:
             self.finish(before)
@@ -111,7 +111,7 @@ class Steps:
         executor = self.executor
         mark, elapsed = executor.device.mark, executor.device.elapsed
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
-        executor.timed = bool(policy.candidates)
+        executor.timed = bool(policy.tuner_candidates)
         start = mark(executor.main)
         batch = self.batch(sequences, texts=self._texts(policy))
         step = self.launch(batch, policy, choice)
@@ -125,24 +125,24 @@ class Steps:
         drafting = elapsed(*drafts.marks) if drafts.marks else 0.0
         verifying = elapsed(start, verified) - drafting
         if drafter is not None and drafts.width:
-            drafter.accepted(drafts, step.right, drafting, verifying)
+            drafter.accepted(drafts, step.accepted_counts, drafting, verifying)
         drafting += elapsed(verified, ended)
-        rows, judged = len(sequences), (step.judged, step.right)
+        rows, judged = len(sequences), (step.tried_counts, step.accepted_counts)
         policy.observe(StepObservation(choice.drafter, rows, choice.k, *judged, drafting, verifying, drafts.steps))
 
     def observe(self, step: InFlight, seconds: float) -> None:
         """Report a finished step, during which the host went on, to the policy that chose it. seconds: its time."""
-        if step.policy is not None and step.policy.candidates:
+        if step.policy is not None and step.policy.tuner_candidates:
             drafter, k = step.choice
             drafting = 0.0 if drafter is None else None  # a step with drafts was one launch: their time is unknown
-            rows, judged = len(step.batch), (step.judged, step.right)
+            rows, judged = len(step.batch), (step.tried_counts, step.accepted_counts)
             step.policy.observe(StepObservation(drafter, rows, k, *judged, drafting, seconds))
 
     def _texts(self, policy: DraftPolicy) -> bool:
         """Whether steps may be one launch and a drafter reads texts, so that texts have to be on the device."""
-        return self.executor.device.lag > 0 and any(self.drafters[i].reads_texts for i in policy.allowed)
+        return self.executor.device.lag > 0 and any(self.drafters[i].reads_texts for i in policy.usable_drafters)
 
-    def _launch_whole(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
+    def _launch_as_graph(self, batch: Batch, policy: DraftPolicy, choice: Choice) -> InFlight:
         """Launch a step as one graph, in which all sequences get choice.k drafts."""
         executor, k = self.executor, choice.k
         drafter = None if choice.drafter is None else self.drafters[choice.drafter]
@@ -154,10 +154,10 @@ class Steps:
         drafting = () if drafter is None else drafter.members
         return InFlight(batch, choice, 1 + k, host, drafting, k + 1, judge=judge)
 
-    def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice, whole: bool = False) -> InFlight:
-        """Launch all device work of a step, as one graph (`whole`) or piece by piece. The host reads nothing yet."""
-        if whole:
-            return self._launch_whole(batch, policy, choice)
+    def launch(self, batch: Batch, policy: DraftPolicy, choice: Choice, one_launch: bool = False) -> InFlight:
+        """Launch all device work of a step, as one graph (`one_launch`) or in pieces. The host reads nothing yet."""
+        if one_launch:
+            return self._launch_as_graph(batch, policy, choice)
         drafts = self._propose(batch, choice)
         drafter = self.drafters[choice.drafter] if choice.drafter is not None and drafts.width else None
         drafting = () if drafter is None else drafter.members
@@ -179,7 +179,7 @@ class Steps:
         with span("accept"):
             block, counts = self._draft_block(drafts, result.tokens.shape[1] - 1, result.tokens)
             settled = batch.accept(result.tokens, block, counts)
-        read = reading(self.executor, batch, result, settled.counts, drafts)
+        read = begin_reading(self.executor, batch, result, settled.counts, drafts)
         # Such a step is in flight during another launch only if it has no drafts. So the 1, for `unread`, is right.
         return InFlight(batch, choice, 1, read, drafts.members, drafts.fed, drafts)
 
@@ -219,9 +219,9 @@ class Steps:
 
         A sequence is stale if it has ended, was steered, or has lost its slot since the launch: its tokens are dropped.
 
-        `step.right` counts each sequence's accepted drafts, `step.judged` its drafts that count as tried. If a draft is
-        wrong, all count as tried. Else the text may have ended before the last draft: of 4 drafts, a text that ends
-        with the second token has tried 2.
+        `step.accepted_counts` has each sequence's number of accepted drafts, `step.tried_counts` that of drafts that
+        count as tried. If a draft is wrong, all count as tried. Else the text may have ended before the last draft: of
+        4 drafts, a text that ends with the second token has tried 2.
         """
         host, batch = step.read(), step.batch
         news: list[list[int]] = []
@@ -234,11 +234,11 @@ class Steps:
                 right = sum(map(eq, tokens, drafted))
                 sequence.drafted += len(drafted)
                 sequence.accepted += right
-            step.right.append(right)
-            step.judged.append(right if right == len(tokens) else len(drafted))
+            step.accepted_counts.append(right)
+            step.tried_counts.append(right if right == len(tokens) else len(drafted))
             news.append(tokens)
             if not stale:
-                sequence.unread -= step.most  # not for stale sequences: steering has set their `unread` to 0
+                sequence.unread -= step.max_tokens  # not for stale sequences: steering has set their `unread` to 0
                 step.advanced.append(sequence)
                 wanted = sequence.request.wants_logprobs
                 self._append(step, sequence, tokens, host.reported(r, sequence, len(tokens)) if wanted else None)
@@ -277,7 +277,7 @@ class Steps:
         rows = [
             r
             for r, sequence in enumerate(sequences)
-            if step.right[r] == width and not sequence.ended and sequence.epoch == step.batch.epochs[r]
+            if step.accepted_counts[r] == width and not sequence.ended and sequence.epoch == step.batch.epochs[r]
         ]
         if not rows:
             return False

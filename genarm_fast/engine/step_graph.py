@@ -90,7 +90,7 @@ class StepGraph:
     def __init__(self, executor: Executor, sampler: Sampler) -> None:
         self.executor, self.sampler = executor, sampler
 
-    def serves(self, members: tuple[int, ...]) -> bool:
+    def can_capture(self, members: tuple[int, ...]) -> bool:
         """Whether the device can run a step of these members as one launch."""
         runners = [self.executor.runners[g] for g in self.executor.by_runner(members)]
         streams = [self.executor.main, *(runner.stream for runner in runners)]
@@ -117,17 +117,18 @@ class StepGraph:
         inputs = [*batch.state, *(batch.cache_rows(g, members) for g, members in groups.items()), sampling.weights]
         inputs += [*sampling.parameters.values(), *([] if bias is None else [bias])]
         width = 3 * (k + 1) + len(shadows)
-        if (k, width) not in batch.numbers:
-            batch.numbers[k, width] = batch.state.lengths.new_empty(len(batch.rows), width)
-        inputs.append(batch.numbers[k, width])
+        if (k, width) not in batch.report_numbers:
+            batch.report_numbers[k, width] = batch.state.lengths.new_empty(len(batch.rows), width)
+        inputs.append(batch.report_numbers[k, width])
         logprobs = _logprobs(batch)
 
         def step(*tensors: Tensor) -> tuple[Tensor, ...]:
             given, numbers = iter(tensors[:-1]), tensors[-1]
             state = State(*islice(given, state_size))
             caches = {g: (bounds[g], next(given)) for g in groups}
-            own = batch.over(state, SamplingTensors(next(given), dict(zip(names, given))), next(given, None))
-            with executor.captured(caches):
+            own_sampling = SamplingTensors(next(given), dict(zip(names, given)))
+            own = batch.with_graph_tensors(state, own_sampling, next(given, None))
+            with executor.capturing(caches):
                 numbers_now, result = self._step(own, drafter, drafting, k, shadows)
             numbers.copy_(numbers_now)
             for old, new in zip(state, own.state):
@@ -151,8 +152,8 @@ class StepGraph:
             batch.plain_base,
         )
         out = iter(executor.repeat(key, streams, step, *inputs))
-        batch.state, batch.numbers[k, width] = State(*islice(out, state_size)), next(out)
-        return Report(batch.numbers[k, width], k + 1, dict(zip(logprobs, out)))
+        batch.state, batch.report_numbers[k, width] = State(*islice(out, state_size)), next(out)
+        return Report(batch.report_numbers[k, width], k + 1, dict(zip(logprobs, out)))
 
     def _step(
         self, batch: Batch, drafter: Drafter | None, drafting: tuple[int, ...], k: int, shadows: Shadows

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from genarm_fast.engine.sequence import Sequence, output_of
-from genarm_fast.errors import GenerationError, said
+from genarm_fast.errors import GenerationError, error_text
 from genarm_fast.outputs import GenerationOutput
 from genarm_fast.params import AnyWeights, Weight, weights_per_arm
 from genarm_fast.utils.checks import check_integer
@@ -34,7 +34,7 @@ class StreamChunk:
     finish_reason: str | None = None
 
 
-class Shown:
+class ChunkMaker:
     """Record of how much of its sequences a stream has shown. One step shows at most one chunk of each sequence."""
 
     def __init__(self, sequences: list[Sequence]) -> None:
@@ -103,7 +103,7 @@ class Stream:
         self._steering = Steering(self._sequences, arm_names)
         self._run = engine.run(self._sequences, stepwise=True)
         self._chunks: deque[StreamChunk] = deque()
-        self._shown = Shown(sequences)
+        self._chunk_maker = ChunkMaker(sequences)
         self._closed = False
 
     def __iter__(self) -> Stream:
@@ -123,7 +123,7 @@ class Stream:
                 if error is not None:
                     raise error from error.__cause__
                 raise
-            self._chunks += filter(None, map(self._shown.chunk, advanced))
+            self._chunks += filter(None, map(self._chunk_maker.chunk, advanced))
         return self._chunks.popleft()
 
     def set_weights(self, weights: AnyWeights, index: int | None = None) -> None:
@@ -180,7 +180,7 @@ class Stream:
 
 def failure(failed: list[Sequence], outputs: list[GenerationOutput | None]) -> GenerationError:
     """Return the error that names all failed requests. Its cause is the error of the first one."""
-    message = "; ".join(f"prompts[{sequence.request.index}]: {said(sequence.error)}" for sequence in failed)
+    message = "; ".join(f"prompts[{sequence.request.index}]: {error_text(sequence.error)}" for sequence in failed)
     error = GenerationError(message, outputs)
     error.__cause__ = failed[0].error
     return error

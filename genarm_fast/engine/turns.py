@@ -12,8 +12,8 @@ from typing import Any
 class Turns:
     """The thread that steps now, and the jobs that have to be done before the next step.
 
-    `ask` never waits for a step: a job that comes during a step is done after it. If an interrupt comes in the middle
-    of a job, the job is done again from its beginning.
+    `do_between_steps` never waits for a step: a job that comes during a step is done after it. If an interrupt comes in
+    the middle of a job, the job is done again from its beginning.
     """
 
     def __init__(self) -> None:
@@ -23,37 +23,37 @@ class Turns:
         self._changed = threading.Condition(self._lock)
         self._stepper: int | None = None
         self._queue: deque[object] = deque()  # tickets of threads that wait for the turn, served in order
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._lost = False  # whether this process was forked while another thread of its parent had the turn
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._forked_in_step = False  # whether this process was forked while another thread of its parent had the turn
 
     def forked(self) -> bool:
         """Make new locks in a forked process, which has this thread alone.
 
         Returns whether another thread of the parent was in the middle of a step. Then no thread gets a turn any more.
         """
-        whole = (self._stepper is None or self.mine) and self._lock.acquire(blocking=False)
-        if whole:
+        usable = (self._stepper is None or self.is_mine) and self._lock.acquire(blocking=False)
+        if usable:
             self._lock.release()
         else:
             self._lock = threading.RLock()
-            self._stepper, self._lost = None, True
+            self._stepper, self._forked_in_step = None, True
         self._changed = threading.Condition(self._lock)
         self._queue.clear()
-        return not whole
+        return not usable
 
     @property
-    def mine(self) -> bool:
+    def is_mine(self) -> bool:
         """Whether the calling thread is in the middle of a step."""
         return self._stepper == threading.get_ident()
 
-    def ask(self, what: Callable[[], None]) -> None:
+    def do_between_steps(self, job: Callable[[], None]) -> None:
         """Do a job between two steps: at once if no thread steps."""
-        if self._lost:
+        if self._forked_in_step:
             return
         with self._lock:
-            self._inbox.append(what)
+            self._jobs.append(job)
             if self._stepper is None:
-                self._answer()
+                self._do_jobs()
 
     @contextmanager
     def take(self, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
@@ -63,9 +63,9 @@ class Turns:
 
         Raises RuntimeError during a step of the same thread, and after a fork during a step of another thread.
         """
-        if self._lost:
+        if self._forked_in_step:
             raise RuntimeError("this process was forked in the middle of a step: expected a new call")
-        if self.mine:
+        if self.is_mine:
             raise RuntimeError("the engine is in the middle of a step of this thread: expected a call after it")
         ticket = object()
         try:
@@ -79,9 +79,9 @@ class Turns:
                 finally:
                     self._queue.remove(ticket)
                     self._changed.notify_all()
-                if self.mine:
-                    self._answer()
-            yield self.mine
+                if self.is_mine:
+                    self._do_jobs()
+            yield self.is_mine
         finally:
             try:
                 self._give_back(ticket)
@@ -101,28 +101,28 @@ class Turns:
 
     def _give_back(self, ticket: object) -> None:
         """Give back the turn, or the place in the queue that an interrupt left behind."""
-        if self.mine or ticket in self._queue:
+        if self.is_mine or ticket in self._queue:
             with self._lock:
                 if ticket in self._queue:
                     self._queue.remove(ticket)
-                if self.mine:
+                if self.is_mine:
                     self._stepper = None
                 self._changed.notify_all()
                 if self._stepper is None:
-                    self._answer()
+                    self._do_jobs()
 
-    def _answer(self) -> None:
+    def _do_jobs(self) -> None:
         """Do all jobs of the inbox."""
-        while self._inbox:
-            what = self._inbox[0]
+        while self._jobs:
+            job = self._jobs[0]
             try:
-                what()
+                job()
             except Exception:
-                self._done(what)
+                self._done(job)
                 raise
-            self._done(what)  # removed last, so that an interrupt does not lose another thread's job
+            self._done(job)  # removed last, so that an interrupt does not lose another thread's job
 
-    def _done(self, what: Callable[[], None]) -> None:
-        """Remove a job, unless it is removed already: objects that the job freed may have called `ask` in turn."""
-        if self._inbox and self._inbox[0] is what:
-            self._inbox.popleft()
+    def _done(self, job: Callable[[], None]) -> None:
+        """Remove a job, unless it is removed already: objects that the job freed may have asked for jobs in turn."""
+        if self._jobs and self._jobs[0] is job:
+            self._jobs.popleft()

@@ -28,10 +28,10 @@ class EngineBusy(RuntimeError):
     """Error raised when requests are running, since `warm_up` needs the engine for itself."""
 
 
-STEPS = 3  # steps of a request before it is taken out; 128 would take seconds and compile nothing new
+STEPS_PER_REQUEST = 3  # steps of a request before it is taken out; 128 would take seconds and compile nothing new
 DEFAULT_LENGTH = 128  # tokens of a prompt, and of a response
 # Parameters of a second kind of request: filters, log-probabilities and rewards have kernels of their own on a GPU.
-VARIED: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1, "rewards": True}
+VARIED_PARAMS: dict[str, Any] = {"top_k": 20, "top_p": 0.9, "min_p": 0.01, "logprobs": 1, "rewards": True}
 
 
 def warm_up(
@@ -56,7 +56,7 @@ def warm_up(
     params = SamplingParams(weights=1.0, max_new_tokens=new, ignore_eos=True, seed=0)
     kinds = [(params, OFF)]
     if engine.executor.device.launches_to_capture:  # such a device compiles kernels at their first call
-        kinds.append((params.override(**VARIED), OFF))
+        kinds.append((params.override(**VARIED_PARAMS), OFF))
         kinds += [(params, Speculation(each.names[0], speculation.most)) for each in _drafters(engine, speculation)]
     vocab_size = engine.steps.sampler.vocab_size
     prompts = [[(row + i) % vocab_size for i in range(prompt)] for row in range(sizes[0])]
@@ -64,18 +64,18 @@ def warm_up(
         kinds.append((params, speculation))
     requests = {(size, k): prepare(prompts[:size], kinds[k][0]) for size in sizes for k in range(len(kinds))}
     longest, workspace = prompt + new + speculation.most, engine.workspace
-    kept, workspace.warm = workspace.warm, inf  # runs that end meanwhile free no caches
+    kept, workspace.warm_up_bytes = workspace.warm_up_bytes, inf  # runs that end meanwhile free no caches
     try:
         with engine.executor.device.keeping_graphs():
             _reserve(engine, sizes[0], longest, drafting=speculation.most > 0)
             with engine.tuners.learning_costs_alone():
                 for (_, k), group in requests.items():
                     _run(engine, group, kinds[k][1])
-            _launch(engine, sizes[0], longest, speculation.most)
+            _launch_forwards(engine, sizes[0], longest, speculation.most)
             _launch_steps(engine, prepare(prompts, params), longest, speculation)
         kept = max(kept, workspace.bytes)
     finally:
-        workspace.warm = kept
+        workspace.warm_up_bytes = kept
     # The first collection after imports and loading takes 0.4 s. It runs here, so that no request waits for it.
     gc.collect()
 
@@ -138,7 +138,7 @@ def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> N
     ways = len(DEFAULT_TUNER_CONFIG.warm_drafts) * len(_drafters(engine, speculation)) if speculation.k is None else 0
     with engine.run(sequences) as run:
         for _ in run:
-            if all(sequence.ended or sequence.steps >= STEPS + 2 * ways for sequence in sequences):
+            if all(sequence.ended or sequence.steps >= STEPS_PER_REQUEST + 2 * ways for sequence in sequences):
                 break
     for sequence in sequences:
         if sequence.error is not None:
@@ -146,7 +146,7 @@ def _run(engine: Engine, requests: list[Request], speculation: Speculation) -> N
 
 
 @torch.inference_mode()
-def _launch(engine: Engine, rows: int, longest: int, drafts: int) -> None:
+def _launch_forwards(engine: Engine, rows: int, longest: int, drafts: int) -> None:
     """Write to every page of the caches, and capture graphs of every shape that a forward of all lanes may have."""
     executor, device = engine.executor, engine.executor.device
     with engine.turns.take():
@@ -186,7 +186,7 @@ def _launch_steps(engine: Engine, requests: list[Request], longest: int, specula
         plans += [plan for plan in judged if plan[2]]
     text_width = steps.text_width if any(each.reads_texts for each in drafters) else 0
     with engine.turns.take():
-        if not steps.graph.serves(tuple(sorted({*active, *(m for each in drafters for m in each.members)}))):
+        if not steps.graph.can_capture(tuple(sorted({*active, *(m for each in drafters for m in each.members)}))):
             return
         for slot, sequence in enumerate(sequences):
             sequence.slot = slot

@@ -10,11 +10,11 @@ from itertools import chain
 import torch
 
 from genarm_fast.device.base import out_of_memory
-from genarm_fast.engine.allocate import sizes
+from genarm_fast.engine.allocate import sizes_to_try
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.selfcheck import entries_of, token_bytes
 
-LEAST = 1 << 26  # bytes of caches that may be kept if the weights take fewer
+MIN_KEPT_BYTES = 1 << 26  # bytes of caches that may be kept if the weights take fewer
 
 
 class Workspace:
@@ -25,7 +25,7 @@ class Workspace:
         self.slots = self.capacity = 0
         self.generation = 0  # number of times that all caches were freed
         self.failure: BaseException | None = None  # error of the last growth that ran out of memory
-        self.warm: float = 0  # bytes that are kept after a run in any case, since `warm_up` made them
+        self.warm_up_bytes: float = 0  # bytes that are kept after a run in any case, since `warm_up` made them
 
     def holds(self, members: Iterable[int], capacity: int) -> bool:
         """Whether these members have caches, with at least `capacity` tokens per slot."""
@@ -47,10 +47,10 @@ class Workspace:
 
         in_use: number of the first slots whose contents must stay. With none in use, caches that are too small are
         freed before larger ones are made; else they grow tensor by tensor. Afterwards `slots` and `capacity` tell what
-        there is, or `whole` is False.
+        there is, or `is_intact` is False.
         """
         held = {m for m in range(len(self.executor.members)) if self.slots and self.holds([m], 0)}
-        if self.slots >= slots and self.holds(members, capacity) and self.allowed(cache_bytes):
+        if self.slots >= slots and self.holds(members, capacity) and self.is_within_limit(cache_bytes):
             return
         if in_use:
             members = members | held
@@ -59,30 +59,30 @@ class Workspace:
             self.free()
         token, least = self.token_bytes(members), max(in_use, 1)
         groups = self.executor.by_runner(sorted(members))
-        rooms = self._rooms(groups, growing=in_use > 0)
+        budgets = self._device_budgets(groups, growing=in_use > 0)
 
         def allowed(slots: int, tokens: int) -> bool:
             return cache_bytes is None or slots * tokens * token <= cache_bytes
 
         def fits(slots: int, tokens: int) -> bool:
-            return allowed(slots, tokens) and all(slots * tokens * each <= room for each, room in rooms)
+            return allowed(slots, tokens) and all(slots * tokens * each <= budget for each, budget in budgets)
 
         last = [(least, capacity)] if allowed(least, capacity) else []
-        for count, tokens in chain(sizes(slots, least, capacity, fits), last):
+        for count, tokens in chain(sizes_to_try(slots, least, capacity, fits), last):
             if self._grow(groups, count, tokens):
                 self.slots, self.capacity = count, tokens
                 return
             if not in_use:
                 self.free()
-            elif not self.whole:
+            elif not self.is_intact:
                 return
 
     @property
-    def whole(self) -> bool:
+    def is_intact(self) -> bool:
         """False if a growth ended half-way: then the caches' contents are lost, and the caches have to be freed."""
-        return all(runner.whole for runner in self.executor.runners)
+        return all(runner.is_intact for runner in self.executor.runners)
 
-    def _rooms(self, groups: dict[int, list[int]], growing: bool) -> list[tuple[int, float]]:
+    def _device_budgets(self, groups: dict[int, list[int]], growing: bool) -> list[tuple[int, float]]:
         """Return for each device the bytes that its caches take for one token, and the bytes that they may take.
 
         Memory of the present caches counts as free. Growing takes one tensor more than the new size, for which a
@@ -119,13 +119,13 @@ class Workspace:
     def bytes(self) -> int:
         return sum(runner.bytes for runner in self.executor.runners)
 
-    def allowed(self, cache_bytes: int | None) -> bool:
+    def is_within_limit(self, cache_bytes: int | None) -> bool:
         """Whether the caches take at most `cache_bytes`; None allows any size."""
         return cache_bytes is None or self.bytes <= cache_bytes
 
     def trim(self) -> None:
         """End a run: keep the caches for the next one, unless they take more bytes than may be kept."""
-        if self.bytes > max(self.most, self.warm):
+        if self.bytes > max(self.kept_bytes_limit, self.warm_up_bytes):
             self.free()
 
     def free(self) -> None:
@@ -136,8 +136,8 @@ class Workspace:
         self.generation += 1
 
     @cached_property
-    def most(self) -> int:
+    def kept_bytes_limit(self) -> int:
         """Most bytes of caches that are kept while nothing runs: those of the weights, and at least LEAST."""
         models = (member.model for member in self.executor.members)
         weights = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
-        return max(sum(weights.values()), LEAST)
+        return max(sum(weights.values()), MIN_KEPT_BYTES)

@@ -22,6 +22,7 @@ from genarm_fast.integrations.generation_params import Translated, for_row, tran
 from genarm_fast.kept import OPTIONS
 from genarm_fast.models.arm import as_arms
 from genarm_fast.params import SamplingParams
+from genarm_fast.utils.checks import shown as shown_value
 
 # Parameters for which transformers has no name. All others come from the call of `generate`.
 GENARM_PARAMETERS = (
@@ -76,7 +77,7 @@ class Guided:
         self.weights = weights
         self.speculation = self.loading.pop("speculation", None)
         if not (streamer is None or hasattr(streamer, "put")):
-            raise TypeError(f"streamer={streamer!r}: expected one of transformers' streamers")
+            raise TypeError(f"streamer={shown_value(streamer)}: expected one of transformers' streamers")
 
     @torch.no_grad()
     def __call__(

@@ -26,7 +26,7 @@ from genarm_fast.models.vocabulary import common_vocabulary
 from genarm_fast.params import check_weights, weights_per_arm
 from genarm_fast.text.given import as_prompts
 from genarm_fast.text.prompts import encode_prompt, left_padded
-from genarm_fast.utils.checks import check_integer
+from genarm_fast.utils.checks import check_integer, shown
 
 __all__ = ["GenARMLogitsProcessor", "guided"]
 PADDING = -1  # stands for a masked token
@@ -65,7 +65,7 @@ class GenARMLogitsProcessor(LogitsProcessor):
         device: str | torch.device | None = None,
     ) -> None:
         if not isinstance(base, nn.Module):
-            raise TypeError(f"base={base!r}: expected the loaded model that generates")
+            raise TypeError(f"base={shown(base)}: expected the loaded model that generates")
         specs = as_arms(arms)
         if weights is not None:
             check_weights(weights, len(specs))

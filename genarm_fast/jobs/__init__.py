@@ -117,6 +117,8 @@ class _Job:
         if done < len(self.requests):
             if isinstance(self.requests, Requests):
                 checks.one(self.requests.longest)
+                if self.requests.widest is not None:
+                    checks.one(self.requests.widest)
             checks.check_for(FIRST_CHECK_SECONDS)
         if not all(self.results.answered):
             self._retry_failed()

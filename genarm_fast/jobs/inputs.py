@@ -16,7 +16,7 @@ from typing import Any
 
 from genarm_fast.jobs import openai
 from genarm_fast.jobs.identity import digest
-from genarm_fast.params import SamplingParams, check_weights
+from genarm_fast.params import SamplingParams, check_weights, weights_per_arm
 from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.messages import may_be_stored
@@ -70,11 +70,13 @@ def line_seed(job_seed: int, line: int) -> int:
 class LineParser:
     """Makes requests of lines. The arguments are those of `read_requests`.
 
+    highest: the highest token id that the parameters of any line so far name; -1 if no line names one.
+
     Raises:
         ValueError: a name that cannot be kept, and `max_time` or `priority` in the defaults.
     """
 
-    def __init__(self, file: str, defaults: SamplingParams, arms: int, keep: Sequence[str]) -> None:
+    def __init__(self, file: str, defaults: SamplingParams, arms: int | Sequence[str], keep: Sequence[str]) -> None:
         if taken := [name for name in keep if name in (*OUTPUT_FIELDS, *FIELDS, *TEMPLATE_FIELDS)]:
             raise ValueError(f"keep={taken[0]!r}: expected a name that means nothing in input and output lines")
         for each in fields(SamplingParams):
@@ -86,6 +88,7 @@ class LineParser:
         self.file, self.defaults, self.arms, self.keep = file, defaults, arms, ("metadata", *keep)
         self._known = {"id", "prompt", *TEMPLATE_FIELDS, *self.keep, *FIELDS}
         self._seen: dict[str, SamplingParams] = {}
+        self.highest = -1
 
     def check(self, row: Mapping[str, Any]) -> tuple[Any, Prompt]:
         """Return a line's id (None: it has none) and prompt, in a third of the time of `request`. Same errors."""
@@ -134,7 +137,11 @@ class LineParser:
             given["logit_bias"] = _biases(given["logit_bias"])
         params = self.defaults.override(**given)
         if params.weights is not None:
-            check_weights(params.weights, self.arms)
+            if isinstance(self.arms, int):
+                check_weights(params.weights, self.arms)
+            else:
+                weights_per_arm(params.weights, self.arms, [0.0] * len(self.arms))
+        self.highest = max(self.highest, _highest_token(params))
         if len(key) <= LONGEST_SEEN:
             if len(self._seen) == MOST_SEEN:
                 self._seen.clear()
@@ -147,6 +154,12 @@ class LineParser:
             f"{name}={row[name]!r:.60}: expected one of {known};"
             " other fields go to the output if they are named by --keep"
         )
+
+
+def _highest_token(params: SamplingParams) -> int:
+    """The highest token id that parameters name, -1 where they name none; `logprobs` asks for as many tokens."""
+    named = (params.stop_token_ids, params.suppress_tokens, params.allowed_token_ids or (), params.logit_bias or ())
+    return max((params.logprobs or 0) - 1, *(max(tokens, default=-1) for tokens in named))
 
 
 def _check_kept(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from genarm_fast.outputs import Completion, GenerationOutput, rewards_to_dict
 from genarm_fast.params import SamplingParams
-from genarm_fast.text.detokenize import token_text
+from genarm_fast.text.detokenize import token_bytes, token_text
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LINE_FIELDS = {"custom_id", "method", "url", "body"}
@@ -143,7 +143,8 @@ def _logprobs_of_chat(completion: Completion, tokenizer: Any) -> dict[str, Any] 
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = token_text(tokenizer, token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        known = token_bytes(tokenizer, token)
+        return {"token": text, "logprob": logprob, "bytes": None if known is None else list(known)}
 
     return {
         "content": [

@@ -23,12 +23,13 @@ TOKEN_CHARACTERS = 4  # characters of a token in usual text
 class Requests(Sequence[JobRequest]):
     """The requests of a file. Iterating reads its lines again; a slice is a view of the file too.
 
-    8 bytes for each line are kept. longest: the request with the longest prompt. Iterating raises ValueError for a line
-    that has changed.
+    8 bytes for each line are kept. longest: the request with the longest prompt. widest: the request whose parameters
+    name the highest token id; None if no line names one. Iterating raises ValueError for a line that has changed.
     """
 
     parser: LineParser
     longest: JobRequest
+    widest: JobRequest | None
     _path: Path
     _hashes: array[int]
     _range: range
@@ -70,17 +71,17 @@ def read_requests(
     path: str | Path,
     defaults: SamplingParams,
     *,
-    arms: int,
+    arms: int | Sequence[str],
     keep: Sequence[str] = (),
     progress: Callable[[int], None] = lambda lines: None,
 ) -> Requests:
-    """Check all lines, except for the lengths of their prompts in tokens, which the members decide.
+    """Check all lines, except for what the members decide: lengths of prompts in tokens, and the vocabulary's size.
 
     Args:
         path: JSON lines, plain or `.gz`. A pipe is copied to a temporary file.
         defaults: the parameters that a line leaves out, except `max_time` and `priority`. Its seed is the job's seed
             (None: 0), from which each line without a seed derives its own.
-        arms: the number of weights that a list must have.
+        arms: names of the ARMs. If only their number is given, names of weights are not checked here.
         keep: names of fields that are copied to the output, besides `metadata`.
         progress: called with the number of lines checked so far, every thousand lines.
 
@@ -91,13 +92,15 @@ def read_requests(
     parser, copy = LineParser(name, defaults, arms, keep), copied(path) if is_pipe(path) else None
     if copy is not None:
         path = Path(copy.name)
-    hashes, ids, longest, size, count = array("q"), array("q"), None, -1, 0
+    hashes, ids, longest, widest, size, highest, count = array("q"), array("q"), None, None, -1, -1, 0
     for number, line in read_lines(path, name):
         row = parsed(name, number, line)
         try:
             id, prompt = parser.check(row)
             if (own := _size(prompt)) > size:
                 longest, size = parser.request(row, number), own
+            if parser.highest > highest:
+                widest, highest = parser.request(row, number), parser.highest
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} line {number}: {error}") from error
         hashes.append(hash(line))
@@ -107,7 +110,7 @@ def read_requests(
             progress(count)
     if longest is None:
         raise ValueError(f"{name}: expected one JSON object a line, found none")
-    requests = Requests(parser, longest, path, hashes, range(count), copy)
+    requests = Requests(parser, longest, widest, path, hashes, range(count), copy)
     _check_unique(requests, ids)
     progress(count)
     return requests

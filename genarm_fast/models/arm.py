@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,9 +12,11 @@ from torch import nn
 from genarm_fast.models.hub import Source
 from genarm_fast.models.quantized import check_quantization
 from genarm_fast.params import check_weights
-from genarm_fast.utils.checks import too_large
+from genarm_fast.utils.checks import check_flag, shown, too_large
+from genarm_fast.utils.names import unique_names
 
-RESERVED = ("base", "ngram", "draft_model")  # names of the drafters that are not ARMs
+MODEL = "a hub id, a folder or a loaded model"
+SAID = "; ARM(model, weight=..., name=...) takes an ARM's weight and name"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ARM:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, (str, os.PathLike, nn.Module)):
-            raise TypeError(f"model={self.model!r}: expected a hub id, a folder or a loaded model")
+            raise TypeError(f"model={shown(self.model)}: expected {MODEL}")
         try:
             alone = isinstance(check_weights(self.weight), float)
         except (TypeError, ValueError) as error:
@@ -62,11 +63,10 @@ class ARM:
         if not alone:
             raise TypeError(f"weight={self.weight!r:.80}: expected one number")
         if self.base is not None and not isinstance(self.base, (str, os.PathLike, nn.Module)):
-            raise TypeError(f"base={self.base!r:.80}: expected a hub id, a folder or a loaded model")
+            raise TypeError(f"base={shown(self.base)}: expected {MODEL}")
         if self.name is not None and not isinstance(self.name, str):
-            raise TypeError(f"name={self.name!r}: expected a string")
-        if not isinstance(self.trust_remote_code, bool):
-            raise TypeError(f"trust_remote_code={self.trust_remote_code!r}: expected True or False")
+            raise TypeError(f"name={shown(self.name)}: expected a string")
+        object.__setattr__(self, "trust_remote_code", check_flag("trust_remote_code", self.trust_remote_code))
         check_quantization("quantization", self.quantization)
         object.__setattr__(self, "active", active_adapters(self.model))
 
@@ -77,27 +77,28 @@ def active_adapters(model: object) -> tuple[str, ...]:
 
 
 def as_arms(arms: Any) -> list[ARM]:
-    """Return a list of `ARM`s, made from one `ARM`, path or model, or from a list of them."""
+    """Return a list of `ARM`s, made from one `ARM`, path or model, or from a list of them.
+
+    Raises:
+        TypeError: a value of another type. The message names its index.
+    """
     if isinstance(arms, (ARM, str, os.PathLike, nn.Module)):
         arms = [arms]
     if not isinstance(arms, Sequence):
-        raise TypeError(f"arms={arms!r}: expected an ARM, a hub id, a folder, a loaded model, or a list of such")
+        hint = SAID if isinstance(arms, Mapping) else ""
+        raise TypeError(f"arms={shown(arms)}: expected an ARM, {MODEL}, or a list of such{hint}")
+    for index, arm in enumerate(arms):
+        if not isinstance(arm, (ARM, str, os.PathLike, nn.Module)):
+            hint = SAID if isinstance(arm, (tuple, list, Mapping)) else ""
+            raise TypeError(f"arms[{index}]={shown(arm)}: expected an ARM, {MODEL}{hint}")
     return [arm if isinstance(arm, ARM) else ARM(arm) for arm in arms]
 
 
 def arm_names(specs: Sequence[ARM]) -> list[str]:
-    """Return a unique name for each ARM. Given names stay as they are; default names are numbered where they repeat."""
-    given = [spec.name for spec in specs if spec.name is not None]
-    for name in given:
-        if given.count(name) > 1 or not name:
-            raise ValueError(f"name={name!r}: expected a non-empty name for each ARM, none twice")
-        if name in RESERVED:
-            raise ValueError(f"name={name!r}: expected another one than {', '.join(RESERVED)}, which name drafters")
-    names: list[str] = []
-    for spec in specs:
-        stem = "arm" if isinstance(spec.model, nn.Module) else Path(spec.model).name or "arm"
-        name, number = spec.name or stem, 2
-        while spec.name is None and name in (*names, *given, *RESERVED):
-            name, number = f"{stem}{number}", number + 1
-        names.append(name)
-    return names
+    """Return a unique name for each ARM: given names as they are, default names numbered where they repeat.
+
+    Raises:
+        ValueError: as `unique_names`.
+    """
+    paths = [None if isinstance(spec.model, nn.Module) else os.fspath(spec.model) for spec in specs]
+    return unique_names([spec.name for spec in specs], paths)

@@ -35,8 +35,11 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
             that are missing, that have no place in the model, or that have another shape.
     """
     check_files(member, source)
-    _check_size(member, source, trust_remote_code, kwargs)
-    return _load(f"{member}={os.fspath(source)!r}", str(source), {**kwargs, "trust_remote_code": trust_remote_code})
+    kind = AutoModelForCausalLM
+    if not kwargs.keys() & {"gguf_file", "config"}:  # whose model is not that of the folder's config.json
+        kind = check_size(member, source, trust_remote_code=trust_remote_code)
+    loading = {**kwargs, "trust_remote_code": trust_remote_code}
+    return _load(f"{member}={os.fspath(source)!r}", str(source), loading, kind)
 
 
 def load_coded(
@@ -61,13 +64,7 @@ def load_coded(
     return _load(what, None, {**kwargs, "config": config, "state_dict": tensors}, kind), codes
 
 
-def _check_size(member: str, source: Source, trust_remote_code: bool, kwargs: dict[str, Any]) -> None:
-    # With either argument, the model is not that of the folder's config.json.
-    if not kwargs.keys() & {"gguf_file", "config"}:
-        check_size(member, source, trust_remote_code=trust_remote_code)
-
-
-def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any = AutoModelForCausalLM) -> Any:
+def _load(what: str, source: str | None, kwargs: dict[str, Any], kind: Any) -> Any:
     with refusing(what, "a folder or a hub id that can be loaded"), _quietly():
         loaded: Any = kind.from_pretrained(
             source,

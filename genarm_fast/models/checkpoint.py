@@ -14,12 +14,14 @@ from torch import nn
 from genarm_fast.kernels.quant_linear import QuantWeight
 from genarm_fast.models import coded_checkpoint
 from genarm_fast.models.adapter import check_alone, check_forward, check_kind, is_adapted, load_adapter
+from genarm_fast.models.arm import MODEL
 from genarm_fast.models.causal_lm import load_causal_lm, load_coded
 from genarm_fast.models.files import check_files, read_object
 from genarm_fast.models.fingerprint import fingerprint
 from genarm_fast.models.hub import OPTIONS, Source, adapter_folder, hub_options, locate, subfolder_of
 from genarm_fast.models.quantized import check_quantization, quantize_model
 from genarm_fast.models.weights import share_weights
+from genarm_fast.utils.checks import shown
 
 
 def check_device(device: Any) -> torch.device:
@@ -109,7 +111,7 @@ class ModelLoader:
     def _locate_both(self, role: str, source: Source) -> tuple[Source, Source]:
         """Return the location of a source's model, and the location without the subfolder."""
         if not isinstance(source, (str, os.PathLike)):
-            raise TypeError(f"{role}={source!r}: expected a hub id, a folder or a loaded model")
+            raise TypeError(f"{role}={shown(source)}: expected {MODEL}")
         key = _key(source)
         if key not in self.locations:
             main_location = locate(role, source, **{name: self.kwargs[name] for name in OPTIONS if name in self.kwargs})
@@ -259,8 +261,8 @@ class ModelLoader:
             if expected is not None and fingerprint(model) == expected:
                 return model
         loaded = ", ".join(map(repr, self.loaded)) or "none"
-        shown = "the given base" if isinstance(base, nn.Module) else repr(base)
-        wanted = f"{role}={source!r} is an adapter of {shown}"
+        its_base = "the given base" if isinstance(base, nn.Module) else repr(base)
+        wanted = f"{role}={source!r} is an adapter of {its_base}"
         try:
             given = isinstance(base, nn.Module)
             model = self._given(role, base) if given else self._load_bare(role, base or "", trust_remote_code)

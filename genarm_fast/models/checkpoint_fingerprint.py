@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from genarm_fast.models.files import INDICES, read_object
 from genarm_fast.models.fingerprint import SAMPLED_ROWS, fingerprint
 from genarm_fast.models.hub import Source
+from genarm_fast.models.sizes import kind_of
 
 SINGLE_WEIGHTS_FILE = "model.safetensors"  # transformers prefers this file to shards and their index
 
@@ -30,7 +31,7 @@ def checkpoint_fingerprint(base: Source) -> str | None:
     if getattr(config, "quantization_config", None) is not None:
         return None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = kind_of(config).from_config(config)
     rows = _FirstRows(model, files)
     return None if rows.lacking else fingerprint(rows)
 

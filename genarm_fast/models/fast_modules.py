@@ -70,11 +70,12 @@ def _fast(module: nn.Module) -> Callable[..., Any] | None:
         activation: Any = module.act_fn
         if type(activation).__name__ in ("SiLU", "SiLUActivation") and not hooked(activation):
             return partial(_gated, module)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_cpu:
+    # A weight that a hook computes for each call is no parameter.
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_cpu:
         return None
-    # These linears are at no number of rows slower than PyTorch's.
-    if type(module) is nn.Linear and weight.dtype == torch.bfloat16:
+    # Of few rows, these linears are faster than PyTorch's, and of many about as fast.
+    if type(module) is nn.Linear and weight.dtype in (torch.bfloat16, torch.float32):
         return cpu_linear(weight, module.bias)
     if type(module) is nn.Embedding and isinstance(weight, QuantizedMatrix):
         return weight.linear.rows

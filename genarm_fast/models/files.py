@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from genarm_fast.models.hub import Source, find_file
-from genarm_fast.utils.disk import FULL
+from genarm_fast.utils.disk import DISK_FULL_ERRNOS
 from genarm_fast.utils.jsonlines import repeated
 
 MIB = 1 << 20
@@ -143,7 +143,7 @@ def refusing(what: str, expected: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         # The disk is full, for example for a temporary file. Nothing is wrong with the model's file.
-        if getattr(error, "errno", None) in FULL:
+        if getattr(error, "errno", None) in DISK_FULL_ERRNOS:
             raise
         raise ValueError(f"{what}: expected {expected}{_reason(error)}") from error
 

@@ -54,7 +54,9 @@ class Member:
                 f"{self.name}: prompt_template={self.prompt_template!r}: expected a text with {{prompt}} in it"
             )
         text = self.model.config.get_text_config()
-        self.vocab_size: int = text.vocab_size  # width of the logits
+        # Width of the logits. Somebody may have cut a given model's output layer, and left its config as it was.
+        rows = getattr(self.model.get_output_embeddings(), "out_features", None)
+        self.vocab_size: int = min(text.vocab_size, rows) if isinstance(rows, int) else text.vocab_size
         self.context = context_of(text)
         if self.context is not None and self.context < 1:
             raise ValueError(f"{self.name}: max_position_embeddings={self.context}: expected at least 1")

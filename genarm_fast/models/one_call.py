@@ -59,7 +59,7 @@ class OneCall:
 
         hidden: the residual stream [N, q, width]. x: its norm, the first layer's input. caches: one for each layer.
         """
-        if self._core is None or torch.is_grad_enabled():
+        if self._core is None or _native.core is None or torch.is_grad_enabled():
             return None
         states = tuple(states for cache in caches for states in (cache.keys, cache.values))
         of_lanes = tuple(spans[lanes] for lanes in self._lanes)

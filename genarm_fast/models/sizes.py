@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.initialization import no_init_weights
 
 from genarm_fast.models.files import refusing, weight_bytes
@@ -19,8 +26,11 @@ MAX_LISTED_FOLDERS = 3  # most folders that an error names
 SLACK = 1 << 20  # numbers allowed beyond MAX_NUMBERS_PER_BYTE, such as tables that a model computes
 
 
-def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
+def check_size(member: str, source: Source, *, trust_remote_code: bool) -> Any:
     """Build the model without memory for its weights, and count its numbers: 40 ms of CPU time for 30 layers.
+
+    Returns:
+        transformers' class that loads it: AutoModelForCausalLM, or AutoModelForImageTextToText (see `kind_of`).
 
     Raises:
         ValueError: a folder without a config, a config that no model can be built from, or a model with more numbers
@@ -28,7 +38,7 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
     """
     local = os.path.isdir(source)
     if not local and find_file(source, "config.json") is None:
-        return  # loading reports what the repository lacks
+        return AutoModelForCausalLM  # loading reports what the repository lacks
     what = f"{member}: {Path(source, 'config.json')}" if local else f"{member}={os.fspath(source)!r}"
     if local and find_file(source, "config.json") is None:
         inside = sorted(
@@ -39,10 +49,11 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
     with refusing(what, "a config that a causal LM can be built from"):
         config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code, **hub_options(source))
         layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+        kind = kind_of(config)
     if layers > MOST_LAYERS:
         raise ValueError(f"{what}: num_hidden_layers={layers}: expected at most {MOST_LAYERS}")
     with refusing(what, "a config that a causal LM can be built from"), torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
     numbers = sum(weight.numel() for weight in model.parameters())
     bytes = weight_bytes(Path(source)) if local else 0
     most = MAX_NUMBERS_PER_BYTE * bytes + SLACK if bytes else MOST_NUMBERS
@@ -50,3 +61,20 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool) -> None:
         raise ValueError(
             f"{what}: a model of {numbers} numbers: expected at most {most}, as its files have {bytes} bytes"
         )
+    return kind
+
+
+def kind_of(config: Any) -> Any:
+    """transformers' class that loads a model of this config for text.
+
+    Most models that read images as well (Qwen2.5-VL, Mistral 3, LLaVA) have no class among its causal LMs.
+
+    Raises:
+        ValueError: transformers has neither, and the config brings no code of its own.
+    """
+    own = getattr(config, "auto_map", None) or {}  # code that the folder brings
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own:
+        return AutoModelForCausalLM
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    raise ValueError(f"model_type={config.model_type!r}: transformers has no causal LM of that type")

@@ -43,7 +43,7 @@ class DraftExecutor(Protocol):
     device: Device
     main: WorkStream
     draft_model: int | None
-    spent: dict[int, tuple[Any, Any]]
+    forward_marks: dict[int, tuple[Any, Any]]
 
     def stream_of(self, members: list[int]) -> WorkStream: ...
 

@@ -17,7 +17,7 @@ class DrafterStats:
         self.name, self.config = name, config
         self.draft_costs = ForwardCosts(config)  # seconds of one draft, over the number of rows
         self.verify_costs = ForwardCosts(config)  # seconds of the rest of a step, over rows · (K + 1) tokens
-        self.whole_costs: dict[int, ForwardCosts] = {}  # seconds of steps that are one launch, over K + 1, by rows
+        self.one_launch_costs: dict[int, ForwardCosts] = {}  # seconds of steps that are one launch, over K + 1, by rows
         self.activity = DriftingRate(config)  # share of rows for which it proposes anything
         self.rates = [DriftingRate(config) for _ in range(max_k)]  # how often draft j is right if all before it are
         self.steps = 0  # steps in which it drafted
@@ -38,9 +38,9 @@ class DrafterStats:
         if jumped:
             self.retry_steps = self.config.retry_steps
 
-    def observe_whole(self, rows: int, k: int, seconds: float) -> None:
+    def observe_one_launch(self, rows: int, k: int, seconds: float) -> None:
         """Learn from a step that was one launch, with k drafts for each row."""
-        self.whole_costs.setdefault(rows, ForwardCosts(self.config)).add(1 + k, seconds)
+        self.one_launch_costs.setdefault(rows, ForwardCosts(self.config)).add(1 + k, seconds)
 
     def acceptance(self) -> list[float]:
         """Return the chances that draft 1, 2, ... is right if all before it are. Unknown ones equal the one before."""
@@ -60,8 +60,8 @@ class DrafterStats:
             plain_costs: seconds of plain decoding over rows, measured for one size at least.
             ahead: whether the next block is drafted while one is verified.
         """
-        if self.whole_costs:
-            return self._of_whole_steps(rows, plain_costs)
+        if self.one_launch_costs:
+            return self._seconds_by_one_launch(rows, plain_costs)
         plain = plain_costs.at(rows)
         draft, largest = 0.0, float(rows)
         if self.draft_costs.points:  # empty if it has proposed nothing yet
@@ -91,15 +91,15 @@ class DrafterStats:
             expected.append((idle * plain + (1 - idle) * (draft * forwards + verify)) / gain)
         return expected
 
-    def _of_whole_steps(self, rows: int, plain_costs: ForwardCosts) -> list[float]:
+    def _seconds_by_one_launch(self, rows: int, plain_costs: ForwardCosts) -> list[float]:
         """Return the same as `seconds_per_token`, from timings of steps that were one launch.
 
         Such a step costs the same whether its drafts are right or not. Its cost without drafts is that of plain
         decoding. Costs of more drafts than were measured follow the line from there to the largest measured number; a
         line through two noisy neighbours could point anywhere. Costs for another number of rows are in proportion.
         """
-        measured = min(self.whole_costs, key=lambda each: abs(log2(each / rows)))
-        costs, plain = self.whole_costs[measured], plain_costs.at(measured)
+        measured = min(self.one_launch_costs, key=lambda each: abs(log2(each / rows)))
+        costs, plain = self.one_launch_costs[measured], plain_costs.at(measured)
         factor, active = plain_costs.at(rows) / plain, self.activity.value(1.0)
         most, longest = costs.points[-1]
         slope = max(longest - plain, 0.0) / (most - 1)
@@ -122,5 +122,5 @@ class DrafterStats:
             "acceptance": [a / d if d else None for a, d in zip(self.accepted, self.drafted)],
             "draft_seconds": self.draft_costs.table(),
             "verify_seconds": self.verify_costs.table(),
-            "whole_seconds": {rows: costs.table() for rows, costs in self.whole_costs.items()},
+            "whole_seconds": {rows: costs.table() for rows, costs in self.one_launch_costs.items()},
         }

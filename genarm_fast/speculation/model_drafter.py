@@ -17,9 +17,11 @@ from genarm_fast.device.base import WorkStream
 from genarm_fast.kernels import guided_sample
 from genarm_fast.speculation.drafter import CapturedDrafts, DraftExecutor, Drafts, SequenceBatch
 
-AHEAD = 0.1  # least share of steps with all drafts right; below it, nothing is drafted ahead
-MEMORY = 8.0  # steps over which that share is averaged
-CATCH_UP = 512  # most tokens that a draft model is fed at a time, so that a long prompt does not take more memory
+MIN_ALL_RIGHT_SHARE = 0.1  # least share of steps with all drafts right; below it, nothing is drafted ahead
+AVERAGED_STEPS = 8.0  # steps over which that share is averaged
+CATCH_UP_TOKENS = (
+    512  # most tokens that a draft model is fed at a time, so that a long prompt does not take more memory
+)
 
 
 def tempered_draft(
@@ -65,7 +67,7 @@ class DraftRollout:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def stands(self, batch: SequenceBatch) -> bool:
+    def continues(self, batch: SequenceBatch) -> bool:
         """Whether the rollout's first step continues these sequences as they are now."""
         now = [len(sequence.tokens) for sequence in batch.sequences]
         same = self.sequences == list(batch.sequences) and self.epochs == list(batch.epochs)
@@ -112,7 +114,7 @@ class DraftRollout:
         members = enumerate(self.members) if flat else ()
         return given, {member: torch.cat(flat[i :: len(self.members)], dim=1) for i, member in members}
 
-    def right(self, drawn: list[list[int]]) -> bool:
+    def matches(self, drawn: list[list[int]]) -> bool:
         """Whether all sequences go on, and their new tokens are exactly `drawn`, the rollout's drafts."""
         return all(
             not sequence.ended and sequence.tokens[start:] == line
@@ -137,22 +139,22 @@ class ModelDrafter:
 
     def __init__(self, executor: DraftExecutor, group: int, members: tuple[int, ...], names: tuple[str, ...]) -> None:
         self.executor, self.group, self.members, self.names = executor, group, members, names
-        self.foreign = executor.draft_model in members  # whether it is the draft model, no member of the target
+        self.is_draft_model = executor.draft_model in members  # whether it is the draft model, no member of the target
         self.rollout: DraftRollout | None = None
         self.batch: SequenceBatch | None = None
-        self.right: float | None = None  # share of the latest steps in which all drafts were right
-        self.fitting = inf  # draft steps that fit into the time of a verification, as last measured
+        self.all_right_share: float | None = None  # share of the latest steps in which all drafts were right
+        self.steps_per_verification = inf  # draft steps that fit into the time of a verification, as last measured
 
     def propose(self, batch: SequenceBatch, most: list[int]) -> Drafts:
         executor, k = self.executor, max(most)
         self.batch = batch
         extra = 0
-        if self.rollout is None or not self.rollout.stands(batch):
-            if self.foreign:
+        if self.rollout is None or not self.rollout.continues(batch):
+            if self.is_draft_model:
                 extra = self._catch_up(batch.sequences)
             self.rollout = DraftRollout(executor, batch, self.members)
-        if self.right is None:
-            self.right = 1 / len(most)  # a first guess: with more sequences, all drafts are right less often
+        if self.all_right_share is None:
+            self.all_right_share = 1 / len(most)  # a first guess: with more sequences, all drafts are right less often
         stream = self.rollout.stream
         start = executor.device.mark(stream)
         steps = self.rollout.extend(batch, k) + extra
@@ -165,9 +167,9 @@ class ModelDrafter:
         for sequence in sequences:
             for m in self.members:
                 end = sequence.position(m)
-                for start in range(sequence.cached[m], end, CATCH_UP):
+                for start in range(sequence.cached[m], end, CATCH_UP_TOKENS):
                     caught = 1
-                    self.executor.prefill([sequence], [m], start, min(end - start, CATCH_UP))
+                    self.executor.prefill([sequence], [m], start, min(end - start, CATCH_UP_TOKENS))
         return caught
 
     def target_logits(self, drafts: Drafts) -> dict[int, Tensor]:
@@ -179,13 +181,13 @@ class ModelDrafter:
         drafts.fed, drafts.members = k + (len(rollout) > k), self.members
         read = executor.device.read([rollout.block(drafts.fed)], rollout.stream)
         drafts.read = lambda: read()[0]
-        (drafts.on_main,), known = rollout.on_main(0 if self.foreign else drafts.fed, drafts.tensor)
+        (drafts.on_main,), known = rollout.on_main(0 if self.is_draft_model else drafts.fed, drafts.tensor)
         if executor.device.lag:  # drafts ahead are launched last, after the tensors that the main stream waits for
             rollout.extend(batch, self.ahead(k))
         return known
 
     def captures(self, sequences: list[Any], before: tuple[int, ...] | None) -> bool:
-        if not self.foreign:
+        if not self.is_draft_model:
             return True
         shown = all(each.cached[m] == each.position(m) for each in sequences for m in self.members)
         return shown and before in (None, self.members)  # the step in flight has to feed it its tokens too
@@ -197,7 +199,7 @@ class ModelDrafter:
 
         def rest() -> tuple[Tensor, dict[int, Tensor]]:
             rollout.feed(batch)
-            (on_main,), known = rollout.on_main(0 if self.foreign else k + 1, block)
+            (on_main,), known = rollout.on_main(0 if self.is_draft_model else k + 1, block)
             return on_main, known
 
         return CapturedDrafts(block, rollout.stream, rest)
@@ -208,20 +210,21 @@ class ModelDrafter:
         They reach the last draft of the next block at most, and as many as fit into the time of the verification.
         """
         assert self.rollout is not None
-        assert self.right is not None
-        if self.right < AHEAD:
+        assert self.all_right_share is not None
+        if self.all_right_share < MIN_ALL_RIGHT_SHARE:
             return k + 1
         left = min(sequence.remaining for sequence in self.rollout.sequences)
-        return min(2 * k + 1, left, k + max(1, int(min(self.fitting, k + 1))))
+        return min(2 * k + 1, left, k + max(1, int(min(self.steps_per_verification, k + 1))))
 
     def accepted(self, drafts: Drafts, accepted: list[int], drafting: float, verifying: float) -> None:
         rollout, k = self.rollout, drafts.width
         assert rollout is not None
-        assert self.right is not None
+        assert self.all_right_share is not None
         if drafts.steps and drafting > 0:
-            self.fitting = verifying / (drafting / drafts.steps)
-        self.right += (all(right == k for right in accepted) - self.right) / MEMORY
-        if drafts.fed > k and rollout.right(drafts.host):
+            self.steps_per_verification = verifying / (drafting / drafts.steps)
+        all_right = all(count == k for count in accepted)
+        self.all_right_share += (all_right - self.all_right_share) / AVERAGED_STEPS
+        if drafts.fed > k and rollout.matches(drafts.host):
             rollout.advance(k + 1)
         else:
             self.rollout = None
@@ -238,6 +241,6 @@ class ModelDrafter:
         start = device.mark(main)
         lanes = [logits[member][:, :1] for member in self.members]
         tokens = tempered_draft(batch, lanes, self.members, batch.response_positions(1), main)
-        spent = [self.executor.spent[self.group], (start, device.mark(main))]
+        spent = [self.executor.forward_marks[self.group], (start, device.mark(main))]
         read = device.read([tokens], main)
         return lambda: (read()[0].tolist(), sum(device.elapsed(*marks) for marks in spent))

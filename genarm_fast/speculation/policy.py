@@ -23,7 +23,7 @@ class Tuners:
     def __init__(self) -> None:
         self.lock = Lock()  # one lock for all tuners, since each call takes microseconds
         self._tuners: dict[tuple[tuple[str, ...], int, bool], Tuner] = {}
-        self._texts_mean_nothing = False
+        self._learns_costs_only = False
 
     def get(self, drafters: Sequence[str], max_k: int, ahead: bool) -> Tuner:
         """Return the tuner of these drafters, which the first call makes. Arguments as in `Tuner`."""
@@ -31,23 +31,23 @@ class Tuners:
         with self.lock:
             if key not in self._tuners:
                 self._tuners[key] = Tuner(drafters, max_k, ahead=ahead)
-                self._tuners[key].texts_mean_nothing = self._texts_mean_nothing
+                self._tuners[key].learns_costs_only = self._learns_costs_only
             return self._tuners[key]
 
     @contextmanager
     def learning_costs_alone(self) -> Iterator[None]:
         """Within the block, let tuners learn the times of steps but no acceptance, since the texts are made up."""
-        self._set_texts_mean_nothing(True)
+        self._set_learns_costs_only(True)
         try:
             yield
         finally:
-            self._set_texts_mean_nothing(False)
+            self._set_learns_costs_only(False)
 
-    def _set_texts_mean_nothing(self, value: bool) -> None:
+    def _set_learns_costs_only(self, value: bool) -> None:
         with self.lock:
-            self._texts_mean_nothing = value
+            self._learns_costs_only = value
             for tuner in self._tuners.values():
-                tuner.texts_mean_nothing = value
+                tuner.learns_costs_only = value
 
     def stats(self) -> list[dict[str, Any]]:
         """Return `Tuner.stats` of each tuner, for JSON."""
@@ -67,38 +67,38 @@ class DraftPolicy:
         tuners: the tuners of the model.
         ahead: whether members draft the next block while one is verified.
 
-    allowed: drafters that the policy may choose.
+    usable_drafters: drafters that the policy may choose.
     """
 
     def __init__(self, speculation: Speculation, names: Sequence[Sequence[str]], tuners: Tuners, ahead: bool) -> None:
         name = speculation.drafter
         able = [i for i, own in enumerate(names) if own and (name is None or name in own)]
-        self.allowed = able if speculation.most else []
-        self._k = speculation.k if self.allowed else 0
-        self.most = speculation.most
+        self.usable_drafters = able if speculation.most else []
+        self._k = speculation.k if self.usable_drafters else 0
+        self.max_drafts = speculation.most
         self._lock = tuners.lock
         if self._k is None:
-            self._tuner = tuners.get(["+".join(names[i]) for i in self.allowed], speculation.max_k, ahead)
+            self._tuner = tuners.get(["+".join(names[i]) for i in self.usable_drafters], speculation.max_k, ahead)
 
     def choose(self, rows: int) -> Choice:
         """Return the choice for the next step, which has `rows` sequences."""
         if self._k is not None:
-            return Choice(self.allowed[0], self._k) if self._k else PLAIN
+            return Choice(self.usable_drafters[0], self._k) if self._k else PLAIN
         with self._lock:
             choice = self._tuner.choose(rows)
-        return PLAIN if choice.drafter is None else Choice(self.allowed[choice.drafter], choice.k)
+        return PLAIN if choice.drafter is None else Choice(self.usable_drafters[choice.drafter], choice.k)
 
     @property
-    def candidates(self) -> list[int]:
+    def tuner_candidates(self) -> list[int]:
         """Drafters among which a tuner chooses; none if the policy is fixed."""
-        return self.allowed if self._k is None else []
+        return self.usable_drafters if self._k is None else []
 
     def shadow_due(self) -> list[int]:
         """Return the candidates for which this step should draw a shadow draft."""
         if self._k is not None:
             return []
         with self._lock:
-            return self.allowed if self._tuner.shadow_due() else []
+            return self.usable_drafters if self._tuner.shadow_due() else []
 
     def timing_due(self) -> bool:
         """Return the tuner's `timing_due`; False if the policy is fixed."""
@@ -126,13 +126,15 @@ class DraftPolicy:
         accepted = [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pair)) for pair in pairs]
         proposed = [len(pair) for pair in pairs]
         with self._lock:
-            self._tuner.observe_shadow(ShadowObservation(self.allowed.index(drafter), proposed, accepted, seconds))
+            self._tuner.observe_shadow(
+                ShadowObservation(self.usable_drafters.index(drafter), proposed, accepted, seconds)
+            )
 
     def observe(self, observation: StepObservation) -> None:
         """Learn from a step. A fixed policy learns nothing."""
         if self._k is not None:
             return
         if observation.drafter is not None:
-            observation = replace(observation, drafter=self.allowed.index(observation.drafter))
+            observation = replace(observation, drafter=self.usable_drafters.index(observation.drafter))
         with self._lock:
             self._tuner.observe(observation)

@@ -16,6 +16,6 @@ def make_drafters(executor: DraftExecutor, groups: list[list[int]], names: list[
         ModelDrafter(executor, g, tuple(group), tuple(names[m] for m in group)) for g, group in enumerate(groups)
     ]
     own = models if len([g for g in groups if executor.draft_model not in g]) > 1 else []
-    foreign = [model for model in models if executor.draft_model in model.members]
-    first = [model for model in own[1:] if model not in foreign]
-    return [*first, *foreign, NgramDrafter(executor), *own[:1]]
+    draft_models = [model for model in models if executor.draft_model in model.members]
+    first = [model for model in own[1:] if model not in draft_models]
+    return [*first, *draft_models, NgramDrafter(executor), *own[:1]]

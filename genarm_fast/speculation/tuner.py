@@ -43,8 +43,8 @@ class Tuner:
         self.best = PLAIN  # the choice that is fastest as far as is known
         self.trial: Choice | None = None  # the choice that this step tries instead of the best one
         self.last_steps: dict[Choice, int] = {}  # number of the latest step of each choice
-        self.texts_mean_nothing = False  # True while a model is warmed up: then only times of steps are learnt
-        self._timed: Counter[tuple[int, Choice]] = Counter()  # steps of a warm-up, by rows and choice
+        self.learns_costs_only = False  # True while a model is warmed up: then only times of steps are learnt
+        self._warm_up_steps: Counter[tuple[int, Choice]] = Counter()  # steps of a warm-up, by rows and choice
         self._plain_steps = 0  # steps of plain decoding, those of a warm-up included
         self.steps: Counter[Choice] = Counter()
         self._best_seconds = 0.0  # seconds per token of the best choice
@@ -52,8 +52,8 @@ class Tuner:
 
     def choose(self, rows: int) -> Choice:
         """Return the choice for the next step, which has `rows` sequences."""
-        if self.texts_mean_nothing:
-            return self._next_untimed(rows)
+        if self.learns_costs_only:
+            return self._next_warm_up_choice(rows)
         self.now += 1
         same_rows, self._rows = rows == self._rows, rows
         again, self.trial = self.trial if same_rows else None, None
@@ -86,7 +86,7 @@ class Tuner:
         drafter = None if step.drafter is None else self.drafters[step.drafter]
         self._observe_costs(step, drafter)
         self._plain_steps += choice == PLAIN
-        if self.texts_mean_nothing:
+        if self.learns_costs_only:
             return
         seconds = step.seconds
         self.steps[choice] += 1
@@ -111,7 +111,7 @@ class Tuner:
         """Learn from a step's times."""
         width = max(step.proposed, default=0)
         if drafter is not None and step.draft_seconds is None:
-            drafter.observe_whole(step.rows, step.k, step.seconds)
+            drafter.observe_one_launch(step.rows, step.k, step.seconds)
         elif drafter is None or width == 0:
             self.plain_costs.add(step.rows, step.seconds)
         else:
@@ -130,7 +130,7 @@ class Tuner:
         if not shadow.proposed:
             return
         drafter = self.drafters[shadow.drafter]
-        if not self.texts_mean_nothing:
+        if not self.learns_costs_only:
             drafter.shadow_steps += 1
             drafter.observe(shadow.proposed, shadow.accepted, self.now)
         if shadow.seconds is not None:
@@ -147,15 +147,15 @@ class Tuner:
             "drafters": {drafter.name: drafter.summary() for drafter in self.drafters},
         }
 
-    def _next_untimed(self, rows: int) -> Choice:
+    def _next_warm_up_choice(self, rows: int) -> Choice:
         """Return the next choice to time in a warm-up with this many sequences, each for two steps.
 
         Plain decoding comes first, then each drafter with the numbers of drafts in `warm_drafts`.
         """
         most = max((len(drafter.rates) for drafter in self.drafters), default=0)
         kinds = [PLAIN, *(Choice(i, min(k, most)) for i in range(len(self.drafters)) for k in self.config.warm_drafts)]
-        choice = next((each for each in kinds if self._timed[rows, each] < 2), PLAIN)
-        self._timed[rows, choice] += 1
+        choice = next((each for each in kinds if self._warm_up_steps[rows, each] < 2), PLAIN)
+        self._warm_up_steps[rows, choice] += 1
         return choice
 
     def _update_best(self, seconds: dict[Choice, float]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPLACEMENT = "\ufffd"  # text of an unfinished UTF-8 sequence
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # name of a token for one byte in SentencePiece
 MAX_CHARACTER_BYTES = 4  # most bytes of a character, and so most tokens
 CONTEXT_TOKENS = 8  # tokens of the prompt that decide how a text continues
 
@@ -41,6 +44,21 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     before = tokenizer.encode("a", add_special_tokens=False)
     context = decode(tokenizer, before, skip_special_tokens=False)
     return decode(tokenizer, [*before, token_id], skip_special_tokens=False)[len(context) :]
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | None:
+    """The UTF-8 bytes that one token adds to a text: those of several tokens make a character that none of them holds.
+
+    None where a token's text is no whole character, and its name does not tell the bytes.
+    """
+    text = token_text(tokenizer, token_id)
+    if REPLACEMENT not in text:
+        return text.encode()
+    name = str(tokenizer.convert_ids_to_tokens(token_id))
+    if match := BYTE.fullmatch(name):
+        return bytes.fromhex(match[1])
+    known = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE, as GPT-2 has it
+    return bytes(known[letter] for letter in name) if known.keys() >= set(name) else None
 
 
 class Detokenizer:

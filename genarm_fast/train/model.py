@@ -96,7 +96,7 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
-    linear = {name: module for name, module in lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear, others = linear_layers(lm)
     available = sorted({name.rpartition(".")[2] for name in linear})
     for target in config.lora_targets:
         if not any(name == target or name.endswith("." + target) for name in linear):
@@ -111,12 +111,25 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
         target_modules=sorted(config.lora_targets or default_targets(lm)),
+        exclude_modules=others or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
     with refusing(
         f"lora_targets={config.lora_targets!r}, lora_dropout={config.lora_dropout}", "a LoRA that PEFT can make"
     ):
         return get_peft_model(lm, lora)
+
+
+def linear_layers(lm: PreTrainedModel) -> tuple[dict[str, nn.Linear | Conv1D], list[str]]:
+    """The linear layers that text runs through, by name, and the names of those that read images.
+
+    Pairs are texts: a LoRA on an image tower would get no gradient, and layers there may have the names of text's.
+    """
+    decoder, head = lm.get_decoder(), lm.get_output_embeddings()
+    linear = {name: module for name, module in lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    inside = {id(module) for module in (*decoder.modules(), *([] if head is None else head.modules()))}
+    text = {name: module for name, module in linear.items() if id(module) in inside}
+    return text, sorted(set(linear) - set(text))
 
 
 def default_targets(lm: PreTrainedModel) -> list[str]:
@@ -133,8 +146,8 @@ def default_targets(lm: PreTrainedModel) -> list[str]:
     return sorted(
         {
             name.rpartition(".")[2]
-            for name, module in lm.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not parts & set(name.split("."))
+            for name, module in linear_layers(lm)[0].items()
+            if module is not head and not parts & set(name.split("."))
         }
     )
 

@@ -58,13 +58,21 @@ def too_large(value: Any) -> str:
     return f", of at most {LARGEST:.0e} in size" if LARGEST < size < math.inf else ""
 
 
-def shown(value: object) -> str:
-    """Return a value's `repr` for an error, in at most 80 characters, or its type if it has none.
+def check_flag(name: str, value: object) -> bool:
+    """As a Python bool; NumPy's, and a tensor of no dimension, are taken. Raises TypeError."""
+    value = number(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={shown(value)}: expected True or False")
+    return value
 
-    An integer of 5000 digits, for example, has no `repr`.
+
+def shown(value: object) -> str:
+    """Return a value's `repr` for an error, in one line of at most 80 characters, or its type if it has none.
+
+    The `repr` of a model has a line for each module. An integer of 5000 digits, for example, has no `repr`.
     """
     try:
-        text = repr(value)
+        text = " ".join(repr(value).splitlines())
     except Exception:
         return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SAID = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")  # texts without an errno
-TORCH = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")  # torch.save drops the cause
-RESUMES = "; the same command resumes"
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Texts of errors that have no errno.
+DISK_FULL_TEXTS = ("No space left", "os error 28", "os error 27", "File too large", "quota exceeded")
+# Texts of torch.save, which drops the cause.
+TORCH_WRITE_TEXTS = ("PytorchStreamWriter failed writing", "inline_container.cc", "iostream error")
+RESUME_HINT = "; the same command resumes"
 
 
 @contextmanager
@@ -19,9 +21,11 @@ def resumable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if RESUMES in str(error) or (number not in FULL and not any(said in str(error) for said in (*SAID, *TORCH))):
+        text, number = str(error), getattr(error, "errno", None)
+        by_torch = any(each in text for each in TORCH_WRITE_TEXTS)
+        disk_full = number in DISK_FULL_ERRNOS or by_torch or any(each in text for each in DISK_FULL_TEXTS)
+        if RESUME_HINT in text or not disk_full:
             raise
-        unknown = "can't be written whole" if any(said in str(error) for said in TORCH) else "No space left on device"
-        said = f"{getattr(error, 'strerror', None) or unknown}{RESUMES}"
-        raise OSError(number or errno.ENOSPC, said, str(path)) from error
+        unknown = "can't be written whole" if by_torch else "No space left on device"
+        message = f"{getattr(error, 'strerror', None) or unknown}{RESUME_HINT}"
+        raise OSError(number or errno.ENOSPC, message, str(path)) from error

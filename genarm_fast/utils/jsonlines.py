@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-LONGEST = 1 << 26  # most bytes of a line, enough for ten million token ids
-KINDS = {  # first bytes of files that are not JSON lines, and what such files are
+MAX_LINE_BYTES = 1 << 26  # most bytes of a line, enough for ten million token ids
+KINDS_BY_FIRST_BYTES = {  # first bytes of files that are not JSON lines, and what such files are
     b"\x1f\x8b": "gzip data, whose names end with .gz",
     b"BZh": "bzip2 data",
     b"\xfd7zXZ": "xz data",
@@ -49,12 +49,12 @@ def read_lines(path: str | Path, name: str | Path | None = None) -> Iterator[tup
     name, number = path if name is None else name, 0
     with _open(path) as file:
         try:
-            while line := file.readline(LONGEST + 1):
+            while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if number == 1 and (kind := _kind(line)):
                     raise ValueError(f"{name} line 1: expected a JSON object a line, plain or in .gz, got {kind}")
-                if len(line) > LONGEST:
-                    raise ValueError(f"{name} line {number}: expected at most {LONGEST:,} bytes")
+                if len(line) > MAX_LINE_BYTES:
+                    raise ValueError(f"{name} line {number}: expected at most {MAX_LINE_BYTES:,} bytes")
                 if not line.isspace():
                     yield number, line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -74,10 +74,10 @@ def parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
 
 def loads(text: str) -> Any:
     """Parse JSON as `json.loads` does, but raise ValueError for a key that an object has twice."""
-    return json.loads(text, object_pairs_hook=_once)
+    return json.loads(text, object_pairs_hook=_without_repeated_keys)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError(f"the key {repeated(pairs)!r:.80} is there twice")
@@ -119,7 +119,7 @@ def finite(value: Any) -> Any:
 
 
 def _kind(line: bytes) -> str | None:
-    return next((kind for begin, kind in KINDS.items() if line.startswith(begin)), None)
+    return next((kind for begin, kind in KINDS_BY_FIRST_BYTES.items() if line.startswith(begin)), None)
 
 
 def _open(path: str | Path) -> IO[bytes]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from genarm_fast.utils.checks import check_flag
+
 
 @contextmanager
 def progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
     """Give the block a function to call with numbers of newly finished completions. The bar goes to stderr.
 
-    show: without it there is no bar, and the function does nothing.
+    show: without it there is no bar, and the function does nothing. Raises TypeError if it is not a bool.
     """
-    if not show:
+    if not check_flag("progress", show):
         yield lambda count: None
         return
     from rich.console import Console

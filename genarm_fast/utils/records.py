@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 1 << 20  # most bytes of a record; that of a model with 100 layers takes 4 kB
+MAX_RECORD_BYTES = 1 << 20  # most bytes of a record; that of a model with 100 layers takes 4 kB
 
 
 def cache_dir() -> Path:
@@ -21,7 +21,7 @@ def read_record(kind: str, key: str) -> dict[str, Any] | None:
     """Return the record of a kind and a key; None if there is no record, or if it is not valid."""
     try:
         path = _path(kind, key)
-        if path.stat().st_size > MOST_BYTES:
+        if path.stat().st_size > MAX_RECORD_BYTES:
             return None
         record = json.loads(path.read_bytes())
     except (OSError, RuntimeError, ValueError, RecursionError):

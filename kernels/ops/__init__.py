@@ -25,7 +25,7 @@ from .rotary import rotary, rotary_reference
 from .rotary_append import rotary_append
 from .settle import Settled, settle, settle_reference
 from .silu_mul import silu_mul, silu_mul_reference
-from .small_linear import SmallLinear, small_linear
+from .small_linear import SmallLinear, small_linear, small_linear_reference
 
 __all__ = [
     "GuidedSample",
@@ -62,4 +62,5 @@ __all__ = [
     "silu_mul",
     "silu_mul_reference",
     "small_linear",
+    "small_linear_reference",
 ]

@@ -119,6 +119,29 @@ def test_all_lines_are_checked_before_any_work(cli: Callable, job: tuple[list[st
     assert (folder / "out.jsonl").read_bytes() == b""
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"weights": {"one": 1, "tow": 2}}, "weights: 'tow': expected 'one', 'two'"),
+        ({"stop_token_ids": [300]}, "stop_token_ids: token id 300: expected less than 300"),
+        ({"logprobs": 301}, "logprobs=301: expected at most 300, the vocabulary"),
+    ],
+)
+def test_what_only_the_models_tell_of_a_line_is_checked_before_any_work(
+    cli: Callable, job: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch, line: dict[str, Any], message: str
+) -> None:
+    command, folder = job
+    monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)  # as where thousands of lines come before it
+    monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 1)
+    with open(folder / "in.jsonl", "a") as file:
+        file.write(json.dumps({"prompt": "the cat", **line}) + "\n")
+    result = cli(*command, "--output", folder / "out.jsonl")
+    assert result.code == 2
+    assert f"in.jsonl line {REQUESTS + 1}: " in result.err
+    assert message in result.err
+    assert not (folder / "out.jsonl").exists() or (folder / "out.jsonl").read_bytes() == b""
+
+
 def test_failed_requests_are_reported_and_tried_again(
     cli: Callable, job: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

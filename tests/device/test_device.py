@@ -178,7 +178,7 @@ def traced_rounds():
     """Yield the rows and operations of whole steps in which no row came or went. The kernel `guided_sample` is not
     traced."""
     traces = []
-    launch, batches = Steps._launch_whole, []
+    launch, batches = Steps._launch_as_graph, []
 
     def traced(self, batch, *rest):
         steady = bool(batches) and batches[-1] is batch
@@ -195,7 +195,7 @@ def traced_rounds():
             return guided_sample(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Steps, "_launch_whole", traced)
+        patch.setattr(Steps, "_launch_as_graph", traced)
         patch.setattr("genarm_fast.engine.sampler.guided_sample", kernel)
         patch.setattr("genarm_fast.speculation.model_drafter.guided_sample", kernel)
         # check_cache reads numbers, but only on the CPU.

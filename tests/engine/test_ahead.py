@@ -202,7 +202,7 @@ def test_a_block_kept_after_a_rejection_would_be_seen(tiny_model, tokenizer, mon
 def test_how_far_ahead():
     """Drafts made ahead fit into verification and end with the next block or the text. Wrong drafts stop them."""
     drafter = ModelDrafter(SimpleNamespace(draft_model=None), 1, (1,), ("arm",))
-    drafter.right = 1.0
+    drafter.all_right_share = 1.0
     sequence = SimpleNamespace(remaining=20)
 
     def steps():
@@ -242,7 +242,7 @@ def test_the_device_looks_up_what_the_host_does(tiny_model, tokenizer, case, mon
     def checked(self, step):
         known = [NgramIndex([*each.request.token_ids[0], *each.tokens]) for each in step.batch.sequences]
         finish(self, step)
-        if step.choice.k and step.most > 1:
+        if step.choice.k and step.max_tokens > 1:
             seen.extend((mine.propose(step.choice.k), drafted) for mine, drafted in zip(known, step.read().drafts))
 
     monkeypatch.setattr(Steps, "finish", checked)
@@ -300,14 +300,14 @@ def test_a_draft_model_and_plain_steps_take_turns(tiny_model, tokenizer, monkeyp
         turns.append(rows)
         return choose(self, rows) if len(turns) % 5 else PLAIN
 
-    launch, launched = Steps._launch_whole, set()
+    launch, launched = Steps._launch_as_graph, set()
 
     def noted(self, batch, policy, choice):
         launched.add((None if self.in_flight is None else self.in_flight.choice.k, choice.k))
         return launch(self, batch, policy, choice)
 
     monkeypatch.setattr(DraftPolicy, "choose", now_and_then)
-    monkeypatch.setattr(Steps, "_launch_whole", noted)
+    monkeypatch.setattr(Steps, "_launch_as_graph", noted)
     with engines_on(Lagging()):
         params = FREE.override(max_new_tokens=60)
         (output,) = model.generate([5, 6, 7], params, speculation=Speculation("draft_model", 3))

@@ -19,9 +19,9 @@ def test_auto_takes_its_times_from_whole_steps(tiny_model, tokenizer, monkeypatc
     """Only the first steps are launched in pieces, to time a draft. The texts are uploaded once."""
     pieces, texts, launch, upload = [], [], Steps.launch, Batch._texts
 
-    def counted(self, batch, policy, choice, whole=False):
-        pieces.append(not whole)
-        return launch(self, batch, policy, choice, whole)
+    def counted(self, batch, policy, choice, one_launch=False):
+        pieces.append(not one_launch)
+        return launch(self, batch, policy, choice, one_launch)
 
     def uploaded(batch, before, width):
         texts.append(before is None or before.state.texts.shape[1] != width)
@@ -56,7 +56,7 @@ def test_whole_steps_judge_whose_turn_it_is_not(tiny_model, tokenizer, monkeypat
 
         monkeypatch.setattr(DraftPolicy, "choose", lambda *_: choice)
         monkeypatch.setattr(DraftPolicy, "timing_due", lambda _: not whole)
-        monkeypatch.setattr(DraftPolicy, "shadow_due", lambda policy: policy.allowed)
+        monkeypatch.setattr(DraftPolicy, "shadow_due", lambda policy: policy.usable_drafters)
         monkeypatch.setattr(DraftPolicy, "observe_shadow", observe)
         with engines_on(Lagging(whole_steps=whole)):
             model.generate([[5, 6, 7], [8, 9]], params, speculation="auto")

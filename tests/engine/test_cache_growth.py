@@ -116,7 +116,7 @@ def test_without_memory_to_go_back_all_is_prefilled_again(model, memory, device)
                 pass
             assert not memory["errors"]
             assert engine.workspace.generation > lost
-            assert engine.workspace.whole
+            assert engine.workspace.is_intact
             assert [run.sequences[0].tokens, *(output.token_ids for output in outputs)] == expected
 
 

@@ -266,11 +266,11 @@ def test_max_time_ends_a_text_where_it_is(model, monkeypatch):
     assert output.token_ids == whole[: len(output.token_ids)]
     assert waiting.token_ids == []
     assert not model.engine().scheduler
-    assert not model.engine().scheduler.timed
+    assert not model.engine().scheduler.with_deadline
 
 
 def test_priority_comes_first_and_nobody_starves(tiny_model, tokenizer, monkeypatch):
-    monkeypatch.setattr(scheduler, "MOST_OVERTAKEN", 2)
+    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 2)
     model = GenARM.from_pretrained(tiny_model(), tokenizer=tokenizer, max_batch_size=1)
     priorities = [0, 0, 5, 1, 5, 7, 5]
     params = [SamplingParams(max_new_tokens=2, ignore_eos=True, priority=p) for p in priorities]

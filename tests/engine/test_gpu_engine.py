@@ -218,6 +218,20 @@ def test_a_capture_that_failed_is_over():
     assert torch.cuda.memory_reserved() <= before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [2, 8, 16, 32, 96, 128, 512])
+@pytest.mark.parametrize(("outputs", "inputs"), [(6192, 4096), (4112, 14336), (28704, 4096), (49152, 576), (300, 32)])
+def test_equal_rows_have_equal_bits(outputs, inputs, rows, dtype):
+    """Rows that fill a step up repeat its first one: if they drew other tokens, they would write these to its slot."""
+    from genarm_fast.kernels.small_linear.triton import launch
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight, x = (torch.randn(n, inputs, generator=generator, device="cuda").to(dtype) for n in (outputs, 1))
+    for multiply in (torch.nn.functional.linear, launch):
+        y = multiply(x.repeat(rows, 1), weight)
+        assert y is None or torch.equal(y, y[:1].expand_as(y))
+
+
 def test_memory_is_given_back(pair):
     """Caches and graphs are freed with their run, also when the run is left early."""
     _, cuda = pair()

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from genarm_fast import GenARM
 from genarm_fast.engine import layer_code, selfcheck
 from genarm_fast.engine.layer_kinds import kinds_of_layers
+from genarm_fast.models.one_call import OneCall
 from genarm_fast.models.weights import share_weights
 
 COUNT = 8
@@ -33,19 +34,19 @@ def whose(request, monkeypatch):
     """The origin of the odd layers. A stranger's code is never trusted; code read like transformers' is judged by its
     source."""
     if request.param != "a stranger's":
-        monkeypatch.setattr(layer_code, "READ", ("transformers", "odd_layers"))
+        monkeypatch.setattr(layer_code, "READ_PACKAGES", ("transformers", "odd_layers"))
 
 
 @torch.inference_mode()
 def whole(members):
     """Return what each layer caches, from a comparison of all layers."""
-    return selfcheck._checked(members)
+    return selfcheck._check_all_layers(members)
 
 
 @torch.inference_mode()
 def by_kinds(members):
     """Return what each layer caches, from a comparison of one layer per kind."""
-    return selfcheck._checked_by_kinds(members)
+    return selfcheck._check_by_kinds(members)
 
 
 def of_class(model, name, kind, layers=range(COUNT)):
@@ -152,6 +153,7 @@ def test_a_layer_of_ours_that_is_wrong_is_refused(tokenizer):
     fused = one.runner.base_model.forward
     assert one.runs_by.startswith("fused")
     fused.layers[5].scale *= 3
+    fused.one_call = OneCall(fused.layers, fused.next_norms, [()])
     with pytest.raises(ValueError, match=REFUSAL):
         selfcheck.entries_of([one])
 
@@ -267,6 +269,6 @@ def test_a_wrong_adapter_of_some_layers_is_refused(tokenizer):
     base = build()
     model = GenARM.from_pretrained(base, [adapted(base, [2, 3])], tokenizer=tokenizer)
     model.arms[0].model.model.layers[2].self_attn.q_proj.scaling["default"] *= 3  # the runner keeps the old scaling
-    selfcheck._found.clear()
+    selfcheck._entries_by_model.clear()
     with pytest.raises(ValueError, match=f"^arm: .*{REFUSAL}"):
         selfcheck.entries_of(model.members)

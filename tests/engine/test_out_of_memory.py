@@ -95,7 +95,7 @@ def test_nothing_of_the_step_is_held(model, scarce):
         assert engine.steps.in_flight is not None
         for request in model.prepare(PROMPTS[2:4], PARAMS[2:4]):
             engine.add(request)
-        while engine.admission.most is None:
+        while engine.admission.reduced_batch_size is None:
             engine.step()
         assert engine.steps.before is engine.steps.in_flight is None
         assert engine.workspace.bytes == 0
@@ -163,7 +163,7 @@ def test_memory_that_is_there_again_is_used(model, scarce):
     """The limit rises again when no sequence runs any more and others come."""
     scarce(2)
     model.generate(PROMPTS, PARAMS)
-    assert model.engine().admission.most == 2
+    assert model.engine().admission.reduced_batch_size == 2
     ran = scarce(4)
     del ran[:]
     model.generate(PROMPTS, PARAMS)

@@ -10,7 +10,7 @@ from genarm_fast import GenARM, SamplingParams
 from genarm_fast.engine import pace, scheduler
 from genarm_fast.engine.executor import Executor
 from genarm_fast.engine.model_runner import ModelRunner
-from genarm_fast.engine.pace import LEAST, Pace
+from genarm_fast.engine.pace import MIN_CHUNK_TOKENS, Pace
 from genarm_fast.engine.step import Steps
 
 PARAMS = SamplingParams(max_new_tokens=40, ignore_eos=True, seed=1)
@@ -96,7 +96,7 @@ def test_a_late_request_gets_its_first_token_within_two_steps(guided):
     model = guided(max_step_ms=30.0)
     running = [add(model, [5, 6 + i]) for i in range(8)]
     step_until(model, lambda: all(len(each.tokens) > 3 for each in running))
-    late = add(model, [3] * LEAST)
+    late = add(model, [3] * MIN_CHUNK_TOKENS)
     assert step_until(model, lambda: late.tokens) <= 2
     step_until(model, lambda: len(late.tokens) > 3)
     longer = add(model, [4] * 60)  # 59 tokens in chunks of 20
@@ -137,19 +137,19 @@ def test_a_target_that_no_step_can_meet(guided):
     model = guided(max_step_ms=1.0)
     running = add(model, [5, 6])
     step_until(model, lambda: len(running.tokens) > 2)
-    late = add(model, [3] * (4 * LEAST + 1))
+    late = add(model, [3] * (4 * MIN_CHUNK_TOKENS + 1))
     assert step_until(model, lambda: late.tokens) == 4
 
 
 def test_chunks_grow_step_by_step():
     """The cost of small chunks says little about large ones."""
     learned = Pace()
-    assert learned.tokens(100.0) == LEAST
+    assert learned.tokens(100.0) == MIN_CHUNK_TOKENS
     learned.observe(0, 0.01)
-    learned.observe(LEAST, 0.01)  # a token has no measurable cost
-    assert learned.tokens(100.0) == 2 * LEAST
-    learned.observe(2 * LEAST, 0.01)
-    assert learned.tokens(100.0) == 4 * LEAST
+    learned.observe(MIN_CHUNK_TOKENS, 0.01)  # a token has no measurable cost
+    assert learned.tokens(100.0) == 2 * MIN_CHUNK_TOKENS
+    learned.observe(2 * MIN_CHUNK_TOKENS, 0.01)
+    assert learned.tokens(100.0) == 4 * MIN_CHUNK_TOKENS
     assert learned.tokens(None) is None
 
 

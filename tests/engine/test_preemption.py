@@ -59,7 +59,7 @@ def test_drafts_ahead_of_a_preempted_sequence_are_dropped(guided, whole):
         next(stream)
         next(stream)
         (sequence,) = stream._sequences
-        ahead = engine.steps.in_flight.most - 1 if whole else len(engine.drafters[0].rollout)
+        ahead = engine.steps.in_flight.max_tokens - 1 if whole else len(engine.drafters[0].rollout)
         assert ahead > 0
         model.generate([[3] * 20], max_new_tokens=5, ignore_eos=True)
         assert sequence.slot == -1

@@ -28,7 +28,7 @@ def probe_of(members):
     """Return a runner made as the self-check makes it."""
     runner = ModelRunner(members)
     runner.refresh()
-    runner.discover(3, selfcheck.LENGTH)
+    runner.discover(3, selfcheck.ROW_TOKENS)
     return runner
 
 
@@ -141,7 +141,7 @@ def test_a_deep_model_that_magnifies_rounding_passes(tokenizer, monkeypatch):
     assert error > selfcheck.tolerance(one)
     monkeypatch.setattr(selfcheck, "TRIES", 1)
     assert selfcheck.entries_of([one])
-    selfcheck._found.clear()
+    selfcheck._entries_by_model.clear()
     embed = model.model.embed_tokens
     forward = type(embed).forward
     # Positions by count.
@@ -162,7 +162,7 @@ def test_lanes_are_told_apart(tokenizer):
         each.lane, each.shared = lane, runner
     assert len(selfcheck.entries_of(members)) == 2
     members[1].model = build_model("llama", 2)
-    selfcheck._found.clear()
+    selfcheck._entries_by_model.clear()
     with pytest.raises(ValueError, match=r"^second: "):
         selfcheck.entries_of(members)
 

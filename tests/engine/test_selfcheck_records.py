@@ -233,7 +233,7 @@ def replaced(**changes):
         lambda text: text[:-5],
         lambda text: "[]",
         lambda text: "[" * 100_000,
-        lambda text: text + " " * records.MOST_BYTES,
+        lambda text: text + " " * records.MAX_RECORD_BYTES,
         replaced(key="0" * 64),
         replaced(layers=[]),
         replaced(layers=5),

@@ -67,10 +67,10 @@ def test_turns_come_in_the_order_of_asking():
 def test_what_is_asked_in_mid_step_is_done_after_it():
     turns, done = Turns(), []
     with turns.take():
-        within_seconds(lambda: turns.ask(lambda: done.append("abort")))
+        within_seconds(lambda: turns.do_between_steps(lambda: done.append("abort")))
         assert not done
     assert done == ["abort"]
-    turns.ask(lambda: done.append("at once"))
+    turns.do_between_steps(lambda: done.append("at once"))
     assert done == ["abort", "at once"]
 
 
@@ -89,7 +89,7 @@ def test_an_interrupt_while_taking_the_turn_gives_it_back(model):
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    turns._inbox.append(interrupt)
+    turns._jobs.append(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.generate([5, 6], **SEEDED)
     assert len(calls) == 2  # the interrupted call is repeated, whole
@@ -266,7 +266,7 @@ def test_an_interrupt_while_the_turn_is_given_back_leaves_it_free(monkeypatch):
             pass
     assert turns._stepper is None
     taken = []
-    thread = threading.Thread(target=lambda: turns.ask(lambda: taken.append(True)))
+    thread = threading.Thread(target=lambda: turns.do_between_steps(lambda: taken.append(True)))
     thread.start()
     thread.join(10)
     assert taken == [True]
@@ -283,7 +283,7 @@ def test_interrupts_never_leave_the_lock_held():
             while True:
                 with turns.take():
                     pass
-                turns.ask(lambda: None)
+                turns.do_between_steps(lambda: None)
         except KeyboardInterrupt:
             return True
 

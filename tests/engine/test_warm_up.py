@@ -97,15 +97,15 @@ def test_at_load(fresh, work):
 
 
 def test_caches_are_kept_though_they_are_larger_than_the_weights(fresh, work, monkeypatch):
-    monkeypatch.setattr("genarm_fast.engine.workspace.LEAST", 0)
+    monkeypatch.setattr("genarm_fast.engine.workspace.MIN_KEPT_BYTES", 0)
     model = fresh()
     model.warm_up(batch_sizes=3, prompt_tokens=100, max_new_tokens=150)
     workspace = model.engine().workspace
-    assert workspace.bytes > workspace.most
+    assert workspace.bytes > workspace.kept_bytes_limit
     before = work.copy()
     model.generate([[5], [6]], PARAMS)
     assert work == before
-    assert workspace.bytes == workspace.warm > workspace.most
+    assert workspace.bytes == workspace.warm_up_bytes > workspace.kept_bytes_limit
     model.generate([[5] * 20 for _ in range(4)], max_new_tokens=200)  # more memory than that is not kept
     assert workspace.bytes == 0
 

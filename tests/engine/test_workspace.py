@@ -17,7 +17,7 @@ from tiny_models import build_model
 from genarm_fast import GenARM, SamplingParams
 from genarm_fast.device.cuda import Cuda
 from genarm_fast.engine import workspace
-from genarm_fast.engine.allocate import roomy
+from genarm_fast.engine.allocate import rounded_capacity
 from genarm_fast.engine.model_runner import ModelRunner
 from genarm_fast.speculation.config import Speculation
 
@@ -218,7 +218,7 @@ def test_a_failed_row_leaves_nothing_to_the_next(tokenizer):
 
 
 def test_what_is_large_is_not_kept(fresh, monkeypatch):
-    monkeypatch.setattr(workspace, "LEAST", 0)
+    monkeypatch.setattr(workspace, "MIN_KEPT_BYTES", 0)
     model = fresh()
     tokens(model, prompts(0, count=1, longest=5))
     assert left(model)
@@ -254,9 +254,9 @@ def test_what_is_too_small_is_freed_before_more_is_made(fresh, monkeypatch):
 
 
 def test_capacities_are_few():
-    sizes = {roomy(tokens) for tokens in range(1, 4097)}
+    sizes = {rounded_capacity(tokens) for tokens in range(1, 4097)}
     assert len(sizes) < 45
-    assert all(tokens <= roomy(tokens) <= tokens + max(63, tokens / 8) for tokens in range(1, 20000))
+    assert all(tokens <= rounded_capacity(tokens) <= tokens + max(63, tokens / 8) for tokens in range(1, 20000))
 
 
 def test_the_second_call_captures_nothing(fresh):

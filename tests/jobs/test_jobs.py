@@ -299,6 +299,17 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         read_requests(path, SamplingParams(), arms=2)
 
 
+def test_weights_by_the_name_of_no_arm(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "weights": {"two": 1}}, {"prompt": "a", "weights": {"tow": 1}}]
+    path = write_lines(tmp_path / "in.jsonl", rows)
+    with pytest.raises(ValueError, match=r"in\.jsonl line 2: weights: 'tow': expected 'one', 'two'"):
+        read_requests(path, SamplingParams(), arms=["one", "two"])
+    write_lines(path, [{"prompt": "a", "weights": [1, 2, 3]}])
+    with pytest.raises(ValueError, match=r"in\.jsonl line 1: weights=.*: expected 2 numbers, one per ARM, got 3"):
+        read_requests(path, SamplingParams(), arms=["one", "two"])
+    assert len(read_requests(write_lines(path, rows), SamplingParams(), arms=2)) == 2  # no names to compare with
+
+
 def test_empty_input_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="found none"):

@@ -8,7 +8,7 @@ import pytest
 
 from genarm_fast import ARM, GenARM, SamplingParams
 from genarm_fast.jobs import ResultsFile, read_requests, run
-from genarm_fast.text.detokenize import token_text
+from genarm_fast.text.detokenize import token_bytes, token_text
 from genarm_fast.utils.jsonlines import dumps
 
 CHAT = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
@@ -62,6 +62,7 @@ def test_answers_have_the_shape_of_openais(model, tokenizer, tmp_path):
         assert [[each["logprob"] for each in entry["top_logprobs"]] for entry in content] == [
             near(list(each.top.values())) for each in completion.logprobs
         ]
+        assert [bytes(each["bytes"]) for each in content] == [token_bytes(tokenizer, t) for t in completion.token_ids]
     total = output.usage.prompt_tokens + output.usage.completion_tokens
     assert body["usage"]["total_tokens"] == total
     body = second["response"]["body"]

@@ -103,6 +103,36 @@ def test_prompts_are_checked_ahead_and_the_longest_first(tmp_path: Path, monkeyp
     assert (model.batches, model.prepared) == ([], ["a long prompt"])
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"stop_token_ids": [7, 300]},
+        {"suppress_tokens": [300]},
+        {"allowed_token_ids": [300, 5]},
+        {"logit_bias": {"300": 1.0}},
+        {"logprobs": 301},
+    ],
+)
+def test_the_highest_token_that_a_line_names_is_checked_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: dict[str, Any]
+) -> None:
+    """The model alone knows the vocabulary, and a job may take days until the line's own turn."""
+    rows = [{"prompt": f"p{i}", "stop_token_ids": [i]} for i in range(24)]
+    rows[17] |= {"stop_token_ids": [], **named}
+    requests = requests_of(tmp_path, rows)
+    assert requests.widest is not None
+    assert requests.widest.line == 18
+    monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)
+    model = FakeModel(refused=["p17"])
+    with pytest.raises(ValueError, match=r"in\.jsonl line 18: too long"):
+        run_job(model, requests, tmp_path / "out.jsonl")
+    assert (model.batches, model.prepared) == ([], ["p10", "p17"])  # the longest prompt before it
+
+
+def test_requests_that_name_no_token(tmp_path: Path) -> None:
+    assert requests_of(tmp_path, [{"prompt": "a"}]).widest is None
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     def peak(lines: int) -> int:
         requests = None

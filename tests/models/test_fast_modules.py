@@ -117,6 +117,11 @@ def test_an_activation_that_somebody_changed(how):
 )
 def test_weights_that_a_hook_computes(computed):
     """The weights are no parameters, and `copy.deepcopy` refuses them. Changes of their sources count."""
+    for dtype in (torch.float32, torch.bfloat16):
+        linear = torch.nn.Linear(32, 32, dtype=dtype)
+        assert _fast(linear) is not None
+        computed(linear)
+        assert _fast(linear) is None
     base, arm = build_model("llama", 0), build_model("llama", 1)
     computed(base.model.layers[0].self_attn.q_proj)
     model = GenARM.from_pretrained(base, arm, tokenizer=build_tokenizer())
@@ -126,3 +131,10 @@ def test_weights_that_a_hook_computes(computed):
         with torch.no_grad():
             for parameter in base.model.layers[0].self_attn.q_proj.parameters():
                 parameter += 0.2
+
+
+def test_a_norm_whose_weight_a_hook_computes():
+    norm = build_model("llama", 0).model.norm
+    assert _fast(norm) is not None
+    prune.l1_unstructured(norm, "weight", 0.5)
+    assert _fast(norm) is None

@@ -8,24 +8,25 @@ from itertools import chain
 import pytest
 import torch
 from peft import LoraConfig
+from runners import runner_of
 from tiny_models import VOCAB_SIZE, build_model, save_adapter
 from transformers import Cache
 
 from genarm_fast import GenARM
 from genarm_fast.kernels import _native
-from genarm_fast.models.fast_modules import make_fast
 from genarm_fast.models.forward_context import Ragged, at_positions, running
 from genarm_fast.models.fused_decoder import WINDOWS
-from genarm_fast.models.known_decoders import Norm
 from genarm_fast.models.kv_cache import RaggedLayer
 from genarm_fast.models.one_call import OneCall
-from genarm_fast.models.weights import share_weights
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="needs the C++ core")
 SLOTS, CAPACITY = 3, 24
 ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
 # Rows of the cache, first position, tokens: prefill, a step, drafts beyond Mistral's window of 8.
 BLOCKS = (([2, 0], 0, 6), ([2, 0], 6, 1), ([2], 7, 5), ([0], 7, 9), ([2, 0], 12, 1))
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 
 
 @pytest.fixture(params=ISAS)
@@ -77,33 +78,59 @@ def assert_same(decoder, lanes, taken):
     assert all(states.isfinite().all() for states in one)
 
 
-def runner_of(family, **config):
-    return make_fast(share_weights(build_model(family, 0, **config).to(torch.bfloat16)))
-
-
+@dtypes
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("family", [family.lower() for family in WINDOWS])
-def test_bits_of_families(isa, taken, family, threads):
+def test_bits_of_families(isa, taken, family, threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        decoder = runner_of(family).base_model
-        taken.clear()  # drop the trial's calls
+        decoder = runner_of(family, dtype).base_model
+        taken.clear()  # of the trial
         assert_same(decoder, [0], taken)
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
-def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, quantization):
-    """The adapters target different linears, and the base has none."""
+@dtypes
+def test_bits_of_a_row_do_not_depend_on_its_batch(isa, taken, dtype):
+    """Calls have 80 tokens, 20, or one. In many rows float32 takes other loops."""
+    decoder, slots = runner_of("llama", dtype).base_model, 4
+    taken.clear()
+    positions = torch.arange(20).expand(slots, 20)
+    tokens = (13 * positions + 5 * torch.arange(slots)[:, None]) % VOCAB_SIZE
+
+    def run(rows, width):
+        cache = Cache(layers=[RaggedLayer(slots, CAPACITY) for _ in decoder.layers])
+        chosen = torch.arange(slots)[rows]
+        with torch.inference_mode(), running([0], len(chosen)):
+            for part in positions[rows].split(width, 1):
+                with at_positions(Ragged(chosen, part, CAPACITY)):
+                    given = {"input_ids": tokens[rows][:, part[0]], "position_ids": part}
+                    out = decoder(**given, past_key_values=cache).last_hidden_state
+        return out
+
+    together = run(slice(None), 20)
+    for row in range(slots):
+        alone = slice(row, row + 1)
+        assert torch.equal(run(alone, 20)[0], together[row])
+        assert torch.equal(run(alone, 1)[0, -1], together[row, -1])  # token by token
+    assert None not in taken
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [(torch.float32, None), *((torch.bfloat16, quantization) for quantization in (None, "int8", "int4"))],
+)
+def test_bits_of_lanes(tmp_path, tokenizer, taken, isa, dtype, quantization):
+    """Adapters of other linears each; the base has none."""
     base = tmp_path / "base"
-    build_model("llama", 0).to(torch.bfloat16).save_pretrained(base)
+    build_model("llama", 0).to(dtype).save_pretrained(base)
     tokenizer.save_pretrained(base)
     for name, targets in (("one", ["q_proj", "up_proj", "down_proj"]), ("two", ["o_proj", "q_proj", "v_proj"])):
         save_adapter(tmp_path / name, base=base, seed=len(name), config=LoraConfig(r=4, target_modules=targets))
     arms = [tmp_path / "one", tmp_path / "two"]
-    model = GenARM.from_pretrained(base, arms, dtype=torch.bfloat16, quantization=quantization)
+    model = GenARM.from_pretrained(base, arms, dtype=dtype, quantization=quantization)
     decoder = model.members[0].shared.base_model
     for lanes in ([0, 1, 2], [2, 0], [1]):
         taken.clear()
@@ -159,9 +186,10 @@ def test_a_long_prompt_can_be_interrupted(tokenizer, alarm):
         assert [output.token_ids for output in model.generate(prompts, **params)] == expected
 
 
-def test_norms_are_read_at_every_call(taken):
+@dtypes
+def test_norms_are_read_at_every_call(taken, dtype):
     """The call keeps the norms' tensors, not their addresses."""
-    runner = runner_of("qwen3")
+    runner = runner_of("qwen3", dtype)
     layer = runner.base_model.layers[1]
     for norm in (layer.post_attention_layernorm, layer.self_attn.q_norm, runner.base_model.norm):
         before = states_of(runner.base_model, [0])[0]
@@ -174,110 +202,19 @@ def test_norms_are_read_at_every_call(taken):
 
 
 def test_other_dtypes_are_not_taken(taken):
-    decoder = make_fast(share_weights(build_model("llama", 0))).base_model
+    decoder = runner_of("llama", torch.float16).base_model
     taken.clear()
     states_of(decoder, [0])
     assert taken == [None] * len(BLOCKS)
 
 
-ORDER = ("hidden", "x", "cos", "sin", "slots", "positions", "spans", "caches")
-
-
-def arguments_of(decoder):
-    """Return the fused forward of a Llama, and the arguments of a call of two rows to the core."""
-    hidden = torch.randn(2, 1, 32).to(torch.bfloat16)
-    cos, sin = torch.randn(2, 2, 1, 8).to(torch.bfloat16)
-    states = [torch.zeros(3, 2, CAPACITY, 8, dtype=torch.bfloat16) for _ in range(4)]
-    given = (hidden, hidden.clone(), cos, sin, torch.tensor([2, 0]), torch.tensor([[3], [4]]), ((),), tuple(states))
-    return decoder.forward.one_call._core, dict(zip(ORDER, given, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("hidden", lambda hidden: hidden.float()),
-        ("hidden", lambda hidden: hidden[..., :31]),
-        ("hidden", lambda hidden: hidden.transpose(0, 2)),
-        ("hidden", lambda hidden: hidden[0]),
-        ("x", lambda x: x[:1]),
-        ("x", lambda x: None),
-        ("cos", lambda cos: cos.float()),
-        ("sin", lambda sin: sin[..., :4]),
-        ("slots", lambda slots: slots.int()),
-        ("slots", lambda slots: slots[:1]),
-        ("positions", lambda positions: positions.expand(2, 2)),
-        ("spans", lambda spans: ()),
-        ("spans", lambda spans: [()]),
-        ("spans", lambda spans: (((0, 1, 0),),)),  # no linear has a LoRA
-        ("caches", lambda caches: caches[:3]),
-        ("caches", lambda caches: list(caches)),
-        ("caches", lambda caches: (caches[0].float(), *caches[1:])),
-        ("caches", lambda caches: (caches[0][:, :1], caches[1][:, :1], *caches[2:])),
-        ("caches", lambda caches: (*caches[:3], caches[3][..., :4])),
-        ("caches", lambda caches: (*caches[:2], caches[2][:2], caches[3])),
-    ],
-)
-def test_what_does_not_fit_is_not_begun(name, change):
-    core, given = arguments_of(runner_of("llama").base_model)
-    states = given["caches"]
-    changed = given | {name: change(given[name])}
-    assert core.run(*changed.values()) is None
-    assert not any(cache.any() for cache in states)
-    assert core.run(*given.values()) is not None
-    assert all(cache.any() for cache in states)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("slots", torch.tensor([2, 3]), r"slots\[1\] = 3: expected 0..2"),
-        ("positions", torch.tensor([[3], [24]]), r"positions\[1, 0\] = 24: expected 0..23"),
-        ("spans", (((0, 3, 0),),), r"span \(0, 3, 0\): expected rows within 0..2"),
-        ("spans", (((0, 1, -1),),), r"span \(0, 1, -1\)"),
-    ],
-)
-def test_places_that_do_not_exist(name, value, error):
-    core, given = arguments_of(runner_of("llama").base_model)
-    with pytest.raises(ValueError, match=error):
-        core.run(*(given | {name: value}).values())
-    assert not any(cache.any() for cache in given["caches"])
-
-
-def test_another_number_of_arguments():
-    core, given = arguments_of(runner_of("llama").base_model)
-    with pytest.raises(TypeError, match="7 arguments: expected 8"):
-        core.run(*list(given.values())[:-1])
-
-
-@pytest.mark.parametrize("layers", [(), ((),), (tuple(range(19)),), ("no layer",)])
-def test_what_are_no_layers(layers):
-    with pytest.raises(TypeError):
-        _native.core.decoder_layers(layers)
-
-
-def test_layers_that_do_not_fit_together():
-    one, other = runner_of("llama").base_model.forward, runner_of("llama", hidden_size=64).base_model.forward
-    for layer in other.layers:
-        layer.second_norm = one.layers[0].second_norm
-    mixed = OneCall([one.layers[0], other.layers[0]], one.next_norms, [()])
-    assert mixed._core is None
-    layer = one.layers[1]
-    layer.down, layer.o = layer.o, layer.down
-    assert OneCall(one.layers, one.next_norms, [()])._core is None
-
-
-@pytest.mark.parametrize("weight", [None, torch.ones(32), torch.ones(31).to(torch.bfloat16)])
-@pytest.mark.parametrize("which", ["second", "next"])
-def test_norms_that_do_not_fit(which, weight):
-    decoder = runner_of("llama").base_model
-    _, given = arguments_of(decoder)
-    forward, norm = decoder.forward, Norm(weight, 1e-6)
-    if which == "second":
-        forward.layers[1].second_norm = norm
-    else:
-        forward.next_norms[1] = norm
-    assert OneCall(forward.layers, forward.next_norms, [()])._core.run(*given.values()) is None
-    assert not any(cache.any() for cache in given["caches"])
+def test_a_core_that_is_turned_off_is_not_called(taken, monkeypatch):
+    """Test doubles of devices turn it off after models are loaded."""
+    decoder = runner_of("llama", torch.float32).base_model
+    taken.clear()
+    monkeypatch.setattr(_native, "core", None)
+    states_of(decoder, [0])
+    assert taken == [None] * len(BLOCKS)
 
 
 def test_one_norm_of_heads_without_the_other():
@@ -287,9 +224,3 @@ def test_one_norm_of_heads_without_the_other():
     forward.one_call = OneCall(forward.layers, forward.next_norms, [()])
     with pytest.raises((ValueError, TypeError)):  # raised by rotary_append, which runs after the refused call
         states_of(decoder, [0])
-
-
-def test_no_rows(taken):
-    core, given = arguments_of(runner_of("llama").base_model)
-    none = {name: given[name][:0] for name in ("hidden", "x", "cos", "sin", "slots", "positions")}
-    assert core.run(*(given | none).values()).shape == (0, 1, 32)

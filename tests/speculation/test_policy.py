@@ -27,7 +27,7 @@ def test_what_was_asked_for_is_done_and_nothing_is_learnt(speculation: Speculati
     policy = DraftPolicy(speculation, NAMES, tuners, ahead=False)
     policy.observe(StepObservation(expected.drafter, 1, expected.k, [expected.k], [0], 1.0, 1.0))
     assert policy.choose(1) == expected
-    assert policy.candidates == policy.shadow_due() == []
+    assert policy.tuner_candidates == policy.shadow_due() == []
     assert tuners.stats() == []
 
 
@@ -35,7 +35,7 @@ def test_the_tuner_knows_only_drafters_that_were_asked_for(monkeypatch: pytest.M
     """The third drafter of the run is the first of the tuner, in choices and in observations."""
     tuners = Tuners()
     policy = DraftPolicy(Speculation("base"), NAMES, tuners, ahead=False)
-    assert policy.candidates == policy.shadow_due() == [2]
+    assert policy.tuner_candidates == policy.shadow_due() == [2]
     assert policy.choose(1) == PLAIN
     monkeypatch.setattr(Tuner, "choose", lambda self, rows: Choice(0, 5))
     assert policy.choose(1) == Choice(2, 5)

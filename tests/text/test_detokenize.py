@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from genarm_fast import GenARM
-from genarm_fast.text.detokenize import Detokenizer, StopStrings, decode, decoder
+from genarm_fast.text.detokenize import Detokenizer, StopStrings, decode, decoder, token_bytes
 
 TEXTS = [
     "the cat sat on the mat",
@@ -52,6 +52,20 @@ def test_no_character_is_shown_half(tokenizer, spaced_tokenizer, text):
         if "\ufffd" not in text:
             assert "\ufffd" not in "".join(pieces)
     assert "".join(pieces_of(tokenizer, tokenizer(text)["input_ids"])) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_of_tokens_are_those_of_their_text(tokenizer, spaced_tokenizer, text):
+    """A character of several tokens is in none of their texts."""
+    for each in (tokenizer, spaced_tokenizer):
+        ids = each.encode(text, add_special_tokens=False)
+        found = b"".join(token_bytes(each, token) for token in ids)
+        assert found.decode().lstrip(" ") == text.lstrip(" ")
+
+
+def test_bytes_that_no_name_tells(word_tokenizer):
+    word_tokenizer.add_tokens(["\ufffd語"])
+    assert token_bytes(word_tokenizer, word_tokenizer.convert_tokens_to_ids("\ufffd語")) is None
 
 
 def test_any_tokens(tokenizer):

@@ -38,7 +38,7 @@ def test_compressed_data_under_another_name_and_deep_json(tmp_path):
 
 
 def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("genarm_fast.utils.jsonlines.LONGEST", 100)
+    monkeypatch.setattr("genarm_fast.utils.jsonlines.MAX_LINE_BYTES", 100)
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 86 + '"}\n')
     assert len(list(read_objects(tmp_path / "rows.jsonl"))) == 2
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\n{"a": "' + "x" * 10**6)

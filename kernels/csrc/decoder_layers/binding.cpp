@@ -25,6 +25,7 @@ enum Part {
 struct Layers {
   std::vector<DecoderLayer> layers;  // but for their norms, which each call looks up
   int lists = 0;                     // of spans that a call gives
+  ElementType type = kBfloat16;      // of all numbers: float32 where all linears are of that
 };
 
 struct LayersObject {
@@ -77,12 +78,21 @@ bool fill(PyObject* tuple, DecoderLayer* layer, int* lists) {
          layer->gate_up[1].linear->out == inner && layer->o.linear->out == width && layer->down.linear->out == width;
 }
 
-bool look_up_norms(PyObject* tuple, DecoderLayer* layer) {
+bool is_float32(const DecoderLayer& layer) { return layer.qkv[0].linear->is_float32(); }
+
+// Whether all linears of a layer have inputs and outputs of the same type.
+bool of_one_type(const DecoderLayer& layer) {
+  const auto same = [&](const AdaptedLinear& each) { return each.linear->is_float32() == is_float32(layer); };
+  return std::all_of(layer.qkv, layer.qkv + 3, same) && same(layer.o) && same(layer.gate_up[0]) &&
+         same(layer.gate_up[1]) && same(layer.down);
+}
+
+bool look_up_norms(PyObject* tuple, ElementType type, DecoderLayer* layer) {
   const int64_t width = layer->qkv[0].linear->in, head = layer->head_width;
-  return norm_weight(part(tuple, kNorm), kBfloat16, width, &layer->norm.weight) && layer->norm.weight &&
-         norm_weight(part(tuple, kNextNorm), kBfloat16, width, &layer->next_norm.weight) && layer->next_norm.weight &&
-         norm_weight(part(tuple, kQueryNorm), kBfloat16, head, &layer->query_norm) &&
-         norm_weight(part(tuple, kKeyNorm), kBfloat16, head, &layer->key_norm) &&
+  return norm_weight(part(tuple, kNorm), type, width, &layer->norm.weight) && layer->norm.weight &&
+         norm_weight(part(tuple, kNextNorm), type, width, &layer->next_norm.weight) && layer->next_norm.weight &&
+         norm_weight(part(tuple, kQueryNorm), type, head, &layer->query_norm) &&
+         norm_weight(part(tuple, kKeyNorm), type, head, &layer->key_norm) &&
          !layer->query_norm == !layer->key_norm;
 }
 
@@ -91,7 +101,8 @@ bool cache_of(PyObject* const* keys_and_values, const DecoderLayer& layer, const
   DLTensor keys, values;
   if (!ragged_cache(keys_and_values, &keys, &values)) return false;
   const int64_t heads = keys.shape[1], value_width = values.shape[3], of_queries = layer.qkv[0].linear->out;
-  if (!(type_of(keys) == kBfloat16) || !(type_of(values) == kBfloat16) || keys.shape[3] != layer.head_width ||
+  const ElementType type = call.bfloat16 ? kBfloat16 : kFloat32;
+  if (!(type_of(keys) == type) || !(type_of(values) == type) || keys.shape[3] != layer.head_width ||
       layer.qkv[1].linear->out != heads * layer.head_width || layer.qkv[2].linear->out != heads * value_width ||
       of_queries / layer.head_width % heads != 0 || layer.o.linear->in != of_queries / layer.head_width * value_width) {
     return false;
@@ -117,17 +128,18 @@ bool fill_call(PyObject* const* in, const Layers& own, DecoderCall* call) {
   enum Argument { kHidden, kX, kCos, kSin, kSlots, kPositions, kSpans };
   DLTensor hidden, x, cos, sin;
   const DecoderLayer& first = own.layers[0];
-  if (!borrow(in[kHidden], &hidden) || !(type_of(hidden) == kBfloat16) || hidden.ndim != 3 || !contiguous(hidden) ||
-      hidden.shape[2] != first.qkv[0].linear->in || !borrow(in[kX], &x) || !(type_of(x) == kBfloat16) || x.ndim != 3 ||
+  call->bfloat16 = own.type == kBfloat16;
+  if (!borrow(in[kHidden], &hidden) || !(type_of(hidden) == own.type) || hidden.ndim != 3 || !contiguous(hidden) ||
+      hidden.shape[2] != first.qkv[0].linear->in || !borrow(in[kX], &x) || !(type_of(x) == own.type) || x.ndim != 3 ||
       !contiguous(x) || std::memcmp(x.shape, hidden.shape, 3 * sizeof *x.shape) != 0) {
     return false;
   }
-  call->hidden = hidden.at<const uint16_t>(), call->x = x.at<const uint16_t>();
+  call->hidden = hidden.at<const char>(), call->x = x.at<const char>();
   call->rows = hidden.shape[0], call->block = hidden.shape[1], call->width = hidden.shape[2];
   const int64_t angles[] = {call->rows, call->block, first.head_width};
   const void *cos_data = nullptr, *sin_data = nullptr;
-  if (!borrow(in[kCos], &cos) || !rotary_angles(cos, kBfloat16, angles, &cos_data, call->cos_strides) ||
-      !borrow(in[kSin], &sin) || !rotary_angles(sin, kBfloat16, angles, &sin_data, call->sin_strides) ||
+  if (!borrow(in[kCos], &cos) || !rotary_angles(cos, own.type, angles, &cos_data, call->cos_strides) ||
+      !borrow(in[kSin], &sin) || !rotary_angles(sin, own.type, angles, &sin_data, call->sin_strides) ||
       !ragged_places(in + kSlots, call->rows, call->block, &call->places)) {
     return false;
   }
@@ -161,15 +173,15 @@ PyObject* run(PyObject* self, PyObject* const* in, Py_ssize_t count) {
                 PyTuple_Size(in[kCaches]) == 2 * static_cast<Py_ssize_t>(n);
     for (size_t i = 0; runs && i < n; ++i) {
       PyObject* const pair[] = {PyTuple_GetItem(in[kCaches], 2 * i), PyTuple_GetItem(in[kCaches], 2 * i + 1)};
-      runs = look_up_norms(PyTuple_GetItem(tuples, i), &layers[i]) && spans_fit(layers[i], call) &&
+      runs = look_up_norms(PyTuple_GetItem(tuples, i), own.type, &layers[i]) && spans_fit(layers[i], call) &&
              cache_of(pair, layers[i], call, &caches[i]);
     }
     if (PyErr_Occurred()) return nullptr;
     if (!runs) Py_RETURN_NONE;
     int64_t shape[] = {call.rows, call.block, call.width};
     void* data = nullptr;
-    if (!(out = new_tensor(kBfloat16, 3, shape, &data))) return nullptr;
-    call.out = static_cast<uint16_t*>(data), call.threads = threads();
+    if (!(out = new_tensor(own.type, 3, shape, &data))) return nullptr;
+    call.out = static_cast<char*>(data), call.threads = threads();
     bool done = false;
     {
       WithoutGil without_gil;
@@ -216,10 +228,12 @@ PyObject* decoder_layers_binding(PyObject*, PyObject* tuples) {
     own->layers.resize(n);
     for (Py_ssize_t i = 0; fits && i < n; ++i) {
       DecoderLayer& layer = own->layers[i];
-      fits = fill(PyTuple_GetItem(tuples, i), &layer, &own->lists) &&
+      fits = fill(PyTuple_GetItem(tuples, i), &layer, &own->lists) && of_one_type(layer) &&
+             is_float32(layer) == is_float32(own->layers[0]) &&
              layer.qkv[0].linear->in == own->layers[0].qkv[0].linear->in &&
              layer.head_width == own->layers[0].head_width;
     }
+    if (fits && is_float32(own->layers[0])) own->type = kFloat32;
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   }

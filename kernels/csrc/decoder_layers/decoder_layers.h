@@ -12,7 +12,7 @@
 namespace genarm {
 
 struct Norm {
-  const void* weight;  // bfloat16 [width]
+  const void* weight;  // [width]
   float eps, offset;
 };
 
@@ -24,21 +24,22 @@ struct AdaptedLinear {
 struct DecoderLayer {
   AdaptedLinear qkv[3], o, gate_up[2], down;
   Norm norm, next_norm;             // before the MLP; before the next layer, or the head
-  const void *query_norm, *key_norm;  // bfloat16 [head_width], or null
+  const void *query_norm, *key_norm;  // [head_width], or null
   float head_eps, scale;
   int64_t head_width, window;  // window: INT64_MAX for none
 };
 
 struct LayerCache {
-  char *keys, *values;                           // bfloat16 [slots, heads, capacity, width]
+  char *keys, *values;                           // [slots, heads, capacity, width]
   int64_t key_strides[3], value_strides[3];      // in elements
   int64_t heads, value_width;
 };
 
 struct DecoderCall {
-  const uint16_t *hidden, *x;  // [rows, block, width]: the residual stream, and the first layer's input
-  uint16_t* out;               // the same, after the last norm
-  const char *cos, *sin;       // bfloat16 [rows or 1, block, head_width]
+  bool bfloat16;           // the type of every number here, in the norms and in the cache; else float32
+  const char *hidden, *x;  // [rows, block, width]: the residual stream, and the first layer's input
+  char* out;               // the same, after the last norm
+  const char *cos, *sin;   // [rows or 1, block, head_width]
   int64_t cos_strides[2], sin_strides[2];
   int64_t rows, block, width;
   Places places;

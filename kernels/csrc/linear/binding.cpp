@@ -14,7 +14,9 @@ namespace {
 
 constexpr int kMaxDimensions = 8;
 
-LinearTables tables{nullptr, &quant_baseline, &output_baseline};
+constexpr LinearTables kBaseline{{nullptr, &output_baseline}, {nullptr, nullptr}, &quant_baseline};
+
+LinearTables tables = kBaseline;
 
 // Linears of one width, in the object itself: one miss of the caches less on the way to the weights.
 struct Linears {
@@ -29,7 +31,7 @@ void destroy(PyObject* self) {
   Py_DECREF(type);
 }
 
-const uint16_t* address(PyObject* number) { return static_cast<const uint16_t*>(PyLong_AsVoidPtr(number)); }
+const void* address(PyObject* number) { return PyLong_AsVoidPtr(number); }
 
 // (address of weight, of bias (0: none), out, in, ((address of a, of b, rank, scale), ...), bits), or a Python error set.
 void fill(PyObject* tuple, Linear* linear) {
@@ -38,7 +40,7 @@ void fill(PyObject* tuple, Linear* linear) {
   float scale;
   if (!PyArg_ParseTuple(tuple, "OOLLO!i", &weight, &bias, &out, &in, &PyTuple_Type, &loras, &linear->bits)) return;
   linear->loops = tables;
-  linear->weight = address(weight), linear->packed = reinterpret_cast<const uint8_t*>(linear->weight);
+  linear->weight = address(weight), linear->packed = static_cast<const uint8_t*>(linear->weight);
   linear->bias = address(bias), linear->out = out, linear->in = in;
   for (Py_ssize_t i = 0; i < PyTuple_Size(loras); ++i) {
     if (!PyArg_ParseTuple(PyTuple_GetItem(loras, i), "OOLf", &a, &b, &rank, &scale)) return;
@@ -46,9 +48,13 @@ void fill(PyObject* tuple, Linear* linear) {
   }
 }
 
-// Rows of x if they lie one after the other, or have one stride; the widths are checked.
-bool rows_of(const DLTensor& x, int64_t in, int64_t* rows, int64_t* stride) {
-  if (!(type_of(x) == kBfloat16) || x.ndim < 1 || x.ndim > kMaxDimensions || x.shape[x.ndim - 1] != in) return false;
+// The type of inputs and outputs.
+ElementType type_of(const Linear& linear) { return linear.is_float32() ? kFloat32 : kBfloat16; }
+
+// Rows of x if they lie one after the other, or have one stride; type and widths are checked.
+bool rows_of(const DLTensor& x, const Linear& linear, int64_t* rows, int64_t* stride) {
+  const int64_t in = linear.in;
+  if (!(type_of(x) == type_of(linear)) || x.ndim < 1 || x.ndim > kMaxDimensions || x.shape[x.ndim - 1] != in) return false;
   if (in > 1 && x.strides[x.ndim - 1] != 1) return false;
   *rows = 1, *stride = in;
   for (int i = x.ndim - 2; i >= 0; --i) {
@@ -68,25 +74,28 @@ enum class Form { kEach, kStacked };
 PyObject* outputs_of(const DLTensor& x, Form form, std::vector<Product>* products) {
   int64_t shape[kMaxDimensions], columns = 0;
   void* data = nullptr;
+  const ElementType type = type_of(x);
   std::memcpy(shape, x.shape, x.ndim * sizeof *shape);
   if (form == Form::kStacked) {
     for (const Product& product : *products) columns += product.linear->out;
     shape[x.ndim - 1] = columns;
-    PyObject* y = new_tensor(kBfloat16, x.ndim, shape, &data);
-    uint16_t* next = static_cast<uint16_t*>(data);
-    for (Product& product : *products) product.y = next, product.stride = columns, next += product.linear->out;
+    PyObject* y = new_tensor(type, x.ndim, shape, &data);
+    char* next = static_cast<char*>(data);
+    for (Product& product : *products) {
+      product.y = next, product.stride = columns, next += product.linear->out * (type.bits / 8);
+    }
     return y;
   }
   PyObject* all = PyTuple_New(static_cast<Py_ssize_t>(products->size()));
   for (size_t i = 0; all && i < products->size(); ++i) {
     Product& product = (*products)[i];
     shape[x.ndim - 1] = product.stride = product.linear->out;
-    PyObject* y = new_tensor(kBfloat16, x.ndim, shape, &data);
+    PyObject* y = new_tensor(type, x.ndim, shape, &data);
     if (!y) {
       Py_DECREF(all);
       return nullptr;
     }
-    product.y = static_cast<uint16_t*>(data);
+    product.y = data;
     PyTuple_SetItem(all, static_cast<Py_ssize_t>(i), y);
   }
   return all;
@@ -98,7 +107,7 @@ PyObject* outputs(PyObject* self, PyObject* const* arguments, Py_ssize_t count, 
   if (count != 1 + n) return PyErr_Format(PyExc_TypeError, "%zd arguments: expected %zd", count, 1 + n);
   DLTensor x;
   int64_t rows = 0, stride = 0;
-  if (!borrow(arguments[0], &x) || !rows_of(x, linears[0].in, &rows, &stride)) Py_RETURN_NONE;
+  if (!borrow(arguments[0], &x) || !rows_of(x, linears[0], &rows, &stride)) Py_RETURN_NONE;
   const int wanted = threads();
   PyObject* results = nullptr;
   try {
@@ -110,7 +119,7 @@ PyObject* outputs(PyObject* self, PyObject* const* arguments, Py_ssize_t count, 
     }
     if (!(results = outputs_of(x, form, &products))) return nullptr;
     const WithoutGil without_gil;
-    multiply(&products, x.at<const uint16_t>(), stride, rows, wanted);
+    multiply(&products, x.at<const void>(), stride, rows, wanted);
   } catch (const std::bad_alloc&) {
     Py_XDECREF(results);
     return PyErr_NoMemory();
@@ -148,12 +157,15 @@ PyObject* linears_type() {
 }  // namespace
 
 void use_linear_loops(const char* instruction_set) {
-  tables = {nullptr, &quant_baseline, &output_baseline};
+  tables = kBaseline;
 #ifdef GENARM_X86
-  if (!std::strcmp(instruction_set, "avx2")) tables = {&linear_avx2, &quant_avx2, &output_avx2};
-  if (!std::strcmp(instruction_set, "avx512")) tables = {&linear_avx512, &quant_avx512, &output_avx512};
-  if (!std::strcmp(instruction_set, "avx512vnni")) tables = {&linear_avx512, &quant_avx512vnni, &output_avx512};
-  if (!std::strcmp(instruction_set, "avx512bf16")) tables = {&linear_avx512bf16, &quant_avx512vnni, &output_avx512};
+  constexpr LinearTables kAvx512{{&linear_avx512, &output_avx512}, {&float_linear_avx512, &float_output_avx512}, &quant_avx512};
+  if (!std::strcmp(instruction_set, "avx2")) {
+    tables = {{&linear_avx2, &output_avx2}, {&float_linear_avx2, &float_output_avx2}, &quant_avx2};
+  }
+  if (!std::strncmp(instruction_set, "avx512", 6)) tables = kAvx512;
+  if (!std::strcmp(instruction_set, "avx512vnni")) tables.quant = &quant_avx512vnni;
+  if (!std::strcmp(instruction_set, "avx512bf16")) tables.quant = &quant_avx512vnni, tables.bfloat16.small = &linear_avx512bf16;
 #endif
   (void)instruction_set;
 }
@@ -189,7 +201,8 @@ bool spans_of(PyObject* sequence, int64_t loras, int64_t rows, std::vector<Span>
   return count >= 0;
 }
 
-// (what `fill` takes, ...) of one width → Linears that keep the instruction set of now; None where that has no loops.
+// (what `fill` takes, ...) of one width → Linears that keep the instruction set of now. None where that has no loops, and
+// for linears of which some take float32 and some bfloat16.
 PyObject* linears(PyObject*, PyObject* all) {
   const Py_ssize_t n = PyTuple_Size(all);
   if (n < 1) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "expected one linear or more");
@@ -205,7 +218,8 @@ PyObject* linears(PyObject*, PyObject* all) {
   }
   bool runs = true;
   for (Py_ssize_t i = 0; i < n && !PyErr_Occurred(); ++i) {
-    runs = runs && (tables.small || (made[i].bits != 16 && made[i].loras.empty()));
+    const bool has_loops = made[i].is_float32() ? tables.float32.small != nullptr : tables.bfloat16.small != nullptr;
+    runs = runs && made[i].is_float32() == made[0].is_float32() && (has_loops || (made[i].bits < 16 && made[i].loras.empty()));
   }
   if (PyErr_Occurred()) Py_CLEAR(self);
   if (runs || !self) return self;

@@ -6,33 +6,49 @@
 
 namespace genarm {
 
+template <typename W>
 struct LinearLoops;
+template <typename W>
 struct OutputLoops;
 struct QuantLoops;
 
-struct LinearTables {  // of one instruction set
-  const LinearLoops* small;  // null: it has none
+// Loops over numbers of type W: uint16_t (bfloat16) or float.
+template <typename W>
+struct LoopsOf {
+  const LinearLoops<W>* small;  // null: the instruction set has none
+  const OutputLoops<W>* output;
+};
+
+struct LinearTables {  // loops of one instruction set
+  LoopsOf<uint16_t> bfloat16;
+  LoopsOf<float> float32;
   const QuantLoops* quant;
-  const OutputLoops* output;
+
+  template <typename W>
+  const LoopsOf<W>& of() const {
+    if constexpr (sizeof(W) == sizeof(float)) return float32; else return bfloat16;
+  }
 };
 
 LinearTables linear_tables();  // of the instruction set in use
 
 struct Lora {
-  const uint16_t* a;  // [rank, in]
-  const uint16_t* b;  // [rank, out]
+  const void* a;  // [rank, in], of the inputs' type, as b and a linear's bias
+  const void* b;  // [rank, out]
   int64_t rank;
   float scale;
 };
 
 struct Linear {
   LinearTables loops;
-  const uint16_t* weight;  // [out, in] where bits is 16
-  const uint8_t* packed;   // else
-  int bits;                // of a weight: 16, 8 or 4
+  const void* weight;     // [out, in] where bits is 32 or 16
+  const uint8_t* packed;  // else
+  int bits;               // of a weight: 32 (float32), 16 (bfloat16), 8 or 4
   int64_t in, out;
-  const uint16_t* bias;  // [out] or null
+  const void* bias;  // [out] or null
   std::vector<Lora> loras;
+
+  bool is_float32() const { return bits == 32; }  // the type of inputs and outputs too, which is bfloat16 otherwise
 };
 
 struct Span {  // rows first .. last - 1 get this LoRA
@@ -42,8 +58,8 @@ struct Span {  // rows first .. last - 1 get this LoRA
 struct Product {
   const Linear* linear;
   std::vector<Span> spans;
-  uint16_t* y;     // [rows, out]
-  int64_t stride;  // of its rows
+  void* y;         // [rows, out], of the inputs' type
+  int64_t stride;  // of its rows, in elements
 };
 
 }  // namespace genarm

@@ -15,7 +15,7 @@ const Linear* linears_in(PyObject* object, Py_ssize_t count);
 // A sequence of (first row, last row, index of one of so many LoRAs); false with a Python error set.
 bool spans_of(PyObject* sequence, int64_t loras, int64_t rows, std::vector<Span>* out);
 
-// Linears of one width, whatever their bits: those of 16 first. Empties `products`. Throws std::bad_alloc.
-void multiply(std::vector<Product>* products, const uint16_t* x, int64_t x_stride, int64_t rows, int threads);
+// Linears of one width and type of inputs, whatever their bits: those of 16 first. Empties `products`. Throws std::bad_alloc.
+void multiply(std::vector<Product>* products, const void* x, int64_t x_stride, int64_t rows, int threads);
 
 }  // namespace genarm

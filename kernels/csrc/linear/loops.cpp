@@ -11,11 +11,12 @@ namespace {
 constexpr int kBlock = 32;  // outputs whose sums stay in registers
 
 // `count` of them; all, where the compiler knows that.
-inline void expand_block(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int count, float* y) {
+template <typename W>
+inline void expand_block(const float* hidden, int64_t rank, const W* b, int64_t b_stride, int count, float* y) {
   float sums[kBlock] = {};
   std::memcpy(sums, y, count * sizeof *sums);
   for (int64_t j = 0; j < rank; ++j) {
-    uint16_t padded[kBlock] = {};
+    W padded[kBlock] = {};
     std::memcpy(padded, b + j * b_stride, count * sizeof *b);
 #pragma omp simd
     for (int o = 0; o < kBlock; ++o) sums[o] += hidden[j] * as_float32(padded[o]);
@@ -23,26 +24,27 @@ inline void expand_block(const float* hidden, int64_t rank, const uint16_t* b, i
   std::memcpy(y, sums, count * sizeof *sums);
 }
 
-void expand(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y) {
+template <typename W>
+void expand(const float* hidden, int64_t rank, const W* b, int64_t b_stride, int n, float* y) {
   int first = 0;
   for (; first + kBlock <= n; first += kBlock) expand_block(hidden, rank, b + first, b_stride, kBlock, y + first);
   if (first < n) expand_block(hidden, rank, b + first, b_stride, n - first, y + first);
 }
 
-void store_bf16(const float* y, const uint16_t* bias, int n, uint16_t* out) {
+template <typename W>
+void store(const float* y, const W* bias, int n, W* out) {
 #pragma omp simd
-  for (int o = 0; o < n; ++o) {
-    const float sum = bias ? y[o] + as_float32(bias[o]) : y[o];
-    const uint32_t bits = as_bits(sum);
-    out[o] = static_cast<uint16_t>(sum == sum ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0);
-  }
+  for (int o = 0; o < n; ++o) put(out + o, bias ? y[o] + as_float32(bias[o]) : y[o]);
 }
 
-#define TABLE_(isa) output_##isa
-#define TABLE(isa) TABLE_(isa)
+#define TABLE_(name, isa) name##isa
+#define TABLE(name, isa) TABLE_(name, isa)
 
 }  // namespace
 
-extern const OutputLoops TABLE(ISA) = {expand, store_bf16};
+extern const OutputLoops<uint16_t> TABLE(output_, ISA) = {expand<uint16_t>, store<uint16_t>};
+#if defined(__AVX2__)
+extern const OutputLoops<float> TABLE(float_output_, ISA) = {expand<float>, store<float>};
+#endif
 
 }  // namespace genarm

@@ -5,13 +5,16 @@
 
 namespace genarm {
 
+// W: the type of outputs, uint16_t (bfloat16) or float.
+template <typename W>
 struct OutputLoops {
-  // y[o] += Σ_j hidden[j] · b[j, o], o < n
-  void (*expand)(const float* hidden, int64_t rank, const uint16_t* b, int64_t b_stride, int n, float* y);
-  // out = bfloat16(y + bias), round to nearest even; bias may be null
-  void (*store)(const float* y, const uint16_t* bias, int n, uint16_t* out);
+  // y[o] += hidden[j] · b[j, o] for each j in turn, product and sum rounded; o < n
+  void (*expand)(const float* hidden, int64_t rank, const W* b, int64_t b_stride, int n, float* y);
+  // out = y + bias, rounded to nearest even; bias may be null
+  void (*store)(const float* y, const W* bias, int n, W* out);
 };
 
-extern const OutputLoops output_avx2, output_avx512, output_baseline;
+extern const OutputLoops<uint16_t> output_avx2, output_avx512, output_baseline;
+extern const OutputLoops<float> float_output_avx2, float_output_avx512;
 
 }  // namespace genarm

@@ -61,14 +61,14 @@ inline std::vector<Adapted> adapted_of(const std::vector<Product>& products) {
 }
 
 // `hidden` of rows first .. last - 1, which lie in `blocks` as small_linear has them; `after`: weights read next, or null.
-inline void contract(const LinearLoops& loops, Dots dots, int64_t first, int64_t last, const uint16_t* after,
-                     Adapted* adapted) {
+template <typename W>
+void contract(const LinearLoops<W>& loops, Dots<W> dots, int64_t first, int64_t last, const W* after, Adapted* adapted) {
   const Lora& lora = adapted->lora;
   float y[kTile * kPanelRow];
   dots.y = y, dots.cold = true;
   for (int64_t j = 0; j < lora.rank; j += kOutputs) {
     dots.outputs = static_cast<int>(std::min<int64_t>(kOutputs, lora.rank - j));
-    dots.w = lora.a + j * dots.in;
+    dots.w = static_cast<const W*>(lora.a) + j * dots.in;
     dots.next = j + kOutputs < lora.rank ? dots.w + kOutputs * dots.in : after ? after : dots.w;
     loops.dots(dots);
     for (int64_t row = first; row < last; ++row) {
@@ -79,21 +79,24 @@ inline void contract(const LinearLoops& loops, Dots dots, int64_t first, int64_t
 }
 
 // LoRA, bias and rounding of rows first .. last - 1 and `count` outputs from `output` on; y: their sums.
-inline void finish(const Product& product, const std::vector<Adapted>& all, int64_t first, int64_t last,
-                   int64_t output, int count, float* y, int64_t stride) {
+template <typename W>
+void finish(const Product& product, const std::vector<Adapted>& all, int64_t first, int64_t last, int64_t output, int count,
+            float* y, int64_t stride) {
   const Linear& linear = *product.linear;
+  const OutputLoops<W>& loops = *linear.loops.of<W>().output;
   for (const Adapted& adapted : all) {
     if (adapted.product != &product) continue;
     const Span& span = adapted.span;
     const Lora& lora = adapted.lora;
     for (int64_t row = std::max(first, span.first); row < std::min(last, span.last); ++row) {
-      linear.loops.output->expand(adapted.hidden.data() + (row - span.first) * lora.rank, lora.rank, lora.b + output,
-                                  linear.out, count, y + (row - first) * stride);
+      loops.expand(adapted.hidden.data() + (row - span.first) * lora.rank, lora.rank,
+                   static_cast<const W*>(lora.b) + output, linear.out, count, y + (row - first) * stride);
     }
   }
-  const uint16_t* bias = linear.bias ? linear.bias + output : nullptr;
+  const W* bias = linear.bias ? static_cast<const W*>(linear.bias) + output : nullptr;
+  W* const out = static_cast<W*>(product.y) + output;
   for (int64_t row = first; row < last; ++row) {
-    linear.loops.output->store(y + (row - first) * stride, bias, count, product.y + row * product.stride + output);
+    loops.store(y + (row - first) * stride, bias, count, out + row * product.stride);
   }
 }
 

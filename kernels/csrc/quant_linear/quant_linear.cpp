@@ -64,7 +64,7 @@ class Multiplication {
   }
 
   void contract(Adapted& adapted) const {
-    const LinearLoops& linear = *adapted.product->linear->loops.small;
+    const LinearLoops<uint16_t>& linear = *adapted.product->linear->loops.bfloat16.small;
     const int most = linear.rows, slots = linear.slots;
     const Aligned<float> spread = aligned<float>(most * divide_up(in_, kStep) * slots);
     for (int64_t first = adapted.span.first; first < adapted.span.last; first += most) {
@@ -72,9 +72,9 @@ class Multiplication {
       for (int r = 0; r < count; ++r) {
         linear.spread(x_ + (first + r) * x_stride_, in_, spread.get() + r * slots, count * slots);
       }
-      Dots dots{{{spread.get(), count * slots, count}}, 1};
+      Dots<uint16_t> dots{{{spread.get(), count * slots, count}}, 1};
       dots.in = in_;
-      genarm::contract(linear, dots, first, first + count, nullptr, &adapted);
+      genarm::contract<uint16_t>(linear, dots, first, first + count, nullptr, &adapted);
     }
   }
 
@@ -89,7 +89,7 @@ class Multiplication {
     for (int64_t block = 0; block < blocks_.count; ++block) {
       const int64_t ahead = once ? ahead_ : block + 1 == blocks_.count ? bytes : 0;
       loops_.tile(linear.bits, weights, weights + ahead, groups_, rows_of(block), y);
-      finish(*tile.product, adapted_, blocks_.start(block), blocks_.start(block + 1), tile.output, count, y, kTileOutputs);
+      finish<uint16_t>(*tile.product, adapted_, blocks_.start(block), blocks_.start(block + 1), tile.output, count, y, kTileOutputs);
     }
   }
 

@@ -9,36 +9,38 @@ namespace {
 constexpr int64_t kThreadBytes = 1 << 20;    // of weights, for each thread: 70 µs or so, waking one takes 10
 constexpr int64_t kTableFloats = 1 << 18;    // of rows that stay in the L2 cache while the weights pass by, 1 MB
 constexpr int64_t kPanelBytes = 320 << 10;   // of weights that stay there while the rows pass by
-constexpr int64_t kWideFloats = 1 << 15;     // of weights as float32 that stay there
-constexpr int64_t kWideRows = 32;            // from which on these are worth it
-constexpr int64_t kWideTile = 8;              // rows that stay in L1 while these pass by
+constexpr int64_t kWideFloats = 1 << 16;     // of weights as float32 that stay there, beside
+constexpr int64_t kWideTable = 1 << 17;      // of rows
+constexpr int64_t kWideTile = 4;             // rows that stay in L1 while these pass by
 constexpr int64_t kHead = 12 * kStep;        // inputs of a stream fetched in advance: 192 x 576 takes 0.96 of the time
 
+template <typename W>
 class Multiplication {
  public:
   Multiplication(const std::vector<Product>& products, int64_t rows, int threads)
-      : loops_(*products[0].linear->loops.small), in_(products[0].linear->in), threads_(threads), adapted_(adapted_of(products)) {
+      : loops_(*products[0].linear->loops.of<W>().small), in_(products[0].linear->in), threads_(threads),
+        adapted_(adapted_of(products)) {
     width_ = divide_up(in_, kStep) * loops_.slots;
-    const int64_t tiles = kTableFloats / kTile / std::max<int64_t>(width_, 1);
+    wide_ = loops_.wide && rows >= loops_.wide_from && in_;
+    const int64_t tiles = (wide_ ? kWideTable : kTableFloats) / kTile / std::max<int64_t>(width_, 1);
     table_ = std::min(std::max<int64_t>(tiles, 1) * kTile, rows);
-    wide_ = loops_.wide && rows >= kWideRows && in_;
     x_ = aligned<float>(table_ * width_);
     for (const Product& product : products) cut(product);
   }
 
-  void run(const uint16_t* x, int64_t x_stride, int64_t rows) {
+  void run(const W* x, int64_t x_stride, int64_t rows) {
     if (panels_.empty()) return;
     const int64_t gap = panels_[0].count / loops_.streams * in_, head = std::min(in_, kHead);
     int stream = 0;
     for (int64_t begin = 0; begin < rows; begin = blocks_.last) {
       const int64_t count = std::min(table_, rows - begin);
-      blocks_ = {begin, begin + count, !wide_ && count <= loops_.alone ? 1 : divide_up(count, loops_.rows)};
+      blocks_ = {begin, begin + count, !wide_ && count <= loops_.alone ? 1 : divide_up(count, wide_ ? kWideBlock : loops_.rows)};
       for (int64_t block = 0; block < blocks_.count; ++block) {
         for (int64_t row = start(block); row < start(block + 1); ++row) {
           // Between the rows, the streams' first lines: else memory idles until they are spread. (In no function of its
           // own: one that only fetches has no effect for GCC, which leaves its calls out.)
           for (; stream < loops_.streams && stream * rows < (row + 1) * loops_.streams; ++stream) {
-            for (int64_t i = 0; i < head; i += kStep) __builtin_prefetch(panels_[0].weight() + stream * gap + i, 0, 2);
+            for (int64_t i = 0; i < head; i += kLineWeights) __builtin_prefetch(panels_[0].weight() + stream * gap + i, 0, 2);
           }
           loops_.spread(x + row * x_stride, in_, spread(block, row), step(block));
         }
@@ -55,12 +57,12 @@ class Multiplication {
     const Product* product;
     int64_t output;
     int count;
-    const uint16_t* weight() const { return product->linear->weight + output * product->linear->in; }
+    const W* weight() const { return static_cast<const W*>(product->linear->weight) + output * product->linear->in; }
   };
 
   // Panels of like size, so many that threads which come late find some.
   void cut(const Product& product) {
-    const int64_t out = product.linear->out, shared = kPanelBytes / 2 / std::max<int64_t>(in_, 1);
+    const int64_t out = product.linear->out, shared = kPanelBytes / sizeof(W) / std::max<int64_t>(in_, 1);
     const int64_t wide = kWideFloats / std::max<int64_t>(width_, 1);
     const int64_t fits = std::clamp<int64_t>(wide_ ? wide : shared, loops_.streams, kOutputs);
     const int64_t most = wide_ || table_ > kTile ? fits : kOutputs;
@@ -87,7 +89,7 @@ class Multiplication {
   void contract(Adapted& adapted) {
     const Span& span = adapted.span;
     for (int64_t block = 0, to; block < blocks_.count; block = to) {
-      Dots dots{};
+      Dots<W> dots{};
       dots.in = in_;
       for (to = block; to < blocks_.count && start(to + 1) - start(block) <= kTile; ++to) {
         const int64_t first = std::max(start(to), span.first), last = std::min(start(to + 1), span.last);
@@ -95,7 +97,7 @@ class Multiplication {
       }
       if (!dots.count) continue;
       const int64_t first = std::max(start(block), span.first), last = std::min(start(to), span.last);
-      genarm::contract(loops_, dots, first, last, panels_[0].weight(), &adapted);
+      genarm::contract<W>(loops_, dots, first, last, panels_[0].weight(), &adapted);
     }
   }
 
@@ -104,9 +106,9 @@ class Multiplication {
     const Panel& panel = panels_[index];
     const Panel& next = panels_[index + 1 < static_cast<int64_t>(panels_.size()) ? index + 1 : index];
     alignas(64) float sums[kTile * kPanelRow];
-    if (wide_ && wide_outputs(panel, sums)) return;
+    if (wide_ && wide_outputs(panel, next, sums)) return;
     for (int64_t block = 0, to; block < blocks_.count; block = to) {
-      Dots dots{{}, 0, panel.weight(), in_, panel.count, next.weight(), block == 0, sums};
+      Dots<W> dots{{}, 0, panel.weight(), in_, panel.count, next.weight(), block == 0, sums};
       for (to = block; to < blocks_.count && start(to + 1) - start(block) <= kTile; ++to) {
         dots.blocks[dots.count++] = rows(to, start(to), start(to + 1));
       }
@@ -116,7 +118,7 @@ class Multiplication {
   }
 
   // The same: the panel's weights become float32 once, and stay in the L2 cache for all rows. False: no memory for it.
-  bool wide_outputs(const Panel& panel, float* sums) const {
+  bool wide_outputs(const Panel& panel, const Panel& next, float* sums) const {
     const int wide = loops_.wide, outputs = static_cast<int>(divide_up(panel.count, wide) * wide);
     constexpr int64_t kLanesOf = kTile * kStep / 2;
     const Aligned<float> memory(
@@ -127,22 +129,25 @@ class Multiplication {
       float* const at = weights + o / wide * wide * width_ + o % wide * kStep;
       loops_.spread(panel.weight() + std::min(o, panel.count - 1) * in_, in_, at, wide * kStep);
     }
+    const float* far = reinterpret_cast<const float*>(next.weight());
+    const float* const far_end = reinterpret_cast<const float*>(next.weight() + (&next == &panel ? 0 : next.count * in_));
     for (int64_t block = 0, to; block < blocks_.count; block = to) {
-      WideDots dots{{}, 0, weights, width_, outputs, memory.get(), sums};
+      WideDots dots{{}, 0, weights, width_, outputs, memory.get(), sums, far, far_end, sizeof(W) == 2};
       for (to = block; to < blocks_.count && start(to + 1) - start(block) <= kWideTile; ++to) {
         dots.blocks[dots.count++] = rows(to, start(to), start(to + 1));
       }
-      loops_.wide_dots(dots);
+      far = loops_.wide_dots(dots);
       finish(start(block), start(to), panel, sums);
     }
     return true;
   }
 
   void finish(int64_t first, int64_t last, const Panel& panel, float* sums) const {
-    genarm::finish(*panel.product, adapted_, first, last, panel.output, panel.count, sums, kPanelRow);
+    genarm::finish<W>(*panel.product, adapted_, first, last, panel.output, panel.count, sums, kPanelRow);
   }
 
-  const LinearLoops& loops_;
+  static constexpr int64_t kLineWeights = 64 / sizeof(W);
+  const LinearLoops<W>& loops_;
   const int64_t in_;
   const int threads_;
   int64_t width_, table_;  // of a spread row, in rows
@@ -153,12 +158,17 @@ class Multiplication {
   std::vector<Panel> panels_;
 };
 
+template <typename W>
+void run(const std::vector<Product>& products, const void* x, int64_t x_stride, int64_t rows, int threads) {
+  const int64_t passes = divide_up(rows, products[0].linear->loops.of<W>().small->rows);
+  const int worth = worth_it(products, passes, kThreadBytes, threads);
+  Multiplication<W>(products, rows, worth).run(static_cast<const W*>(x), x_stride, rows);
+}
+
 }  // namespace
 
-void small_linear(const std::vector<Product>& products, const uint16_t* x, int64_t x_stride, int64_t rows,
-                  int threads) {
-  const int64_t passes = divide_up(rows, products[0].linear->loops.small->rows);
-  Multiplication(products, rows, worth_it(products, passes, kThreadBytes, threads)).run(x, x_stride, rows);
+void small_linear(const std::vector<Product>& products, const void* x, int64_t x_stride, int64_t rows, int threads) {
+  (products[0].linear->is_float32() ? run<float> : run<uint16_t>)(products, x, x_stride, rows, threads);
 }
 
 }  // namespace genarm

@@ -37,7 +37,7 @@ def prepare(linears: Sequence[Any]) -> Any:
 def described(weight: Tensor, linear: Any, bits: int) -> tuple[Any, ...] | None:
     """What the core takes of a linear over this memory, None where it does not read bias or LoRAs."""
     added = [*(t for a, b, _ in linear.loras for t in (a, b)), *([] if linear.bias is None else [linear.bias])]
-    if not plain(added, torch.bfloat16):
+    if not plain(added, linear.dtype):
         return None
     parts = tuple((a.data_ptr(), b.data_ptr(), a.shape[0], scale) for a, b, scale in linear.loras)
     bias = 0 if linear.bias is None else linear.bias.data_ptr()

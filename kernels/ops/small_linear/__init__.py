@@ -1,4 +1,4 @@
-"""small_linear: a linear layer of few rows over bfloat16 weights (maths: reference.py)."""
+"""small_linear: a linear layer over bfloat16 or float32 weights (maths: reference.py)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor, is_grad_enabled
 
 from .._dispatch import dispatcher
 from ..linear import cpu
-from ..linear.arguments import NO_GRADIENT, check_added, check_call
+from ..linear.arguments import NO_GRADIENT, check_added, check_call, check_input
 from ..linear.lora import Lora, RowsLora, Span, split
 from . import custom_op
-from .reference import specification
+from .reference import in_order, specification
+
+BITS = {torch.bfloat16: 16, torch.float32: 32}  # of the weights that the C++ core multiplies
 
 
 class SmallLinear:
@@ -52,7 +54,10 @@ class SmallLinear:
 
     def described(self) -> tuple[Any, ...] | None:
         """For the C++ core, None where that does not read the tensors: see linear/cpu.py."""
-        return cpu.described(self.weight, self, 16) if cpu.plain([self.weight], torch.bfloat16) else None
+        bits = BITS.get(self.dtype)
+        return (
+            None if bits is None or not cpu.plain([self.weight], self.dtype) else cpu.described(self.weight, self, bits)
+        )
 
     @property
     def moved(self) -> bool:
@@ -85,13 +90,29 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, loras
     """x [..., in], weight [out, in], bias [out] → [..., out]; for many calls, prepare a `SmallLinear`.
 
     loras: (first row, last row, a [r, in], b [r, out], scale) each; rows first .. last - 1 of the flattened x get
-    scale · (x aᵀ) b. bfloat16 on a CPU with AVX2 runs in C++, everything else in PyTorch.
+    scale · (x aᵀ) b. bfloat16 and float32 on a CPU with AVX2 run in C++, everything else in PyTorch.
 
     Raises:
         ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
     """
     own, spans = split(loras)
     return SmallLinear(weight, bias, own)(x, spans)
+
+
+def small_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()
+) -> Tensor:
+    """`small_linear` of float32 tensors in plain PyTorch, for comparison: the bits of the C++ core.
+
+    Raises:
+        ValueError: as `small_linear`, and for a weight that is not float32 [out, in].
+    """
+    if weight.ndim != 2 or weight.dtype != torch.float32:
+        raise ValueError(f"weight of shape {tuple(weight.shape)}, {weight.dtype}: expected [out, in], float32")
+    own, spans = split(loras)
+    check_added(weight.shape, weight.dtype, weight.device, bias, own)
+    check_input(x, weight.shape[1], weight.dtype, weight.device, own, spans)
+    return in_order(x, weight, bias, own, spans)
 
 
 custom_op.implement(lambda x, held, bias, loras: small_linear(x, held[0], bias, loras=loras))

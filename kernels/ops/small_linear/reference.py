@@ -1,14 +1,14 @@
-"""Linear layer of few rows over bfloat16 weights, at the speed at which the weights arrive from memory.
+"""Linear layer over bfloat16 or float32 weights; of few rows at the speed at which the weights arrive from memory.
 
     y = x Wᵀ + bias, and for the rows of each span      y += scale · (x Aᵀ) B
 
 A decode step reads every weight once for a handful of rows. The C++ core (kernels/csrc/small_linear) fetches each
-weight once for up to 16 rows, multiplies bfloat16 pairs into float32 sums, adds bias and LoRA to those, and rounds
-once.
+weight once for up to 16 rows, multiplies bfloat16 pairs or float32 into float32 sums, adds LoRA and bias to those, and
+rounds once.
 
 The order of each sum depends on nothing but `in`: a row's result is bit for bit the same alone or among others, for any
 number of threads, and on every instruction set. Where the core does not serve (no AVX2, other dtypes, other devices)
-PyTorch does, without that guarantee.
+PyTorch does, without that guarantee. `in_order` has the order of float32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..linear.lora import Lora, Span
+from ..quant_linear.reference import fma
+
+LANES, STEP = 16, 32  # partial sums of an output, and inputs that they take at a time
 
 
 def specification(
@@ -37,3 +40,34 @@ def specification(
         else:
             flat_y[first:last].addmm_(flat_x[first:last] @ a.T, b, alpha=scale)
     return y
+
+
+def dots(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, float32 [rows, in] and [out, in] → [rows, out], in the order of the C++ core.
+
+    Lane l of 16 adds the products of inputs l, l + 16, l + 32, ... by fused multiply-adds, each rounded once. Zeros
+    fill the inputs up to a multiple of 32. Then lanes 8 apart are added, and of these sums those 4, 2 and 1 apart.
+    """
+    x, weight = (functional.pad(each, (0, -each.shape[1] % STEP)) for each in (x, weight))
+    lanes = torch.zeros(len(x), len(weight), LANES, device=x.device)
+    for first in range(0, x.shape[1], LANES):
+        part = slice(first, first + LANES)
+        lanes = fma(x[:, None, part], weight[None, :, part], lanes)
+    for apart in (8, 4, 2, 1):
+        lanes = lanes[..., :apart] + lanes[..., apart:]
+    return lanes[..., 0]
+
+
+def in_order(x: Tensor, weight: Tensor, bias: Tensor | None, loras: Sequence[Lora], spans: Sequence[Span]) -> Tensor:
+    """`specification` of float32 tensors with the bits of the C++ core.
+
+    The LoRA of a span is added to its rows rank by rank, product and sum rounded, and the bias last.
+    """
+    flat = x.reshape(x.shape[:-1].numel(), weight.shape[1])
+    y = dots(flat, weight)
+    for first, last, index in spans:
+        a, b, scale = loras[index]
+        hidden = scale * dots(flat[first:last], a)
+        for rank, row in enumerate(b):
+            y[first:last] += hidden[:, rank, None] * row
+    return (y if bias is None else y + bias).view(*x.shape[:-1], weight.shape[0])

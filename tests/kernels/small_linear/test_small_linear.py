@@ -1,4 +1,7 @@
-"""small_linear is within its rounding of float64. A row's bits do not depend on other rows, threads or ISA."""
+"""small_linear is within its rounding of float64. A row's bits do not depend on other rows, threads or ISA.
+
+In float32 they are those of the reference.
+"""
 
 import copy
 
@@ -9,10 +12,11 @@ from hypothesis import strategies as st
 from linears import normal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from genarm_fast.kernels import Lora, SmallLinear, _native, small_linear
+from genarm_fast.kernels import Lora, SmallLinear, _native, small_linear, small_linear_reference
 
 ISAS = [isa for isa in _native.core.instruction_sets() if isa != "baseline"] if _native.core else []
 native = pytest.mark.skipif(not ISAS, reason="no C++ core, or no AVX2")
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 
 
 @pytest.fixture(params=ISAS)
@@ -36,25 +40,54 @@ def reference(x, weight, bias=None, loras=()):
 
 
 def assert_exact(y, x, weight, bias=None, loras=()):
-    """Allow one rounding to bfloat16, and the error of float32 sums of in / 16 terms for each lane and a few more."""
+    """Allow one rounding to the dtype, and the error of float32 sums of in / 16 terms for each lane and a few more."""
     exact, magnitude = reference(x, weight, bias, loras)
     ranks = sum(len(a) for _, _, a, _, _ in loras)
-    bound = exact.abs() * 2.0**-8 + magnitude * 2.0**-24 * (x.shape[-1] / 16 + 2 * ranks + 12)
+    bound = exact.abs() * torch.finfo(x.dtype).eps + magnitude * 2.0**-24 * (x.shape[-1] / 16 + 2 * ranks + 12)
     assert y.shape == exact.shape
     assert y.dtype == x.dtype
     assert ((y.double() - exact).abs() <= bound).all()
 
 
 @native
+@dtypes
 @pytest.mark.parametrize(
     "shape", [(1, 1), (3, 17), (1000, 577), (16, 32), (192, 576), (17, 1536), (1000, 31), (5, 0), (0, 5)]
 )
-def test_shapes(isa, shape):
-    weight, bias = normal(*shape, seed=1), normal(shape[0], seed=2)
+def test_shapes(isa, shape, dtype):
+    weight, bias = normal(*shape, seed=1, dtype=dtype), normal(shape[0], seed=2, dtype=dtype)
     for rows in [*range(10), 16, 33]:
-        x = normal(rows, shape[1], seed=3)
+        x = normal(rows, shape[1], seed=3, dtype=dtype)
         assert_exact(small_linear(x, weight), x, weight)
         assert_exact(small_linear(x, weight, bias), x, weight, bias)
+
+
+@native
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 577), (20, 1100), (16, 32), (9, 31), (5, 0)])
+def test_float32_has_the_bits_of_the_reference(isa, threads, shape):
+    """The rows are few, or so many that weights are copied first. There are a bias and LoRAs too."""
+    out, width = shape
+    x, weight, bias, a, b = (
+        normal(*each, seed=i, dtype=torch.float32)
+        for i, each in enumerate([(130, width), shape, (out,), (18, width), (18, out)])
+    )
+    alone = small_linear_reference(x, weight)
+    adapted = {}
+    for rows in (3, 33, 130):
+        loras = [(0, rows, a, b, 0.7), (rows // 3, rows // 2 + 1, a[:3], b[:3], -1.5)]
+        adapted[rows] = loras, small_linear_reference(x[:rows], weight, bias, loras=loras)
+        assert not width or not torch.equal(adapted[rows][1], alone[:rows] + bias)
+    for n in (1, 2):
+        threads(n)
+        for rows in (1, 2, 3, 5, 8, 9, 16, 31, 33, 65, 130):
+            assert torch.equal(small_linear(x[:rows], weight), alone[:rows])
+        for rows, (loras, expected) in adapted.items():
+            assert torch.equal(small_linear(x[:rows], weight, bias, loras=loras), expected)
+
+
+def test_the_reference_of_float32_alone():
+    with pytest.raises(ValueError, match=r"weight of shape \(4, 8\), torch.bfloat16: expected \[out, in\], float32"):
+        small_linear_reference(normal(2, 8), normal(4, 8))
 
 
 @native
@@ -104,18 +137,37 @@ def test_subnormal_numbers_count_as_zeros(isa):
 
 
 @native
-def test_another_order_of_the_sums_shows():
-    """Negative control: another order of the sums changes bits that survive the rounding to bfloat16."""
-    x, weight = normal(33, 577), normal(1000, 577, seed=1)
+@pytest.mark.parametrize("rows", [1, 3, 8, 40, 70])
+def test_float32_keeps_the_smallest_numbers(isa, rows):
+    """Subnormal numbers count, also where the caller's thread counts them as zeros."""
+    x, weight = (normal(*shape, seed=rows, dtype=torch.float32) * 2.0**-70 for shape in ((rows, 100), (30, 100)))
+    expected = small_linear_reference(x, weight)
+    assert ((expected != 0) & (expected.abs() < 2.0**-126)).any()
+    assert torch.equal(small_linear(x, weight), expected)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = small_linear(x, weight)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected)
+
+
+@native
+@dtypes
+def test_another_order_of_the_sums_shows(dtype):
+    """Negative control: equal bits are not just what bfloat16 rounds to."""
+    x, weight = normal(33, 577, dtype=dtype), normal(1000, 577, seed=1, dtype=dtype)
     half = torch.cat([x[:, 320:], x[:, :320]], 1), torch.cat([weight[:, 320:], weight[:, :320]], 1)
     assert not torch.equal(small_linear(x, weight), small_linear(*half))
 
 
 @native
+@dtypes
+@pytest.mark.parametrize("rows", [13, 80])
 @pytest.mark.parametrize("shape", [(192, 576), (1000, 577), (3, 17)])
-def test_instruction_sets_agree(shape):
-    x, weight, results = normal(13, shape[1]), normal(*shape, seed=1), []
-    lora = (2, 9, normal(5, shape[1], seed=2), normal(5, shape[0], seed=3), 2.0)
+def test_instruction_sets_agree(shape, rows, dtype):
+    x, weight, results = normal(rows, shape[1], dtype=dtype), normal(*shape, seed=1, dtype=dtype), []
+    lora = (2, 9, normal(5, shape[1], seed=2, dtype=dtype), normal(5, shape[0], seed=3, dtype=dtype), 2.0)
     for isa in ISAS:
         _native.core.use(isa)
         results.append(small_linear(x, weight, loras=[lora]))
@@ -124,12 +176,20 @@ def test_instruction_sets_agree(shape):
 
 
 @native
-def test_loras(isa):
+@dtypes
+def test_loras(isa, dtype):
     """Spans have gaps, are empty, have one row, or overlap. Ranks are near a vector's width."""
-    x, weight, bias = normal(3, 7, 100), normal(70, 100, seed=1), normal(70, seed=2)
+    x, weight = normal(3, 7, 100, dtype=dtype), normal(70, 100, seed=1, dtype=dtype)
+    bias = normal(70, seed=2, dtype=dtype)
     ranges = [(0, 3, 1), (3, 3, 4), (5, 6, 16), (8, 21, 17), (15, 20, 33)]
     loras = [
-        (first, last, normal(rank, 100, seed=rank), normal(rank, 70, seed=rank + 50), 0.7 - first / 10)
+        (
+            first,
+            last,
+            normal(rank, 100, seed=rank, dtype=dtype),
+            normal(rank, 70, seed=rank + 50, dtype=dtype),
+            0.7 - first / 10,
+        )
         for first, last, rank in ranges
     ]
     assert_exact(small_linear(x, weight, bias, loras=loras), x, weight, bias, loras)
@@ -139,16 +199,17 @@ def test_loras(isa):
 
 
 @native
-def test_special_values(isa):
-    weight, x = normal(40, 64), normal(3, 64, seed=1)
+@dtypes
+def test_special_values(isa, dtype):
+    weight, x = normal(40, 64, dtype=dtype), normal(3, 64, seed=1, dtype=dtype)
     x[1, 7], x[2, 9] = torch.nan, torch.inf
     y = small_linear(x, weight)
     assert y[0].isfinite().all()
     assert y[1].isnan().all()
     assert torch.equal(y[2], torch.inf * weight[:, 9].sign())
-    big = torch.full((1, 2), 3e38, dtype=torch.bfloat16)
-    assert small_linear(big[:, :1], torch.tensor([[1.0]]).bfloat16()) == big[0, 0]  # the largest finite number is kept
-    assert small_linear(big, torch.tensor([[1.0, 1.0]]).bfloat16()) == torch.inf
+    big = torch.full((1, 2), 3e38, dtype=dtype)
+    assert small_linear(big[:, :1], torch.ones(1, 1, dtype=dtype)) == big[0, 0]  # largest finite ones survive
+    assert small_linear(big, torch.ones(1, 2, dtype=dtype)) == torch.inf
 
 
 @native
@@ -157,8 +218,8 @@ def test_special_values(isa):
 def test_fuzz(data):
     out, width, rank = (data.draw(st.integers(low, high)) for low, high in ((1, 100), (1, 200), (1, 20)))
     batch = data.draw(st.lists(st.integers(0, 5), max_size=3))
-    seed = data.draw(st.integers(0, 2**20))
-    wide = normal(*batch, width + 3, seed=seed)
+    seed, dtype = data.draw(st.integers(0, 2**20)), data.draw(st.sampled_from([torch.bfloat16, torch.float32]))
+    wide = normal(*batch, width + 3, seed=seed, dtype=dtype)
     layout = data.draw(st.sampled_from(["contiguous", "strided", "transposed", "repeated"]))
     x = wide[..., 1 : width + 1]
     if layout == "contiguous":
@@ -167,15 +228,17 @@ def test_fuzz(data):
         x = x.transpose(0, -1).contiguous().transpose(0, -1)
     elif layout == "repeated" and x.ndim > 1:
         x = x[:1].expand_as(x)
-    weight = normal(out, width + 2, seed=seed + 1)[:, 1 : width + 1]
-    bias = normal(out, seed=seed + 2) if data.draw(st.booleans()) else None
+    weight = normal(out, width + 2, seed=seed + 1, dtype=dtype)[:, 1 : width + 1]
+    bias = normal(out, seed=seed + 2, dtype=dtype) if data.draw(st.booleans()) else None
     rows, loras = x.shape[:-1].numel(), []
     for i in range(data.draw(st.integers(0, 3))):
         first = data.draw(st.integers(0, rows))
         last = data.draw(st.integers(first, rows))
-        a, b = normal(rank, width, seed=seed + 3 + i), normal(rank, out, seed=seed + 9 + i)
+        a, b = (normal(rank, n, seed=seed + 3 + i, dtype=dtype) for n in (width, out))
         loras.append((first, last, a, b, data.draw(st.sampled_from([0.0, 1.0, -2.5]))))
-    assert_exact(small_linear(x, weight, bias, loras=loras), x, weight, bias, loras)
+    found = small_linear(x, weight, bias, loras=loras)
+    assert_exact(found, x, weight, bias, loras)
+    assert dtype != torch.float32 or torch.equal(found, small_linear_reference(x, weight, bias, loras=loras))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,0 +1,32 @@
+"""Names of ARMs: those that callers give, and those that paths make. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
+
+
+def unique_names(given: Sequence[str | None], paths: Sequence[str | None]) -> list[str]:
+    """One name for each ARM: the given one, else the last part of its path, numbered where that repeats.
+
+    paths: None for a loaded model, whose name is "arm".
+
+    Raises:
+        ValueError: a given name that is empty, there twice, or a drafter's.
+    """
+    taken = [name for name in given if name is not None]
+    for name in taken:
+        if taken.count(name) > 1 or not name:
+            raise ValueError(f"name={name!r}: expected a non-empty name for each ARM, none twice")
+        if name in RESERVED:
+            raise ValueError(f"name={name!r}: expected another one than {', '.join(RESERVED)}, which name drafters")
+    names: list[str] = []
+    for own, path in zip(given, paths):
+        stem = (path and Path(path).name) or "arm"
+        name, number = own or stem, 2
+        while own is None and name in (*names, *taken, *RESERVED):
+            name, number = f"{stem}{number}", number + 1
+        names.append(name)
+    return names
