@@ -79,6 +79,7 @@ class Results:
                 "ended": np.array([float(row["finish_reason"] == "stop") for row in rows]),
                 "repetition": repetition(texts),
                 "caution": caution(texts),
+                "asks": np.array([float("?" in text) for text in texts]),
             }
             for start, objective in OBJECTIVES.items():
                 if name.startswith(start) and objective in preference:
@@ -200,7 +201,11 @@ def write_report(runs: Path, docs: Path, reviews: Path | None, preference: dict[
     chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-1", "concise-2", "small-1", "small-2"]
 
     def word_judge(objective: str, start: str) -> list[Any]:
-        columns = [("word judge", "preference", None, 2), ("Δ to own ARM, w = 1", "preference", f"{start}self-1", 2)]
+        columns = [("word judge", "preference", None, 2)]
+        columns += [
+            ("Δ to base", "preference", f"{start}base", 2),
+            ("Δ to own ARM, w = 1", "preference", f"{start}self-1", 2),
+        ]
         return columns if objective in preference else []
 
     blocks = {
@@ -242,7 +247,8 @@ def write_report(runs: Path, docs: Path, reviews: Path | None, preference: dict[
             ["helpful-base", "helpful-self-1", "helpful-helpful-1"],
             [
                 *word_judge("helpful", "helpful-"),
-                ("P(positive)", "sentiment", None, 2),
+                ("asks back", "asks", None, 2),
+                ("caution", "caution", None, 2),
                 ("tokens", "tokens", None, 1),
                 ("ended by itself", "ended", None, 2),
                 ("repeated trigrams", "repetition", None, 3),
