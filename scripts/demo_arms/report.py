@@ -201,12 +201,8 @@ def write_report(runs: Path, docs: Path, reviews: Path | None, preference: dict[
     chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-1", "concise-2", "small-1", "small-2"]
 
     def word_judge(objective: str, start: str) -> list[Any]:
-        columns = [("word judge", "preference", None, 2)]
-        columns += [
-            ("Δ to base", "preference", f"{start}base", 2),
-            ("Δ to own ARM, w = 1", "preference", f"{start}self-1", 2),
-        ]
-        return columns if objective in preference else []
+        others = [("word judge", None), ("Δ to base", f"{start}base"), ("Δ to own ARM, w = 1", f"{start}self-1")]
+        return [(title, "preference", other, 2) for title, other in others] if objective in preference else []
 
     blocks = {
         "judges": "Accuracy on texts they were not fitted on: " + "; ".join(judges) + ".",
