@@ -57,7 +57,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | No
     name = str(tokenizer.convert_ids_to_tokens(token_id))
     if match := BYTE.fullmatch(name):
         return bytes.fromhex(match[1])
-    # Byte-level BPE spells each byte as one letter, as GPT-2's does.
+    # Byte-level BPE spells each byte as one letter of GPT-2's table.
     known = {letter: byte for byte, letter in bytes_to_unicode().items()}
     return bytes(known[letter] for letter in name) if known.keys() >= set(name) else None
 
