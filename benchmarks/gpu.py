@@ -34,7 +34,10 @@ SLOWER = 8.0  # A trial's rows take up to this many times their estimates, as th
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="time of the whole run (default: 480; --dry: 3600)"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="seconds that the whole run may take (default: 480; --dry: 3600)",
     )
     parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results; --dry: a new one)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="names of the rows to run (default: all)")

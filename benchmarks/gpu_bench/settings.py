@@ -95,7 +95,7 @@ class Setting:
         return replace(self, **(few | changes))
 
 
-GPU_TESTS = (  # in the order in which a shard runs them until its time is up
+GPU_TESTS = (  # the order in which a shard runs them until its time is up
     "tests/engine/test_gpu_engine.py",
     "tests/kernels/test_decoder_layer_gpu.py",
     "tests/kernels/settle/test_settle_gpu.py",

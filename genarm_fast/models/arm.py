@@ -1,4 +1,4 @@
-"""What a caller says of an ARM: where its model is, its weight, its name and its templates."""
+"""The caller's description of an ARM: where its model is, its weight, its name and its templates."""
 
 from __future__ import annotations
 

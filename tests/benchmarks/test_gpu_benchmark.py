@@ -167,7 +167,7 @@ def test_tokens_of_the_reference_are_counted(part, bench, model):
 
 
 def test_other_tokens_are_counted_too(part, bench, model, monkeypatch):
-    """As a negative control, draws use the noise of another position, so some tokens must differ."""
+    """This is the negative control: draws use the noise of another position, so some tokens must differ."""
     from genarm_fast.engine.step_tensors import State
 
     positions = State.response_positions

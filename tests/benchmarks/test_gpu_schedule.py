@@ -176,7 +176,7 @@ def test_the_estimates_fit_the_budget(part):
 
 def test_every_row_that_compiles_is_prepared(part):
     prepared = {name for job in part("settings").JOBS for name in job.rows}
-    # "base" has the kernels of "first token". "training" has few kernels, and takes memory that the tests need.
+    # The job of "first token" compiles the kernels of "base". "training" has few kernels, and takes memory that the tests need.
     others = {"gpu tests", "W", "base", "Hugging Face, eager", "training", "profile, nsys"}
     assert {row.name for row in part("rows").ROWS} - others == prepared
     assert len({job.name for job in part("settings").JOBS}) == len(part("settings").JOBS)
@@ -203,10 +203,8 @@ def test_progress_of_tests_that_had_no_time(part, tmp_path):
     assert prepare.unfinished(output) == expected
     assert prepare.counted(tmp_path / "none.xml", {"unfinished": 1, "output": output}) == expected | {"output": output}
     broken = prepare.counted(tmp_path / "none.xml", {"exit": -11, "output": output})
-    assert broken == expected | {
-        "failed": 3,
-        "output": output,
-    }  # the test in which pytest died wrote nothing, and counts as failed
+    # The test in which pytest died wrote nothing, and counts as failed.
+    assert broken == expected | {"failed": 3, "output": output}
 
 
 def test_shards_are_all_tests(part, tmp_path):
