@@ -72,7 +72,7 @@ def widened(model: PreTrainedModel, parameters: float, copies: int, setting: Set
     stream write all copies. Added heads and inner columns are random; the linears after them read them with zeros.
 
     Raises:
-        ValueError: a model of another family, or fewer parameters than the copies alone need.
+        ValueError: another family, a number of copies that is no power of two, or fewer parameters than the copies need.
     """
     small = model.config
     if small.model_type != "llama" or copies & (copies - 1):
@@ -120,8 +120,8 @@ class Pair:
     """A small base, an ARM for it, a tokenizer, prompts as token ids, and the name of the pair.
 
     The pair is SmolLM2 and SmolLM2 with `positive` merged into it, if the demo's base is cached: nothing is downloaded.
-    Otherwise a stand-in replaces them: the ARM `small` (in a trial a random model), and a copy with noise in its
-    weights. The acceptance of a stand-in's drafts says nothing about real models.
+    Otherwise a stand-in replaces them: the ARM `small`, deepened to 30 layers (in a trial a random model), and a copy
+    with noise in its weights. The acceptance of a stand-in's drafts says nothing about real models.
     """
 
     def __init__(self, setting: Setting) -> None:

@@ -176,7 +176,8 @@ def test_the_estimates_fit_the_budget(part):
 
 def test_every_row_that_compiles_is_prepared(part):
     prepared = {name for job in part("settings").JOBS for name in job.rows}
-    # The job of "first token" compiles the kernels of "base". "training" has few kernels, and takes memory that the tests need.
+    # The job of "first token" compiles the kernels of "base". "training" has few kernels, and takes memory that the
+    # tests need.
     others = {"gpu tests", "W", "base", "Hugging Face, eager", "training", "profile, nsys"}
     assert {row.name for row in part("rows").ROWS} - others == prepared
     assert len({job.name for job in part("settings").JOBS}) == len(part("settings").JOBS)
