@@ -110,9 +110,8 @@ def main() -> None:
     if args.dry:
         interpreting()
     importable()
-    os.environ.setdefault(
-        "HF_HUB_OFFLINE", "1"
-    )  # without a network, each request to the hub would wait for its time-out
+    # Without a network, each request to the hub would wait for its time-out.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.profiled or args.compile:
         from gpu_bench.compiling import compile_job, profile_alone
 

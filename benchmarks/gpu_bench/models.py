@@ -72,7 +72,7 @@ def widened(model: PreTrainedModel, parameters: float, copies: int, setting: Set
     stream write all copies. Added heads and inner columns are random; the linears after them read them with zeros.
 
     Raises:
-        ValueError: another family, a number of copies that is no power of two, or fewer parameters than the copies need.
+        ValueError: another family, copies that are no power of two, or fewer parameters than the copies need.
     """
     small = model.config
     if small.model_type != "llama" or copies & (copies - 1):
