@@ -1,12 +1,13 @@
-"""Guided decoding on a GPU, next to what it costs to read the base's weights once (W) and to Hugging Face.
+"""Measure guided decoding on a GPU, beside the time to read the base's weights once (W) and beside Hugging Face.
 
     python benchmarks/gpu.py [--budget 480] [--out FOLDER] [--only ROW ...]
-    python benchmarks/gpu.py --dry                a trial at toy size, without a GPU
-    python benchmarks/gpu.py --report RESULT.json table and picture of a result, again
+    python benchmarks/gpu.py --dry                run a trial at toy size, without a GPU
+    python benchmarks/gpu.py --report RESULT.json write the table and the picture of a result again
 
-`make bench-gpu` is the first, with ARGS for the rest. Correctness comes first, then rows in the order of their weight.
-Before and after each of them the JSON is on disk: what was measured stays when time runs out, a row fails or the run is
-killed. Rows that no longer fit are named there. No network. docs/gpu.md explains the rows.
+`make bench-gpu ARGS="..."` runs the first command with the options in ARGS. The rows on correctness come first, then
+the other rows in the order of their importance. The JSON file is written before and after each row, so measured numbers
+stay if time runs out, a row fails or the run is killed. The file also names the rows that time was too short for. The
+script needs no network. docs/gpu.md explains the rows.
 """
 
 from __future__ import annotations
@@ -32,14 +33,21 @@ SLOWER = 8.0  # A trial's rows take up to this many times their estimates, as th
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of the whole run (default: 480; 3600 if dry)")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results; if dry a new one)")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by their names")
-    parser.add_argument("--dry", action="store_true", help="toy sizes, interpreted, with stand-ins for a GPU")
-    parser.add_argument("--report", type=Path, metavar="RESULT.json", help="write its table and picture beside it")
-    parser.add_argument("--rows", default="gpu_bench.rows", help=argparse.SUPPRESS)  # a module: tests have their own
-    parser.add_argument("--compile", metavar="JOB", help=argparse.SUPPRESS)  # what the first row starts
-    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)  # what nsys runs
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="seconds that the whole run may take (default: 480; --dry: 3600)",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the result (default: benchmarks/results; --dry: a new one)")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="names of the rows to run (default: all)")
+    parser.add_argument("--dry", action="store_true", help="run a trial at toy size, without a GPU")
+    parser.add_argument("--report", type=Path, metavar="RESULT.json", help="write the result's table and picture again")
+    # Tests pass a module with rows of their own. The first row starts processes with --compile, and nsys one with
+    # --profiled.
+    parser.add_argument("--rows", default="gpu_bench.rows", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", metavar="JOB", help=argparse.SUPPRESS)
+    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.budget is None:
         args.budget = 3600.0 if args.dry else 480.0
@@ -60,18 +68,18 @@ def report(path: Path) -> None:
     print(text, path, sep="\n", flush=True)
     try:
         plot(result, path.with_suffix(".png"))
-    except ImportError as error:  # where the GPU is; the result makes its picture elsewhere, with --report
+    except ImportError as error:  # a GPU machine may lack matplotlib; --report draws the picture on another machine
         print(f"no picture: {error}")
 
 
 def measure(args: argparse.Namespace) -> Path:
-    """Run the rows in processes of their own, and return the file of the result."""
+    """Run the rows in separate processes, and return the path of the result."""
     from gpu_bench.schedule import RESERVE, run_all
     from gpu_bench.workers import Workers, interrupted
 
     signal.signal(signal.SIGTERM, interrupted)
     with Workers(args.rows, "dry" if args.dry else "real") as workers:
-        source: Any = importlib.import_module(args.rows)  # meanwhile
+        source: Any = importlib.import_module(args.rows)  # imported while the workers start
         names = [row.name for row in source.ROWS]
         if unknown := sorted(set(args.only or ()) - set(names)):
             raise SystemExit(f"--only {unknown[0]!r}: expected one of {', '.join(map(repr, names))}")
@@ -102,7 +110,8 @@ def main() -> None:
     if args.dry:
         interpreting()
     importable()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without network, each question to the hub would take its time-out
+    # Without a network, each request to the hub would wait for its time-out.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if args.profiled or args.compile:
         from gpu_bench.compiling import compile_job, profile_alone
 

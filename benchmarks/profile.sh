@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Where a step's time goes: Nsight Systems with the library's ranges where there is a GPU and nsys, torch.profiler elsewhere.
+# Show where a step's time goes. With a GPU and nsys, Nsight Systems shows the library's ranges; otherwise torch.profiler runs.
 #
 #     benchmarks/profile.sh [arguments of benchmarks/profiled.py]
 #
-# With Nsight: profile/guided.nsys-rep, and its sums of time by range, on the host and projected on the GPU.
-# No GPU has run that half yet (docs/gpu.md).
+# Nsight writes profile/guided.nsys-rep, and prints the sums of time by range, on the host and projected on the GPU.
+# No GPU has run the Nsight half yet (docs/gpu.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

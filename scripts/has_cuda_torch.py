@@ -1,7 +1,7 @@
-"""Ends with 0 if this Python can run the GPU's benchmark as it is: torch is built for CUDA, and the rest is installed.
+"""Exit with 0 if this Python can run the GPU benchmark: torch is built for CUDA, and all other packages are installed.
 
-`make bench-gpu` asks it, since a machine with a GPU may have no network to make an environment from. It imports nothing
-large: torch alone would take seconds.
+`make bench-gpu` runs this script, since a machine with a GPU may have no network to build an environment with. The
+script imports nothing large: torch alone would take seconds.
 """
 
 from __future__ import annotations

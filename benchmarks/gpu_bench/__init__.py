@@ -1,1 +1,1 @@
-"""The parts of benchmarks/gpu.py: settings, models, rows, and what is made of their numbers."""
+"""The parts of benchmarks/gpu.py: settings, models, rows, and the report of their numbers."""

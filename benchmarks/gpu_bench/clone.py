@@ -1,4 +1,4 @@
-"""The package from its clone, where it is not installed: a machine without network may have no way to install it."""
+"""Make a clone of the package importable where it is not installed: a machine without network may not install it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def importable() -> None:
-    """Let this process and those that it starts import `genarm_fast`.
+    """Let this process and its child processes import `genarm_fast`.
 
-    The package's folder `kernels` is named kernels/ops in the clone, so a folder of links has both.
+    The package's folder `kernels` is kernels/ops in the clone. A temporary folder of links puts it where it belongs.
     """
     if importlib.util.find_spec("genarm_fast") is not None:
         return

@@ -1,4 +1,4 @@
-"""What other processes of the benchmark run: the rows of a job for their kernels, and decoding under nsys."""
+"""Entry points of the benchmark's other processes: one compiles the kernels of a job, one decodes under nsys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .schedule import attempt
 
 
 def compile_job(name: str, setting: str) -> int:
-    """Run the rows of a job with shallow models. Returns 1 if one of them failed, whose traceback is printed."""
+    """Run the rows of a job with shallow models. Print the traceback of each row that fails; return 1 if one did."""
     rows, failed = {row.name: row for row in ROWS}, 0
     with benching(setting) as bench:
         job = next(job for job in bench.setting.jobs if job.name == name)

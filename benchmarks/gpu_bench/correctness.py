@@ -1,4 +1,4 @@
-"""Before anything is timed: tokens of whole texts against the reference."""
+"""Rows that compare the tokens of whole texts with the reference. They run before anything is timed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .models import plain_tokenizer, with_lora
 
 
 def small_tokens(bench: Bench) -> dict[str, Any]:
-    """SmolLM2 with two LoRA ARMs in float32: every token is the reference's, greedy and sampled.
+    """Compare SmolLM2 with two LoRA ARMs in float32: every token has to equal the reference's, greedy and sampled.
 
-    Where it is not cached, the stand-in's base with random LoRAs; `models` says which it was.
+    If SmolLM2 is not cached, the base of the stand-in pair runs with random LoRAs. `models` names the models.
     """
     pair = bench.pair()
     if pair.real:
@@ -36,7 +36,10 @@ def small_tokens(bench: Bench) -> dict[str, Any]:
 
 
 def widened_tokens(bench: Bench) -> dict[str, Any]:
-    """The widened pair in the dtype of the rows: rounding may flip a draw that is a near-tie, and nothing else may."""
+    """Compare the widened pair in the dtype of the other rows.
+
+    Only rounding may change a token, where two tokens nearly tie in a draw.
+    """
     model = widened_pair(bench)
     prompts = bench.pair().prompts
     plain = agreement(bench, model, prompts, 1.0)
@@ -48,7 +51,7 @@ def widened_tokens(bench: Bench) -> dict[str, Any]:
 
 
 def widened_pair(bench: Bench) -> GenARM:
-    """Base and ARM of the pair at the cost of larger ones."""
+    """Return a decoder of the widened pair: its base and ARM cost as much as larger models."""
     base, arm = bench.pair().widened(bench.setting)
     return bench.decoder("widened", base, [arm], tokenizer=bench.pair().tokenizer)
 
@@ -57,9 +60,10 @@ def widened_pair(bench: Bench) -> GenARM:
 def agreement(
     bench: Bench, model: GenARM, prompts: Sequence[list[int]], temperature: float, *, speculation: Any = "off"
 ) -> dict[str, Any]:
-    """Which share of the tokens is what the reference draws there, from transformers' logits of the text before it.
+    """Return the share of generated tokens that equal the reference's draw at their position.
 
-    Each token is judged after the text that was generated, so a draw that rounding flipped counts once.
+    The reference draws from transformers' logits of the generated text before the token. A draw that rounding changed
+    therefore counts once, and leaves the tokens after it equal.
     """
     texts, tokens = bench.setting.texts
     outputs = model.generate(

@@ -1,7 +1,7 @@
 """A trial without a GPU: Triton's kernels are interpreted, and stand-ins replace streams, graphs, events and memory.
 
-The stand-ins are those of the tests (tests/cuda_driver.py): the engine's own CUDA device runs on CPU tensors. A graph
-is a tape of the calls during its capture, interpreted launches included.
+The stand-ins come from the tests (tests/cuda_driver.py). With them, the engine's own CUDA device runs on CPU tensors. A
+graph is a tape of the calls during its capture, which includes interpreted launches.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def interpreting() -> None:
-    """Start this process again with TRITON_INTERPRET=1, if that is not set: triton must see it at its import."""
+    """Start this process again with TRITON_INTERPRET=1 if that is not set. Triton reads the variable at its import."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment["GENARM_FAST_SELFCHECK"] = "never"  # would take a third of the time, and has tests of its own
+        environment["GENARM_FAST_SELFCHECK"] = "never"  # takes a third of the time, and has its own tests
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 class Event:
-    """A stand-in for a CUDA event. It records the host's time, since all work is done when it is launched."""
+    """A stand-in for a CUDA event. It records the host's time, since a launch returns after its work."""
 
     def __init__(self, **_: Any) -> None:
         self.time = 0.0
@@ -45,7 +45,7 @@ class Event:
 
 @contextmanager
 def standing_in() -> Iterator[None]:
-    """Replace torch.cuda by stand-ins for CPU tensors, so that it needs no GPU."""
+    """Replace torch.cuda by stand-ins that work on CPU tensors, so that the rows need no GPU."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
     from cuda_driver import OnCpuTensors, cuda_driver

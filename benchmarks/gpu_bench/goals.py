@@ -13,8 +13,8 @@ Rows = Mapping[str, Mapping[str, Any]]
 class Goal:
     """A limit for one figure.
 
-    value: computes the figure from a result's rows by name; a KeyError means a row without numbers. before, prototype:
-    the figures of the library and of a prototype on an H100 on 2026-11-27, in the goal's unit.
+    value: computes the figure from a result's rows by name; it raises KeyError if a row has no numbers. before,
+    prototype: the figures of the library and of a prototype on an H100 on 2026-11-27, in the goal's unit.
     """
 
     title: str
@@ -64,7 +64,8 @@ GOALS = [
 def sampler_goals(lines: list[dict[str, Any]]) -> list[tuple[str, float | None, float, str]]:
     """Return (title, value, limit, unit) of each goal of the sampler.
 
-    The host's time comes from all lines, the other values from the lines at the widest vocabulary."""
+    The host's time comes from all lines, the other values from the lines at the widest vocabulary.
+    """
     widest = max((line["vocab"] for line in lines), default=0)
     at = {line["rows"]: line for line in lines if line["vocab"] == widest}
 

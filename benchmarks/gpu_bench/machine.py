@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""Describe the machine and the software that the numbers were measured on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ QUERIED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Names, versions, clocks, date and commit. Raises RuntimeError where CUDA does not work."""
+    """Return names, versions, clocks, date and commit. Raises RuntimeError if CUDA does not work."""
     if device.type == "cuda":
         torch.cuda.init()
     found: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **commit()}
@@ -33,13 +33,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str]:
-    """As nvidia-smi tells them, {} where it is not there."""
+    """Return the QUERIED values of nvidia-smi by name, {} without the tool."""
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERIED)}", "--format=csv,noheader"]
     return dict(zip(QUERIED, (each.strip() for each in _output(command).split("\n")[0].split(","))))
 
 
 def commit() -> dict[str, Any]:
-    """Of the working tree, and whether it has changes."""
+    """Return the commit of the working tree, and the number of tracked files with changes."""
     found = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]).strip()
     changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", "-uno"]).strip()
     return {"commit": found or None, "changed_files": len(changes.splitlines())}

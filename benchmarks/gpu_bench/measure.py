@@ -1,4 +1,4 @@
-"""What rows are measured with: models that stay on the device, decoding by ours and Hugging Face's, and W."""
+"""The tools of the rows: models that stay on the device, decoding by the library and by Hugging Face, and W."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from genarm_fast.speculation.config import Speculation
 from .models import Pair, plain_tokenizer, random_llama, weight_bytes, with_lora
 from .settings import Setting
 
-Call = Callable[[int], Any]  # tokens; does it all, waiting for the device
+Call = Callable[[int], Any]  # generates this number of tokens, and returns when the device has finished
 
 
 def synchronized() -> float:
@@ -33,7 +33,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
-    """Device time of one of these calls, launched one after the other; median of repeats."""
+    """Return the device time in µs of one of these calls, launched back to back: the median of the repeats."""
     found = []
     for _ in range(repeats + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -47,20 +47,20 @@ def microseconds(calls: Sequence[Callable[[], Any]], repeats: int) -> float:
 
 
 class Bench:
-    """What rows have in common. `leave` forgets the models and decoders of a group of rows."""
+    """The state that rows share. `leave` forgets the models and decoders of a group of rows."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.turn = 0
         self.read_speed = 0.0  # bytes per second
-        self.so_far: dict[str, Any] = {}  # numbers of the running row, which may be cut short
-        self.keep: Callable[[dict[str, Any]], None] = lambda so_far: None  # puts them where they outlive the process
+        self.so_far: dict[str, Any] = {}  # numbers of the running row, which may be stopped
+        self.keep: Callable[[dict[str, Any]], None] = lambda so_far: None  # sends `so_far` out of the process
         self._models: dict[str, PreTrainedModel] = {}
         self._decoders: dict[Any, GenARM] = {}
         self._pair: Pair | None = None
 
     def note(self, **found: Any) -> None:
-        """Keep numbers of the running row, in case that it is cut short."""
+        """Keep numbers of the running row, in case the row is stopped before its end."""
         self.so_far |= found
         self.keep(dict(self.so_far))
 
@@ -74,7 +74,7 @@ class Bench:
         return self._pair
 
     def decoder(self, key: str, base: PreTrainedModel, arms: Sequence[Any] = (), rows: int = 32, **more: Any) -> GenARM:
-        """A GenARM over models on the device, which it may stack; kept until the group is left."""
+        """Return a GenARM of models on the device, whose weights it may stack. It is kept until `leave`."""
         if key not in self._decoders:
             tokenizer = more.pop("tokenizer", None) or plain_tokenizer(base.config.vocab_size)
             limits: dict[str, Any] = {"max_batch_size": rows, "speculation": "off"}
@@ -82,17 +82,18 @@ class Bench:
         return self._decoders[key]
 
     def lanes(self, name: str, count: int) -> GenARM:
-        """A random model with so many random LoRA ARMs, all of one forward."""
+        """Return a decoder of a random model with `count` random LoRA ARMs, all run by one forward."""
         key = f"{name} + {count}"
         if key in self._decoders:
             return self._decoders[key]
         if not count:
             return self.decoder(key, self.model(name))
-        base = random_llama(self.setting, name)  # of its own: the A of its lanes are rows of the stacked weights
+        # This decoder needs its own base, since the A matrices of its lanes become rows of the stacked weights.
+        base = random_llama(self.setting, name)
         return self.decoder(key, base, [with_lora(base, 1 + i, self.setting.rank) for i in range(count)])
 
     def leave(self) -> None:
-        """Forget all models. Raises what an earlier error of the GPU makes every later call raise."""
+        """Forget all models. Raises the GPU's error if an earlier one has spoilt this process."""
         torch.cuda.synchronize()
         for decoder in self._decoders.values():
             decoder.release()
@@ -102,13 +103,13 @@ class Bench:
         torch.cuda.empty_cache()
 
     def w(self, base: PreTrainedModel) -> float:
-        """Milliseconds that reading its weights once takes, at the speed that was measured in this process."""
+        """Return W: the milliseconds to read the base's weights once, at the read speed measured in this process."""
         if not self.read_speed:
             self.read_speed = read_speed(self.setting)
         return 1e3 * weight_bytes(base) / self.read_speed
 
     def prompts(self, rows: int, length: int, vocab: int) -> list[list[int]]:
-        """New ones at each call, since the beginning of a prompt that a slot still holds is not read again."""
+        """Return new prompts at each call, since a slot that holds the beginning of a prompt does not read it again."""
         self.turn += 1
         generator = torch.Generator().manual_seed(self.turn)
         return torch.randint(2, vocab, (rows, length), generator=generator).tolist()
@@ -117,7 +118,10 @@ class Bench:
         self, model: GenARM, rows: int = 1, *, context: int | None = None, speculation: Any = "off",
         prompts: Sequence[list[int]] | None = None, rounds: int | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Milliseconds a step of so many requests, or a token of one with drafts; its factor of W; peak memory."""
+        """Measure the milliseconds of a step of `rows` requests, or of one request's token with drafts.
+
+        Returns these milliseconds, W and their multiple of W, the peak memory, and what the drafts achieved.
+        """
         torch.cuda.reset_peak_memory_stats()
         rounds, context = rounds or self.setting.rounds, context or self.setting.context
         outputs: list[Any] = []
@@ -150,7 +154,7 @@ class Bench:
         return result
 
     def hugging_face(self, name: str, *, compiled: bool = False) -> dict[str, Any]:
-        """Measure its `generate` on the same model, unguided, one request."""
+        """Measure Hugging Face's `generate` on the same model, unguided, for one request."""
         model = self.model(name)
         torch.cuda.reset_peak_memory_stats()
         found = per_token(
@@ -166,7 +170,7 @@ def hf_generate(bench: Bench, model: Any, tokens: int, *, length: int | None = N
     options: dict[str, Any] = {}
     if compiled:
         config = CompileConfig(**bench.setting.compile_options)
-        config._compile_all_devices = True  # on a trial's CPU, too
+        config._compile_all_devices = True  # a trial compiles on the CPU, too
         options = {"cache_implementation": "static", "compile_config": config}
     model.generate(
         ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0,
@@ -177,8 +181,11 @@ def hf_generate(bench: Bench, model: Any, tokens: int, *, length: int | None = N
 def per_token(
     generate: Call, tokens: tuple[int, int], rounds: int, ran: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Milliseconds a token, of the larger number of tokens less the smaller: no prefill in it. The first, and largest,
-    call is not timed: it compiles, captures, and makes the caches."""
+    """Return the milliseconds of one token, without the prefill.
+
+    The time is the difference between a call for many tokens and a call for few, over the difference of their tokens.
+    The first call does not count, since it compiles, captures graphs and makes the caches.
+    """
     few, many = tokens
     warm_up = seconds_of(partial(generate, many))
     times = []
@@ -191,14 +198,14 @@ def per_token(
 
 
 def read_speed(setting: Setting) -> float:
-    """Bytes per second of reading memory once: the fastest of five sums over more than a cache holds."""
+    """Return the bytes per second at which memory is read: the fastest of five sums over more than a cache holds."""
     numbers = torch.ones(setting.read_bytes // 4, dtype=torch.float32, device=setting.device)
     numbers.sum()
     return max(numbers.nbytes / max(1e-6 * microseconds([numbers.sum], 1), 1e-9) for _ in range(5))
 
 
 def runs_by(model: GenARM) -> list[str]:
-    """Which forward each member has, and why, in the library's words."""
+    """Return the library's sentences on which forward each member has, and why."""
     return list(model.forwards.values())
 
 

@@ -1,4 +1,4 @@
-"""Models made on the device: random ones in real shapes, LoRAs for them, real ones widened to a larger one's cost."""
+"""Models made on the device: random models in real shapes, LoRAs for them, and real models widened to cost more."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def random_llama(setting: Setting, name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """Random weights in a real shape, drawn on the device: no host has to hold them."""
+    """Return a Llama of a real shape with random weights. They are drawn on the device, never held by the host."""
     shape: dict[str, Any] = {"max_position_embeddings": 8192, "tie_word_embeddings": False}
     return _made(LlamaConfig(**(shape | setting.shapes[name] | changes)), setting, seed)
 
@@ -37,38 +37,42 @@ def _made(config: LlamaConfig, setting: Setting, seed: int) -> PreTrainedModel:
 
 
 def with_lora(base: PreTrainedModel, seed: int, rank: int) -> PeftModel:
-    """A random LoRA on all linears of the layers, over the base's own weights."""
+    """Return the base, over the same weights, with a random LoRA on all linears of its layers."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS, init_lora_weights=False)
     adapted = get_peft_model(share_weights(base), config, autocast_adapter_dtype=False)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            parameter.data.mul_(0.1)  # else thirty layers of random LoRAs make the same token of everything
+            # Larger LoRAs in thirty layers would make the model draw the same token after any text.
+            parameter.data.mul_(0.1)
     return adapted.eval().requires_grad_(False)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a step has to read: all but the embedding, of which it looks up a row; a tied head."""
+    """Return the bytes of the weights that a step has to read.
+
+    An embedding does not count, since a step looks up single rows of it, unless it is the output layer as well.
+    """
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     embedding = 0 if tied else model.get_input_embeddings().weight.nbytes
     return sum(parameter.nbytes for parameter in model.parameters()) - embedding
 
 
 def plain_tokenizer(tokens: int) -> PreTrainedTokenizerFast:
-    """A word for each token id: rows are given as ids, and something has to spell the answers."""
+    """Return a tokenizer with a word for each token id. Prompts are token ids, but answers need a text."""
     backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(tokens)}, unk_token="t0"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="t0", eos_token="t1")
 
 
 def widened(model: PreTrainedModel, parameters: float, copies: int, setting: Setting) -> PreTrainedModel:
-    """A Llama with the function of this one, up to rounding, and with so many parameters.
+    """Return a Llama with about `parameters` parameters that computes the same function as `model`, up to rounding.
 
-    The residual stream holds `copies` copies of the small one's, a power of two, so norms see the same mean. Linears
-    that read it have their weights divided among the copies, exactly, and those that write it write all copies. Added
-    heads and inner columns are random, and what follows reads them with zeros.
+    The wide residual stream holds `copies` copies of the small stream, so its norms see the same mean. `copies` is a
+    power of two, so the linears that read the stream divide their weights by it exactly. The linears that write the
+    stream write all copies. Added heads and inner columns are random; the linears after them read them with zeros.
 
     Raises:
-        ValueError: another family, or fewer parameters than so many copies have by themselves.
+        ValueError: another family, copies that are no power of two, or fewer parameters than the copies need.
     """
     small = model.config
     if small.model_type != "llama" or copies & (copies - 1):
@@ -80,7 +84,7 @@ def widened(model: PreTrainedModel, parameters: float, copies: int, setting: Set
     wanted = round(rest / (3 * hidden))
     if wanted < inner:
         raise ValueError(f"parameters={parameters:g}: expected more with {copies} copies")
-    inner = wanted if wanted < 4096 else wanted // 256 * 256  # as tiles of products like it
+    inner = wanted if wanted < 4096 else wanted // 256 * 256  # a multiple that suits the tiles of matrix products
     config = copy.deepcopy(small)
     config.update({"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads})
     config.update({"num_key_value_heads": kv_heads, "tie_word_embeddings": True, "head_dim": width})
@@ -98,7 +102,7 @@ def widened(model: PreTrainedModel, parameters: float, copies: int, setting: Set
                 target = large.get_submodule(linear).weight.zero_()
                 target[:, : weight.shape[1]] = _on(weight, wide).repeat(copies, 1)
         _copy(wide.model.embed_tokens, _on(model.model.embed_tokens.weight, wide).repeat(1, copies))
-        # The tied head reads all copies, so what it reads is divided by their number.
+        # The tied head adds up all copies, so the norm before it divides by their number.
         _copy(wide.model.norm, model.model.norm.weight.repeat(copies) / copies)
     wide.generation_config = copy.deepcopy(model.generation_config)
     return wide
@@ -113,10 +117,11 @@ def _on(values: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 class Pair:
-    """A small base, an ARM for it, a tokenizer, prompts as token ids, and what they are called.
+    """A small base, an ARM for it, a tokenizer, prompts as token ids, and the name of the pair.
 
-    SmolLM2 with `positive` merged into it where the demo's base is cached, since nothing is fetched here. Without it,
-    and for a trial, a stand-in whose acceptance says nothing: `small`, and `small` with some noise in its weights.
+    The pair is SmolLM2 and SmolLM2 with `positive` merged into it, if the demo's base is cached: nothing is downloaded.
+    Otherwise a stand-in replaces them: the ARM `small`, deepened to 30 layers (in a trial a random model), and a copy
+    with noise in its weights. The acceptance of a stand-in's drafts says nothing about real models.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -155,7 +160,7 @@ class Pair:
         self.prompts = torch.randint(2, vocab, (8, 12), generator=generator).tolist()
 
     def widened(self, setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Base and ARM at the sizes of the setting."""
+        """Return base and ARM, widened to the sizes of the setting."""
         large, small = setting.widened
         copies = (2, 1) if setting.name == "dry" else (8, 4) if self.real else (16, 8)
         return (

@@ -1,7 +1,7 @@
-"""The first row: tests marked gpu, and the kernels of all other rows compiled, in many processes at one time.
+"""The first row: many processes run the tests marked gpu, and compile the kernels of all other rows.
 
-Triton compiles in the process that launches, one kernel after the other, for about a second each. What a process has
-compiled lies in Triton's cache on disk, where the rows find it.
+Triton compiles in the process that launches, one kernel after another, for about a second each. Triton's cache on disk
+keeps the compiled kernels, so the later rows find them there.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = Path(__file__).parents[1]
-TAIL = 3000  # characters of what a process printed, kept where it failed
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+TAIL = 3000  # last characters that are kept of a failed process's output
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 COUNTS = ("passed", "failed", "skipped_tests")
 
 
 class Command(NamedTuple):
-    """A process to be run. environment: what it has beside this process's."""
+    """A command to run. environment: variables that the process gets beside those of this process."""
 
     words: Sequence[str]
     environment: Mapping[str, str]
 
 
 class Process(NamedTuple):
-    """A process that runs, the file that it prints to, and when it began."""
+    """A running process, the file that it prints to, and the time of its start."""
 
     name: str
     popen: subprocess.Popen[bytes]
@@ -42,7 +42,7 @@ class Process(NamedTuple):
     began: float
 
     def told(self, **more: Any) -> dict[str, Any]:
-        """What is kept of it: its time, and what it printed last where it failed."""
+        """Return its seconds and, if it failed, its exit code and the end of its output."""
         found = {"seconds": round(time.monotonic() - self.began, 1), **more}
         if self.popen.returncode:
             found |= {"exit": self.popen.returncode, "output": self.output.read_text(errors="replace")[-TAIL:]}
@@ -50,16 +50,16 @@ class Process(NamedTuple):
 
 
 def die_with_parent() -> None:
-    """Have this process killed when the one that started it ends, so that none stays on the GPU. Linux alone can."""
+    """Have this process killed when its parent ends, so that no process stays on the GPU. Only Linux can do this."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_together(commands: Mapping[str, Command], folder: Path, most: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Run commands in this order, `most` at one time, and kill those that have not ended when the time is up.
+    """Run commands in this order, at most `most` at a time, and kill those that have not ended after `seconds`.
 
-    Returns the `seconds` of each; `exit` and the end of its `output` where it failed; `unfinished` where it was killed
-    or not begun.
+    Returns, by name, the `seconds` of each command. A failed command also has its `exit` code and the end of its
+    `output`; a command that was killed or never started has `unfinished`.
     """
     end, waiting, running = time.monotonic() + seconds, list(commands.items()), list[Process]()
     found: dict[str, dict[str, Any]] = {}
@@ -80,7 +80,7 @@ def run_together(commands: Mapping[str, Command], folder: Path, most: int, secon
                 found[process.name] = process.told()
     finally:
         for process in running:
-            os.killpg(process.popen.pid, signal.SIGKILL)  # its compilers as well
+            os.killpg(process.popen.pid, signal.SIGKILL)  # ends the compilers that it started as well
         for process in running:
             process.popen.wait()
             found[process.name] = process.told(unfinished=1)
@@ -88,9 +88,9 @@ def run_together(commands: Mapping[str, Command], folder: Path, most: int, secon
 
 
 def gpu_tests(bench: Any) -> dict[str, Any]:
-    """How many of the tests marked gpu passed, failed, were skipped, and which rows' kernels were compiled meanwhile.
+    """Return how many tests marked gpu passed, failed and were skipped, and how many jobs were compiled meanwhile.
 
-    The tests are cut into shards of a process each, as one process would compile their kernels for minutes.
+    The tests are split into shards, one process each, since a single process would compile their kernels for minutes.
     """
     setting, cores = bench.setting, os.cpu_count() or 1
     shards = max(1, min(setting.shards, cores // 2))
@@ -98,7 +98,7 @@ def gpu_tests(bench: Any) -> dict[str, Any]:
         folder = Path(name)
         tests = {f"tests {shard}": testing(folder, shard, shards, setting.tests) for shard in range(shards)}
         compiling = {job.name: Command(compiler(job.name, setting.name), {}) for job in setting.jobs}
-        most = cores + cores // 4  # they wait for the disk and the GPU now and then
+        most = cores + cores // 4  # processes sometimes wait for the disk or the GPU
         done = run_together(tests | compiling, folder, max(most, 2), setting.test_seconds)
         counts = [counted(folder / f"{shard}.xml", done.pop(f"tests {shard}")) for shard in range(shards)]
     found: dict[str, Any] = {name: sum(count[name] for count in counts) for name in ("finished", *COUNTS)}
@@ -109,7 +109,7 @@ def gpu_tests(bench: Any) -> dict[str, Any]:
 
 
 def testing(folder: Path, shard: int, shards: int, tests: Sequence[str]) -> Command:
-    """pytest over every so many-th of the tests, from this one on."""
+    """Return the command that runs one shard of the tests: every `shards`-th test, from number `shard` on."""
     words = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu", "-p", "no:cacheprovider"]
     words += ["-p", "gpu_bench.shard", "--shard", f"{shard}/{shards}", f"--junitxml={folder / f'{shard}.xml'}", *tests]
     path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
@@ -118,12 +118,12 @@ def testing(folder: Path, shard: int, shards: int, tests: Sequence[str]) -> Comm
 
 
 def compiler(job: str, setting: str) -> list[str]:
-    """A process that runs the rows of a job at little depth, for what it compiles."""
+    """Return the command that compiles the kernels of a job, by running its rows with shallow models."""
     return [sys.executable, str(BENCHMARKS / "gpu.py"), "--compile", job, *(["--dry"] if setting == "dry" else [])]
 
 
 def counted(report: Path, done: Mapping[str, Any]) -> dict[str, Any]:
-    """The counts of a shard, from pytest's report, or from what it printed where it was killed or broke down."""
+    """Return the counts of a shard: from pytest's report, or from its output if it was killed or crashed."""
     output = done.get("output", "")
     if not report.exists():
         return unfinished(output, broken="unfinished" not in done) | {"output": output}
@@ -135,7 +135,7 @@ def counted(report: Path, done: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unfinished(output: str, broken: bool = False) -> dict[str, Any]:
-    """Counts of the dots and letters that pytest had written. broken: pytest itself failed, which counts as a test."""
+    """Count the dots and letters that pytest printed. broken: pytest itself crashed, which counts as a failed test."""
     progress = "".join(re.findall(r"^([.sFEx]+)(?: +\[ *\d+%\])?$", output, re.MULTILINE))
     failed = progress.count("F") + progress.count("E") + broken
     return {"finished": 0, "passed": progress.count("."), "failed": failed, "skipped_tests": progress.count("s")}

@@ -33,7 +33,8 @@ def profile(bench: Bench) -> dict[str, Any]:
 def profile_by_nsys(bench: Bench) -> dict[str, Any]:
     """Profile the same decoding by nsys, which shows each kernel of a graph.
 
-    The row is the last one, since it takes as long as three others: nsys needs a process that makes the model again."""
+    The row is the last one, since it takes as long as three others: nsys needs a process that makes the model again.
+    """
     if bench.setting.name == "dry" or not shutil.which("nsys"):
         raise Skip("nsys is not installed, or has no GPU to look at")
     return by_nsys(16)

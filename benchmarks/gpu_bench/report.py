@@ -1,4 +1,4 @@
-"""The table and the picture of a result."""
+"""Make the tables and the picture of a result."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .goals import GOALS, Goal, Rows, sampler_goals
 
 
 def with_numbers(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rows by name, those that were measured."""
+    """Return the rows that were measured, by name."""
     return {row["name"]: row for row in result["rows"] if "skipped" not in row and "error" not in row}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The result as tables: goals, the sampler, memory, kernels of a token, and what has no numbers and why."""
+    """Return the result as Markdown: goals, sampler, training, memory, kernels, and why some rows have no numbers."""
     rows, about = with_numbers(result), result["machine"]
     said = [f"**{about['gpu']}**, {about['date'][:10]}, commit {str(about['commit'])[:10]}, torch {about['torch']},"]
     said[0] += f" triton {about['triton']}, transformers {about['transformers']}"
@@ -110,7 +110,7 @@ def _profile_table(row: Mapping[str, Any]) -> list[str]:
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Rows in W beside their goals, and the sampler over R."""
+    """Draw the rows whose unit is W beside their goals, and the sampler's times over R."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""The rows, in the order in which scarce time goes to them."""
+"""The rows, the most important first: if time runs out, later rows are left out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .training import table as training_table
 
 
 def floor(bench: Bench) -> dict[str, Any]:
-    """W, and the numbers that it comes from."""
+    """Return W, the numbers that it is computed from, and the clocks."""
     base = bench.model("8b")
     w = bench.w(base)
     found = {"w": w, "weight_bytes": weight_bytes(base), "read_bytes_per_second": bench.read_speed}
-    return found | {"clocks": clocks()}  # of a device that has just worked
+    return found | {"clocks": clocks()}  # read right after the device has worked
 
 
 def lanes(bench: Bench, name: str, arms: int, batch: int) -> dict[str, Any]:
@@ -35,14 +35,14 @@ def lanes(bench: Bench, name: str, arms: int, batch: int) -> dict[str, Any]:
 
 
 def two_streams(bench: Bench) -> dict[str, Any]:
-    """An ARM with weights of its own, beside the base on a stream of its own."""
+    """Measure an ARM with its own weights, which runs beside the base on its own stream."""
     arm = bench.model("1b", 1)
     found = bench.decode(bench.decoder("8b + 1b", bench.model("8b"), [arm]))
     return found | {"w_arm": bench.w(arm)}
 
 
 def drafts(bench: Bench) -> dict[str, Any]:
-    """The widened pair, whose base costs an 8B model's bytes: without drafts, with some, and as "auto" chooses."""
+    """Measure the widened pair, whose base has an 8B model's bytes: without drafts, with K drafts, and with "auto"."""
     model = widened_pair(bench)
     prompts = bench.pair().prompts
     bench.note(models=bench.pair().name, acceptance_is_real=int(bench.pair().real))
@@ -63,7 +63,7 @@ def long_context(bench: Bench) -> dict[str, Any]:
 
 
 def first_token(bench: Bench) -> dict[str, Any]:
-    """Seconds of calls that generate one token: the unguided base, with a LoRA ARM, and Hugging Face's base."""
+    """Measure calls that generate one token: by the unguided base, with a LoRA ARM, and by Hugging Face's base."""
     length, plain, guided = bench.setting.first_token, bench.lanes("8b", 0), bench.lanes("8b", 1)
 
     def ours(model: Any) -> None:
@@ -88,7 +88,7 @@ def about(bench: Bench) -> dict[str, Any]:
 
 @contextmanager
 def benching(name: str) -> Iterator[Bench]:
-    """What rows run with, in the setting of this name."""
+    """Give the block the `Bench` of the setting with this name; a trial gets stand-ins for the GPU."""
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
     with standing_in() if name == DRY.name else nullcontext():
         yield Bench({setting.name: setting for setting in (REAL, DRY)}[name])
@@ -114,7 +114,7 @@ ROWS = [
     Row("135M", partial(lanes, name="135m", arms=0, batch=0), 7, group="135m"),
     Row("135M, 1 LoRA", partial(lanes, name="135m", arms=1, batch=0), 7, group="135m"),
     Row("training", training_table, 10, group="training"),
-    Row("profile", profile, 16, group="profile"),  # after what is timed: a profiler that was on once slows launches
+    Row("profile", profile, 16, group="profile"),  # follows most timed rows: a profiler slows later launches
     Row("Hugging Face, compiled", partial(Bench.hugging_face, name="8b", compiled=True), 75, group="compiled"),
     Row("profile, nsys", profile_by_nsys, 60, group="nsys"),
 ]

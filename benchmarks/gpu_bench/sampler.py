@@ -1,4 +1,4 @@
-"""guided_sample by itself: in a graph and called from Python, beside what people write in eager PyTorch."""
+"""Measure guided_sample alone, in a graph and called from Python, beside samplers in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILTERS = {"top_p": {"top_p": 0.9}, "top_p and top_k": {"top_p": 0.9, "top_k": 5
 
 
 def table(bench: Bench) -> dict[str, Any]:
-    """A line for every R and V, µs a draw of R rows from a base and one ARM."""
+    """Return a line for every R and V: the µs to draw R rows from a base and one ARM."""
     speed = bench.read_speed or read_speed(bench.setting)
     lines: list[dict[str, Any]] = []
     for vocab in bench.setting.sampler_vocab:
@@ -52,7 +52,7 @@ def measure(bench: Bench, rows: int, vocab: int, speed: float) -> dict[str, Any]
 
 
 def logits(bench: Bench, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Of base and ARM, as the head gives them."""
+    """Return random logits [rows, vocab] of base and ARM, in the dtype of the output layer."""
     base, arm = (
         3 * torch.randn(rows, vocab, device=bench.setting.device, dtype=torch.float32).to(bench.setting.dtype)
         for _ in range(2)
@@ -61,7 +61,7 @@ def logits(bench: Bench, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
 
 
 def drawing(bench: Bench, rows: int, options: dict[str, Any]) -> Callable[[Tensor, Tensor], Any]:
-    """The op with all of its parameters on the device, as a decode loop has them."""
+    """Return a call of the op whose parameters are all on the device, as in a decode loop."""
     device = bench.setting.device
     kinds = {"top_k": torch.int64, "top_p": torch.float32}
     given = {
@@ -79,23 +79,26 @@ def drawing(bench: Bench, rows: int, options: dict[str, Any]) -> Callable[[Tenso
 
 
 def in_graph(bench: Bench, sets: list[Any], draw: Callable[..., Any]) -> float:
-    """A graph of a draw from each set of logits; µs of one."""
+    """Return the µs of one draw in a graph that draws from each set of logits."""
     stream = torch.cuda.Stream(bench.setting.device)
     with torch.cuda.stream(stream), torch.inference_mode():
-        draw(*sets[0])  # compiles it
+        draw(*sets[0])  # compiles the kernels
         torch.cuda.synchronize()
         graph = Graph(stream, torch.cuda.graph_pool_handle(), lambda: tuple(draw(*each).tokens for each in sets), ())
         return microseconds([graph.graph.replay], bench.setting.repeats) / len(sets)
 
 
 def called(bench: Bench, sets: list[Any], function: Callable[..., Any]) -> dict[str, float]:
-    """us: of a call among many, by the clock of the device. host_us: until it returns, while the device is behind."""
+    """Return the times of a call from Python.
+
+    us: device time of one call among many. host_us: time until a call returns, while the device may still work.
+    """
     calls = [partial(function, *each) for each in sets] * max(1, bench.setting.sampler_calls // len(sets))
     with torch.inference_mode():
         whole = microseconds(calls, bench.setting.repeats)
         host = []
         for call in calls:
-            torch.cuda.synchronize()  # an empty queue: a call never waits for room in it
+            torch.cuda.synchronize()  # empties the queue, so that no call waits for room in it
             start = time.perf_counter()
             call()
             host.append(1e6 * (time.perf_counter() - start))
@@ -103,7 +106,7 @@ def called(bench: Bench, sets: list[Any], function: Callable[..., Any]) -> dict[
 
 
 def gumbel(base: Tensor, arm: Tensor) -> Tensor:
-    """Gumbel-max as people write it: argmax of scores less the log of exponential noise."""
+    """Draw by Gumbel-max in eager PyTorch: the argmax of the scores minus the log of exponential noise."""
     scores = base.float() + WEIGHT * arm.float()
     return (scores - torch.empty_like(scores).exponential_().log_()).argmax(-1)
 

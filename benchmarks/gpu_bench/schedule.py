@@ -1,4 +1,4 @@
-"""Rows of a benchmark within a budget of time: after each row, what is known is on disk."""
+"""Run the rows of a benchmark within a time budget. After each row, the result so far is on disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-AGAIN = 15.0  # Seconds after which the alarm rings once more: Python swallows an exception at the end of an object.
-SLACK = 3  # A row is stopped after this many times its estimate,
-LEAST = 25.0  # but not before this many seconds: an estimate of a few seconds may be far off.
+# Seconds between two rings of the alarm. Python swallows an exception in an object's `__del__`, so one may get lost.
+AGAIN = 15.0
+SLACK = 3  # factor of a row's estimate after which the row is stopped
+LEAST = 25.0  # least seconds before a row is stopped, since an estimate of a few seconds may be far off
 RESERVE = 12.0  # seconds at the end of the budget for the table and the picture
 
 
@@ -25,16 +26,16 @@ class Skip(Exception):
 
 
 class TimeIsUp(BaseException):
-    """A row has used its time. It is no Exception, so that no handler on the way takes it for an error of its own."""
+    """A row has used up its time. This is no Exception, so that no handler inside the row catches it."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the benchmark.
 
-    run: gives the row's numbers. seconds: the estimate for an H100, with compiled kernels; a row whose estimate
-    exceeds the time that is left is not begun. group: rows of one group share the models that they have loaded. most:
-    seconds after which the row is stopped; 0: SLACK times the estimate, or LEAST.
+    run: returns the row's numbers. seconds: the estimate for an H100, with compiled kernels; a row whose estimate
+    exceeds the time that is left is not started. group: rows of one group share the models that they have loaded. most:
+    seconds after which the row is stopped; 0 means SLACK times the estimate, but at least LEAST.
     """
 
     name: str
@@ -49,15 +50,15 @@ class Row:
 
 
 class Runner(Protocol):
-    """Where rows run."""
+    """Runs rows, for example in other processes."""
 
     def run(self, row: Row, seconds: float, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Run a row for at most so many seconds and return its entry. keep: gets what the row has so far."""
+        """Run a row for at most `seconds` and return its entry. keep: called with the row's numbers so far."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeIsUp inside when the time is up. A call into a library that blocks is not interrupted."""
+    """Raise TimeIsUp in the block after `seconds`. A library call that blocks is not interrupted."""
 
     def ring(*_: Any) -> None:
         raise TimeIsUp
@@ -77,11 +78,11 @@ def run_all(
 ) -> None:  # fmt: skip
     """Run the rows in order into `result["rows"]`, and write the file before and after each of them.
 
-    end: time of `clock` at which the last row has ended. slower: factor of all estimates, above 1 in a trial.
+    end: time of `clock` by which the last row has to end. slower: factor of all estimates, above 1 in a trial.
 
-    A row has its numbers; or `skipped` with the reason; or `error` and its traceback. The last two have `so_far` as
-    well, the numbers that the row had by then. While a row runs, `result["running"]` has its name and these numbers:
-    a run that is killed leaves them in the file.
+    The entry of a row holds its numbers, or `skipped` with the reason, or `error` with a traceback. A row that was
+    stopped or failed also has `so_far`, the numbers that it had by then. While a row runs, `result["running"]` holds
+    its name and these numbers, so a run that is killed leaves them in the file.
     """
     result["rows"] = []
     for row in rows:
@@ -109,7 +110,7 @@ def run_all(
 
 
 def attempt(row: Row, bench: Any, seconds: float) -> dict[str, Any]:
-    """Run a row in this process: its numbers, or why it has none and what it had so far."""
+    """Run a row in this process. Return its numbers, or the reason that it has none and its numbers so far."""
     try:
         with at_most(seconds):
             return row.run(bench)
@@ -125,14 +126,14 @@ def attempt(row: Row, bench: Any, seconds: float) -> dict[str, Any]:
 
 
 def write(result: dict[str, Any], path: Path) -> None:
-    """Replace the file at once: if the process dies meanwhile, the file has what it had before."""
+    """Replace the file in one step. If the process dies meanwhile, the file keeps its old content."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(result, indent=1))
     os.replace(partial, path)
 
 
 def line(entry: dict[str, Any]) -> str:
-    """A row in a line: why it has no numbers, or the numbers at its top."""
+    """Return one line on a row: the reason that it has no numbers, or the numbers at its top level."""
     what = next((f"{word}: {entry[word]}" for word in ("skipped", "error") if word in entry), None)
     if what is None:
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float, str)) and k not in ("name", "seconds")}
@@ -141,7 +142,7 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def not_finite(value: Any, where: str = "") -> list[str]:
-    """Where a result has numbers that are none."""
+    """Return the paths of all NaNs and infinities in a result."""
     if isinstance(value, dict):
         return [found for key, each in value.items() for found in not_finite(each, f"{where}/{key}")]
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What is measured, at its real size and at one for a trial without a GPU."""
+"""The sizes of a run: the real ones, and toy sizes for a trial without a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOY_SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Job(NamedTuple):
-    """Rows whose kernels one process compiles before they are measured; changes of the setting for that."""
+    """Rows whose kernels one process compiles before they are measured. changes: of the setting, while it compiles."""
 
     rows: tuple[str, ...]
     changes: dict[str, Any] = {}  # noqa: RUF012
@@ -47,15 +47,16 @@ class Job(NamedTuple):
 class Setting:
     """Sizes of a run.
 
-    shapes: of the random Llamas, by the names of what they stand for. rank: of their LoRAs. context: prompt tokens of a
-    decode row. tokens: a row's time is that of the larger number of new tokens less that of the smaller; hf_tokens: of
-    Hugging Face's. rounds, repeats: measurements of a decode row, and of a kernel. texts: how many are compared with
-    the reference, and their tokens. batches: requests of the decode rows. long_context, first_token: tokens of prompts.
-    widened: parameters of the widened base and ARM. drafts: K. sampler_rows, sampler_vocab: R and V of its table.
-    sampler_calls: of it from Python, at least. training: N, T, H and V of a loss. cold_bytes: a sampler's inputs take
-    turns until they fill so many bytes, which no cache holds. read_bytes: that W's read speed is measured on.
-    test_seconds: for the tests marked gpu, in so many `shards` at most, and the `jobs` beside them. compile_options: of
-    Hugging Face's compiled row.
+    shapes: config values of the random Llamas, by name. rank: rank of their LoRAs. context: prompt tokens of a decode
+    row. tokens: two numbers of new tokens; a row measures the difference of their times. hf_tokens: the same for rows
+    of Hugging Face. rounds: measurements of a decode row. repeats: measurements of a kernel. texts: number of texts
+    that are compared with the reference, and tokens of each. batches: requests of the decode rows. long_context,
+    first_token: prompt tokens of the rows with these names. widened: parameters of the widened base and ARM. drafts:
+    values of K. sampler_rows, sampler_vocab: values of R and V in the sampler's table. sampler_calls: calls of the
+    sampler from Python, at least. training: N, T, H and V of the loss. cold_bytes: bytes that the sampler's inputs
+    fill together, more than a cache holds. read_bytes: bytes that are read to measure the speed behind W.
+    test_seconds: time limit of the tests marked gpu and of the jobs beside them. tests: their files. shards: most
+    processes that run them. jobs: see `Job`. compile_options: options of Hugging Face's compiled row.
     """
 
     name: str
@@ -87,14 +88,14 @@ class Setting:
     compile_options: dict[str, Any]
 
     def shallow(self, changes: dict[str, Any]) -> Setting:
-        """With models of one layer and one measurement: what compiles the same kernels sooner."""
+        """Return a setting with models of one layer and one measurement, which compiles the same kernels sooner."""
         shapes = {name: shape | {"num_hidden_layers": 1} for name, shape in self.shapes.items()}
         few: dict[str, Any] = {"shapes": shapes, "rounds": 1, "repeats": 1, "sampler_calls": 1, "read_bytes": 1 << 22}
         few |= {"texts": (1, self.texts[1] // 4), "cold_bytes": 1 << 12}
         return replace(self, **(few | changes))
 
 
-GPU_TESTS = (  # a shard runs them in this order, as far as its time goes
+GPU_TESTS = (  # the order in which a shard runs them until its time is up
     "tests/engine/test_gpu_engine.py",
     "tests/kernels/test_decoder_layer_gpu.py",
     "tests/kernels/settle/test_settle_gpu.py",
@@ -105,11 +106,12 @@ GPU_TESTS = (  # a shard runs them in this order, as far as its time goes
     "tests/kernels/ragged_attention/test_ragged_attention_gpu.py",
 )
 LORA_ROWS = ("1 LoRA", "1 LoRA, 8 requests", "1 LoRA, 32 requests", "context 4,000, 8 requests")
-JOBS = (  # the longest ones first
-    Job(("Hugging Face, compiled",), {"shapes": REAL_SHAPES}),  # its graph has all layers
+JOBS = (  # the jobs that take longest come first
+    Job(("Hugging Face, compiled",), {"shapes": REAL_SHAPES}),  # needs all layers, since they form one graph
     Job(("tokens, widened", "drafts")),
     Job(LORA_ROWS),
-    Job(("sampler",), {"sampler_rows": (1,)}),  # kernels differ by whether the rows are 1, a multiple of 16, or neither
+    # Triton compiles other kernels for one row, for a multiple of 16 rows, and for other numbers of rows.
+    Job(("sampler",), {"sampler_rows": (1,)}),
     Job(("sampler",), {"sampler_rows": (8,)}),
     Job(("sampler",), {"sampler_rows": (64,)}),
     Job(("first token", "profile")),
@@ -125,9 +127,9 @@ REAL = Setting(
     dtype=torch.bfloat16,
     shapes=REAL_SHAPES,
     rank=16,
-    context=128,  # and 128 new tokens: all of them under one KV bound, 256
+    context=128,  # stays within one KV bound, 256, with the 128 new tokens
     tokens=(32, 128),
-    hf_tokens=(16, 64),  # at 28 ms a token, and no faster in a longer measurement
+    hf_tokens=(16, 64),  # takes 28 ms a token; a longer measurement shows no smaller figure
     rounds=3,
     repeats=5,
     texts=(4, 48),
@@ -137,10 +139,10 @@ REAL = Setting(
     widened=(7.5e9, 1e9),
     drafts=(2, 4),
     sampler_rows=(1, 8, 64, 128, 256),
-    sampler_vocab=(128256,),  # another vocabulary is 100 s of compilation
+    sampler_vocab=(128256,),  # each further vocabulary costs 100 s of compilation
     sampler_calls=32,
     training=(4, 512, 4096, 128256),
-    cold_bytes=200 << 20,  # an H100 has 50 MB of L2
+    cold_bytes=200 << 20,  # exceeds the 50 MB of an H100's L2 cache
     read_bytes=2 << 30,
     test_seconds=90,
     tests=GPU_TESTS,
@@ -156,7 +158,7 @@ DRY = Setting(
     shapes=TOY_SHAPES,
     rank=2,
     context=6,
-    tokens=(1, 2),  # of three calls: the third step of a shape is captured, two are replayed
+    tokens=(1, 2),  # suffices in three calls to capture the third step of a shape and replay two
     hf_tokens=(1, 2),
     rounds=1,
     repeats=1,
@@ -170,7 +172,7 @@ DRY = Setting(
     sampler_vocab=(300,),
     sampler_calls=1,
     training=(1, 3, 8, 300),
-    cold_bytes=1 << 12,  # two sets
+    cold_bytes=1 << 12,  # room for two sets of inputs
     read_bytes=1 << 22,
     test_seconds=300,
     tests=GPU_TESTS[2:3],

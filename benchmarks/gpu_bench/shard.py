@@ -11,7 +11,7 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption("--shard", default="0/1", metavar="I/N")
 
 
-@pytest.hookimpl(trylast=True)  # after `-m` has left out what it leaves out
+@pytest.hookimpl(trylast=True)  # runs after `-m` has removed the tests that it leaves out
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     shard, shards = map(int, config.getoption("--shard").split("/"))
     items[:] = items[shard::shards]

@@ -1,4 +1,4 @@
-"""arm_logps, the loss of training, beside full logits: time and memory of a forward and backward pass."""
+"""Measure time and memory of a forward and backward pass of arm_logps, the training loss, beside full logits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from genarm_fast.kernels import arm_logps, arm_logps_reference
 
 from .measure import Bench, peak_bytes, seconds_of
 
-HEADS = ("frozen", "trained")  # LoRA; full fine-tuning
+HEADS = ("frozen", "trained")  # output layers under LoRA and under full fine-tuning
 CONTENDERS = {"arm_logps": arm_logps, "full logits": arm_logps_reference}
 
 
 def table(bench: Bench) -> dict[str, Any]:
-    """A line for each head; peaks are beyond what was allocated before, the gradients included."""
+    """Return a line for each head. Peaks count the memory beyond that allocated before, with the gradients."""
     rows, length, width, vocab = bench.setting.training
     device, dtype = bench.setting.device, bench.setting.dtype
     hidden, weight = (
@@ -32,7 +32,7 @@ def table(bench: Bench) -> dict[str, Any]:
         line: dict[str, Any] = {"head": head}
         for name, function in CONTENDERS.items():
             run = partial(step, function, hidden, weight, labels)
-            run()  # compiles
+            run()  # compiles the kernels
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             times = [seconds_of(run) for _ in range(bench.setting.rounds)]

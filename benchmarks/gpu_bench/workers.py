@@ -1,5 +1,7 @@
-"""Rows in a process of their own. An error on a GPU spoils the process that made it, and a kernel that hangs cannot be
-interrupted: then the process is ended, and another one, which has imported everything by then, runs the next rows.
+"""Run rows in a separate process.
+
+An error on a GPU spoils the process that made it, and a kernel that hangs cannot be interrupted. In both cases the
+process is ended, and a reserve process, which has finished its imports by then, runs the next rows.
 """
 
 from __future__ import annotations
@@ -20,17 +22,18 @@ from typing import Any
 from .prepare import die_with_parent
 from .schedule import Row, attempt
 
-GRACE = 10.0  # seconds that a row has, after its time, to end by itself
-START = 120.0  # seconds for the imports of a process, from a cold disk
+GRACE = 10.0  # seconds that a row has to end by itself after its time is up
+START = 120.0  # seconds that the imports of a process may take from a cold disk
 
 
 def serve(connection: Any, module: str, setting: str, stacks: str) -> None:
-    """Run the rows that the connection names, one after the other, until it is closed.
+    """Run the rows that the connection names, one after another, until it is closed.
 
-    module: has `MACHINE`, `ROWS` and `benching`, as `rows` does. stacks: a file for what Python did when a signal came.
+    module: name of a module with `MACHINE`, `ROWS` and `benching`, like `rows`. stacks: file to which a signal writes
+    the Python stacks of all threads.
     """
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     with open(stacks, "w") as file:
         faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file)
@@ -49,7 +52,7 @@ def serve(connection: Any, module: str, setting: str, stacks: str) -> None:
                         return
                 entry = attempt(rows[name], bench, seconds)
                 if "error" in entry and not attempt(Row("leave", _leave), bench, seconds):
-                    group = ""  # the GPU works, and has forgotten what the row had loaded
+                    group = ""  # the GPU still works, and the row's models are released
                 elif "traceback" in entry:
                     entry["spoilt"] = 1
                 connection.send(("entry", entry))
@@ -71,13 +74,13 @@ class Worker:
         arguments = (theirs, module, setting, self.stacks)
         self.process = context.Process(target=serve, args=arguments, daemon=False)
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
+        theirs.close()  # the connection now closes when the process ends
         self.ready = False
 
     def run(
         self, row: Row, seconds: float, keep: Callable[[dict[str, Any]], None]
     ) -> tuple[dict[str, Any] | None, bool]:
-        """The row's entry, None if the process could not begin with it, and whether it can run another row."""
+        """Run a row. Return its entry (None if the process could not start it), and whether it can run another row."""
         so_far: dict[str, Any] = {}
         kind: str | None = "ready" if self.ready else None
         until = time.monotonic() + (START if kind is None else 0)
@@ -89,7 +92,7 @@ class Worker:
             until = time.monotonic() + seconds + GRACE
             while True:
                 kind, found = self._next(until)
-                if kind == "spoilt":  # its memory can't be freed, after an error of the GPU
+                if kind == "spoilt":  # an earlier GPU error keeps its memory from being freed
                     return None, False
                 if kind == "entry":
                     return found, not found.pop("spoilt", 0)
@@ -109,7 +112,7 @@ class Worker:
         return self.connection.recv()
 
     def _stacks(self) -> str:
-        """Where all threads of the process are now."""
+        """Return the current Python stacks of all threads of the process."""
         with suppress(OSError):
             os.kill(self.process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
             time.sleep(0.5)
@@ -119,18 +122,18 @@ class Worker:
         return Path(self.stacks).read_text()[:4000]
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even if it hangs."""
         with suppress(OSError):
             self.connection.close()
         if self.process.is_alive() and self.ready:
-            self.process.join(1)  # it ends by itself where it waits for a row
+            self.process.join(1)  # a process that waits for a row ends by itself
         self.process.kill()
         self.process.join(GRACE)
         Path(self.stacks).unlink(missing_ok=True)
 
 
 class Workers:
-    """A process that runs the rows, and one in reserve."""
+    """A process that runs the rows, and a process in reserve."""
 
     def __init__(self, module: str, setting: str) -> None:
         self.module, self.setting = module, setting
@@ -145,7 +148,7 @@ class Workers:
             if not sound:
                 self.worker.end()
                 self.worker, self.reserve = self.reserve, self._new()
-            if entry is not None:  # a new process has no group to leave
+            if entry is not None:  # None came from leaving the last group, which a new process need not do
                 return entry
 
     def end(self) -> None:
@@ -160,6 +163,6 @@ class Workers:
 
 
 def interrupted(*_: Any) -> None:
-    """Handler of SIGTERM: as of Ctrl-C, so that processes are ended, and the table is written."""
+    """Handle SIGTERM like Ctrl-C, so that all processes are ended and the table is written."""
     print("ended by SIGTERM", file=sys.stderr)
     raise KeyboardInterrupt

@@ -55,7 +55,12 @@ def arm_spec(text: str) -> ArmSpec:
 
 
 def arm_names(specs: Sequence[ArmSpec]) -> list[str]:
-    """The names that loading gives the ARMs. Raises ValueError, FileNotFoundError as that does."""
+    """Return the names that loading gives to the ARMs.
+
+    Raises:
+        ValueError: as `unique_names`.
+        FileNotFoundError: a folder that does not exist.
+    """
     return unique_names([spec.name for spec in specs], [resolve(spec.model) for spec in specs])
 
 

@@ -43,7 +43,7 @@ def sampling_params(args: argparse.Namespace, arm_names: Sequence[str]) -> Sampl
     """Return the parameters that the options ask for.
 
     Raises:
-        ValueError, TypeError: as SamplingParams, and for weights that are not those of the named ARMs.
+        ValueError, TypeError: as SamplingParams, and for weights that do not match the ARMs in `arm_names`.
     """
     given = {field.name: getattr(args, field.name) for field in sampling_fields() if hasattr(args, field.name)}
     if "logit_bias" in given:

@@ -33,7 +33,7 @@ GROUP_BATCHES = 8
 FIRST_CHECK_SECONDS = 5.0
 # Share of the answers' time that is spent on tokenising further prompts.
 CHECK_TIME_SHARE = 0.1
-WRITE_DELAY_SECONDS = 1.0  # seconds that an answer waits, so that others are synced to disk with it
+WRITE_DELAY_SECONDS = 1.0  # seconds that an answer waits, so that one sync to disk covers several
 LINES_PER_REWRITE = 4096  # lines that are held before the file is rewritten
 KEPT_ERRORS = 1000
 

@@ -21,7 +21,7 @@ from genarm_fast.text.chats import arguments_of
 from genarm_fast.text.given import Prompt, as_prompts
 from genarm_fast.text.messages import may_be_stored
 
-MACHINE_FIELDS = ("max_time", "priority")  # an answer would depend on the time of day with these
+MACHINE_FIELDS = ("max_time", "priority")  # fields that make an answer depend on the machine
 # The fields that JSON can express, except those of the machine.
 DEFAULTS = {
     field.name: field.default
@@ -157,7 +157,7 @@ class LineParser:
 
 
 def _highest_token(params: SamplingParams) -> int:
-    """The highest token id that parameters name, -1 where they name none; `logprobs` asks for as many tokens."""
+    """Return the highest token id that parameters name, -1 if they name none. `logprobs=n` counts as token n - 1."""
     named = (params.stop_token_ids, params.suppress_tokens, params.allowed_token_ids or (), params.logit_bias or ())
     return max((params.logprobs or 0) - 1, *(max(tokens, default=-1) for tokens in named))
 

@@ -1,4 +1,4 @@
-"""What a caller says of an ARM: where its model is, its weight, its name and its templates."""
+"""The caller's description of an ARM: where its model is, its weight, its name and its templates."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def as_arms(arms: Any) -> list[ARM]:
     """Return a list of `ARM`s, made from one `ARM`, path or model, or from a list of them.
 
     Raises:
-        TypeError: a value of another type. The message names its index.
+        TypeError: a value of another type. The message names the value's index in the list.
     """
     if isinstance(arms, (ARM, str, os.PathLike, nn.Module)):
         arms = [arms]
@@ -98,7 +98,7 @@ def arm_names(specs: Sequence[ARM]) -> list[str]:
     """Return a unique name for each ARM: given names as they are, default names numbered where they repeat.
 
     Raises:
-        ValueError: as `unique_names`.
+        ValueError: a given name that is empty, used twice, or the name of another drafter.
     """
     paths = [None if isinstance(spec.model, nn.Module) else os.fspath(spec.model) for spec in specs]
     return unique_names([spec.name for spec in specs], paths)

@@ -36,7 +36,7 @@ def load_causal_lm(member: str, source: Source, *, trust_remote_code: bool = Fal
     """
     check_files(member, source)
     kind = AutoModelForCausalLM
-    if not kwargs.keys() & {"gguf_file", "config"}:  # whose model is not that of the folder's config.json
+    if not kwargs.keys() & {"gguf_file", "config"}:  # either argument replaces the folder's config.json
         kind = check_size(member, source, trust_remote_code=trust_remote_code)
     loading = {**kwargs, "trust_remote_code": trust_remote_code}
     return _load(f"{member}={os.fspath(source)!r}", str(source), loading, kind)

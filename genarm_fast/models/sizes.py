@@ -30,7 +30,7 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool) -> Any:
     """Build the model without memory for its weights, and count its numbers: 40 ms of CPU time for 30 layers.
 
     Returns:
-        transformers' class that loads it: AutoModelForCausalLM, or AutoModelForImageTextToText (see `kind_of`).
+        transformers' class that loads the model: AutoModelForCausalLM or AutoModelForImageTextToText (see `kind_of`).
 
     Raises:
         ValueError: a folder without a config, a config that no model can be built from, or a model with more numbers
@@ -65,12 +65,12 @@ def check_size(member: str, source: Source, *, trust_remote_code: bool) -> Any:
 
 
 def kind_of(config: Any) -> Any:
-    """transformers' class that loads a model of this config for text.
+    """Return transformers' class that loads a model of this config for text.
 
-    Most models that read images as well (Qwen2.5-VL, Mistral 3, LLaVA) have no class among its causal LMs.
+    Most models that also read images (Qwen2.5-VL, Mistral 3, LLaVA) have no class among transformers' causal LMs.
 
     Raises:
-        ValueError: transformers has neither, and the config brings no code of its own.
+        ValueError: transformers has neither class for the config, and the folder brings no code for a causal LM.
     """
     own = getattr(config, "auto_map", None) or {}  # code that the folder brings
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own:

@@ -47,21 +47,22 @@ def _copied(root: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """Do `copy.deepcopy(root, memo)` in a sixth of its time, which is 60 ms for the 397 modules of SmolLM2-135M.
 
     Most attributes of modules are empty containers, which are cheap to make. Modules that define how to copy themselves
-    still do that. What torch.compile made of modules and forwards is left out, since it would run the originals.
+    still do that. Results of torch.compile are left out, since they would run the original modules.
     """
     plain = {kind: _copies_plainly(kind) for kind in {type(module) for module in root.modules()}}
     modules = [module for module in root.modules() if plain[type(module)]]
     for module in modules:
         memo[id(module)] = type(module).__new__(type(module))
     for module in root.modules():
-        inside = module._modules.get("_orig_mod")  # of what torch.compile made of a module
+        inside = module._modules.get("_orig_mod")  # module inside a wrapper by torch.compile
         if inside is not None and id(inside) in memo:
             memo[id(module)] = memo[id(inside)]
     for module in modules:
         own = vars(memo[id(module)])
         for name, value in nn.Module.__getstate__(module).items():
             if name == "forward":
-                value = getattr(value, "_torchdynamo_orig_callable", value)  # what torch.compile made runs the original
+                # A compiled forward would run the original module, so the function that it was made from is taken.
+                value = getattr(value, "_torchdynamo_orig_callable", value)
                 if value == MethodType(type(module).forward, module):
                     continue
             own[name] = _copied_attribute(value, memo)
@@ -101,7 +102,7 @@ class Movable:
             self._by_address.setdefault(_address_key(parameter), []).append(parameter)
 
     def move(self, parameter: Tensor, destination: Tensor) -> None:
-        """Copy a parameter to `destination`, and make all parameters at its old address use that. Gradients stay."""
+        """Copy a parameter to `destination`, which all parameters at its old address then use. Gradients stay."""
         destination.copy_(parameter)
         for each in self._by_address.pop(_address_key(parameter)):
             each.data = destination

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPLACEMENT = "\ufffd"  # text of an unfinished UTF-8 sequence
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # name of a token for one byte in SentencePiece
-MAX_CHARACTER_BYTES = 4  # most bytes of a character, and so most tokens
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # name of a token for one byte in SentencePiece's vocabularies
+MAX_CHARACTER_BYTES = 4  # most bytes of a UTF-8 character, so most tokens of one as well
 CONTEXT_TOKENS = 8  # tokens of the prompt that decide how a text continues
 
 
@@ -47,9 +47,9 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | None:
-    """The UTF-8 bytes that one token adds to a text: those of several tokens make a character that none of them holds.
+    """Return the UTF-8 bytes that one token adds to a text. The bytes of several tokens may form one character.
 
-    None where a token's text is no whole character, and its name does not tell the bytes.
+    Returns None if the token's text is not made of whole characters, and the token's name does not tell its bytes.
     """
     text = token_text(tokenizer, token_id)
     if REPLACEMENT not in text:
@@ -57,7 +57,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes | No
     name = str(tokenizer.convert_ids_to_tokens(token_id))
     if match := BYTE.fullmatch(name):
         return bytes.fromhex(match[1])
-    known = {letter: byte for byte, letter in bytes_to_unicode().items()}  # of byte-level BPE, as GPT-2 has it
+    # Byte-level BPE spells each byte as one letter of GPT-2's table.
+    known = {letter: byte for byte, letter in bytes_to_unicode().items()}
     return bytes(known[letter] for letter in name) if known.keys() >= set(name) else None
 
 

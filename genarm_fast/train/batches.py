@@ -17,7 +17,7 @@ from genarm_fast.train.encode import Encoded
 
 Layout = Literal["shared", "rows"]
 NO_PAIR_INDEX = -1  # index of `NO_PAIR`, which ends the data set
-NO_PAIR = Encoded(-1, [0], [0], [0])  # stands for a pair where another process has the last one
+NO_PAIR = Encoded(-1, [0], [0], [0])  # fills the batch of a process while another has the last pair
 POOL = 32  # micro-batches that are sorted by length together
 
 

@@ -21,7 +21,7 @@ SEVERAL = "several messages in a response, kept"
 SWAPPED = "also there with chosen and rejected swapped, kept"
 SPLIT = "train"  # split that is read if the caller names none
 DATASET_FOLDER_MARKS = ("state.json", "dataset_dict.json")  # files that mark a folder of `save_to_disk`
-TABLE_ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # ends of names of files that are no JSON lines
+TABLE_ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".xlsx")  # endings of files that hold tables, not JSON lines
 
 
 @dataclass

@@ -121,9 +121,10 @@ def add_lora(lm: PreTrainedModel, config: TrainConfig) -> nn.Module:
 
 
 def linear_layers(lm: PreTrainedModel) -> tuple[dict[str, nn.Linear | Conv1D], list[str]]:
-    """The linear layers that text runs through, by name, and the names of those that read images.
+    """Return the linear layers that text runs through, by name, and the names of all other linear layers.
 
-    Pairs are texts: a LoRA on an image tower would get no gradient, and layers there may have the names of text's.
+    Training pairs are texts, so a LoRA on a layer that reads images would get no gradient. Such layers may have the
+    same names as layers for text.
     """
     decoder, head = lm.get_decoder(), lm.get_output_embeddings()
     linear = {name: module for name, module in lm.named_modules() if isinstance(module, (nn.Linear, Conv1D))}

@@ -59,7 +59,7 @@ def too_large(value: Any) -> str:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """As a Python bool; NumPy's, and a tensor of no dimension, are taken. Raises TypeError."""
+    """Return a bool as a Python bool. NumPy's bools and tensors without dimensions count. Raises TypeError."""
     value = number(value)
     if not isinstance(value, bool):
         raise TypeError(f"{name}={shown(value)}: expected True or False")

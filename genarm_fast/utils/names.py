@@ -1,20 +1,21 @@
-"""Names of ARMs: those that callers give, and those that paths make. Nothing here needs torch."""
+"""Names of ARMs: given by callers, or made from paths. Nothing here needs torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-RESERVED = ("base", "ngram", "draft_model")  # names of other drafters than ARMs
+RESERVED = ("base", "ngram", "draft_model")  # names of the drafters that are not ARMs
 
 
 def unique_names(given: Sequence[str | None], paths: Sequence[str | None]) -> list[str]:
-    """One name for each ARM: the given one, else the last part of its path, numbered where that repeats.
+    """Return one name for each ARM: its given name, else the last part of its path, numbered if that name repeats.
 
-    paths: None for a loaded model, whose name is "arm".
+    given: one entry for each ARM; None if the caller gave no name. paths: one entry for each ARM; None for a loaded
+    model, whose name is "arm".
 
     Raises:
-        ValueError: a given name that is empty, there twice, or a drafter's.
+        ValueError: a given name that is empty, used twice, or in `RESERVED`.
     """
     taken = [name for name in given if name is not None]
     for name in taken:

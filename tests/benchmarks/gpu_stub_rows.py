@@ -1,4 +1,4 @@
-"""Rows that do what rows do on a bad day, for test_gpu_schedule.py: in place of those of gpu_bench.rows."""
+"""Rows that fail, hang or die, for test_gpu_schedule.py. They replace the rows of gpu_bench.rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def dies(bench):
 
 
 def hangs(bench):
-    """As a call into CUDA does, which no handler interrupts."""
+    """Hang like a call into CUDA, which no signal handler interrupts."""
     bench.keep({"lines": [3.5]})
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
     time.sleep(600)

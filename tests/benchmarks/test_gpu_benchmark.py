@@ -1,4 +1,4 @@
-"""The benchmark of a GPU: a trial run of the whole at toy size, and its parts."""
+"""Tests of the GPU benchmark: a trial of the whole script at toy size, and tests of its parts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_trial(part, tmp_path):
     assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith(("| fro", "| tra"))] == heads
     goals = [line for line in text.splitlines() if any(f"| {goal.title} |" in line for goal in part("goals").GOALS)]
     assert len(goals) == len(part("goals").GOALS)
-    assert not [line for line in goals if line.split("|")[5].strip() == "-"]  # all goals were measured
+    assert not [line for line in goals if line.split("|")[5].strip() == "-"]  # a goal with this cell was not measured
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -88,7 +88,7 @@ def test_the_sampler_s_inputs_are_more_than_a_cache_holds(part, monkeypatch):
     for rows in setting.sampler_rows:
         made.clear()
         sampler.measure(SimpleNamespace(setting=setting), rows, 32000, 1e12)
-        assert sum(made) > 100 << 20  # twice the L2 cache of an H100
+        assert sum(made) > 100 << 20  # twice the 50 MB of an H100's L2 cache
 
 
 def test_a_token_s_time_has_no_prefill_in_it(part, monkeypatch):
@@ -113,7 +113,7 @@ def test_widened_models_have_the_small_one_s_function(part, copies):
     models = part("models")
     small = build_model("llama", 3, head_dim=8, **SMALL)
     for parameter in small.parameters():
-        if parameter.ndim == 1:  # norms of ones would hide a mistake
+        if parameter.ndim == 1:  # norms that are all ones would hide a mistake
             parameter.data += torch.linspace(-0.3, 0.3, len(parameter))
     wide = models.widened(small, 4e5, copies, ON_CPU)
     assert wide.num_parameters() == pytest.approx(4e5, rel=0.1)
@@ -167,7 +167,7 @@ def test_tokens_of_the_reference_are_counted(part, bench, model):
 
 
 def test_other_tokens_are_counted_too(part, bench, model, monkeypatch):
-    """This is the negative control: the noise belongs to another position."""
+    """This is the negative control: draws use the noise of another position, so some tokens must differ."""
     from genarm_fast.engine.step_tensors import State
 
     positions = State.response_positions

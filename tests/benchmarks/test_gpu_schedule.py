@@ -1,4 +1,4 @@
-"""The GPU benchmark's rows on bad days: errors, deaths, hangs, a budget that runs out, a run that is killed."""
+"""Tests of the GPU benchmark when rows fail, die or hang, when the budget runs out, and when the run is killed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def started(folder, *options):
 
 
 def living(group):
-    """Processes of a group, or the process itself, but for those that have ended and that nobody has waited for."""
+    """Count the running processes of a process group, and its first process. Zombies do not count."""
     stats = [path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
     of_group = [state for state, _, in_group, *_ in stats if int(in_group) == group and state != "Z"]
     own = Path(f"/proc/{group}/stat")
@@ -47,7 +47,7 @@ def result_in(folder):
 
 
 def test_what_fails_costs_no_other_row(part, tmp_path, monkeypatch):
-    """Through the whole script, except for the row that hangs, which takes its grace."""
+    """The whole script runs all stub rows, except for the two that would take long: "hangs" and "for ever"."""
     names = [row.name for row in importlib.import_module("gpu_stub_rows").ROWS if row.name not in ("hangs", "for ever")]
     run = started(tmp_path, "--only", *names)
     said, _ = run.communicate(timeout=120)
@@ -61,13 +61,13 @@ def test_what_fails_costs_no_other_row(part, tmp_path, monkeypatch):
     assert rows["lacks"]["skipped"] == "no such model"
     assert rows["dies"]["error"] == f"its process ended with {-signal.SIGSEGV}"
     assert "in dies" in rows["dies"]["traceback"]
-    assert rows["long"]["skipped"] == "not done after 4 s"  # a trial's rows may take 8 times as long
+    assert rows["long"]["skipped"] == "not done after 4 s"  # 8 times the row's limit, because a trial is slower
     assert "in long" in rows["long"]["traceback"]
     assert [rows[name]["so_far"]["lines"] for name in ("raises", "dies")] == [[1.5], [2.5]]
     assert result["no_time_for"] == ["does not fit"]
     assert "running" not in result
     processes = [rows[name]["process"] for name in GOOD]
-    # A new one where the GPU is spoilt (also when the second group is left), the process dies or time is up.
+    # A new process starts if the GPU is spoilt (also while the second group is left), a process dies or time is up.
     assert [a == b for a, b in pairwise(processes)] == [True, False, False, False, False, True]
     table = next(tmp_path.glob("*.md")).read_text()
     for words in ("- raises: ZeroDivisionError: by nought", "- dies: its process", "- does not fit: no time: it takes"):
@@ -75,7 +75,7 @@ def test_what_fails_costs_no_other_row(part, tmp_path, monkeypatch):
 
 
 def test_a_process_that_hangs_is_ended(part, monkeypatch):
-    """No signal handler of Python's runs in a call that blocks."""
+    """A call that blocks keeps Python from running signal handlers, so the process has to be killed."""
     workers = part("workers")
     monkeypatch.setattr(workers, "GRACE", 0.5)
     rows = {row.name: row for row in importlib.import_module("gpu_stub_rows").ROWS}
@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_leaves_what_was_measured(tmp_path, kill):
 
 
 class Steps:
-    """A runner whose rows take so many seconds of a clock that stands otherwise."""
+    """A runner whose rows take the given seconds of a clock that only these rows advance."""
 
     def __init__(self, path, **seconds):
         self.path, self.seconds, self.now, self.seen, self.limits = path, seconds, 0.0, [], {}
@@ -152,7 +152,7 @@ def test_a_budget_that_runs_out(part, tmp_path):
 
 
 def test_time_that_is_swallowed_is_up_again(part, monkeypatch):
-    """Python swallows what is raised at the end of an object."""
+    """Python swallows an exception that is raised in an object's `__del__`, so the alarm rings again."""
     schedule = part("schedule")
     monkeypatch.setattr(schedule, "AGAIN", 0.05)
     with schedule.at_most(0.05):
@@ -167,7 +167,7 @@ def test_numbers_that_are_none_are_found(part):
 
 
 def test_the_estimates_fit_the_budget(part):
-    """Imports and a tenth to spare included; nsys, the last row, is left out where it does not fit."""
+    """All rows but the last, nsys, fit 480 s with the imports and a tenth to spare. nsys may be left out."""
     rows, imports = part("rows").ROWS, 25
     assert imports + sum(row.seconds for row in rows[:-1]) + part("schedule").RESERVE <= 480 * 0.9
     settings = part("settings")
@@ -176,7 +176,8 @@ def test_the_estimates_fit_the_budget(part):
 
 def test_every_row_that_compiles_is_prepared(part):
     prepared = {name for job in part("settings").JOBS for name in job.rows}
-    # "first token" has base's kernels; training has few, and takes memory that the tests need.
+    # The job of "first token" compiles the kernels of "base". "training" has few kernels, and takes memory that the
+    # tests need.
     others = {"gpu tests", "W", "base", "Hugging Face, eager", "training", "profile, nsys"}
     assert {row.name for row in part("rows").ROWS} - others == prepared
     assert len({job.name for job in part("settings").JOBS}) == len(part("settings").JOBS)
@@ -184,7 +185,7 @@ def test_every_row_that_compiles_is_prepared(part):
 
 
 def test_processes_that_run_together(part, tmp_path):
-    """Some end, some fail, some have no time, and of those some were not begun; none is left."""
+    """One process ends, one fails, one is killed when time is up, and one never starts. No process is left."""
     prepare = part("prepare")
     shell = {"ends": "echo $WORD", "fails": "echo no; exit 3", "stays": "echo $$; sleep 60 & sleep 60", "waits": "true"}
     commands = {name: prepare.Command(["sh", "-c", line], {"WORD": "x"}) for name, line in shell.items()}
@@ -203,11 +204,12 @@ def test_progress_of_tests_that_had_no_time(part, tmp_path):
     assert prepare.unfinished(output) == expected
     assert prepare.counted(tmp_path / "none.xml", {"unfinished": 1, "output": output}) == expected | {"output": output}
     broken = prepare.counted(tmp_path / "none.xml", {"exit": -11, "output": output})
-    assert broken == expected | {"failed": 3, "output": output}  # of the test that it died in nothing was written
+    # The test in which pytest died wrote nothing, and counts as failed.
+    assert broken == expected | {"failed": 3, "output": output}
 
 
 def test_shards_are_all_tests(part, tmp_path):
-    """Each once, after those that are not meant were left out."""
+    """Each test marked gpu runs in one shard; tests without the mark are removed before the split."""
     prepare = part("prepare")
     lines = ["import pytest", *(f"def test_{i}(): pass" for i in range(2))]
     lines += ["@pytest.mark.gpu", "@pytest.mark.parametrize('i', range(7))", "def test_gpu(i): assert i != 4"]
@@ -224,7 +226,7 @@ def test_shards_are_all_tests(part, tmp_path):
 
 
 def test_a_clone_that_is_not_installed_runs(part, tmp_path):
-    """As on a machine without network: no package genarm_fast, and the benchmark's processes find it all the same."""
+    """Without an installed genarm_fast, as on a machine without network, the benchmark's processes still import it."""
     script, test = tmp_path / "script.py", tmp_path / "test_import.py"
     lines = ["import sys; sys.meta_path[:] = [each for each in sys.meta_path if 'Editable' not in str(each)]"]
     test.write_text("\n".join([*lines, "import genarm_fast.kernels", "def test_gpu(): pass"]))
@@ -240,7 +242,7 @@ def test_a_clone_that_is_not_installed_runs(part, tmp_path):
     kernels, tests = run.stdout.split("\n", maxsplit=1)
     assert "genarm-fast-" in kernels
     assert "1 passed" in tests
-    assert not Path(kernels).exists()  # the folder of links goes with the process
+    assert not Path(kernels).exists()  # the process removed its folder of links
 
 
 def test_torch_for_cuda_is_told_from_its_version(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Given members that somebody changed, that are slow here, or that are no members."""
+"""Tests of models passed as members: changed ones, ones that are slow on a CPU, and objects of other types."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_output_layer_that_is_narrower_than_its_config_says(tiny_model, token
 
 @pytest.mark.parametrize("part", ["forward", "model.forward", "model", "layer", "in training", "compile()"])
 def test_models_that_are_compiled_in_part(tiny_model, tokenizer, part):
-    """As in `model.forward = torch.compile(model.forward)`, which Hugging Face's documentation has."""
+    """Hugging Face's documentation compiles models by `model.forward = torch.compile(model.forward)`, for example."""
     base = copy.deepcopy(tiny_model())
     compiled = partial(torch.compile, backend="eager")
     if part in ("forward", "in training"):
@@ -69,7 +69,7 @@ def test_float16_on_a_cpu_is_warned_of(tiny_model, tokenizer, caplog):
 
 
 def test_what_is_no_member_is_shown_in_one_line(tiny_model, tokenizer):
-    """The text of a model is a line for each of its modules."""
+    """The `repr` of a model has a line for each of its modules, too many for an error."""
     model = tiny_model()
     hint = r"; ARM\(model, weight=..., name=...\) takes an ARM's weight and name"
     expected = "a hub id, a folder or a loaded model"

@@ -1,4 +1,4 @@
-"""Models that read images as well, used and trained for text alone. Most have no class among the causal LMs."""
+"""Tests of models that also read images, used and trained for text alone. Most have no class among the causal LMs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(request, tmp_path, tokenizer):
 
 
 def assert_equals_reference(folder, adapter, adapted):
-    """Texts of the folder with an adapter of it, beside those of plain forwards of an adapted model."""
+    """Assert that the folder with an adapter writes the texts of the reference, which runs the adapted model."""
     base = AutoModelForImageTextToText.from_pretrained(folder).eval()
     model = GenARM.from_pretrained(folder, [ARM(adapter, weight=0.7)])
     assert type(model.base.model) is type(base)
@@ -58,7 +58,7 @@ def assert_equals_reference(folder, adapter, adapted):
 
 def test_a_folder_with_an_adapter(folder, tmp_path):
     base = AutoModelForImageTextToText.from_pretrained(folder)
-    assert checkpoint_fingerprint(folder) is None  # transformers writes other names into the file
+    assert checkpoint_fingerprint(folder) is None  # transformers saves other names than the model's own
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).eval()
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -68,7 +68,7 @@ def test_a_folder_with_an_adapter(folder, tmp_path):
 
 
 def test_training_leaves_what_reads_images_alone(folder, tmp_path):
-    """A LoRA there would get no gradient; its layers may have the names of text's."""
+    """A LoRA on layers for images would get no gradient. Their names may equal those of layers for text."""
     rows = [{"prompt": f"the cat {i}", "chosen": " sat", "rejected": f" ran {i}"} for i in range(8)]
     config = TrainConfig(
         base=str(folder), output=str(tmp_path / "arm"), batch_size=4, micro_batch_size=2, dtype="float32"
