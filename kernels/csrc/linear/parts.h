@@ -29,8 +29,8 @@ Aligned<T> aligned(int64_t count) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Returns the number of threads, `threads` at most, that get `thread_bytes` or more of work each. The work is the bytes of all
-// weights times the number of passes over them. 0 if one thread would get less.
+// Returns the number of threads, `threads` at most, that get `thread_bytes` or more of work each. The work is the bytes
+// of all weights times the number of passes over them. Returns 0 if one thread would get less.
 inline int worth_it(const std::vector<Product>& products, int64_t passes, int64_t thread_bytes, int threads) {
   int64_t work = 0;
   for (const Product& product : products) work += product.linear->out * product.linear->in * product.linear->bits / 8;
