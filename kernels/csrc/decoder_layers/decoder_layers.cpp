@@ -48,12 +48,14 @@ class Layers {
   }
 
  private:
+  // A linear to multiply with the input, and the memory of its output.
   struct Target {
     const AdaptedLinear& adapted;
     char* y;
     int64_t stride = 0;  // elements between rows of y; 0: rows are contiguous
   };
 
+  // Returns the sum of the outputs of query, key and value.
   static int64_t columns(const DecoderLayer& layer) {
     int64_t sum = 0;
     for (const AdaptedLinear& each : layer.qkv) sum += each.linear->out;

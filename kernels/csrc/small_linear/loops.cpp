@@ -16,7 +16,7 @@ namespace {
 // weights of a group and those of the next group.
 constexpr int64_t kChunk = 640 * kStep / kSlots;
 
-// Most inputs of all rows together in a chunk. Weights of float32 leave half of the room: with 16 rows, the smaller
+// Most inputs of all rows together in a chunk. Weights of float32 leave half of the room. With 16 rows, the smaller
 // chunk takes 0.9 of the time for a step of SmolLM2-135M (AMD EPYC, Zen 4, AVX-512 and AVX2, 2026-11-29, with other
 // work on the machine).
 template <typename W>
