@@ -6,8 +6,8 @@ A decode step reads every weight once for a handful of rows. The C++ core (kerne
 weight once for up to 16 rows, and multiplies bfloat16 pairs or float32 into float32 sums. It adds LoRA and bias to the
 sums, and rounds once.
 
-The order of each sum depends on nothing but `in`: a row's result is bit for bit the same alone or among others, for any
-number of threads, and on every instruction set. Without AVX2, or for other dtypes and devices, PyTorch multiplies
+The order of each sum depends on nothing but `in`. So a row's result is bit for bit the same alone or among others, for
+any number of threads, and on every instruction set. Without AVX2, or for other dtypes and devices, PyTorch multiplies
 instead, without that guarantee. `in_order` has the order of float32.
 """
 
