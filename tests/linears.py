@@ -1,4 +1,4 @@
-"""Linears for each number of bits a weight can have, for tests of what the linears share."""
+"""Linears for each number of bits that a weight can have, for tests of their common properties."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def dtype_of(bits: int) -> torch.dtype:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return normally distributed numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
@@ -42,12 +43,14 @@ def random_weight(out: int, width: int, bits: int, seed: int = 0) -> QuantWeight
 def made(
     bits: int, out: int, width: int, bias: Tensor | None = None, loras: Sequence[Lora] = (), seed: int = 1
 ) -> SmallLinear | QuantLinear:
+    """Return a prepared linear [out, width] with random weights of this many bits."""
     if bits >= 16:
         return SmallLinear(normal(out, width, seed=seed, dtype=dtype_of(bits)), bias, loras)
     return QuantLinear(random_weight(out, width, bits, seed), bias, loras)
 
 
 def ranks(out: int, width: int, *each: int, dtype: torch.dtype = torch.bfloat16) -> list[Lora]:
+    """Return a LoRA for a linear [out, width] of each of these ranks."""
     return [
         Lora(normal(rank, width, seed=rank, dtype=dtype), normal(rank, out, seed=rank + 50, dtype=dtype), 0.7)
         for rank in each

@@ -1,9 +1,10 @@
 """The decoder of Llama and similar models without the cost of module calls, for CPUs.
 
-A decode step of 30 layers calls some 370 modules, and each call looks up hooks, keywords and configuration. That is an
-eighth of the time of SmolLM2-135M on one core. Here all layers are one call of the C++ core (`one_call`), with the bits
-of the model's own forward. Where the core does not take them, they are nine calls a layer. The fused decoder is used
-only if this file knows every part exactly, and a trial gives the bits of the model's own forward.
+A decode step of 30 layers calls some 370 modules, and each call looks up hooks, keywords and configuration. These
+lookups take an eighth of the time of SmolLM2-135M on one core. Here one call of the C++ core runs all layers
+(`one_call`), with the bits of the model's own forward. If the core does not take the layers, each layer makes nine
+calls of ops. The fused decoder is used only if this file knows every part exactly, and a trial gives the bits of
+that forward.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ from genarm_fast.models.one_call import OneCall
 
 # Modules, each with the function that a runner put in place of its forward.
 Fast = Mapping[nn.Module, Callable[..., Any]]
-# Spans of rows of a forward, by the lanes that adapt a linear.
+# The spans of a forward's rows for each set of LoRA lanes that adapts a linear.
 Spans = Mapping[tuple[int, ...], Sequence[Span]]
 
 
 @torch.inference_mode()
 def fused_forward(decoder: Any, fast: Fast) -> Callable[..., Output] | None:
-    """Return a fused forward of a decoder, a model without its head, over our cache; None if it can't run fused."""
+    """Return a fused forward of a decoder (a model without its head) over our KV cache; None if it can't run fused."""
     if not (built_as_known(decoder, fast) and _runs_here(decoder, fast)):
         return None
     try:
         expected = trial(decoder, decoder, [2])
-    # The model does not run at all. The self-check reports whose it is, and why.
+    # The model does not run at all. The self-check reports which model fails, and why.
     except (RuntimeError, ValueError) as error:
         if out_of_memory(error):
             raise
@@ -100,6 +101,8 @@ class FusedDecoder:
 
 
 class _FusedLayer:
+    """A decoder layer as calls of ops, for forwards that `OneCall` can't run."""
+
     def __init__(self, layer: Any, fast: Fast, window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.second_norm = _norm(layer.post_attention_layernorm, fast)
@@ -157,7 +160,7 @@ def _norm(module: nn.Module, fast: Fast) -> Norm:
 
 
 class _Linears:
-    """Linears over one input [N, q, in]. The lanes' adapters act on the spans of the forward."""
+    """Linears over one input [N, q, in]. The LoRA of each lane adapts the rows of the lane's spans."""
 
     def __init__(self, modules: Sequence[nn.Module], fast: Fast) -> None:
         self.lanes = [tuple(module.index) if isinstance(module, LaneLinear) else () for module in modules]

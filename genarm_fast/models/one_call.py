@@ -1,7 +1,7 @@
-"""All layers of a fused decoder in one call of the C++ core, with the bits of its single ops.
+"""All layers of a fused decoder in one call of the C++ core, with the bits of the core's single ops.
 
-Without this, a step of SmolLM2-135M in one row makes 270 calls of ops from Python. In 4 bits they take a sixth of its
-time (by hand, AMD EPYC with AVX-512, 2026-11-29).
+Otherwise a step of SmolLM2-135M with one row makes 270 calls of ops from Python. In 4 bits, these calls take a sixth
+of the step's time (by hand, AMD EPYC with AVX-512, 2026-11-29).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from genarm_fast.kernels.linear import Span
 from genarm_fast.models.forward_context import Ragged
 from genarm_fast.models.known_decoders import Norm
 
-Lanes = tuple[int, ...]  # the lanes that adapt a linear
+Lanes = tuple[int, ...]  # indices of the LoRA lanes that adapt a linear
 
 
 class OneCall:
-    """Layers of `fused_decoder`, described to the core once.
+    """The layers of a fused decoder, described to the core once, and run by one call.
 
-    layers: must outlive this object. next_norms: the norm that follows each layer. lanes: each set of lanes that adapts
-    any linear.
+    layers: the layers of `fused_decoder`. They must outlive this object.
+    next_norms: the norm that follows each layer.
+    lanes: each set of lanes that adapts any linear, and the empty set.
     """
 
     def __init__(self, layers: Sequence[Any], next_norms: Sequence[Norm], lanes: Sequence[Lanes]) -> None:
@@ -35,7 +36,7 @@ class OneCall:
                 self._core = _native.core.decoder_layers(tuple(described))
 
     def _described(self, layer: Any, next_norm: Norm) -> tuple[Any, ...] | None:
-        """Return a layer in the form that the core takes; None if a kernel outside the core multiplies."""
+        """Return a layer in the form that the core takes; None if code outside the core runs one of its linears."""
         linears = [layer.qkv, layer.o, layer.gate_up, layer.down]
         cores = [None if each.siblings is None else each.siblings.prepared for each in linears]
         if None in cores:
@@ -55,9 +56,16 @@ class OneCall:
         where: Ragged,
         spans: Mapping[Lanes, Sequence[Span]],
     ) -> Tensor | None:
-        """Return the last norm's output, [N, q, width]; None, and nothing written, for a call that the core can't take.
+        """Return the output of the last norm, [N, q, width], and append to the caches.
 
-        hidden: the residual stream [N, q, width]. x: its norm, the first layer's input. caches: one for each layer.
+        Return None, with nothing written, for a call that the core can't take.
+
+        hidden: the residual stream [N, q, width].
+        x: the norm of `hidden`, the first layer's input.
+        angles: cos and sin of the rotary embedding.
+        caches: the KV cache of each layer.
+        where: slot of each row, and positions of its tokens.
+        spans: for each set of lanes, the spans of the LoRAs.
         """
         if self._core is None or _native.core is None or torch.is_grad_enabled():
             return None

@@ -1,4 +1,5 @@
-// Python arguments → decoder_layers. Shapes that never change were checked when the layers were made, others are here.
+// Turns Python arguments into a call of decoder_layers. `decoder_layers_binding` checks the shapes of the layers once.
+// `run` checks the tensors of each call.
 #include <algorithm>
 #include <cstring>
 #include <new>
@@ -13,24 +14,24 @@
 namespace genarm {
 namespace {
 
-// What a layer's tuple holds, in this order: see models/one_call.py.
+// The parts of a layer's tuple, in their order. models/one_call.py makes the tuple.
 enum Part {
-  kQkv, kO, kGateUp, kDown,  // Linears
-  kLanes,                    // of their seven linears: indices of lists of spans
+  kQkv, kO, kGateUp, kDown,  // objects of type Linears
+  kLanes,                    // for each of the seven linears, the index of its list of spans
   kNorm, kNormEps, kNormOffset, kNextNorm, kNextNormEps, kNextNormOffset,
   kQueryNorm, kKeyNorm, kHeadEps, kHeadWidth, kScale, kWindow,
   kParts
 };
 
 struct Layers {
-  std::vector<DecoderLayer> layers;  // but for their norms, which each call looks up
-  int lists = 0;                     // of spans that a call gives
-  ElementType type = kBfloat16;      // of all numbers: float32 where all linears are of that
+  std::vector<DecoderLayer> layers;  // layers without the weights of their norms, which each call looks up
+  int lists = 0;                     // least number of lists of spans that a call must give
+  ElementType type = kBfloat16;      // type of all tensors: float32 if all linears are float32
 };
 
 struct LayersObject {
   PyObject head;
-  PyObject* tuples;  // what the layers are made of, kept alive
+  PyObject* tuples;  // The tuples that describe the layers. The reference keeps their tensors alive.
   Layers* own;
 };
 
@@ -46,7 +47,8 @@ PyObject* part(PyObject* tuple, int index) { return PyTuple_GetItem(tuple, index
 
 float number(PyObject* tuple, int index) { return static_cast<float>(PyFloat_AsDouble(part(tuple, index))); }
 
-// The linears of a layer and its numbers; whether their shapes fit, or false with a Python error set.
+// Fills in the linears and the numbers of a layer. Returns whether their shapes fit. After a Python error
+// it returns false, too.
 bool fill(PyObject* tuple, DecoderLayer* layer, int* lists) {
   if (!PyTuple_Check(tuple) || PyTuple_Size(tuple) != kParts) {
     PyErr_Format(PyExc_TypeError, "layer %R: expected a tuple of %d parts", tuple, static_cast<int>(kParts));
@@ -80,7 +82,7 @@ bool fill(PyObject* tuple, DecoderLayer* layer, int* lists) {
 
 bool is_float32(const DecoderLayer& layer) { return layer.qkv[0].linear->is_float32(); }
 
-// Whether all linears of a layer have inputs and outputs of the same type.
+// Whether the inputs and outputs of all linears of a layer have one type.
 bool of_one_type(const DecoderLayer& layer) {
   const auto same = [&](const AdaptedLinear& each) { return each.linear->is_float32() == is_float32(layer); };
   return std::all_of(layer.qkv, layer.qkv + 3, same) && same(layer.o) && same(layer.gate_up[0]) &&
@@ -96,7 +98,8 @@ bool look_up_norms(PyObject* tuple, ElementType type, DecoderLayer* layer) {
          !layer->query_norm == !layer->key_norm;
 }
 
-// Keys and values as this layer reads and writes them, with every slot and position; false also with an error set.
+// Fills in the keys and values of a layer. Returns whether they fit the layer, and every slot and position is in range;
+// false also with a Python error set.
 bool cache_of(PyObject* const* keys_and_values, const DecoderLayer& layer, const DecoderCall& call, LayerCache* cache) {
   DLTensor keys, values;
   if (!ragged_cache(keys_and_values, &keys, &values)) return false;
@@ -113,7 +116,7 @@ bool cache_of(PyObject* const* keys_and_values, const DecoderLayer& layer, const
   return places_in_range(call.places, call.rows, call.block, keys);
 }
 
-// Whether every linear that runs LoRAs has those that its spans name.
+// Whether every LoRA that a span names exists in the span's linear.
 bool spans_fit(const DecoderLayer& layer, const DecoderCall& call) {
   for (const AdaptedLinear& each : {layer.qkv[0], layer.qkv[1], layer.qkv[2], layer.o, layer.gate_up[0],
                                     layer.gate_up[1], layer.down}) {
@@ -153,11 +156,13 @@ bool fill_call(PyObject* const* in, const Layers& own, DecoderCall* call) {
   return true;
 }
 
-// Tokens of a call that is over in no time. Of more, as of a chunk of a prompt, each layer may take long: for Ctrl-C, 1.8 s
-// are too many (512 tokens in 2 lanes of SmolLM2-135M, one thread of an AMD EPYC with AVX-512, 2026-11-29).
+// Most tokens of a call that runs without a check for Ctrl-C. A call with more tokens, such as a prefill chunk, checks
+// between layers: without a check, Ctrl-C would wait 1.8 s (512 tokens in 2 lanes of SmolLM2-135M, one thread of an AMD
+// EPYC with AVX-512, 2026-11-29).
 constexpr int64_t kDecoding = 64;
 
-// (hidden, x, cos, sin, slots, positions, lists of spans, (keys, values of each layer...)) → the last norm's output
+// Takes (hidden, x, cos, sin, slots, positions, lists of spans, (keys, values of each layer...)). Returns the output of
+// the last norm, or None if the arguments do not fit.
 PyObject* run(PyObject* self, PyObject* const* in, Py_ssize_t count) {
   constexpr int kCaches = 7;
   if (!takes(count, kCaches + 1)) return nullptr;
@@ -208,14 +213,14 @@ PyObject* layers_type() {
       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)}, {Py_tp_methods, methods}, {0, nullptr}};
   static PyType_Spec spec{"genarm_fast.kernels._C.DecoderLayers", sizeof(LayersObject), 0,
                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
-  static PyObject* type = nullptr;  // no guard of C++ while Python may switch threads: the GIL is one
+  static PyObject* type = nullptr;  // The GIL guards it. A guard of C++ could deadlock with the GIL.
   if (!type) type = PyType_FromSpec(&spec);
   return type;
 }
 
 }  // namespace
 
-// A tuple of layers, each a tuple of `Part`s → DecoderLayers; None where their shapes do not fit together.
+// Takes a tuple of layers, each a tuple of `Part`s. Returns DecoderLayers, or None if the shapes do not fit together.
 PyObject* decoder_layers_binding(PyObject*, PyObject* tuples) {
   const Py_ssize_t n = PyTuple_Size(tuples);
   if (n < 1) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "expected one layer or more");

@@ -11,7 +11,8 @@
 namespace genarm {
 namespace {
 
-// What lies between the ops of a layer; all layers use the same memory, which stays in the cache.
+// The buffers between the ops of a layer, and the calls of the ops. All layers use the same buffers, so that these stay
+// in the CPU's cache.
 class Layers {
  public:
   Layers(const DecoderCall& call, const std::vector<DecoderLayer>& layers)
@@ -47,12 +48,14 @@ class Layers {
   }
 
  private:
+  // A linear to multiply with the input, and the memory of its output.
   struct Target {
     const AdaptedLinear& adapted;
     char* y;
-    int64_t stride = 0;  // 0: outputs side by side
+    int64_t stride = 0;  // elements between rows of y; 0: rows are contiguous
   };
 
+  // Returns the sum of the outputs of query, key and value.
   static int64_t columns(const DecoderLayer& layer) {
     int64_t sum = 0;
     for (const AdaptedLinear& each : layer.qkv) sum += each.linear->out;
@@ -102,13 +105,13 @@ class Layers {
     ragged_attention(attention, ragged_loops(), call_.threads);
   }
 
-  // total: hidden and what the last product added to it; x: its norm.
+  // Writes hidden + added_, the output of the last product, to `total`, and the norm of this sum to `x`.
   void add_norm(const char* hidden, const Norm& norm, char* total, char* x) const {
     run_norm({hidden, norm.weight, added_.get(), total, x, tokens_, call_.width, norm.eps, norm.offset, call_.bfloat16});
   }
 
   const DecoderCall& call_;
-  const int64_t tokens_, unit_;  // unit: bytes of an element
+  const int64_t tokens_, unit_;  // tokens: rows of every linear's input; unit: bytes of an element
   Aligned<char> qkv_, query_, attended_, gate_, up_, x_, added_, hidden_[2];
 };
 

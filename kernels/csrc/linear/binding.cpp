@@ -1,4 +1,5 @@
-// Python arguments → small_linear and quant_linear. A `Linears`' tensors were checked in Python, those of a call are here.
+// Turns Python arguments into calls of small_linear and quant_linear. Python has checked the tensors of a `Linears`
+// object. This file checks the arguments of each call.
 #include <cstddef>
 #include <cstring>
 #include <new>
@@ -18,7 +19,7 @@ constexpr LinearTables kBaseline{{nullptr, &output_baseline}, {nullptr, nullptr}
 
 LinearTables tables = kBaseline;
 
-// Linears of one width, in the object itself: one miss of the caches less on the way to the weights.
+// A Python object that holds linears of one width in its own memory, which saves one cache miss before the weights.
 struct Linears {
   PyVarObject head;
   Linear linear[1];
@@ -33,7 +34,8 @@ void destroy(PyObject* self) {
 
 const void* address(PyObject* number) { return PyLong_AsVoidPtr(number); }
 
-// (address of weight, of bias (0: none), out, in, ((address of a, of b, rank, scale), ...), bits), or a Python error set.
+// Fills in a linear from (address of the weight, address of the bias or 0, out, in, LoRAs, bits). Each LoRA is (address
+// of a, address of b, rank, scale). Sets a Python error for anything else.
 void fill(PyObject* tuple, Linear* linear) {
   PyObject *weight, *bias, *loras, *a, *b;
   long long out, in, rank;
@@ -48,10 +50,11 @@ void fill(PyObject* tuple, Linear* linear) {
   }
 }
 
-// The type of inputs and outputs.
+// Returns the type of a linear's inputs and outputs.
 ElementType type_of(const Linear& linear) { return linear.is_float32() ? kFloat32 : kBfloat16; }
 
-// Rows of x if they lie one after the other, or have one stride; type and widths are checked.
+// Gives the number of x's rows and the stride between them. Returns false for another type or width than the linear's,
+// or if the rows do not have one stride.
 bool rows_of(const DLTensor& x, const Linear& linear, int64_t* rows, int64_t* stride) {
   const int64_t in = linear.in;
   if (!(type_of(x) == type_of(linear)) || x.ndim < 1 || x.ndim > kMaxDimensions || x.shape[x.ndim - 1] != in) return false;
@@ -67,10 +70,11 @@ bool rows_of(const DLTensor& x, const Linear& linear, int64_t* rows, int64_t* st
   return true;
 }
 
-// One product after the other, or all outputs as the columns of one tensor.
+// Form of the outputs: a tensor for each linear, or one tensor with the outputs of all linears as its columns.
 enum class Form { kEach, kStacked };
 
-// The outputs that `products` will write, [..., out] each in a tuple, or [..., sum of out]; null with a Python error set.
+// Allocates the outputs and points `products` to them. Returns a tuple of tensors [..., out], or one tensor
+// [..., sum of out]; null with a Python error set.
 PyObject* outputs_of(const DLTensor& x, Form form, std::vector<Product>* products) {
   int64_t shape[kMaxDimensions], columns = 0;
   void* data = nullptr;
@@ -140,7 +144,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyObject* linears_type() {
-  // (x, spans of each...), by position
+  // Both methods take (x, spans of the first linear, spans of the second, ...) by position.
   static PyMethodDef methods[] = {
       {"run", fast(run), METH_FASTCALL, "The outputs of each, a tuple; None for an x that they do not take."},
       {"run_stacked", fast(run_stacked), METH_FASTCALL, "The outputs of all, side by side; or None."},
@@ -149,7 +153,7 @@ PyObject* linears_type() {
       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)}, {Py_tp_methods, methods}, {0, nullptr}};
   static PyType_Spec spec{"genarm_fast.kernels._C.Linears", offsetof(Linears, linear), sizeof(Linear),
                           Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
-  static PyObject* type = nullptr;  // no guard of C++ while Python may switch threads: the GIL is one
+  static PyObject* type = nullptr;  // The GIL guards it. A guard of C++ could deadlock with the GIL.
   if (!type) type = PyType_FromSpec(&spec);
   return type;
 }
@@ -201,8 +205,9 @@ bool spans_of(PyObject* sequence, int64_t loras, int64_t rows, std::vector<Span>
   return count >= 0;
 }
 
-// (what `fill` takes, ...) of one width → Linears that keep the instruction set of now. None where that has no loops, and
-// for linears of which some take float32 and some bfloat16.
+// Takes a tuple of linears of one width, each as `fill` takes it. Returns Linears that keep the loops of the
+// instruction set now in use. Returns None if it has no loops for them, or if some linears take float32 and some
+// bfloat16.
 PyObject* linears(PyObject*, PyObject* all) {
   const Py_ssize_t n = PyTuple_Size(all);
   if (n < 1) return PyErr_Occurred() ? nullptr : PyErr_Format(PyExc_TypeError, "expected one linear or more");

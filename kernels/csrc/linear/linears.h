@@ -1,4 +1,4 @@
-// Linears that Python made once, for calls that run several of them.
+// Access to the linears that Python prepared once, for calls that run several of them.
 #pragma once
 
 #include <vector>
@@ -8,14 +8,16 @@
 
 namespace genarm {
 
-// Those of an object that `linears` returned, which must outlive them; null with a Python error set if it is no such
-// object, or has another number of them.
+// Returns the `count` linears of an object that Python's `linears` made; the object must outlive them. Returns null,
+// with a Python error set, for another type of object or another number of linears.
 const Linear* linears_in(PyObject* object, Py_ssize_t count);
 
-// A sequence of (first row, last row, index of one of so many LoRAs); false with a Python error set.
+// Appends a Python sequence of (first row, last row, index of a LoRA) to `out`. Returns false, with a Python error set,
+// for another object, a row beyond `rows`, or an index that is not below `loras`.
 bool spans_of(PyObject* sequence, int64_t loras, int64_t rows, std::vector<Span>* out);
 
-// Linears of one width and type of inputs, whatever their bits: those of 16 first. Empties `products`. Throws std::bad_alloc.
+// Multiplies x by linears of one width and one type of inputs: those with 32 or 16 bits by small_linear first, then the
+// others by quant_linear. Empties `products`. Throws std::bad_alloc.
 void multiply(std::vector<Product>* products, const void* x, int64_t x_stride, int64_t rows, int threads);
 
 }  // namespace genarm

@@ -1,4 +1,4 @@
-// Compiled with -DISA=name and that instruction set's flags.
+// The build compiles this file once per instruction set, with -DISA=name and its flags.
 #include "loops.h"
 
 #include <cstring>
@@ -8,9 +8,9 @@
 namespace genarm {
 namespace {
 
-constexpr int kBlock = 32;  // outputs whose sums stay in registers
+constexpr int kBlock = 32;  // number of outputs whose sums stay in registers
 
-// `count` of them; all, where the compiler knows that.
+// Expands `count` outputs. For the constant kBlock, the compiler can leave out the padding.
 template <typename W>
 inline void expand_block(const float* hidden, int64_t rank, const W* b, int64_t b_stride, int count, float* y) {
   float sums[kBlock] = {};

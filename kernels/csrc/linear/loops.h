@@ -1,16 +1,17 @@
-// What completes the sums of a linear. loops.cpp is compiled once per instruction set.
+// The loops that add LoRA and bias to the sums of a linear and round them. loops.cpp is compiled once per instruction
+// set.
 #pragma once
 
 #include <cstdint>
 
 namespace genarm {
 
-// W: the type of outputs, uint16_t (bfloat16) or float.
+// W: type of the outputs, uint16_t (bfloat16) or float.
 template <typename W>
 struct OutputLoops {
-  // y[o] += hidden[j] · b[j, o] for each j in turn, product and sum rounded; o < n
+  // y[o] += hidden[j] · b[j, o] for o < n and each j in turn. Each product and each sum is rounded.
   void (*expand)(const float* hidden, int64_t rank, const W* b, int64_t b_stride, int n, float* y);
-  // out = y + bias, rounded to nearest even; bias may be null
+  // out[o] = y[o] + bias[o] for o < n, rounded to nearest even. bias may be null.
   void (*store)(const float* y, const W* bias, int n, W* out);
 };
 

@@ -1,4 +1,4 @@
-// Parts of a product that do not depend on how its weights are held: blocks of rows, LoRA, bias and rounding.
+// The parts of a product that do not depend on the format of its weights: blocks of rows, LoRA, bias and rounding.
 #pragma once
 
 #include <algorithm>
@@ -29,19 +29,21 @@ Aligned<T> aligned(int64_t count) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Threads that are worth it, where each should have so many bytes of weights, which pass by so many times.
+// Returns the number of threads, `threads` at most, that get `thread_bytes` or more of work each. The work is the bytes
+// of all weights times the number of passes over them. Returns 0 if one thread would get less.
 inline int worth_it(const std::vector<Product>& products, int64_t passes, int64_t thread_bytes, int threads) {
   int64_t work = 0;
   for (const Product& product : products) work += product.linear->out * product.linear->in * product.linear->bits / 8;
   return static_cast<int>(std::min<int64_t>(threads, work * passes / thread_bytes));
 }
 
-// Rows first .. last - 1 in blocks that have as many rows as each other, or one more.
+// Rows first .. last - 1, cut into `count` blocks whose numbers of rows differ by at most one.
 struct Blocks {
   int64_t first, last, count;
   int64_t start(int64_t block) const { return first + (last - first) * block / count; }
 };
 
+// A span of a product, with its LoRA and the LoRA's hidden values.
 struct Adapted {
   const Product* product;
   Span span;
@@ -60,7 +62,8 @@ inline std::vector<Adapted> adapted_of(const std::vector<Product>& products) {
   return found;
 }
 
-// `hidden` of rows first .. last - 1, which lie in `blocks` as small_linear has them; `after`: weights read next, or null.
+// Computes `adapted->hidden` for rows first .. last - 1, which are the rows of `dots.blocks`. after: the weights that
+// the caller reads next, or null.
 template <typename W>
 void contract(const LinearLoops<W>& loops, Dots<W> dots, int64_t first, int64_t last, const W* after, Adapted* adapted) {
   const Lora& lora = adapted->lora;
@@ -78,7 +81,8 @@ void contract(const LinearLoops<W>& loops, Dots<W> dots, int64_t first, int64_t 
   }
 }
 
-// LoRA, bias and rounding of rows first .. last - 1 and `count` outputs from `output` on; y: their sums.
+// Adds LoRA and bias to the sums y of rows first .. last - 1 and `count` outputs from `output` on, and writes the
+// rounded outputs. stride: floats between rows of y.
 template <typename W>
 void finish(const Product& product, const std::vector<Adapted>& all, int64_t first, int64_t last, int64_t output, int count,
             float* y, int64_t stride) {

@@ -1,5 +1,5 @@
-// The innermost loop of small_linear: products of a few rows and a few outputs, held in registers. Only for files that
-// are compiled once per instruction set, AVX2 at least.
+// The innermost loop of small_linear: the products of a few rows and a few outputs, whose sums stay in registers. Only
+// for files that are compiled once per instruction set, AVX2 at least.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,15 @@
 namespace genarm {
 namespace {
 
-constexpr int kSumsFilled = 16;  // with those that fill up the last vectors
+constexpr int kSumsFilled = 16;  // kSums, rounded up to whole vectors
 
 struct Places {
-  int of[kSumsFilled];  // in y, of each sum of a group
+  int of[kSumsFilled];  // index in y for each sum of a group
 };
 
-// Σ of the 16 lanes of each sum, `count` of them to their places: a transposition that adds on the way.
-// In registers: what is stored in whole vectors and read back in halves, or the other way round, waits for the cache.
+// Adds the 16 lanes of each sum, and writes `count` sums to their places in y. The code is a transposition that adds on
+// the way. It stays in registers, because what is stored in whole vectors and read back in halves, or the other way
+// round, waits for the cache.
 #if defined(__AVX512F__)
 
 inline void add_lanes(float* lanes, const Places& places, int count, float* y) {
@@ -68,25 +69,27 @@ inline void add_lanes(float* lanes, const Places& places, int count, float* y) {
 
 #endif
 
+// A range of inputs that a group multiplies in one go.
 struct Strip {
-  int64_t x_step, w_stride;
+  int64_t x_step, w_stride;  // floats between steps of x; weights between outputs
   int64_t inputs;
-  bool begin, end;  // of the sums
+  bool begin, end;  // whether the strip has the first inputs, and the last inputs, of the sums
 };
 
-// What each step of a pass fetches: nothing, the same inputs of other outputs, or the next lines of one stream.
+// The weights that each step of a pass fetches into a cache: none, the same inputs of other outputs, or the next lines
+// of one stream.
 enum Fetched { kNothing, kOfOutputs, kAhead };
-constexpr int kFarLines = kWidth == 16 ? 2 : 1;  // lines of the stream for each step
-constexpr int kLine = 16;                        // floats in a line of the cache
+constexpr int kFarLines = kWidth == 16 ? 2 : 1;  // lines of the stream that a step fetches
+constexpr int kLine = 16;                        // floats in a cache line
 
-// How many weights of an output lie between those of two vectors of lanes.
+// Distance, in weights of an output, between the first weights of two vectors of lanes.
 template <typename W>
 constexpr int kApart = sizeof(W) == 2 ? 2 * kWidth : kWidth;
 
-// Adds the products of n inputs, whole steps, to V vectors of the lanes of R rows by O outputs. Outputs lie w_stride apart,
-// and the inputs of each side by side, or Step weights from one step to the next.
-// The weights at `near` are fetched into the L1 cache, and those at `far` into L2. The pass fetches them itself: with a
-// function of their own, GCC 12 moves sums out of the registers.
+// Adds the products of n inputs, a multiple of kStep, to V vectors of the lanes of R rows by O outputs. Reads the lanes
+// at `from` and writes them at `to`. Outputs are w_stride weights apart, and the steps of an output Step weights.
+// Fetches the weights at `near` into the L1 cache, and those at `far` into L2. The pass fetches them itself: if another
+// function did, GCC 12 would move sums out of the registers.
 template <int R, int O, int V, typename W, Fetched Fetch = kNothing, int Step = kStep>
 inline void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, int64_t n,
                                     const float* from, float* to, const W* near = nullptr, const W* far = nullptr) {
@@ -132,7 +135,8 @@ inline void pass(const float* x, int64_t x_step, const W* w, int64_t w_stride, i
 
 alignas(64) constexpr float zeros[kSumsFilled * kLanes] = {};
 
-// Adds those of the last inputs, less than a step, to `lanes`. Never inlined: GCC 12 would store all sums twice before it.
+// Adds the products of the last inputs, fewer than a step, to `lanes`. Never inlined, because GCC 12 would store all
+// sums twice before it.
 template <int R, int O, typename W>
 [[gnu::noinline]] void rest(const float* x, const W* w, int64_t w_stride, int64_t inputs, float* lanes) {
   constexpr int V = R * O * kVectors <= kSums ? kVectors : 1;
@@ -144,9 +148,9 @@ template <int R, int O, typename W>
   }
 }
 
-// Adds the products of a strip of inputs to the lanes of R rows by O outputs, and at the end puts their sums in y. Where
-// the registers hold one vector of the lanes only, the strip passes twice: lines that are read again from L1 cost less
-// than sums that leave the registers.
+// Adds the products of a strip of inputs to the lanes of R rows by O outputs. The last strip puts the sums in y. If the
+// registers hold only one of the two vectors of lanes, the strip is read twice. To read lines again from L1 costs less
+// than to move sums out of the registers.
 template <int R, int O, typename W>
 void group(const Strip& strip, const float* x, const W* w, const W* near, const W* far, float* lanes,
            const Places& places, float* y) {
@@ -167,7 +171,7 @@ void group(const Strip& strip, const float* x, const W* w, const W* near, const 
 template <typename W>
 using Group = decltype(&group<1, 1, W>);
 
-// That of so many rows.
+// Returns `group` for this number of rows and O outputs; null if the group would have more than kSums sums.
 template <typename W, int O, int R = kAlone>
 Group<W> group_of(int rows) {
   if constexpr (R > 1) {
@@ -179,8 +183,8 @@ Group<W> group_of(int rows) {
 
 #if !defined(__AVX512BF16__)
 
-// The same over weights of float32 that lie as the rows of a block do, O outputs for R rows. Each step fetches the next lines
-// of `far` into the L2 cache.
+// `group` for WideDots: the weights are float32, and O outputs have the layout of a block's rows. Each step fetches the
+// next lines of `far` into the L2 cache.
 template <int R, int O>
 void wide_group(const Strip& strip, const float* x, const float* w, const float* far, float* lanes, const Places& places,
                 float* y) {

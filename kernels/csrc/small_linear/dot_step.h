@@ -1,9 +1,10 @@
-// One step of the innermost loop of small_linear: the products of 32 inputs of a few rows and a few outputs, added to sums
-// in registers. Only for files that are compiled once per instruction set, AVX2 at least.
+// One step of the innermost loop of small_linear: the products of 32 inputs of a few rows and a few outputs, added to
+// sums in registers. Only for files that are compiled once per instruction set, AVX2 at least.
 //
-// A pair of bfloat16 takes two fused multiply-adds, or one vdpbf16ps, which has the same bits where subnormal numbers
-// count as zeros. That is twice as fast on a Zen 4 and half as fast on an Emerald Rapids (43 billion products a second,
-// 89 with FMA; 79 with the conversions for 8 rows): module.cpp chooses.
+// A pair of bfloat16 takes two fused multiply-adds (FMA), or one vdpbf16ps. Both give the same bits if subnormal
+// numbers count as zeros. vdpbf16ps is twice as fast on a Zen 4 and half as fast on an Emerald Rapids: 43 billion
+// products a second there, and 89 with FMA, or 79 with FMA and the conversions for 8 rows. module.cpp chooses between
+// them.
 #pragma once
 
 #include <algorithm>
@@ -16,13 +17,14 @@ namespace genarm {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kVectors = kLanes / kWidth;  // in the lanes of a sum
-constexpr int kSums = kWidth == 16 ? 16 : 12;  // of a group at most: rows by outputs
-constexpr int kRows = kWidth == 16 ? 8 : 4;    // of a group, where there are many
-constexpr int kAlone = kWidth == 16 ? 8 : 6;   // of a group, where these are all
+constexpr int kVectors = kLanes / kWidth;      // vectors that hold the 16 lanes of a sum
+constexpr int kSums = kWidth == 16 ? 16 : 12;  // most sums of a group: rows times outputs
+constexpr int kRows = kWidth == 16 ? 8 : 4;    // most rows in a block, if there are several blocks
+constexpr int kAlone = kWidth == 16 ? 8 : 6;   // most rows in a block that is the only one
 
-// Whether numbers below 2^-126 count as zeros while this lives, read and written. For weights of bfloat16 they do, since
-// vdpbf16ps knows no others. For float32 they do not, whatever the calling thread has set: helper threads have not.
+// Sets, while the object lives, whether this thread reads and writes numbers below 2^-126 as zeros. Weights of bfloat16
+// need zeros, since vdpbf16ps always flushes. Float32 keeps such numbers, whatever the calling thread has set, because
+// helper threads do not have the caller's setting.
 class Subnormals {
  public:
   explicit Subnormals(bool flush) : before_(_mm_getcsr()) { _mm_setcsr(flush ? before_ | kFlush : before_ & ~kFlush); }
@@ -38,7 +40,7 @@ inline Floats even(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); 
 
 #if defined(__AVX512BF16__)
 
-constexpr int kSlots = kStep / 2;  // a row's inputs stay pairs, in the memory of half as many floats
+constexpr int kSlots = kStep / 2;  // floats that a step takes in a spread row: its 32 inputs stay pairs of bfloat16
 
 template <int R, int O, int V>
 inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s)[R][O][V]) {
@@ -49,7 +51,7 @@ inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     Words input = load_as<Words>(x + r * kSlots);
-    asm("" : "+v"(input));  // one load for all outputs
+    asm("" : "+v"(input));  // forces a single load of the input for all outputs
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
       s[r][o][0] = _mm512_dpbf16_ps(s[r][o][0], reinterpret_cast<__m512bh>(weights[o]), reinterpret_cast<__m512bh>(input));
@@ -61,14 +63,15 @@ inline void step(const float* x, const uint16_t* w, int64_t w_stride, Floats (&s
 
 constexpr int kSlots = kStep;
 
-// A vector of an output's 32 inputs, those at odd places or at even ones.
+// Loads vector v of one half of an output's 32 weights as floats. Half 0 has, for bfloat16, the weights at odd places
+// and, for float32, the first 16. Half 1 has the others.
 inline Floats weight(const uint16_t* w, int v, int half) {
   const Words pairs = load_as<Words>(w + v * 2 * kWidth);
   return half == 0 ? odd(pairs) : even(pairs);
 }
 inline Floats weight(const float* w, int v, int half) { return load(w + half * kLanes + v * kWidth); }
 
-// The products of 32 inputs, those of V vectors of lanes.
+// Adds the products of 32 inputs to V vectors of the lanes of each sum.
 template <int R, int O, int V, typename W>
 inline void step(const float* x, const W* w, int64_t w_stride, Floats (&s)[R][O][V]) {
 #pragma GCC unroll 2
@@ -81,7 +84,7 @@ inline void step(const float* x, const W* w, int64_t w_stride, Floats (&s)[R][O]
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Floats input = load(x + r * kSlots + half * kLanes + v * kWidth);
-        asm("" : "+v"(input));  // one load for all outputs
+        asm("" : "+v"(input));  // forces a single load of the input for all outputs
 #pragma GCC unroll 8
         for (int o = 0; o < O; ++o) s[r][o][v] = fma(weights[o], input, s[r][o][v]);
       }
@@ -93,7 +96,8 @@ inline void step(const float* x, const W* w, int64_t w_stride, Floats (&s)[R][O]
 
 #if !defined(__AVX512F__)
 
-// The same, where sums, weights and input fill all 16 registers: GCC 12 moves sums to the stack and back.
+// `step` of 4 rows and 3 outputs in assembly. The sums, weights and input fill all 16 registers, and GCC 12 would move
+// sums to the stack and back.
 #define GENARM_ROW(at, a, b, c)                       \
   "vmovups " at "(%[x]), %%ymm15\n"                   \
   "vfmadd231ps %%ymm12, %%ymm15, %[" a "]\n"          \

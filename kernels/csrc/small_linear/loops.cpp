@@ -1,4 +1,4 @@
-// Compiled with -DISA=name and that instruction set's flags; the baseline has none of it.
+// The build compiles this file once per instruction set, with -DISA=name and its flags. Without AVX2 the file is empty.
 #include "loops.h"
 
 #if defined(__AVX2__)
@@ -12,29 +12,35 @@
 namespace genarm {
 namespace {
 
-// Inputs that stay in the L1 cache, beside the lanes of all streams; where one chunk is all, no lanes are kept.
-constexpr int64_t kChunk = 640 * kStep / kSlots;  // of a row at most, with the weights of a group and of the next one
+// Most inputs of one row in a chunk. A chunk of the rows stays in the L1 cache, beside the lanes of all streams, the
+// weights of a group and those of the next group.
+constexpr int64_t kChunk = 640 * kStep / kSlots;
 
-// Inputs of all rows in a chunk. Weights of float32 leave half of the room: with 16 rows a step of SmolLM2-135M takes 0.9 of the
-// time by that (AMD EPYC, Zen 4, AVX-512 and AVX2, 2026-11-29, other work beside).
+// Most inputs of all rows together in a chunk. Weights of float32 leave half of the room. With 16 rows, the smaller
+// chunk takes 0.9 of the time for a step of SmolLM2-135M (AMD EPYC, Zen 4, AVX-512 and AVX2, 2026-11-29, with other
+// work on the machine).
 template <typename W>
 constexpr int64_t kChunked = (sizeof(W) == 2 ? 8192 : 4096) * kStep / kSlots;
+// Most inputs of all rows together if one chunk holds them all. The limit is higher, since no lanes are kept.
 template <typename W>
 constexpr int64_t kWhole = kChunked<W> / 4 * 5;
 
-constexpr int64_t kWideChunk = 5120;                // of all rows, beside the weights of a group as float32
+// Most inputs of all rows together in a chunk of wide_dots, beside the weights of a group as float32.
+constexpr int64_t kWideChunk = 5120;
 
-constexpr int kStreams = kWidth == 16 ? 16 : 12;  // a multiple of the outputs at a time
+constexpr int kStreams = kWidth == 16 ? 16 : 12;  // a multiple of every value of `together`
 
-// Outputs at a time: enough sums to hide the latency of the fma, no more than the registers and a group hold.
+// Returns how many outputs a group multiplies at a time. The sums are enough to hide the latency of the FMA, and fit in
+// the registers and in a group.
 constexpr int together(int rows) {
   if (kWidth == 16) return rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
   return rows == 1 ? 4 : rows == 2 || rows > 4 ? 2 : 3;
 }
 
-// Outputs first .. first + streams * length - 1, O at a time. The weights pass in many streams of `length` outputs
-// each, in turn: while some are read, the hardware goes on fetching the others. Few streams, or outputs that share a
-// page of memory, leave it behind the multiply-adds (576 x 576, 8 rows: 3 streams 0.74 of the read bandwidth, 16 0.84).
+// Multiplies outputs first .. first + streams * length - 1, O at a time. The weights are read in many streams of
+// `length` outputs each, in turn: while some are read, the hardware goes on fetching the others. With few streams, or
+// outputs that share a page of memory, the fetches fall behind the multiply-adds. With 576 x 576 weights and 8 rows, 3
+// streams reach 0.74 of the read bandwidth, and 16 streams 0.84.
 template <int O, typename W>
 void sweep(const Dots<W>& d, int first, int streams, int length) {
   alignas(64) float lanes[kStreams / O][kTile][O * kLanes];
@@ -101,7 +107,7 @@ void dots(const Dots<W>& d) {
 
 constexpr int kWide = kSums / kWideBlock;
 
-// A chunk of the rows stays in the L1 cache while all weights of the panel pass from L2.
+// Keeps a chunk of the rows in the L1 cache while it reads all weights of the panel from L2. Returns the new `far`.
 const float* wide_dots(const WideDots& d) {
   const Subnormals mode(d.flush);
   constexpr int O = kWide;
@@ -167,13 +173,14 @@ void spread(const W* x, int64_t n, float* out, int64_t step) {
 #define TABLE_(name, isa) name##isa
 #define TABLE(name, isa) TABLE_(name, isa)
 
-#if defined(__AVX512F__)  // over weights of bfloat16, WideDots are no faster: their conversion is a twentieth of the time
+// With AVX-512 and weights of bfloat16, WideDots is not faster: it saves the conversions, a twentieth of the time.
+#if defined(__AVX512F__)
 extern const LinearLoops<uint16_t> TABLE(linear_, ISA) = {kRows, kAlone, kStreams, kSlots, spread, dots, 0, 0, nullptr};
 #else
 extern const LinearLoops<uint16_t> TABLE(linear_, ISA) = {kRows, kAlone, kStreams, kSlots, spread, dots, kWide, 32, wide_dots};
 #endif
 #if !defined(__AVX512BF16__)
-constexpr int kFloatFrom = kWidth == 16 ? 64 : 32;  // with 32 rows and AVX-512 both ways take the same time
+constexpr int kFloatFrom = kWidth == 16 ? 64 : 32;  // with AVX-512 and 32 rows, WideDots and Dots take the same time
 extern const LinearLoops<float> TABLE(float_linear_, ISA) = {kRows,  kAlone, kStreams,   kSlots,   spread,
                                                              dots,   kWide,  kFloatFrom, wide_dots};
 #endif

@@ -6,14 +6,21 @@
 namespace genarm {
 namespace {
 
-constexpr int64_t kThreadBytes = 1 << 20;    // of weights, for each thread: 70 µs or so, waking one takes 10
-constexpr int64_t kTableFloats = 1 << 18;    // of rows that stay in the L2 cache while the weights pass by, 1 MB
-constexpr int64_t kPanelBytes = 320 << 10;   // of weights that stay there while the rows pass by
-constexpr int64_t kWideFloats = 1 << 16;     // of weights as float32 that stay there, beside
-constexpr int64_t kWideTable = 1 << 17;      // of rows
-constexpr int64_t kWideTile = 4;             // rows that stay in L1 while these pass by
-constexpr int64_t kHead = 12 * kStep;        // inputs of a stream fetched in advance: 192 x 576 takes 0.96 of the time
+// Bytes of weights for each thread. A thread reads them in about 70 µs, and to wake a thread takes 10 µs.
+constexpr int64_t kThreadBytes = 1 << 20;
+// Floats of spread rows, 1 MB, that stay in the L2 cache while the weights are read.
+constexpr int64_t kTableFloats = 1 << 18;
+// Bytes of a panel's weights that stay in the L2 cache while the rows are read.
+constexpr int64_t kPanelBytes = 320 << 10;
+// With WideDots, the L2 cache holds a panel's weights as float32, kWideFloats at most, and kWideTable floats of rows.
+constexpr int64_t kWideFloats = 1 << 16;
+constexpr int64_t kWideTable = 1 << 17;
+constexpr int64_t kWideTile = 4;  // rows that stay in the L1 cache while WideDots reads a panel's weights
+// Inputs of a stream that are fetched before the first product: a linear of 192 x 576 takes 0.96 of the time with it.
+constexpr int64_t kHead = 12 * kStep;
 
+// Multiplies the rows of x by the products' linears. A table of spread rows stays in the L2 cache while the threads
+// share out the panels of outputs.
 template <typename W>
 class Multiplication {
  public:
@@ -37,8 +44,8 @@ class Multiplication {
       blocks_ = {begin, begin + count, !wide_ && count <= loops_.alone ? 1 : divide_up(count, wide_ ? kWideBlock : loops_.rows)};
       for (int64_t block = 0; block < blocks_.count; ++block) {
         for (int64_t row = start(block); row < start(block + 1); ++row) {
-          // Between the rows, the streams' first lines: else memory idles until they are spread. (In no function of its
-          // own: one that only fetches has no effect for GCC, which leaves its calls out.)
+          // Fetch the first lines of the streams between the rows, or memory would be idle until all rows are spread.
+          // This is no function of its own, because GCC leaves out calls of a function that only fetches.
           for (; stream < loops_.streams && stream * rows < (row + 1) * loops_.streams; ++stream) {
             for (int64_t i = 0; i < head; i += kLineWeights) __builtin_prefetch(panels_[0].weight() + stream * gap + i, 0, 2);
           }
@@ -53,6 +60,7 @@ class Multiplication {
   }
 
  private:
+  // `count` outputs of a product, from `output` on.
   struct Panel {
     const Product* product;
     int64_t output;
@@ -60,7 +68,8 @@ class Multiplication {
     const W* weight() const { return static_cast<const W*>(product->linear->weight) + output * product->linear->in; }
   };
 
-  // Panels of like size, so many that threads which come late find some.
+  // Cuts the outputs into panels of similar size. Several threads get about two panels or more each, so that a thread
+  // which starts late finds work.
   void cut(const Product& product) {
     const int64_t out = product.linear->out, shared = kPanelBytes / sizeof(W) / std::max<int64_t>(in_, 1);
     const int64_t wide = kWideFloats / std::max<int64_t>(width_, 1);
@@ -85,7 +94,7 @@ class Multiplication {
     return {spread(block, first), step(block), static_cast<int>(last - first)};
   }
 
-  // Of the rows in the table.
+  // Computes the LoRA's `hidden` for the rows of its span that are in the table.
   void contract(Adapted& adapted) {
     const Span& span = adapted.span;
     for (int64_t block = 0, to; block < blocks_.count; block = to) {
@@ -101,7 +110,7 @@ class Multiplication {
     }
   }
 
-  // Of all rows in the table.
+  // Computes a panel's outputs for all rows in the table.
   void outputs(int64_t index) const {
     const Panel& panel = panels_[index];
     const Panel& next = panels_[index + 1 < static_cast<int64_t>(panels_.size()) ? index + 1 : index];
@@ -117,7 +126,8 @@ class Multiplication {
     }
   }
 
-  // The same: the panel's weights become float32 once, and stay in the L2 cache for all rows. False: no memory for it.
+  // Computes a panel's outputs with WideDots: the weights are converted to float32 once, and stay in the L2 cache for
+  // all rows. Returns false, with nothing written, if there is no memory for them.
   bool wide_outputs(const Panel& panel, const Panel& next, float* sums) const {
     const int wide = loops_.wide, outputs = static_cast<int>(divide_up(panel.count, wide) * wide);
     constexpr int64_t kLanesOf = kTile * kStep / 2;
@@ -150,10 +160,10 @@ class Multiplication {
   const LinearLoops<W>& loops_;
   const int64_t in_;
   const int threads_;
-  int64_t width_, table_;  // of a spread row, in rows
-  bool wide_;              // whether weights become float32 first
-  Blocks blocks_{};     // of the rows in the table
-  Aligned<float> x_;    // [table, width], spread
+  int64_t width_, table_;  // floats of a spread row; rows of the table
+  bool wide_;              // whether WideDots multiplies
+  Blocks blocks_{};        // blocks of the rows in the table
+  Aligned<float> x_;       // [table, width]: the table of spread rows
   std::vector<Adapted> adapted_;
   std::vector<Panel> panels_;
 };

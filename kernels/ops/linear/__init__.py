@@ -1,4 +1,4 @@
-"""What small_linear and quant_linear share: LoRA on ranges of rows, checks, the C++ core, linears of one input."""
+"""The parts that small_linear and quant_linear share: LoRA on rows, checks, the C++ core, linears over one input."""
 
 from .lora import Lora, Span
 from .siblings import SiblingLinears

@@ -1,4 +1,4 @@
-"""The checks of the arguments of linears, of what is added to a weight once and of each call."""
+"""Checks of a linear's arguments: its bias and LoRAs when it is made, x and spans at each call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_GRADIENT = "x requires grad: a linear of few rows has no gradient, call it in
 def check_input(
     x: Tensor, width: int, dtype: torch.dtype, device: torch.device, loras: Sequence[Lora], spans: Sequence[Span]
 ) -> None:
-    """Raises ValueError or TypeError for an x that does not fit the weight, or spans out of range."""
+    """Raise ValueError for an x that does not fit the weight, and the errors of `check_spans`."""
     if x.shape[-1:] != (width,) or x.dtype != dtype or x.device != device:
         raise ValueError(
             f"x of shape {tuple(x.shape)}, {x.dtype} on {x.device}: expected [..., {width}], {dtype} on {device}, "
@@ -26,12 +26,15 @@ def check_input(
 
 
 def check_call(x: Tensor, linear: Any, spans: Sequence[Span]) -> None:
-    """`check_input` of a SmallLinear or a QuantLinear."""
+    """Check the arguments of a call of a SmallLinear or a QuantLinear with `check_input`."""
     check_input(x, linear.in_features, linear.dtype, linear.device, linear.loras, spans)
 
 
 def check_spans(loras: Sequence[Lora], spans: Sequence[Span], rows: int | None = None) -> None:
-    """Raises for spans that are not three ints, or out of range; rows=None: their number is not known yet."""
+    """Raise TypeError for spans that are not three ints each, and ValueError for spans out of range.
+
+    rows: the number of rows; None while it is not known, which leaves the rows of spans unchecked.
+    """
     for span in spans:
         whole = isinstance(span, tuple) and all(isinstance(i, int) or hasattr(i, "__index__") for i in span)
         if not whole or len(span) != 3:
@@ -44,7 +47,7 @@ def check_spans(loras: Sequence[Lora], spans: Sequence[Span], rows: int | None =
 def check_added(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, bias: Tensor | None, loras: Sequence[Lora]
 ) -> None:
-    """Raises ValueError for a bias or LoRAs that do not fit a weight [out, in] in shape, dtype or device."""
+    """Raise ValueError for a bias or LoRAs that do not fit a weight [out, in] in shape, dtype or device."""
     out, width = shape
     named: list[tuple[str, Tensor, tuple[int, ...]]] = [] if bias is None else [("bias", bias, (out,))]
     for i, (a, b, _) in enumerate(loras):

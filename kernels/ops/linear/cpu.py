@@ -1,4 +1,4 @@
-"""Linears in C++ on the CPU (kernels/csrc/linear), over weights whose addresses were handed over once."""
+"""Linears in C++ on the CPU (kernels/csrc/linear). The core gets the addresses of the weights once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .lora import Lora, Span
 
 
 def readable(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> tuple[Tensor, Tensor | None, list[Lora]]:
-    """The weights as the core reads their memory: detached, contiguous, no negative bit; copied if needed."""
+    """Return the tensors as the core can read them: detached, contiguous, without negative bit. Copies if needed."""
 
     def flat(tensor: Tensor) -> Tensor:
         return in_memory(tensor.detach()).contiguous()
@@ -25,17 +25,20 @@ def readable(weight: Tensor, bias: Tensor | None, loras: Sequence[Lora]) -> tupl
 
 
 def prepare(linears: Sequence[Any]) -> Any:
-    """The core's view of SmallLinears and QuantLinears of one width, which must outlive it.
+    """Return the core's object for SmallLinears and QuantLinears of one width. The linears must outlive it.
 
-    None where PyTorch has to serve: no core, an instruction set without these loops, tensors that it does not read, and
-    while a compiler traces.
+    Return None if PyTorch has to multiply: without the core, on an instruction set without these loops, for tensors
+    that the core can't read, and while a compiler traces.
     """
     found = [] if _native.core is None or is_compiling() else [linear.described() for linear in linears]
     return None if not found or None in found else _native.core.linears(tuple(found))
 
 
 def described(weight: Tensor, linear: Any, bits: int) -> tuple[Any, ...] | None:
-    """What the core takes of a linear over this memory, None where it does not read bias or LoRAs."""
+    """Return the tuple that describes a linear to the core; None if the core can't read its bias or LoRAs.
+
+    weight: the memory of the linear's weights. bits: bits of one weight.
+    """
     added = [*(t for a, b, _ in linear.loras for t in (a, b)), *([] if linear.bias is None else [linear.bias])]
     if not plain(added, linear.dtype):
         return None
@@ -45,7 +48,7 @@ def described(weight: Tensor, linear: Any, bits: int) -> tuple[Any, ...] | None:
 
 
 def plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether the tensors lie in the CPU's memory as this dtype; those of a subclass (quantised, fake) need not."""
+    """Whether all tensors are of this dtype in the CPU's memory, and none is of a subclass (quantised, fake)."""
     return all(
         type(tensor) is Tensor and tensor.is_cpu and tensor.dtype == dtype and (tensor.data_ptr() or not tensor.numel())
         for tensor in tensors
@@ -53,7 +56,10 @@ def plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
 
 
 def run(x: Tensor, linear: Any, spans: Sequence[Span]) -> Tensor | None:
-    """y of a bfloat16 x whose rows have one stride; None for another x, or for a linear that is not prepared."""
+    """Return y [..., out]; None for a linear that is not prepared, or an x that the core does not take.
+
+    The core takes an x of the linear's dtype whose rows have one stride.
+    """
     if linear._core is None:
         return None
     y = linear._core.run(x, spans)
@@ -61,17 +67,17 @@ def run(x: Tensor, linear: Any, spans: Sequence[Span]) -> Tensor | None:
 
 
 def convert(x: Tensor, *rest: Any) -> tuple[Any, ...]:
-    """The arguments as `run` takes them."""
+    """Return the arguments with an x that `run` takes: plain and contiguous."""
     return (_native.plain(x).contiguous(), *rest)
 
 
 def run_siblings(
     x: Tensor, linears: Sequence[Any], spans: Sequence[Sequence[Span]], prepared: Any
 ) -> Sequence[Tensor] | None:
-    """y of each linear, as `run` gives them one by one; None for what `run` does not take."""
+    """Return y of each linear with the bits of `run`; None for an x or linears that the core does not take."""
     return None if prepared is None else prepared.run(x, *spans)
 
 
 def run_stacked(x: Tensor, linears: Sequence[Any], spans: Sequence[Sequence[Span]], prepared: Any) -> Tensor | None:
-    """What `run_siblings` gives, side by side in one tensor."""
+    """Return the outputs of `run_siblings` side by side in one tensor; None in the same cases."""
     return None if prepared is None else prepared.run_stacked(x, *spans)

@@ -15,11 +15,17 @@ from .lora import Lora, RowsLora, Span
 def define(
     name: str, held: str, outputs: Callable[..., int]
 ) -> tuple[Callable[..., Tensor], Callable[[Callable[..., Tensor]], None]]:
-    """An op over a weight that these parameters hold; outputs: how many it has, of the same.
+    """Define a custom op for a kind of linear.
+
+    Args:
+        name: name of the op.
+        held: the op's parameters that hold the weight, as its schema declares them.
+        outputs: returns the number of outputs, given the values of these parameters.
 
     Returns:
-        what calls the op: (x, what holds the weight, bias, loras, spans); and what gives it the function that it runs:
-        (x, what holds the weight, bias, loras of (first row, last row, a, b, scale)).
+        call: the function that calls the op with (x, values of the held parameters, bias, loras, spans).
+        implement: the function that registers what the op runs, a function of (x, values of the held parameters, bias,
+            tuples of (first row, last row, a, b, scale)).
     """
 
     def fake(x: Tensor, *rest: Any) -> Tensor:
@@ -33,7 +39,7 @@ def define(
     def call(
         x: Tensor, weight: Sequence[Any], bias: Tensor | None, loras: Sequence[Lora], spans: Sequence[Span]
     ) -> Tensor:
-        """The op takes one LoRA for each span, as lists of tensors and numbers."""
+        """Call the op, which takes one LoRA for each span, as lists of tensors and numbers."""
         check_spans(loras, spans)
         used = [loras[index] for _, _, index in spans]
         a, b, scales = ([lora[i] for lora in used] for i in range(3))

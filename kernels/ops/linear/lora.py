@@ -11,15 +11,16 @@ from torch import Tensor
 class Lora(NamedTuple):
     """A low-rank addition to a linear: scale · (x aᵀ) b."""
 
-    a: Tensor  # [r, in], as PEFT's lora_A
-    b: Tensor  # [r, out], the transpose of PEFT's lora_B: read in the order in which outputs are made
+    a: Tensor  # [r, in], like PEFT's lora_A
+    b: Tensor  # [r, out], the transpose of PEFT's lora_B, because the core then reads it in the order of the outputs
     scale: float
 
 
-Span = tuple[int, int, int]  # rows first .. last - 1 get the LoRA of that index; rows are flattened
-RowsLora = tuple[int, int, Tensor, Tensor, float]  # first row, last row, and a Lora
+# (first, last, index): rows first .. last - 1 of the flattened input get the LoRA of this index.
+Span = tuple[int, int, int]
+RowsLora = tuple[int, int, Tensor, Tensor, float]  # (first, last, a, b, scale): a span and its LoRA in one tuple
 
 
 def split(loras: Sequence[RowsLora]) -> tuple[list[Lora], list[Span]]:
-    """What a function takes by call, as a prepared linear and its calls take it."""
+    """Split the `loras` of one function call into the LoRAs of a prepared linear and the spans of its call."""
     return [Lora(*lora[2:]) for lora in loras], [(first, last, i) for i, (first, last, *_) in enumerate(loras)]

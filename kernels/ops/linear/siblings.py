@@ -1,4 +1,4 @@
-"""Linears over one input in one call."""
+"""Several linears over one input, run in one call."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _run_stacked = dispatcher(_side_by_side, cpu=cpu.run_stacked, differentiable=1)
 
 
 class SiblingLinears:
-    """Linears over one input, such as query, key and value, in one call: their weights stream as those of one matrix.
+    """Linears over one input, such as query, key and value, in one call. Their weights are read like one matrix.
 
-    linears: SmallLinears, or QuantLinears (quant_linear), or some of both.
+    linears: any mix of SmallLinears and QuantLinears (quant_linear).
 
     Raises:
         ValueError: no linears.
@@ -43,19 +43,24 @@ class SiblingLinears:
 
     @property
     def prepared(self) -> Any:
-        """The C++ core's view of the linears, for calls that run several such; None where PyTorch has to serve."""
+        """The C++ core's object for the linears, for calls of the core that run several; None if PyTorch multiplies."""
         return self._core
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SiblingLinears, (self.linears,)
 
     def __call__(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Sequence[Tensor]:
-        """`linear(x, spans[i])` of each linear, bit for bit. Raises as they do, and ValueError if spans lack some."""
+        """Return the output of each linear i, with the bits of `linears[i](x, spans[i])`.
+
+        Raises:
+            ValueError: a number of spans other than the number of linears, and the errors of each linear.
+            TypeError: spans that are not three ints each.
+        """
         self._check(spans)
         return _run(x, self.linears, spans, self._core)
 
     def stacked(self, x: Tensor, spans: Sequence[Sequence[Span]]) -> Tensor:
-        """The same as one tensor [..., sum of outputs], side by side."""
+        """Return the outputs of all linears side by side in one tensor [..., sum of outputs]. Raises as a call does."""
         self._check(spans)
         return _run_stacked(x, self.linears, spans, self._core)
 

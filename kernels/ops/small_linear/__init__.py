@@ -15,22 +15,27 @@ from ..linear.lora import Lora, RowsLora, Span, split
 from . import custom_op
 from .reference import in_order, specification
 
-BITS = {torch.bfloat16: 16, torch.float32: 32}  # of the weights that the C++ core multiplies
+BITS = {torch.bfloat16: 16, torch.float32: 32}  # bits of a weight, for each dtype that the C++ core multiplies
 
 
 class SmallLinear:
-    """y = x Wᵀ + bias, prepared once for many calls, each of which costs 1.5 µs more than its arithmetic.
+    """A linear layer y = x Wᵀ + bias, prepared once for many calls. A call costs 1.5 µs more than its arithmetic.
 
-    weight: [out, in]; bias: [out]; `loras` share their dtype and device. The tensors are kept, and read at every call:
-    changes in place count, but not those of one that is not contiguous (PEFT's lora_B transposed), which is copied. A
-    moved or replaced parameter needs a new SmallLinear; so does one whose storage moves under it (`share_memory_`, see
-    `moved`): the addresses are kept, since looking them up misses the caches. It has no gradient.
+    The tensors are kept and read at every call, so that changes in place count. A tensor that is not contiguous (PEFT's
+    lora_B transposed) is copied, and later changes of it do not count. A moved or replaced parameter needs a new
+    SmallLinear. So does one whose storage moves (`share_memory_`, see `moved`): the addresses are kept, because to look
+    them up at each call misses the CPU's caches. A SmallLinear has no gradient.
+
+    Args:
+        weight: [out, in], floating point.
+        bias: [out], or None.
+        loras: LoRAs that calls can name in their spans. bias and LoRAs have the weight's dtype and device.
 
     Raises:
         ValueError: shapes that do not fit together, or tensors of different dtypes or devices.
     """
 
-    # few cache lines to miss
+    # Slots keep the attributes in few cache lines, so that a call misses fewer of them.
     __slots__ = ("_address", "_core", "bias", "in_features", "loras", "out_features", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, loras: Sequence[Lora] = ()) -> None:
@@ -53,7 +58,7 @@ class SmallLinear:
         return self.weight.device
 
     def described(self) -> tuple[Any, ...] | None:
-        """For the C++ core, None where that does not read the tensors: see linear/cpu.py."""
+        """Return the linear in the form that the C++ core takes; None if the core can't read its tensors."""
         bits = BITS.get(self.dtype)
         return (
             None if bits is None or not cpu.plain([self.weight], self.dtype) else cpu.described(self.weight, self, bits)
@@ -61,15 +66,20 @@ class SmallLinear:
 
     @property
     def moved(self) -> bool:
-        """Whether the weight's storage has moved since, as `share_memory_` does: a call would crash."""
+        """Whether the weight's storage has moved since, as by `share_memory_`. A call would then crash."""
         return self._core is not None and self.weight.data_ptr() != self._address
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are prepared anew: the core's addresses are those of these tensors."""
+        """Prepare a copy or an unpickled object anew, because the core holds the addresses of this object's tensors."""
         return SmallLinear, (self.weight, self.bias, self.loras)
 
     def __call__(self, x: Tensor, spans: Sequence[Span] = ()) -> Tensor:
-        """x [..., in] → [..., out]. Raises ValueError for another width, dtype or device, or spans out of range."""
+        """Return y [..., out] of x [..., in], with the LoRA of each span added to its rows.
+
+        Raises:
+            ValueError: an x of another width, dtype or device, or one that requires a gradient, or spans out of range.
+            TypeError: spans that are not three ints each.
+        """
         if is_grad_enabled() and x.requires_grad:
             raise ValueError(f"small_linear: {NO_GRADIENT}")
         return _run(x, self, spans)
@@ -87,13 +97,20 @@ _run = dispatcher(_in_pytorch, check=check_call, cpu=cpu.run, convert=cpu.conver
 
 
 def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()) -> Tensor:
-    """x [..., in], weight [out, in], bias [out] → [..., out]; for many calls, prepare a `SmallLinear`.
+    """Return x Wᵀ + bias, [..., out]. For many calls, prepare a `SmallLinear` once.
 
-    loras: (first row, last row, a [r, in], b [r, out], scale) each; rows first .. last - 1 of the flattened x get
-    scale · (x aᵀ) b. bfloat16 and float32 on a CPU with AVX2 run in C++, everything else in PyTorch.
+    bfloat16 and float32 on a CPU with AVX2 run in C++. Everything else runs in PyTorch.
+
+    Args:
+        x: [..., in].
+        weight: [out, in].
+        bias: [out], or None.
+        loras: tuples (first row, last row, a [r, in], b [r, out], scale). Rows first .. last - 1 of the flattened x get
+            scale · (x aᵀ) b.
 
     Raises:
-        ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range.
+        ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range, or an x
+            that requires a gradient.
     """
     own, spans = split(loras)
     return SmallLinear(weight, bias, own)(x, spans)
@@ -102,10 +119,14 @@ def small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, loras
 def small_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, loras: Sequence[RowsLora] = ()
 ) -> Tensor:
-    """`small_linear` of float32 tensors in plain PyTorch, for comparison: the bits of the C++ core.
+    """Return `small_linear` of float32 tensors, computed in plain PyTorch for comparison: it has the C++ core's bits.
+
+    Args:
+        x, weight, bias, loras: the arguments of `small_linear`.
 
     Raises:
-        ValueError: as `small_linear`, and for a weight that is not float32 [out, in].
+        ValueError: shapes that do not fit together, tensors of different dtypes or devices, rows out of range, or a
+            weight that is not float32 [out, in].
     """
     if weight.ndim != 2 or weight.dtype != torch.float32:
         raise ValueError(f"weight of shape {tuple(weight.shape)}, {weight.dtype}: expected [out, in], float32")

@@ -1,4 +1,4 @@
-"""small_linear as a custom op."""
+"""The custom op that stands for small_linear in a compiled or exported graph."""
 
 from ..linear.custom_op import define
 

@@ -1,7 +1,7 @@
-"""x Wᵀ + bias for up to 16 rows on a GPU, in Triton: a program for some rows of W and, where these are few, some of K.
+"""x Wᵀ + bias for up to 16 rows on a GPU, in Triton. A program has a block of outputs and all inputs or a split.
 
     product   grid (blocks of outputs, splits)   W is read once, for all rows of x, on tensor cores
-    total     grid (rows, blocks of outputs)     only with splits: their sum, in order, so that each run gives the same
+    total     grid (rows, blocks of outputs)     only with splits: adds these in order, so that all runs agree
 
 cuBLAS has kernels for this as well. `genarm_fast.models.few_rows` measures which of the two is faster.
 """
@@ -17,10 +17,10 @@ from .. import _native
 from .._tensors import dense, in_memory, launching_on
 from .._triton import as_rows
 
-MOST_ROWS = 16  # what tensor cores multiply at least
-PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
-LEAST_CHUNK = 256  # inputs of a split
-STEP_BYTES = 256  # of a row of W in one turn of the loop, of which three are under way
+MOST_ROWS = 16  # rows of the smallest product on tensor cores
+PROGRAMS = 264  # most programs of a grid with splits: two for each of an H100's 132 multiprocessors
+LEAST_CHUNK = 256  # fewest inputs of a split
+STEP_BYTES = 256  # bytes of a row of W in one turn of the loop; loads of three turns are under way
 STAGES, WARPS = 4, 4
 TOTAL_BLOCK = 1024
 
@@ -68,7 +68,7 @@ def total_kernel(p_parts, p_bias, p_out, rows, outputs, splits, BLOCK: tl.conste
 
 
 def cut(outputs: int, width: int, step: int) -> tuple[int, int, int]:
-    """(outputs of a program, splits of the inputs, inputs of a split) for a weight [outputs, width]."""
+    """Return (outputs of a program, splits of the inputs, inputs of a split) for a weight [outputs, width]."""
     block = 32 if outputs >= 32 * PROGRAMS else 16
     splits = min(PROGRAMS // triton.cdiv(outputs, block), width // LEAST_CHUNK)
     if splits < 2:
@@ -78,8 +78,11 @@ def cut(outputs: int, width: int, step: int) -> tuple[int, int, int]:
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """[..., in] → [..., out], summed in float32, rounded once; None for what the kernel does not read: other dtypes
-    than float32, bfloat16 and float16 or mixed ones, more than 16 rows, or none."""
+    """Return x Wᵀ + bias, [..., out], summed in float32 and rounded once. x: [..., in]. weight: [out, in].
+
+    Return None for what the kernel does not take: more than 16 rows or none, or dtypes that differ or are not float32,
+    bfloat16 or float16.
+    """
     rows, width = x.shape[:-1].numel(), x.shape[-1]
     if weight.dtype not in _native.DTYPES or x.dtype != weight.dtype or not 0 < rows <= MOST_ROWS:
         return None

@@ -1,4 +1,4 @@
-"""Properties that small_linear and quant_linear share: rows alone and among others, siblings, LoRA, copies, errors."""
+"""Properties that small_linear and quant_linear share: a row's bits among others, siblings, LoRA, copies and errors."""
 
 import copy
 import os
@@ -31,7 +31,7 @@ kinds = pytest.mark.parametrize("bits", KINDS)
 def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
     dtype = dtype_of(bits)
     loras = ranks(out, width, 8, dtype=dtype)
-    if isa == "baseline":  # which has no loops for float32 and bfloat16, and so none for LoRA
+    if isa == "baseline":  # The baseline has no loops for float32 and bfloat16 weights, and LoRA needs such loops.
         if bits >= 16 or out == 3000:
             pytest.skip("not there, or slow")
         loras = []
@@ -46,9 +46,9 @@ def test_rows_do_not_depend_on_their_company(isa, threads, bits, out, width):
     alone = torch.cat([run(row[None]) for row in x])
     for n in (1, 2, 3):
         threads(n)
-        for rows in [*range(1, 34), 69, 400]:  # 69 = 64 + 5: a last table of few rows, for 4096 inputs
+        for rows in [*range(1, 34), 69, 400]:  # For 4096 inputs, 69 = 64 + 5 gives a last table of few rows.
             assert torch.equal(run(x[:rows]), alone[:rows])
-    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # an element off any alignment
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view_as(x).copy_(x)  # one element off any alignment
     assert torch.equal(run(shifted[5:40]), alone[5:40])
 
 
@@ -96,7 +96,7 @@ def test_siblings_are_the_linears_one_by_one(threads, monkeypatch, core, width, 
                 alone = [linear(x, own) for linear, own in zip(linears, spans)]
                 assert all(map(torch.equal, siblings(x, spans), alone))
                 assert torch.equal(siblings.stacked(x, spans), torch.cat(alone, -1))
-            spans[3] = ()  # negative control
+            spans[3] = ()  # negative control: without its span, the last linear differs
             assert [torch.equal(*pair) for pair in zip(siblings(x, spans), alone)] == [True, True, True, False]
 
 

@@ -1,6 +1,6 @@
 """small_linear is within its rounding of float64. A row's bits do not depend on other rows, threads or ISA.
 
-In float32 they are those of the reference.
+In float32 the bits are those of the reference.
 """
 
 import copy
@@ -65,7 +65,7 @@ def test_shapes(isa, shape, dtype):
 @native
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 577), (20, 1100), (16, 32), (9, 31), (5, 0)])
 def test_float32_has_the_bits_of_the_reference(isa, threads, shape):
-    """The rows are few, or so many that weights are copied first. There are a bias and LoRAs too."""
+    """Few rows, and rows so many that the weights are copied first, with and without bias and LoRAs."""
     out, width = shape
     x, weight, bias, a, b = (
         normal(*each, seed=i, dtype=torch.float32)
@@ -155,7 +155,7 @@ def test_float32_keeps_the_smallest_numbers(isa, rows):
 @native
 @dtypes
 def test_another_order_of_the_sums_shows(dtype):
-    """Negative control: equal bits are not just what bfloat16 rounds to."""
+    """Negative control: another order of the inputs gives other bits, so rounding does not hide the order."""
     x, weight = normal(33, 577, dtype=dtype), normal(1000, 577, seed=1, dtype=dtype)
     half = torch.cat([x[:, 320:], x[:, :320]], 1), torch.cat([weight[:, 320:], weight[:, :320]], 1)
     assert not torch.equal(small_linear(x, weight), small_linear(*half))
@@ -208,7 +208,7 @@ def test_special_values(isa, dtype):
     assert y[1].isnan().all()
     assert torch.equal(y[2], torch.inf * weight[:, 9].sign())
     big = torch.full((1, 2), 3e38, dtype=dtype)
-    assert small_linear(big[:, :1], torch.ones(1, 1, dtype=dtype)) == big[0, 0]  # largest finite ones survive
+    assert small_linear(big[:, :1], torch.ones(1, 1, dtype=dtype)) == big[0, 0]  # no overflow of finite numbers
     assert small_linear(big, torch.ones(1, 2, dtype=dtype)) == torch.inf
 
 
