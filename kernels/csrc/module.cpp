@@ -24,7 +24,7 @@ constexpr InstructionSet kInstructionSets[] = {
 bool runs_here(const InstructionSet& set) {
 #ifdef GENARM_X86
   __builtin_cpu_init();
-  const bool pairs = !std::strcmp(set.name, "avx512bf16");  // slower than FMA on Intel: small_linear/dot_group.h
+  const bool pairs = !std::strcmp(set.name, "avx512bf16");  // slower than FMA on Intel: small_linear/dot_step.h
   if (pairs && !(__builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"))) return false;
   if ((pairs || !std::strcmp(set.name, "avx512vnni")) && !__builtin_cpu_supports("avx512vnni")) return false;
   if (set.loops == &genarm::loops_avx512) {
