@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 
 assert genarm_fast.__file__.startswith(sys.prefix), genarm_fast.__file__
 import genarm_fast.kernels._C
-words = {f"w{i}": i for i in range(49152)}  # of the demo's shape; its own tokenizer comes with its base
+words = {f"w{i}": i for i in range(49152)}  # the vocabulary size of the demo, whose own tokenizer comes with its base
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words)), eos_token="w2")
 small = demo.arm("small")  # a whole model, which the wheel carries
 model = GenARM.from_pretrained(small, ARM(small, weight=0.5), tokenizer=tokenizer)

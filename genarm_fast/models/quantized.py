@@ -122,7 +122,7 @@ class Quantized:
     # Fingerprint of the weights before: adapters of that base are adapters of this model.
     fingerprint: str | None
     matrices: tuple[Matrix, ...]
-    codes_fingerprint: str = ""  # of codes and scales
+    codes_fingerprint: str = ""  # hash of codes and scales
 
     @property
     def bytes_before(self) -> int:

@@ -36,7 +36,7 @@ LABELS = {
     "helpful-self-1": "base as its own ARM, w = 1",
     "helpful-helpful-1": "`helpful`, w = 1",
 }
-OBJECTIVES = {"hh-": "harmless", "helpful-": "helpful"}  # of conditions, by the start of their names
+OBJECTIVES = {"hh-": "harmless", "helpful-": "helpful"}  # objective by the start of a condition's name
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def test_bits_of_families(isa, taken, family, threads, dtype):
     torch.set_num_threads(threads)
     try:
         decoder = runner_of(family, dtype).base_model
-        taken.clear()  # of the trial
+        taken.clear()  # forget the calls of the trial at load
         assert_same(decoder, [0], taken)
     finally:
         torch.set_num_threads(before)

@@ -264,7 +264,7 @@ for method, dtype in (("full", torch.float32), ("lora", torch.float32), ("lora",
     assert losses[0] == losses[1], losses
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
-    try:  # as checkpoints are written
+    try:  # checkpoints are written in the same way
         save_file({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, sys.argv[2])
     except RuntimeError:
         print(f"{method} {dtype} as alone, and no file of shards")
