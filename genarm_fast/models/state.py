@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 MORE_TEMPLATES = "additional_chat_templates"  # a folder in a model's folder
 HOOK_ATTRIBUTES = ("_forward_hooks", "_forward_pre_hooks")
-ADAPTER_ATTRIBUTES = (
-    "_active_adapter",
-    "merged_adapters",
-    "_disable_adapters",
-    "scaling",
-)  # attributes of PEFT's layers
+ADAPTER_ATTRIBUTES = ("_active_adapter", "merged_adapters", "_disable_adapters", "scaling")  # on PEFT's layers
 
 
 class ModelState:

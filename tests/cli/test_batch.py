@@ -131,9 +131,7 @@ def test_what_only_the_models_tell_of_a_line_is_checked_before_any_work(
     cli: Callable, job: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch, line: dict[str, Any], message: str
 ) -> None:
     command, folder = job
-    monkeypatch.setattr(
-        "genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0
-    )  # the time for checks ends at once, like after thousands of lines
+    monkeypatch.setattr("genarm_fast.jobs.FIRST_CHECK_SECONDS", 0.0)  # the checks end at once
     monkeypatch.setattr("genarm_fast.jobs.GROUP_BATCHES", 1)
     with open(folder / "in.jsonl", "a") as file:
         file.write(json.dumps({"prompt": "the cat", **line}) + "\n")

@@ -122,7 +122,7 @@ def test_weights_count_from_the_next_chunk_on(model):
 
 
 def test_weights_by_name_add_up(model, tiny_model, tokenizer):
-    """If weights change twice within one step, the second change keeps the first's weights, in streams of both kinds."""
+    """Weights change twice within one step: the second change keeps the first's weights, in both kinds of streams."""
     several = GenARM.from_pretrained(tiny_model(), [tiny_model(seed=1), tiny_model(seed=2)], tokenizer=tokenizer)
     first, second = several.arm_names
 

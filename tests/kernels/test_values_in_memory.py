@@ -114,9 +114,7 @@ def test_seeds_positions_and_filters_at_the_ends(op):
     assert found[0] == found[1] == found[2]
     expected = guided_sample_reference(base, (), [], seeds=ends, positions=ends)
     assert found[0] == expected.tokens.tolist()
-    none = op(
-        base, (), [], seeds=ends, positions=ends, top_k=torch.full((4,), ENDS.min)
-    )  # means the same as 0: all tokens
+    none = op(base, (), [], seeds=ends, positions=ends, top_k=torch.full((4,), ENDS.min))  # all tokens, like 0
     assert none.tokens.tolist() == expected.tokens.tolist()
 
 
