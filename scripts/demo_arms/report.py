@@ -196,7 +196,10 @@ def write_report(runs: Path, docs: Path, reviews: Path | None, preference: dict[
     sentiment = SentimentJudge(load(reviews))
     results = Results(runs, sentiment, preference)
     judges = [f"{source} reviews: {accuracy:.3f}" for source, accuracy in sentiment.accuracy.items()]
-    judges += [f"HH-RLHF pairs, {objective}: {judge.accuracy:.3f}" for objective, judge in preference.items()]
+    judges += [
+        f"HH-RLHF pairs, {objective}: {judge.accuracy:.3f} (chosen less rejected: {bootstrap(judge.margins).text(2)})"
+        for objective, judge in preference.items()
+    ]
     samples = ", ".join(f"{LABELS.get(name, name)}: {n}" for name, n in results.samples.items() if n != 192)
     chat = ["base", "self-1", "self-2", "positive-0.5", "positive-1", "concise-1", "concise-2", "small-1", "small-2"]
 

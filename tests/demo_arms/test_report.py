@@ -43,7 +43,10 @@ def test_the_preference_judge_reports_chance_where_there_is_nothing_to_learn():
 
 def test_the_preference_judge_is_measured_on_the_pairs_that_it_is_given():
     learnt = [(f"{i} sorry", f"{i} sure") for i in range(20)]
-    assert PreferenceJudge(learnt, [("so sorry", "yes, sure")] * 3 + [("sure", "sorry")]).accuracy == 0.75
+    judge = PreferenceJudge(learnt, [("so sorry", "yes, sure")] * 3 + [("sure", "sorry")])
+    assert judge.accuracy == 0.75
+    apart = judge(["sorry"])[0] - judge(["sure"])[0]
+    assert judge.margins == pytest.approx([apart] * 3 + [-apart])
     weak, usual = (PreferenceJudge(learnt, strength=strength)(["sorry"])[0] for strength in (0.01, 1.0))
     assert 0 < weak < usual / 2
 
