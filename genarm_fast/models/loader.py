@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -165,11 +165,18 @@ def _make_runners(members: list[Member], drafter: Member | None) -> None:
         # Reading `runs_by` makes the member's runner. That happens here, because making a runner on a GPU can move
         # weights.
         log.info("%s: %s", member.name, member.runs_by)
-    slow = [each.name for each in everyone if each.model.dtype == torch.float16 and each.device.type == "cpu"]
+    _warn_of_float16(everyone)
+
+
+def _warn_of_float16(members: Iterable[Any]) -> None:
+    """Log the members in float16 on a CPU, in one warning.
+
+    With a LoRA ARM, SmolLM2-135M generates 10 tokens a second in float16, 27 in float32 and 53 in bfloat16 (`genarm-fast
+    bench --base demo --arm demo:positive --batch 1 --new-tokens 32 --rounds 1 --dtype float16`, one thread of an AMD
+    EPYC with AVX-512, 2026-11-29, with other work on the machine).
+    """
+    slow = [each.name for each in members if each.model.dtype == torch.float16 and each.device.type == "cpu"]
     if slow:
-        # Measured with SmolLM2-135M and a LoRA ARM on one thread of a shared AMD EPYC with AVX-512, 2026-11-29.
-        # A token takes 87 ms in float16 and 16 ms in bfloat16. A prompt of 160 tokens takes 3.9 s in float16, 0.5 s in
-        # bfloat16 and 1.1 s in float32.
         log.warning(
             "%s: float16 is slow on a CPU, prompts above all: expected dtype='bfloat16', which is several times as fast"
             " and rounds the weights, or dtype='float32', which holds them as they are",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import pipeline
 
 from genarm_fast import ARM, GenARM, reference
 from genarm_fast.integrations.transformers import GenARMLogitsProcessor, guided
+from genarm_fast.models import loader
 
 PROMPT = {"prompts": [5, 6, 7], "max_new_tokens": 10, "seed": 1, "ignore_eos": True}
 
@@ -66,6 +68,17 @@ def test_float16_on_a_cpu_is_warned_of(tiny_model, tokenizer, caplog):
     (record,) = caplog.records
     start = "a, draft_model: float16 is slow on a CPU, prompts above all: expected dtype='bfloat16'"
     assert record.getMessage().startswith(start)
+
+
+def test_float16_on_a_gpu_is_no_reason_to_warn(caplog):
+    def member(name, device, dtype=torch.float16):
+        return SimpleNamespace(name=name, model=SimpleNamespace(dtype=dtype), device=torch.device(device))
+
+    loader._warn_of_float16([member("base", "cuda"), member("ours", "cpu", torch.bfloat16)])
+    assert not caplog.records
+    loader._warn_of_float16([member("base", "cuda"), member("arm", "cpu")])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("arm: float16")
 
 
 def test_what_is_no_member_is_shown_in_one_line(tiny_model, tokenizer):
