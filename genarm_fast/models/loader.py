@@ -171,9 +171,9 @@ def _make_runners(members: list[Member], drafter: Member | None) -> None:
 def _warn_of_float16(members: Iterable[Any]) -> None:
     """Log the members in float16 on a CPU, in one warning.
 
-    With a LoRA ARM, SmolLM2-135M generates 10 tokens a second in float16, 27 in float32 and 53 in bfloat16 (`genarm-fast
-    bench --base demo --arm demo:positive --batch 1 --new-tokens 32 --rounds 1 --dtype float16`, one thread of an AMD
-    EPYC with AVX-512, 2026-11-29, with other work on the machine).
+    With a LoRA ARM, SmolLM2-135M generates 10 tokens a second in float16, 27 in float32 and 53 in bfloat16
+    (`genarm-fast bench --base demo --arm demo:positive --batch 1 --new-tokens 32 --rounds 1 --dtype float16`, one
+    thread of an AMD EPYC with AVX-512, 2026-11-29, with other work on the machine).
     """
     slow = [each.name for each in members if each.model.dtype == torch.float16 and each.device.type == "cpu"]
     if slow:
